@@ -1,0 +1,42 @@
+"""The demo's transformer: 0.94M parameters over sentences of 8 images of 64 codes, on two CPU cores.
+
+Trained on the store of configs/demo_scenes.py, encoded by configs/demo_tokenizer.py's tokenizer.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from lvm.config import to_config_dict
+from lvm.data.mixture import MixtureConfig, SourceConfig
+from lvm.data.recipes import Pairs, Video
+from lvm.model import ModelConfig
+from lvm.train import TrainConfig
+from lvm.training.loop import LoopConfig
+from lvm.training.optimizer import OptimizerConfig
+
+
+def get_config() -> ConfigDict:
+    """BOS, 8 grids of 64 codes and EOS are 514 tokens: with that context every row is one sentence."""
+    model = ModelConfig(
+        hidden_size=128, mlp_size=352, num_layers=4, num_heads=2, context=514, dtype="float32"
+    )
+    sources = {
+        "video": SourceConfig(Video(frames=8, strides=(1,)), weight=0.30),
+        "segmentation": SourceConfig(Pairs(target="segmentation", shots=4), weight=0.40),
+        "depth": SourceConfig(Pairs(target="depth", shots=4), weight=0.15),
+        "edges": SourceConfig(Pairs(target="edges", shots=4), weight=0.15),
+    }
+    return to_config_dict(
+        TrainConfig(
+            batch_size=4,
+            model=model,
+            data=MixtureConfig(sources, store="runs/demo/store", heldout_fraction=0.15),
+            optimizer=OptimizerConfig(
+                learning_rate=2e-3, end_learning_rate=2e-5, warmup_steps=100, b2=0.98, weight_decay=0.05
+            ),
+            loop=LoopConfig(
+                total_steps=1800, log_every=50, evaluate_every=300, picture_every=600, checkpoint_every=300
+            ),
+        )
+    )

@@ -1,0 +1,17 @@
+"""Generated scenes for the demo: 1500 clips of 8 frames, each with four streams. Made on the fly."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "kind": "generated",
+            "seed": 0,
+            "num_scenes": 1500,
+            "num_frames": 8,
+            "streams": ("rgb", "segmentation", "depth", "edges"),
+        }
+    )

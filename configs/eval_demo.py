@@ -1,0 +1,12 @@
+"""The demo's evaluation, on the held-out scenes of configs/demo_scenes.py."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from lvm.config import to_config_dict
+from lvm.evaluate import EvalConfig
+
+
+def get_config() -> ConfigDict:
+    return to_config_dict(EvalConfig(source="configs/demo_scenes.py", queries=192, sentences=128))

@@ -1,0 +1,23 @@
+"""Large vision models: sequential modelling of pixels alone.
+
+from lvm import LVM
+model = LVM.load("runs/demo/lvm")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lvm.pretrained import LVM
+
+__all__ = ["LVM"]
+
+
+def __getattr__(name: str) -> Any:
+    # The leaves (vocabulary, errors) stay importable without loading a model's dependencies.
+    if name == "LVM":
+        from lvm.pretrained import LVM
+
+        return LVM
+    raise AttributeError(f"module 'lvm' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Sources, streams, scenes, recipes, mixtures, rows: from files to token batches."""

@@ -1,0 +1,125 @@
+"""How a picture of any size becomes an image of the model's size, and its annotations with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from lvm.errors import UserError
+
+MODES = ("squash", "center_crop")
+FILTERS = {
+    "nearest": PIL.Image.Resampling.NEAREST,
+    "box": PIL.Image.Resampling.BOX,
+    "bilinear": PIL.Image.Resampling.BILINEAR,
+    "bicubic": PIL.Image.Resampling.BICUBIC,
+    "lanczos": PIL.Image.Resampling.LANCZOS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """The geometry that every stream of a scene goes through.
+
+    Attributes:
+      resolution: side of the result in pixels.
+      mode: "squash" scales the whole picture to resolution × resolution; "center_crop" scales its short
+        side to `resolution` and keeps the centre.
+      filter: "nearest", "box", "bilinear", "bicubic" or "lanczos", for images; all but "nearest" are
+        antialiased. Labels always take the nearest reading.
+
+    Raises:
+      UserError: for a resolution that is no positive integer, or an unknown mode or filter.
+    """
+
+    resolution: int
+    mode: str = "squash"
+    filter: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.resolution, int) and not isinstance(self.resolution, bool)
+        if not whole or self.resolution < 1:
+            raise UserError(f"preprocess.resolution is {self.resolution!r}; it must be a positive integer")
+        if self.mode not in MODES:
+            raise UserError(f"preprocess.mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+        if self.filter not in FILTERS:
+            raise UserError(f"preprocess.filter is {self.filter!r}; it must be one of {', '.join(FILTERS)}")
+
+    def image(self, picture: PIL.Image.Image | np.ndarray) -> np.ndarray:
+        """The picture as uint8 [R, R, 3].
+
+        Args:
+          picture: a PIL image of any mode but F, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. An EXIF
+            orientation is applied, alpha is composed over black, and grey of more than 8 bits is read as
+            16 bits and scaled to 8.
+
+        Raises:
+          UserError: for an array of another dtype or shape, and for a picture of floats (mode F), whose
+            range is unknown.
+        """
+        rgb = _to_rgb(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
+        size = (self.resolution, self.resolution)
+        # With `box`, Pillow still filters over the pixels outside of it: this is resize, then crop.
+        return np.asarray(rgb.resize(size, FILTERS[self.filter], box=self._box(*rgb.size)))  # [R, R, 3]
+
+    def labels(self, labels: np.ndarray) -> np.ndarray:
+        """Class ids or depth readings [H, W, ...] of any dtype as [R, R, ...], by the nearest reading.
+
+        Raises:
+          UserError: for an array without two dimensions that are not empty.
+        """
+        if labels.ndim < 2 or 0 in labels.shape[:2]:
+            raise UserError(f"labels have shape {list(labels.shape)}; expected [H, W], not empty")
+        height, width = labels.shape[:2]
+        left, top, right, bottom = self._box(width, height)
+        centres = (np.arange(self.resolution) + 0.5) / self.resolution
+        rows = (top + centres * (bottom - top)).astype(np.intp)
+        columns = (left + centres * (right - left)).astype(np.intp)
+        return labels[rows[:, None], columns]  # [R, R, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as `from_json` reads them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Preprocess:
+        """The preprocess that `to_json` wrote. Raises UserError for missing, unknown or impossible fields."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if "resolution" not in fields or not set(fields) <= known:
+            raise UserError(f"preprocess has the keys {sorted(fields)}; expected resolution, mode and filter")
+        return cls(**fields)
+
+    def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        if self.mode == "squash":
+            return (0.0, 0.0, float(width), float(height))
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return (left, top, left + side, top + side)
+
+
+def _from_array(array: np.ndarray) -> PIL.Image.Image:
+    drawable = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not drawable or 0 in array.shape:
+        raise UserError(
+            f"a picture has dtype {array.dtype} and shape {list(array.shape)}; "
+            "expected uint8 [H, W], [H, W, 3] or [H, W, 4]"
+        )
+    return PIL.Image.fromarray(array)
+
+
+def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    picture = PIL.ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise UserError("a picture holds floats (mode F), whose range is unknown; expected 8 or 16 bits")
+    if picture.mode.startswith("I"):
+        grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+        picture = PIL.Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        black = PIL.Image.new("RGBA", picture.size, (0, 0, 0, 255))
+        picture = PIL.Image.alpha_composite(black, picture.convert("RGBA"))
+    return picture.convert("RGB")

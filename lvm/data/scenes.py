@@ -1,0 +1,108 @@
+"""Scenes of codes, and how they lie in a record (version 1).
+
+A record is a page: one scene of several images, or up to 64 scenes of a single image each that share their
+stream. Little-endian:
+
+    magic "LVMS" | version u16 | scenes u16 | crc32c u32 of all that follows
+    frames u32 | stream set u32 | codes an image u32
+    class id i32 × scenes | key length u16 × scenes | keys, UTF-8 | codes u16 × (scenes·T·S·N), frame-major
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Sequence
+
+import google_crc32c
+import numpy as np
+
+from lvm.errors import UserError
+
+MAGIC, VERSION = b"LVMS", 1
+PAGE = 64  # single-image scenes in one record
+_HEAD = struct.Struct("<4sHHI")
+_SHAPE = struct.Struct("<III")
+
+# One entry a scene, in a file beside each shard.
+INDEX = np.dtype(
+    [
+        ("record", "<u4"),
+        ("frames", "<u2"),
+        ("slot", "u1"),
+        ("stream_set", "u1"),
+        ("class_id", "<i4"),
+        ("group", "<u8"),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What belongs together: T frames × S streams of grids.
+
+    Attributes:
+      key: unique in its store.
+      class_id: index into the store's classes, -1 for none.
+      stream_set: index into the store's stream sets.
+      codes: uint16 [T, S, N].
+    """
+
+    key: str
+    class_id: int
+    stream_set: int
+    codes: np.ndarray
+
+
+def pack(scenes: Sequence[Scene]) -> bytes:
+    """The record of one scene, or of a page of single-image scenes of one stream set."""
+    first = scenes[0]
+    T, S, N = first.codes.shape
+    if len(scenes) > 1 and (T * S > 1 or len(scenes) > PAGE):
+        raise ValueError(f"a page holds up to {PAGE} scenes of one image, not {len(scenes)} of {T}×{S}")
+    if any(scene.codes.shape != (T, S, N) or scene.stream_set != first.stream_set for scene in scenes):
+        raise ValueError("the scenes of a page must agree in shape and stream set")
+    keys = [scene.key.encode() for scene in scenes]
+    body = b"".join(
+        [
+            _SHAPE.pack(T, first.stream_set, N),
+            np.array([scene.class_id for scene in scenes], "<i4").tobytes(),
+            np.array([len(key) for key in keys], "<u2").tobytes(),
+            *keys,
+            *(np.ascontiguousarray(scene.codes, "<u2").tobytes() for scene in scenes),
+        ]
+    )
+    return _HEAD.pack(MAGIC, VERSION, len(scenes), google_crc32c.value(body)) + body
+
+
+def unpack(record: bytes, streams: Sequence[int], where: str) -> list[Scene]:
+    """The scenes of a record.
+
+    Args:
+      record: as `pack` made it.
+      streams: number of streams in each stream set.
+      where: the shard and record, for the error.
+
+    Raises:
+      UserError: not a record of this version, or damaged; names `where`.
+    """
+    if len(record) < _HEAD.size + _SHAPE.size:
+        raise UserError(f"{where}: {len(record)} bytes are too few for a record")
+    magic, version, count, checksum = _HEAD.unpack_from(record)
+    if magic != MAGIC or version != VERSION:
+        raise UserError(f"{where}: found {magic!r} version {version}, wanted {MAGIC!r} version {VERSION}")
+    if google_crc32c.value(record[_HEAD.size :]) != checksum:
+        raise UserError(f"{where}: damaged: the checksum doesn't fit the content")
+    T, stream_set, N = _SHAPE.unpack_from(record, _HEAD.size)
+    at = _HEAD.size + _SHAPE.size
+    class_ids = np.frombuffer(record, "<i4", count, at)
+    lengths = np.frombuffer(record, "<u2", count, at + 4 * count)
+    at += 6 * count
+    keys = []
+    for length in lengths.tolist():
+        keys.append(record[at : at + length].decode())
+        at += length
+    codes = np.frombuffer(record, "<u2", offset=at).reshape(count, T, streams[stream_set], N)
+    return [
+        Scene(*parts) for parts in zip(keys, class_ids.tolist(), [stream_set] * count, codes, strict=True)
+    ]

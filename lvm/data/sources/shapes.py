@@ -1,0 +1,264 @@
+"""The renderer of the generated scenes: shapes as signed distances, all frames of a scene at once.
+
+Lengths are in image sides: the image is [0, 1] × [0, 1], x to the right, y down. A signed distance is
+negative inside of a shape. Arrays are float32, frames first: [T, R, R].
+"""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+from collections.abc import Callable, Collection
+
+import numpy as np
+
+NEAR, FAR = 1.0, 10.0  # the range of depths, in metres
+BACKGROUND_DEPTH = (9.5, 6.0)  # of the background's top and bottom row
+BACKGROUND_NORMAL = np.array([0.0, -0.5, 0.75**0.5], np.float32)  # a plane whose lower part is nearer
+BULGE = 0.75  # sine of the angle by which a shape's normal leans outward at distance 1 from its centre
+
+
+def _disk(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sqrt(u * u + v * v) - 1
+
+
+def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(u), np.abs(v)) - 0.86
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(0.75**0.5 * np.abs(u) - 0.5 * v, v) - 0.62
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Folds the plane onto one tenth of the star, then measures the distance to its one edge there."""
+    cosine, sine = 0.80901699, 0.58778525  # of 36 degrees
+    u, v = np.abs(u), -v
+    for across in (cosine, -cosine):
+        beyond = 2 * np.maximum(across * u - sine * v, 0)
+        u, v = u - across * beyond, v + sine * beyond
+    u, v = np.abs(u), v - 1.25
+    edge_u, edge_v = 0.55 * sine, 0.55 * cosine - 1
+    along = np.clip((u * edge_u + v * edge_v) / (edge_u**2 + edge_v**2), 0, 1.25)
+    distance = np.sqrt((u - edge_u * along) ** 2 + (v - edge_v * along) ** 2)
+    return np.copysign(distance, v * edge_u - u * edge_v)
+
+
+def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.abs(np.sqrt(u * u + v * v) - 0.76) - 0.26
+
+
+_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "disk": _disk,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "ring": _ring,
+}
+CLASSES = tuple(_DISTANCES)
+TEXTURES = ("plain", "stripes", "checks", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Texture:
+    """Two colours (RGB in [0, 255], float32 [3]) in a pattern with a period, fixed to what it covers."""
+
+    pattern: str
+    period: float
+    colours: tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One shape: where it is in frame 0 and how that changes a frame.
+
+    Attributes:
+      class_id: an index of `CLASSES`.
+      depth: metres from the viewer; constant.
+      radius: its mean size; it pulses by `pulse` (a fraction), with `phase` at frame 0 and `pulse_rate`
+        radians a frame.
+      centre, velocity: (x, y) and its change a frame; it bounces off the sides of the image.
+      angle, spin: radians and radians a frame.
+      texture: its colours and pattern.
+    """
+
+    class_id: int
+    depth: float
+    radius: float
+    pulse: float
+    pulse_rate: float
+    phase: float
+    centre: np.ndarray
+    velocity: np.ndarray
+    angle: float
+    spin: float
+    texture: Texture
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Shapes from back to front, and the texture of the background."""
+
+    shapes: tuple[Shape, ...]
+    background: Texture
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """Draws the parameters of a scene: two to four shapes and a background."""
+    count = int(rng.integers(2, 5))
+    depths = np.linspace(5, 1.5, count) + rng.uniform(-0.25, 0.25, count)  # falling: gaps exceed 1 m
+    shapes = tuple(_sample_shape(rng, count, float(depth)) for depth in depths)
+    hue, value = rng.uniform(), rng.uniform(0.25, 0.75)
+    colours = (_rgb(hue, 0.3, value), _rgb(hue + rng.uniform(-0.1, 0.1), 0.35, value * 0.82))
+    return Scene(shapes, Texture(TEXTURES[rng.integers(4)], rng.uniform(0.22, 0.4), colours))
+
+
+def _sample_shape(rng: np.random.Generator, count: int, depth: float) -> Shape:
+    hue = rng.uniform()
+    bright = _rgb(hue, rng.uniform(0.55, 0.95), rng.uniform(0.85, 1.0))
+    dark = _rgb(hue + rng.uniform(-0.25, 0.25), rng.uniform(0.6, 0.9), rng.uniform(0.35, 0.6))
+    direction, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.05)
+    return Shape(
+        class_id=int(rng.integers(len(CLASSES))),
+        depth=depth,
+        radius=rng.uniform(0.8, 1.2) * 0.31 / count**0.5,
+        pulse=rng.uniform(0.0, 0.15),
+        pulse_rate=rng.uniform(0.3, 0.7),
+        phase=rng.uniform(0, 2 * np.pi),
+        centre=rng.uniform(0.2, 0.8, 2),
+        velocity=speed * np.array([np.cos(direction), np.sin(direction)]),
+        angle=rng.uniform(0, 2 * np.pi),
+        spin=rng.choice([-1, 1]) * rng.uniform(0.05, 0.25),
+        texture=Texture(TEXTURES[rng.integers(4)], rng.uniform(0.14, 0.2), (bright, dark)),
+    )
+
+
+def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
+    return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32) * 255  # [3]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A shape in all frames: signed distance in pixels, texture in [0, 1], offset from its centre."""
+
+    distance: np.ndarray  # [T, R, R]
+    pattern: np.ndarray | float  # [T, R, R]
+    dx: np.ndarray  # [T, 1, R], radii
+    dy: np.ndarray  # [T, R, 1], radii
+
+
+def render(scene: Scene, T: int, R: int, streams: Collection[str]) -> dict[str, np.ndarray]:
+    """Draws the annotations that the named streams need.
+
+    Returns:
+      rgb uint8 [T, R, R, 3]; segmentation (class id + 1, 0 is background) uint8 [T, R, R]; depth in metres,
+      float32 [T, R, R]; edges in [0, 1], float32 [T, R, R]; normals float32 [T, R, R, 3]; those that were
+      named. And `front`, uint8 [T, R, R]: the number of the shape that is seen, from 1, or 0.
+    """
+    front = np.zeros((T, R, R), np.uint8)
+    edges = np.zeros((T, R, R), np.float32)
+    rgb = _background(scene.background, R).repeat(T, axis=1)  # [3, T, R, R]
+    normals = np.empty((3, T, R, R), np.float32)
+    normals[...] = BACKGROUND_NORMAL[:, None, None, None]
+    for number, shape in enumerate(scene.shapes, start=1):
+        layer = _layer(shape, T, R)
+        inside = layer.distance < 0
+        front[inside] = number
+        if "rgb" in streams:
+            _blend(rgb, layer, shape.texture)
+        if "edges" in streams:
+            _outline(edges, layer, inside)
+        if "normals" in streams:
+            _bulge(normals, layer, inside)
+    maps: dict[str, np.ndarray] = {"front": front}
+    if "rgb" in streams:
+        maps["rgb"] = np.rint(rgb.transpose(1, 2, 3, 0)).astype(np.uint8)
+    if "segmentation" in streams:
+        maps["segmentation"] = np.array([0] + [s.class_id + 1 for s in scene.shapes], np.uint8)[front]
+    if "depth" in streams:
+        plane = np.linspace(*BACKGROUND_DEPTH, R, dtype=np.float32)[:, None]  # [R, 1]
+        depths = np.array([0] + [s.depth for s in scene.shapes], np.float32)
+        maps["depth"] = np.where(front == 0, plane, depths[front])
+    if "edges" in streams:
+        maps["edges"] = edges
+    if "normals" in streams:
+        maps["normals"] = normals.transpose(1, 2, 3, 0)
+    return maps
+
+
+def _layer(shape: Shape, T: int, R: int) -> _Layer:
+    t = np.arange(T)[:, None]  # [T, 1]
+    radius = shape.radius * (1 + shape.pulse * np.sin(shape.phase + shape.pulse_rate * t))  # [T, 1]
+    margin = 0.8 * shape.radius
+    centre = _bounce(shape.centre + shape.velocity * t, margin, 1 - margin)  # [T, 2]
+    pixels = (np.arange(R) + 0.5) / R  # [R]
+    dx = ((pixels - centre[:, :1]) / radius).astype(np.float32)[:, None, :]  # [T, 1, R]
+    dy = ((pixels - centre[:, 1:]) / radius).astype(np.float32)[:, :, None]  # [T, R, 1]
+    angle = (shape.angle + shape.spin * t)[:, :, None]  # [T, 1, 1]
+    cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    u = cosine * dx + sine * dy  # [T, R, R]
+    v = cosine * dy - sine * dx  # [T, R, R]
+    distance = _DISTANCES[CLASSES[shape.class_id]](u, v)
+    distance *= (radius * R).astype(np.float32)[:, :, None]  # [T, R, R], pixels
+    period = shape.texture.period / shape.radius
+    return _Layer(distance, _pattern(shape.texture, u, v, period, shape.texture.period * R), dx, dy)
+
+
+def _bounce(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Reflects x into [low, high] as often as it takes."""
+    extent = high - low
+    return low + extent - np.abs((x - low) % (2 * extent) - extent)
+
+
+def _pattern(
+    texture: Texture, u: np.ndarray, v: np.ndarray, period: float, period_in_pixels: float
+) -> np.ndarray | float:
+    """Which of the two colours is seen, in [0, 1] with borders a pixel wide; `period` in units of u and v."""
+    if texture.pattern == "plain":
+        return 0.0
+    frequency = np.float32(2 * np.pi / period)
+    wave = np.sin(u * frequency)
+    if texture.pattern == "checks":
+        wave = wave * np.sin(v * frequency)
+    elif texture.pattern == "dots":
+        wave = wave + np.sin(v * frequency) - np.float32(0.5)
+    return np.clip(np.float32(0.5) + wave * np.float32(period_in_pixels / (2 * np.pi)), 0, 1)
+
+
+def _background(texture: Texture, R: int) -> np.ndarray:
+    """The background of one frame, darker towards its top, float32 [3, 1, R, R]."""
+    pixels = ((np.arange(R) + 0.5) / R).astype(np.float32)
+    x, y = pixels[None, :], pixels[:, None]
+    u, v = np.broadcast_to((x + y) * np.float32(0.5**0.5), (R, R)), (x - y) * np.float32(0.5**0.5)
+    pattern = np.broadcast_to(_pattern(texture, u, v, texture.period, texture.period * R), (R, R))
+    first, second = (colour[:, None, None] for colour in texture.colours)
+    return ((first + (second - first) * pattern) * (0.75 + 0.25 * y)).astype(np.float32)[:, None]
+
+
+def _blend(rgb: np.ndarray, layer: _Layer, texture: Texture) -> None:
+    """Lays a shape over rgb [3, T, R, R], with soft borders and light from the upper left."""
+    cover = np.clip(0.5 - layer.distance, 0, 1)  # [T, R, R]
+    light = np.clip(0.88 - 0.14 * (layer.dx + layer.dy), 0.5, 1)  # [T, R, R]
+    first, second = texture.colours
+    for channel in range(3):
+        colour = layer.pattern * (second[channel] - first[channel]) + first[channel]
+        rgb[channel] += cover * (colour * light - rgb[channel])
+
+
+def _outline(edges: np.ndarray, layer: _Layer, inside: np.ndarray) -> None:
+    """Draws a shape's border, about two pixels wide, and hides the borders behind the shape."""
+    half_width = max(0.9, edges.shape[-1] / 192)
+    edges[inside] = 0
+    line = np.clip(half_width + 0.5 - np.abs(layer.distance), 0, 1)  # [T, R, R]
+    np.maximum(edges, line, out=edges)
+
+
+def _bulge(normals: np.ndarray, layer: _Layer, inside: np.ndarray) -> None:
+    """Sets the normals [3, T, R, R] inside of a shape to those of a dome."""
+    x, y = np.broadcast_arrays(layer.dx, layer.dy)
+    nx, ny = BULGE * x[inside], BULGE * y[inside]  # [M]
+    length = np.sqrt(nx * nx + ny * ny)
+    shrink = np.minimum(1, 0.9 / np.maximum(length, 1e-6))  # the tips of a star lie beyond radius 1
+    nx, ny = nx * shrink, ny * shrink
+    for axis, n in enumerate((nx, ny, np.sqrt(1 - nx * nx - ny * ny))):
+        normals[axis][inside] = n

@@ -1,0 +1,47 @@
+"""The held-out split: by the hash of a scene's group, so an original image or video is never on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from lvm.errors import UserError
+
+
+def group_hash(group: str) -> int:
+    """A 64-bit hash of a group's name, the same everywhere and forever."""
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little")
+
+
+def heldout(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which scenes are held out.
+
+    A group is held out when its hash lies in the lowest `fraction` of all 64-bit numbers. Where there are so
+    few groups that this leaves one side empty, the group with the lowest hash alone is held out.
+
+    Args:
+      hashes: uint64 [n], each scene's `group_hash`.
+      fraction: in [0, 1); 0 holds nothing out.
+
+    Returns:
+      bool [n].
+
+    Raises:
+      UserError: a fraction outside [0, 1), or a single group, which can't be on two sides.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"heldout_fraction: {fraction} is not in [0, 1)")
+    if fraction == 0:
+        return np.zeros(len(hashes), bool)
+    mask = hashes < np.uint64(int(fraction * 2**64))
+    if mask.any() and not mask.all():
+        return mask
+    lowest = hashes.min(initial=np.iinfo(np.uint64).max)
+    mask = hashes == lowest
+    if mask.all():
+        raise UserError(
+            "heldout_fraction: all scenes belong to one image or video, so none can be held out; "
+            "at least two are needed"
+        )
+    return mask

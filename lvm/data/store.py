@@ -1,0 +1,236 @@
+"""The scene store: ArrayRecord shards, an index beside each, and one manifest.
+
+    STORE/shard-00000-of-00004.array_record   records of `lvm.data.scenes`
+    STORE/shard-00000-of-00004.index          `scenes.INDEX` entries, memory-mapped
+    STORE/shard-00000-of-00004.json           the shard's entry, written after both
+    STORE/manifest.json                       written once all entries are there
+
+A shard counts once its entry stands, the store once its manifest does. Nothing in it tells a time or a host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+from etils import epath
+
+from lvm import files
+from lvm.data import scenes, split
+from lvm.data.scenes import INDEX, PAGE, Scene
+from lvm.data.streams import Codec, codec_from_json
+from lvm.errors import UserError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedScene:
+    """A scene on its way into a store, with the name of its group (the original image or video)."""
+
+    scene: Scene
+    group: str
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    return f"shard-{shard:05d}-of-{num_shards:05d}"
+
+
+def write_shard(
+    folder: epath.PathLike,
+    shard: int,
+    num_shards: int,
+    content: Iterable[GroupedScene],
+    num_codes: int,
+    failures: Sequence[Mapping[str, str]],
+) -> dict[str, Any]:
+    """Writes one shard, its index and, last, its entry; returns the entry.
+
+    Args:
+      folder: the store.
+      shard, num_shards: which one of how many.
+      content: its scenes, in order.
+      num_codes: size of the codebook, for the histogram.
+      failures: {"key", "reason"} of the items that aren't in the shard; read after `content` is exhausted.
+    """
+    path = epath.Path(folder) / shard_name(shard, num_shards)
+    record_path = path.with_suffix(".array_record")
+    temporary = path.parent / f".{record_path.name}.{os.getpid()}.tmp"
+    try:
+        entries, histogram = _write_records(temporary, content, num_codes)
+        files.flush(temporary)
+        os.replace(temporary, record_path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    index = np.array(entries, INDEX)
+    files.write_atomically(path.with_suffix(".index"), index.tobytes())
+    entry = {
+        "name": path.name,
+        "scenes": len(index),
+        "images": int(histogram.images),
+        "histogram": histogram.counts.tolist(),
+        "failures": list(failures),
+        "files": {
+            file.name: {"bytes": file.stat().length, "sha256": files.sha256(file)}
+            for file in (record_path, path.with_suffix(".index"))
+        },
+    }
+    files.write_json(path.with_suffix(".json"), entry)
+    return entry
+
+
+class _Histogram:
+    def __init__(self, num_codes: int):
+        self.counts, self.images = np.zeros(num_codes, np.int64), 0
+
+    def add(self, codes: np.ndarray) -> None:
+        self.counts += np.bincount(codes.ravel(), minlength=len(self.counts))
+        self.images += codes.shape[0] * codes.shape[1]
+
+
+def _write_records(
+    path: epath.Path, content: Iterable[GroupedScene], num_codes: int
+) -> tuple[list[tuple[int, ...]], _Histogram]:
+    entries: list[tuple[int, ...]] = []
+    pages: dict[int, list[GroupedScene]] = {}  # stream set → single-image scenes that wait for their page
+    histogram, records = _Histogram(num_codes), 0
+    writer = array_record_module.ArrayRecordWriter(os.fspath(path), _OPTIONS)
+
+    def write(page: Sequence[GroupedScene]) -> None:
+        nonlocal records
+        writer.write(scenes.pack([item.scene for item in page]))
+        for slot, item in enumerate(page):
+            scene = item.scene
+            group = split.group_hash(item.group)
+            entries.append((records, len(scene.codes), slot, scene.stream_set, scene.class_id, group))
+            histogram.add(scene.codes)
+        records += 1
+
+    for item in content:
+        frames, streams, _ = item.scene.codes.shape
+        if frames * streams > 1:
+            write([item])
+            continue
+        page = pages.setdefault(item.scene.stream_set, [])
+        page.append(item)
+        if len(page) == PAGE:
+            write(pages.pop(item.scene.stream_set))
+    for stream_set in sorted(pages):
+        write(pages[stream_set])
+    writer.close()
+    return entries, histogram
+
+
+def read_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:
+    """A finished shard's entry, or None."""
+    path = epath.Path(folder) / f"{shard_name(shard, num_shards)}.json"
+    return files.read_json(path) if path.exists() else None
+
+
+def write_manifest(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> bool:
+    """Writes the manifest if all entries stand; returns whether they do. Writing it again changes nothing."""
+    entries = [read_entry(folder, shard, num_shards) for shard in range(num_shards)]
+    if any(entry is None for entry in entries):
+        return False
+    files.write_json(epath.Path(folder) / MANIFEST, {"version": VERSION, **header, "shards": entries})
+    return True
+
+
+class Store:
+    """A finished store, read by random access. Opening it reads the manifest and maps the indexes.
+
+    Attributes:
+      manifest: as written.
+      streams: stream name → codec.
+      stream_sets: the names of the streams of each set.
+      classes: class names.
+      index: `scenes.INDEX` entries of all scenes, shard after shard.
+
+    Raises:
+      UserError: not a store, another version, or a shard whose size is not the manifest's.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        self.manifest = _read_manifest(self.path)
+        self.streams: dict[str, Codec] = {
+            name: codec_from_json(codec) for name, codec in self.manifest["streams"].items()
+        }
+        self.stream_sets = [tuple(names) for names in self.manifest["stream_sets"]]
+        self.classes: list[str] = self.manifest["classes"]
+        self._num_streams = [len(names) for names in self.stream_sets]
+        self._shards = [self.path / entry["name"] for entry in self.manifest["shards"]]
+        self.index = np.concatenate([np.zeros(0, INDEX), *map(self._map_index, self.manifest["shards"])])
+        self._starts = np.cumsum([0] + [entry["scenes"] for entry in self.manifest["shards"]])
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def codes_per_image(self) -> int:
+        height, width = self.manifest["tokenizer"]["grid"]
+        return height * width
+
+    @property
+    def num_codes(self) -> int:
+        return self.manifest["tokenizer"]["num_codes"]
+
+    def identity(self) -> str:
+        """A hash of the manifest, and so of every shard's checksum."""
+        return files.sha256(self.path / MANIFEST)
+
+    def heldout(self, fraction: float) -> np.ndarray:
+        """bool [scenes]: which are held out, by `lvm.data.split`."""
+        return split.heldout(self.index["group"], fraction)
+
+    def scene(self, number: int) -> Scene:
+        """The scene at `number` in [0, len).
+
+        Raises:
+          UserError: its record is damaged; names shard and record.
+        """
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        record = int(self.index["record"][number])
+        where = f"{self._shards[shard].name}.array_record, record {record}"
+        try:
+            data = self._reader(shard).read([record])[0]
+        except (IndexError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path}/{where}: can't be read: {error}") from error
+        page = scenes.unpack(data, self._num_streams, f"{self.path}/{where}")
+        return page[self.index["slot"][number]]
+
+    def _reader(self, shard: int) -> Any:
+        if shard not in self._readers:
+            path = self._shards[shard].with_suffix(".array_record")
+            self._readers[shard] = array_record_module.ArrayRecordReader(
+                os.fspath(path), "readahead_buffer_size:0"
+            )
+        return self._readers[shard]
+
+    def _map_index(self, entry: Mapping[str, Any]) -> np.ndarray:
+        for name, expected in entry["files"].items():
+            file = self.path / name
+            size = file.stat().length if file.exists() else None
+            if size != expected["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(f"{file}: {found}, the manifest says {expected['bytes']}; encode it again")
+        if not entry["scenes"]:
+            return np.zeros(0, INDEX)
+        return np.memmap(self.path / f"{entry['name']}.index", INDEX, mode="r")
+
+
+def _read_manifest(path: epath.Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.exists():
+        raise UserError(f"{path}: not a finished store ({MANIFEST} is missing); tokenizer.encode writes one")
+    manifest = files.read_json(file)
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{file}: version {manifest.get('version')!r}, this reads version {VERSION}")
+    return manifest

@@ -1,0 +1,153 @@
+"""Tasks asked by example: pairs of an image and its annotation, then an image whose annotation is the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lvm.data.streams import Depth, Palette
+from lvm.evaluation import metrics
+from lvm.evaluation.heldout import HeldoutScene
+
+Answer = Callable[[np.ndarray, int], np.ndarray]  # prompts int [B, K, N], images wanted → int [B, images, N]
+Decode = Callable[[np.ndarray], np.ndarray]  # codes int [B, N] → images uint8 [B, R, R, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """A frame to annotate, with frames of other scenes as examples."""
+
+    scene: HeldoutScene
+    frame: int
+    examples: tuple[tuple[HeldoutScene, int], ...]
+
+    def prompt(self, source: str, target: str) -> np.ndarray:
+        """x1 y1 … xn yn xq as grids int [2n+1, N]."""
+        grids = []
+        for scene, frame in self.examples:
+            grids += [scene.grid(frame, source), scene.grid(frame, target)]
+        return np.stack([*grids, self.scene.grid(self.frame, source)])
+
+
+def make_queries(scenes: Sequence[HeldoutScene], count: int, shots: int, seed: int) -> list[Query]:
+    """Queries over all scenes in turn, each frame drawn, each example from another scene; [] if there are too few."""
+    if len(scenes) <= shots:
+        return []
+    queries = []
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        own = number % len(scenes)
+        others = [i for i in rng.permutation(len(scenes)).tolist() if i != own][:shots]
+        examples = tuple((scenes[i], int(rng.integers(len(scenes[i].images)))) for i in others)
+        queries.append(Query(scenes[own], int(rng.integers(len(scenes[own].images))), examples))
+    return queries
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Queries with the images that a model answered, and the true ones, uint8 [B, R, R, 3]."""
+
+    queries: list[Query]
+    source: str
+    target: str
+    images: np.ndarray
+    truth: np.ndarray
+    copied: np.ndarray  # the last example's annotation
+
+    def figures(self, codec: Any) -> dict[str, Any]:
+        """What the target's codec allows to score, and PSNR for every target."""
+        scores: dict[str, Any] = {
+            "queries": len(self.queries),
+            "psnr": float(metrics.psnr(self.images, self.truth).mean()),
+            "psnr_copying": float(metrics.psnr(self.copied, self.truth).mean()),
+        }
+        if isinstance(codec, Palette):
+            scores |= segmentation_figures(self.images, self.truth, self.copied, codec)
+        if isinstance(codec, Depth):
+            answered = np.stack([codec.parse(image) for image in self.images])
+            scores |= metrics.depth_errors(answered, np.stack([codec.parse(image) for image in self.truth]))
+        return scores
+
+
+def ask(queries: list[Query], source: str, target: str, answer: Answer, decode: Decode) -> Answers:
+    """Asks for every query's `target`, shown by its examples."""
+    prompts = np.stack([query.prompt(source, target) for query in queries])  # [B, 2n+1, N]
+    codes = answer(prompts, 1)[:, 0]  # [B, N]
+    truth = np.stack([query.scene.image(query.frame, target) for query in queries])
+    copied = np.stack([query.examples[-1][0].image(query.examples[-1][1], target) for query in queries])
+    return Answers(queries, source, target, decode(codes), truth, copied)
+
+
+def segmentation_figures(
+    images: np.ndarray, truth: np.ndarray, copied: np.ndarray, codec: Palette
+) -> dict[str, Any]:
+    """Scores of segmentation answers, all uint8 [B, R, R, 3].
+
+    `foreground_iou` is the mean over queries of the foreground's IoU (the "mIoU" of visual prompting), beside
+    two answers that need no model; `class_miou` sums a confusion matrix first, beside the chance that the same
+    masks would have if each answer's classes were drawn by lot.
+    """
+    labels, right, other = (np.stack([codec.parse(x) for x in part]) for part in (images, truth, copied))
+    num_classes = len(codec.names)
+    counts = metrics.confusion(labels, right, num_classes, codec.ignore)
+    leave_out = [] if codec.background is None else [codec.background]
+    figures: dict[str, Any] = {
+        "pixel_accuracy": float(np.trace(counts) / counts.sum()),
+        "pixel_accuracy_copying": _accuracy(metrics.confusion(other, right, num_classes, codec.ignore)),
+        "class_miou": metrics.mean_iou(counts, leave_out),
+        "class_miou_chance": _chance(labels, right, codec, leave_out),
+    }
+    if codec.background is not None:
+        masks = metrics.iou(labels != codec.background, right != codec.background)
+        figures |= {
+            "foreground_iou": float(masks.mean()),
+            "foreground_iou_95": metrics.bootstrap(masks),
+            "foreground_iou_everything": float(
+                metrics.iou(np.ones_like(right, bool), right != codec.background).mean()
+            ),
+            "foreground_iou_copying": float(
+                metrics.iou(other != codec.background, right != codec.background).mean()
+            ),
+        }
+    return figures
+
+
+def _accuracy(counts: np.ndarray) -> float:
+    return float(np.trace(counts) / counts.sum())
+
+
+def _chance(
+    labels: np.ndarray, truth: np.ndarray, codec: Palette, leave_out: list[int], draws: int = 20
+) -> float:
+    rng = np.random.default_rng(0)
+    classes = np.array([i for i in codec.used_ids.tolist() if i not in leave_out], np.uint8)
+    scores = []
+    for _ in range(draws):
+        shuffled = np.empty_like(labels)
+        for image, out in zip(labels, shuffled, strict=True):
+            table = np.arange(256, dtype=np.uint8)
+            table[classes] = rng.permutation(classes)
+            out[:] = table[image]
+        counts = metrics.confusion(shuffled, truth, len(codec.names), codec.ignore)
+        scores.append(metrics.mean_iou(counts, leave_out))
+    return float(np.mean(scores))
+
+
+def task_following(asked: Sequence[Answers], streams: Sequence[str]) -> dict[str, float]:
+    """How often an answer is of the stream that its examples showed.
+
+    An answer counts as of the stream whose true image of the query is nearest by squared error, among all
+    `streams`. Returns the share for each target, and `all`.
+    """
+    shares = {}
+    for answers in asked:
+        distances = []
+        for stream in streams:
+            truth = np.stack([query.scene.image(query.frame, stream) for query in answers.queries])
+            distances.append(np.mean((answers.images.astype(np.float64) - truth) ** 2, axis=(1, 2, 3)))
+        nearest = np.argmin(distances, axis=0)  # [B]
+        shares[answers.target] = float(np.mean(nearest == streams.index(answers.target)))
+    return {"all": float(np.mean(list(shares.values()))), **shares}

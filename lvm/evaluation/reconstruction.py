@@ -1,0 +1,38 @@
+"""What the codes keep of an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lvm.data.streams import Palette
+from lvm.evaluation import metrics
+from lvm.evaluation.heldout import Heldout
+
+
+def reconstruction_figures(
+    heldout: Heldout, decode: Callable[[np.ndarray], np.ndarray], num_codes: int
+) -> dict[str, Any]:
+    """PSNR in dB of every stream, the segmentation's round trip, and how much of the codebook is used."""
+    figures: dict[str, Any] = {"psnr": {}}
+    histogram = np.zeros(num_codes, np.int64)
+    for stream, codec in heldout.codecs.items():
+        if not heldout.with_streams([stream]):
+            continue
+        images, codes = heldout.images(stream), heldout.codes(stream)
+        decoded = decode(codes)
+        histogram += np.bincount(codes.ravel(), minlength=num_codes)
+        figures["psnr"][stream] = float(metrics.psnr(decoded, images).mean())
+        if isinstance(codec, Palette):
+            labels, truth = (np.stack([codec.parse(x) for x in part]) for part in (decoded, images))
+            figures["round_trip_pixel_accuracy"] = float(np.mean(labels == truth))
+            if codec.background is not None:
+                masks = metrics.iou(labels != codec.background, truth != codec.background)
+                figures["round_trip_foreground_iou"] = float(masks.mean())
+    figures["codes_counted"] = int(histogram.sum())
+    figures["codebook_usage"] = float(np.count_nonzero(histogram) / num_codes)
+    figures["codebook_perplexity"] = math.exp(metrics.entropy(histogram))
+    return figures

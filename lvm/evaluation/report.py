@@ -1,0 +1,101 @@
+"""One page that holds an evaluation: figures, curves and pictures, all embedded."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot
+from PIL import Image
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fafaf8; margin: 0 auto; padding: 2rem 1rem 4rem;
+       max-width: 62rem; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .3rem; }
+p { margin: .3rem 0 .7rem; color: #555; max-width: 46rem; }
+img { max-width: 100%; display: block; background: #fff; border: 1px solid #e4e2dc; border-radius: 4px; }
+table { border-collapse: collapse; background: #fff; border: 1px solid #e4e2dc; }
+th, td { text-align: left; padding: .25rem .9rem; border-bottom: 1px solid #eeece6; font-weight: normal; }
+td:nth-child(2) { text-align: right; font-variant-numeric: tabular-nums; font-weight: 600; }
+td:nth-child(3) { color: #777; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading, a sentence or two, and a picture uint8 [H, W, 3] or PNG bytes."""
+
+    title: str
+    text: str
+    picture: np.ndarray | bytes
+
+
+def page(title: str, intro: str, table: Sequence[tuple[str, str, str]], sections: Sequence[Section]) -> str:
+    """The whole page as HTML that needs nothing beside it.
+
+    Args:
+      title, intro: at its top.
+      table: rows of (figure, value, what it means).
+      sections: below the table, in order.
+    """
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table
+    )
+    parts = [
+        f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
+        f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{_png64(section.picture)}">'
+        for section in sections
+    ]
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"
+        f"<h2>Figures</h2><table>{rows}</table>{''.join(parts)}</html>\n"
+    )
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, log: bool = False
+) -> bytes:
+    """A line plot as PNG: name → points (x, y)."""
+    figure, axes = pyplot.subplots(figsize=(7.2, 3.2), dpi=120)
+    for name, points in series.items():
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, label=name, marker="o" if len(points) < 20 else None, linewidth=1.4, markersize=4)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if log:
+        axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if series:
+        axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def png(picture: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def training_curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines of a `metrics.jsonl` that have the key."""
+    return [(line["step"], line[key]) for line in lines if key in line]
+
+
+def _png64(picture: np.ndarray | bytes) -> str:
+    return base64.b64encode(picture if isinstance(picture, bytes) else png(picture)).decode()

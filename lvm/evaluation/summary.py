@@ -1,0 +1,221 @@
+"""The evaluation's page: which figures and pictures it shows, in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lvm import files
+from lvm.data.mixture import MixtureConfig
+from lvm.data.recipes import Video
+from lvm.evaluation import report
+from lvm.evaluation.heldout import Heldout
+from lvm.evaluation.pictures import Cell, sheet
+from lvm.evaluation.prompted import Answers
+from lvm.pretrained import LVM
+from lvm.training import metrics as training_metrics
+
+Decode = Callable[[np.ndarray], np.ndarray]
+_SHOWN = 5  # rows of answers in a picture
+_VIDEOS = 4
+
+
+def pictures(
+    model: LVM,
+    mixture: MixtureConfig,
+    heldout: Heldout,
+    decode: Decode,
+    asked: Sequence[Answers],
+    sentences: Mapping[str, np.ndarray],
+) -> list[report.Section]:
+    """The pictures of an evaluation, prompts' answers first."""
+    videos = [
+        _video(model, sentences[name], decode)
+        for name, part in mixture.sources.items()
+        if isinstance(part.recipe, Video) and name in sentences
+    ]
+    tasks = [_task(answers) for answers in asked]
+    return [*videos, *tasks, _reconstructions(heldout, decode)]
+
+
+def _video(model: LVM, sentences: np.ndarray, decode: Decode) -> report.Section:
+    shown = sentences[:: max(1, len(sentences) // _VIDEOS)][:_VIDEOS]  # [videos, frames, N]
+    given = max(1, min(shown.shape[1] // 2, shown.shape[1] - 1))
+    answers = model.generate(shown[:, :given], shown.shape[1] - given, temperature=0.0)
+    rows = []
+    for truth, answer in zip(shown, answers, strict=True):
+        frames = [Cell(image, f"frame {i + 1}") for i, image in enumerate(decode(truth))]
+        written = [Cell(image, "answer", True) for image in decode(answer)]
+        rows += [frames, [None] * given + written]
+    text = (
+        f"The first {given} frames are the prompt. Above: what came next, through the tokenizer. "
+        "Below, framed: what the model wrote."
+    )
+    return report.Section("Video, continued", text, sheet(rows))
+
+
+def _task(answers: Answers) -> report.Section:
+    shown = range(0, len(answers.queries), max(1, len(answers.queries) // _SHOWN))
+    rows = []
+    for number in list(shown)[:_SHOWN]:
+        query = answers.queries[number]
+        row = []
+        for scene, frame in query.examples:
+            row.append(Cell(scene.image(frame, answers.source), answers.source))
+            row.append(Cell(scene.image(frame, answers.target), answers.target))
+        row.append(Cell(query.scene.image(query.frame, answers.source), "query"))
+        row.append(Cell(answers.images[number], "answer", True))
+        row.append(Cell(answers.truth[number], "truth"))
+        rows.append(row)
+    pairs = len(answers.queries[0].examples)
+    text = f"{pairs} example pairs and a query are the prompt; nothing names the task."
+    return report.Section(f"{answers.target.capitalize()}, by example".replace("_", " "), text, sheet(rows))
+
+
+def _reconstructions(heldout: Heldout, decode: Decode) -> report.Section:
+    rows = []
+    for stream in heldout.codecs:
+        scenes = heldout.with_streams([stream])[:8]
+        if scenes:
+            rows.append([Cell(scene.image(0, stream), stream) for scene in scenes])
+            rows.append([Cell(x, "decoded") for x in decode(np.stack([s.grid(0, stream) for s in scenes]))])
+    text = "Held-out images above what the tokenizer makes of their codes."
+    return report.Section("Reconstructions", text, sheet(rows, side=80))
+
+
+def write(
+    out: epath.PathLike,
+    results: Mapping[str, Any],
+    sections: Sequence[report.Section],
+    model_folder: str,
+    tokenizer_folder: str,
+) -> None:
+    """Writes the pictures, `index.html` and, last, `results.json`, which says that the rest is there."""
+    folder = epath.Path(out)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        name = section.title.lower().replace(",", "").replace(" ", "-")
+        data = section.picture if isinstance(section.picture, bytes) else report.png(section.picture)
+        files.write_atomically(folder / "pictures" / f"{name}.png", data)
+    charts = _charts(results, model_folder, tokenizer_folder)
+    intro = (
+        f"{results['heldout_scenes']} held-out scenes. Every image is a grid of codes; "
+        "a prompt is a list of images, and the answer is the codes that the model writes next."
+    )
+    text = report.page("A large vision model, evaluated", intro, table(results), [*sections, *charts])
+    files.write_atomically(folder / "index.html", text.encode())
+    files.write_json(folder / "results.json", results)
+
+
+def _charts(results: Mapping[str, Any], model_folder: str, tokenizer_folder: str) -> list[report.Section]:
+    charts = []
+    by_image = results["likelihood"].get("perplexity_by_image", {})
+    if by_image:
+        series = {
+            name: [(i + 1, value) for i, value in enumerate(lists["of_mean"])]
+            for name, lists in by_image.items()
+        }
+        chart = report.curves(series, "image of the sentence", "perplexity of its codes", log=True)
+        text = "How well each image's codes are foretold by the images before it."
+        charts.append(report.Section("Perplexity against context", text, chart))
+    for title, folder in (("the model", model_folder), ("the tokenizer", tokenizer_folder)):
+        lines = training_metrics.read(folder)
+        keys = [key for key in ("loss", "heldout_loss") if any(key in line for line in lines)]
+        series = {key: report.training_curve(lines, key) for key in keys}
+        if series:
+            text = "Logged while training; " + (
+                "in nats a code." if title == "the model" else "weighted sum."
+            )
+            charts.append(report.Section(f"Loss of {title}", text, report.curves(series, "step", "loss")))
+    return charts
+
+
+def table(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures as rows of (name, value, meaning)."""
+    return [
+        *_tokenizer_rows(results["tokenizer"]),
+        *_likelihood_rows(results["likelihood"]),
+        *_task_rows(results),
+    ]
+
+
+def _tokenizer_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    rows = [(f"PSNR, {name}", f"{value:.1f} dB", "reconstruction") for name, value in figures["psnr"].items()]
+    if "round_trip_foreground_iou" in figures:
+        rows.append(
+            (
+                "segmentation round trip",
+                f"{figures['round_trip_foreground_iou']:.3f}",
+                "foreground IoU after decoding",
+            )
+        )
+    if "round_trip_pixel_accuracy" in figures:
+        value = f"{figures['round_trip_pixel_accuracy']:.1%}"
+        rows.append(("segmentation round trip", value, "pixels of the right class after decoding"))
+    rows.append(
+        ("codebook usage", f"{figures['codebook_usage']:.1%}", f"of {figures['codes_counted']:,} codes")
+    )
+    rows.append(("codebook perplexity", f"{figures['codebook_perplexity']:.0f}", "of the same codes"))
+    return rows
+
+
+def _likelihood_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    if not figures:
+        return []
+    mixture = figures["mixture"]
+    entropy = f"unigram entropy of the same codes {mixture['unigram_entropy']:.3f}"
+    rows = [
+        (
+            "next-code loss",
+            f"{mixture['loss']:.3f} nats",
+            f"{mixture['below_unigram']:.1%} below the {entropy}",
+        )
+    ]
+    if "video" in figures:
+        video = figures["video"]
+        below = f"{video['below_conditional']:.1%} below the entropy given the same place of the frame before"
+        rows.append(
+            (
+                "video loss, images 3 on",
+                f"{video['loss_images_3_on']:.3f} nats",
+                f"{below}, {video['conditional_entropy']:.3f}",
+            )
+        )
+        rows.append(
+            ("perplexity, images 3 on", f"{video['perplexity_ratio']:.2f}×", "that of the first image")
+        )
+    return rows
+
+
+def _task_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    for target, figures in results["prompted"].items():
+        name = f"{target} by prompt"
+        if "foreground_iou" in figures:
+            low, high = figures["foreground_iou_95"]
+            text = (
+                f"foreground IoU of {figures['queries']} queries, 95 % in {low:.3f} to {high:.3f}; everything "
+                f"{figures['foreground_iou_everything']:.3f}, copying an example {figures['foreground_iou_copying']:.3f}"
+            )
+            rows.append((name, f"{figures['foreground_iou']:.3f}", text))
+        if "class_miou" in figures:
+            text = f"class mIoU; classes by lot {figures['class_miou_chance']:.3f}"
+            rows.append((name, f"{figures['class_miou']:.3f}", text))
+            text = f"pixels of the right class; copying an example {figures['pixel_accuracy_copying']:.1%}"
+            rows.append((name, f"{figures['pixel_accuracy']:.1%}", text))
+        if "abs_rel" in figures:
+            text = f"AbsRel; δ1 {figures['delta1']:.1%}, RMSE {figures['rmse']:.3g}"
+            rows.append((name, f"{figures['abs_rel']:.3f}", text))
+        rows.append(
+            (name, f"{figures['psnr']:.1f} dB", f"PSNR; copying an example {figures['psnr_copying']:.1f} dB")
+        )
+    if "task_following" in results:
+        shares = {key: value for key, value in results["task_following"].items() if key != "all"}
+        text = "answers of the stream that the examples show (" + ", ".join(
+            f"{key} {value:.0%}" for key, value in shares.items()
+        )
+        rows.append(("task following", f"{results['task_following']['all']:.1%}", text + ")"))
+    return rows

@@ -1,0 +1,256 @@
+"""The LLaMA-style decoder that learns the next code, with its named sizes.
+
+RMSNorm before attention and MLP, rotary positions by half rotation, SwiGLU, no biases. Layers are stacked and
+run by one `jax.lax.scan`. Parameters are float32, compute is `dtype`; norms' statistics, rotary angles,
+softmax and logits are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lvm import attention
+from lvm.errors import UserError
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of a decoder.
+
+    Attributes:
+      hidden_size, mlp_size, num_layers, num_heads: as in LLaMA.
+      num_kv_heads: key-value heads, dividing `num_heads`; 0 means as many as `num_heads`.
+      vocabulary_size: 0 means the vocabulary of the data (its codes and 256 more ids).
+      context: the longest input, in tokens.
+      tie_embeddings: the output projection is the embedding, transposed.
+      dtype: compute type, "bfloat16" or "float32".
+      attention: "auto", or a kernel of `lvm.attention.KERNELS`.
+      remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "full".
+    """
+
+    hidden_size: int = 1024
+    mlp_size: int = 2688
+    num_layers: int = 22
+    num_heads: int = 8
+    num_kv_heads: int = 0
+    vocabulary_size: int = 0
+    context: int = 4096
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02
+    tie_embeddings: bool = False
+    dtype: str = "bfloat16"
+    attention: str = "auto"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "mlp_size", "num_layers", "num_heads", "context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        if self.hidden_size % self.num_heads or self.head_dim % 2:
+            raise UserError(
+                f"num_heads: {self.num_heads} heads don't divide hidden_size {self.hidden_size} into even parts"
+            )
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_kv_heads: {self.num_kv_heads} doesn't divide num_heads {self.num_heads}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype: {self.dtype!r} is not float32 or bfloat16")
+        if self.remat not in REMAT:
+            raise UserError(f"remat: {self.remat!r} is not one of {', '.join(REMAT)}")
+        if self.attention not in attention.KERNELS:
+            raise UserError(f"attention: {self.attention!r} is not one of {', '.join(attention.KERNELS)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+
+def _size(hidden: int, mlp: int, layers: int, heads: int) -> ModelConfig:
+    return ModelConfig(hidden_size=hidden, mlp_size=mlp, num_layers=layers, num_heads=heads)
+
+
+SIZES: dict[str, ModelConfig] = {
+    "debug": _size(128, 256, 2, 4),
+    "100m": _size(640, 1664, 22, 10),
+    "300m": _size(1024, 2688, 22, 8),
+    "600m": _size(1536, 4096, 22, 16),
+    "1b": _size(2048, 5504, 22, 16),
+    "3b": _size(3200, 8640, 26, 32),
+    "7b": _size(4096, 11008, 32, 32),
+}
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale over the last dimension, statistics in float32."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=("embed",))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)  # [B, T, D]
+        rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)  # [B, T, 1]
+        return (wide * rms * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions; kernels are stored as [D, H, head_dim]."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, H, K, size = config.hidden_size, config.num_heads, config.kv_heads, config.head_dim
+        normal = jax.nn.initializers.normal(config.init_std)
+        self.query = nnx.Param(normal(rngs.params(), (D, H, size)), axes=("embed", "heads", "head_dim"))
+        self.key = nnx.Param(normal(rngs.params(), (D, K, size)), axes=("embed", "kv_heads", "head_dim"))
+        self.value = nnx.Param(normal(rngs.params(), (D, K, size)), axes=("embed", "kv_heads", "head_dim"))
+        self.out = nnx.Param(normal(rngs.params(), (H, size, D)), axes=("heads", "head_dim", "embed"))
+        self.config = config
+
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D], positions int32 [B, T] → rotated query [B, T, H, d], key and value [B, T, K, d]."""
+        query = jnp.einsum("btd,dhk->bthk", x, self.query[...].astype(x.dtype))
+        key = jnp.einsum("btd,dhk->bthk", x, self.key[...].astype(x.dtype))
+        value = jnp.einsum("btd,dhk->bthk", x, self.value[...].astype(x.dtype))
+        theta = self.config.rope_theta
+        return rotate(query, positions, theta), rotate(key, positions, theta), value
+
+    def project_out(self, heads: jax.Array) -> jax.Array:
+        """[B, T, H, d] → [B, T, D]."""
+        return jnp.einsum("bthk,hkd->btd", heads, self.out[...].astype(heads.dtype))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate x) · up x)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.mlp_size
+        normal = jax.nn.initializers.normal(config.init_std)
+        self.gate = nnx.Param(normal(rngs.params(), (D, F)), axes=("embed", "mlp"))
+        self.up = nnx.Param(normal(rngs.params(), (D, F)), axes=("embed", "mlp"))
+        self.down = nnx.Param(normal(rngs.params(), (F, D)), axes=("mlp", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = x @ self.gate[...].astype(x.dtype)  # [B, T, F]
+        up = x @ self.up[...].astype(x.dtype)  # [B, T, F]
+        return (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)  # [B, T, D]
+
+
+class Layer(nnx.Module):
+    """One pre-norm block."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, kernel: str) -> jax.Array:
+        """x [B, T, D], positions int32 [B, T] → [B, T, D]."""
+        query, key, value = self.attention.project(self.attention_norm(x), positions)
+        x = x + self.attention.project_out(attention.attend(query, key, value, kernel))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def extend(self, x: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The same over new tokens x [B, T, D] that are written into the cache at `positions` first."""
+        query, key, value = self.attention.project(self.attention_norm(x), positions)
+        rows = jnp.arange(x.shape[0])[:, None]  # [B, 1]
+        keys = cache[0].at[rows, positions].set(key)  # [B, S, K, d]
+        values = cache[1].at[rows, positions].set(value)  # [B, S, K, d]
+        mask = jnp.arange(keys.shape[1]) <= positions[:, None, :, None]  # [B, 1, T, S]
+        x = x + self.attention.project_out(attention.attend_cache(query, keys, values, mask))
+        return x + self.mlp(self.mlp_norm(x)), (keys, values)
+
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, d]; stacked: [L, B, S, K, d]
+
+
+class Transformer(nnx.Module):
+    """Embedding, stacked layers, norm, output projection."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        if config.vocabulary_size < 1:
+            raise UserError("vocabulary_size: must be set to build a model")
+        V, D = config.vocabulary_size, config.hidden_size
+        normal = jax.nn.initializers.normal(config.init_std)
+        self.embedding = nnx.Param(normal(rngs.params(), (V, D)), axes=("vocabulary", "embed"))
+        self.layers = _stack(config, rngs)
+        self.norm = RMSNorm(D, config.norm_epsilon)
+        if not config.tie_embeddings:
+            self.head = nnx.Param(normal(rngs.params(), (D, V)), axes=("embed", "vocabulary"))
+        self.config = config
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, kernel: str) -> jax.Array:
+        """tokens, positions int32 [B, T] → logits float32 [B, T, V]."""
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer)(x, positions, kernel), None
+
+        if self.config.remat != "none":
+            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.config.remat])
+        x, _ = jax.lax.scan(body, self._embed(tokens), layers)  # [B, T, D]
+        return self.logits(x)
+
+    def extend(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """New tokens int32 [B, T] at `positions` after what the cache holds → hidden [B, T, D], cache."""
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(x: jax.Array, layer_and_cache: Any) -> tuple[jax.Array, Cache]:
+            layer, layer_cache = layer_and_cache
+            return nnx.merge(graphdef, layer).extend(x, positions, layer_cache)
+
+        return jax.lax.scan(body, self._embed(tokens), (layers, cache))
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Zeros for `length` tokens of `batch` rows, in the compute dtype."""
+        config = self.config
+        shape = (config.num_layers, batch, length, config.kv_heads, config.head_dim)
+        return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden [..., D] → logits float32 [..., V]: inputs in the compute dtype, sums in float32."""
+        x = self.norm(x)
+        head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+        return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...].astype(self.config.dtype)[tokens]  # [B, T, D]
+
+
+def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Layer:
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=0)
+    def make(layer_rngs: nnx.Rngs) -> Layer:
+        return Layer(config, layer_rngs)
+
+    return make(rngs)
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding by half rotation (the Hugging Face convention), angles in float32.
+
+    Args:
+      x: [B, T, H, d], d even.
+      positions: int32 [B, T].
+      theta: base of the geometric series of wavelengths.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [d/2]
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, d/2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, H, d/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

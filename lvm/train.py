@@ -1,0 +1,148 @@
+"""Trains a transformer: `python -m lvm.train --config=configs/demo_lvm.py --workdir=DIR`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from lvm import cli
+from lvm.config import from_config_dict, to_json
+from lvm.console import say
+from lvm.data.mixture import Mixture, MixtureConfig
+from lvm.data.rows import Rows
+from lvm.errors import UserError
+from lvm.evaluation.pictures import completion
+from lvm.generate import Sampling, generate_tokens
+from lvm.mesh import MeshConfig, make_mesh
+from lvm.model import ModelConfig
+from lvm.module import count_params
+from lvm.training import optimizer
+from lvm.training.loop import Loop, LoopConfig
+from lvm.training.objective import NextCode
+from lvm.training.trainable import State
+from lvm.training.workdir import Workdir
+from lvm.vocabulary import Vocabulary
+from tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A transformer's training.
+
+    Attributes:
+      seed: everything random follows from it and the step.
+      batch_size: rows a step.
+      heldout_batches: batches of held-out sentences that the held-out loss averages over.
+      tokenizer: a tokenizer's folder, to show pictures of answers while training; "" shows none.
+    """
+
+    seed: int = 0
+    batch_size: int = 128
+    heldout_batches: int = 4
+    tokenizer: str = ""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
+    optimizer: optimizer.OptimizerConfig = dataclasses.field(default_factory=optimizer.OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+
+def train(config: TrainConfig, workdir: str) -> State:
+    """Trains, or goes on training, in `workdir`; returns the final state."""
+    mixture = Mixture(config.data, config.seed)
+    store = mixture.stores[0]
+    vocabulary = Vocabulary.for_codes(store.num_codes)
+    record = {
+        "config": to_json(config),
+        "tokenizer": store.manifest["tokenizer"],
+        "stores": [store.identity() for store in mixture.stores],
+    }
+    place = Workdir(workdir, "lvm", record)
+    vocabulary.save(place.path)
+    model = _with_vocabulary(config.model, vocabulary)
+    tx, schedule = optimizer.build(config.optimizer, config.loop.total_steps)
+    rows = Rows(mixture, vocabulary, model.context, config.batch_size)
+    trainable = NextCode(
+        model,
+        rows.batch_spec,
+        [source.name for source in mixture.sources],
+        tx,
+        schedule,
+        heldout=_heldout_batches(config, vocabulary, model.context),
+    )
+    if config.tokenizer:
+        trainable.draw = _pictures(config, trainable, vocabulary)
+    say(
+        f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}; "
+        + _count(mixture)
+    )
+    mesh = make_mesh(config.mesh)
+    tokens = config.batch_size * model.context
+    return Loop(trainable, rows.batch, config.loop, place, mesh, config.seed, {}, tokens).run()
+
+
+def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:
+    if model.vocabulary_size not in (0, vocabulary.size):
+        raise UserError(
+            f"config.model.vocabulary_size: {model.vocabulary_size}, the store's codes need {vocabulary.size} "
+            "(0 takes that)"
+        )
+    return dataclasses.replace(model, vocabulary_size=vocabulary.size)
+
+
+def _heldout_batches(config: TrainConfig, vocabulary: Vocabulary, context: int) -> list[dict]:
+    if not (config.data.heldout_fraction and config.heldout_batches):
+        return []
+    rows = Rows(Mixture(config.data, config.seed, "heldout"), vocabulary, context, config.batch_size)
+    return [rows.batch(step) for step in range(config.heldout_batches)]
+
+
+def _pictures(config: TrainConfig, trainable: NextCode, vocabulary: Vocabulary) -> Callable[[State], dict]:
+    """Answers to a held-out sentence of each source, decoded: what the loop shows of a state."""
+    tokenizer = Tokenizer.load(config.tokenizer)
+    side = "heldout" if config.data.heldout_fraction else "train"
+    mixture = Mixture(config.data, config.seed, side)
+    if tokenizer.identity()["weights"] != mixture.stores[0].manifest["tokenizer"]["weights"]:
+        raise UserError(
+            f"config.tokenizer: {config.tokenizer} is not the tokenizer that made the store's codes"
+        )
+    sentences = {source.name: source.sentence(0) for source in mixture.sources}
+
+    def draw(state: State) -> dict[str, np.ndarray]:
+        def answer(prompt: np.ndarray, num_images: int) -> np.ndarray:
+            row = np.concatenate([[vocabulary.bos], prompt.ravel()]).astype(np.int32)
+            length, allowed = num_images * prompt.shape[1], vocabulary.num_codes
+            sampling = Sampling(temperature=0.0)
+            tokens = generate_tokens(
+                trainable.graphdef, state["params"], [row], length, sampling, [0], num_allowed=allowed
+            )
+            return tokens.reshape(num_images, prompt.shape[1])
+
+        return {
+            f"answers-{name}": completion(codes, answer, tokenizer.decode)
+            for name, codes in sentences.items()
+        }
+
+    return draw
+
+
+def _count(mixture: Mixture) -> str:
+    parts = [f"{source.name} {source.per_epoch} sentences an epoch" for source in mixture.sources]
+    left_out = sum(source.left_out for source in mixture.sources)
+    return ", ".join(parts) + (f" ({left_out} scenes left out as too short)" if left_out else "")
+
+
+def main() -> None:
+    """The command."""
+    train(from_config_dict(TrainConfig, _CONFIG.value), _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives", required=True)
+    flags.mark_flag_as_required("config")
+    cli.run(main)

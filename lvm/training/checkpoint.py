@@ -1,0 +1,106 @@
+"""Checkpoints of a run: `checkpoints/STEP/{params,training,meta}`, written by Orbax in the background.
+
+`params` alone is what inference loads; `training` is the rest of the state. A step's folder is renamed into
+place when it is whole, so a kill in the middle of a save leaves the checkpoint before it as the newest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lvm.errors import UserError
+from lvm.training.trainable import State
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: the run's folder.
+      keep: how many of the newest are kept.
+      read_only: for inference: nothing is created or cleaned up.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 1, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, read_only=read_only)
+        self._manager = ocp.CheckpointManager(epath.Path(workdir).resolve() / FOLDER, options=options)
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: State, step: int, meta: dict[str, Any]) -> None:
+        """Starts writing; returns when the arrays are copied. Waits for the save before it."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state["params"]),
+            training=ocp.args.StandardSave(state["training"]),
+            meta=ocp.args.JsonSave(meta),
+        )
+        with _clear_disk_errors(self._manager.directory):
+            self._manager.save(step, args=items)
+
+    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        """The state at `step`, sharded as `abstract` says, and its meta."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract["params"]),
+            training=ocp.args.StandardRestore(abstract["training"]),
+            meta=ocp.args.JsonRestore(),
+        )
+        restored = self._manager.restore(step, args=items)
+        counter = jax.device_put(jax.numpy.int32(step), abstract["step"].sharding)
+        return {"step": counter, "params": restored.params, "training": restored.training}, restored.meta
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """The parameters alone."""
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=items).params
+
+    def wait(self) -> None:
+        """Returns when the save under way is whole on disk."""
+        with _clear_disk_errors(self._manager.directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        with _clear_disk_errors(self._manager.directory):
+            self._manager.close()
+
+
+def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
+    """The newest parameters of a workdir, on this process's first device, and their step.
+
+    Raises:
+      UserError: the workdir holds no whole checkpoint.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True) if (epath.Path(workdir) / FOLDER).exists() else None
+    step = checkpoints.latest() if checkpoints else None
+    if checkpoints is None or step is None:
+        raise UserError(f"{workdir}: no checkpoint yet; wanted a folder that training has saved into")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    params = checkpoints.restore_params(step, placed)
+    checkpoints.close()
+    return params, step
+
+
+@contextlib.contextmanager
+def _clear_disk_errors(folder: epath.PathLike) -> Iterator[None]:
+    """Storage libraries wrap a full or read-only disk in errors of their own; gives back an `OSError`."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(code) in str(error):
+                raise OSError(code, os.strerror(code), os.fspath(folder)) from error
+        raise

@@ -1,0 +1,218 @@
+"""The training loop, for every `Trainable`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from lvm import mesh as meshes
+from lvm.console import Progress, say
+from lvm.errors import EXIT_PREEMPTED, DivergedError, UserError
+from lvm.training.checkpoint import Checkpoints
+from lvm.training.metrics import MetricsWriter
+from lvm.training.trainable import Batch, State, Trainable
+from lvm.training.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long a run is, and what it does how often (in steps; 0 is never, but at the end).
+
+    Attributes:
+      keep: how many checkpoints are kept.
+    """
+
+    total_steps: int = 100_000
+    log_every: int = 50
+    evaluate_every: int = 1000
+    picture_every: int = 5000
+    checkpoint_every: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        for name in ("evaluate_every", "picture_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)} is negative")
+
+
+class Loop:
+    """Runs a trainable from its workdir's newest checkpoint to the end.
+
+    Args:
+      trainable: the model with its objective.
+      read_batch: step → that step's global batch, a pure function.
+      config: see `LoopConfig`.
+      workdir: where checkpoints, metrics and pictures go.
+      mesh: the devices.
+      seed: everything random follows from it and the step.
+      meta: goes into every checkpoint.
+      tokens_per_step: for the metrics `tokens` and `tokens_per_second`; 0 leaves them out.
+    """
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        read_batch: Callable[[int], Batch],
+        config: LoopConfig,
+        workdir: Workdir,
+        mesh: Mesh,
+        seed: int,
+        meta: dict[str, Any],
+        tokens_per_step: int = 0,
+    ):
+        self._trainable, self._read_batch, self._config = trainable, read_batch, config
+        self._path, self._mesh, self._meta = workdir.path, mesh, meta
+        self._tokens_per_step = tokens_per_step
+        self._rng = jax.random.key(seed)
+        self._checkpoints = Checkpoints(self._path, config.keep)
+        abstract = jax.eval_shape(trainable.init, self._rng)
+        self._shardings = meshes.shardings(mesh, abstract, trainable.logical_axes)
+        self._abstract = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract,
+            self._shardings,
+        )
+        self._stop_requested = False
+
+    def run(self) -> State:
+        """Trains to `total_steps` and returns the state; a finished run is returned as it is.
+
+        Raises:
+          DivergedError: the loss is not finite.
+          SystemExit: SIGTERM came; the step is saved, the exit code says so.
+        """
+        state, start = self._start()
+        total = self._config.total_steps
+        if start >= total:
+            say(f"{self._path}: training is complete at step {start}")
+            return state
+        previous = signal.signal(signal.SIGTERM, self._request_stop)
+        self._metrics = MetricsWriter(self._path, start)
+        try:
+            state = self._train(state, start, total)
+        finally:
+            self._metrics.close()
+            self._checkpoints.close()
+            signal.signal(signal.SIGTERM, previous)
+        return state
+
+    def _start(self) -> tuple[State, int]:
+        step = self._checkpoints.latest()
+        if step is None:
+            return jax.jit(self._trainable.init, out_shardings=self._shardings)(self._rng), 0
+        say(f"{self._path}: going on from step {step}")
+        state, _ = self._checkpoints.restore(step, self._abstract)
+        return state, step
+
+    def _train(self, state: State, start: int, total: int) -> State:
+        def step_fn(state: State, batch: Batch) -> Any:
+            return self._trainable.update(state, batch, jax.random.fold_in(self._rng, state["step"]))
+
+        update = jax.jit(step_fn, donate_argnums=0, out_shardings=(self._shardings, None))
+        clock = _Clock(Progress(total, start))
+        for step, batch in enumerate(clock.wait_for(self._batches(start, total)), start + 1):
+            state, metrics = update(state, batch)
+            last = step == total or self._stop_requested
+            self._report(step, state, metrics, clock, last)
+            if step == total or _due(step, self._config.picture_every):
+                self._draw(step, state)
+            if last or _due(step, self._config.checkpoint_every):
+                self._check_finite(step, metrics)
+                self._checkpoints.save(state, step, self._meta)
+            if self._stop_requested:
+                self._checkpoints.wait()
+                say(f"SIGTERM: saved at step {step}")
+                raise SystemExit(EXIT_PREEMPTED)
+        return state
+
+    def _batches(self, start: int, total: int) -> Iterator[Batch]:
+        steps = grain.MapDataset.range(start, total).map(self._read_batch)
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+        sharding = meshes.batch_sharding(self._mesh)
+        for batch in steps.to_iter_dataset(options):
+            yield {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+    def _report(
+        self, step: int, state: State, metrics: dict[str, jax.Array], clock: _Clock, last: bool
+    ) -> None:
+        values: dict[str, float] = {}
+        if last or _due(step, self._config.log_every):
+            values |= self._measure(step, metrics, clock)
+            say(f"step {clock.progress.line(step)}, loss {values['loss']:.4f}")
+            self._check_finite(step, metrics)
+        if last or _due(step, self._config.evaluate_every):
+            heldout = self._trainable.evaluate(state)
+            say("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
+            values |= heldout
+            clock.lap()  # the time that evaluation took is no step's
+        if values:
+            self._metrics.write(step, values)
+
+    def _measure(self, step: int, metrics: dict[str, jax.Array], clock: _Clock) -> dict[str, float]:
+        # Reading the metrics waits for the step, so the clock measures steps that have ended. A source that
+        # the batch held no token of has no loss (NaN there).
+        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: x for name, x in values.items() if not (name.startswith("loss/") and math.isnan(x))}
+        seconds, waited = clock.lap()
+        values |= {"step_seconds": seconds, "input_wait": waited}
+        if self._tokens_per_step:
+            values["perplexity"] = math.exp(min(values["loss"], 700.0))
+            values["tokens"] = step * self._tokens_per_step
+            values["tokens_per_second"] = self._tokens_per_step / seconds
+        return values
+
+    def _draw(self, step: int, state: State) -> None:
+        for name, picture in self._trainable.pictures(state).items():
+            folder = self._path / "pictures"
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(folder / f"{name}-{step:07d}.png")
+
+    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        if not np.isfinite(float(metrics["loss"])):
+            raise DivergedError(f"{self._path}: the loss is {float(metrics['loss'])} at step {step}")
+
+    def _request_stop(self, signum: int, frame: Any) -> None:
+        self._stop_requested = True
+
+
+class _Clock:
+    """Time a step, and the share of it spent waiting for input."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self._mark, self._waited, self._steps = time.monotonic(), 0.0, 0
+
+    def wait_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            before = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - before
+            if batch is None:
+                return
+            self._steps += 1
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds a step and the share waited, since the lap before."""
+        now = time.monotonic()
+        elapsed = now - self._mark
+        seconds, waited = elapsed / max(1, self._steps), self._waited / max(elapsed, 1e-9)
+        self._mark, self._waited, self._steps = now, 0.0, 0
+        return seconds, waited
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

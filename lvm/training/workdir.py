@@ -1,0 +1,97 @@
+"""A run's folder: its configuration, the rule that a resumed run must agree with it, and one run at a time."""
+
+from __future__ import annotations
+
+import fcntl
+from typing import Any
+
+from etils import epath
+
+from lvm import files
+from lvm.console import say
+from lvm.errors import UserError
+
+CONFIG = "config.json"
+
+# What may differ when a run is resumed: it changes neither the data nor the mathematics of a step.
+_FREE = (
+    "mesh.",
+    "model.remat",
+    "loop.log_every",
+    "loop.evaluate_every",
+    "loop.picture_every",
+    "loop.checkpoint_every",
+    "loop.keep",
+    "loop.total_steps",
+    "tokenizer",
+)
+
+
+class Workdir:
+    """Opens (or creates) a run's folder and holds its lock until the process ends.
+
+    Args:
+      path: the folder.
+      kind: "lvm" or "tokenizer".
+      record: what defines the run: {"config": …} and what it was resolved to, all JSON.
+
+    Raises:
+      UserError: another run holds the folder, or it belongs to a run of another kind or configuration.
+    """
+
+    def __init__(self, path: epath.PathLike, kind: str, record: dict[str, Any]):
+        self.path = epath.Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another run is using this workdir") from None
+        record = files.as_json({"version": 1, "kind": kind, **record})
+        if (self.path / CONFIG).exists():
+            self._compare(read_record(self.path, kind), record)
+        files.write_json(self.path / CONFIG, record)
+
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        before, after = _flatten(old), _flatten(new)
+        refused = []
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) == after.get(key):
+                continue
+            change = f"{key}: {before.get(key)!r} → {after.get(key)!r}"
+            if key.removeprefix("config.").startswith(_FREE):
+                say(f"resuming with a changed {change}")
+            else:
+                refused.append(change)
+        if refused:
+            raise UserError(
+                f"{self.path}: holds a run of another configuration ({'; '.join(refused)}); "
+                "choose another --workdir or the configuration it was started with"
+            )
+
+
+def read_record(path: epath.PathLike, kind: str) -> dict[str, Any]:
+    """What `Workdir` wrote.
+
+    Raises:
+      UserError: not a workdir, or one of another kind.
+    """
+    file = epath.Path(path) / CONFIG
+    if not file.exists():
+        raise UserError(
+            f"{path}: not a model folder: {CONFIG} is missing; wanted a workdir of {kind} training"
+        )
+    record = files.read_json(file)
+    if not isinstance(record, dict) or record.get("kind") != kind:
+        found = record.get("kind") if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{file}: holds {found!r}, wanted the workdir of a model of kind {kind!r}")
+    return record
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.")
+    return flat

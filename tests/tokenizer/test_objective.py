@@ -1,0 +1,144 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lvm.errors import UserError
+from tokenizer import losses, quantizers
+from tokenizer.objective import LossConfig, TokenizerObjective, to_float, to_uint8
+from tokenizer.vqgan import VQGANConfig
+
+CONFIG = VQGANConfig(
+    resolution=16, patch_size=4, channels=8, channel_multipliers=(1,), encoder_blocks=1, decoder_blocks=1,
+    middle_blocks=0, codebook_size=16, codebook_dim=4, norm_groups=4, quant_convs=False, l2_normalize=True,
+)  # fmt: skip
+SEED_STEP = 4
+
+
+@functools.cache
+def objective(share=SEED_STEP / 40):
+    schedule = optax.constant_schedule(1e-2)
+    loss = LossConfig(autoencoder_share=share)
+    return TokenizerObjective(CONFIG, loss, optax.adam(schedule), schedule, total_steps=40, batch_size=8)
+
+
+@functools.cache
+def compiled():
+    return jax.jit(objective().update)
+
+
+def batch(seed=0):
+    images = np.random.default_rng(seed).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8)
+    return {"images": jnp.asarray(images.repeat(4, 1).repeat(4, 2))}  # flat patches: easy to learn
+
+
+def run(steps):
+    state, history = objective().init(jax.random.key(0)), []
+    for step in range(steps):
+        state, metrics = compiled()(state, batch(), jax.random.fold_in(jax.random.key(1), step))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def test_batches_and_states_have_their_shapes():
+    assert objective().batch_spec == {"images": jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8)}
+    state = jax.eval_shape(objective().init, jax.random.key(0))
+    assert set(state) == {"step", "params", "training"}
+    after, metrics = jax.eval_shape(objective().update, state, objective().batch_spec, jax.random.key(0))
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
+    assert all(jax.tree.leaves(same))
+    assert {(value.shape, value.dtype) for value in metrics.values()} == {((), jnp.dtype(jnp.float32))}
+    assert {"loss", "grad_norm", "learning_rate", "psnr", "codebook_usage", "codebook_perplexity"} <= set(
+        metrics
+    )
+
+
+def test_the_loss_falls_through_both_phases():
+    _, history = run(40)
+    assert history[SEED_STEP - 1]["loss"] < history[0]["loss"]
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert history[-1]["psnr"] > history[SEED_STEP]["psnr"]
+    assert all(entry["loss/commitment"] == 0 for entry in history[:SEED_STEP])
+
+
+def test_the_codebook_waits_for_its_seeding_and_then_moves_without_gradient():
+    start, _ = run(0)
+    before, _ = run(SEED_STEP)
+    np.testing.assert_array_equal(start["params"]["codebook"], before["params"]["codebook"])
+    np.testing.assert_array_equal(before["training"]["averages"]["counts"], 1.0)
+    after, history = run(SEED_STEP + 1)
+    assert history[-1]["codebook_usage"] > 0.9  # codes seeded from this very batch are nearest to themselves
+    assert np.abs(after["params"]["codebook"] - before["params"]["codebook"]).max() > 0.1
+    assert (
+        "codebook"
+        not in jax.tree.leaves(after["training"]["optimizer"], is_leaf=lambda x: isinstance(x, dict))[1]
+    )
+
+
+def test_the_codebook_is_seeded_with_the_encoders_outputs():
+    state, _ = run(SEED_STEP)
+    model = objective().model(state["params"])
+    latents = np.asarray(model.encode_latents(to_float(batch()["images"]))).reshape(-1, 4)
+    keep = dataclasses.replace(objective().loss, ema_decay=0.999999, dead_below=0.0)
+    frozen = TokenizerObjective(
+        CONFIG, keep, objective().optimizer, objective().schedule, total_steps=40, batch_size=8
+    )
+    state, _ = jax.jit(frozen.update)(state, batch(), jax.random.key(1))
+    nearest = np.abs(np.asarray(state["params"]["codebook"])[:, None] - latents).max(-1).min(-1)  # [K]
+    np.testing.assert_allclose(nearest, 0.0, atol=1e-4)
+
+
+def test_equal_arguments_give_equal_bits():
+    (first, _), (second, _) = run(SEED_STEP + 3), run(SEED_STEP + 3)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_donated_state_gives_the_same():
+    update = jax.jit(objective().update, donate_argnums=0)
+    state, _ = run(0)
+    donated, _ = update(jax.tree.map(jnp.copy, state), batch(), jax.random.key(2))
+    kept, _ = compiled()(state, batch(), jax.random.key(2))
+    jax.tree.map(np.testing.assert_array_equal, donated, kept)
+
+
+def test_reconstruct_goes_through_codes():
+    state, _ = run(0)
+    images = objective().reconstruct(state["params"], batch()["images"])
+    assert (images.shape, images.dtype) == ((8, 16, 16, 3), jnp.uint8)
+    model = objective().model(state["params"])
+    again = to_uint8(model.decode_float(model.encode(to_float(batch()["images"]))))
+    np.testing.assert_array_equal(images, again)
+
+
+def test_losses_by_hand():
+    a, b = jnp.zeros((2, 2, 2, 1)), jnp.array([1.0, 0.0, 0.0, 0.0] * 2).reshape(2, 2, 2, 1)
+    assert losses.l1(a, b) == 0.25
+    assert losses.l2(a, b / 2) == 0.0625
+    assert losses.gradient_l1(a, b) == 0.5 + 0.5
+    np.testing.assert_allclose(losses.psnr(a, b), [6.0206, 6.0206], rtol=1e-4)
+    gradient = jax.grad(lambda quantized: losses.commitment(a, quantized))(b)
+    np.testing.assert_array_equal(gradient, 0.0)
+    assert quantizers.usage(jnp.array([1.0, 0.0])) == 0.5
+
+
+def test_uint8_survives_the_way_through_floats():
+    every = jnp.arange(256, dtype=jnp.uint8)
+    np.testing.assert_array_equal(to_uint8(to_float(every)), every)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"l1": -1.0}, "l1 = -1.0"),
+        ({"autoencoder_share": 1.0}, "autoencoder_share = 1.0"),
+        ({"ema_decay": 1.5}, "ema_decay = 1.5"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(changes, message):
+    with pytest.raises(UserError) as caught:
+        LossConfig(**changes)
+    assert message in str(caught.value)

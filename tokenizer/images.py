@@ -1,0 +1,112 @@
+"""Batches of images to train a tokenizer with: every image of a source, held in memory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from lvm.console import Progress, say
+from lvm.data import split
+from lvm.data.permutation import permute
+from lvm.data.sources import Source
+from lvm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig:
+    """What a tokenizer is trained on.
+
+    Attributes:
+      source: a folder of images, or a config file that describes a source.
+      heldout_fraction: share of the groups that training never sees.
+      rgb_share: share of a batch that is `rgb` images; images of the other streams fill the rest.
+      max_scenes: only that many scenes of each side are read; 0 reads all.
+      max_gigabytes: refuses a source that would take more memory.
+    """
+
+    source: str = ""
+    heldout_fraction: float = 0.05
+    rgb_share: float = 0.5
+    max_scenes: int = 0
+    max_gigabytes: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rgb_share <= 1:
+            raise UserError(f"rgb_share: {self.rgb_share} is not in [0, 1]")
+        if self.max_scenes < 0:
+            raise UserError(f"max_scenes: {self.max_scenes} is negative")
+
+
+def sides(source: Source, config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the scenes to train on, and of those held out."""
+    hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
+    mask = split.heldout(hashes, config.heldout_fraction)
+    limit = config.max_scenes or len(source)
+    return np.flatnonzero(~mask)[:limit], np.flatnonzero(mask)[:limit]
+
+
+class ImagePool:
+    """All images of some scenes, by stream.
+
+    Attributes:
+      images: stream → uint8 [n, R, R, 3].
+
+    Raises:
+      UserError: the images need more than `max_gigabytes`, or none could be read.
+    """
+
+    def __init__(self, source: Source, numbers: Sequence[int], resolution: int, max_gigabytes: float):
+        infos = [source.info(int(i)) for i in numbers]
+        gigabytes = sum(info.num_frames * len(info.streams) for info in infos) * resolution**2 * 3 / 1e9
+        if gigabytes > max_gigabytes:
+            raise UserError(
+                f"config.data.source: {gigabytes:.1f} GB of images, max_gigabytes is {max_gigabytes}; "
+                "raise it, or set config.data.max_scenes"
+            )
+        by_stream: dict[str, list[np.ndarray]] = {}
+        failures = []
+        progress = Progress(len(infos), unit="scenes")
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for done, scene in enumerate(pool.map(lambda i: source.load(int(i)), numbers), 1):
+                failures += scene.failures
+                for column, stream in enumerate(scene.info.streams):
+                    by_stream.setdefault(stream, []).append(scene.images[:, column])
+                if done % 250 == 0:
+                    say(f"reading images: {progress.line(done)}")
+        for failure in failures:
+            say(f"skipped {failure.key}: {failure.reason}")
+        self.images = {stream: np.concatenate(parts) for stream, parts in by_stream.items()}
+        if not sum(len(images) for images in self.images.values()):
+            raise UserError(
+                f"config.data.source: none of the {len(infos)} scenes has an image that can be read"
+            )
+
+
+class TrainingImages:
+    """Batches drawn from a pool, each a pure function of (seed, step)."""
+
+    def __init__(self, pool: ImagePool, rgb_share: float, batch_size: int, seed: int):
+        rgb = pool.images.get("rgb")
+        others = [images for stream, images in pool.images.items() if stream != "rgb"]
+        self._parts = [part for part in (rgb, np.concatenate(others) if others else None) if part is not None]
+        shares = [batch_size] if len(self._parts) == 1 else [round(rgb_share * batch_size)]
+        self._shares = shares if len(self._parts) == 1 else [shares[0], batch_size - shares[0]]
+        self._seed = seed
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """{"images": uint8 [B, R, R, 3]}; each part of the pool is gone through in a new order each epoch."""
+        rows = []
+        for part, (images, share) in enumerate(zip(self._parts, self._shares, strict=True)):
+            places = np.arange(step * share, (step + 1) * share)
+            for epoch in np.unique(places // len(images)):
+                mine = places[places // len(images) == epoch] % len(images)
+                rows.append(images[permute(mine, len(images), hash_seed(self._seed, part, int(epoch)))])
+        return {"images": np.concatenate(rows)}
+
+
+def hash_seed(*numbers: int) -> int:
+    """One 64-bit seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

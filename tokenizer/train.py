@@ -1,0 +1,142 @@
+"""Trains a tokenizer: `python -m tokenizer.train --config=configs/demo_tokenizer.py --workdir=DIR`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from lvm import cli
+from lvm.config import from_config_dict, to_json
+from lvm.console import say
+from lvm.data.preprocess import Preprocess
+from lvm.data.sources import open_source
+from lvm.errors import UserError
+from lvm.mesh import MeshConfig, make_mesh
+from lvm.training import optimizer
+from lvm.training.loop import Loop, LoopConfig
+from lvm.training.trainable import State
+from lvm.training.workdir import Workdir
+from tokenizer.images import ImagePool, ImagesConfig, TrainingImages, sides
+from tokenizer.objective import LossConfig, TokenizerObjective
+from tokenizer.vqgan import VQGANConfig
+
+_HELDOUT_IMAGES = 128  # of each stream, for the figures that training logs
+_PICTURED = 4  # images of each stream in a picture
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """A tokenizer's training.
+
+    Attributes:
+      seed: everything random follows from it and the step.
+      batch_size: images a step.
+      preprocess: how pictures become images; its resolution is the model's.
+    """
+
+    seed: int = 0
+    batch_size: int = 256
+    model: VQGANConfig = dataclasses.field(default_factory=VQGANConfig)
+    preprocess: Preprocess = dataclasses.field(default_factory=lambda: Preprocess(256))
+    data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: optimizer.OptimizerConfig = dataclasses.field(default_factory=optimizer.OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if self.preprocess.resolution != self.model.resolution:
+            raise UserError(
+                f"preprocess.resolution: {self.preprocess.resolution}, model.resolution is {self.model.resolution}; "
+                "they must agree"
+            )
+
+
+class TokenizerTrainable(TokenizerObjective):
+    """The objective with what a run measures and shows of it on held-out images."""
+
+    heldout: dict[str, np.ndarray]  # stream → uint8 [n, R, R, 3]
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """PSNR in dB of each stream's held-out images, `heldout_psnr/STREAM`."""
+        figures = {}
+        for stream, images in self.heldout.items():
+            decoded = self._reconstruct(state, images)
+            error = (images.astype(np.float32) - decoded) / 255
+            mse = np.mean(error**2, axis=(1, 2, 3))  # [n]
+            figures[f"heldout_psnr/{stream}"] = float(np.mean(-10 * np.log10(np.maximum(mse, 1e-10))))
+        return figures
+
+    def pictures(self, state: State) -> dict[str, np.ndarray]:
+        """Held-out images above their reconstructions, a pair of rows a stream."""
+        rows = []
+        for images in self.heldout.values():
+            shown = images[:: max(1, len(images) // _PICTURED)][:_PICTURED]
+            padded = np.zeros((_PICTURED, *images.shape[1:]), np.uint8)
+            padded[: len(shown)] = shown
+            rows += [
+                np.concatenate(list(padded), 1),
+                np.concatenate(list(self._reconstruct(state, padded)), 1),
+            ]
+        return {"reconstructions": np.concatenate(rows)} if rows else {}
+
+    def _reconstruct(self, state: State, images: np.ndarray) -> np.ndarray:
+        if not hasattr(self, "_jitted"):
+            self._jitted = jax.jit(self.reconstruct)
+        return np.asarray(self._jitted(state["params"], images))
+
+
+def train(config: TokenizerConfig, workdir: str) -> State:
+    """Trains, or goes on training, in `workdir`; returns the final state."""
+    if not config.data.source:
+        raise UserError("config.data.source: empty; give a folder of images or a config file of a source")
+    source = open_source(config.data.source, config.preprocess)
+    record = {
+        "config": to_json(config),
+        "preprocess": config.preprocess.to_json(),
+        "source": source.describe(),
+    }
+    place = Workdir(workdir, "tokenizer", record)
+    for skipped in source.skipped:
+        say(f"skipped {skipped.key}: {skipped.reason}")
+    tx, schedule = optimizer.build(config.optimizer, config.loop.total_steps)
+    trainable = TokenizerTrainable(
+        config.model,
+        config.loss,
+        tx,
+        schedule,
+        total_steps=config.loop.total_steps,
+        batch_size=config.batch_size,
+    )
+    side, limit = config.model.resolution, config.data.max_gigabytes
+    training, heldout = sides(source, config.data)
+    pool = ImagePool(source, training, side, limit)
+    trainable.heldout = {}
+    if len(heldout):
+        images = ImagePool(source, heldout, side, limit).images
+        trainable.heldout = {s: x[:: -(-len(x) // _HELDOUT_IMAGES)] for s, x in images.items() if len(x)}
+    say(f"{len(training)} scenes to train on, {len(heldout)} held out; " + _count(pool))
+    batches = TrainingImages(pool, config.data.rgb_share, config.batch_size, config.seed)
+    mesh = make_mesh(config.mesh)
+    return Loop(trainable, batches.batch, config.loop, place, mesh, config.seed, {}).run()
+
+
+def _count(pool: ImagePool) -> str:
+    return ", ".join(f"{len(images)} {stream}" for stream, images in pool.images.items()) + " images"
+
+
+def main() -> None:
+    """The command."""
+    config = from_config_dict(TokenizerConfig, _CONFIG.value)
+    train(config, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives", required=True)
+    flags.mark_flag_as_required("config")
+    cli.run(main)
