@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lvm.config import to_config_dict
 from lvm.data.mixture import MixtureConfig, SourceConfig
-from lvm.data.recipes import Pairs, Video
+from lvm.data.recipes import Pairs, Single, Video
 from lvm.model import ModelConfig
 from lvm.train import TrainConfig
 from lvm.training.loop import LoopConfig
@@ -26,6 +26,11 @@ def get_config() -> ConfigDict:
         "segmentation": SourceConfig(Pairs(target="segmentation", shots=4), weight=0.40),
         "depth": SourceConfig(Pairs(target="depth", shots=4), weight=0.15),
         "edges": SourceConfig(Pairs(target="edges", shots=4), weight=0.15),
+        # What other images than the generated scenes may have; `make demo IMAGES=…` sets the weights.
+        "normals": SourceConfig(Pairs(target="normals", shots=4), weight=0.0),
+        "boxes": SourceConfig(Pairs(target="boxes", shots=4), weight=0.0),
+        "pose": SourceConfig(Pairs(target="pose", shots=4), weight=0.0),
+        "single": SourceConfig(Single(), weight=0.0),
     }
     return to_config_dict(
         TrainConfig(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import jax
 
 from lvm.errors import UserError
 
 KERNELS = ("auto", "xla", "cudnn")
+_Implementation = Literal["xla", "cudnn"]
 
 
 def choose_kernel(kernel: str, platform: str) -> str:
@@ -35,7 +38,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, kernel: str) -> j
     Returns:
       [B, T, H, D] in the dtype of `query`; scores are scaled by 1/√D, the softmax is in float32.
     """
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=kernel)
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=True, implementation=cast(_Implementation, kernel)
+    )
 
 
 def attend_cache(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:

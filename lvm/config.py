@@ -29,7 +29,8 @@ def to_json(config: Any) -> Any:
     """The dataclass as plain dicts, lists and scalars."""
     if dataclasses.is_dataclass(config):
         tree = {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
-        return {"kind": config.kind, **tree} if hasattr(type(config), "kind") else tree
+        kind = getattr(type(config), "kind", None)
+        return {"kind": kind, **tree} if kind else tree
     if isinstance(config, Mapping):
         return {key: to_json(value) for key, value in config.items()}
     if isinstance(config, (tuple, list)):

@@ -94,7 +94,7 @@ def shardings(mesh: Mesh, tree: Any, axes: Any) -> Any:
         for start in range(len(names)):
             found = by_path.get(names[start:])
             if found is not None and len(found) == leaf.ndim:
-                return NamedSharding(mesh, _divisible(spec(found), leaf.shape, mesh, names))
+                return NamedSharding(mesh, _divisible(found, leaf.shape, mesh, names))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map_with_path(sharding, tree)
@@ -110,12 +110,12 @@ def _names(path: Any) -> tuple[str, ...]:
 
 
 def _divisible(
-    partition: PartitionSpec, shape: Sequence[int], mesh: Mesh, names: Sequence[str]
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, names: Sequence[str]
 ) -> PartitionSpec:
-    for size, entry in zip(shape, partition, strict=True):
-        ways = int(np.prod([mesh.shape[axis] for axis in entry or ()]))
+    for size, axis in zip(shape, axes, strict=True):
+        ways = int(np.prod([mesh.shape[mesh_axis] for mesh_axis in RULES.get(axis or "", ())]))
         if size % ways:
             raise UserError(
                 f"config.mesh: {'/'.join(names)} has a dimension of {size}, not divisible by {ways}"
             )
-    return partition
+    return spec(axes)

@@ -63,8 +63,7 @@ class LVM:
         config = from_config_dict(
             ModelConfig, record["config"]["model"], f"{folder}/config.json: config.model"
         )
-        changes = {"vocabulary_size": vocabulary.size} | ({"dtype": dtype} if dtype else {})
-        config = dataclasses.replace(config, **changes)
+        config = dataclasses.replace(config, vocabulary_size=vocabulary.size, dtype=dtype or config.dtype)
         _, shapes = abstract(lambda rngs: Transformer(config, rngs))
         params, step = load_params(folder, shapes)
         return cls(config, vocabulary, params, record, step)
@@ -191,7 +190,7 @@ class LVM:
 
     @staticmethod
     def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-        seeds = [int(seed)] * rows if np.ndim(seed) == 0 else [int(s) for s in np.asarray(seed)]
+        seeds = [int(s) for s in np.ravel(seed)] * (rows if np.ndim(seed) == 0 else 1)
         if len(seeds) != rows:
             raise UserError(f"seed: {len(seeds)} seeds for {rows} prompts; give one, or one each")
         return seeds

@@ -21,7 +21,7 @@ from lvm.mesh import MeshConfig, make_mesh
 from lvm.model import ModelConfig
 from lvm.module import count_params
 from lvm.training import optimizer
-from lvm.training.loop import Loop, LoopConfig
+from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.objective import NextCode
 from lvm.training.trainable import State
 from lvm.training.workdir import Workdir
@@ -51,8 +51,8 @@ class TrainConfig:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
 
-def train(config: TrainConfig, workdir: str) -> State:
-    """Trains, or goes on training, in `workdir`; returns the final state."""
+def train(config: TrainConfig, workdir: str) -> None:
+    """Trains, or goes on training, in `workdir`; does nothing where it is complete."""
     mixture = Mixture(config.data, config.seed)
     store = mixture.stores[0]
     vocabulary = Vocabulary.for_codes(store.num_codes)
@@ -62,6 +62,8 @@ def train(config: TrainConfig, workdir: str) -> State:
         "stores": [store.identity() for store in mixture.stores],
     }
     place = Workdir(workdir, "lvm", record)
+    if is_finished(place, config.loop):
+        return
     vocabulary.save(place.path)
     model = _with_vocabulary(config.model, vocabulary)
     tx, schedule = optimizer.build(config.optimizer, config.loop.total_steps)
@@ -82,7 +84,7 @@ def train(config: TrainConfig, workdir: str) -> State:
     )
     mesh = make_mesh(config.mesh)
     tokens = config.batch_size * model.context
-    return Loop(trainable, rows.batch, config.loop, place, mesh, config.seed, {}, tokens).run()
+    Loop(trainable, rows.batch, config.loop, place, mesh, config.seed, {}, tokens).run()
 
 
 def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:

@@ -103,7 +103,7 @@ class Encoder:
                     "or what it was begun with"
                 )
             return
-        if any(self._folder.iterdir()):
+        if any(not file.name.startswith(".") for file in self._folder.iterdir()):
             raise UserError(f"{self._folder}: not empty and not a store; choose a new folder for --out")
         files.write_json(path, {**header, "num_shards": self._num_shards})
 

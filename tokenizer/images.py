@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
 from lvm.console import Progress, say
 from lvm.data import split
 from lvm.data.permutation import permute
-from lvm.data.sources import Source
+from lvm.data.sources import Failure, Source
 from lvm.errors import UserError
 
 
@@ -58,7 +57,7 @@ class ImagePool:
       UserError: the images need more than `max_gigabytes`, or none could be read.
     """
 
-    def __init__(self, source: Source, numbers: Sequence[int], resolution: int, max_gigabytes: float):
+    def __init__(self, source: Source, numbers: np.ndarray, resolution: int, max_gigabytes: float):
         infos = [source.info(int(i)) for i in numbers]
         gigabytes = sum(info.num_frames * len(info.streams) for info in infos) * resolution**2 * 3 / 1e9
         if gigabytes > max_gigabytes:
@@ -67,7 +66,7 @@ class ImagePool:
                 "raise it, or set config.data.max_scenes"
             )
         by_stream: dict[str, list[np.ndarray]] = {}
-        failures = []
+        failures: list[Failure] = []
         progress = Progress(len(infos), unit="scenes")
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for done, scene in enumerate(pool.map(lambda i: source.load(int(i)), numbers), 1):

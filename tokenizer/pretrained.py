@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from PIL import Image
@@ -119,7 +120,7 @@ class Tokenizer:
 
     def decode(self, codes: Any, batch_size: int = BATCH) -> np.ndarray:
         """Codes int [B, N] → images uint8 [B, R, R, 3]: round(255·clip(x, 0, 1))."""
-        return np.asarray(to_uint8(self.decode_float(codes, batch_size)))
+        return np.asarray(to_uint8(jnp.asarray(self.decode_float(codes, batch_size))))
 
     def encode_async(self, images: np.ndarray) -> jax.Array:
         """One device call without waiting for it: uint8 [B, R, R, 3] → codes int32 [B, N] still on the device."""

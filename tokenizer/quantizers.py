@@ -77,7 +77,8 @@ def update_codebook(
 
     `latents` [N, C] and their `codes` [N] give each code's count and sum in the batch; the averages keep
     `decay` of what they held. A code whose averaged count falls under `dead_below` takes the place of a
-    random latent of the batch and counts once (as in Jukebox, arXiv 2005.00341). Returns (averages, codebook).
+    random latent of the batch and counts once (as in Jukebox, arXiv 2005.00341).
+    Returns (averages, codebook).
     """
     K = averages["counts"].shape[0]
     counts = jax.ops.segment_sum(jnp.ones(codes.shape), codes, num_segments=K)  # [K]

@@ -17,7 +17,7 @@ from lvm.data.sources import open_source
 from lvm.errors import UserError
 from lvm.mesh import MeshConfig, make_mesh
 from lvm.training import optimizer
-from lvm.training.loop import Loop, LoopConfig
+from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.trainable import State
 from lvm.training.workdir import Workdir
 from tokenizer.images import ImagePool, ImagesConfig, TrainingImages, sides
@@ -90,8 +90,8 @@ class TokenizerTrainable(TokenizerObjective):
         return np.asarray(self._jitted(state["params"], images))
 
 
-def train(config: TokenizerConfig, workdir: str) -> State:
-    """Trains, or goes on training, in `workdir`; returns the final state."""
+def train(config: TokenizerConfig, workdir: str) -> None:
+    """Trains, or goes on training, in `workdir`; does nothing where it is complete."""
     if not config.data.source:
         raise UserError("config.data.source: empty; give a folder of images or a config file of a source")
     source = open_source(config.data.source, config.preprocess)
@@ -101,6 +101,8 @@ def train(config: TokenizerConfig, workdir: str) -> State:
         "source": source.describe(),
     }
     place = Workdir(workdir, "tokenizer", record)
+    if is_finished(place, config.loop):
+        return
     for skipped in source.skipped:
         say(f"skipped {skipped.key}: {skipped.reason}")
     tx, schedule = optimizer.build(config.optimizer, config.loop.total_steps)
@@ -122,7 +124,7 @@ def train(config: TokenizerConfig, workdir: str) -> State:
     say(f"{len(training)} scenes to train on, {len(heldout)} held out; " + _count(pool))
     batches = TrainingImages(pool, config.data.rgb_share, config.batch_size, config.seed)
     mesh = make_mesh(config.mesh)
-    return Loop(trainable, batches.batch, config.loop, place, mesh, config.seed, {}).run()
+    Loop(trainable, batches.batch, config.loop, place, mesh, config.seed, {}).run()
 
 
 def _count(pool: ImagePool) -> str:

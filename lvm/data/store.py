@@ -61,7 +61,7 @@ def write_shard(
     """
     path = epath.Path(folder) / shard_name(shard, num_shards)
     record_path = path.with_suffix(".array_record")
-    temporary = path.parent / f".{record_path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{record_path.name}.tmp"
     try:
         entries, histogram = _write_records(temporary, content, num_codes)
         files.flush(temporary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -46,6 +46,11 @@ def sheet(rows: Sequence[Sequence[Cell | None]], side: int = 96) -> np.ndarray:
     return np.asarray(paper)
 
 
+def answer_row(gap: int, images: Iterable[np.ndarray]) -> list[Cell | None]:
+    """Framed answers after `gap` empty places."""
+    return [*[None] * gap, *(Cell(image, "answer", True) for image in images)]
+
+
 def completion(
     codes: np.ndarray,
     answer: Callable[[np.ndarray, int], np.ndarray],
@@ -65,5 +70,4 @@ def completion(
         return sheet([[Cell(image, f"{i + 1}") for i, image in enumerate(decode(codes))]])
     answers = answer(codes[:given], len(codes) - given)
     truth = [Cell(image, f"{i + 1}") for i, image in enumerate(decode(codes))]
-    written = [Cell(image, "answer", True) for image in decode(answers)]
-    return sheet([truth, [None] * given + written])
+    return sheet([truth, answer_row(given, decode(answers))])

@@ -13,7 +13,7 @@ from lvm.data.mixture import MixtureConfig
 from lvm.data.recipes import Video
 from lvm.evaluation import report
 from lvm.evaluation.heldout import Heldout
-from lvm.evaluation.pictures import Cell, sheet
+from lvm.evaluation.pictures import Cell, answer_row, sheet
 from lvm.evaluation.prompted import Answers
 from lvm.pretrained import LVM
 from lvm.training import metrics as training_metrics
@@ -45,11 +45,10 @@ def _video(model: LVM, sentences: np.ndarray, decode: Decode) -> report.Section:
     shown = sentences[:: max(1, len(sentences) // _VIDEOS)][:_VIDEOS]  # [videos, frames, N]
     given = max(1, min(shown.shape[1] // 2, shown.shape[1] - 1))
     answers = model.generate(shown[:, :given], shown.shape[1] - given, temperature=0.0)
-    rows = []
+    rows: list[Sequence[Cell | None]] = []
     for truth, answer in zip(shown, answers, strict=True):
         frames = [Cell(image, f"frame {i + 1}") for i, image in enumerate(decode(truth))]
-        written = [Cell(image, "answer", True) for image in decode(answer)]
-        rows += [frames, [None] * given + written]
+        rows += [frames, answer_row(given, decode(answer))]
     text = (
         f"The first {given} frames are the prompt. Above: what came next, through the tokenizer. "
         "Below, framed: what the model wrote."
@@ -114,11 +113,8 @@ def _charts(results: Mapping[str, Any], model_folder: str, tokenizer_folder: str
     charts = []
     by_image = results["likelihood"].get("perplexity_by_image", {})
     if by_image:
-        series = {
-            name: [(i + 1, value) for i, value in enumerate(lists["of_mean"])]
-            for name, lists in by_image.items()
-        }
-        chart = report.curves(series, "image of the sentence", "perplexity of its codes", log=True)
+        values = {name: list(enumerate(lists["of_mean"], 1)) for name, lists in by_image.items()}
+        chart = report.curves(values, "image of the sentence", "perplexity of its codes", log=True)
         text = "How well each image's codes are foretold by the images before it."
         charts.append(report.Section("Perplexity against context", text, chart))
     for title, folder in (("the model", model_folder), ("the tokenizer", tokenizer_folder)):
@@ -198,7 +194,8 @@ def _task_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             low, high = figures["foreground_iou_95"]
             text = (
                 f"foreground IoU of {figures['queries']} queries, 95 % in {low:.3f} to {high:.3f}; everything "
-                f"{figures['foreground_iou_everything']:.3f}, copying an example {figures['foreground_iou_copying']:.3f}"
+                f"{figures['foreground_iou_everything']:.3f}, copying an example "
+                f"{figures['foreground_iou_copying']:.3f}"
             )
             rows.append((name, f"{figures['foreground_iou']:.3f}", text))
         if "class_miou" in figures:

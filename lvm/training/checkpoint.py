@@ -75,18 +75,28 @@ class Checkpoints:
             self._manager.close()
 
 
+def newest_step(workdir: epath.PathLike) -> int | None:
+    """The step of a workdir's newest whole checkpoint, or None. Looks, and changes nothing."""
+    if not (epath.Path(workdir) / FOLDER).exists():
+        return None
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.latest()
+    checkpoints.close()
+    return step
+
+
 def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
     """The newest parameters of a workdir, on this process's first device, and their step.
 
     Raises:
       UserError: the workdir holds no whole checkpoint.
     """
-    checkpoints = Checkpoints(workdir, read_only=True) if (epath.Path(workdir) / FOLDER).exists() else None
-    step = checkpoints.latest() if checkpoints else None
-    if checkpoints is None or step is None:
+    step = newest_step(workdir)
+    if step is None:
         raise UserError(f"{workdir}: no checkpoint yet; wanted a folder that training has saved into")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    checkpoints = Checkpoints(workdir, read_only=True)
     params = checkpoints.restore_params(step, placed)
     checkpoints.close()
     return params, step

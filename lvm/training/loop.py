@@ -18,7 +18,7 @@ from PIL import Image
 from lvm import mesh as meshes
 from lvm.console import Progress, say
 from lvm.errors import EXIT_PREEMPTED, DivergedError, UserError
-from lvm.training.checkpoint import Checkpoints
+from lvm.training.checkpoint import Checkpoints, newest_step
 from lvm.training.metrics import MetricsWriter
 from lvm.training.trainable import Batch, State, Trainable
 from lvm.training.workdir import Workdir
@@ -46,6 +46,15 @@ class LoopConfig:
         for name in ("evaluate_every", "picture_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: {getattr(self, name)} is negative")
+
+
+def is_finished(workdir: Workdir, config: LoopConfig) -> bool:
+    """Whether a workdir's newest checkpoint is that of the last step; says so if it is."""
+    step = newest_step(workdir.path)
+    if step is None or step < config.total_steps:
+        return False
+    say(f"{workdir.path}: training is complete at step {step}")
+    return True
 
 
 class Loop:
@@ -88,7 +97,7 @@ class Loop:
         self._stop_requested = False
 
     def run(self) -> State:
-        """Trains to `total_steps` and returns the state; a finished run is returned as it is.
+        """Trains to `total_steps` and returns the state.
 
         Raises:
           DivergedError: the loss is not finite.
@@ -96,9 +105,6 @@ class Loop:
         """
         state, start = self._start()
         total = self._config.total_steps
-        if start >= total:
-            say(f"{self._path}: training is complete at step {start}")
-            return state
         previous = signal.signal(signal.SIGTERM, self._request_stop)
         self._metrics = MetricsWriter(self._path, start)
         try:

@@ -19,12 +19,14 @@ class Trainable(Protocol):
     """What the loop runs: a model with its objective and optimizer, as pure functions over `State`.
 
     Attributes:
-      batch_spec: the global batch's shapes and dtypes.
       logical_axes: a tuple of logical axes (`lvm.mesh.RULES`) at each parameter.
     """
 
-    batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     logical_axes: Any
+
+    @property
+    def batch_spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Names, shapes and dtypes of the global batch."""
 
     def init(self, rng: jax.Array) -> State:
         """A fresh state, a pure function of `rng`."""

@@ -56,15 +56,20 @@ def test_published_networks_write_256_codes(variant):
 )
 def test_every_setting_encodes_and_decodes(changes):
     config = dataclasses.replace(TINY, **changes)
-    model = build(config)
-    latents = model.encode_latents(images(3))
+    graphdef, params = module.split(build(config))
+
+    @jax.jit
+    def run(params, pixels):
+        model = module.merge(graphdef, params)
+        latents, codes = model.encode_latents(pixels), model.encode(pixels)
+        quantized = model.codebook[...][codes].reshape(latents.shape)
+        return latents, codes, model.decode_float(codes), model.decode_latents(quantized)
+
+    latents, codes, decoded, from_rows = run(params, images(3))
     assert (latents.shape, latents.dtype) == ((3, *config.grid, 4), jnp.float32)
-    codes = model.encode(images(3))
     assert (codes.shape, codes.dtype) == ((3, config.num_codes_per_image), jnp.int32)
-    decoded = model.decode_float(codes)
     assert (decoded.shape, decoded.dtype) == ((3, 16, 16, 3), jnp.float32)
-    quantized = model.codebook[...][codes].reshape(latents.shape)
-    np.testing.assert_array_equal(decoded, model.decode_latents(quantized))
+    np.testing.assert_array_equal(decoded, from_rows)
     if config.l2_normalize:
         np.testing.assert_allclose(jnp.linalg.norm(latents, axis=-1), 1.0, atol=1e-5)
 

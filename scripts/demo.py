@@ -1,0 +1,192 @@
+"""The whole system, small: trains on images and paints a prompt's answer.
+
+    python -m scripts.demo                      generated scenes
+    python -m scripts.demo --images=FOLDER      your own images
+
+It calls the same commands that a user would, in order, and prints each. What is done is not done again: kill
+it at any moment and start it once more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from lvm import cli, files
+from lvm.console import duration, say
+from lvm.data import split
+from lvm.data.preprocess import Preprocess
+from lvm.data.recipes import Video
+from lvm.data.sources import open_source
+from lvm.data.store import Store
+from lvm.evaluation.summary import table
+
+_HELDOUT = 0.15
+_VIDEO_SHARE = 0.3  # of the sentences, where there are both videos and annotations
+_PROMPT_FRAMES = 4
+
+
+def stage(title: str, module: str, *arguments: str) -> None:
+    """Runs one command of the project; ends the demo with its exit code if it fails."""
+    command = [sys.executable, "-m", module, *arguments]
+    say(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}")
+    start = time.monotonic()
+    code = subprocess.run(command, preexec_fn=_die_with_parent, check=False).returncode
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+    say(f"({duration(time.monotonic() - start)})")
+
+
+def _die_with_parent() -> None:
+    # A stage that outlived a killed demo would hold its workdir against the next one.
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def output_folder(images: str) -> pathlib.Path:
+    """`runs/demo`, or for a folder of images one that its path decides."""
+    if not images:
+        return pathlib.Path("runs/demo")
+    path = pathlib.Path(images).resolve()
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    return pathlib.Path(f"runs/demo-{path.name}-{digest}")
+
+
+def mixture_flags(store: Store, frames: int) -> list[str]:
+    """Which sentences a store of any images allows: video, pairs of each annotation, or single images."""
+    fit = store.index["frames"] >= frames
+    has_video = bool(np.count_nonzero(fit & ~store.heldout(_HELDOUT)))
+    annotations = [name for name in store.streams if name != "rgb"]
+    weights = {"video": _VIDEO_SHARE if annotations else 1.0} if has_video else {}
+    weights |= {name: (1 - weights.get("video", 0.0)) / len(annotations) for name in annotations}
+    weights = weights or {"single": 1.0}
+    listed = ["video", "segmentation", "depth", "edges", "normals", "boxes", "pose", "single"]
+    return [f"--config.data.sources.{name}.weight={weights.get(name, 0.0)}" for name in listed]
+
+
+def write_prompt(spec: str, resolution: int, folder: pathlib.Path) -> list[str]:
+    """The first frames of a held-out video as PNG files; no files where there is none."""
+    source = open_source(spec, Preprocess(resolution))
+    infos = [source.info(i) for i in range(len(source))]
+    mask = split.heldout(np.array([split.group_hash(info.group) for info in infos], np.uint64), _HELDOUT)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in np.flatnonzero(mask):
+        if infos[number].num_frames >= _PROMPT_FRAMES:
+            scene = source.load(int(number))
+            column = scene.info.streams.index("rgb")
+            paths = [folder / f"frame-{t + 1}.png" for t in range(min(_PROMPT_FRAMES, len(scene.images)))]
+            for path, image in zip(paths, scene.images[:, column], strict=False):
+                Image.fromarray(image).save(path)
+            return [str(path) for path in paths]
+    return []
+
+
+def _lock(folder: pathlib.Path) -> object:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"another demo is at work in {folder}; waiting for it to end ...")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def main() -> None:
+    """The command."""
+    start = time.monotonic()
+    images, out = _IMAGES.value, pathlib.Path(_OUT.value or output_folder(_IMAGES.value))
+    source = images or _SOURCE.value
+    open_source(source, Preprocess(64))  # a wrong folder is known before anything starts
+    if _FRESH.value and out.exists():
+        say(f"removing {out}")
+        shutil.rmtree(out)
+    lock = _lock(out)
+    tokenizer, store, model = str(out / "tokenizer"), str(out / "store"), str(out / "lvm")
+    stage(
+        "1/5 The tokenizer learns to draw images with 64 codes",
+        "tokenizer.train",
+        f"--config={_TOKENIZER_CONFIG.value}",
+        f"--workdir={tokenizer}",
+        f"--config.data.source={source}",
+        f"--config.data.heldout_fraction={_HELDOUT}",
+    )
+    stage(
+        "2/5 Every image becomes codes, once",
+        "tokenizer.encode",
+        f"--tokenizer={tokenizer}",
+        f"--source={source}",
+        f"--out={store}",
+    )
+    mixture = mixture_flags(Store(store), Video(frames=8, strides=(1,)).min_frames) if images else []
+    stage(
+        "3/5 The transformer learns the next code",
+        "lvm.train",
+        f"--config={_LVM_CONFIG.value}",
+        f"--workdir={model}",
+        f"--config.data.store={store}",
+        f"--config.data.heldout_fraction={_HELDOUT}",
+        f"--config.tokenizer={tokenizer}",
+        *mixture,
+    )
+    common = [f"--model={model}", f"--tokenizer={tokenizer}"]
+    stage(
+        "4/5 Asked on scenes it never saw",
+        "lvm.evaluate",
+        f"--config={_EVAL_CONFIG.value}",
+        *common,
+        f"--config.source={source}",
+        f"--out={out}",
+    )
+    resolution = files.read_json(out / "tokenizer" / "config.json")["config"]["model"]["resolution"]
+    answer = out / "answer.png"
+    if answer.exists():
+        say(f"\n{answer} is there already")
+    elif prompt := write_prompt(source, resolution, out / "prompt"):
+        length = str(8 - len(prompt))
+        stage(
+            "5/5 A prompt of images, answered",
+            "lvm.prompt",
+            *common,
+            "--sequence",
+            *prompt,
+            f"--num_images={length}",
+            f"--out={answer}",
+        )
+    else:
+        say("\nno held-out video, so no prompt of frames")
+    del lock
+    _print_figures(out)
+    say(f"\nin {duration(time.monotonic() - start)}; the page:\n{out / 'index.html'}")
+
+
+def _print_figures(out: pathlib.Path) -> None:
+    say("")
+    for name, value, meaning in table(files.read_json(out / "results.json")):
+        say(f"{name:26} {value:>11}  {meaning}")
+
+
+if __name__ == "__main__":
+    _IMAGES = flags.DEFINE_string("images", "", "a folder of your own images, instead of generated scenes")
+    _FRESH = flags.DEFINE_bool("fresh", False, "remove what an earlier demo did, and start anew")
+    _OUT = flags.DEFINE_string("out", "", "where it goes; runs/demo… by default")
+    _SOURCE = flags.DEFINE_string("source", "configs/demo_scenes.py", "the generated scenes' config")
+    _TOKENIZER_CONFIG = flags.DEFINE_string(
+        "tokenizer_config", "configs/demo_tokenizer.py", "stage 1's config"
+    )
+    _LVM_CONFIG = flags.DEFINE_string("lvm_config", "configs/demo_lvm.py", "stage 3's config")
+    _EVAL_CONFIG = flags.DEFINE_string("eval_config", "configs/eval_demo.py", "stage 4's config")
+    cli.run(main)
