@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+import math
 
 import jax
+import jax.numpy as jnp
 
 from lvm.errors import UserError
 
 KERNELS = ("auto", "xla", "cudnn")
-_Implementation = Literal["xla", "cudnn"]
+_BLOCK = 128  # queries
 
 
 def choose_kernel(kernel: str, platform: str) -> str:
@@ -38,9 +39,32 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, kernel: str) -> j
     Returns:
       [B, T, H, D] in the dtype of `query`; scores are scaled by 1/√D, the softmax is in float32.
     """
-    return jax.nn.dot_product_attention(
-        query, key, value, is_causal=True, implementation=cast(_Implementation, kernel)
-    )
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    return _attend_by_blocks(query, key, value)
+
+
+def _attend_by_blocks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Plain attention, a block of queries at a time against the keys up to its end.
+
+    Half the work of masking a whole T × T matrix, and never one in memory. Each block's product is one batched
+    matrix product over (batch, key-value head), which is what CPUs run fast.
+    """
+    B, T, H, D = query.shape
+    K = key.shape[2]
+    grouped = query.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
+    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, K, T, D]
+    blocks = []
+    for start in range(0, T, _BLOCK):
+        end = min(start + _BLOCK, T)
+        rows = grouped[:, :, :, start:end].reshape(B, K, -1, D)  # [B, K, G·b, D]
+        scores = jnp.matmul(rows, keys[:, :, :end].mT, preferred_element_type=jnp.float32)
+        scores = scores.reshape(B, K, H // K, end - start, end) / math.sqrt(D)  # [B, K, G, b, end]
+        causal = jnp.arange(end) <= jnp.arange(start, end)[:, None]  # [b, end]
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)).astype(value.dtype)
+        out = weights.reshape(B, K, -1, end) @ values[:, :, :end]  # [B, K, G·b, D]
+        blocks.append(out.reshape(B, H, end - start, D))
+    return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)  # [B, T, H, D]
 
 
 def attend_cache(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:

@@ -134,7 +134,7 @@ class Tokenizer:
         """
         try:
             with Image.open(path) as picture:
-                return self.preprocess.image(picture)
+                return self.preprocess(picture)
         except OSError as error:
             raise UserError(f"{path}: can't be read as an image: {error.strerror or error}") from error
 

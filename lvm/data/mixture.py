@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 
@@ -40,8 +41,8 @@ class SourceConfig:
     store: str = ""
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise UserError(f"weight: {self.weight} is negative")
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"weight: {self.weight} is not a number from 0 on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +157,10 @@ def _paths(config: MixtureConfig) -> list[str]:
 
 
 def _check_one_tokenizer(stores: Mapping[str, Store]) -> None:
-    identities = {path: store.manifest["tokenizer"]["weights"] for path, store in stores.items()}
+    headers = {path: store.manifest["tokenizer"] for path, store in stores.items()}
+    identities = {path: (header["weights"], *header["grid"]) for path, header in headers.items()}
     if len(set(identities.values())) > 1:
-        listed = ", ".join(f"{path}: {weights[:12]}" for path, weights in identities.items())
+        listed = ", ".join(f"{path}: {weights[:12]}, grid {h}×{w}" for path, (weights, h, w) in identities.items())
         raise UserError(f"config.data: the stores hold codes of different tokenizers ({listed})")
 
 

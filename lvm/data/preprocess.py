@@ -50,7 +50,7 @@ class Preprocess:
         if self.filter not in FILTERS:
             raise UserError(f"preprocess.filter is {self.filter!r}; it must be one of {', '.join(FILTERS)}")
 
-    def image(self, picture: PIL.Image.Image | np.ndarray) -> np.ndarray:
+    def __call__(self, picture: PIL.Image.Image | np.ndarray) -> np.ndarray:
         """The picture as uint8 [R, R, 3].
 
         Args:

@@ -95,8 +95,11 @@ def unpack(record: bytes, streams: Sequence[int], where: str) -> list[Scene]:
         raise UserError(f"{where}: damaged: the checksum doesn't fit the content")
     T, stream_set, N = _SHAPE.unpack_from(record, _HEAD.size)
     at = _HEAD.size + _SHAPE.size
+    fixed = at + count * (4 + 2 + 2 * T * streams[stream_set] * N)  # bytes without the keys
+    lengths = np.frombuffer(record, "<u2", count, at + 4 * count) if fixed <= len(record) else np.zeros(0)
+    if fixed + int(lengths.sum()) != len(record):  # the checksum doesn't cover the number of scenes
+        raise UserError(f"{where}: damaged: {len(record)} bytes don't hold {count} scenes of {T} frames")
     class_ids = np.frombuffer(record, "<i4", count, at)
-    lengths = np.frombuffer(record, "<u2", count, at + 4 * count)
     at += 6 * count
     keys = []
     for length in lengths.tolist():

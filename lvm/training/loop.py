@@ -131,14 +131,15 @@ class Loop:
         clock = _Clock(Progress(total, start))
         for step, batch in enumerate(clock.wait_for(self._batches(start, total)), start + 1):
             state, metrics = update(state, batch)
-            last = step == total or self._stop_requested
+            last = step == total
             self._report(step, state, metrics, clock, last)
-            if step == total or _due(step, self._config.picture_every):
+            if last or _due(step, self._config.picture_every):
                 self._draw(step, state)
-            if last or _due(step, self._config.checkpoint_every):
+            stopping = self._stop_requested  # read once: the signal may come between any two lines
+            if last or stopping or _due(step, self._config.checkpoint_every):
                 self._check_finite(step, metrics)
                 self._checkpoints.save(state, step, self._meta)
-            if self._stop_requested:
+            if stopping:
                 self._checkpoints.wait()
                 say(f"SIGTERM: saved at step {step}")
                 raise SystemExit(EXIT_PREEMPTED)

@@ -15,20 +15,20 @@ CONFIG = "config.json"
 
 # What may differ when a run is resumed: it changes neither the data nor the mathematics of a step.
 _FREE = (
-    "mesh.",
-    "model.remat",
-    "loop.log_every",
-    "loop.evaluate_every",
-    "loop.picture_every",
-    "loop.checkpoint_every",
-    "loop.keep",
-    "loop.total_steps",
-    "tokenizer",
+    "config.mesh.",
+    "config.model.remat",
+    "config.loop.log_every",
+    "config.loop.evaluate_every",
+    "config.loop.picture_every",
+    "config.loop.checkpoint_every",
+    "config.loop.keep",
+    "config.loop.total_steps",
+    "config.tokenizer",
 )
 
 
 class Workdir:
-    """Opens (or creates) a run's folder and holds its lock until the process ends.
+    """Opens (or creates) a run's folder and holds its lock for as long as this object (or the process) lives.
 
     Args:
       path: the folder.
@@ -42,7 +42,7 @@ class Workdir:
     def __init__(self, path: epath.PathLike, kind: str, record: dict[str, Any]):
         self.path = epath.Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held while this lives)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -59,7 +59,7 @@ class Workdir:
             if before.get(key) == after.get(key):
                 continue
             change = f"{key}: {before.get(key)!r} → {after.get(key)!r}"
-            if key.removeprefix("config.").startswith(_FREE):
+            if key.startswith(_FREE):
                 say(f"resuming with a changed {change}")
             else:
                 refused.append(change)

@@ -171,19 +171,19 @@ def test_labels_go_where_images_go(mode, size) -> None:
     ids = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
     preprocess = Preprocess(16, mode, "nearest")
     assert preprocess.labels(ids).shape == (16, 16)
-    np.testing.assert_array_equal(preprocess.labels(ids), preprocess.image(ids)[..., 0])
+    np.testing.assert_array_equal(preprocess.labels(ids), preprocess(ids)[..., 0])
 
 
 def test_center_crop_is_resize_then_crop() -> None:
     photo = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
     resized = PIL.Image.fromarray(photo).resize((40, 20), FILTERS["bicubic"])
     cropped = np.asarray(resized)[:, 10:30].astype(int)
-    assert np.abs(Preprocess(20, "center_crop").image(photo) - cropped).max() <= 1
+    assert np.abs(Preprocess(20, "center_crop")(photo) - cropped).max() <= 1
 
 
 def test_every_kind_of_picture_becomes_rgb() -> None:
     preprocess = Preprocess(1)
-    pixel = lambda mode, value: preprocess.image(PIL.Image.new(mode, (3, 3), value))[0, 0].tolist()  # noqa: E731
+    pixel = lambda mode, value: preprocess(PIL.Image.new(mode, (3, 3), value))[0, 0].tolist()  # noqa: E731
     assert pixel("1", 1) == [255, 255, 255]
     assert pixel("L", 7) == [7, 7, 7]
     assert pixel("RGBA", (255, 100, 0, 0)) == [0, 0, 0]
@@ -199,7 +199,7 @@ def test_exif_orientation_is_applied() -> None:
     photo = PIL.Image.new("RGB", (4, 2))
     photo.putpixel((0, 0), (255, 0, 0))
     photo.getexif()[0x0112] = 3  # upside down
-    assert Preprocess(4, filter="nearest").image(photo)[-1, -1].tolist() == [255, 0, 0]
+    assert Preprocess(4, filter="nearest")(photo)[-1, -1].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,6 @@ def test_preprocess_json_round_trip_and_bad_arrays() -> None:
     assert Preprocess.from_json(preprocess.to_json()) == preprocess
     for array in (np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4), np.uint8)):
         with pytest.raises(UserError, match="expected uint8"):
-            preprocess.image(array)
+            preprocess(array)
     with pytest.raises(UserError, match="not empty"):
         preprocess.labels(np.zeros((0, 4)))

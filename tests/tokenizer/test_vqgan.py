@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from lvm import module
 from lvm.errors import UserError
@@ -16,8 +15,17 @@ TINY = VQGANConfig(
 )  # fmt: skip
 
 
-def build(config, seed=0):
-    return VQGAN(config, nnx.Rngs(params=seed))
+def build(config):
+    graphdef, params = module.abstract(lambda rngs: VQGAN(config, rngs))
+    rng = np.random.default_rng(0)  # numpy needs no compile
+
+    def fill(path, leaf):
+        if path[-1].key in ("scale", "bias"):
+            return jnp.full(leaf.shape, float(path[-1].key == "scale"), leaf.dtype)
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-1]
+        return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(fan_in), leaf.dtype)
+
+    return module.merge(graphdef, jax.tree.map_with_path(fill, params))
 
 
 def images(count, side=16, seed=0):

@@ -76,7 +76,7 @@ class DrawnReader:
 
     def read(self, picture: PIL.Image.Image, preprocess: Preprocess) -> np.ndarray:
         """See `Reader.read`."""
-        return preprocess.image(picture)
+        return preprocess(picture)
 
 
 class DepthReader:

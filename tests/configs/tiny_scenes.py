@@ -1,0 +1,10 @@
+"""A few generated scenes, small enough for a test to train on."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    streams = ("rgb", "segmentation", "depth", "edges")
+    return ConfigDict({"kind": "generated", "seed": 1, "num_scenes": 40, "num_frames": 4, "streams": streams})

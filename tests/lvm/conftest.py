@@ -1,0 +1,103 @@
+"""Small scene stores and held-out scenes of random codes."""
+
+import numpy as np
+import pytest
+
+from lvm.data import store
+from lvm.data.scenes import Scene
+from lvm.data.sources.base import SceneInfo
+from lvm.data.store import GroupedScene
+from lvm.data.streams import Edges, Image, Palette
+from lvm.evaluation.heldout import HeldoutScene
+
+NUM_CODES, GRID = 16, (2, 2)
+STREAM_SETS = (("rgb",), ("rgb", "segmentation"), ("edges", "rgb"))
+
+
+def make_scenes(shapes, seed=0, groups=None):
+    """Scenes of random codes; `shapes` are (frames, stream set), the group of each is its own by default."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number, (frames, stream_set) in enumerate(shapes):
+        size = (frames, len(STREAM_SETS[stream_set]), GRID[0] * GRID[1])
+        codes = rng.integers(0, NUM_CODES, size, dtype=np.uint16)
+        group = f"group {number}" if groups is None else groups[number]
+        made.append(GroupedScene(Scene(f"scene {number}", number % 3 - 1, stream_set, codes), group))
+    return made
+
+
+def header(weights="a" * 64, grid=GRID):
+    """What a manifest says of its store beside the shards."""
+    codecs = {"rgb": Image(), "segmentation": Palette(("nothing", "thing"), background=0), "edges": Edges()}
+    return {
+        "tokenizer": {"weights": weights, "grid": list(grid), "num_codes": NUM_CODES},
+        "streams": {name: codec.to_json() for name, codec in codecs.items()},
+        "stream_sets": [list(names) for names in STREAM_SETS],
+        "classes": ["cat", "dog"],
+    }
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    """(scenes or their shapes, name, num_shards, weights, grid) → the path of a finished store."""
+
+    def make(content, name="store", num_shards=2, **options):
+        folder = tmp_path / name
+        folder.mkdir()
+        scenes = content if content and isinstance(content[0], GroupedScene) else make_scenes(content)
+        for shard in range(num_shards):
+            part = scenes[len(scenes) * shard // num_shards : len(scenes) * (shard + 1) // num_shards]
+            store.write_shard(folder, shard, num_shards, part, NUM_CODES, [])
+        assert store.write_manifest(folder, header(**options), num_shards)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def make_heldout_scenes():
+    """(count, streams, frames) → held-out scenes; a grid is the image's own bytes, so decoding is exact."""
+
+    def make(count, streams=("rgb", "segmentation"), frames=2, seed=0, palette=None):
+        rng = np.random.default_rng(seed)
+        made = []
+        for number in range(count):
+            images = rng.integers(0, 256, (frames, len(streams), 4, 4, 3), dtype=np.uint8)
+            if palette is not None:
+                column = streams.index("segmentation")
+                for frame in range(frames):
+                    ids = rng.integers(0, len(palette.names), (4, 4))
+                    images[frame, column] = palette.draw(ids)
+            info = SceneInfo(f"scene {number}", f"group {number}", "", frames, tuple(streams))
+            made.append(HeldoutScene(info, images, encode(images)))
+        return made
+
+    return make
+
+
+def encode(images):
+    """Images uint8 [..., 4, 4, 3] as codes int32 [..., 48]: their bytes."""
+    return images.reshape(*images.shape[:-3], 48).astype(np.int32)
+
+
+def decode(codes):
+    """The images of `encode`d codes int [B, 48]."""
+    return codes.reshape(-1, 4, 4, 3).astype(np.uint8)
+
+
+@pytest.fixture
+def exact_codec():
+    """An (encode, decode) pair that loses nothing."""
+    return encode, decode
+
+
+@pytest.fixture
+def new_scenes():
+    """`make_scenes`."""
+    return make_scenes
+
+
+@pytest.fixture
+def manifest_header():
+    """`header`."""
+    return header

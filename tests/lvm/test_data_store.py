@@ -1,0 +1,167 @@
+"""A store gives back every scene, is equal bytes when written again, and says what is wrong with it."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lvm import files
+from lvm.data import split, store
+from lvm.data.scenes import PAGE, Scene
+from lvm.data.store import GroupedScene, Store
+from lvm.errors import UserError
+
+MIXED = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(1, 0)] * 5 + [(2, 2), (1, 0)]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_single_images_and_longer_scenes_come_back_from_one_store(make_store, new_scenes):
+    scenes = new_scenes(MIXED)
+    found = Store(make_store(scenes, num_shards=3))
+    assert len(found) == len(scenes)
+    read = {scene.key: (scene, entry) for scene, entry in zip(map(found.scene, range(len(found))), found.index)}
+    assert len(read) == len(scenes)
+    for item in scenes:
+        scene, entry = read[item.scene.key]
+        np.testing.assert_array_equal(scene.codes, item.scene.codes)
+        assert (scene.class_id, scene.stream_set) == (item.scene.class_id, item.scene.stream_set)
+        assert (entry["frames"], entry["stream_set"]) == (len(scene.codes), scene.stream_set)
+        assert (entry["class_id"], entry["group"]) == (scene.class_id, split.group_hash(item.group))
+
+
+def test_single_images_share_records_and_longer_scenes_have_their_own(make_store):
+    index = Store(make_store(MIXED, num_shards=1)).index
+    single = (index["frames"] == 1) & (index["stream_set"] == 0)
+    assert np.count_nonzero(single) == 76
+    assert np.bincount(index["record"][single]).max() == PAGE
+    assert len(np.unique(index["record"])) == 2 + 3
+    assert index["slot"].max() == PAGE - 1
+
+
+def test_the_manifest_tells_streams_classes_and_codes(make_store):
+    found = Store(make_store(MIXED))
+    assert found.stream_sets == [("rgb",), ("rgb", "segmentation"), ("edges", "rgb")]
+    assert found.streams["segmentation"].names == ("nothing", "thing")
+    assert (found.classes, found.codes_per_image, found.num_codes) == (["cat", "dog"], 4, 16)
+
+
+def test_entries_count_scenes_images_and_codes(make_store, new_scenes):
+    scenes = new_scenes(MIXED)
+    manifest = Store(make_store(scenes)).manifest
+    assert sum(entry["scenes"] for entry in manifest["shards"]) == len(MIXED)
+    assert sum(entry["images"] for entry in manifest["shards"]) == 76 + 3 + 2 + 4
+    counts = np.bincount(np.concatenate([item.scene.codes.ravel() for item in scenes]), minlength=16)
+    histogram = np.sum([entry["histogram"] for entry in manifest["shards"]], axis=0)
+    np.testing.assert_array_equal(histogram, counts)
+
+
+def test_entries_hold_checksums_and_failures(tmp_path, new_scenes):
+    failures = []
+
+    def content():
+        yield from new_scenes([(1, 0)])
+        failures.append({"key": "broken", "reason": "cut off"})  # known only once the source has been read
+
+    entry = store.write_shard(tmp_path, 0, 1, content(), 16, failures)
+    assert entry["failures"] == [{"key": "broken", "reason": "cut off"}]
+    assert store.read_entry(tmp_path, 0, 1) == entry
+    for name, file in entry["files"].items():
+        assert file == {"bytes": os.path.getsize(tmp_path / name), "sha256": files.sha256(tmp_path / name)}
+
+
+def test_writing_it_twice_gives_equal_bytes(make_store):
+    first, again = make_store(MIXED, "first"), make_store(MIXED, "again")
+    assert contents(first) == contents(again)
+    assert Store(first).identity() == Store(again).identity()
+
+
+def test_one_code_more_or_less_is_another_identity(make_store, new_scenes):
+    other = new_scenes(MIXED)
+    other[0].scene.codes[0, 0, 0] ^= 1
+    assert Store(make_store(MIXED, "a")).identity() != Store(make_store(other, "b")).identity()
+
+
+def test_the_manifest_waits_for_all_entries_and_does_not_change(tmp_path, new_scenes, manifest_header):
+    for shard in (2, 0):
+        store.write_shard(tmp_path, shard, 3, new_scenes([(1, 0)], seed=shard), 16, [])
+        assert not store.write_manifest(tmp_path, manifest_header(), 3)
+        assert not (tmp_path / store.MANIFEST).exists()
+    store.write_shard(tmp_path, 1, 3, [], 16, [])
+    assert store.write_manifest(tmp_path, manifest_header(), 3)
+    before = contents(tmp_path)
+    assert store.write_manifest(tmp_path, manifest_header(), 3)
+    assert contents(tmp_path) == before
+    assert [len(Store(tmp_path).scene(i).codes) for i in range(2)] == [1, 1]  # an empty shard is no obstacle
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path, new_scenes):
+    def content():
+        yield from new_scenes([(2, 0), (1, 0)])
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError, match="the source broke"):
+        store.write_shard(tmp_path, 0, 1, content(), 16, [])
+    assert os.listdir(tmp_path) == []
+    assert store.read_entry(tmp_path, 0, 1) is None
+
+
+def test_a_folder_without_a_manifest_is_no_store(tmp_path):
+    with pytest.raises(UserError, match=rf"{tmp_path}: not a finished store \(manifest\.json is missing\)"):
+        Store(tmp_path)
+
+
+def test_another_version_is_refused(make_store):
+    folder = make_store([(1, 0)])
+    manifest = files.read_json(f"{folder}/manifest.json")
+    files.write_json(f"{folder}/manifest.json", {**manifest, "version": 2})
+    with pytest.raises(UserError, match=r"manifest\.json: version 2, this reads version 1"):
+        Store(folder)
+
+
+@pytest.mark.parametrize("suffix", ["index", "array_record"])
+def test_a_missing_or_cut_off_file_is_named(make_store, suffix):
+    folder = make_store(MIXED)
+    file = Path(folder) / f"shard-00001-of-00002.{suffix}"
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(UserError, match=rf"{file.name}: has {size - 1} bytes, the manifest says {size}"):
+        Store(folder)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{file.name}: is missing, the manifest says {size}"):
+        Store(folder)
+
+
+def test_a_damaged_record_is_named_when_it_is_read(make_store, new_scenes):
+    scenes = new_scenes([(3, 0), (3, 0)])
+    folder = make_store(scenes, num_shards=1)
+    file = Path(folder) / "shard-00000-of-00001.array_record"
+    data = file.read_bytes()
+    at = data.index(scenes[1].scene.codes.tobytes())
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    found = Store(folder)
+    np.testing.assert_array_equal(found.scene(0).codes, scenes[0].scene.codes)
+    with pytest.raises(UserError, match=r"shard-00000-of-00001\.array_record, record 1: "):
+        found.scene(1)
+
+
+@pytest.mark.parametrize(("scenes", "frames"), [(20_000, 1), (2_000, 16)])
+def test_beside_codes_and_keys_a_shard_is_two_percent(tmp_path, scenes, frames):
+    codes = np.random.default_rng(0).integers(0, 8192, (frames, 1, 256), dtype=np.uint16)
+    content = [GroupedScene(Scene(f"scene-{i:06d}", -1, 0, codes), "") for i in range(scenes)]
+    entry = store.write_shard(tmp_path, 0, 1, content, 8192, [])
+    codes_and_keys = scenes * (512 * frames + len("scene-000000"))
+    size = entry["files"]["shard-00000-of-00001.array_record"]["bytes"]
+    padding = 2 * 65536  # array_record fills up its footer and its last block, however many records there are
+    assert codes_and_keys < size <= 1.02 * codes_and_keys + padding
+
+
+def test_nothing_in_a_store_tells_a_time_or_a_folder(make_store):
+    folder = make_store(MIXED)
+    manifest = json.loads((Path(folder) / "manifest.json").read_text())
+    assert set(manifest) == {"version", "tokenizer", "streams", "stream_sets", "classes", "shards"}
+    assert all(folder.encode() not in data for data in contents(folder).values())

@@ -1,0 +1,271 @@
+"""A run is one run: cut off and resumed anywhere, it gives the bits of an unbroken one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import PIL.Image
+import pytest
+from absl import flags
+
+from lvm import cli
+from lvm.errors import DivergedError, UserError
+from lvm.mesh import MeshConfig, make_mesh
+from lvm.training import metrics
+from lvm.training.checkpoint import newest_step
+from lvm.training.loop import Loop, LoopConfig, is_finished
+from lvm.training.trainable import make_update
+from lvm.training.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+TRUTH = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
+TIMES = {"step_seconds", "input_wait", "tokens_per_second"}  # no two runs share these
+
+
+class Regression:
+    """Linear regression with noise from the step's key, so that a wrong key or batch changes the bits."""
+
+    logical_axes = {"kernel": ("embed",)}  # noqa: RUF012
+
+    def __init__(self):
+        self.optimizer = optax.adam(0.05)
+        self.update = make_update(self._loss, self.optimizer, optax.constant_schedule(0.05))
+        self.evaluated = []
+
+    def init(self, rng):
+        params = {"kernel": jax.random.normal(rng, 8)}
+        return {"step": jnp.int32(0), "params": params, "training": {"optimizer": self.optimizer.init(params)}}
+
+    def _loss(self, params, batch, rng):
+        noise = 0.01 * jax.random.normal(rng, batch["y"].shape)
+        losses = (batch["x"] @ params["kernel"] - batch["y"] + noise) ** 2
+        # The second source is never there.
+        return losses.mean(), {"loss/here": losses.mean(), "loss/absent": jnp.float32(jnp.nan)}
+
+    def evaluate(self, state):
+        self.evaluated.append(int(state["step"]))
+        return {"heldout_loss": float(jnp.sum(state["params"]["kernel"] ** 2))}
+
+    def pictures(self, state):
+        return {"answers": np.full((2, 3, 3), int(state["step"]) % 256, np.uint8)}
+
+
+def read_batch(step):
+    x = np.random.default_rng([7, step]).normal(size=(8, 8)).astype(np.float32)
+    return {"x": x, "y": x[:, :4] @ TRUTH}
+
+
+def nan_from(first):
+    def read(step):
+        batch = read_batch(step)
+        return {**batch, "y": batch["y"] * np.float32("nan" if step >= first else 1)}
+
+    return read
+
+
+def broken_at(step):
+    """Batches, of which that of `step` can't be read."""
+
+    def read(number):
+        if number == step:
+            raise RuntimeError("the disk is gone")
+        return read_batch(number)
+
+    return read
+
+
+def stopping_at(step):
+    """Batches, the process asked to end while it reads that of `step`."""
+
+    def read(number):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read_batch(number)
+
+    return read
+
+
+def release(folder):
+    """What the end of a process would do: the error that ended a run here still holds it, and so its lock."""
+    (folder / ".lock").unlink()
+
+
+def train(folder, total=6, read=read_batch, trainable=None, tokens_per_step=0, seed=0, **options):
+    options = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 0, "picture_every": 0, **options}
+    place = Workdir(folder, "lvm", {"config": {}})
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    config = LoopConfig(total_steps=total, **options)
+    trainable = trainable or Regression()
+    return Loop(trainable, read, config, place, mesh, seed, {}, tokens_per_step).run()
+
+
+def bits(state):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def timeless(folder):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(folder)]
+
+
+def test_a_resumed_run_has_the_bits_and_the_metrics_of_an_unbroken_one(tmp_path):
+    whole = train(tmp_path / "whole", total=6)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", total=6, read=stopping_at(3))
+    release(tmp_path / "parts")
+    parts = train(tmp_path / "parts", total=6)
+    assert bits(parts) == bits(whole)
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+    assert [line["step"] for line in metrics.read(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_lost_stretch_logged_is_logged_again_once(tmp_path):
+    train(tmp_path / "whole", total=6)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train(tmp_path / "cut", total=6, read=broken_at(5))
+    assert newest_step(tmp_path / "cut") == 4
+    release(tmp_path / "cut")
+    train(tmp_path / "cut", total=6)
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+
+
+def test_another_seed_is_another_run(tmp_path):
+    assert bits(train(tmp_path / "a", total=1, seed=0)) != bits(train(tmp_path / "b", total=1, seed=1))
+
+
+def test_batches_arrive_in_their_order_each_once(tmp_path):
+    class Recorder(Regression):
+        def _loss(self, params, batch, rng):
+            loss, found = super()._loss(params, batch, rng)
+            return loss, {**found, "seen": batch["number"].mean()}
+
+    def read(step):
+        return {**read_batch(step), "number": np.full(8, step, np.float32)}
+
+    train(tmp_path, total=30, read=read, trainable=Recorder(), checkpoint_every=0)
+    assert [line["seen"] for line in metrics.read(tmp_path)] == list(range(30))
+
+
+def test_it_learns(tmp_path):
+    state = train(tmp_path, total=400, log_every=100, checkpoint_every=0)
+    np.testing.assert_allclose(state["params"]["kernel"][:4], TRUTH, atol=0.05)
+
+
+def test_metrics_come_when_due_and_at_the_end(tmp_path):
+    trainable = Regression()
+    train(tmp_path, total=7, trainable=trainable, log_every=3, evaluate_every=2, tokens_per_step=80)
+    lines = {line["step"]: line for line in metrics.read(tmp_path)}
+    assert {step for step, line in lines.items() if "loss" in line} == {3, 6, 7}
+    assert {step for step, line in lines.items() if "heldout_loss" in line} == {2, 4, 6, 7}
+    assert trainable.evaluated == [2, 4, 6, 7]
+    last = lines[7]
+    assert last["tokens"] == 7 * 80
+    np.testing.assert_allclose(last["perplexity"], np.exp(last["loss"]))
+    np.testing.assert_allclose(last["tokens_per_second"], 80 / last["step_seconds"])
+    assert 0 <= last["input_wait"] <= 1
+    assert {"loss/here", "grad_norm", "param_norm", "learning_rate"} <= set(last)
+    assert "loss/absent" not in last
+    assert json.dumps(lines, allow_nan=False)
+
+
+def test_pictures_come_when_due_and_at_the_end(tmp_path):
+    train(tmp_path, total=5, picture_every=2)
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == [f"answers-{step:07d}.png" for step in (2, 4, 5)]
+    picture = np.asarray(PIL.Image.open(tmp_path / "pictures" / names[1]))
+    np.testing.assert_array_equal(picture, np.full((2, 3, 3), 4))
+
+
+def test_a_finished_run_is_known_and_does_nothing(tmp_path, capsys):
+    first = train(tmp_path, total=3)
+    place = Workdir(tmp_path, "lvm", {"config": {}})
+    assert is_finished(place, LoopConfig(total_steps=3))
+    assert f"{tmp_path}: training is complete at step 3" in capsys.readouterr().out
+    assert not is_finished(place, LoopConfig(total_steps=4))
+    del place  # and its lock
+    assert bits(train(tmp_path, total=3)) == bits(first)
+    assert len(metrics.read(tmp_path)) == 3
+
+
+def test_a_fresh_workdir_is_not_finished(tmp_path):
+    assert not is_finished(Workdir(tmp_path, "lvm", {}), LoopConfig(total_steps=1))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
+    with pytest.raises(DivergedError, match=rf"{tmp_path}: the loss is nan at step 4"):
+        train(tmp_path, total=9, read=nan_from(3))
+    assert newest_step(tmp_path) == 2
+
+
+def test_a_diverged_state_is_not_saved_between_logged_steps(tmp_path):
+    with pytest.raises(DivergedError, match="at step 4"):
+        train(tmp_path, total=9, read=nan_from(3), log_every=100)
+    assert newest_step(tmp_path) == 2
+
+
+def test_a_signal_while_a_step_is_reported_saves_that_step(tmp_path):
+    class Interrupted(Regression):
+        def evaluate(self, state):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().evaluate(state)
+
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, total=9, trainable=Interrupted(), evaluate_every=3, checkpoint_every=0)
+    assert ended.value.code == 75
+    assert newest_step(tmp_path) == 3
+
+
+def test_a_run_that_is_stopped_saves_without_evaluating_first(tmp_path):
+    trainable = Regression()
+    with pytest.raises(SystemExit):
+        train(tmp_path, total=99, trainable=trainable, read=stopping_at(10), checkpoint_every=0)
+    assert trainable.evaluated == []
+    assert newest_step(tmp_path) > 0
+
+
+def test_the_signals_old_handler_is_back_after_the_run(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    train(tmp_path, total=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_saves_exits_75_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
+    command = [sys.executable, __file__, f"--workdir={tmp_path / 'stopped'}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    stopped = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    saved = newest_step(tmp_path / "stopped")
+    assert stopped.returncode == 75, stopped.stderr
+    assert f"SIGTERM: saved at step {saved}\n" in stopped.stdout
+    assert 0 < saved < 40
+    assert [line["step"] for line in metrics.read(tmp_path / "stopped")] == list(range(1, saved + 1))
+    resumed = train(tmp_path / "stopped", total=40, checkpoint_every=0)
+    assert bits(resumed) == bits(train(tmp_path / "whole", total=40, checkpoint_every=0))
+    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("total_steps", 0, "not positive"),
+        ("log_every", 0, "not positive"),
+        ("keep", 0, "not positive"),
+        ("evaluate_every", -1, "negative"),
+        ("picture_every", -1, "negative"),
+        ("checkpoint_every", -1, "negative"),
+    ],
+)
+def test_impossible_lengths_are_refused_by_key(key, value, problem):
+    with pytest.raises(UserError, match=f"^{key}: {value} is {problem}"):
+        LoopConfig(**{key: value})
+
+
+if __name__ == "__main__":  # the run that the test above stops
+    jax.config.update("jax_num_cpu_devices", 8)
+    workdir = flags.DEFINE_string("workdir", None, "where the run lives")
+    cli.run(lambda: train(workdir.value, total=40, read=stopping_at(20), checkpoint_every=0))

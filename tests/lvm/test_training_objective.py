@@ -1,0 +1,157 @@
+"""The loss of next-code prediction, against the same sums in numpy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.special import log_softmax
+
+from lvm.errors import UserError
+from lvm.model import ModelConfig
+from lvm.module import merge
+from lvm.training.objective import NextCode, token_losses
+
+CONFIG = ModelConfig(
+    hidden_size=8, mlp_size=16, num_layers=2, num_heads=2, vocabulary_size=20, context=6,
+    init_std=0.5, dtype="float32", attention="xla",
+)  # fmt: skip
+B, C = 3, 6
+
+
+@functools.cache
+def objective(heldout=0):
+    spec = {
+        "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
+        "loss_mask": jax.ShapeDtypeStruct((B, C), np.bool_),
+        "positions": jax.ShapeDtypeStruct((B, C), np.int32),
+        "source_ids": jax.ShapeDtypeStruct((B, C), np.int16),
+    }
+    schedule = optax.constant_schedule(0.01)
+    batches = [batch(seed) for seed in range(100, 100 + heldout)]
+    return NextCode(CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, batches)
+
+
+@functools.cache
+def state():
+    return jax.jit(objective().init)(jax.random.key(0))
+
+
+@functools.cache
+def loss_fn():
+    return jax.jit(objective()._loss)
+
+
+def batch(seed=0, mask=True):
+    rng = np.random.default_rng(seed)
+    return {
+        "tokens": rng.integers(0, 20, (B, C + 1), dtype=np.int32),
+        "loss_mask": rng.random((B, C)) < 0.6 if mask else np.ones((B, C), bool),
+        "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
+        "source_ids": rng.integers(0, 2, (B, C), dtype=np.int16),  # never owls
+    }
+
+
+def losses_in_numpy(made):
+    logits = merge(objective().graphdef, state()["params"])(
+        jnp.asarray(made["tokens"][:, :-1]), jnp.asarray(made["positions"]), "xla"
+    )
+    likelihoods = log_softmax(np.asarray(logits, np.float64), axis=-1)
+    return -np.take_along_axis(likelihoods, made["tokens"][:, 1:, None], -1)[..., 0]
+
+
+def loss_of(made):
+    loss, metrics = loss_fn()(state()["params"], made, jax.random.key(0))
+    return float(loss), {name: float(value) for name, value in metrics.items()}
+
+
+def test_token_losses_are_negative_log_softmax():
+    logits = np.random.default_rng(0).normal(0, 30, (2, 3, 7)).astype(np.float32)
+    targets = np.array([[0, 6, 3], [1, 1, 5]])
+    found = token_losses(jnp.asarray(logits), jnp.asarray(targets))
+    wanted = -np.take_along_axis(log_softmax(logits.astype(np.float64), -1), targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_even_logits_cost_the_logarithm_of_the_vocabulary():
+    np.testing.assert_allclose(token_losses(jnp.zeros((1, 2, 20)), jnp.zeros((1, 2), int)), np.log(20), rtol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_the_targets_that_count():
+    made = batch()
+    wanted = losses_in_numpy(made)[made["loss_mask"]].mean()
+    np.testing.assert_allclose(loss_of(made)[0], wanted, rtol=1e-5)
+
+
+def test_each_sources_loss_is_the_mean_over_its_targets():
+    made = batch()
+    losses, metrics = losses_in_numpy(made), loss_of(made)[1]
+    assert set(metrics) == {"loss/cats", "loss/dogs", "loss/owls"}
+    for number, name in enumerate(("cats", "dogs")):
+        mine = made["loss_mask"] & (made["source_ids"] == number)
+        np.testing.assert_allclose(metrics[f"loss/{name}"], losses[mine].mean(), rtol=1e-5)
+    assert np.isnan(metrics["loss/owls"])
+
+
+def test_masked_targets_do_not_count():
+    made = batch()
+    row, place = np.argwhere(~made["loss_mask"] & (np.arange(C) == C - 1))[0]  # the last: no input sees it
+    other = {**made, "tokens": made["tokens"].copy()}
+    other["tokens"][row, place + 1] = (other["tokens"][row, place + 1] + 1) % 20
+    np.testing.assert_equal(loss_of(other), loss_of(made))
+    other["loss_mask"] = made["loss_mask"].copy()
+    other["loss_mask"][row, place] = True
+    assert loss_of(other)[0] != loss_of(made)[0]
+
+
+def test_a_batch_without_targets_costs_nothing():
+    made = batch()
+    made["loss_mask"] = np.zeros((B, C), bool)
+    assert loss_of(made)[0] == 0
+
+
+def test_an_update_descends_and_counts_its_step():
+    made, update = batch(mask=False), jax.jit(objective().update)
+    current, losses = state(), []
+    for _ in range(5):
+        current, metrics = update(current, made, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 5
+    assert int(current["step"]) == 5
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01)
+
+
+def test_the_norms_are_those_of_all_gradients_and_parameters():
+    made, before = batch(), state()["params"]
+    after, metrics = jax.jit(objective().update)(state(), made, jax.random.key(0))
+    norm = lambda tree: np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))  # noqa: E731
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, after["params"])
+    np.testing.assert_allclose(metrics["grad_norm"], norm(moved) / 0.01, rtol=1e-3)  # plain gradient descent
+    np.testing.assert_allclose(metrics["param_norm"], norm(after["params"]), rtol=1e-5)
+
+
+def test_the_heldout_loss_is_the_mean_over_the_batches():
+    wanted = np.mean([loss_of(batch(seed))[0] for seed in (100, 101)])
+    assert objective(heldout=2).evaluate(state()) == {"heldout_loss": pytest.approx(wanted, rel=1e-6)}
+    assert objective().evaluate(state()) == {}
+
+
+def test_fresh_parameters_follow_the_key():
+    again, other = (jax.jit(objective().init)(jax.random.key(seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(again["params"]["head"], state()["params"]["head"])
+    assert not np.array_equal(other["params"]["head"], state()["params"]["head"])
+
+
+def test_pictures_are_what_draw_makes():
+    assert objective().pictures(state()) == {}
+    drawn = dataclasses.replace(objective(), draw=lambda state: {"step": state["step"]})
+    assert drawn.pictures(state()) == {"step": 0}
+
+
+def test_a_kernel_that_can_not_run_here_is_refused_at_once():
+    with pytest.raises(UserError, match="attention: cudnn needs a GPU, this is cpu"):
+        dataclasses.replace(objective(), config=dataclasses.replace(CONFIG, attention="cudnn"))

@@ -1,0 +1,289 @@
+"""The demo, small: every command in its order, on generated scenes; then what each says of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvm import LVM
+from lvm.training import metrics
+from tests.commands import ROOT, SHARED_DATA, TINY_DEMO, run, start
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> pathlib.Path:
+    """A finished tiny demo."""
+    out = tmp_path_factory.mktemp("demo")
+    output = run("scripts.demo", *TINY_DEMO, f"--out={out}")
+    assert output.strip().splitlines()[-1] == str(out / "index.html")
+    return out
+
+
+def test_the_page_holds_its_pictures_and_needs_no_network(demo):
+    page = (demo / "index.html").read_text()
+    assert not re.search(r"https?://", page)
+    assert page.count("data:image/png;base64,") >= 7
+    for heading in ("Video, continued", "Segmentation, by example", "Depth, by example", "Reconstructions"):
+        assert heading in page
+
+
+def test_results_have_every_figure(demo):
+    results = json.loads((demo / "results.json").read_text())
+    assert set(results["prompted"]) == {"segmentation", "depth", "edges"}
+    assert 0 <= results["prompted"]["segmentation"]["foreground_iou"] <= 1
+    assert results["prompted"]["segmentation"]["queries"] == 8
+    assert set(results["task_following"]) == {"all", "segmentation", "depth", "edges"}
+    assert {"below_conditional", "perplexity_ratio"} <= set(results["likelihood"]["video"])
+    assert results["tokenizer"]["codes_counted"] > 1000
+
+
+def test_training_writes_metrics_and_pictures(demo):
+    lines = metrics.read(demo / "lvm")
+    assert [line["step"] for line in lines] == list(range(10, 61, 10))
+    wanted = {"step", "tokens", "loss", "perplexity", "grad_norm", "param_norm", "learning_rate"}
+    wanted |= {"tokens_per_second", "step_seconds", "input_wait"}
+    assert all(wanted <= set(line) for line in lines)
+    assert "heldout_loss" in lines[-1]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert Image.open(demo / "lvm" / "pictures" / "answers-video-0000060.png").width > 100
+    assert "heldout_psnr/rgb" in metrics.read(demo / "tokenizer")[-1]
+    assert (demo / "tokenizer" / "pictures" / "reconstructions-0000060.png").exists()
+
+
+def test_a_second_run_redoes_nothing(demo):
+    before = {path: path.stat().st_mtime_ns for path in demo.rglob("*.json") if path.name != "config.json"}
+    output = run("scripts.demo", *TINY_DEMO, f"--out={demo}")
+    assert output.count("training is complete at step 60") == 2
+    assert "this evaluation is there already" in output
+    assert "answer.png is there already" in output
+    manifest = demo / "store" / "manifest.json"
+    assert all(path.stat().st_mtime_ns == before[path] for path in before if path != manifest)
+
+
+def test_the_tokenizer_loads_in_two_lines(demo):
+    t = Tokenizer.load(demo / "tokenizer")
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    codes = t.encode(images)
+    assert (codes.shape, codes.dtype) == ((3, 16), np.int32)
+    np.testing.assert_array_equal(t.encode(images[1:2])[0], codes[1])
+    decoded, exact = t.decode(codes), t.decode_float(codes)
+    assert (decoded.shape, decoded.dtype) == ((3, 32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(decoded, np.round(255 * np.clip(exact, 0, 1)))
+    latents = t.encode_latents(images)
+    assert (latents.shape, latents.dtype) == ((3, 16, 4), np.float32)
+    np.testing.assert_allclose(latents, t.encode_latents(images / np.float32(255)), atol=1e-5)
+    assert Tokenizer.load(demo / "tokenizer", dtype="bfloat16").decode(codes).shape == decoded.shape
+
+
+def test_the_tokenizer_names_what_is_wrong_with_images_and_codes(demo):
+    t = Tokenizer.load(demo / "tokenizer")
+    with pytest.raises(Exception, match=r"t\.preprocess\(image\)"):
+        t.encode(np.zeros((1, 48, 64, 3), np.uint8))
+    with pytest.raises(Exception, match="float32, wanted uint8"):
+        t.encode(np.zeros((1, 32, 32, 3), np.float32))
+    with pytest.raises(Exception, match=r"the codebook has 0\.\.63"):
+        t.decode(np.full((1, 16), 64))
+    assert t.preprocess(np.zeros((48, 64, 3), np.uint8)).shape == (32, 32, 3)
+
+
+def test_the_model_loads_in_two_lines(demo):
+    m = LVM.load(demo / "lvm")
+    grids = np.random.default_rng(0).integers(0, 64, (2, 3, 16))
+    tokens = np.concatenate([[[m.vocabulary.bos]] * 2, grids.reshape(2, -1)], axis=1)
+    logits = m.logits(tokens)
+    assert (logits.shape, logits.dtype) == ((2, 49, m.vocabulary.size), np.float32)
+    answers = m.generate(grids, 2, temperature=0)
+    assert (answers.shape, answers.dtype) == ((2, 2, 16), np.int32)
+    assert answers[0, 0, 0] == logits[0, -1, :64].argmax()
+    raw = m.generate_tokens(tokens, 32, temperature=0, codes_only=True)
+    np.testing.assert_array_equal(raw.reshape(2, 2, 16), answers)
+    assert m.generate(grids, 1, candidates=3, seed=[1, 2]).shape == (2, 3, 1, 16)
+    unequal = m.generate([grids[0], grids[1, :1]], 2, temperature=0)
+    np.testing.assert_array_equal(unequal[0], answers[0])
+    with pytest.raises(Exception, match="a prompt of 5 images and an answer of 2 don't fit"):
+        m.generate(np.zeros((1, 5, 16), int), 2)
+    with pytest.raises(Exception, match="wanted integers"):
+        m.logits(np.zeros((1, 4), np.float32))
+
+
+def test_pairs_and_a_query_are_answered(demo, tmp_path):
+    frames = sorted((demo / "prompt").glob("*.png"))
+    pairs = [f"{frames[0]}:{frames[1]}", f"{frames[1]}:{frames[2]}"]
+    out = tmp_path / "answer.png"
+    common = [f"--model={demo / 'lvm'}", f"--tokenizer={demo / 'tokenizer'}", f"--out={out}"]
+    run("lvm.prompt", "--pairs", *pairs, "--query", frames[3], *common, "--candidates=2")
+    assert Image.open(out).height > 200  # a row for each candidate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sequence", "nothing.png"], "nothing.png: can't be read as an image: No such file"),
+        (["--sequence", "README.md"], "README.md: can't be read as an image"),
+        (["--pairs", "a.png"], "--pairs needs --query"),
+        (["--pairs", "a.png", "--query=b.png"], "'a.png' is not of the form image.png:answer.png"),
+        ([], "give either --sequence"),
+        (["--sequence", *["FRAME"] * 9], "the model's context of 98 holds 6 images"),
+    ],
+)
+def test_a_bad_prompt_is_one_clear_line(demo, tmp_path, arguments, words):
+    arguments = [str(demo / "prompt" / "frame-1.png") if a == "FRAME" else a for a in arguments]
+    common = [f"--model={demo / 'lvm'}", f"--tokenizer={demo / 'tokenizer'}", f"--out={tmp_path / 'a.png'}"]
+    output = run("lvm.prompt", *arguments, *common, code=2)
+    assert output.count("\n") == 1, output
+    assert words in output
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.depth=3"], "depth"),
+        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.num_heads=3"], "num_heads: 3 heads"),
+        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.batch_size=many"], "batch_size"),
+        ("lvm.train", ["--config=configs/nothing.py"], "configs/nothing.py"),
+        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.data.store=/none"], "/none: not a finished store"),
+        ("tokenizer.train", ["--config=configs/demo_tokenizer.py", "--config.data.source=/none"], "/none: found nothing"),
+        ("tokenizer.train", ["--config=configs/demo_tokenizer.py", "--speed=9"], "speed"),
+    ],
+)
+def test_a_bad_config_is_one_clear_line(tmp_path, module, arguments, words):
+    output = run(module, *arguments, f"--workdir={tmp_path / 'w'}", code=2)
+    assert len(output.strip().splitlines()) == 1, output
+    assert words in output
+
+
+def test_a_workdir_of_another_config_is_refused(demo):
+    output = run(
+        "lvm.train",
+        "--config=tests/configs/tiny_lvm.py",
+        f"--workdir={demo / 'lvm'}",
+        f"--config.data.store={demo / 'store'}",
+        "--config.optimizer.learning_rate=0.5",
+        code=2,
+    )
+    assert "config.optimizer.learning_rate: 0.002 → 0.5" in output
+
+
+def test_a_tokenizer_is_not_taken_for_a_model(demo, tmp_path):
+    common = ["--config=tests/configs/tiny_eval.py", f"--out={tmp_path}"]
+    output = run(
+        "lvm.evaluate", *common, f"--model={demo / 'tokenizer'}", f"--tokenizer={demo / 'tokenizer'}", code=2
+    )
+    assert "holds 'tokenizer', wanted the workdir of a model of kind 'lvm'" in output
+
+
+def test_a_wrong_or_an_empty_folder_ends_the_demo_at_once(tmp_path):
+    assert "expected a folder of images" in run("scripts.demo", "--images=/no/such/folder", code=2)
+    assert str(tmp_path) in run("scripts.demo", f"--images={tmp_path}", code=2)
+
+
+def write_folder(folder: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    for video in range(4):
+        for stream in ("rgb", "segmentation"):
+            (folder / stream / f"video{video}").mkdir(parents=True)
+        for frame in range(8):
+            pixels = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+            picture = Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC)
+            picture.save(folder / "rgb" / f"video{video}" / f"{frame:03d}.jpg")
+            labels = Image.fromarray((np.asarray(picture).mean(-1) > 128).astype(np.uint8), mode="P")
+            labels.putpalette([0, 0, 0, 255, 0, 0])
+            labels.save(folder / "segmentation" / f"video{video}" / f"{frame:03d}.png")
+
+
+def test_a_corrupt_jpeg_among_good_ones_is_listed_and_skipped(tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    write_folder(images)
+    broken = images / "rgb" / "video1" / "003.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (images / "notes.txt").write_text("not an image")
+    output = run("scripts.demo", *TINY_DEMO[1:], f"--images={images}", f"--out={out}")
+    assert "video1/003.jpg" in output
+    assert "notes.txt" in output
+    manifest = json.loads((out / "store" / "manifest.json").read_text())
+    assert sum(shard["images"] for shard in manifest["shards"]) == 2 * (4 * 8 - 1)
+    listed = [failure for shard in manifest["shards"] for failure in shard["failures"]]
+    assert len(listed) == 1
+    assert "003.jpg" in listed[0]["reason"]
+    assert set(json.loads((out / "results.json").read_text())["prompted"]) == {"segmentation"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the real images of ../shared/data")
+@pytest.mark.parametrize("name", ["camvid", "davis", "photos", "objects", "depth", "bsds"])
+def test_the_demo_runs_on_real_images(tmp_path, name):
+    run("scripts.demo", *TINY_DEMO[1:], f"--images={SHARED_DATA / name}", f"--out={tmp_path}")
+    assert (tmp_path / "index.html").exists()
+
+
+def comparable(results: pathlib.Path) -> dict:
+    return json.loads(results.read_text())
+
+
+def killed_demo(out: pathlib.Path, moments: list[float]) -> None:
+    """Runs the tiny demo, killed with all its processes after each of the given numbers of seconds."""
+    for seconds in moments:
+        process = start("scripts.demo", *TINY_DEMO, f"--out={out}", start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    run("scripts.demo", *TINY_DEMO, f"--out={out}")
+
+
+def test_killed_at_three_moments_it_ends_with_the_same_figures(demo, tmp_path):
+    killed_demo(tmp_path, [random.Random(seed).uniform(3, 25) for seed in range(3)])
+    assert comparable(tmp_path / "results.json") == comparable(demo / "results.json")
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_it_ends_with_the_same_figures(demo, tmp_path):
+    rng = random.Random(0)
+    for attempt in range(4):
+        out = tmp_path / str(attempt)
+        killed_demo(out, [rng.uniform(1, 30) for _ in range(5)])
+        assert comparable(out / "results.json") == comparable(demo / "results.json")
+
+
+def test_a_killed_demo_leaves_no_stage_behind(tmp_path):
+    process = start("scripts.demo", *TINY_DEMO, f"--out={tmp_path}", start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "tokenizer" / ".lock").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()  # the demo alone, not its stage
+    process.communicate()
+    run("tokenizer.train", "--config=tests/configs/tiny_tokenizer.py", f"--workdir={tmp_path / 'tokenizer'}")
+
+
+def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(tmp_path):
+    arguments = ["--config=tests/configs/tiny_tokenizer.py", f"--workdir={tmp_path}"]
+
+    def no_file_beyond_4_kb() -> None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    process = start("tokenizer.train", *arguments, preexec_fn=no_file_beyond_4_kb)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    assert "error: File too large" in output
+    run("tokenizer.train", *arguments)
+    assert Tokenizer.load(tmp_path).step == 60
+
+
+def test_readme_shows_the_demos_own_picture():
+    picture = re.search(r"\((docs/[^)]+\.(?:png|webp))\)", (ROOT / "README.md").read_text())
+    assert picture
+    assert (ROOT / picture[1]).stat().st_size < 300_000
