@@ -19,7 +19,7 @@ from lvm.training.optimizer import OptimizerConfig
 def get_config() -> ConfigDict:
     """BOS, 8 grids of 64 codes and EOS are 514 tokens: with that context every row is one sentence."""
     model = ModelConfig(
-        hidden_size=128, mlp_size=352, num_layers=4, num_heads=2, context=514, dtype="float32"
+        hidden_size=128, mlp_size=352, num_layers=4, num_heads=2, context=514, dtype="float32", remat="dots"
     )
     sources = {
         "video": SourceConfig(Video(frames=8, strides=(1,)), weight=0.30),
@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
                 learning_rate=2e-3, end_learning_rate=2e-5, warmup_steps=100, b2=0.98, weight_decay=0.05
             ),
             loop=LoopConfig(
-                total_steps=1800, log_every=50, evaluate_every=300, picture_every=600, checkpoint_every=300
+                total_steps=1500, log_every=50, evaluate_every=500, picture_every=500, checkpoint_every=100
             ),
         )
     )

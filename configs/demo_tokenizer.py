@@ -17,29 +17,31 @@ from tokenizer.vqgan import VQGANConfig
 def get_config() -> ConfigDict:
     model = VQGANConfig(
         resolution=64,
-        patch_size=4,
-        channels=32,
-        channel_multipliers=(1, 2),
+        patch_size=8,
+        channels=64,
+        channel_multipliers=(1,),
         encoder_blocks=1,
-        decoder_blocks=2,
-        middle_blocks=1,
+        decoder_blocks=3,
+        middle_blocks=0,
         codebook_size=512,
         codebook_dim=8,
         norm_groups=8,
-        l2_normalize=True,
+        block_bias=False,
+        latent_kernel=1,
+        quant_convs=False,
     )
     return to_config_dict(
         TokenizerConfig(
-            batch_size=16,
+            batch_size=8,
             model=model,
             preprocess=Preprocess(64),
             data=ImagesConfig("configs/demo_scenes.py", heldout_fraction=0.15, max_scenes=600),
-            loss=LossConfig(),
+            loss=LossConfig(l1=0.25, l2=20.0, gradient=0.2),
             optimizer=OptimizerConfig(
-                learning_rate=3e-3, end_learning_rate=3e-5, warmup_steps=100, b2=0.99, weight_decay=0.0
+                learning_rate=6e-3, end_learning_rate=3e-5, warmup_steps=50, b2=0.99, weight_decay=0.0
             ),
             loop=LoopConfig(
-                total_steps=5000, log_every=100, evaluate_every=1000, picture_every=2500, checkpoint_every=500
+                total_steps=4000, log_every=100, evaluate_every=1000, picture_every=2000, checkpoint_every=500
             ),
         )
     )

@@ -160,7 +160,9 @@ def _check_one_tokenizer(stores: Mapping[str, Store]) -> None:
     headers = {path: store.manifest["tokenizer"] for path, store in stores.items()}
     identities = {path: (header["weights"], *header["grid"]) for path, header in headers.items()}
     if len(set(identities.values())) > 1:
-        listed = ", ".join(f"{path}: {weights[:12]}, grid {h}×{w}" for path, (weights, h, w) in identities.items())
+        listed = ", ".join(
+            f"{path}: {weights[:12]}, grid {h}×{w}" for path, (weights, h, w) in identities.items()
+        )
         raise UserError(f"config.data: the stores hold codes of different tokenizers ({listed})")
 
 

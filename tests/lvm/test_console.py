@@ -7,7 +7,15 @@ from lvm import console
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (-3, "0s"), (59.4, "59s"), (59.6, "1m00s"), (95, "1m35s"), (3600, "1h00m"), (90061, "25h01m")],
+    [
+        (0, "0s"),
+        (-3, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (95, "1m35s"),
+        (3600, "1h00m"),
+        (90061, "25h01m"),
+    ],
 )
 def test_durations(seconds, text):
     assert console.duration(seconds) == text

@@ -40,9 +40,7 @@ def test_sources_come_in_the_order_of_their_names(store):
     sources = weighted(video=1.0, single=2.0, pairs=1.0)
     assert [source.name for source in mixture(store, sources).sources] == ["pairs", "single", "video"]
     shuffled = dict(reversed(sources.items()))
-    np.testing.assert_array_equal(
-        mixture(store, sources).block(3), mixture(store, shuffled).block(3)
-    )
+    np.testing.assert_array_equal(mixture(store, sources).block(3), mixture(store, shuffled).block(3))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.1, 0.2, 0.7), (1e-3, 5.0, 1.0), (1.0, 0.0, 3.0)])
@@ -221,5 +219,5 @@ def test_a_mixture_of_nothing_is_refused(store, sources, store_given, message):
 
 @given(st.floats(max_value=-1e-9) | st.sampled_from([float("nan"), float("inf")]))
 def test_a_weight_that_is_no_share_is_refused(weight):
-    with pytest.raises(UserError, match="^weight: "):
+    with pytest.raises(UserError, match=r"^weight: "):
         SourceConfig(Single(), weight)

@@ -28,9 +28,7 @@ def records(draw):
 
 
 def page(count=3, key="scene"):
-    return [
-        Scene(f"{key} {i}", i, 0, np.full((1, 1, 4), i, np.uint16)) for i in range(count)
-    ]
+    return [Scene(f"{key} {i}", i, 0, np.full((1, 1, 4), i, np.uint16)) for i in range(count)]
 
 
 @given(records())
@@ -46,7 +44,7 @@ def test_a_record_holds_its_scenes(scenes):
 def test_a_changed_byte_is_refused(scenes, data):
     record = bytearray(pack(scenes))
     record[data.draw(st.integers(0, len(record) - 1))] ^= data.draw(st.integers(1, 255))
-    with pytest.raises(UserError, match="^shard 3, record 5: "):
+    with pytest.raises(UserError, match=r"^shard 3, record 5: "):
         unpack(bytes(record), STREAMS, "shard 3, record 5")
 
 
@@ -64,7 +62,7 @@ def test_another_number_of_scenes_is_refused(count):
 @given(records(), st.data())
 def test_a_cut_off_record_is_refused(scenes, data):
     record = pack(scenes)
-    with pytest.raises(UserError, match="^here: "):
+    with pytest.raises(UserError, match=r"^here: "):
         unpack(record[: data.draw(st.integers(0, len(record) - 1))], STREAMS, "here")
 
 

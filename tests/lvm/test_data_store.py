@@ -24,7 +24,10 @@ def test_single_images_and_longer_scenes_come_back_from_one_store(make_store, ne
     scenes = new_scenes(MIXED)
     found = Store(make_store(scenes, num_shards=3))
     assert len(found) == len(scenes)
-    read = {scene.key: (scene, entry) for scene, entry in zip(map(found.scene, range(len(found))), found.index)}
+    read = {}
+    for number, entry in enumerate(found.index):
+        scene = found.scene(number)
+        read[scene.key] = (scene, entry)
     assert len(read) == len(scenes)
     for item in scenes:
         scene, entry = read[item.scene.key]

@@ -114,5 +114,5 @@ def test_a_full_disk_is_an_os_error_however_it_was_wrapped(tmp_path):
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(ValueError, match="^shapes differ$"), _clear_disk_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"^shapes differ$"), _clear_disk_errors(tmp_path):
         raise ValueError("shapes differ")

@@ -41,7 +41,11 @@ class Regression:
 
     def init(self, rng):
         params = {"kernel": jax.random.normal(rng, 8)}
-        return {"step": jnp.int32(0), "params": params, "training": {"optimizer": self.optimizer.init(params)}}
+        return {
+            "step": jnp.int32(0),
+            "params": params,
+            "training": {"optimizer": self.optimizer.init(params)},
+        }
 
     def _loss(self, params, batch, rng):
         noise = 0.01 * jax.random.normal(rng, batch["y"].shape)
@@ -137,6 +141,16 @@ def test_what_a_lost_stretch_logged_is_logged_again_once(tmp_path):
 
 def test_another_seed_is_another_run(tmp_path):
     assert bits(train(tmp_path / "a", total=1, seed=0)) != bits(train(tmp_path / "b", total=1, seed=1))
+
+
+def test_every_step_has_its_own_key(tmp_path):
+    class Recorder(Regression):
+        def _loss(self, params, batch, rng):
+            loss, found = super()._loss(params, batch, rng)
+            return loss, {**found, "drawn": jax.random.uniform(rng)}
+
+    train(tmp_path, total=10, trainable=Recorder(), checkpoint_every=0)
+    assert len({line["drawn"] for line in metrics.read(tmp_path)}) == 10
 
 
 def test_batches_arrive_in_their_order_each_once(tmp_path):

@@ -26,7 +26,9 @@ def test_a_folder_without_metrics_has_no_lines(tmp_path):
     assert metrics.read(tmp_path) == []
 
 
-@pytest.mark.parametrize(("resumed", "kept"), [(0, []), (25, [10, 20]), (30, [10, 20, 30]), (99, [10, 20, 30])])
+@pytest.mark.parametrize(
+    ("resumed", "kept"), [(0, []), (25, [10, 20]), (30, [10, 20, 30]), (99, [10, 20, 30])]
+)
 def test_a_resumed_run_drops_what_lies_beyond_its_step(tmp_path, resumed, kept):
     write(tmp_path, 0, [10, 20, 30])
     write(tmp_path, resumed, [resumed + 10])

@@ -108,20 +108,20 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     count = int(rng.integers(2, 5))
     depths = np.linspace(5, 1.5, count) + rng.uniform(-0.25, 0.25, count)  # falling: gaps exceed 1 m
     shapes = tuple(_sample_shape(rng, count, float(depth)) for depth in depths)
-    hue, value = rng.uniform(), rng.uniform(0.25, 0.75)
-    colours = (_rgb(hue, 0.3, value), _rgb(hue + rng.uniform(-0.1, 0.1), 0.35, value * 0.82))
+    hue, value = rng.uniform(), rng.uniform(0.3, 0.7)
+    colours = (_rgb(hue, 0.3, value), _rgb(hue + rng.uniform(-0.05, 0.05), 0.33, value * 0.9))
     return Scene(shapes, Texture(TEXTURES[rng.integers(4)], rng.uniform(0.22, 0.4), colours))
 
 
 def _sample_shape(rng: np.random.Generator, count: int, depth: float) -> Shape:
     hue = rng.uniform()
-    bright = _rgb(hue, rng.uniform(0.55, 0.95), rng.uniform(0.85, 1.0))
-    dark = _rgb(hue + rng.uniform(-0.25, 0.25), rng.uniform(0.6, 0.9), rng.uniform(0.35, 0.6))
+    bright = _rgb(hue, rng.uniform(0.45, 0.8), rng.uniform(0.8, 0.95))
+    dark = _rgb(hue + rng.uniform(-0.1, 0.1), rng.uniform(0.5, 0.8), rng.uniform(0.6, 0.75))
     direction, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.05)
     return Shape(
         class_id=int(rng.integers(len(CLASSES))),
         depth=depth,
-        radius=rng.uniform(0.8, 1.2) * 0.31 / count**0.5,
+        radius=rng.uniform(0.8, 1.2) * 0.34 / count**0.5,
         pulse=rng.uniform(0.0, 0.15),
         pulse_rate=rng.uniform(0.3, 0.7),
         phase=rng.uniform(0, 2 * np.pi),
@@ -129,7 +129,7 @@ def _sample_shape(rng: np.random.Generator, count: int, depth: float) -> Shape:
         velocity=speed * np.array([np.cos(direction), np.sin(direction)]),
         angle=rng.uniform(0, 2 * np.pi),
         spin=rng.choice([-1, 1]) * rng.uniform(0.05, 0.25),
-        texture=Texture(TEXTURES[rng.integers(4)], rng.uniform(0.14, 0.2), (bright, dark)),
+        texture=Texture(TEXTURES[rng.integers(4)], rng.uniform(0.18, 0.26), (bright, dark)),
     )
 
 

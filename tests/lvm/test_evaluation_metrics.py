@@ -1,0 +1,99 @@
+"""Figures against values worked by hand, or by scipy."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lvm.evaluation import metrics
+
+
+def test_psnr_of_a_known_error():
+    truth = np.zeros((3, 2, 2, 3), np.uint8)
+    images = truth.copy()
+    images[0] = 51  # a fifth of the range: 20·log10(5) dB
+    images[1, 0, 0] = 255  # a quarter of the pixels all wrong
+    np.testing.assert_allclose(metrics.psnr(images, truth), [13.9794, 6.0206, 100.0], atol=1e-4)
+
+
+def test_iou_counts_shared_pixels_over_all():
+    masks = np.array([[[1, 1], [0, 0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]], bool)
+    truth = np.array([[[0, 1], [1, 0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]], [[1, 0], [0, 0]]], bool)
+    np.testing.assert_allclose(metrics.iou(masks, truth), [1 / 3, 1, 1, 0])
+
+
+def test_confusion_counts_truth_by_answer_and_leaves_out_what_is_ignored():
+    truth = np.array([[0, 0, 1], [2, 2, 2]], np.uint8)
+    labels = np.array([[0, 1, 1], [2, 0, 1]], np.uint8)
+    assert metrics.confusion(labels, truth, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 1]]
+    assert metrics.confusion(labels, truth, 3, ignore=2).tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+
+
+@given(hnp.arrays(np.uint8, (2, 40), elements=st.integers(0, 200)))
+def test_confusion_is_that_of_a_loop(pair):
+    labels, truth = pair
+    counts = np.zeros((201, 201), int)
+    for answered, right in zip(labels, truth, strict=True):
+        counts[right, answered] += 1
+    np.testing.assert_array_equal(metrics.confusion(labels, truth, 201), counts)
+
+
+def test_mean_iou_is_over_the_classes_in_the_truth():
+    counts = np.array([[5, 1, 0], [2, 2, 1], [0, 0, 0]])  # nothing of class 2 is there, though it is answered
+    first, second = 5 / (5 + 1 + 2), 2 / (2 + 3 + 1)
+    assert metrics.mean_iou(counts) == pytest.approx((first + second) / 2)
+    assert metrics.mean_iou(counts, leave_out=[0]) == pytest.approx(second)
+    assert np.isnan(metrics.mean_iou(counts, leave_out=[0, 1]))
+
+
+@given(hnp.arrays(np.int64, st.integers(1, 30), elements=st.integers(0, 1000)).filter(np.any))
+def test_entropy_is_scipys(counts):
+    assert metrics.entropy(counts) == pytest.approx(scipy.stats.entropy(counts), abs=1e-9)
+
+
+def test_conditional_entropy_of_known_pairs():
+    given_codes = np.array([[0, 0, 0, 0], [1, 1, 2, 2]])
+    codes = np.array([[0, 1, 2, 3], [5, 5, 0, 1]])
+    # After 0 four codes are even (ln 4), after 1 one is sure, after 2 two are even (ln 2).
+    wanted = 4 / 8 * np.log(4) + 2 / 8 * 0 + 2 / 8 * np.log(2)
+    assert metrics.conditional_entropy(given_codes, codes, 6) == pytest.approx(wanted)
+
+
+@given(hnp.arrays(np.uint16, (2, 50), elements=st.integers(0, 7)))
+def test_knowing_more_never_raises_entropy(pair):
+    conditional = metrics.conditional_entropy(pair[0], pair[1], 8)
+    assert -1e-9 <= conditional <= metrics.entropy(np.bincount(pair[1])) + 1e-9
+
+
+def test_the_bootstrap_interval_is_that_of_the_mean():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    low, high = metrics.bootstrap(values)
+    error = 1.96 * values.std() / np.sqrt(400)
+    np.testing.assert_allclose([low, high], [values.mean() - error, values.mean() + error], atol=0.03)
+    assert metrics.bootstrap(values) == (low, high)
+    assert metrics.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
+
+
+def test_depth_errors_of_known_maps():
+    truth = np.array([[[1.0, 2.0], [4.0, 0.0]], [[2.0, 0.0], [0.0, 0.0]]])
+    depth = np.array([[[1.0, 2.2], [6.0, 9.0]], [[1.0, 5.0], [5.0, 5.0]]])
+    errors = metrics.depth_errors(depth, truth)
+    assert errors["rmse"] == pytest.approx((np.sqrt((0.04 + 4) / 3) + 1) / 2)
+    assert errors["abs_rel"] == pytest.approx(((0.1 + 0.5) / 3 + 0.5) / 2)
+    assert errors["delta1"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_a_missing_answer_is_a_wrong_answer():
+    truth = np.full((1, 2, 2), 2.0)
+    perfect = {"rmse": 0.0, "abs_rel": 0.0, "delta1": 1.0}
+    assert metrics.depth_errors(truth, truth) == perfect
+    nothing = metrics.depth_errors(np.zeros_like(truth), truth)
+    assert nothing["abs_rel"] == pytest.approx(0.999)
+    assert nothing["delta1"] == 0
+
+
+def test_an_image_without_any_reading_is_left_out():
+    truth = np.array([[[0.0]], [[2.0]]])
+    assert metrics.depth_errors(np.array([[[7.0]], [[3.0]]]), truth)["rmse"] == pytest.approx(1.0)
