@@ -91,14 +91,13 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     }
     say(f"likelihood of {config.sentences} sentences each of {', '.join(sentences) or 'nothing'}")
     losses = {name: likelihood.grid_losses(model, made) for name, made in sentences.items()}
-    results["likelihood"] = _likelihood(mixture, losses, sentences, model.vocabulary.num_codes)
+    results["likelihood"] = _likelihood(mixture, heldout, losses, sentences, model.vocabulary.num_codes)
     asked = _ask(config, model, mixture, heldout, decode)
     results["prompted"] = {
         answers.target: answers.figures(heldout.codecs[answers.target]) for answers in asked
     }
     if len(asked) > 1:
-        streams = list(asked[0].queries[0].scene.info.streams)
-        results["task_following"] = prompted.task_following(asked, streams)
+        results["task_following"] = prompted.task_following(asked, heldout, model.vocabulary.num_codes)
     say("writing the page")
     pictures = summary.pictures(model, mixture, heldout, decode, asked, sentences)
     summary.write(out, results, pictures, model_folder, tokenizer_folder)
@@ -106,7 +105,11 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
 
 
 def _likelihood(
-    mixture: MixtureConfig, losses: dict[str, np.ndarray], sentences: dict[str, np.ndarray], num_codes: int
+    mixture: MixtureConfig,
+    heldout: Heldout,
+    losses: dict[str, np.ndarray],
+    sentences: dict[str, np.ndarray],
+    num_codes: int,
 ) -> dict[str, Any]:
     if not losses:
         return {}
@@ -115,7 +118,12 @@ def _likelihood(
     figures["perplexity_by_image"] = {name: likelihood.perplexity_by_image(x) for name, x in losses.items()}
     for name, part in mixture.sources.items():
         if isinstance(part.recipe, Video) and name in losses and losses[name].shape[1] > 2:
-            figures["video"] = likelihood.video_figures(losses[name], sentences[name], num_codes)
+            stream, frames = part.recipe.stream, part.recipe.min_frames
+            videos = [
+                scene.codes[:, scene.info.streams.index(stream)]
+                for scene in heldout.with_streams([stream], frames)
+            ]
+            figures["video"] = likelihood.video_figures(losses[name], videos, num_codes)
     return figures
 
 

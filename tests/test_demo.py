@@ -42,7 +42,7 @@ def test_results_have_every_figure(demo):
     assert set(results["prompted"]) == {"segmentation", "depth", "edges"}
     assert 0 <= results["prompted"]["segmentation"]["foreground_iou"] <= 1
     assert results["prompted"]["segmentation"]["queries"] == 8
-    assert set(results["task_following"]) == {"all", "segmentation", "depth", "edges"}
+    assert set(results["task_following"]["by_codes"]) == {"all", "segmentation", "depth", "edges"}
     assert {"below_conditional", "perplexity_ratio"} <= set(results["likelihood"]["video"])
     assert results["tokenizer"]["codes_counted"] > 1000
 
@@ -151,8 +151,16 @@ def test_a_bad_prompt_is_one_clear_line(demo, tmp_path, arguments, words):
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.num_heads=3"], "num_heads: 3 heads"),
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.batch_size=many"], "batch_size"),
         ("lvm.train", ["--config=configs/nothing.py"], "configs/nothing.py"),
-        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.data.store=/none"], "/none: not a finished store"),
-        ("tokenizer.train", ["--config=configs/demo_tokenizer.py", "--config.data.source=/none"], "/none: found nothing"),
+        (
+            "lvm.train",
+            ["--config=configs/demo_lvm.py", "--config.data.store=/none"],
+            "/none: not a finished store",
+        ),
+        (
+            "tokenizer.train",
+            ["--config=configs/demo_tokenizer.py", "--config.data.source=/none"],
+            "/none: found nothing",
+        ),
         ("tokenizer.train", ["--config=configs/demo_tokenizer.py", "--speed=9"], "speed"),
     ],
 )

@@ -37,10 +37,10 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in ("l1", "l2", "gradient", "commitment", "dead_below"):
             if getattr(self, name) < 0:
-                raise UserError(f"tokenizer loss: {name} = {getattr(self, name)}, expected 0 or more")
+                raise UserError(f"{name}: {getattr(self, name)}, expected 0 or more")
         for name in ("autoencoder_share", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"tokenizer loss: {name} = {getattr(self, name)}, expected [0, 1)")
+                raise UserError(f"{name}: {getattr(self, name)}, expected [0, 1)")
 
 
 class TokenizerObjective:

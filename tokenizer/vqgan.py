@@ -93,7 +93,7 @@ class VQGANConfig:
 
 
 def _reject(key: str, found: Any, right: str) -> None:
-    raise UserError(f"tokenizer model: {key} = {found!r}, expected {right}")
+    raise UserError(f"{key}: {found!r}, expected {right}")
 
 
 _MASKGIT = VQGANConfig(

@@ -52,7 +52,10 @@ class Heldout:
         self, source: Source, fraction: float, max_scenes: int, encode: Callable[[np.ndarray], np.ndarray]
     ):
         hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
-        numbers = np.flatnonzero(split.heldout(hashes, fraction))[:max_scenes]
+        numbers = np.flatnonzero(split.heldout(hashes, fraction))
+        numbers = numbers[
+            :: -(-len(numbers) // max_scenes)
+        ]  # spread over the source, which may be sorted by class
         self.codecs: dict[str, Codec] = dict(source.streams)
         self.scenes: list[HeldoutScene] = []
         self.failures: list[Failure] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,19 +77,25 @@ def perplexity_by_image(losses: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def video_figures(losses: np.ndarray, sentences: np.ndarray, num_codes: int) -> dict[str, Any]:
+def video_figures(losses: np.ndarray, videos: Sequence[np.ndarray], num_codes: int) -> dict[str, Any]:
     """Later frames beside the first, and beside H(code | same position of the frame before).
 
     Args:
       losses: [count, frames, N].
-      sentences: int [count, frames, N].
+      videos: codes int [T, N] of each held-out video, all of which the entropy is counted on.
+      num_codes: size of the codebook.
     """
     later = float(np.mean(losses[:, 2:]))
-    conditional = metrics.conditional_entropy(sentences[:, 1:-1], sentences[:, 2:], num_codes)
+    before = np.concatenate([video[1:-1] for video in videos])  # [transitions, N]
+    after = np.concatenate([video[2:] for video in videos])
+    conditional = metrics.conditional_entropy(before, after, num_codes)
     return {
         "loss_first_image": float(np.nanmean(losses[:, 0])),
         "loss_images_3_on": later,
         "conditional_entropy": conditional,
+        "conditional_entropy_corrected": metrics.conditional_entropy(
+            before, after, num_codes, corrected=True
+        ),
         "below_conditional": 1 - later / conditional,
         "perplexity_ratio": math.exp(later - float(np.nanmean(losses[:, 0]))),
     }

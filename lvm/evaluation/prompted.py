@@ -10,7 +10,7 @@ import numpy as np
 
 from lvm.data.streams import Depth, Palette
 from lvm.evaluation import metrics
-from lvm.evaluation.heldout import HeldoutScene
+from lvm.evaluation.heldout import Heldout, HeldoutScene
 
 Answer = Callable[[np.ndarray, int], np.ndarray]  # prompts int [B, K, N], images wanted → int [B, images, N]
 Decode = Callable[[np.ndarray], np.ndarray]  # codes int [B, N] → images uint8 [B, R, R, 3]
@@ -48,14 +48,21 @@ def make_queries(scenes: Sequence[HeldoutScene], count: int, shots: int, seed: i
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Queries with the images that a model answered, and the true ones, uint8 [B, R, R, 3]."""
+    """Queries with what a model answered.
+
+    Attributes:
+      codes: the answers, int [B, N].
+      images: decoded, uint8 [B, R, R, 3].
+      truth, copied: the true images, and the last example's annotation, of the same shape.
+    """
 
     queries: list[Query]
     source: str
     target: str
+    codes: np.ndarray
     images: np.ndarray
     truth: np.ndarray
-    copied: np.ndarray  # the last example's annotation
+    copied: np.ndarray
 
     def figures(self, codec: Any) -> dict[str, Any]:
         """What the target's codec allows to score, and PSNR for every target."""
@@ -78,7 +85,7 @@ def ask(queries: list[Query], source: str, target: str, answer: Answer, decode: 
     codes = answer(prompts, 1)[:, 0]  # [B, N]
     truth = np.stack([query.scene.image(query.frame, target) for query in queries])
     copied = np.stack([query.examples[-1][0].image(query.examples[-1][1], target) for query in queries])
-    return Answers(queries, source, target, decode(codes), truth, copied)
+    return Answers(queries, source, target, codes, decode(codes), truth, copied)
 
 
 def segmentation_figures(
@@ -136,18 +143,43 @@ def _chance(
     return float(np.mean(scores))
 
 
-def task_following(asked: Sequence[Answers], streams: Sequence[str]) -> dict[str, float]:
-    """How often an answer is of the stream that its examples showed.
+def task_following(asked: Sequence[Answers], heldout: Heldout, num_codes: int) -> dict[str, Any]:
+    """How often an answer is of the stream that its examples showed, as told by two judges.
 
-    An answer counts as of the stream whose true image of the query is nearest by squared error, among all
-    `streams`. Returns the share for each target, and `all`.
+    `by_codes` takes the stream whose codes' frequencies (over all held-out images) make the answer's codes most
+    likely: it asks what kind of image the answer is. `judge_accuracy` is its share of right calls on the true
+    images of the same queries. `by_pixels` takes the stream whose true image of the query is nearest by squared
+    error, so it asks for the right content too.
+
+    Returns:
+      {"by_codes": {target: share, …, "all": share}, "by_pixels": likewise, "judge_accuracy": share}.
     """
-    shares = {}
+    shared = set.intersection(*(set(query.scene.info.streams) for a in asked for query in a.queries))
+    streams = [stream for stream in heldout.codecs if stream in shared]
+    log_shares = []
+    for stream in streams:
+        counts = np.bincount(heldout.codes(stream).ravel(), minlength=num_codes) + 0.5
+        log_shares.append(np.log(counts / counts.sum()))
+    table = np.stack(log_shares)  # [streams, num_codes]
+
+    def of_stream(codes: np.ndarray) -> np.ndarray:
+        return np.argmax(table[:, codes].sum(-1), axis=0)  # codes [B, N] → [B]
+
+    by_codes, by_pixels, right = {}, {}, []
     for answers in asked:
-        distances = []
-        for stream in streams:
-            truth = np.stack([query.scene.image(query.frame, stream) for query in answers.queries])
-            distances.append(np.mean((answers.images.astype(np.float64) - truth) ** 2, axis=(1, 2, 3)))
-        nearest = np.argmin(distances, axis=0)  # [B]
-        shares[answers.target] = float(np.mean(nearest == streams.index(answers.target)))
-    return {"all": float(np.mean(list(shares.values()))), **shares}
+        wanted = streams.index(answers.target)
+        by_codes[answers.target] = float(np.mean(of_stream(answers.codes) == wanted))
+        by_pixels[answers.target] = float(np.mean(_nearest(answers, streams) == wanted))
+        truth = np.stack([query.scene.grid(query.frame, answers.target) for query in answers.queries])
+        right.append(np.mean(of_stream(truth) == wanted))
+    for shares in (by_codes, by_pixels):
+        shares["all"] = float(np.mean(list(shares.values())))
+    return {"by_codes": by_codes, "by_pixels": by_pixels, "judge_accuracy": float(np.mean(right))}
+
+
+def _nearest(answers: Answers, streams: Sequence[str]) -> np.ndarray:
+    distances = []
+    for stream in streams:
+        truth = np.stack([query.scene.image(query.frame, stream) for query in answers.queries])
+        distances.append(np.mean((answers.images.astype(np.float64) - truth) ** 2, axis=(1, 2, 3)))
+    return np.argmin(distances, axis=0)  # [B]

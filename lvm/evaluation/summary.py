@@ -177,7 +177,7 @@ def _likelihood_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             (
                 "video loss, images 3 on",
                 f"{video['loss_images_3_on']:.3f} nats",
-                f"{below}, {video['conditional_entropy']:.3f}",
+                f"{below}, {video['conditional_entropy']:.3f} ({video['conditional_entropy_corrected']:.3f} corrected)",
             )
         )
         rows.append(
@@ -210,9 +210,14 @@ def _task_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             (name, f"{figures['psnr']:.1f} dB", f"PSNR; copying an example {figures['psnr_copying']:.1f} dB")
         )
     if "task_following" in results:
-        shares = {key: value for key, value in results["task_following"].items() if key != "all"}
-        text = "answers of the stream that the examples show (" + ", ".join(
-            f"{key} {value:.0%}" for key, value in shares.items()
+        following = results["task_following"]
+        shares = {key: value for key, value in following["by_codes"].items() if key != "all"}
+        each = ", ".join(f"{key} {value:.0%}" for key, value in shares.items())
+        text = (
+            f"answers of the stream that the examples show, by their codes ({each}); this judge is right on "
+            f"{following['judge_accuracy']:.1%} of true images"
         )
-        rows.append(("task following", f"{results['task_following']['all']:.1%}", text + ")"))
+        rows.append(("task following", f"{following['by_codes']['all']:.1%}", text))
+        text = "answers nearest, in pixels, to the query's true image of that stream"
+        rows.append(("", f"{following['by_pixels']['all']:.1%}", text))
     return rows

@@ -24,6 +24,7 @@ _FREE = (
     "config.loop.keep",
     "config.loop.total_steps",
     "config.tokenizer",
+    "config.data.store",  # where the codes lie; which codes they are is compared by the identity of the store
 )
 
 
@@ -41,6 +42,8 @@ class Workdir:
 
     def __init__(self, path: epath.PathLike, kind: str, record: dict[str, Any]):
         self.path = epath.Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; --workdir wants a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held while this lives)
         try:

@@ -1,5 +1,7 @@
 """Queries are fair, perfect answers score full marks, and the scores are those worked by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -149,18 +151,47 @@ def test_classes_by_lot_are_right_as_often_as_there_are_classes():
     assert figures["class_miou_chance"] == pytest.approx(1 / 7, abs=0.02)  # a quarter right: 1 of 4 + 4 − 1
 
 
+STREAMS = ["rgb", "segmentation", "depth"]
+
+
+class KnownHeldout:
+    """Held-out scenes in which each stream has codes of its own: those of `rgb` lie in 0..9, and so on."""
+
+    def __init__(self, scenes):
+        self.codecs = dict.fromkeys(STREAMS)
+        self._scenes = scenes
+
+    def codes(self, stream):
+        return np.stack([scene.grid(0, stream) for scene in self._scenes])
+
+
+def with_known_codes(scene):
+    codes = scene.codes % 10 + 10 * np.arange(len(STREAMS))[:, None]  # [T, S, N]
+    return dataclasses.replace(scene, codes=codes)
+
+
 def answers_of(scenes, target, shown):
-    """Answers to a query of each scene: its own stream `shown(scene)`, a little disturbed."""
+    """Answers to a query of each scene: its own stream `shown(scene)`, in pixels a little disturbed."""
     queries = [Query(scene, 0, ()) for scene in scenes]
+    codes = np.stack([scene.grid(0, shown(scene)) for scene in scenes])
     images = np.stack([scene.image(0, shown(scene)) for scene in scenes]).astype(int) + 3
     empty = np.zeros_like(images)
-    return Answers(queries, "rgb", target, images.clip(0, 255).astype(np.uint8), empty, empty)
+    return Answers(queries, "rgb", target, codes, images.clip(0, 255).astype(np.uint8), empty, empty)
 
 
-def test_task_following_is_the_share_of_answers_nearest_to_the_stream_shown(make_heldout_scenes):
-    streams = ["rgb", "segmentation", "depth"]
-    scenes = make_heldout_scenes(4, streams=streams, frames=1)
+def test_task_following_is_the_share_of_answers_of_the_stream_shown(make_heldout_scenes):
+    scenes = [with_known_codes(scene) for scene in make_heldout_scenes(4, streams=STREAMS, frames=1)]
     always = answers_of(scenes, "segmentation", lambda scene: "segmentation")
     sometimes = answers_of(scenes, "depth", lambda scene: "depth" if scene is scenes[0] else "rgb")
-    shares = prompted.task_following([always, sometimes], streams)
-    assert shares == {"all": 0.625, "segmentation": 1.0, "depth": 0.25}
+    shares = prompted.task_following([always, sometimes], KnownHeldout(scenes), num_codes=30)
+    wanted = {"all": 0.625, "segmentation": 1.0, "depth": 0.25}
+    assert shares == {"by_codes": wanted, "by_pixels": wanted, "judge_accuracy": 1.0}
+
+
+def test_an_answer_of_the_right_kind_but_of_another_query_follows_by_codes_alone(make_heldout_scenes):
+    scenes = [with_known_codes(scene) for scene in make_heldout_scenes(4, streams=STREAMS, frames=1)]
+    answers = answers_of(scenes, "segmentation", lambda scene: "segmentation")
+    black = dataclasses.replace(answers, images=np.zeros_like(answers.images))
+    shares = prompted.task_following([black], KnownHeldout(scenes), num_codes=30)
+    assert shares["by_codes"]["all"] == 1.0
+    assert shares["by_pixels"]["all"] < 1.0
