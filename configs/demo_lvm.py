@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
         hidden_size=128, mlp_size=352, num_layers=4, num_heads=2, context=514, dtype="float32", remat="dots"
     )
     sources = {
-        "video": SourceConfig(Video(frames=8, strides=(1,)), weight=0.30),
-        "segmentation": SourceConfig(Pairs(target="segmentation", shots=4), weight=0.40),
+        "video": SourceConfig(Video(frames=8, strides=(1,)), weight=0.40),
+        "segmentation": SourceConfig(Pairs(target="segmentation", shots=4), weight=0.30),
         "depth": SourceConfig(Pairs(target="depth", shots=4), weight=0.15),
         "edges": SourceConfig(Pairs(target="edges", shots=4), weight=0.15),
         # What other images than the generated scenes may have; `make demo IMAGES=…` sets the weights.
@@ -34,14 +34,14 @@ def get_config() -> ConfigDict:
     }
     return to_config_dict(
         TrainConfig(
-            batch_size=4,
+            batch_size=2,
             model=model,
             data=MixtureConfig(sources, store="runs/demo/store", heldout_fraction=0.15),
             optimizer=OptimizerConfig(
-                learning_rate=2e-3, end_learning_rate=2e-5, warmup_steps=100, b2=0.98, weight_decay=0.05
+                learning_rate=2e-3, end_learning_rate=2e-5, warmup_steps=100, b2=0.99, weight_decay=0.05
             ),
             loop=LoopConfig(
-                total_steps=1500, log_every=50, evaluate_every=500, picture_every=500, checkpoint_every=100
+                total_steps=3200, log_every=100, evaluate_every=800, picture_every=800, checkpoint_every=200
             ),
         )
     )

@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
                 learning_rate=6e-3, end_learning_rate=3e-5, warmup_steps=50, b2=0.99, weight_decay=0.0
             ),
             loop=LoopConfig(
-                total_steps=4000, log_every=100, evaluate_every=1000, picture_every=2000, checkpoint_every=500
+                total_steps=3200, log_every=100, evaluate_every=800, picture_every=1600, checkpoint_every=400
             ),
         )
     )
