@@ -6,41 +6,46 @@ PYTHON ?= python3
 VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-parity lint format clean
+.PHONY: demo test test-slow test-parity lint format clean broken
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.requirements
-	$(VENV)/bin/python -m scripts.demo $(if $(IMAGES),--images="$(IMAGES)") $(if $(FRESH),--fresh)
+demo: $(VENV)/requirements.txt.done
+	$(VENV)/bin/python -m scripts.demo $(if $(IMAGES),--images="$(IMAGES)") $(if $(filter 1 true yes,$(FRESH)),--fresh)
 
-test: $(VENV)/.requirements-test
+test: $(VENV)/requirements-test.txt.done
 	$(RUN) -m pytest -m "not slow and not parity"
 
-test-slow: $(VENV)/.requirements-test
+test-slow: $(VENV)/requirements-test.txt.done
 	$(RUN) -m pytest -m slow
 
-test-parity: $(VENV)/.requirements-parity
+test-parity: $(VENV)/requirements-parity.txt.done
 	$(RUN) -m pytest -m parity
 
-lint: $(VENV)/.requirements-test
+lint: $(VENV)/requirements-test.txt.done
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/.requirements-test
+format: $(VENV)/requirements-test.txt.done
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(VENV)/.requirements-test $(VENV)/.requirements-parity: requirements.txt requirements-test.txt
-$(VENV)/.requirements%: requirements%.txt $(VENV)/bin/python
+# A file of requirements includes others, so each waits for all that it may include.
+$(VENV)/requirements-test.txt.done: requirements.txt
+$(VENV)/requirements-parity.txt.done: requirements.txt requirements-test.txt
+$(VENV)/%.done: % $(VENV)/python.done
 	@echo "Installing $< into $(VENV) ..."
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-$(VENV)/bin/python:
+# An environment that was half made, or whose Python is gone, is made anew.
+$(VENV)/python.done: $(if $(shell $(VENV)/bin/python -m pip --version 2>/dev/null),,broken)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12"; exit 2; }
+		|| { echo "error: $(PYTHON) is not Python 3.11 or later; name another: make PYTHON=python3.12"; exit 2; }
 	@echo "Making the environment $(VENV) with $$($(PYTHON) --version) ..."
+	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
+	@touch $@

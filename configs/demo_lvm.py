@@ -19,7 +19,14 @@ from lvm.training.optimizer import OptimizerConfig
 def get_config() -> ConfigDict:
     """BOS, 8 grids of 64 codes and EOS are 514 tokens: with that context every row is one sentence."""
     model = ModelConfig(
-        hidden_size=128, mlp_size=352, num_layers=4, num_heads=2, context=514, dtype="float32", remat="dots"
+        hidden_size=128,
+        mlp_size=352,
+        num_layers=4,
+        num_heads=2,
+        context=514,
+        dtype="float32",
+        init_std=0.06,
+        remat="dots",
     )
     sources = {
         "video": SourceConfig(Video(frames=8, strides=(1,)), weight=0.40),
@@ -38,7 +45,7 @@ def get_config() -> ConfigDict:
             model=model,
             data=MixtureConfig(sources, store="runs/demo/store", heldout_fraction=0.15),
             optimizer=OptimizerConfig(
-                learning_rate=2e-3, end_learning_rate=2e-5, warmup_steps=100, b2=0.99, weight_decay=0.05
+                learning_rate=2.5e-3, end_learning_rate=2e-5, warmup_steps=100, b2=0.99, weight_decay=0.05
             ),
             loop=LoopConfig(
                 total_steps=3200, log_every=100, evaluate_every=800, picture_every=800, checkpoint_every=200

@@ -13,18 +13,22 @@ KERNELS = ("auto", "xla", "cudnn")
 _BLOCK = 128  # queries
 
 
-def choose_kernel(kernel: str, platform: str) -> str:
-    """The kernel that will run on `platform` ("cpu", "gpu", "tpu"): `auto` is cuDNN flash on GPU, else XLA.
+def choose_kernel(kernel: str, platform: str, dtype: str) -> str:
+    """The kernel that will run on `platform` ("cpu", "gpu", "tpu") in `dtype` ("float32", "bfloat16").
+
+    `auto` is cuDNN flash for bfloat16 on GPU, else XLA.
 
     Raises:
-      UserError: an unknown kernel, or one that can't run on the platform.
+      UserError: an unknown kernel, or one that can't run there.
     """
     if kernel not in KERNELS:
         raise UserError(f"attention: {kernel!r} is not one of {', '.join(KERNELS)}")
+    if kernel == "auto":
+        return "cudnn" if platform == "gpu" and dtype == "bfloat16" else "xla"
     if kernel == "cudnn" and platform != "gpu":
         raise UserError(f"attention: cudnn needs a GPU, this is {platform}; use auto or xla")
-    if kernel == "auto":
-        return "cudnn" if platform == "gpu" else "xla"
+    if kernel == "cudnn" and dtype != "bfloat16":
+        raise UserError(f"attention: cudnn computes in bfloat16, dtype is {dtype}; use auto or xla")
     return kernel
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,7 +13,9 @@ from absl import app, flags, logging
 
 from lvm import errors
 
+PARENT = "LVM_PARENT"  # environment variable: a command ends with the process of that number
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+_PATH = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 def run(main: Callable[[], None], list_flags: Sequence[str] = ()) -> None:
@@ -21,20 +25,13 @@ def run(main: Callable[[], None], list_flags: Sequence[str] = ()) -> None:
       main: the command; reads its flags from `absl.flags.FLAGS`.
       list_flags: names of flags that take all values up to the next flag.
     """
+    _end_with_parent()
     logging.set_verbosity(logging.ERROR)  # the libraries' warnings are not about the user's run
 
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(spread_list_flags(argv, list_flags))
-        except (
-            flags.Error,
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            OSError,
-            errors.UserError,
-        ) as error:
+        except Exception as error:  # a config file may raise anything
             _fail(_flag_problem(error), errors.EXIT_BAD_INPUT)
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; flags are --name=value", errors.EXIT_BAD_INPUT)
@@ -69,15 +66,27 @@ def _guarded(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", 128 + 2)
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK | _PATH:
             raise
         where = f": {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}", errors.EXIT_ERROR)
+        code = errors.EXIT_BAD_INPUT if error.errno in _PATH else errors.EXIT_ERROR
+        _fail(f"{error.strerror or error}{where}", code)
+
+
+def _end_with_parent() -> None:
+    parent = os.environ.pop(PARENT, "")
+    if parent and sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != int(parent):  # it ended before the signal was asked for
+            os._exit(errors.EXIT_ERROR)
 
 
 def _flag_problem(error: Exception) -> str:
-    # Absl's own messages name the flag; those of ml_collections come with a traceback's worth of context.
-    return " ".join(str(error).split())
+    # Absl's own messages name the flag; what a config file raises says little without its type.
+    message = " ".join(str(error).split())
+    known = (flags.Error, AttributeError, KeyError, OSError, errors.UserError)
+    return message if isinstance(error, known) else f"--config: {type(error).__name__}: {message}"
 
 
 def _fail(message: str, code: int) -> None:

@@ -8,6 +8,7 @@ refuses unknown keys, wrong types and impossible values by the key's full name.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -103,6 +104,8 @@ def _mapping(value: Any, path: str) -> Mapping[str, Any]:
 def _scalar(annotation: Any, value: Any, path: str) -> Any:
     if annotation is float and type(value) is int:
         return float(value)
+    if annotation is float and type(value) is float and not math.isfinite(value):
+        raise UserError(f"{path}: {value} is not a finite number")
     if type(value) is not annotation:
         raise UserError(f"{path}: {value!r} is a {type(value).__name__}, wanted {annotation.__name__}")
     return value

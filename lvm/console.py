@@ -9,7 +9,8 @@ import jax
 
 def say(text: str) -> None:
     """Prints one line, from the first process alone."""
-    if jax.process_index() == 0:
+    # Asking for the process index of a single process would take hold of its accelerator.
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
         print(text, flush=True)
 
 

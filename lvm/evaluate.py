@@ -17,16 +17,19 @@ from ml_collections import config_flags
 from lvm import cli, files
 from lvm.config import from_config_dict, to_json
 from lvm.console import say
-from lvm.data.mixture import MixtureConfig
+from lvm.data.mixture import MixtureConfig, SourceConfig
 from lvm.data.recipes import Pairs, Video
-from lvm.data.sources import open_source
+from lvm.data.sources import Source, open_source
+from lvm.data.store import MANIFEST, Store
 from lvm.errors import UserError
 from lvm.evaluation import likelihood, prompted, summary
 from lvm.evaluation.heldout import Heldout
 from lvm.evaluation.reconstruction import reconstruction_figures
+from lvm.generate import Sampling
 from lvm.pretrained import LVM
 from tokenizer import Tokenizer
 
+_COUNTED_VIDEOS = 4000  # at most, of the store
 _BATCH = 64  # images a call of the tokenizer, prompts a call of the model
 
 
@@ -58,6 +61,7 @@ class EvalConfig:
         for name in ("max_scenes", "sentences", "queries", "shots"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        Sampling(self.temperature, self.top_k, self.top_p)  # refuses impossible values by their names
 
 
 def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: str) -> dict[str, Any]:
@@ -66,20 +70,29 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     if tokenizer.identity()["weights"] != model.record["tokenizer"]["weights"]:
         raise UserError(f"{tokenizer_folder}: not the tokenizer that {model_folder} was trained with")
     mixture = from_config_dict(MixtureConfig, model.record["config"]["data"], f"{model_folder}: config.data")
+    if not config.source:
+        raise UserError("config.source: empty; give a folder of images, or a source's config file")
+    source = open_source(config.source, tokenizer.preprocess)
+    # Equal records and steps are equal weights.
     request = files.as_json(
-        {"config": to_json(config), "model_step": model.step, "stores": model.record["stores"]}
+        {
+            "config": to_json(config),
+            "model": {"record": model.record, "step": model.step},
+            "source": source.describe(),
+        }
     )
     results_path = epath.Path(out) / "results.json"
-    if results_path.exists() and files.read_json(results_path).get("request") == request:
-        say(f"{results_path}: this evaluation is there already")
-        return files.read_json(results_path)
-    if not config.source:
-        raise UserError("config.source: empty; give the folder or config file that training saw")
+    if results_path.exists() and (epath.Path(out) / "index.html").exists():
+        earlier = files.read_json(results_path)
+        if earlier.get("request") == request:
+            say(f"{results_path}: this evaluation is there already")
+            return earlier
+    epath.Path(out).mkdir(parents=True, exist_ok=True)
 
     encode = functools.partial(tokenizer.encode, batch_size=_BATCH)
     decode = functools.partial(tokenizer.decode, batch_size=_BATCH)
-    source = open_source(config.source, tokenizer.preprocess)
-    heldout = Heldout(source, mixture.heldout_fraction, config.max_scenes, encode)
+    fraction = mixture.heldout_fraction if _was_trained_on(source, model) else None
+    heldout = Heldout(source, fraction, config.max_scenes, encode)
     say(f"{len(heldout.scenes)} held-out scenes of {source.name}")
     results: dict[str, Any] = {"request": request, "heldout_scenes": len(heldout.scenes)}
     results["tokenizer"] = reconstruction_figures(heldout, decode, tokenizer.config.codebook_size)
@@ -87,11 +100,12 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
         name: made
         for number, (name, part) in enumerate(mixture.sources.items())
         if part.weight > 0
+        and _fits(part.recipe.num_grids, model, tokenizer)
         and (made := heldout.sentences(part.recipe, config.sentences, config.seed + number)) is not None
     }
     say(f"likelihood of {config.sentences} sentences each of {', '.join(sentences) or 'nothing'}")
     losses = {name: likelihood.grid_losses(model, made) for name, made in sentences.items()}
-    results["likelihood"] = _likelihood(mixture, heldout, losses, sentences, model.vocabulary.num_codes)
+    results["likelihood"] = _likelihood(model, mixture, heldout, losses, sentences)
     asked = _ask(config, model, mixture, heldout, decode)
     results["prompted"] = {
         answers.target: answers.figures(heldout.codecs[answers.target]) for answers in asked
@@ -104,27 +118,61 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     return results
 
 
+def _was_trained_on(source: Source, model: LVM) -> bool:
+    """Whether the model saw this source (or generated scenes of the same seed), so that part of it is held out."""
+    described = files.as_json(source.describe())
+    for seen in model.record["sources"]:
+        same_seed = seen["kind"] == described["kind"] == "generated" and seen["seed"] == described["seed"]
+        if seen == described or same_seed:
+            return True
+    say(f"the model was not trained on {source.name}: all of its scenes are asked on")
+    return False
+
+
+def _fits(num_grids: int, model: LVM, tokenizer: Tokenizer) -> bool:
+    fits = num_grids <= model.images_that_fit(tokenizer.codes_per_image)
+    if not fits:
+        say(
+            f"no likelihood of sentences of {num_grids} images: longer than the context of {model.config.context}"
+        )
+    return fits
+
+
 def _likelihood(
+    model: LVM,
     mixture: MixtureConfig,
     heldout: Heldout,
     losses: dict[str, np.ndarray],
     sentences: dict[str, np.ndarray],
-    num_codes: int,
 ) -> dict[str, Any]:
     if not losses:
         return {}
+    num_codes = model.vocabulary.num_codes
     weights = {name: part.weight for name, part in mixture.sources.items()}
     figures: dict[str, Any] = {"mixture": likelihood.mixture_loss(losses, sentences, weights, num_codes)}
     figures["perplexity_by_image"] = {name: likelihood.perplexity_by_image(x) for name, x in losses.items()}
     for name, part in mixture.sources.items():
         if isinstance(part.recipe, Video) and name in losses and losses[name].shape[1] > 2:
-            stream, frames = part.recipe.stream, part.recipe.min_frames
-            videos = [
-                scene.codes[:, scene.info.streams.index(stream)]
-                for scene in heldout.with_streams([stream], frames)
-            ]
-            figures["video"] = likelihood.video_figures(losses[name], videos, num_codes)
+            videos = _videos(part, mixture.store, heldout, model.record["stores"])
+            figures["video"] = likelihood.video_figures(
+                losses[name], videos, min(part.recipe.strides), num_codes
+            )
     return figures
+
+
+def _videos(part: SourceConfig, default_store: str, heldout: Heldout, stores: list[str]) -> list[np.ndarray]:
+    """Codes int [T, N] of the videos that the conditional entropy is counted on.
+
+    Those of the store that the model was trained from, if it is there: an entropy of pairs of codes counted on
+    few of them comes out far too low. Else the held-out ones alone.
+    """
+    recipe, path = part.recipe, epath.Path(part.store or default_store)
+    assert isinstance(recipe, Video)
+    if (path / MANIFEST).exists() and (store := Store(path)).identity() in stores:
+        return store.videos(recipe.stream, recipe.min_frames, _COUNTED_VIDEOS)
+    say(f"{path}: not the store that the model was trained from; the entropy is counted on held-out videos")
+    scenes = heldout.with_streams([recipe.stream], recipe.min_frames)
+    return [scene.codes[:, scene.info.streams.index(recipe.stream)] for scene in scenes]
 
 
 def _ask(config: EvalConfig, model: LVM, mixture: MixtureConfig, heldout: Heldout, decode: Any) -> list:

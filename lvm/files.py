@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -69,3 +72,17 @@ def sha256(path: epath.PathLike) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def clear_disk_errors(folder: epath.PathLike) -> Iterator[None]:
+    """Storage libraries wrap a full or read-only disk in errors of their own; gives back an `OSError`."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(code) in str(error):
+                raise OSError(code, os.strerror(code), os.fspath(folder)) from error
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,10 +32,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature: {self.temperature} is negative")
-        if self.top_k < 0:
-            raise UserError(f"top_k: {self.top_k} is negative; 0 means all tokens")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature: {self.temperature} is not a number from 0 on")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise UserError(f"top_k: {self.top_k} is not a whole number from 0 on; 0 means all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is not in (0, 1]")
 
@@ -84,7 +85,9 @@ def generate_tokens(
     Raises:
       UserError: an empty prompt, or one that with the answer is longer than the model's context.
     """
-    config = graphdef_config(graphdef, params)
+    if length < 1:
+        raise UserError(f"length: {length} new tokens; at least 1")
+    config = merge(graphdef, params).config
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)  # [B]
     if lengths.min(initial=1) < 1:
         raise UserError("a prompt is empty; give at least one token")
@@ -101,11 +104,6 @@ def generate_tokens(
     keys = jnp.stack([_key(seed) for seed in seeds])  # [B]
     run = _compiled(graphdef, length, sampling, candidates, num_allowed)
     return np.asarray(run(params, padded, lengths, keys))
-
-
-def graphdef_config(graphdef: Any, params: Params) -> Any:
-    """The `ModelConfig` of a split transformer."""
-    return merge(graphdef, params).config
 
 
 def _key(seed: int) -> jax.Array:

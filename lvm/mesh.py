@@ -56,6 +56,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"config.mesh: {' × '.join(map(str, shape))} = {int(np.prod(shape))} devices, "
             f"but there are {len(devices)}"
         )
+    if shape[AXES.index("sequence")] > 1:
+        raise UserError(
+            f"config.mesh.sequence: {shape[AXES.index('sequence')]}; no array is split over it yet, so 1"
+        )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -100,8 +104,17 @@ def shardings(mesh: Mesh, tree: Any, axes: Any) -> Any:
     return jax.tree.map_with_path(sharding, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first dimension of every array of a batch is split over `data` and `fsdp`."""
+def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+    """The first dimension of every array of a batch is split over `data` and `fsdp`.
+
+    Raises:
+      UserError: they don't divide the batch.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise UserError(
+            f"config.batch_size: {batch_size} is not divisible by the mesh's data × fsdp = {ways}"
+        )
     return NamedSharding(mesh, spec(("batch",)))
 
 

@@ -58,6 +58,11 @@ class ModelConfig:
         for name in ("hidden_size", "mlp_size", "num_layers", "num_heads", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        for name in ("rope_theta", "norm_epsilon", "init_std"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        if self.num_kv_heads < 0:
+            raise UserError(f"num_kv_heads: {self.num_kv_heads} is negative; 0 means as many as num_heads")
         if self.hidden_size % self.num_heads or self.head_dim % 2:
             raise UserError(
                 f"num_heads: {self.num_heads} heads don't divide hidden_size {self.hidden_size} into even parts"

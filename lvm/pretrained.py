@@ -38,7 +38,7 @@ class LVM:
         self.config, self.vocabulary, self.record, self.step = config, vocabulary, record, step
         self._params = params
         self._graphdef, _ = abstract(lambda rngs: Transformer(config, rngs))
-        kernel = choose_kernel(config.attention, jax.default_backend())
+        kernel = choose_kernel(config.attention, jax.default_backend(), config.dtype)
 
         @jax.jit
         def logits(params: Params, tokens: jax.Array) -> jax.Array:
@@ -58,7 +58,7 @@ class LVM:
         Raises:
           UserError: not a model folder, no checkpoint in it, or an unknown dtype.
         """
-        record = read_record(folder, "lvm")
+        record = read_record(folder, "lvm", ("config", "tokenizer", "stores", "sources"))
         vocabulary = Vocabulary.load(folder)
         config = from_config_dict(
             ModelConfig, record["config"]["model"], f"{folder}/config.json: config.model"
@@ -113,6 +113,8 @@ class LVM:
                 "each must be at least 1"
             )
         N = prompts[0].shape[1]
+        if any(prompt.shape[1] != N for prompt in prompts):
+            raise UserError(f"grids: {sorted({p.shape[1] for p in prompts})} codes an image; all must agree")
         self._check_fits(max(len(prompt) for prompt in prompts), num_images, N)
         bos = [self.vocabulary.bos] if self.vocabulary.bos is not None else []
         rows = [np.concatenate([bos, prompt.ravel()]).astype(np.int32) for prompt in prompts]
@@ -168,7 +170,10 @@ class LVM:
             )
 
     def _checked(self, tokens: Any) -> np.ndarray:
-        array = np.asarray(tokens)
+        try:
+            array = np.asarray(tokens)
+        except ValueError as error:
+            raise UserError("tokens: rows of unequal length, wanted integers [B, S]") from error
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
             raise UserError(f"tokens: {array.dtype} {list(array.shape)}, wanted integers [B, S], none empty")
         if array.min() < 0 or array.max() >= self.vocabulary.size:

@@ -60,6 +60,7 @@ def train(config: TrainConfig, workdir: str) -> None:
         "config": to_json(config),
         "tokenizer": store.manifest["tokenizer"],
         "stores": [store.identity() for store in mixture.stores],
+        "sources": [store.manifest["source"] for store in mixture.stores],
     }
     place = Workdir(workdir, "lvm", record)
     if is_finished(place, config.loop):
@@ -113,6 +114,9 @@ def _pictures(config: TrainConfig, trainable: NextCode, vocabulary: Vocabulary) 
             f"config.tokenizer: {config.tokenizer} is not the tokenizer that made the store's codes"
         )
     sentences = {source.name: source.sentence(0) for source in mixture.sources}
+    fitting = {name: codes for name, codes in sentences.items() if codes.size <= trainable.config.context}
+    if len(fitting) < len(sentences):
+        say(f"no pictures of {', '.join(sentences.keys() - fitting.keys())}: longer than the context")
 
     def draw(state: State) -> dict[str, np.ndarray]:
         def answer(prompt: np.ndarray, num_images: int) -> np.ndarray:
@@ -125,8 +129,7 @@ def _pictures(config: TrainConfig, trainable: NextCode, vocabulary: Vocabulary) 
             return tokens.reshape(num_images, prompt.shape[1])
 
         return {
-            f"answers-{name}": completion(codes, answer, tokenizer.decode)
-            for name, codes in sentences.items()
+            f"answers-{name}": completion(codes, answer, tokenizer.decode) for name, codes in fitting.items()
         }
 
     return draw

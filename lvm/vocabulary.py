@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 from etils import epath
 
+from lvm import files
 from lvm.errors import UserError
 
 FILENAME = "vocabulary.json"
@@ -39,7 +39,7 @@ class Vocabulary:
         return cls(num_codes, num_codes + _ROOM, bos=num_codes, eos=num_codes + 1, pad=num_codes + 2)
 
     def save(self, folder: epath.PathLike) -> None:
-        (epath.Path(folder) / FILENAME).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        files.write_json(epath.Path(folder) / FILENAME, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> Vocabulary:
@@ -47,6 +47,6 @@ class Vocabulary:
         if not path.exists():
             raise UserError(f"{path}: not found; it declares num_codes, size, bos, eos and pad of the model")
         try:
-            return cls(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
+            return cls(**files.read_json(path))
+        except (TypeError, UserError) as error:
             raise UserError(f"{path}: {error}; wanted num_codes, size, bos, eos, pad") from error

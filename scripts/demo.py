@@ -9,13 +9,12 @@ it at any moment and start it once more.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
+import os
 import pathlib
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,14 +27,14 @@ from lvm import cli, files
 from lvm.console import duration, say
 from lvm.data import split
 from lvm.data.preprocess import Preprocess
-from lvm.data.recipes import Video
 from lvm.data.sources import open_source
 from lvm.data.store import Store
 from lvm.evaluation.summary import table
 
 _HELDOUT = 0.15
 _VIDEO_SHARE = 0.3  # of the sentences, where there are both videos and annotations
-_PROMPT_FRAMES = 4
+_FRAMES = 8  # of the demo's videos
+_MADE = ("tokenizer", "store", "lvm", "prompt", "pictures", "index.html", "results.json", "answer.png")
 
 
 def stage(title: str, module: str, *arguments: str) -> None:
@@ -43,17 +42,12 @@ def stage(title: str, module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
     say(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}")
     start = time.monotonic()
-    code = subprocess.run(command, preexec_fn=_die_with_parent, check=False).returncode
+    # A stage that outlived a killed demo would hold its workdir against the next one.
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ, cli.PARENT: str(os.getpid())}
+    code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         sys.exit(code if code > 0 else 128 - code)
     say(f"({duration(time.monotonic() - start)})")
-
-
-def _die_with_parent() -> None:
-    # A stage that outlived a killed demo would hold its workdir against the next one.
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def output_folder(images: str) -> pathlib.Path:
@@ -65,33 +59,51 @@ def output_folder(images: str) -> pathlib.Path:
     return pathlib.Path(f"runs/demo-{path.name}-{digest}")
 
 
-def mixture_flags(store: Store, frames: int) -> list[str]:
-    """Which sentences a store of any images allows: video, pairs of each annotation, or single images."""
-    fit = store.index["frames"] >= frames
-    has_video = bool(np.count_nonzero(fit & ~store.heldout(_HELDOUT)))
+def mixture_flags(store: Store) -> list[str]:
+    """Weights of the sentences that a store of any images may allow; training leaves out what it can't make."""
     annotations = [name for name in store.streams if name != "rgb"]
+    has_video = bool((store.index["frames"] >= _FRAMES).any())
     weights = {"video": _VIDEO_SHARE if annotations else 1.0} if has_video else {}
     weights |= {name: (1 - weights.get("video", 0.0)) / len(annotations) for name in annotations}
     weights = weights or {"single": 1.0}
     listed = ["video", "segmentation", "depth", "edges", "normals", "boxes", "pose", "single"]
-    return [f"--config.data.sources.{name}.weight={weights.get(name, 0.0)}" for name in listed]
+    flags = [f"--config.data.sources.{name}.weight={weights.get(name, 0.0)}" for name in listed]
+    return [*flags, "--config.data.allow_missing=true"]
 
 
-def write_prompt(spec: str, resolution: int, folder: pathlib.Path) -> list[str]:
+def images_that_fit(model: pathlib.Path) -> int:
+    """How many images the context of a trained model holds after BOS."""
+    record = files.read_json(model / "config.json")
+    height, width = record["tokenizer"]["grid"]
+    return record["config"]["model"]["context"] // (height * width)
+
+
+def write_prompt(spec: str, resolution: int, folder: pathlib.Path, frames: int) -> list[str]:
     """The first frames of a held-out video as PNG files; no files where there is none."""
     source = open_source(spec, Preprocess(resolution))
     infos = [source.info(i) for i in range(len(source))]
     mask = split.heldout(np.array([split.group_hash(info.group) for info in infos], np.uint64), _HELDOUT)
     folder.mkdir(parents=True, exist_ok=True)
     for number in np.flatnonzero(mask):
-        if infos[number].num_frames >= _PROMPT_FRAMES:
+        if infos[number].num_frames >= frames:
             scene = source.load(int(number))
             column = scene.info.streams.index("rgb")
-            paths = [folder / f"frame-{t + 1}.png" for t in range(min(_PROMPT_FRAMES, len(scene.images)))]
+            paths = [folder / f"frame-{t + 1}.png" for t in range(min(frames, len(scene.images)))]
             for path, image in zip(paths, scene.images[:, column], strict=False):
                 Image.fromarray(image).save(path)
             return [str(path) for path in paths]
     return []
+
+
+def remove_what_a_demo_made(folder: pathlib.Path) -> None:
+    """Removes an earlier demo's results, and nothing else that may lie in the folder."""
+    for name in _MADE:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    say(f"removed what an earlier demo made in {folder}")
 
 
 def _lock(folder: pathlib.Path) -> object:
@@ -111,10 +123,9 @@ def main() -> None:
     images, out = _IMAGES.value, pathlib.Path(_OUT.value or output_folder(_IMAGES.value))
     source = images or _SOURCE.value
     open_source(source, Preprocess(64))  # a wrong folder is known before anything starts
-    if _FRESH.value and out.exists():
-        say(f"removing {out}")
-        shutil.rmtree(out)
     lock = _lock(out)
+    if _FRESH.value:
+        remove_what_a_demo_made(out)
     tokenizer, store, model = str(out / "tokenizer"), str(out / "store"), str(out / "lvm")
     stage(
         "1/5 The tokenizer learns to draw images with 64 codes",
@@ -131,7 +142,7 @@ def main() -> None:
         f"--source={source}",
         f"--out={store}",
     )
-    mixture = mixture_flags(Store(store), Video(frames=8, strides=(1,)).min_frames) if images else []
+    mixture = mixture_flags(Store(store)) if images else []
     stage(
         "3/5 The transformer learns the next code",
         "lvm.train",
@@ -152,22 +163,21 @@ def main() -> None:
         f"--out={out}",
     )
     resolution = files.read_json(out / "tokenizer" / "config.json")["config"]["model"]["resolution"]
-    answer = out / "answer.png"
-    if answer.exists():
+    answer, fit = out / "answer.png", min(images_that_fit(out / "lvm"), _FRAMES)
+    if answer.exists() and answer.stat().st_mtime >= (out / "results.json").stat().st_mtime:
         say(f"\n{answer} is there already")
-    elif prompt := write_prompt(source, resolution, out / "prompt"):
-        length = str(8 - len(prompt))
+    elif prompt := write_prompt(source, resolution, out / "prompt", fit // 2):
         stage(
             "5/5 A prompt of images, answered",
             "lvm.prompt",
             *common,
             "--sequence",
             *prompt,
-            f"--num_images={length}",
+            f"--num_images={fit - len(prompt)}",
             f"--out={answer}",
         )
     else:
-        say("\nno held-out video, so no prompt of frames")
+        say("\nno held-out video is long enough for a prompt of frames")
     del lock
     _print_figures(out)
     say(f"\nin {duration(time.monotonic() - start)}; the page:\n{out / 'index.html'}")

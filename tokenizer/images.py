@@ -54,7 +54,7 @@ class ImagePool:
       images: stream → uint8 [n, R, R, 3].
 
     Raises:
-      UserError: the images need more than `max_gigabytes`, or none could be read.
+      UserError: the images need more than `max_gigabytes`.
     """
 
     def __init__(self, source: Source, numbers: np.ndarray, resolution: int, max_gigabytes: float):
@@ -78,18 +78,22 @@ class ImagePool:
         for failure in failures:
             say(f"skipped {failure.key}: {failure.reason}")
         self.images = {stream: np.concatenate(parts) for stream, parts in by_stream.items()}
-        if not sum(len(images) for images in self.images.values()):
-            raise UserError(
-                f"config.data.source: none of the {len(infos)} scenes has an image that can be read"
-            )
 
 
 class TrainingImages:
-    """Batches drawn from a pool, each a pure function of (seed, step)."""
+    """Batches drawn from a pool, each a pure function of (seed, step).
+
+    Raises:
+      UserError: the pool is empty.
+    """
 
     def __init__(self, pool: ImagePool, rgb_share: float, batch_size: int, seed: int):
+        if not any(len(images) for images in pool.images.values()):
+            raise UserError(
+                "config.data.source: none of the scenes to train on has an image that can be read"
+            )
         rgb = pool.images.get("rgb")
-        others = [images for stream, images in pool.images.items() if stream != "rgb"]
+        others = [images for stream, images in pool.images.items() if stream != "rgb" and len(images)]
         self._parts = [part for part in (rgb, np.concatenate(others) if others else None) if part is not None]
         shares = [batch_size] if len(self._parts) == 1 else [round(rgb_share * batch_size)]
         self._shares = shares if len(self._parts) == 1 else [shares[0], batch_size - shares[0]]

@@ -30,7 +30,7 @@ class LossConfig:
     l2: float = 4.0
     gradient: float = 0.5
     commitment: float = 0.25
-    autoencoder_share: float = 0.12  # of the steps, before there is a codebook
+    autoencoder_steps: int = 10_000  # steps before there is a codebook
     ema_decay: float = 0.97  # of the codebook's moving averages
     dead_below: float = 0.1  # a code with a lower averaged count a batch is replaced
 
@@ -38,9 +38,10 @@ class LossConfig:
         for name in ("l1", "l2", "gradient", "commitment", "dead_below"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: {getattr(self, name)}, expected 0 or more")
-        for name in ("autoencoder_share", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)}, expected [0, 1)")
+        if self.autoencoder_steps < 0:
+            raise UserError(f"autoencoder_steps: {self.autoencoder_steps}, expected 0 or more")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay: {self.ema_decay}, expected [0, 1)")
 
 
 class TokenizerObjective:
@@ -57,18 +58,15 @@ class TokenizerObjective:
         optimizer: optax.GradientTransformation,
         schedule: Callable[[jax.Array], jax.Array],
         *,
-        total_steps: int,
         batch_size: int,
     ):
-        if total_steps < 1:
-            raise UserError(f"total_steps = {total_steps}, expected a positive integer")
         if batch_size < 1:
-            raise UserError(f"batch_size = {batch_size}, expected a positive integer")
+            raise UserError(f"config.batch_size: {batch_size} is not positive")
         self.config = config
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
-        self.seed_step = round(loss.autoencoder_share * total_steps)
+        self.seed_step = loss.autoencoder_steps
         self.batch_size = batch_size
         self.graphdef, _ = module.abstract(self._make)
         self.logical_axes = module.logical_axes(self._make)

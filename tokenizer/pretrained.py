@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from lvm.config import from_config_dict, to_json
 from lvm.data.preprocess import Preprocess
+from lvm.data.sources.readers import UnreadableError, decode_picture
 from lvm.errors import UserError
 from lvm.module import Params, abstract, merge
 from lvm.training.checkpoint import load_params
@@ -53,7 +54,7 @@ class Tokenizer:
         Raises:
           UserError: not a tokenizer's folder, no checkpoint in it, or an unknown dtype.
         """
-        record = read_record(folder, "tokenizer")
+        record = read_record(folder, "tokenizer", ("config", "preprocess"))
         where = f"{folder}/config.json: config"
         config = from_config_dict(VQGANConfig, record["config"]["model"], f"{where}.model")
         if dtype:
@@ -133,10 +134,9 @@ class Tokenizer:
           UserError: the file is missing or not a picture.
         """
         try:
-            with Image.open(path) as picture:
-                return self.preprocess(picture)
-        except OSError as error:
-            raise UserError(f"{path}: can't be read as an image: {error.strerror or error}") from error
+            return self.preprocess(decode_picture(pathlib.Path(path)))
+        except (UnreadableError, UserError) as error:
+            raise UserError(f"{path}: can't be read as an image: {error}") from error
 
     def _checked(self, images: Any) -> np.ndarray:
         images = np.asarray(images)

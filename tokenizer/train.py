@@ -111,7 +111,6 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         config.loss,
         tx,
         schedule,
-        total_steps=config.loop.total_steps,
         batch_size=config.batch_size,
     )
     side, limit = config.model.resolution, config.data.max_gigabytes

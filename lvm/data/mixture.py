@@ -53,7 +53,7 @@ class MixtureConfig:
       sources: name → part.
       store: the scene store of the parts that name none.
       heldout_fraction: share of the groups that training never sees.
-      allow_missing: leave out parts whose store lacks their streams, and say so, instead of failing.
+      allow_missing: leave out parts whose store lacks their streams or scenes, and say so, instead of failing.
     """
 
     sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
@@ -73,6 +73,11 @@ class SourceSentences:
         self.per_epoch = len(self._scenes) // config.recipe.num_scenes
         self._seed = seed
         self._columns = {names: {s: i for i, s in enumerate(names)} for names in store.stream_sets}
+
+    @property
+    def num_scenes(self) -> int:
+        """Scenes that an epoch draws from."""
+        return len(self._scenes)
 
     def sentence(self, number: int) -> np.ndarray:
         """The codes of the source's sentence at `number`: int32 [grids, N]."""
@@ -97,7 +102,8 @@ class Mixture:
     Args:
       config: the parts.
       seed: the order's seed.
-      side: "train" or "heldout".
+      side: "train" or "heldout". Where a source has too few held-out scenes for a sentence, the held-out side
+        does without it, and says so; the training side does with `allow_missing` alone.
 
     Raises:
       UserError: no parts, weights that sum to zero, a store that is missing or lacks a stream (all are
@@ -111,18 +117,25 @@ class Mixture:
         kept = _with_streams(config, stores)
         if sum(part.weight for part in kept.values()) <= 0:
             raise UserError("config.data.sources: the weights sum to zero; at least one must be positive")
-        self.sources = []
+        self.sources: list[SourceSentences] = []
+        short = []
         for number, (name, part) in enumerate(kept.items()):
             store = stores[part.store or config.store]
             mask = store.heldout(config.heldout_fraction)
             mask = mask if side == "heldout" else ~mask
             source = SourceSentences(name, part, store, mask, _seed(seed, number, side))
-            if not source.per_epoch:
-                raise UserError(
-                    f"config.data.sources.{name}: {len(source._scenes)} {side} scenes in {store.path} "
-                    f"have the streams and frames for it, {part.recipe.num_scenes} are needed for a sentence"
-                )
-            self.sources.append(source)
+            if source.per_epoch:
+                self.sources.append(source)
+                continue
+            short.append(
+                f"config.data.sources.{name}: {source.num_scenes} {side} scenes in {store.path} have the streams "
+                f"and frames for it, {part.recipe.num_scenes} are needed for a sentence"
+            )
+        if short and ((side == "train" and not config.allow_missing) or not self.sources):
+            raise UserError("; ".join(short))
+        for line in short:
+            say(f"left out: {line}")
+        kept = {source.name: kept[source.name] for source in self.sources}
         self._seed = _seed(seed, len(kept), side)
         total = sum(Fraction(part.weight) for part in kept.values())
         shares = np.cumsum([Fraction(part.weight) / total for part in kept.values()])

@@ -14,7 +14,7 @@ def group_hash(group: str) -> int:
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little")
 
 
-def heldout(hashes: np.ndarray, fraction: float) -> np.ndarray:
+def heldout(hashes: np.ndarray, fraction: float, extremes: tuple[int, int] | None = None) -> np.ndarray:
     """Which scenes are held out.
 
     A group is held out when its hash lies in the lowest `fraction` of all 64-bit numbers. Where there are so
@@ -23,25 +23,28 @@ def heldout(hashes: np.ndarray, fraction: float) -> np.ndarray:
     Args:
       hashes: uint64 [n], each scene's `group_hash`.
       fraction: in [0, 1); 0 holds nothing out.
+      extremes: the lowest and the highest hash of the whole source, where `hashes` may lack some of its groups
+        (those that could not be read): the rule must be the same for all who ask.
 
     Returns:
       bool [n].
 
     Raises:
-      UserError: a fraction outside [0, 1), or a single group, which can't be on two sides.
+      UserError: a fraction outside [0, 1), no scenes, or a single group, which can't be on two sides.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"heldout_fraction: {fraction} is not in [0, 1)")
     if fraction == 0:
         return np.zeros(len(hashes), bool)
-    mask = hashes < np.uint64(int(fraction * 2**64))
-    if mask.any() and not mask.all():
-        return mask
-    lowest = hashes.min(initial=np.iinfo(np.uint64).max)
-    mask = hashes == lowest
-    if mask.all():
+    if not len(hashes):
+        raise UserError("heldout_fraction: there are no scenes to hold any out of")
+    lowest, highest = extremes or (int(hashes.min()), int(hashes.max()))
+    threshold = int(fraction * 2**64)
+    if lowest < threshold <= highest:
+        return hashes < np.uint64(threshold)
+    if lowest == highest:
         raise UserError(
             "heldout_fraction: all scenes belong to one image or video, so none can be held out; "
             "at least two are needed"
         )
-    return mask
+    return hashes == np.uint64(lowest)

@@ -27,6 +27,7 @@ from lvm.errors import UserError
 
 VERSION = 1
 MANIFEST = "manifest.json"
+_KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "shards"}
 _OPTIONS = "group_size:1,uncompressed"
 
 
@@ -63,7 +64,8 @@ def write_shard(
     record_path = path.with_suffix(".array_record")
     temporary = path.parent / f".{record_path.name}.tmp"
     try:
-        entries, histogram = _write_records(temporary, content, num_codes)
+        with files.clear_disk_errors(temporary):
+            entries, histogram = _write_records(temporary, content, num_codes)
         files.flush(temporary)
         os.replace(temporary, record_path)
     finally:
@@ -128,9 +130,13 @@ def _write_records(
 
 
 def read_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:
-    """A finished shard's entry, or None."""
+    """A finished shard's entry, or None; also where a file that it lists is gone or has another size."""
     path = epath.Path(folder) / f"{shard_name(shard, num_shards)}.json"
-    return files.read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    entry = files.read_json(path)
+    whole = all(_size(path.parent / name) == listed["bytes"] for name, listed in entry["files"].items())
+    return entry if whole else None
 
 
 def write_manifest(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> bool:
@@ -187,8 +193,9 @@ class Store:
         return files.sha256(self.path / MANIFEST)
 
     def heldout(self, fraction: float) -> np.ndarray:
-        """bool [scenes]: which are held out, by `lvm.data.split`."""
-        return split.heldout(self.index["group"], fraction)
+        """bool [scenes]: which are held out, by `lvm.data.split`, as they are in the source."""
+        lowest, highest = self.manifest["group_hashes"]
+        return split.heldout(self.index["group"], fraction, (lowest, highest))
 
     def scene(self, number: int) -> Scene:
         """The scene at `number` in [0, len).
@@ -204,7 +211,18 @@ class Store:
         except (IndexError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.path}/{where}: can't be read: {error}") from error
         page = scenes.unpack(data, self._num_streams, f"{self.path}/{where}")
-        return page[self.index["slot"][number]]
+        entry = self.index[number]
+        scene = page[entry["slot"]] if entry["slot"] < len(page) else None
+        if scene is None or (len(scene.codes), scene.stream_set) != (entry["frames"], entry["stream_set"]):
+            raise UserError(f"{self.path}/{where}: the index beside it is damaged: it tells of another scene")
+        return scene
+
+    def videos(self, stream: str, min_frames: int, limit: int) -> list[np.ndarray]:
+        """Codes uint16 [T, N] of a stream, of at most `limit` scenes that have it and as many frames."""
+        has = np.array([stream in names for names in self.stream_sets], bool)
+        numbers = np.flatnonzero(has[self.index["stream_set"]] & (self.index["frames"] >= min_frames))
+        scenes = [self.scene(int(number)) for number in numbers[:limit]]
+        return [scene.codes[:, self.stream_sets[scene.stream_set].index(stream)] for scene in scenes]
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
@@ -216,8 +234,7 @@ class Store:
 
     def _map_index(self, entry: Mapping[str, Any]) -> np.ndarray:
         for name, expected in entry["files"].items():
-            file = self.path / name
-            size = file.stat().length if file.exists() else None
+            file, size = self.path / name, _size(self.path / name)
             if size != expected["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise UserError(f"{file}: {found}, the manifest says {expected['bytes']}; encode it again")
@@ -226,11 +243,17 @@ class Store:
         return np.memmap(self.path / f"{entry['name']}.index", INDEX, mode="r")
 
 
+def _size(file: epath.Path) -> int | None:
+    return file.stat().length if file.exists() else None
+
+
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.exists():
         raise UserError(f"{path}: not a finished store ({MANIFEST} is missing); tokenizer.encode writes one")
     manifest = files.read_json(file)
-    if manifest.get("version") != VERSION:
-        raise UserError(f"{file}: version {manifest.get('version')!r}, this reads version {VERSION}")
+    if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
+        raise UserError(f"{file}: not a store's manifest; it needs {', '.join(sorted(_KEYS))}")
+    if manifest["version"] != VERSION:
+        raise UserError(f"{file}: version {manifest['version']!r}, this reads version {VERSION}")
     return manifest

@@ -35,7 +35,7 @@ class Heldout:
 
     Args:
       source: the scenes.
-      fraction: the share that training held out.
+      fraction: the share that training held out; None takes all scenes, of a source that training never saw.
       max_scenes: at most that many are read.
       encode: images uint8 [B, R, R, 3] → codes int32 [B, N].
 
@@ -49,12 +49,17 @@ class Heldout:
     """
 
     def __init__(
-        self, source: Source, fraction: float, max_scenes: int, encode: Callable[[np.ndarray], np.ndarray]
+        self,
+        source: Source,
+        fraction: float | None,
+        max_scenes: int,
+        encode: Callable[[np.ndarray], np.ndarray],
     ):
         hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
-        numbers = np.flatnonzero(split.heldout(hashes, fraction))
+        mask = np.ones(len(hashes), bool) if fraction is None else split.heldout(hashes, fraction)
+        numbers = np.flatnonzero(mask)
         numbers = numbers[
-            :: -(-len(numbers) // max_scenes)
+            :: max(1, -(-len(numbers) // max_scenes))
         ]  # spread over the source, which may be sorted by class
         self.codecs: dict[str, Codec] = dict(source.streams)
         self.scenes: list[HeldoutScene] = []

@@ -59,7 +59,7 @@ def mixture_loss(
     return {
         "loss": loss,
         "unigram_entropy": unigram,
-        "below_unigram": 1 - loss / unigram,
+        "below_unigram": _below(loss, unigram),
         "by_source": by_source,
     }
 
@@ -77,25 +77,32 @@ def perplexity_by_image(losses: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def video_figures(losses: np.ndarray, videos: Sequence[np.ndarray], num_codes: int) -> dict[str, Any]:
+def video_figures(
+    losses: np.ndarray, videos: Sequence[np.ndarray], stride: int, num_codes: int
+) -> dict[str, Any]:
     """Later frames beside the first, and beside H(code | same position of the frame before).
 
     Args:
       losses: [count, frames, N].
-      videos: codes int [T, N] of each held-out video, all of which the entropy is counted on.
+      videos: codes int [T, N] of each video that the entropy is counted on.
+      stride: frames from one image of a sentence to the next.
       num_codes: size of the codebook.
     """
     later = float(np.mean(losses[:, 2:]))
-    before = np.concatenate([video[1:-1] for video in videos])  # [transitions, N]
-    after = np.concatenate([video[2:] for video in videos])
-    conditional = metrics.conditional_entropy(before, after, num_codes)
+    before = np.concatenate([video[stride:-stride] for video in videos])  # [transitions, N]
+    after = np.concatenate([video[2 * stride :] for video in videos])
+    conditional = metrics.conditional_entropy(before, after, num_codes, corrected=True)
     return {
         "loss_first_image": float(np.nanmean(losses[:, 0])),
         "loss_images_3_on": later,
         "conditional_entropy": conditional,
-        "conditional_entropy_corrected": metrics.conditional_entropy(
-            before, after, num_codes, corrected=True
-        ),
-        "below_conditional": 1 - later / conditional,
+        "conditional_entropy_plug_in": metrics.conditional_entropy(before, after, num_codes),
+        "transitions_counted": int(after.size),
+        "below_conditional": _below(later, conditional),
         "perplexity_ratio": math.exp(later - float(np.nanmean(losses[:, 0]))),
     }
+
+
+def _below(loss: float, entropy: float) -> float | None:
+    """By which share a loss lies below an entropy; None where there is nothing to know."""
+    return 1 - loss / entropy if entropy > 0 else None

@@ -162,28 +162,24 @@ def _likelihood_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if not figures:
         return []
     mixture = figures["mixture"]
-    entropy = f"unigram entropy of the same codes {mixture['unigram_entropy']:.3f}"
-    rows = [
-        (
-            "next-code loss",
-            f"{mixture['loss']:.3f} nats",
-            f"{mixture['below_unigram']:.1%} below the {entropy}",
-        )
-    ]
+    text = f"{_share(mixture['below_unigram'])} below the unigram entropy of the same codes, "
+    rows = [("next-code loss", f"{mixture['loss']:.3f} nats", text + f"{mixture['unigram_entropy']:.3f}")]
     if "video" in figures:
         video = figures["video"]
-        below = f"{video['below_conditional']:.1%} below the entropy given the same place of the frame before"
-        rows.append(
-            (
-                "video loss, images 3 on",
-                f"{video['loss_images_3_on']:.3f} nats",
-                f"{below}, {video['conditional_entropy']:.3f} ({video['conditional_entropy_corrected']:.3f} corrected)",
-            )
+        text = (
+            f"{_share(video['below_conditional'])} below the entropy given the same place of the frame before, "
+            f"{video['conditional_entropy']:.3f} (of {video['transitions_counted']:,} codes; plug-in "
+            f"{video['conditional_entropy_plug_in']:.3f})"
         )
+        rows.append(("video loss, images 3 on", f"{video['loss_images_3_on']:.3f} nats", text))
         rows.append(
             ("perplexity, images 3 on", f"{video['perplexity_ratio']:.2f}×", "that of the first image")
         )
     return rows
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _task_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:

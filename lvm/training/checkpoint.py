@@ -6,16 +6,13 @@ place when it is whole, so a kill in the middle of a save leaves the checkpoint 
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lvm import files
 from lvm.errors import UserError
 from lvm.training.trainable import State
 
@@ -46,7 +43,7 @@ class Checkpoints:
             training=ocp.args.StandardSave(state["training"]),
             meta=ocp.args.JsonSave(meta),
         )
-        with _clear_disk_errors(self._manager.directory):
+        with files.clear_disk_errors(self._manager.directory):
             self._manager.save(step, args=items)
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
@@ -67,11 +64,11 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the save under way is whole on disk."""
-        with _clear_disk_errors(self._manager.directory):
+        with files.clear_disk_errors(self._manager.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with _clear_disk_errors(self._manager.directory):
+        with files.clear_disk_errors(self._manager.directory):
             self._manager.close()
 
 
@@ -97,20 +94,10 @@ def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
     checkpoints = Checkpoints(workdir, read_only=True)
-    params = checkpoints.restore_params(step, placed)
+    try:
+        params = checkpoints.restore_params(step, placed)
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{workdir}/{FOLDER}/{step}: doesn't hold these parameters: {reason}") from error
     checkpoints.close()
     return params, step
-
-
-@contextlib.contextmanager
-def _clear_disk_errors(folder: epath.PathLike) -> Iterator[None]:
-    """Storage libraries wrap a full or read-only disk in errors of their own; gives back an `OSError`."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):
-            if os.strerror(code) in str(error):
-                raise OSError(code, os.strerror(code), os.fspath(folder)) from error
-        raise

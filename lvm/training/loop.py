@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from lvm import mesh as meshes
-from lvm.console import Progress, say
+from lvm.console import duration, say
 from lvm.errors import EXIT_PREEMPTED, DivergedError, UserError
 from lvm.training.checkpoint import Checkpoints, newest_step
 from lvm.training.metrics import MetricsWriter
@@ -94,6 +95,7 @@ class Loop:
             abstract,
             self._shardings,
         )
+        self._batch_sharding = meshes.batch_sharding(mesh, _batch_size(trainable))
         self._stop_requested = False
 
     def run(self) -> State:
@@ -128,13 +130,14 @@ class Loop:
             return self._trainable.update(state, batch, jax.random.fold_in(self._rng, state["step"]))
 
         update = jax.jit(step_fn, donate_argnums=0, out_shardings=(self._shardings, None))
-        clock = _Clock(Progress(total, start))
+        clock = _Clock()
         for step, batch in enumerate(clock.wait_for(self._batches(start, total)), start + 1):
             state, metrics = update(state, batch)
             last = step == total
             self._report(step, state, metrics, clock, last)
             if last or _due(step, self._config.picture_every):
-                self._draw(step, state)
+                with clock.paused(state):
+                    self._draw(step, state)
             stopping = self._stop_requested  # read once: the signal may come between any two lines
             if last or stopping or _due(step, self._config.checkpoint_every):
                 self._check_finite(step, metrics)
@@ -148,9 +151,11 @@ class Loop:
     def _batches(self, start: int, total: int) -> Iterator[Batch]:
         steps = grain.MapDataset.range(start, total).map(self._read_batch)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-        sharding = meshes.batch_sharding(self._mesh)
         for batch in steps.to_iter_dataset(options):
-            yield {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+            yield {
+                name: jax.make_array_from_process_local_data(self._batch_sharding, x)
+                for name, x in batch.items()
+            }
 
     def _report(
         self, step: int, state: State, metrics: dict[str, jax.Array], clock: _Clock, last: bool
@@ -158,13 +163,16 @@ class Loop:
         values: dict[str, float] = {}
         if last or _due(step, self._config.log_every):
             values |= self._measure(step, metrics, clock)
-            say(f"step {clock.progress.line(step)}, loss {values['loss']:.4f}")
+            seconds, left = values["step_seconds"], self._config.total_steps - step
+            rate = f"{1 / seconds:.3g} steps/s, {duration(left * seconds)} left"
+            say(f"step {step}/{self._config.total_steps}, {rate}, loss {values['loss']:.4f}")
             self._check_finite(step, metrics)
         if last or _due(step, self._config.evaluate_every):
-            heldout = self._trainable.evaluate(state)
-            say("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
+            with clock.paused(state):
+                heldout = self._trainable.evaluate(state)
+            if heldout:
+                say("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
             values |= heldout
-            clock.lap()  # the time that evaluation took is no step's
         if values:
             self._metrics.write(step, values)
 
@@ -188,8 +196,10 @@ class Loop:
             Image.fromarray(picture).save(folder / f"{name}-{step:07d}.png")
 
     def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        if not np.isfinite(float(metrics["loss"])):
-            raise DivergedError(f"{self._path}: the loss is {float(metrics['loss'])} at step {step}")
+        # The loss is that of the parameters before the step; the norm is that of those after it.
+        for name in ("loss", "grad_norm", "param_norm"):
+            if name in metrics and not np.isfinite(float(metrics[name])):
+                raise DivergedError(f"{self._path}: {name} is {float(metrics[name])} at step {step}")
 
     def _request_stop(self, signum: int, frame: Any) -> None:
         self._stop_requested = True
@@ -198,8 +208,7 @@ class Loop:
 class _Clock:
     """Time a step, and the share of it spent waiting for input."""
 
-    def __init__(self, progress: Progress):
-        self.progress = progress
+    def __init__(self) -> None:
         self._mark, self._waited, self._steps = time.monotonic(), 0.0, 0
 
     def wait_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -212,6 +221,14 @@ class _Clock:
             self._steps += 1
             yield batch
 
+    @contextlib.contextmanager
+    def paused(self, state: State) -> Iterator[None]:
+        """Leaves out the time of what isn't training; the steps under way end before."""
+        jax.block_until_ready(state)
+        before = time.monotonic()
+        yield
+        self._mark += time.monotonic() - before
+
     def lap(self) -> tuple[float, float]:
         """Seconds a step and the share waited, since the lap before."""
         now = time.monotonic()
@@ -219,6 +236,10 @@ class _Clock:
         seconds, waited = elapsed / max(1, self._steps), self._waited / max(elapsed, 1e-9)
         self._mark, self._waited, self._steps = now, 0.0, 0
         return seconds, waited
+
+
+def _batch_size(trainable: Trainable) -> int:
+    return next(iter(trainable.batch_spec.values())).shape[0]
 
 
 def _due(step: int, every: int) -> bool:

@@ -47,7 +47,7 @@ class NextCode:
     draw: Callable[[State], dict[str, np.ndarray]] = lambda state: {}
 
     def __post_init__(self) -> None:
-        self.kernel = choose_kernel(self.config.attention, jax.default_backend())
+        self.kernel = choose_kernel(self.config.attention, jax.default_backend(), self.config.dtype)
         self._make = lambda rngs: Transformer(self.config, rngs)
         self.graphdef, self.params_shape = abstract(self._make)
         self.logical_axes = logical_axes(self._make)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -51,6 +52,10 @@ class Workdir:
         except BlockingIOError:
             raise UserError(f"{self.path}: another run is using this workdir") from None
         record = files.as_json({"version": 1, "kind": kind, **record})
+        if not (self.path / CONFIG).exists() and (self.path / "checkpoints").exists():
+            raise UserError(
+                f"{self.path}: has checkpoints but no {CONFIG}; choose a new folder, or remove them"
+            )
         if (self.path / CONFIG).exists():
             self._compare(read_record(self.path, kind), record)
         files.write_json(self.path / CONFIG, record)
@@ -73,11 +78,11 @@ class Workdir:
             )
 
 
-def read_record(path: epath.PathLike, kind: str) -> dict[str, Any]:
+def read_record(path: epath.PathLike, kind: str, needed: Sequence[str] = ()) -> dict[str, Any]:
     """What `Workdir` wrote.
 
     Raises:
-      UserError: not a workdir, or one of another kind.
+      UserError: not a workdir, one of another kind, or one that lacks a `needed` key.
     """
     file = epath.Path(path) / CONFIG
     if not file.exists():
@@ -88,6 +93,9 @@ def read_record(path: epath.PathLike, kind: str) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("kind") != kind:
         found = record.get("kind") if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{file}: holds {found!r}, wanted the workdir of a model of kind {kind!r}")
+    missing = [key for key in needed if key not in record]
+    if missing or (needed and "model" not in record["config"]):
+        raise UserError(f"{file}: incomplete: {', '.join(missing) or 'config.model'} is missing")
     return record
 
 

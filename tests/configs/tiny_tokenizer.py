@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.model.update({"codebook_dim": 4, "norm_groups": 4})
     config.preprocess.resolution = 32
     config.batch_size = 8
+    config.loss.autoencoder_steps = 8
     config.data.update({"source": "tests/configs/tiny_scenes.py", "heldout_fraction": 0.25, "max_scenes": 0})
     config.optimizer.warmup_steps = 5
     config.loop.update({"total_steps": 60, "log_every": 10, "evaluate_every": 30, "picture_every": 30})

@@ -34,6 +34,7 @@ def header(weights="a" * 64, grid=GRID):
         "streams": {name: codec.to_json() for name, codec in codecs.items()},
         "stream_sets": [list(names) for names in STREAM_SETS],
         "classes": ["cat", "dog"],
+        "group_hashes": [0, 2**64 - 1],
     }
 
 

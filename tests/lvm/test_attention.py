@@ -33,9 +33,12 @@ def test_blocks_equal_dense_attention_forward_and_backward(length, kv_heads):
 
 
 def test_the_kernel_is_chosen_by_platform_and_what_cannot_run_is_an_error():
-    assert choose_kernel("auto", "cpu") == "xla"
-    assert choose_kernel("auto", "gpu") == "cudnn"
+    assert choose_kernel("auto", "cpu", "bfloat16") == "xla"
+    assert choose_kernel("auto", "gpu", "bfloat16") == "cudnn"
+    assert choose_kernel("auto", "gpu", "float32") == "xla"
     with pytest.raises(UserError, match="cudnn needs a GPU, this is cpu"):
-        choose_kernel("cudnn", "cpu")
+        choose_kernel("cudnn", "cpu", "bfloat16")
+    with pytest.raises(UserError, match="cudnn computes in bfloat16, dtype is float32"):
+        choose_kernel("cudnn", "gpu", "float32")
     with pytest.raises(UserError, match="'flash' is not one of"):
-        choose_kernel("flash", "cpu")
+        choose_kernel("flash", "cpu", "float32")

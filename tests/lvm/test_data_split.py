@@ -51,7 +51,20 @@ def test_a_fraction_outside_is_refused(fraction):
         heldout(np.array([1, 2], np.uint64), fraction)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_a_single_group_can_not_be_on_two_sides(count):
     with pytest.raises(UserError, match=r"heldout_fraction: .*at least two are needed"):
         heldout(np.full(count, 5, np.uint64), 0.5)
+
+
+def test_no_scenes_can_not_be_split():
+    with pytest.raises(UserError, match="there are no scenes to hold any out of"):
+        heldout(np.zeros(0, np.uint64), 0.5)
+
+
+def test_the_rule_is_the_same_where_groups_are_missing():
+    # With a tiny share only the lowest group is held out; who lacks that group must hold out nothing else.
+    hashes = np.array([3, 5, 9], np.uint64) << np.uint64(60)
+    assert heldout(hashes, 1e-6).tolist() == [True, False, False]
+    extremes = (int(hashes.min()), int(hashes.max()))
+    assert heldout(hashes[1:], 1e-6, extremes).tolist() == [False, False]

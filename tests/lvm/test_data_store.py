@@ -166,5 +166,13 @@ def test_beside_codes_and_keys_a_shard_is_two_percent(tmp_path, scenes, frames):
 def test_nothing_in_a_store_tells_a_time_or_a_folder(make_store):
     folder = make_store(MIXED)
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    assert set(manifest) == {"version", "tokenizer", "streams", "stream_sets", "classes", "shards"}
+    assert set(manifest) == {
+        "version",
+        "tokenizer",
+        "streams",
+        "stream_sets",
+        "classes",
+        "group_hashes",
+        "shards",
+    }
     assert all(folder.encode() not in data for data in contents(folder).values())

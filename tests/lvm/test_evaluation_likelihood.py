@@ -90,8 +90,11 @@ def test_later_frames_stand_beside_the_entropy_given_the_frame_before():
     frames = np.array([[[0, 0], [1, 2], [2, 3]], [[0, 0], [1, 2], [2, 0]]])
     losses = np.full(frames.shape, 2.0)
     losses[:, 2] = 0.5
-    figures = likelihood.video_figures(losses, list(frames), K)
+    figures = likelihood.video_figures(losses, list(frames), 1, K)
     assert (figures["loss_first_image"], figures["loss_images_3_on"]) == (2.0, 0.5)
-    assert figures["conditional_entropy"] == pytest.approx(np.log(2) / 2)
-    assert figures["below_conditional"] == pytest.approx(1 - 0.5 / (np.log(2) / 2))
+    assert figures["conditional_entropy_plug_in"] == pytest.approx(np.log(2) / 2)
+    corrected = np.log(2) / 2 + (3 - 2) / (2 * 4)  # three pairs and two codes seen, in four transitions
+    assert figures["conditional_entropy"] == pytest.approx(corrected)
+    assert figures["below_conditional"] == pytest.approx(1 - 0.5 / corrected)
+    assert figures["transitions_counted"] == 4
     assert figures["perplexity_ratio"] == pytest.approx(np.exp(-1.5))

@@ -34,7 +34,8 @@ RESULTS = {
             "loss_first_image": 4.0,
             "loss_images_3_on": 2.5,
             "conditional_entropy": 3.125,
-            "conditional_entropy_corrected": 3.25,
+            "conditional_entropy_plug_in": 3.0,
+            "transitions_counted": 12345,
             "below_conditional": 0.2,
             "perplexity_ratio": 0.22,
         },
@@ -82,9 +83,9 @@ def lines(results=RESULTS):
         "segmentation round trip | 0.912 | foreground IoU after decoding",
         "codebook usage | 50.0% | of 123,456 codes",
         "codebook perplexity | 321 | of the same codes",
-        "next-code loss | 3.210 nats | 50.0% below the unigram entropy of the same codes 6.420",
+        "next-code loss | 3.210 nats | 50.0% below the unigram entropy of the same codes, 6.420",
         "video loss, images 3 on | 2.500 nats | 20.0% below the entropy given the same place of the frame "
-        "before, 3.125 (3.250 corrected)",
+        "before, 3.125 (of 12,345 codes; plug-in 3.000)",
         "perplexity, images 3 on | 0.22× | that of the first image",
         "segmentation by prompt | 0.800 | foreground IoU of 64 queries, 95 % in 0.750 to 0.850; everything "
         "0.300, copying an example 0.200",

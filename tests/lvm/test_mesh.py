@@ -20,7 +20,7 @@ PARAMS = {"embedding": jnp.zeros((16, 8)), "layers": {"up": jnp.zeros((2, 8, 4))
         (MeshConfig(), (8, 1, 1, 1)),
         (MeshConfig(data=1, fsdp=-1), (1, 8, 1, 1)),
         (MeshConfig(fsdp=2, tensor=2), (2, 2, 1, 2)),
-        (MeshConfig(data=2, fsdp=2, sequence=2, tensor=1), (2, 2, 2, 1)),
+        (MeshConfig(data=2, fsdp=2, sequence=1, tensor=2), (2, 2, 1, 2)),
     ],
 )
 def test_one_axis_takes_what_the_others_leave(config, shape):
@@ -38,6 +38,7 @@ def test_a_mesh_over_some_of_the_devices():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (MeshConfig(sequence=2), r"config\.mesh\.sequence: 2; no array is split over it yet"),
         (MeshConfig(data=3), r"config\.mesh: 3 × 1 × 1 × 1 = 3 devices, but there are 8"),
         (MeshConfig(fsdp=3), r"config\.mesh: 2 × 3 × 1 × 1 = 6 devices, but there are 8"),
         (MeshConfig(fsdp=16), r"config\.mesh: 0 × 16 × 1 × 1 = 0 devices, but there are 8"),
@@ -101,5 +102,11 @@ def test_a_dimension_that_an_axis_does_not_divide_is_named():
 
 def test_a_batch_is_split_over_data_and_fsdp():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    batch = jax.device_put(jnp.zeros((8, 3)), meshes.batch_sharding(mesh))
+    batch = jax.device_put(jnp.zeros((8, 3)), meshes.batch_sharding(mesh, 8))
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with pytest.raises(UserError, match=r"config\.batch_size: 6 is not divisible by .* = 4"):
+        meshes.batch_sharding(mesh, 6)

@@ -10,9 +10,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lvm import files
 from lvm.errors import UserError
 from lvm.mesh import MeshConfig, make_mesh
-from lvm.training.checkpoint import FOLDER, Checkpoints, _clear_disk_errors, load_params, newest_step
+from lvm.training.checkpoint import FOLDER, Checkpoints, load_params, newest_step
 
 
 def new_state(seed=0, step=3):
@@ -108,11 +109,11 @@ def test_a_workdir_without_a_checkpoint_is_named(tmp_path):
 
 
 def test_a_full_disk_is_an_os_error_however_it_was_wrapped(tmp_path):
-    with pytest.raises(OSError, match=f"{tmp_path}") as error, _clear_disk_errors(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path}") as error, files.clear_disk_errors(tmp_path):
         raise ValueError(f"write failed: {os.strerror(errno.ENOSPC)} [some library]")
     assert error.value.errno == errno.ENOSPC
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(ValueError, match=r"^shapes differ$"), _clear_disk_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"^shapes differ$"), files.clear_disk_errors(tmp_path):
         raise ValueError("shapes differ")

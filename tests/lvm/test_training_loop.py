@@ -33,6 +33,7 @@ class Regression:
     """Linear regression with noise from the step's key, so that a wrong key or batch changes the bits."""
 
     logical_axes = {"kernel": ("embed",)}  # noqa: RUF012
+    batch_spec = {"x": jax.ShapeDtypeStruct((8, 8), jnp.float32)}  # noqa: RUF012
 
     def __init__(self):
         self.optimizer = optax.adam(0.05)
@@ -212,7 +213,7 @@ def test_a_fresh_workdir_is_not_finished(tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(DivergedError, match=rf"{tmp_path}: the loss is nan at step 4"):
+    with pytest.raises(DivergedError, match=rf"{tmp_path}: loss is nan at step 4"):
         train(tmp_path, total=9, read=nan_from(3))
     assert newest_step(tmp_path) == 2
 
