@@ -46,6 +46,17 @@ def sheet(rows: Sequence[Sequence[Cell | None]], side: int = 96) -> np.ndarray:
     return np.asarray(paper)
 
 
+def first_rows(pictures: Sequence[np.ndarray], rows: int = 2, side: int = 96) -> np.ndarray:
+    """The first rows of several sheets, one below the other: uint8 [H, W, 3]."""
+    height = rows * (side + _GAP + _LABEL) + _GAP
+    width = max(picture.shape[1] for picture in pictures)
+    padded = [
+        np.pad(picture[:height], ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+        for picture in pictures
+    ]
+    return np.concatenate(padded)
+
+
 def answer_row(gap: int, images: Iterable[np.ndarray]) -> list[Cell | None]:
     """Framed answers after `gap` empty places."""
     return [*[None] * gap, *(Cell(image, "answer", True) for image in images)]

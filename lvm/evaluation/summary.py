@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from lvm import files
 from lvm.data.mixture import MixtureConfig
 from lvm.data.recipes import Video
 from lvm.evaluation import report
 from lvm.evaluation.heldout import Heldout
-from lvm.evaluation.pictures import Cell, answer_row, sheet
+from lvm.evaluation.pictures import Cell, answer_row, first_rows, sheet
 from lvm.evaluation.prompted import Answers
 from lvm.pretrained import LVM
 from lvm.training import metrics as training_metrics
@@ -92,13 +94,17 @@ def write(
     model_folder: str,
     tokenizer_folder: str,
 ) -> None:
-    """Writes the pictures, `index.html` and, last, `results.json`, which says that the rest is there."""
+    """Writes the pictures, an overview of them, `index.html` and, last, `results.json`, by which all is there."""
     folder = epath.Path(out)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for section in sections:
         name = section.title.lower().replace(",", "").replace(" ", "-")
         data = section.picture if isinstance(section.picture, bytes) else report.png(section.picture)
         files.write_atomically(folder / "pictures" / f"{name}.png", data)
+    drawn = [section.picture for section in sections if isinstance(section.picture, np.ndarray)]
+    overview = io.BytesIO()
+    Image.fromarray(first_rows(drawn)).save(overview, format="WEBP", quality=85)
+    files.write_atomically(folder / "pictures" / "overview.webp", overview.getvalue())
     charts = _charts(results, model_folder, tokenizer_folder)
     intro = (
         f"{results['heldout_scenes']} held-out scenes. Every image is a grid of codes; "

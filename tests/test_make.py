@@ -1,0 +1,41 @@
+"""The two commands of README know how to make what they need."""
+
+import subprocess
+
+import pytest
+
+from tests.commands import ROOT
+
+
+def plan(*arguments: str) -> str:
+    """What make would do, without doing it."""
+    done = subprocess.run(
+        ["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("demo", "bin/python -m scripts.demo"),
+        ("test", 'pytest -m "not slow and not parity"'),
+        ("test-slow", "pytest -m slow"),
+        ("test-parity", "pytest -m parity"),
+        ("lint", "ruff check"),
+    ],
+)
+def test_every_target_has_its_rules(target, command):
+    assert command in plan(target)
+
+
+def test_fresh_and_images_reach_the_demo():
+    assert "--fresh" not in plan("demo")
+    assert "--fresh" not in plan("demo", "FRESH=0")
+    assert "--fresh" in plan("demo", "FRESH=1")
+    assert '--images="my photos"' in plan("demo", "IMAGES=my photos")
+
+
+def test_another_interpreter_has_an_environment_of_its_own():
+    assert ".venv-python3.12/bin/python -m pytest" in plan("test", "PYTHON=python3.12")
