@@ -228,10 +228,16 @@ def test_a_corrupt_jpeg_among_good_ones_is_listed_and_skipped(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the real images of ../shared/data")
-@pytest.mark.parametrize("name", ["camvid", "davis", "photos", "objects", "depth", "bsds"])
+@pytest.mark.parametrize("name", ["camvid", "davis", "photos", "objects", "bsds", "pose", "coco"])
 def test_the_demo_runs_on_real_images(tmp_path, name):
     run("scripts.demo", *TINY_DEMO[1:], f"--images={SHARED_DATA / name}", f"--out={tmp_path}")
     assert (tmp_path / "index.html").exists()
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the real images of ../shared/data")
+def test_one_video_alone_can_not_be_held_out_of_itself(tmp_path):
+    arguments = [*TINY_DEMO[1:], f"--images={SHARED_DATA / 'depth'}", f"--out={tmp_path}"]
+    assert "all scenes belong to one image or video" in run("scripts.demo", *arguments, code=2)
 
 
 def comparable(results: pathlib.Path) -> dict:
