@@ -26,11 +26,13 @@ def run(main: Callable[[], None], list_flags: Sequence[str] = ()) -> None:
       list_flags: names of flags that take all values up to the next flag.
     """
     _end_with_parent()
-    logging.set_verbosity(logging.ERROR)  # the libraries' warnings are not about the user's run
+    # What the libraries log is not about the user's run; what matters of it comes back as an exception.
+    logging.set_verbosity(logging.FATAL)
 
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(spread_list_flags(argv, list_flags))
+            _check_config()
         except Exception as error:  # a config file may raise anything
             _fail(_flag_problem(error), errors.EXIT_BAD_INPUT)
         if len(rest) > 1:
@@ -71,6 +73,13 @@ def _guarded(main: Callable[[], None]) -> None:
         where = f": {error.filename}" if error.filename else ""
         code = errors.EXIT_BAD_INPUT if error.errno in _PATH else errors.EXIT_ERROR
         _fail(f"{error.strerror or error}{where}", code)
+
+
+def _check_config() -> None:
+    # A config file that is missing or fails is kept by ml_collections as a value that raises when it is used.
+    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    if config is not None:
+        config.to_dict()
 
 
 def _end_with_parent() -> None:

@@ -79,7 +79,9 @@ def clear_disk_errors(folder: epath.PathLike) -> Iterator[None]:
     """Storage libraries wrap a full or read-only disk in errors of their own; gives back an `OSError`."""
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
         raise
     except Exception as error:
         for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):

@@ -101,7 +101,8 @@ def write(
         name = section.title.lower().replace(",", "").replace(" ", "-")
         data = section.picture if isinstance(section.picture, bytes) else report.png(section.picture)
         files.write_atomically(folder / "pictures" / f"{name}.png", data)
-    drawn = [section.picture for section in sections if isinstance(section.picture, np.ndarray)]
+    answered = sections[:-1] or sections  # the last one shows reconstructions
+    drawn = [section.picture for section in answered if isinstance(section.picture, np.ndarray)]
     overview = io.BytesIO()
     Image.fromarray(first_rows(drawn)).save(overview, format="WEBP", quality=85)
     files.write_atomically(folder / "pictures" / "overview.webp", overview.getvalue())

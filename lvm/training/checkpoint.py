@@ -6,6 +6,9 @@ place when it is whole, so a kill in the middle of a save leaves the checkpoint 
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from typing import Any
 
 import jax
@@ -17,6 +20,7 @@ from lvm.errors import UserError
 from lvm.training.trainable import State
 
 FOLDER = "checkpoints"
+_OVERHEAD = 2**20  # bytes of a checkpoint that are not arrays
 
 
 class Checkpoints:
@@ -37,7 +41,12 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: State, step: int, meta: dict[str, Any]) -> None:
-        """Starts writing; returns when the arrays are copied. Waits for the save before it."""
+        """Starts writing; returns when the arrays are copied. Waits for the save before it.
+
+        Raises:
+          OSError: the disk is full, known before anything is written where it can be.
+        """
+        self._check_space(state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state["params"]),
             training=ocp.args.StandardSave(state["training"]),
@@ -45,6 +54,14 @@ class Checkpoints:
         )
         with files.clear_disk_errors(self._manager.directory):
             self._manager.save(step, args=items)
+
+    def _check_space(self, state: State) -> None:
+        folder = os.fspath(self._manager.directory)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
+        if "://" not in folder and shutil.disk_usage(folder).free < needed:
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: a checkpoint needs {needed:,} bytes", folder
+            )
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """The state at `step`, sharded as `abstract` says, and its meta."""

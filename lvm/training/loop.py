@@ -113,7 +113,7 @@ class Loop:
             state = self._train(state, start, total)
         finally:
             self._metrics.close()
-            self._checkpoints.close()
+            self._checkpoints.close()  # waits for the save under way
             signal.signal(signal.SIGTERM, previous)
         return state
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +118,12 @@ def test_a_full_disk_is_an_os_error_however_it_was_wrapped(tmp_path):
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(ValueError, match=r"^shapes differ$"), files.clear_disk_errors(tmp_path):
         raise ValueError("shapes differ")
+
+
+def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(OSError, match="No space left on device: a checkpoint needs"):
+        checkpoints.save({"params": {"a": jnp.zeros(4)}, "training": {"b": jnp.zeros(4)}}, 1, {})
+    assert list((tmp_path / FOLDER).iterdir()) == []

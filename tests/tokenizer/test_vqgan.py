@@ -121,15 +121,15 @@ def test_parameter_paths_are_stable():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shortcut": "none"}, "shortcut = 'none'"),
-        ({"compute_dtype": "float16"}, "compute_dtype = 'float16'"),
-        ({"latent_kernel": 2}, "latent_kernel = 2"),
-        ({"resolution": 18}, "resolution = 18, expected a multiple of 4"),
-        ({"norm_groups": 3}, "norm_groups = 3"),
-        ({"channel_multipliers": ()}, "channel_multipliers = ()"),
-        ({"codebook_size": 65537}, "codebook_size = 65537"),
-        ({"codebook_dim": 0}, "codebook_dim = 0"),
-        ({"middle_blocks": -1}, "middle_blocks = -1"),
+        ({"shortcut": "none"}, "shortcut: 'none'"),
+        ({"compute_dtype": "float16"}, "compute_dtype: 'float16'"),
+        ({"latent_kernel": 2}, "latent_kernel: 2"),
+        ({"resolution": 18}, "resolution: 18, expected a multiple of 4"),
+        ({"norm_groups": 3}, "norm_groups: 3"),
+        ({"channel_multipliers": ()}, "channel_multipliers: ()"),
+        ({"codebook_size": 65537}, "codebook_size: 65537"),
+        ({"codebook_dim": 0}, "codebook_dim: 0"),
+        ({"middle_blocks": -1}, "middle_blocks: -1"),
     ],
 )
 def test_bad_settings_are_refused_by_name(changes, message):
