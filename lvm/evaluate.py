@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ class EvalConfig:
     """What is asked.
 
     Attributes:
-      source: a folder of images, or a config file of a source: the one that training saw.
+      source: a folder of images, or a config file of a source: the one that training saw, of which the scenes
+        that it held out are asked on.
+      unseen: says that the source is another one, none of whose images was in training: all are asked on.
       max_scenes: held-out scenes that are read at most.
       sentences: of each source of the model's mixture, for the likelihoods.
       queries: prompted questions of each task.
@@ -48,6 +51,7 @@ class EvalConfig:
     """
 
     source: str = ""
+    unseen: bool = False
     max_scenes: int = 256
     sentences: int = 128
     queries: int = 128
@@ -91,7 +95,8 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
 
     encode = functools.partial(tokenizer.encode, batch_size=_BATCH)
     decode = functools.partial(tokenizer.decode, batch_size=_BATCH)
-    fraction = mixture.heldout_fraction if _was_trained_on(source, model) else None
+    _check_source(config, source, model)
+    fraction = None if config.unseen else mixture.heldout_fraction
     heldout = Heldout(source, fraction, config.max_scenes, encode)
     say(f"{len(heldout.scenes)} held-out scenes of {source.name}")
     results: dict[str, Any] = {"request": request, "heldout_scenes": len(heldout.scenes)}
@@ -118,15 +123,22 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     return results
 
 
-def _was_trained_on(source: Source, model: LVM) -> bool:
-    """Whether the model saw this source (or generated scenes of the same seed), so that part of it is held out."""
+def _check_source(config: EvalConfig, source: Source, model: LVM) -> None:
+    """Refuses what would count images of training as held out, or a source that isn't what it is said to be."""
     described = files.as_json(source.describe())
-    for seen in model.record["sources"]:
+
+    def is_same(seen: Mapping[str, Any]) -> bool:
         same_seed = seen["kind"] == described["kind"] == "generated" and seen["seed"] == described["seed"]
-        if seen == described or same_seed:
-            return True
-    say(f"the model was not trained on {source.name}: all of its scenes are asked on")
-    return False
+        return seen == described or same_seed
+
+    was_seen = any(is_same(seen) for seen in model.record["sources"])
+    if was_seen and config.unseen:
+        raise UserError(f"config.unseen: {config.source} is what the model was trained on")
+    if not was_seen and not config.unseen:
+        raise UserError(
+            f"config.source: {config.source} is not what the model was trained on, or has changed since; if none "
+            "of its images was in training, set config.unseen=true"
+        )
 
 
 def _fits(num_grids: int, model: LVM, tokenizer: Tokenizer) -> bool:

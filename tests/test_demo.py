@@ -311,6 +311,19 @@ def test_another_model_of_the_same_step_is_evaluated_anew(demo, tmp_path):
     assert comparable(out / "results.json") != first
 
 
+def test_a_source_that_training_never_saw_must_be_said_to_be_one(demo, tmp_path):
+    write_folder(tmp_path / "images")
+    common = [
+        "--config=tests/configs/tiny_eval.py",
+        f"--model={demo / 'lvm'}",
+        f"--tokenizer={demo / 'tokenizer'}",
+    ]
+    common += [f"--config.source={tmp_path / 'images'}", f"--out={tmp_path / 'out'}"]
+    assert "is not what the model was trained on" in run("lvm.evaluate", *common, code=2)
+    run("lvm.evaluate", *common, "--config.unseen=true")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["heldout_scenes"] == 4
+
+
 def test_a_store_never_mixes_two_sources(demo, tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
