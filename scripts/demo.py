@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ from lvm.evaluation.summary import table
 _HELDOUT = 0.15
 _VIDEO_SHARE = 0.3  # of the sentences, where there are both videos and annotations
 _FRAMES = 8  # of the demo's videos
+_PASSES = 15  # at most, through one's own images
 _MADE = ("tokenizer", "store", "lvm", "prompt", "pictures", "index.html", "results.json", "answer.png")
 
 
@@ -69,6 +71,15 @@ def mixture_flags(store: Store) -> list[str]:
     listed = ["video", "segmentation", "depth", "edges", "normals", "boxes", "pose", "single"]
     flags = [f"--config.data.sources.{name}.weight={weights.get(name, 0.0)}" for name in listed]
     return [*flags, "--config.data.allow_missing=true"]
+
+
+def steps_flag(store: Store, config: str) -> list[str]:
+    """Fewer steps for few images: a small folder, gone through too often, is learned by heart."""
+    chosen = runpy.run_path(config)["get_config"]()
+    images = sum(shard["images"] for shard in store.manifest["shards"])
+    enough = images * _PASSES // (chosen.batch_size * _FRAMES)
+    steps = min(chosen.loop.total_steps, max(enough, 2 * chosen.optimizer.warmup_steps + 1))
+    return [f"--config.loop.total_steps={steps}"]
 
 
 def images_that_fit(model: pathlib.Path) -> int:
@@ -142,7 +153,7 @@ def main() -> None:
         f"--source={source}",
         f"--out={store}",
     )
-    mixture = mixture_flags(Store(store)) if images else []
+    adapted = [*mixture_flags(Store(store)), *steps_flag(Store(store), _LVM_CONFIG.value)] if images else []
     stage(
         "3/5 The transformer learns the next code",
         "lvm.train",
@@ -151,7 +162,7 @@ def main() -> None:
         f"--config.data.store={store}",
         f"--config.data.heldout_fraction={_HELDOUT}",
         f"--config.tokenizer={tokenizer}",
-        *mixture,
+        *adapted,
     )
     common = [f"--model={model}", f"--tokenizer={tokenizer}"]
     stage(
