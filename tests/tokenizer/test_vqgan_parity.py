@@ -48,7 +48,7 @@ def spread_codebook(config, params, images):
     return params | {"codebook": rows.astype(np.float32)}
 
 
-def check(config, params, images, latents, decode):
+def check_agreement(config, params, images, latents, decode):
     """Compare with torch's latents [B, C, h, w], and with its decoding of our codes: [B, N] → [B, 3, H, W]."""
     ours, codes, decoded = in_jax(config, params, images)
     latents = latents.numpy().transpose(0, 2, 3, 1)  # [B, h, w, C]
@@ -62,7 +62,7 @@ def check(config, params, images, latents, decode):
     assert len(np.unique(codes)) > 5
     np.testing.assert_array_equal(codes[clear], distances.argmin(-1)[clear])
 
-    reference = decode(torch.from_numpy(codes).long()).numpy().transpose(0, 2, 3, 1)
+    reference = decode(torch.from_numpy(codes.copy()).long()).numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(decoded, reference, atol=1e-4, rtol=0)
     assert decoded.std() > 0.05
 
@@ -134,7 +134,7 @@ def test_lvm_agrees_with_diffusers():
         latents = theirs.encode(nchw(images())).latents
         shape = (len(images()), *config.grid, config.codebook_dim)
         decode = lambda codes: theirs.decode(codes, force_not_quantize=True, shape=shape).sample  # noqa: E731
-        check(config, params, images(), latents, decode)
+        check_agreement(config, params, images(), latents, decode)
 
 
 # --- "maskgit" and "lvm_old" against the description, in torch ------------------------------------------------
@@ -202,7 +202,7 @@ def test_the_older_networks_agree_with_their_description(variant):
     assert "quant_conv" not in params
     with torch.no_grad():
         latents = encode_in_torch(nchw(images()), params, variant)
-        check(
+        check_agreement(
             config,
             params,
             images(),
