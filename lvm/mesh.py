@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lvm.errors import UserError
 
@@ -17,6 +19,7 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 # logical axis → mesh axes. An axis that isn't listed is replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "length": ("sequence",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
@@ -29,38 +32,79 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. One axis may be -1: whatever the others leave."""
+    """Devices along each mesh axis. One axis may be -1: whatever the others leave.
+
+    Attributes:
+      data: copies of the parameters, each with its own part of the batch; slices of a pod are told apart here.
+      fsdp: parameters, optimizer and batch are split; weights are gathered a layer at a time.
+      sequence: rows are split along their length, for contexts that one device can't hold.
+      tensor: heads, the inner size of the MLP and the vocabulary are split.
+      zero1: the optimizer's state is split over `data` too.
+    """
 
     data: int = -1
     fsdp: int = 1
     sequence: int = 1
     tensor: int = 1
+    zero1: bool = False
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (all of them by default) with the four axes, each of type `Auto`.
 
+    On TPUs of several slices, `data` goes over the slices (the slow network between them) first.
+
     Raises:
-      UserError: the axes don't multiply to the number of devices.
+      UserError: the axes don't multiply to the number of devices, or `data` not to that of the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [getattr(config, axis) for axis in AXES]
-    fixed = int(np.prod([size for size in sizes if size != -1]))
+    fixed = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
             f"config.mesh: {dict(zip(AXES, sizes, strict=True))}; one axis may be -1, the rest ≥ 1"
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes]
-    if int(np.prod(shape)) != len(devices):
+    if math.prod(shape) != len(devices):
         raise UserError(
-            f"config.mesh: {' × '.join(map(str, shape))} = {int(np.prod(shape))} devices, "
+            f"config.mesh: {' × '.join(map(str, shape))} = {math.prod(shape)} devices, "
             f"but there are {len(devices)}"
         )
-    if shape[AXES.index("sequence")] > 1:
-        raise UserError(
-            f"config.mesh.sequence: {shape[AXES.index('sequence')]}; no array is split over it yet, so 1"
-        )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = _num_slices(devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise UserError(f"config.mesh.data: {shape[0]} is not a multiple of the {slices} slices")
+    within = [shape[0] // slices, *shape[1:]]
+    between = [slices, *[1] * (len(AXES) - 1)]
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def _num_slices(devices: Sequence[Any]) -> int:
+    # Other platforms number something else by this name: GPUs their NVLink domains, which FSDP may well cross.
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """While a function is traced under this, `constrain` and `shard_map` know the mesh; with None nothing is split."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def current() -> AbstractMesh | None:
+    """The mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` split by its logical axes over the mesh in use."""
+    return x if current() is None else jax.lax.with_sharding_constraint(x, spec(axes))
 
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -118,6 +162,30 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",)))
 
 
+def split_over_data(tree: Any, mesh: Mesh, placed: Any) -> Any:
+    """ZeRO-1: the shardings `placed` of `tree`, with `data` added to the largest dimension that it divides evenly.
+
+    Arrays without such a dimension (scalars, small norms) stay as they were.
+    """
+    data = mesh.shape["data"]
+
+    def split(leaf: Any, sharding: NamedSharding) -> NamedSharding:
+        entries = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+        for dimension in sorted(range(leaf.ndim), key=lambda i: -leaf.shape[i]):
+            entry = entries[dimension]
+            axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+            if data > 1 and leaf.shape[dimension] % (data * _ways(mesh, axes)) == 0:
+                entries[dimension] = ("data", *axes)
+                return NamedSharding(mesh, PartitionSpec(*entries))
+        return sharding
+
+    return jax.tree.map(split, tree, placed)
+
+
+def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def _names(path: Any) -> tuple[str, ...]:
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
@@ -126,7 +194,7 @@ def _divisible(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, names: Sequence[str]
 ) -> PartitionSpec:
     for size, axis in zip(shape, axes, strict=True):
-        ways = int(np.prod([mesh.shape[mesh_axis] for mesh_axis in RULES.get(axis or "", ())]))
+        ways = _ways(mesh, RULES.get(axis or "", ()))
         if size % ways:
             raise UserError(
                 f"config.mesh: {'/'.join(names)} has a dimension of {size}, not divisible by {ways}"

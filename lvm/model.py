@@ -15,12 +15,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lvm import attention
+from lvm import mesh as meshes
 from lvm.errors import UserError
 
+
+def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether an operation gives the attention kernel's result, or the statistics that its backward pass needs."""
+    # cuDNN's forward pass gives both at once and names neither.
+    named = params.get("name") == attention.SAVED
+    return named or primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+_policies = jax.checkpoint_policies
+# What the backward pass doesn't recompute, from most memory to least.
 REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": _policies.everything_saveable,
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _is_attention),
+    "attention": _is_attention,
+    "full": _policies.nothing_saveable,
 }
 
 
@@ -36,7 +48,10 @@ class ModelConfig:
       tie_embeddings: the output projection is the embedding, transposed.
       dtype: compute type, "bfloat16" or "float32".
       attention: "auto", or a kernel of `lvm.attention.KERNELS`.
-      remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "full".
+      depth_scaled_init: projections back to the residual stream start 1/√(2·num_layers) as large.
+      remat: what the backward pass recomputes: "none" nothing, "dots" all but matrix products and attention,
+        "attention" all but attention, "full" everything; "auto" is the first of these that fits in memory
+        (`lvm.training.step`).
     """
 
     hidden_size: int = 1024
@@ -49,6 +64,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
+    depth_scaled_init: bool = False
     tie_embeddings: bool = False
     dtype: str = "bfloat16"
     attention: str = "auto"
@@ -71,8 +87,8 @@ class ModelConfig:
             raise UserError(f"num_kv_heads: {self.num_kv_heads} doesn't divide num_heads {self.num_heads}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype: {self.dtype!r} is not float32 or bfloat16")
-        if self.remat not in REMAT:
-            raise UserError(f"remat: {self.remat!r} is not one of {', '.join(REMAT)}")
+        if self.remat not in ("auto", *REMAT):
+            raise UserError(f"remat: {self.remat!r} is not one of auto, {', '.join(REMAT)}")
         if self.attention not in attention.KERNELS:
             raise UserError(f"attention: {self.attention!r} is not one of {', '.join(attention.KERNELS)}")
 
@@ -83,6 +99,11 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def residual_std(self) -> float:
+        """The initial spread of projections back to the residual stream (GPT-2's rule where it is scaled)."""
+        return self.init_std / (2 * self.num_layers) ** 0.5 if self.depth_scaled_init else self.init_std
 
 
 def _size(hidden: int, mlp: int, layers: int, heads: int) -> ModelConfig:
@@ -122,16 +143,15 @@ class Attention(nnx.Module):
         self.query = nnx.Param(normal(rngs.params(), (D, H, size)), axes=("embed", "heads", "head_dim"))
         self.key = nnx.Param(normal(rngs.params(), (D, K, size)), axes=("embed", "kv_heads", "head_dim"))
         self.value = nnx.Param(normal(rngs.params(), (D, K, size)), axes=("embed", "kv_heads", "head_dim"))
-        self.out = nnx.Param(normal(rngs.params(), (H, size, D)), axes=("heads", "head_dim", "embed"))
-        self.config = config
+        residual = jax.nn.initializers.normal(config.residual_std)
+        self.out = nnx.Param(residual(rngs.params(), (H, size, D)), axes=("heads", "head_dim", "embed"))
 
-    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, T, D], positions int32 [B, T] → rotated query [B, T, H, d], key and value [B, T, K, d]."""
+    def project(self, x: jax.Array, turns: Turns) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D] → query [B, T, H, d], key and value [B, T, K, d], the first two rotated."""
         query = jnp.einsum("btd,dhk->bthk", x, self.query[...].astype(x.dtype))
         key = jnp.einsum("btd,dhk->bthk", x, self.key[...].astype(x.dtype))
         value = jnp.einsum("btd,dhk->bthk", x, self.value[...].astype(x.dtype))
-        theta = self.config.rope_theta
-        return rotate(query, positions, theta), rotate(key, positions, theta), value
+        return rotate(query, turns), rotate(key, turns), value
 
     def project_out(self, heads: jax.Array) -> jax.Array:
         """[B, T, H, d] → [B, T, D]."""
@@ -146,7 +166,8 @@ class MLP(nnx.Module):
         normal = jax.nn.initializers.normal(config.init_std)
         self.gate = nnx.Param(normal(rngs.params(), (D, F)), axes=("embed", "mlp"))
         self.up = nnx.Param(normal(rngs.params(), (D, F)), axes=("embed", "mlp"))
-        self.down = nnx.Param(normal(rngs.params(), (F, D)), axes=("mlp", "embed"))
+        residual = jax.nn.initializers.normal(config.residual_std)
+        self.down = nnx.Param(residual(rngs.params(), (F, D)), axes=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = x @ self.gate[...].astype(x.dtype)  # [B, T, F]
@@ -163,15 +184,19 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, kernel: str) -> jax.Array:
-        """x [B, T, D], positions int32 [B, T] → [B, T, D]."""
-        query, key, value = self.attention.project(self.attention_norm(x), positions)
-        x = x + self.attention.project_out(attention.attend(query, key, value, kernel))
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(
+        self, x: jax.Array, turns: Turns, kernel: str, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, T, D], segment_ids int32 [B, T] → [B, T, D]."""
+        query, key, value = self.attention.project(self.attention_norm(x), turns)
+        x = x + self.attention.project_out(attention.attend(query, key, value, kernel, segment_ids))
+        return meshes.constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
 
-    def extend(self, x: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, x: jax.Array, turns: Turns, positions: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
         """The same over new tokens x [B, T, D] that are written into the cache at `positions` first."""
-        query, key, value = self.attention.project(self.attention_norm(x), positions)
+        query, key, value = self.attention.project(self.attention_norm(x), turns)
         rows = jnp.arange(x.shape[0])[:, None]  # [B, 1]
         keys = cache[0].at[rows, positions].set(key)  # [B, S, K, d]
         values = cache[1].at[rows, positions].set(value)  # [B, S, K, d]
@@ -180,6 +205,7 @@ class Layer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), (keys, values)
 
 
+Turns = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary angles, float32 [B, T, 1, d/2]
 Cache = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, d]; stacked: [L, B, S, K, d]
 
 
@@ -198,25 +224,38 @@ class Transformer(nnx.Module):
             self.head = nnx.Param(normal(rngs.params(), (D, V)), axes=("embed", "vocabulary"))
         self.config = config
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, kernel: str) -> jax.Array:
-        """tokens, positions int32 [B, T] → logits float32 [B, T, V]."""
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, kernel: str, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """tokens, positions, segment_ids int32 [B, T] → logits float32 [B, T, V]."""
+        return self.logits(self.hidden(tokens, positions, kernel, segment_ids))
+
+    def hidden(
+        self, tokens: jax.Array, positions: jax.Array, kernel: str, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """The same up to what `logits` takes: [B, T, D] in the compute dtype."""
         graphdef, layers = nnx.split(self.layers)
+        turns = self._turns(positions)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x, positions, kernel), None
+            return nnx.merge(graphdef, layer)(x, turns, kernel, segment_ids), None
 
-        if self.config.remat != "none":
+        if self.config.remat not in (
+            "none",
+            "auto",
+        ):  # `auto` is resolved before training; elsewhere it's none
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.config.remat])
         x, _ = jax.lax.scan(body, self._embed(tokens), layers)  # [B, T, D]
-        return self.logits(x)
+        return x
 
     def extend(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """New tokens int32 [B, T] at `positions` after what the cache holds → hidden [B, T, D], cache."""
         graphdef, layers = nnx.split(self.layers)
+        turns = self._turns(positions)
 
         def body(x: jax.Array, layer_and_cache: Any) -> tuple[jax.Array, Cache]:
             layer, layer_cache = layer_and_cache
-            return nnx.merge(graphdef, layer).extend(x, positions, layer_cache)
+            return nnx.merge(graphdef, layer).extend(x, turns, positions, layer_cache)
 
         return jax.lax.scan(body, self._embed(tokens), (layers, cache))
 
@@ -228,12 +267,20 @@ class Transformer(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden [..., D] → logits float32 [..., V]: inputs in the compute dtype, sums in float32."""
-        x = self.norm(x)
-        head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
-        return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(self.norm(x), self.projection().astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def projection(self) -> jax.Array:
+        """The output projection, float32 [D, V]."""
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+
+    def _turns(self, positions: jax.Array) -> Turns:
+        return rotary_turns(positions, self.config.head_dim, self.config.rope_theta)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...].astype(self.config.dtype)[tokens]  # [B, T, D]
+        table = meshes.constrain(self.embedding[...].astype(self.config.dtype), "vocabulary", None)
+        # Looked up in float32, so that the gradients of a token's many places are summed in float32.
+        x = table.astype(jnp.float32)[tokens].astype(self.config.dtype)  # [B, T, D]
+        return meshes.constrain(x, "batch", "length", None)
 
 
 def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Layer:
@@ -245,17 +292,22 @@ def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Layer:
     return make(rngs)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding by half rotation (the Hugging Face convention), angles in float32.
+def rotary_turns(positions: jax.Array, head_dim: int, theta: float) -> Turns:
+    """Cosines and sines of the rotary angles, float32 [B, T, 1, d/2] each.
 
     Args:
-      x: [B, T, H, d], d even.
       positions: int32 [B, T].
+      head_dim: d, even.
       theta: base of the geometric series of wavelengths.
     """
-    half = x.shape[-1] // 2
+    half = head_dim // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [d/2]
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, d/2]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, turns: Turns) -> jax.Array:
+    """Rotary position embedding by half rotation (the Hugging Face convention), in float32: x [B, T, H, d]."""
+    cos, sin = turns
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, H, d/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

@@ -16,13 +16,15 @@ from lvm.data.mixture import Mixture, MixtureConfig
 from lvm.data.rows import Rows
 from lvm.errors import UserError
 from lvm.evaluation.pictures import completion
+from lvm.flops import CONVENTIONS, train_flops_per_token
 from lvm.generate import Sampling, generate_tokens
 from lvm.mesh import MeshConfig, make_mesh
 from lvm.model import ModelConfig
 from lvm.module import count_params
 from lvm.training import optimizer
 from lvm.training.loop import Loop, LoopConfig, is_finished
-from lvm.training.objective import NextCode
+from lvm.training.objective import NextCode, ObjectiveConfig
+from lvm.training.step import Step, lightest_remat
 from lvm.training.trainable import State
 from lvm.training.workdir import Workdir
 from lvm.vocabulary import Vocabulary
@@ -46,6 +48,7 @@ class TrainConfig:
     tokenizer: str = ""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: optimizer.OptimizerConfig = dataclasses.field(default_factory=optimizer.OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
@@ -62,12 +65,14 @@ def train(config: TrainConfig, workdir: str) -> None:
         "stores": [store.identity() for store in mixture.stores],
         "sources": [store.manifest["source"] for store in mixture.stores],
     }
+    tokens = config.batch_size * config.model.context
+    loop = config.loop.in_steps(tokens)
     place = Workdir(workdir, "lvm", record)
-    if is_finished(place, config.loop):
+    if is_finished(place, loop):
         return
     vocabulary.save(place.path)
     model = _with_vocabulary(config.model, vocabulary)
-    tx, schedule = optimizer.build(config.optimizer, config.loop.total_steps)
+    tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
     trainable = NextCode(
         model,
@@ -75,6 +80,8 @@ def train(config: TrainConfig, workdir: str) -> None:
         [source.name for source in mixture.sources],
         tx,
         schedule,
+        make_mesh(config.mesh),
+        config.objective,
         heldout=_heldout_batches(config, vocabulary, model.context),
     )
     if config.tokenizer:
@@ -83,9 +90,19 @@ def train(config: TrainConfig, workdir: str) -> None:
         f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}; "
         + _count(mixture)
     )
-    mesh = make_mesh(config.mesh)
-    tokens = config.batch_size * model.context
-    Loop(trainable, rows.batch, config.loop, place, mesh, config.seed, {}, tokens).run()
+    flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in CONVENTIONS}
+    Loop(_step(config, trainable), rows.batch, loop, place, {}, tokens, flops).run()
+
+
+def _step(config: TrainConfig, trainable: NextCode) -> Step:
+    def with_remat(policy: str) -> Step:
+        model = dataclasses.replace(trainable.config, remat=policy)
+        chosen = dataclasses.replace(trainable, config=model)
+        return Step(chosen, trainable.mesh, config.seed, config.mesh.zero1)
+
+    if trainable.config.remat == "auto":
+        return lightest_remat(with_remat)
+    return with_remat(trainable.config.remat)
 
 
 def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:

@@ -18,6 +18,7 @@ from lvm.errors import UserError
 from lvm.mesh import MeshConfig, make_mesh
 from lvm.training import optimizer
 from lvm.training.loop import Loop, LoopConfig, is_finished
+from lvm.training.step import Step
 from lvm.training.trainable import State
 from lvm.training.workdir import Workdir
 from tokenizer.images import ImagePool, ImagesConfig, TrainingImages, sides
@@ -100,12 +101,13 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         "preprocess": config.preprocess.to_json(),
         "source": source.describe(),
     }
+    loop = config.loop.in_steps(0)
     place = Workdir(workdir, "tokenizer", record)
-    if is_finished(place, config.loop):
+    if is_finished(place, loop):
         return
     for skipped in source.skipped:
         say(f"skipped {skipped.key}: {skipped.reason}")
-    tx, schedule = optimizer.build(config.optimizer, config.loop.total_steps)
+    tx, schedule = optimizer.build(config.optimizer, loop.total_steps)
     trainable = TokenizerTrainable(
         config.model,
         config.loss,
@@ -122,8 +124,8 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         trainable.heldout = {s: x[:: -(-len(x) // _HELDOUT_IMAGES)] for s, x in images.items() if len(x)}
     say(f"{len(training)} scenes to train on, {len(heldout)} held out; " + _count(pool))
     batches = TrainingImages(pool, config.data.rgb_share, config.batch_size, config.seed)
-    mesh = make_mesh(config.mesh)
-    Loop(trainable, batches.batch, config.loop, place, mesh, config.seed, {}).run()
+    step = Step(trainable, make_mesh(config.mesh), config.seed, config.mesh.zero1)
+    Loop(step, batches.batch, loop, place, {}).run()
 
 
 def _count(pool: ImagePool) -> str:

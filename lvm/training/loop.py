@@ -7,7 +7,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from lvm import mesh as meshes
+from lvm.accelerators import of_device
 from lvm.console import duration, say
 from lvm.errors import EXIT_PREEMPTED, DivergedError, UserError
 from lvm.training.checkpoint import Checkpoints, newest_step
 from lvm.training.metrics import MetricsWriter
-from lvm.training.trainable import Batch, State, Trainable
+from lvm.training.step import Step
+from lvm.training.trainable import Batch, State
 from lvm.training.workdir import Workdir
 
 
@@ -30,10 +31,13 @@ class LoopConfig:
     """How long a run is, and what it does how often (in steps; 0 is never, but at the end).
 
     Attributes:
+      total_steps: the run's length; 0 where `total_tokens` gives it.
+      total_tokens: the same in tokens, rounded up to whole steps.
       keep: how many checkpoints are kept.
     """
 
     total_steps: int = 100_000
+    total_tokens: int = 0
     log_every: int = 50
     evaluate_every: int = 1000
     picture_every: int = 5000
@@ -41,12 +45,25 @@ class LoopConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "log_every", "keep"):
+        if self.total_tokens < 0 or (self.total_tokens > 0) == (self.total_steps > 0):
+            raise UserError(
+                f"total_steps: {self.total_steps} and total_tokens: {self.total_tokens}; one of them is positive, "
+                "the other 0"
+            )
+        for name in ("log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
         for name in ("evaluate_every", "picture_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: {getattr(self, name)} is negative")
+
+    def in_steps(self, tokens_per_step: int) -> LoopConfig:
+        """The same with its length in steps; `tokens_per_step` is 0 for what has no tokens."""
+        if self.total_steps:
+            return self
+        if not tokens_per_step:
+            raise UserError("config.loop.total_tokens: there are no tokens here; give total_steps")
+        return dataclasses.replace(self, total_steps=-(-self.total_tokens // tokens_per_step), total_tokens=0)
 
 
 def is_finished(workdir: Workdir, config: LoopConfig) -> bool:
@@ -62,40 +79,32 @@ class Loop:
     """Runs a trainable from its workdir's newest checkpoint to the end.
 
     Args:
-      trainable: the model with its objective.
+      step: a trainable's update on a mesh.
       read_batch: step → that step's global batch, a pure function.
       config: see `LoopConfig`.
       workdir: where checkpoints, metrics and pictures go.
-      mesh: the devices.
-      seed: everything random follows from it and the step.
       meta: goes into every checkpoint.
       tokens_per_step: for the metrics `tokens` and `tokens_per_second`; 0 leaves them out.
+      flops_per_step: convention of `lvm.flops` → operations of a step; for the metrics `mfu_…`, on accelerators
+        whose peak is known.
     """
 
     def __init__(
         self,
-        trainable: Trainable,
+        step: Step,
         read_batch: Callable[[int], Batch],
         config: LoopConfig,
         workdir: Workdir,
-        mesh: Mesh,
-        seed: int,
         meta: dict[str, Any],
         tokens_per_step: int = 0,
+        flops_per_step: Mapping[str, float] | None = None,
     ):
-        self._trainable, self._read_batch, self._config = trainable, read_batch, config
-        self._path, self._mesh, self._meta = workdir.path, mesh, meta
+        self._step, self._trainable = step, step.trainable
+        self._read_batch, self._config = read_batch, config
+        self._path, self._meta = workdir.path, meta
         self._tokens_per_step = tokens_per_step
-        self._rng = jax.random.key(seed)
+        self._seconds_at_peak = _seconds_at_peak(flops_per_step or {}, step.mesh)
         self._checkpoints = Checkpoints(self._path, config.keep)
-        abstract = jax.eval_shape(trainable.init, self._rng)
-        self._shardings = meshes.shardings(mesh, abstract, trainable.logical_axes)
-        self._abstract = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract,
-            self._shardings,
-        )
-        self._batch_sharding = meshes.batch_sharding(mesh, _batch_size(trainable))
         self._stop_requested = False
 
     def run(self) -> State:
@@ -120,19 +129,15 @@ class Loop:
     def _start(self) -> tuple[State, int]:
         step = self._checkpoints.latest()
         if step is None:
-            return jax.jit(self._trainable.init, out_shardings=self._shardings)(self._rng), 0
+            return self._step.init(), 0
         say(f"{self._path}: going on from step {step}")
-        state, _ = self._checkpoints.restore(step, self._abstract)
+        state, _ = self._checkpoints.restore(step, self._step.state)
         return state, step
 
     def _train(self, state: State, start: int, total: int) -> State:
-        def step_fn(state: State, batch: Batch) -> Any:
-            return self._trainable.update(state, batch, jax.random.fold_in(self._rng, state["step"]))
-
-        update = jax.jit(step_fn, donate_argnums=0, out_shardings=(self._shardings, None))
         clock = _Clock()
         for step, batch in enumerate(clock.wait_for(self._batches(start, total)), start + 1):
-            state, metrics = update(state, batch)
+            state, metrics = self._step(state, batch)
             last = step == total
             self._report(step, state, metrics, clock, last)
             if last or _due(step, self._config.picture_every):
@@ -152,10 +157,7 @@ class Loop:
         steps = grain.MapDataset.range(start, total).map(self._read_batch)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         for batch in steps.to_iter_dataset(options):
-            yield {
-                name: jax.make_array_from_process_local_data(self._batch_sharding, x)
-                for name, x in batch.items()
-            }
+            yield self._step.place(batch)
 
     def _report(
         self, step: int, state: State, metrics: dict[str, jax.Array], clock: _Clock, last: bool
@@ -187,6 +189,7 @@ class Loop:
             values["perplexity"] = math.exp(min(values["loss"], 700.0))
             values["tokens"] = step * self._tokens_per_step
             values["tokens_per_second"] = self._tokens_per_step / seconds
+        values |= {f"mfu_{name}": at_peak / seconds for name, at_peak in self._seconds_at_peak.items()}
         return values
 
     def _draw(self, step: int, state: State) -> None:
@@ -238,8 +241,12 @@ class _Clock:
         return seconds, waited
 
 
-def _batch_size(trainable: Trainable) -> int:
-    return next(iter(trainable.batch_spec.values())).shape[0]
+def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[str, float]:
+    """Seconds that a step would take at the devices' peak, by convention; nothing where the peak isn't known."""
+    accelerator = of_device(mesh.devices.flat[0])
+    if accelerator is None:
+        return {}
+    return {name: flops / (accelerator.peak_flops * mesh.size) for name, flops in flops_per_step.items()}
 
 
 def _due(step: int, every: int) -> bool:

@@ -10,17 +10,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from lvm import mesh as meshes
 from lvm.attention import choose_kernel
+from lvm.errors import UserError
 from lvm.model import ModelConfig, Transformer
 from lvm.module import abstract, init_params, logical_axes, merge
-from lvm.training.trainable import Batch, Metrics, State, make_update
+from lvm.training.losses import token_losses
+from lvm.training.trainable import Batch, State, Sums, make_update, means
 
 
-def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each target: logits float32 [B, T, V], targets int32 [B, T] → [B, T]."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # [B, T]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """How the next code is learned.
+
+    Attributes:
+      z_loss: weight of the squared log-normaliser, which keeps logits from drifting (PaLM, arXiv 2204.02311).
+      logits_chunk: tokens of a row whose logits are in memory at once.
+      accumulate_steps: parts of a batch that are computed one after the other before the optimizer's step.
+    """
+
+    z_loss: float = 0.0
+    logits_chunk: int = 1024
+    accumulate_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0:
+            raise UserError(f"z_loss: {self.z_loss} is negative")
+        for name in ("logits_chunk", "accumulate_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not positive")
 
 
 @dataclasses.dataclass
@@ -32,10 +52,15 @@ class NextCode:
       batch_spec: of the batches (`lvm.data.rows`).
       source_names: what `source_ids` count; metrics name each source's loss after it.
       optimizer, schedule: of `lvm.training.optimizer`.
+      mesh: the devices that activations are split over; None for one device.
+      objective: see `ObjectiveConfig`.
       heldout: batches that `evaluate` averages over.
       draw: makes the pictures of a state; none by default.
       kernel: the attention that runs.
       graphdef, params_shape: the model, split, and its parameters' shapes.
+
+    Raises:
+      UserError: the kernel can't run on the mesh's devices, or the mesh doesn't divide the model.
     """
 
     config: ModelConfig
@@ -43,16 +68,42 @@ class NextCode:
     source_names: Sequence[str]
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    mesh: Mesh | None = None
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     heldout: Sequence[Mapping[str, np.ndarray]] = ()
     draw: Callable[[State], dict[str, np.ndarray]] = lambda state: {}
 
     def __post_init__(self) -> None:
-        self.kernel = choose_kernel(self.config.attention, jax.default_backend(), self.config.dtype)
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        self.kernel = choose_kernel(
+            self.config.attention,
+            platform,
+            self.config.dtype,
+            self.config.head_dim,
+            segmented="segment_ids" in self.batch_spec,
+        )
+        self._check_mesh()
         self._make = lambda rngs: Transformer(self.config, rngs)
         self.graphdef, self.params_shape = abstract(self._make)
         self.logical_axes = logical_axes(self._make)
-        self.update = make_update(self._loss, self.optimizer, self.schedule)
-        self._jitted_loss = jax.jit(self._loss)
+        self.update = make_update(self._loss, self.optimizer, self.schedule, self.objective.accumulate_steps)
+        self._jitted_loss = jax.jit(lambda *arguments: means(self._loss(*arguments)[1])["loss"])
+
+    def _check_mesh(self) -> None:
+        if self.mesh is None:
+            return
+        batch_size, row = self.batch_spec["tokens"].shape
+        sizes, parts = self.mesh.shape, self.objective.accumulate_steps
+        ways = sizes["data"] * sizes["fsdp"] * parts
+        if batch_size % ways:
+            raise UserError(
+                f"config.batch_size: {batch_size} is not divisible by data × fsdp × accumulate_steps = "
+                f"{sizes['data']} × {sizes['fsdp']} × {parts}"
+            )
+        if (row - 1) % sizes["sequence"]:
+            raise UserError(
+                f"config.mesh.sequence: {sizes['sequence']} doesn't divide the context of {row - 1}"
+            )
 
     def init(self, rng: jax.Array) -> State:
         """Fresh parameters and moments."""
@@ -65,20 +116,27 @@ class NextCode:
         if not self.heldout:
             return {}
         key = jax.random.key(0)
-        losses = [self._jitted_loss(state["params"], batch, key)[0] for batch in self.heldout]
+        losses = [self._jitted_loss(state["params"], batch, key) for batch in self.heldout]
         return {"heldout_loss": float(np.mean([float(loss) for loss in losses]))}
 
     def pictures(self, state: State) -> dict[str, np.ndarray]:
         """Whatever `draw` makes."""
         return self.draw(state)
 
-    def _loss(self, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]  # [B, C]
-        logits = merge(self.graphdef, params)(inputs, batch["positions"], self.kernel)  # [B, C, V]
-        losses = token_losses(logits, targets)  # [B, C]
+    def _loss(self, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
+        with meshes.use(self.mesh):
+            arrays = {name: meshes.constrain(x, "batch", None) for name, x in batch.items()}
+            inputs, targets = arrays["tokens"][:, :-1], arrays["tokens"][:, 1:]  # [B, C]
+            model: Transformer = merge(self.graphdef, params)
+            hidden = model.hidden(
+                inputs, arrays["positions"], self.kernel, arrays.get("segment_ids")
+            )  # [B, C, D]
+            losses, log_z = token_losses(
+                model.norm(hidden), model.projection(), targets, self.objective.logits_chunk
+            )  # [B, C]
         counted = batch["loss_mask"].astype(jnp.float32)  # [B, C]
-        metrics = {}
+        sums = {"loss": (jnp.sum(losses * counted), jnp.sum(counted))}
         for number, name in enumerate(self.source_names):
             mine = counted * (batch["source_ids"] == number)
-            metrics[f"loss/{name}"] = jnp.sum(losses * mine) / jnp.sum(mine)
-        return jnp.sum(losses * counted) / jnp.maximum(jnp.sum(counted), 1.0), metrics
+            sums[f"loss/{name}"] = jnp.sum(losses * mine), jnp.sum(mine)
+        return jnp.sum((losses + self.objective.z_loss * log_z**2) * counted), sums

@@ -41,26 +41,38 @@ class Trainable(Protocol):
         """Named pictures uint8 [H, W, 3] of what the model does now."""
 
 
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # name → (sum, weight): a mean whose parts can be added up
+LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Sums]]
+
+
 def make_update(
-    loss_fn: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]],
+    loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    accumulate_steps: int = 1,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """The usual update: gradient, optimizer, new parameters, norms.
 
     Args:
-      loss_fn: (params, batch, rng) → (loss, metrics).
+      loss_fn: (params, batch, rng) → (total, sums), float32. The loss that is minimised is `total` divided by the
+        weight of `sums["loss"]`, both added up over the parts of the batch.
       optimizer: its state is `state["training"]["optimizer"]`.
       schedule: step → learning rate, for the metrics alone.
+      accumulate_steps: parts that the batch is cut into, whose gradients are added up one after the other. The
+        result is that of the whole batch, to rounding: what is divided by is counted over all of it.
+
+    Returns:
+      The update; its metrics are the mean of every sum, `grad_norm`, `param_norm` and `learning_rate`.
     """
 
     def update(state: State, batch: Batch, rng: jax.Array) -> tuple[State, Metrics]:
-        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], batch, rng)
+        gradients, sums = _gradients(loss_fn, state["params"], batch, rng, accumulate_steps)
+        weight = jnp.maximum(sums["loss"][1], 1.0)
+        gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
         changes, moments = optimizer.update(gradients, state["training"]["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], changes)
         metrics = {
-            **metrics,
-            "loss": loss,
+            **means(sums),
             "grad_norm": optax.tree.norm(gradients),
             "param_norm": optax.tree.norm(params),
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
@@ -69,3 +81,34 @@ def make_update(
         return state, metrics
 
     return update
+
+
+def means(sums: Sums) -> Metrics:
+    """Each sum by its weight. Where there was nothing to weigh it is NaN, but the loss, which is 0."""
+    loss, weight = sums["loss"]
+    found = {name: total / weight for name, (total, weight) in sums.items()}
+    return found | {"loss": loss / jnp.maximum(weight, 1.0)}
+
+
+def _gradients(
+    loss_fn: LossFn, params: Any, batch: Batch, rng: jax.Array, accumulate_steps: int
+) -> tuple[Any, Sums]:
+    def one(part: Batch, rng: jax.Array) -> tuple[Any, Sums]:
+        gradients, sums = jax.grad(loss_fn, has_aux=True)(params, part, rng)
+        return gradients, sums
+
+    if accumulate_steps == 1:
+        return one(batch, rng)
+
+    def parts(x: jax.Array) -> jax.Array:
+        # Every part takes its rows from every device: cut the other way, each would lie on few of them.
+        return x.reshape(x.shape[0] // accumulate_steps, accumulate_steps, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(*part)), None
+
+    split = ({name: parts(x) for name, x in batch.items()}, jax.random.split(rng, accumulate_steps))
+    first = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    total, _ = jax.lax.scan(add, zeros, split)
+    return total

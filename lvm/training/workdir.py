@@ -24,6 +24,9 @@ _FREE = (
     "config.loop.checkpoint_every",
     "config.loop.keep",
     "config.loop.total_steps",
+    "config.loop.total_tokens",
+    "config.objective.accumulate_steps",
+    "config.objective.logits_chunk",
     "config.tokenizer",
     "config.data.store",  # where the codes lie; which codes they are is compared by the identity of the store
 )

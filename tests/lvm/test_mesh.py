@@ -38,7 +38,6 @@ def test_a_mesh_over_some_of_the_devices():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(sequence=2), r"config\.mesh\.sequence: 2; no array is split over it yet"),
         (MeshConfig(data=3), r"config\.mesh: 3 × 1 × 1 × 1 = 3 devices, but there are 8"),
         (MeshConfig(fsdp=3), r"config\.mesh: 2 × 3 × 1 × 1 = 6 devices, but there are 8"),
         (MeshConfig(fsdp=16), r"config\.mesh: 0 × 16 × 1 × 1 = 0 devices, but there are 8"),

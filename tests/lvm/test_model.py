@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lvm.errors import UserError
-from lvm.model import SIZES, ModelConfig, Transformer, rotate
+from lvm.model import SIZES, ModelConfig, Transformer, rotary_turns, rotate
 from lvm.module import abstract, count_params, init_params, merge, split
 
 PUBLISHED = {  # parameters with a vocabulary of 8292
@@ -48,7 +48,7 @@ def test_a_later_token_changes_no_earlier_logit():
     assert jnp.abs(before[:, 12:] - after[:, 12:]).max() > 1e-4
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_remat_changes_no_gradient(remat):
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
 
@@ -90,7 +90,7 @@ def test_rotation_depends_on_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(i, j):
-        turn = lambda x, at: rotate(x, jnp.array([[at]]), 10000.0)[0, 0, 0]  # noqa: E731
+        turn = lambda x, at: rotate(x, rotary_turns(jnp.array([[at]]), 16, 10000.0))[0, 0, 0]  # noqa: E731
         return turn(q, i) @ turn(k, j)
 
     assert float(score(7, 3)) == pytest.approx(float(score(3007, 3003)), abs=1e-3)
@@ -99,7 +99,7 @@ def test_rotation_depends_on_distance_alone():
 
 def test_rotation_turns_first_half_into_second():
     x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
-    turned = rotate(x, jnp.array([[1]]), 10000.0)[0, 0, 0]
+    turned = rotate(x, rotary_turns(jnp.array([[1]]), 4, 10000.0))[0, 0, 0]
     np.testing.assert_allclose(turned, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_split_and_merge_are_inverse():
         ({"num_heads": 5}, "num_heads: 5 heads don't divide hidden_size 32"),
         ({"num_kv_heads": 3}, "num_kv_heads: 3 doesn't divide num_heads 4"),
         ({"dtype": "float16"}, "dtype: 'float16' is not float32 or bfloat16"),
-        ({"remat": "some"}, "remat: 'some' is not one of none, dots, full"),
+        ({"remat": "some"}, "remat: 'some' is not one of auto, none, dots, attention, full"),
         ({"attention": "magic"}, "attention: 'magic' is not one of"),
         ({"num_layers": 0}, "num_layers: 0 is not positive"),
     ],

@@ -21,6 +21,7 @@ from lvm.mesh import MeshConfig, make_mesh
 from lvm.training import metrics
 from lvm.training.checkpoint import newest_step
 from lvm.training.loop import Loop, LoopConfig, is_finished
+from lvm.training.step import Step
 from lvm.training.trainable import make_update
 from lvm.training.workdir import Workdir
 
@@ -33,7 +34,10 @@ class Regression:
     """Linear regression with noise from the step's key, so that a wrong key or batch changes the bits."""
 
     logical_axes = {"kernel": ("embed",)}  # noqa: RUF012
-    batch_spec = {"x": jax.ShapeDtypeStruct((8, 8), jnp.float32)}  # noqa: RUF012
+    batch_spec = {  # noqa: RUF012
+        "x": jax.ShapeDtypeStruct((8, 8), jnp.float32),
+        "y": jax.ShapeDtypeStruct((8,), jnp.float32),
+    }
 
     def __init__(self):
         self.optimizer = optax.adam(0.05)
@@ -52,7 +56,9 @@ class Regression:
         noise = 0.01 * jax.random.normal(rng, batch["y"].shape)
         losses = (batch["x"] @ params["kernel"] - batch["y"] + noise) ** 2
         # The second source is never there.
-        return losses.mean(), {"loss/here": losses.mean(), "loss/absent": jnp.float32(jnp.nan)}
+        total, count = losses.sum(), jnp.float32(len(losses))
+        nothing = jnp.float32(0)
+        return total, {"loss": (total, count), "loss/here": (total, count), "loss/absent": (nothing, nothing)}
 
     def evaluate(self, state):
         self.evaluated.append(int(state["step"]))
@@ -108,7 +114,7 @@ def train(folder, total=6, read=read_batch, trainable=None, tokens_per_step=0, s
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     config = LoopConfig(total_steps=total, **options)
     trainable = trainable or Regression()
-    return Loop(trainable, read, config, place, mesh, seed, {}, tokens_per_step).run()
+    return Loop(Step(trainable, mesh, seed), read, config, place, {}, tokens_per_step).run()
 
 
 def bits(state):
@@ -148,7 +154,7 @@ def test_every_step_has_its_own_key(tmp_path):
     class Recorder(Regression):
         def _loss(self, params, batch, rng):
             loss, found = super()._loss(params, batch, rng)
-            return loss, {**found, "drawn": jax.random.uniform(rng)}
+            return loss, {**found, "drawn": (jax.random.uniform(rng), jnp.float32(1))}
 
     train(tmp_path, total=10, trainable=Recorder(), checkpoint_every=0)
     assert len({line["drawn"] for line in metrics.read(tmp_path)}) == 10
@@ -156,9 +162,11 @@ def test_every_step_has_its_own_key(tmp_path):
 
 def test_batches_arrive_in_their_order_each_once(tmp_path):
     class Recorder(Regression):
+        batch_spec = {**Regression.batch_spec, "number": jax.ShapeDtypeStruct((8,), jnp.float32)}  # noqa: RUF012
+
         def _loss(self, params, batch, rng):
             loss, found = super()._loss(params, batch, rng)
-            return loss, {**found, "seen": batch["number"].mean()}
+            return loss, {**found, "seen": (batch["number"].sum(), jnp.float32(8))}
 
     def read(step):
         return {**read_batch(step), "number": np.full(8, step, np.float32)}
@@ -267,7 +275,6 @@ def test_sigterm_saves_exits_75_and_the_run_goes_on_as_if_nothing_had_been(tmp_p
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("total_steps", 0, "not positive"),
         ("log_every", 0, "not positive"),
         ("keep", 0, "not positive"),
         ("evaluate_every", -1, "negative"),
@@ -284,3 +291,17 @@ if __name__ == "__main__":  # the run that the test above stops
     jax.config.update("jax_num_cpu_devices", 8)
     workdir = flags.DEFINE_string("workdir", None, "where the run lives")
     cli.run(lambda: train(workdir.value, total=40, read=stopping_at(20), checkpoint_every=0))
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (5, 100), (-1, 0), (0, -1)])
+def test_a_length_is_given_once(lengths):
+    with pytest.raises(UserError, match="total_steps: .* and total_tokens: .*; one of them is positive"):
+        LoopConfig(total_steps=lengths[0], total_tokens=lengths[1])
+
+
+def test_a_length_in_tokens_is_rounded_up_to_steps():
+    config = LoopConfig(total_steps=0, total_tokens=1001)
+    assert config.in_steps(100).total_steps == 11
+    assert LoopConfig(total_steps=7).in_steps(100).total_steps == 7
+    with pytest.raises(UserError, match="there are no tokens here"):
+        config.in_steps(0)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 
 from lvm.errors import UserError
+from lvm.mesh import MeshConfig, make_mesh
 from lvm.model import ModelConfig
 from lvm.module import merge
-from lvm.training.objective import NextCode, token_losses
+from lvm.training.objective import NextCode, ObjectiveConfig
+from lvm.training.trainable import means
 
 CONFIG = ModelConfig(
     hidden_size=8, mlp_size=16, num_layers=2, num_heads=2, vocabulary_size=20, context=6,
@@ -32,7 +34,7 @@ def objective(heldout=0):
     }
     schedule = optax.constant_schedule(0.01)
     batches = [batch(seed) for seed in range(100, 100 + heldout)]
-    return NextCode(CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, batches)
+    return NextCode(CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, heldout=batches)
 
 
 @functools.cache
@@ -66,23 +68,14 @@ def losses_in_numpy(made):
     return -np.take_along_axis(likelihoods, made["tokens"][:, 1:, None], -1)[..., 0]
 
 
+@jax.jit
+def _means(params, made):
+    return means(objective()._loss(params, made, jax.random.key(0))[1])
+
+
 def loss_of(made):
-    loss, metrics = compiled("_loss")(state()["params"], made, jax.random.key(0))
-    return float(loss), {name: float(value) for name, value in metrics.items()}
-
-
-def test_token_losses_are_negative_log_softmax():
-    logits = np.random.default_rng(0).normal(0, 30, (2, 3, 7)).astype(np.float32)
-    targets = np.array([[0, 6, 3], [1, 1, 5]])
-    found = token_losses(jnp.asarray(logits), jnp.asarray(targets))
-    wanted = -np.take_along_axis(log_softmax(logits.astype(np.float64), -1), targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_even_logits_cost_the_logarithm_of_the_vocabulary():
-    np.testing.assert_allclose(
-        token_losses(jnp.zeros((1, 2, 20)), jnp.zeros((1, 2), int)), np.log(20), rtol=1e-6
-    )
+    metrics = {name: float(value) for name, value in _means(state()["params"], made).items()}
+    return metrics.pop("loss"), metrics
 
 
 def test_the_loss_is_the_mean_over_the_targets_that_count():
@@ -160,3 +153,65 @@ def test_pictures_are_what_draw_makes():
 def test_a_kernel_that_can_not_run_here_is_refused_at_once():
     with pytest.raises(UserError, match="attention: cudnn needs a GPU, this is cpu"):
         dataclasses.replace(objective(), config=dataclasses.replace(CONFIG, attention="cudnn"))
+
+
+def test_the_squared_normaliser_is_added_to_what_is_minimised():
+    made = batch()
+    weighted = dataclasses.replace(objective(), objective=ObjectiveConfig(z_loss=0.1))
+    total, sums = jax.jit(weighted._loss)(state()["params"], made, jax.random.key(0))
+    logits = np.asarray(_logits(state()["params"], made["tokens"][:, :-1], made["positions"]), np.float64)
+    log_z = logsumexp(logits, axis=-1)[made["loss_mask"]]
+    np.testing.assert_allclose(total, sums["loss"][0] + 0.1 * np.sum(log_z**2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [3])
+def test_accumulated_gradients_are_those_of_the_whole_batch(steps):
+    # Masks differ between the parts, so that a mean of means would show.
+    made = batch()
+    parts = dataclasses.replace(objective(), objective=ObjectiveConfig(accumulate_steps=steps))
+    whole_state, whole = compiled("update")(state(), made, jax.random.key(0))
+    parts_state, metrics = jax.jit(parts.update)(state(), made, jax.random.key(0))
+    for a, b in zip(
+        jax.tree.leaves(parts_state["params"]), jax.tree.leaves(whole_state["params"]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for name, value in whole.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+
+
+def test_sentences_of_one_row_do_not_see_each_other():
+    # Two sentences in a row give what each gives alone.
+    spec = {**objective().batch_spec, "segment_ids": jax.ShapeDtypeStruct((B, C), np.int32)}
+    segmented = dataclasses.replace(objective(), batch_spec=spec)
+    made = batch(mask=False)
+    made["positions"] = np.tile(np.array([0, 1, 2, 0, 1, 2], np.int32), (B, 1))
+    made["segment_ids"] = np.tile(np.array([1, 1, 1, 2, 2, 2], np.int32), (B, 1))
+    total, _ = jax.jit(segmented._loss)(state()["params"], made, jax.random.key(0))
+    halves = 0.0
+    for half in (slice(0, 3), slice(3, 6)):
+        logits = _logits(state()["params"], made["tokens"][:, :-1][:, half], made["positions"][:, half])
+        likelihoods = log_softmax(np.asarray(logits, np.float64), axis=-1)
+        halves -= np.take_along_axis(likelihoods, made["tokens"][:, 1:][:, half, None], -1).sum()
+    np.testing.assert_allclose(total, halves, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "message"),
+    [
+        (MeshConfig(fsdp=2, sequence=4), {"accumulate_steps": 2}, "batch_size: 6 .* = 1 × 2 × 2"),
+        (MeshConfig(data=2, sequence=4), {}, "sequence: 4 doesn't divide the context of 6"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_batch_is_refused_at_once(mesh, options, message):
+    spec = {
+        name: jax.ShapeDtypeStruct((6, *x.shape[1:]), x.dtype) for name, x in objective().batch_spec.items()
+    }
+    changes = {"batch_spec": spec, "mesh": make_mesh(mesh), "objective": ObjectiveConfig(**options)}
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(objective(), **changes)
+
+
+@pytest.mark.parametrize("change", [{"z_loss": -1.0}, {"logits_chunk": 0}, {"accumulate_steps": 0}])
+def test_impossible_objectives_are_named(change):
+    with pytest.raises(UserError, match=f"{next(iter(change))}: "):
+        ObjectiveConfig(**change)
