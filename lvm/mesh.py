@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "vocabulary": ("tensor",),
     "layers": (),
+    "norm": (),  # too small to be worth gathering
     "head_dim": (),
 }
 

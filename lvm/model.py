@@ -125,7 +125,7 @@ class RMSNorm(nnx.Module):
     """x / rms(x) · scale over the last dimension, statistics in float32."""
 
     def __init__(self, size: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=("embed",))
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=("norm",))
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from lvm import cli
@@ -74,13 +75,14 @@ def train(config: TrainConfig, workdir: str) -> None:
     model = _with_vocabulary(config.model, vocabulary)
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
+    mesh = make_mesh(config.mesh)
     trainable = NextCode(
         model,
         rows.batch_spec,
         [source.name for source in mixture.sources],
         tx,
         schedule,
-        make_mesh(config.mesh),
+        mesh,
         config.objective,
         heldout=_heldout_batches(config, vocabulary, model.context),
     )
@@ -91,14 +93,14 @@ def train(config: TrainConfig, workdir: str) -> None:
         + _count(mixture)
     )
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in CONVENTIONS}
-    Loop(_step(config, trainable), rows.batch, loop, place, {}, tokens, flops).run()
+    Loop(_step(config, trainable, mesh), rows.batch, loop, place, {}, tokens, flops).run()
 
 
-def _step(config: TrainConfig, trainable: NextCode) -> Step:
+def _step(config: TrainConfig, trainable: NextCode, mesh: Mesh) -> Step:
     def with_remat(policy: str) -> Step:
         model = dataclasses.replace(trainable.config, remat=policy)
         chosen = dataclasses.replace(trainable, config=model)
-        return Step(chosen, trainable.mesh, config.seed, config.mesh.zero1)
+        return Step(chosen, mesh, config.seed, config.mesh.zero1)
 
     if trainable.config.remat == "auto":
         return lightest_remat(with_remat)

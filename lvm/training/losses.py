@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ def token_losses(
         )
     rows = meshes.spec(("batch", "length"))
     return jax.shard_map(
-        lambda *arrays: _on_each_device(*arrays, chunk),
+        functools.partial(_on_each_device, chunk=chunk),
         in_specs=(PartitionSpec(*rows, None), meshes.spec(("embed", "vocabulary")), rows),
         out_specs=(rows, rows),
     )(hidden, projection, targets)

@@ -295,7 +295,7 @@ if __name__ == "__main__":  # the run that the test above stops
 
 @pytest.mark.parametrize("lengths", [(0, 0), (5, 100), (-1, 0), (0, -1)])
 def test_a_length_is_given_once(lengths):
-    with pytest.raises(UserError, match="total_steps: .* and total_tokens: .*; one of them is positive"):
+    with pytest.raises(UserError, match=r"total_steps: .* and total_tokens: .*; one of them is positive"):
         LoopConfig(total_steps=lengths[0], total_tokens=lengths[1])
 
 

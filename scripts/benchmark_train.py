@@ -1,0 +1,529 @@
+"""Speed of the training step beside transformers' Llama in torch: same shapes, same tokens, one table.
+
+    python -m scripts.benchmark_train --size=1b,3b                   one accelerator, torch if it is installed
+    python -m scripts.benchmark_train --size=1b --profile=FOLDER     and where the time of ours goes
+
+Ours is what `lvm.train` runs. Each contender has a process of its own, one after the other, so that neither holds
+memory from the other; one that fails says so in its row. The exit code is 1 where ours gave no figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import gzip
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from lvm import accelerators, attention, cli, errors, module
+from lvm.console import say
+from lvm.errors import UserError
+from lvm.flops import CONVENTIONS, train_flops_per_token
+from lvm.mesh import MeshConfig, make_mesh
+from lvm.model import REMAT, SIZES, ModelConfig, Transformer
+from lvm.training import optimizer
+from lvm.training.objective import NextCode
+from lvm.training.step import Step
+
+CODES, VOCABULARY = 8192, 8448
+_LONG_RUN = 10_000  # steps of the schedule, of which the benchmark runs the first few
+_MEMORY_SHARE = "0.92"  # of a GPU, for JAX: more than its default, since it is alone there
+_GIB = 2**30
+_PROFILED = 3  # steps in a trace
+KINDS = ("matmul", "attention", "elementwise and norms", "optimizer", "collectives", "other", "idle")
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def main() -> None:
+    """The command; with `--job`, one contender of it."""
+    if _JOB.value:
+        _run_job(json.loads(_JOB.value))
+        return
+    _check_flags()
+    ends = time.monotonic() + 60 * _MINUTES.value
+    contenders = [(size, name) for size in _SIZE.value for name in ("ours", "torch") if name != _peer_off()]
+    records: list[dict[str, Any]] = []
+    for number, (size, name) in enumerate(contenders):
+        say(f"\n== {size}, {name}")
+        machine = next((r for r in records if r["size"] == size and "batch_size" in r), None)
+        if name == "torch" and machine is None:
+            records.append({"size": size, "contender": name, "failed": "not run: ours didn't start"})
+            continue
+        limit = max(10.0, (ends - time.monotonic()) / (len(contenders) - number))
+        records += _contend(size, name, limit, machine or {})
+    say("\n" + "\n".join(_machine_lines(records)))
+    say("\n" + table(records))
+    for size in _SIZE.value:
+        say(_verdict([r for r in records if r["size"] == size], size))
+    done = {r["size"] for r in records if r["contender"] == "ours" and "tokens_per_second" in r}
+    if done != set(_SIZE.value):
+        sys.exit(errors.EXIT_ERROR)
+
+
+def _check_flags() -> None:
+    for flag, known in ((_SIZE, SIZES), (_REMAT, REMAT)):
+        for value in flag.value:
+            if value not in known:
+                raise UserError(f"--{flag.name}: {value!r} is not one of {', '.join(known)}")
+
+
+def _peer_off() -> str:
+    return "torch" if _PEER.value == "none" else ""
+
+
+def _contend(size: str, name: str, limit: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs a contender in a process of its own; its records, with a row for whatever went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        results, errors_path = pathlib.Path(folder, "results"), pathlib.Path(folder, "errors")
+        results.touch()
+        job = {
+            "contender": name,
+            "size": size,
+            "context": _CONTEXT.value,
+            "batch_size": machine.get("batch_size") or _BATCH_SIZE.value,
+            "steps": _STEPS.value,
+            "warmup": _WARMUP.value,
+            "dtype": machine.get("dtype") or _DTYPE.value,
+            "platform": machine.get("platform", ""),
+            "remat": _REMAT.value,
+            "compile": _TORCH_COMPILE.value,
+            "profile": _PROFILE.value,
+            "results": str(results),
+        }
+        environment = {**os.environ, cli.PARENT: str(os.getpid())}
+        environment |= {"JAX_PLATFORMS": "cpu"} if name == "torch" else {}
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _MEMORY_SHARE)
+        command = [sys.executable, "-m", "scripts.benchmark_train", f"--job={json.dumps(job)}"]
+        failed = ""
+        with errors_path.open("w") as stream:
+            try:
+                code = subprocess.run(command, env=environment, stderr=stream, timeout=limit).returncode
+                said = errors_path.read_text(errors="replace").strip().splitlines() or [""]
+                failed = f"exit code {code}: {said[-1]}" if code else ""
+            except subprocess.TimeoutExpired:
+                failed = f"stopped after its {limit:.0f} s; --minutes allows more"
+        records = [json.loads(line) for line in results.read_text().splitlines()]
+    if failed:
+        say(failed)
+        records.append({"failed": _one_line(failed)})
+    return [{"size": size, "contender": name, **record} for record in records]
+
+
+def _run_job(job: dict[str, Any]) -> None:
+    def report(record: dict[str, Any]) -> None:
+        with open(job["results"], "a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    if job["contender"] == "ours":
+        run_ours(job, report)
+        return
+    try:
+        from scripts import peer_torch
+    except ImportError as error:
+        say(f"torch: {error}")
+        missing = error.name or "torch"
+        report({"failed": f"{missing} isn't installed"})
+        return
+    peer_torch.run(job, random_tokens, report)
+
+
+def random_tokens(step: int, batch_size: int, context: int) -> np.ndarray:
+    """The tokens of a step, the same for every contender: int32 [B, C+1]."""
+    rng = np.random.default_rng(step)
+    return rng.integers(0, CODES, (batch_size, context + 1), dtype=np.int32)
+
+
+# --- ours ----------------------------------------------------------------------------------------------------
+
+
+def run_ours(job: dict[str, Any], report: Report) -> None:
+    """Our step with each rematerialisation, and a profile of the fastest where one is asked for."""
+    # A name in the operations' metadata, by which a profile tells attention's products from the others.
+    setattr(attention, "attend", jax.named_scope("attention")(attention.attend))  # noqa: B010
+    device = jax.devices()[0]
+    dtype = job["dtype"]
+    if dtype == "auto":
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    config = dataclasses.replace(
+        SIZES[job["size"]], vocabulary_size=VOCABULARY, context=job["context"], dtype=dtype
+    )
+    memory = accelerators.memory_bytes(device)
+    batch_size = job["batch_size"] or rows_that_fit(config, memory)
+    libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax"))
+    report(
+        {
+            "platform": device.platform,
+            "device": device.device_kind,
+            "dtype": dtype,
+            "batch_size": batch_size,
+            "libraries": libraries,
+        }
+    )
+    fastest: tuple[float, Step] | None = None
+    for remat in job["remat"]:
+        variant = f"remat {remat}"
+        try:
+            start = time.perf_counter()
+            step = make_step(dataclasses.replace(config, remat=remat), batch_size)
+            needed = step.memory_bytes()  # compiles
+            say(f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {needed / _GIB:.1f} GiB")
+            if memory and needed > memory:
+                raise MemoryError(f"needs {needed / _GIB:.1f} of {memory / _GIB:.1f} GiB")
+            variant += f", {step.trainable.kernel} attention"  # type: ignore[attr-defined]
+            run = _stepper(step, batch_size, job["context"])
+            measured = measure(variant, job, batch_size, run, needed)
+        except Exception as error:  # the next one may do
+            say(f"{variant}: {error}")
+            report({"variant": variant, "failed": _one_line(f"{error}")})
+            continue
+        report(measured)
+        if fastest is None or measured["tokens_per_second"] > fastest[0]:
+            fastest = measured["tokens_per_second"], step
+    if fastest and job["profile"]:
+        folder = pathlib.Path(job["profile"], job["size"])
+        say(f"profiling into {folder}")
+        report({"profile": profile(fastest[1], batch_size, job["context"], folder)})
+
+
+def rows_that_fit(config: ModelConfig, memory: int | None) -> int:
+    """Rows a batch by rule of thumb: weights, moments and gradients, and what a step keeps of every token."""
+    if memory is None:
+        return 1
+    _, shapes = module.abstract(lambda rngs: Transformer(config, rngs))
+    weights = 18 * module.count_params(shapes)
+    row = config.context * 34 * config.hidden_size * config.num_layers
+    return next((rows for rows in (16, 8, 4, 2) if weights + rows * row < 0.85 * memory), 1)
+
+
+def make_step(config: ModelConfig, batch_size: int) -> Step:
+    """The training step on one device, as `lvm.train` makes it."""
+    B, C = batch_size, config.context
+    spec = {
+        "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
+        "loss_mask": jax.ShapeDtypeStruct((B, C), np.bool_),
+        "positions": jax.ShapeDtypeStruct((B, C), np.int32),
+        "source_ids": jax.ShapeDtypeStruct((B, C), np.int16),
+    }
+    tx, schedule = optimizer.build(optimizer.OptimizerConfig(), _LONG_RUN)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    return Step(NextCode(config, spec, ["random"], tx, schedule, mesh), mesh, seed=0)
+
+
+def _stepper(step: Step, B: int, C: int) -> Callable[[int], tuple[float, float]]:
+    """(number of the step) → (seconds, loss), from a fresh state on."""
+    state = step.init()
+    jax.block_until_ready(state)
+
+    def run(number: int) -> tuple[float, float]:
+        nonlocal state
+        batch = step.place(_batch(number, B, C))
+        jax.block_until_ready(batch)
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        return time.perf_counter() - start, float(metrics["loss"])
+
+    return run
+
+
+def _batch(number: int, B: int, C: int) -> dict[str, np.ndarray]:
+    return {
+        "tokens": random_tokens(number, B, C),
+        "loss_mask": np.ones((B, C), np.bool_),
+        "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
+        "source_ids": np.zeros((B, C), np.int16),
+    }
+
+
+def measure(
+    variant: str,
+    job: dict[str, Any],
+    batch_size: int,
+    run: Callable[[int], tuple[float, float]],
+    memory: int | None,
+) -> dict[str, Any]:
+    """The row of a contender: the median of the steps after the warm-up."""
+    warm = [run(number) for number in range(job["warmup"])]
+    timed = [run(job["warmup"] + number) for number in range(job["steps"])]
+    seconds, losses = [s for s, _ in timed], [loss for _, loss in warm + timed]
+    if not all(math.isfinite(loss) for loss in losses):
+        raise FloatingPointError(f"losses {losses}")
+    median = statistics.median(seconds)
+    rate = batch_size * job["context"] / median
+    say(
+        f"{variant}: {1000 * median:.1f} ms a step ({1000 * min(seconds):.1f} to {1000 * max(seconds):.1f}), "
+        f"{rate:,.0f} tokens/s, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    )
+    return {
+        "variant": variant,
+        "batch": f"{batch_size} × {job['context']}",
+        "milliseconds": 1000 * median,
+        "tokens_per_second": rate,
+        "losses": [losses[0], losses[-1]],
+        "memory": memory,
+    }
+
+
+# --- the profile ---------------------------------------------------------------------------------------------
+
+
+def profile(step: Step, B: int, C: int, folder: pathlib.Path) -> list[str]:
+    """Traces a few steps; the lines of the table of where their time goes."""
+    state = step.init()
+    batch = step.place(_batch(0, B, C))
+    state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(str(folder), profiler_options=options):
+        for _ in range(_PROFILED):
+            state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+    newest = max(glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True), key=os.path.getmtime)
+    with gzip.open(newest, "rt") as stream:
+        events = json.load(stream)["traceEvents"]
+    kinds = kinds_of_instructions(step.compile().as_text())
+    shares = where_time_goes(events, lambda event: kind_of_event(event, kinds))
+    total = sum(shares.values())
+    if not total:
+        return ["no operation of the device is in the trace"]
+    lines = [f"{'kind of work':<24} {'ms a step':>10} {'share':>8}"]
+    for kind in KINDS:
+        taken = shares.get(kind, 0.0)
+        lines.append(f"{kind:<24} {taken / 1000 / _PROFILED:>10.2f} {taken / total:>8.1%}")
+    lines.append(f"{'all':<24} {total / 1000 / _PROFILED:>10.2f} {1:>8.1%}")
+    return lines
+
+
+def kinds_of_instructions(hlo: str) -> dict[str, str]:
+    """Name of an instruction of the compiled program, as `_key` has it → kind of work."""
+    kinds: dict[str, str] = {}
+    products: set[str] = set()  # computations with a matrix product; callees come before their callers
+    computation = ""
+    for line in hlo.splitlines():
+        if line and not line[0].isspace():
+            found = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)
+            computation = found[1] if found else ""
+            continue
+        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+        if not found:
+            continue
+        called = re.search(r"calls=%?([\w.\-]+)", line)
+        product = bool(re.search(r"\b(dot|convolution)\(|cublas|__triton_gemm", line))
+        if product or (called and called[1] in products):
+            products.add(computation)
+            product = True
+        name = re.search(r'op_name="([^"]*)"', line)
+        kinds[_key(found[1])] = _kind(found[1], name[1] if name else "", product)
+    return kinds
+
+
+def _kind(instruction: str, op_name: str, product: bool) -> str:
+    if re.search(r"all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|nccl", instruction, re.I):
+        return "collectives"
+    if re.search(r"attention|fmha|flash|sdpa", f"{op_name} {instruction}", re.I):
+        return "attention"
+    if product or re.search(r"gemm|cublas|cutlass|nvjet|xmma|dot", instruction, re.I):
+        return "matmul"
+    if op_name and "jvp" not in op_name:  # what gradients are made of has been through it
+        return "optimizer"
+    if op_name or re.search(r"fusion|reduce|broadcast|scatter|gather|slice|transpose|pad", instruction):
+        return "elementwise and norms"
+    return "other"
+
+
+def kind_of_event(event: dict[str, Any], kinds: dict[str, str]) -> str:
+    """By the instruction that an event of the device says it belongs to, else by the kernel's name."""
+    kernel, instruction = event["name"], (event.get("args") or {}).get("hlo_op", "")
+    by_name = _kind(kernel, "", False)
+    if by_name in ("collectives", "attention", "matmul"):
+        found = kinds.get(_key(instruction), by_name)
+        return "attention" if "attention" in (found, by_name) else by_name
+    return kinds.get(_key(instruction)) or kinds.get(_key(kernel)) or by_name
+
+
+def _key(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def where_time_goes(events: list[Any], kind: Callable[[dict[str, Any]], str]) -> dict[str, float]:
+    """Kind of work → microseconds between the first operation's start and the last one's end.
+
+    Where operations run at the same time they share it; where one lies in another of its row, it counts alone.
+    """
+    pieces = [piece for row in _device_rows(events) for piece in _innermost(row, kind)]
+    if not pieces:
+        return {}
+    edges = sorted([(start, 1, name) for start, _, name in pieces] + [(end, -1, name) for _, end, name in pieces])
+    shares: dict[str, float] = defaultdict(float)
+    running: dict[str, int] = defaultdict(int)
+    last = edges[0][0]
+    for moment, change, name in edges:
+        busy = sum(running.values())
+        for running_name, count in running.items():
+            shares[running_name] += (moment - last) * count / max(busy, 1)
+        shares["idle"] += (moment - last) * (busy == 0)
+        running[name] += change
+        last = moment
+    return shares
+
+
+def _device_rows(events: list[Any]) -> list[list[dict[str, Any]]]:
+    """Operations of the streams of a GPU or of a TPU's core; of a CPU, those of every thread."""
+    spans = [e for e in events if e.get("ph") == "X" and e.get("dur", 0) > 0]
+    labels = {(e["pid"], e.get("tid"), e["name"]): e["args"].get("name", "") for e in events if e.get("ph") == "M"}
+    devices = {pid for (pid, _, what), label in labels.items() if what == "process_name" and "/device:" in label}
+    streams = {
+        (pid, tid)
+        for (pid, tid, what), label in labels.items()
+        if what == "thread_name" and pid in devices and label.startswith(("Stream", "XLA Ops"))
+    }
+    rows: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for event in spans:
+        row = event["pid"], event["tid"]
+        if row in streams or (not streams and "hlo_op" in (event.get("args") or {})):
+            rows[row].append(event)
+    return list(rows.values())
+
+
+def _innermost(row: list[dict[str, Any]], kind: Callable[[Any], str]) -> Iterator[tuple[float, float, str]]:
+    """The parts of each event that no later event of its row covers: (start, end, kind)."""
+    open_events: list[tuple[float, str]] = []  # (end, kind), the innermost last
+    moment = 0.0
+    for event in [*sorted(row, key=lambda e: (e["ts"], -e["dur"])), {"ts": math.inf, "dur": 0.0}]:
+        while open_events and open_events[-1][0] <= event["ts"]:
+            end, name = open_events.pop()
+            if end > moment:
+                yield moment, end, name
+                moment = end
+        if event["ts"] == math.inf:
+            return
+        if open_events and event["ts"] > moment:
+            yield moment, event["ts"], open_events[-1][1]
+        moment = max(moment, event["ts"])
+        open_events.append((event["ts"] + event["dur"], kind(event)))
+
+
+# --- what is printed -----------------------------------------------------------------------------------------
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The rows of all contenders, and the profiles after them."""
+    titles = ["size", "contender", "rows × context", "ms a step", "tokens/s", *(f"MFU {c}" for c in CONVENTIONS)]
+    titles += ["GiB", "loss, first to last"]
+    lines, profiles = [titles], []
+    for record in records:
+        name = f"{record['contender']}, {record['variant']}" if record.get("variant") else record["contender"]
+        start = [record["size"], name]
+        if "failed" in record:
+            lines.append([*start, record["failed"]])
+        elif "tokens_per_second" in record:
+            first, last = record["losses"]
+            row = [record["batch"], f"{record['milliseconds']:.1f}", f"{record['tokens_per_second']:,.0f}"]
+            row += [f"{share:.1%}" if share else "-" for share in _mfu(record, records)]
+            memory = f"{record['memory'] / _GIB:.1f}" if record["memory"] else "-"
+            lines.append([*start, *row, memory, f"{first:.3f} to {last:.3f}"])
+        elif "profile" in record:
+            profiles += ["", f"{record['size']}, a step of ours by kind of work:", *record["profile"]]
+    whole = [line for line in lines if len(line) == len(titles)]
+    widths = [max(len(line[i]) for line in (lines if i < 2 else whole)) for i in range(len(titles))]
+    rows = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines]
+    return "\n".join(rows + profiles)
+
+
+def _mfu(record: dict[str, Any], records: list[dict[str, Any]]) -> list[float | None]:
+    """By each convention; None where no peak is known. The peaks are bfloat16's, so there is none for float32."""
+    machine = _machine(records, record["size"])
+    chip = _chip(machine)
+    if chip is None or machine["dtype"] != "bfloat16":
+        return [None for _ in CONVENTIONS]
+    config = dataclasses.replace(SIZES[record["size"]], vocabulary_size=VOCABULARY)
+    rate, context = record["tokens_per_second"], int(record["batch"].split(" × ")[1])
+    return [rate * train_flops_per_token(config, context, name) / chip.peak_flops for name in CONVENTIONS]
+
+
+def _machine(records: list[dict[str, Any]], size: str) -> dict[str, Any]:
+    return next(r for r in records if "device" in r and r["size"] == size and r["contender"] == "ours")
+
+
+def _chip(machine: dict[str, Any]) -> accelerators.Accelerator | None:
+    return accelerators.of_device(SimpleNamespace(device_kind=machine["device"]))
+
+
+def _machine_lines(records: list[dict[str, Any]]) -> list[str]:
+    said = [record for record in records if "libraries" in record]
+    lines = [f"Python {platform.python_version()}, {', '.join(dict.fromkeys(r['libraries'] for r in said))}"]
+    machine = next((r for r in said if r["contender"] == "ours"), None)
+    if machine is None:
+        return lines
+    chip = _chip(machine)
+    if machine["platform"] == "cpu":
+        load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+        lines.append(f"{_cpu_name()}, {os.cpu_count()} cores, load {load} (1, 5, 15 minutes)")
+    else:
+        lines.append(machine["device"])
+    if chip and machine["dtype"] == "bfloat16":
+        lines.append(f"MFU is of {chip.peak_flops / accelerators.TERA:g} TFLOP/s, {chip.name} in bfloat16")
+    else:
+        lines.append(f"no MFU: no peak is known of this device in {machine['dtype']}")
+    lines.append(f"compute in {machine['dtype']}, parameters and AdamW in float32, medians of {_STEPS.value} steps")
+    return lines
+
+
+def _cpu_name() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _verdict(records: list[dict[str, Any]], size: str) -> str:
+    best = {}
+    for record in sorted((r for r in records if "milliseconds" in r), key=lambda r: -r["milliseconds"]):
+        best[record["contender"]] = record
+    if len(best) < 2:
+        return f"{size}: nothing to compare" if not best else f"{size}: best is {next(iter(best.values()))['variant']}"
+    ours, torch = best["ours"], best["torch"]
+    ratio = ours["tokens_per_second"] / torch["tokens_per_second"]
+    return f"{size}: ours ({ours['variant']}) at {ratio:.2f} × torch ({torch['variant']})"
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+if __name__ == "__main__":
+    _SIZE = flags.DEFINE_list("size", ["1b"], f"sizes, of {', '.join(SIZES)}")
+    _CONTEXT = flags.DEFINE_integer("context", 4096, "tokens a row", lower_bound=2)
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "rows; 0: what the memory suggests", lower_bound=0)
+    _STEPS = flags.DEFINE_integer("steps", 8, "steps that are timed", lower_bound=1)
+    _WARMUP = flags.DEFINE_integer("warmup", 3, "steps before them", lower_bound=1)
+    _REMAT = flags.DEFINE_list("remat", ["dots", "none"], f"policies tried in turn, of {', '.join(REMAT)}")
+    _PEER = flags.DEFINE_enum("peer", "torch", ["torch", "none"], "what stands beside ours")
+    _DTYPE = flags.DEFINE_enum(
+        "dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone"
+    )
+    _TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "whether torch compiles")
+    _PROFILE = flags.DEFINE_string("profile", "", "a folder for a trace of ours; prints what its time is made of")
+    _MINUTES = flags.DEFINE_float("minutes", 7.5, "for all contenders; each has an even share of what is left")
+    _JOB = flags.DEFINE_string("job", "", "one contender's work: what the command passes to its own processes")
+    cli.run(main)

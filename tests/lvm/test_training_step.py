@@ -1,0 +1,215 @@
+"""The compiled step: what a mesh, rematerialisation and ZeRO-1 leave as it was, and where everything lies."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from lvm.errors import UserError
+from lvm.mesh import MeshConfig, make_mesh
+from lvm.model import ModelConfig
+from lvm.training import step as steps
+from lvm.training.objective import NextCode, ObjectiveConfig
+from lvm.training.optimizer import OptimizerConfig, build
+from lvm.training.step import Step, lightest_remat
+
+CONFIG = ModelConfig(
+    hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, vocabulary_size=64, context=16,
+    init_std=0.2, dtype="float32", attention="xla",
+)  # fmt: skip
+B, C = 8, 16
+MESHES = {
+    "8×1": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "2×4 with tensor": MeshConfig(data=1, fsdp=4, tensor=2),
+    "2×2×2 with sequence": MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+    "sequence 4": MeshConfig(data=2, fsdp=1, sequence=4),
+    "all four axes but one": MeshConfig(data=2, fsdp=2, sequence=2),
+}
+ADAMW = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def highest_precision_compiled_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.default_matmul_precision("highest"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def batch(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "tokens": rng.integers(0, 64, (B, C + 1), dtype=np.int32),
+        "loss_mask": rng.random((B, C)) < 0.8,
+        "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
+        "source_ids": rng.integers(0, 2, (B, C), dtype=np.int16),
+    }
+
+
+def sgd():
+    schedule = optax.constant_schedule(0.1)
+    return optax.sgd(schedule), schedule
+
+
+OPTIMIZERS = {"sgd": sgd, "adamw": lambda: build(ADAMW, 100)}
+
+
+def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
+    """A step over all devices, or over one where `mesh` is None."""
+    devices = jax.devices()[:1] if mesh is None else jax.devices()
+    mesh = make_mesh(mesh or MeshConfig(), devices)
+    spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(0).items()}
+    tx, schedule = optimizer or OPTIMIZERS["adamw"]()
+    trainable = NextCode(
+        config, spec, ["cats", "dogs"], tx, schedule, mesh, ObjectiveConfig(logits_chunk=4, **objective)
+    )
+    return Step(trainable, mesh, seed=3, zero1=zero1)
+
+
+@functools.cache
+def fresh(kind):
+    """A state as one device makes it: compiling `init` for every mesh would take longer than all the rest."""
+    return jax.device_get(make_step(None, OPTIMIZERS[kind]()).init())
+
+
+@functools.cache
+def alone(kind):
+    """Twenty AdamW losses, or one update by gradient descent, on one device."""
+    return run(make_step(None, OPTIMIZERS[kind]()), kind, 1 if kind == "sgd" else 20)
+
+
+def run(step, kind, count):
+    """The losses, the last state and the last metrics; with the state after the first step before them."""
+    state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh(kind), step.state)
+    losses, first = [], None
+    for number in range(count):
+        state, metrics = step(state, step.place(batch(number)))
+        losses.append(float(metrics["loss"]))
+        first = jax.device_get(state) if first is None else first
+    return losses, first, metrics
+
+
+def assert_near(found, wanted):
+    """‖a − b‖₂ ≤ 1e-5 · ‖b‖₂ for every array."""
+    for (path, b), a in zip(jax.tree.leaves_with_path(wanted), jax.tree.leaves(found), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+def test_a_mesh_changes_no_gradient(mesh):
+    _, after, metrics = run(make_step(mesh, sgd()), "sgd", 1)
+    _, wanted, wanted_metrics = alone("sgd")
+    moved = lambda state: jax.tree.map(np.subtract, state["params"], fresh("sgd")["params"])  # noqa: E731
+    assert_near(moved(after), moved(wanted))  # the gradients, times the learning rate
+    for name, value in wanted_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ("8×1", {"zero1": True}),
+        ("2×4 with tensor", {}),
+        ("2×2×2 with sequence", {"accumulate_steps": 4}),
+        ("all four axes but one", {"zero1": True}),
+    ],
+)
+def test_a_mesh_changes_no_run(mesh, options):
+    losses, first, _ = run(make_step(MESHES[mesh], **options), "adamw", 20)
+    wanted_losses, wanted, _ = alone("adamw")
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+    assert wanted_losses[-1] < wanted_losses[0]
+    assert_near(first["training"], wanted["training"])  # the moments after a step
+
+
+@pytest.mark.parametrize("mesh", ["fsdp 8", "2×2×2 with sequence"])
+def test_a_state_is_made_where_it_lives(mesh):
+    step = make_step(MESHES[mesh])
+    for (path, wanted), leaf in zip(
+        jax.tree.leaves_with_path(fresh("adamw")), jax.tree.leaves(step.init()), strict=True
+    ):
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def test_no_device_ever_holds_the_whole_state():
+    step = make_step(MESHES["fsdp 8"])
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.state))
+    memory = step.jitted_init().lower().compile().memory_analysis()
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 4
+    query = step.state["params"]["layers"]["attention"]["query"]
+    assert query.sharding.shard_shape(query.shape) == (2, 32 // 8, 4, 8)
+
+
+def test_zero1_splits_the_moments_over_data_and_leaves_the_parameters_whole():
+    step = make_step(MESHES["8×1"], zero1=True)
+    assert step.state["params"]["embedding"].sharding.is_fully_replicated
+    moments = [x for x in jax.tree.leaves(step.state["training"]) if x.shape == (64, 32)]
+    assert len(moments) == 2
+    assert {x.sharding.shard_shape(x.shape) for x in moments} == {(8, 32)}
+
+
+def test_the_state_is_donated_and_the_step_compiled_once():
+    compiled = []
+    listen = lambda event, _, **info: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    step = make_step(MESHES["fsdp 8"])
+    state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh("adamw"), step.state)
+    batches = [step.place(batch(number)) for number in range(3)]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for made in batches:
+        given, (state, _) = state, step(state, made)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 1
+    memory = step.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)
+    )
+
+
+class TestLightestRemat:
+    """`auto`: the first policy whose program fits."""
+
+    def make(self, policy):
+        self.tried.append(policy)
+        return make_step(None, config=dataclasses.replace(CONFIG, remat=policy, context=C))
+
+    def choose(self, monkeypatch, limit):
+        self.tried = []
+        monkeypatch.setattr(steps.accelerators, "memory_bytes", lambda device: limit)
+        return lightest_remat(self.make)
+
+    def test_all_fits_where_there_is_room(self, monkeypatch):
+        assert self.choose(monkeypatch, 2**40).trainable.config.remat == "none"
+        assert self.tried == ["none"]
+
+    def test_less_is_kept_where_there_is_less(self, monkeypatch):
+        needed = {policy: self.make_quietly(policy).memory_bytes() for policy in ("none", "full")}
+        assert needed["full"] < needed["none"]
+        chosen = self.choose(monkeypatch, needed["none"] - 1)
+        assert chosen.trainable.config.remat != "none"
+        assert chosen.memory_bytes() < needed["none"]
+
+    def make_quietly(self, policy):
+        self.tried = []
+        return self.make(policy)
+
+    def test_what_fits_nowhere_is_an_error_with_the_needs(self, monkeypatch):
+        with pytest.raises(
+            UserError, match=r"config\.model\.remat: nothing fits in 0\.0 GiB .*none 0\.\d+, dots"
+        ):
+            self.choose(monkeypatch, 1000)
+
+    def test_an_unknown_accelerator_needs_a_named_policy(self, monkeypatch):
+        device = dataclasses.make_dataclass("Device", ["platform", "device_kind", "process_index"])
+        mesh = dataclasses.make_dataclass("Mesh", ["devices"])(np.array([device("gpu", "NVIDIA X1", 0)]))
+        with pytest.raises(UserError, match=r"auto needs to know the memory of 'NVIDIA X1'.*name a policy"):
+            steps._memory_limit(mesh)
+
+    def test_a_cpu_has_the_memory_of_the_machine(self):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+        one = make_mesh(MeshConfig(), jax.devices()[:1])
+        assert steps._memory_limit(mesh) == steps._memory_limit(one) // 2 > 2**28
