@@ -10,7 +10,6 @@ memory from the other; one that fails says so in its row. The exit code is 1 whe
 from __future__ import annotations
 
 import dataclasses
-import glob
 import gzip
 import json
 import math
@@ -59,8 +58,8 @@ def main() -> None:
         _run_job(json.loads(_JOB.value))
         return
     _check_flags()
-    ends = time.monotonic() + 60 * _MINUTES.value
-    contenders = [(size, name) for size in _SIZE.value for name in ("ours", "torch") if name != _peer_off()]
+    ends, load = time.monotonic() + 60 * _MINUTES.value, os.getloadavg()
+    contenders = [(size, name) for size in _SIZE.value for name in ("ours", _PEER.value) if name != "none"]
     records: list[dict[str, Any]] = []
     for number, (size, name) in enumerate(contenders):
         say(f"\n== {size}, {name}")
@@ -70,7 +69,7 @@ def main() -> None:
             continue
         limit = max(10.0, (ends - time.monotonic()) / (len(contenders) - number))
         records += _contend(size, name, limit, machine or {})
-    say("\n" + "\n".join(_machine_lines(records)))
+    say("\n" + "\n".join(_machine_lines(records, load)))
     say("\n" + table(records))
     for size in _SIZE.value:
         say(_verdict([r for r in records if r["size"] == size], size))
@@ -84,10 +83,6 @@ def _check_flags() -> None:
         for value in flag.value:
             if value not in known:
                 raise UserError(f"--{flag.name}: {value!r} is not one of {', '.join(known)}")
-
-
-def _peer_off() -> str:
-    return "torch" if _PEER.value == "none" else ""
 
 
 def _contend(size: str, name: str, limit: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
@@ -111,7 +106,8 @@ def _contend(size: str, name: str, limit: float, machine: dict[str, Any]) -> lis
         }
         environment = {**os.environ, cli.PARENT: str(os.getpid())}
         environment |= {"JAX_PLATFORMS": "cpu"} if name == "torch" else {}
-        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _MEMORY_SHARE)
+        if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:  # the older name; both are an error
+            environment.setdefault("XLA_CLIENT_MEM_FRACTION", _MEMORY_SHARE)
         command = [sys.executable, "-m", "scripts.benchmark_train", f"--job={json.dumps(job)}"]
         failed = ""
         with errors_path.open("w") as stream:
@@ -124,7 +120,7 @@ def _contend(size: str, name: str, limit: float, machine: dict[str, Any]) -> lis
         records = [json.loads(line) for line in results.read_text().splitlines()]
     if failed:
         say(failed)
-        records.append({"failed": _one_line(failed)})
+        records.append({"failed": one_line(failed)})
     return [{"size": size, "contender": name, **record} for record in records]
 
 
@@ -139,11 +135,10 @@ def _run_job(job: dict[str, Any]) -> None:
     try:
         from scripts import peer_torch
     except ImportError as error:
-        say(f"torch: {error}")
-        missing = error.name or "torch"
-        report({"failed": f"{missing} isn't installed"})
+        say(f"{error}")
+        report({"failed": f"{error.name or error} isn't installed"})
         return
-    peer_torch.run(job, random_tokens, report)
+    peer_torch.run(job, report)
 
 
 def random_tokens(step: int, batch_size: int, context: int) -> np.ndarray:
@@ -167,15 +162,14 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
         SIZES[job["size"]], vocabulary_size=VOCABULARY, context=job["context"], dtype=dtype
     )
     memory = accelerators.memory_bytes(device)
-    batch_size = job["batch_size"] or rows_that_fit(config, memory)
-    libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax"))
+    job = job | {"batch_size": job["batch_size"] or rows_that_fit(config, memory)}
     report(
         {
             "platform": device.platform,
             "device": device.device_kind,
             "dtype": dtype,
-            "batch_size": batch_size,
-            "libraries": libraries,
+            "batch_size": job["batch_size"],
+            "libraries": _libraries(),
         }
     )
     fastest: tuple[float, Step] | None = None
@@ -183,17 +177,17 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
         variant = f"remat {remat}"
         try:
             start = time.perf_counter()
-            step = make_step(dataclasses.replace(config, remat=remat), batch_size)
+            step = make_step(dataclasses.replace(config, remat=remat), job["batch_size"])
             needed = step.memory_bytes()  # compiles
             say(f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {needed / _GIB:.1f} GiB")
             if memory and needed > memory:
                 raise MemoryError(f"needs {needed / _GIB:.1f} of {memory / _GIB:.1f} GiB")
             variant += f", {step.trainable.kernel} attention"  # type: ignore[attr-defined]
-            run = _stepper(step, batch_size, job["context"])
-            measured = measure(variant, job, batch_size, run, needed)
+            # The stepper gets no name: its state must be gone before the next one makes its own.
+            measured = measure(variant, job, _stepper(step, job), needed)
         except Exception as error:  # the next one may do
             say(f"{variant}: {error}")
-            report({"variant": variant, "failed": _one_line(f"{error}")})
+            report({"variant": variant, "failed": one_line(f"{error}")})
             continue
         report(measured)
         if fastest is None or measured["tokens_per_second"] > fastest[0]:
@@ -201,7 +195,14 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
     if fastest and job["profile"]:
         folder = pathlib.Path(job["profile"], job["size"])
         say(f"profiling into {folder}")
-        report({"profile": profile(fastest[1], batch_size, job["context"], folder)})
+        report({"profile": profile(fastest[1], job, folder)})
+
+
+def _libraries() -> str:
+    names = ["jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"]
+    names += ["nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
 
 
 def rows_that_fit(config: ModelConfig, memory: int | None) -> int:
@@ -228,14 +229,14 @@ def make_step(config: ModelConfig, batch_size: int) -> Step:
     return Step(NextCode(config, spec, ["random"], tx, schedule, mesh), mesh, seed=0)
 
 
-def _stepper(step: Step, B: int, C: int) -> Callable[[int], tuple[float, float]]:
+def _stepper(step: Step, job: dict[str, Any]) -> Callable[[int], tuple[float, float]]:
     """(number of the step) → (seconds, loss), from a fresh state on."""
     state = step.init()
     jax.block_until_ready(state)
 
     def run(number: int) -> tuple[float, float]:
         nonlocal state
-        batch = step.place(_batch(number, B, C))
+        batch = step.place(_batch(number, job))
         jax.block_until_ready(batch)
         start = time.perf_counter()
         state, metrics = step(state, batch)
@@ -245,7 +246,8 @@ def _stepper(step: Step, B: int, C: int) -> Callable[[int], tuple[float, float]]
     return run
 
 
-def _batch(number: int, B: int, C: int) -> dict[str, np.ndarray]:
+def _batch(number: int, job: dict[str, Any]) -> dict[str, np.ndarray]:
+    B, C = job["batch_size"], job["context"]
     return {
         "tokens": random_tokens(number, B, C),
         "loss_mask": np.ones((B, C), np.bool_),
@@ -255,11 +257,7 @@ def _batch(number: int, B: int, C: int) -> dict[str, np.ndarray]:
 
 
 def measure(
-    variant: str,
-    job: dict[str, Any],
-    batch_size: int,
-    run: Callable[[int], tuple[float, float]],
-    memory: int | None,
+    variant: str, job: dict[str, Any], run: Callable[[int], tuple[float, float]], memory: int | None = None
 ) -> dict[str, Any]:
     """The row of a contender: the median of the steps after the warm-up."""
     warm = [run(number) for number in range(job["warmup"])]
@@ -268,14 +266,14 @@ def measure(
     if not all(math.isfinite(loss) for loss in losses):
         raise FloatingPointError(f"losses {losses}")
     median = statistics.median(seconds)
-    rate = batch_size * job["context"] / median
+    rate = job["batch_size"] * job["context"] / median
     say(
         f"{variant}: {1000 * median:.1f} ms a step ({1000 * min(seconds):.1f} to {1000 * max(seconds):.1f}), "
         f"{rate:,.0f} tokens/s, loss {losses[0]:.3f} to {losses[-1]:.3f}"
     )
     return {
         "variant": variant,
-        "batch": f"{batch_size} × {job['context']}",
+        "batch": f"{job['batch_size']} × {job['context']}",
         "milliseconds": 1000 * median,
         "tokens_per_second": rate,
         "losses": [losses[0], losses[-1]],
@@ -286,10 +284,10 @@ def measure(
 # --- the profile ---------------------------------------------------------------------------------------------
 
 
-def profile(step: Step, B: int, C: int, folder: pathlib.Path) -> list[str]:
+def profile(step: Step, job: dict[str, Any], folder: pathlib.Path) -> list[str]:
     """Traces a few steps; the lines of the table of where their time goes."""
     state = step.init()
-    batch = step.place(_batch(0, B, C))
+    batch = step.place(_batch(0, job))
     state, metrics = step(state, batch)
     jax.block_until_ready(state)
     options = jax.profiler.ProfileOptions()
@@ -298,7 +296,7 @@ def profile(step: Step, B: int, C: int, folder: pathlib.Path) -> list[str]:
         for _ in range(_PROFILED):
             state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
-    newest = max(glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True), key=os.path.getmtime)
+    newest = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     with gzip.open(newest, "rt") as stream:
         events = json.load(stream)["traceEvents"]
     kinds = kinds_of_instructions(step.compile().as_text())
@@ -368,12 +366,15 @@ def _key(name: str) -> str:
 def where_time_goes(events: list[Any], kind: Callable[[dict[str, Any]], str]) -> dict[str, float]:
     """Kind of work → microseconds between the first operation's start and the last one's end.
 
-    Where operations run at the same time they share it; where one lies in another of its row, it counts alone.
+    Operations that run at the same time share it.
     """
-    pieces = [piece for row in _device_rows(events) for piece in _innermost(row, kind)]
-    if not pieces:
+    edges: list[tuple[float, int, str]] = []
+    for event in _device_events(events):
+        name = kind(event)
+        edges += (event["ts"], 1, name), (event["ts"] + event["dur"], -1, name)
+    if not edges:
         return {}
-    edges = sorted([(start, 1, name) for start, _, name in pieces] + [(end, -1, name) for _, end, name in pieces])
+    edges.sort()
     shares: dict[str, float] = defaultdict(float)
     running: dict[str, int] = defaultdict(int)
     last = edges[0][0]
@@ -387,40 +388,24 @@ def where_time_goes(events: list[Any], kind: Callable[[dict[str, Any]], str]) ->
     return shares
 
 
-def _device_rows(events: list[Any]) -> list[list[dict[str, Any]]]:
+def _device_events(events: list[Any]) -> Iterator[dict[str, Any]]:
     """Operations of the streams of a GPU or of a TPU's core; of a CPU, those of every thread."""
-    spans = [e for e in events if e.get("ph") == "X" and e.get("dur", 0) > 0]
-    labels = {(e["pid"], e.get("tid"), e["name"]): e["args"].get("name", "") for e in events if e.get("ph") == "M"}
-    devices = {pid for (pid, _, what), label in labels.items() if what == "process_name" and "/device:" in label}
+    labels = {
+        (e["pid"], e.get("tid"), e["name"]): e["args"].get("name", "") for e in events if e.get("ph") == "M"
+    }
+    devices = {
+        pid for (pid, _, what), label in labels.items() if what == "process_name" and "/device:" in label
+    }
     streams = {
         (pid, tid)
         for (pid, tid, what), label in labels.items()
         if what == "thread_name" and pid in devices and label.startswith(("Stream", "XLA Ops"))
     }
-    rows: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for event in spans:
-        row = event["pid"], event["tid"]
-        if row in streams or (not streams and "hlo_op" in (event.get("args") or {})):
-            rows[row].append(event)
-    return list(rows.values())
-
-
-def _innermost(row: list[dict[str, Any]], kind: Callable[[Any], str]) -> Iterator[tuple[float, float, str]]:
-    """The parts of each event that no later event of its row covers: (start, end, kind)."""
-    open_events: list[tuple[float, str]] = []  # (end, kind), the innermost last
-    moment = 0.0
-    for event in [*sorted(row, key=lambda e: (e["ts"], -e["dur"])), {"ts": math.inf, "dur": 0.0}]:
-        while open_events and open_events[-1][0] <= event["ts"]:
-            end, name = open_events.pop()
-            if end > moment:
-                yield moment, end, name
-                moment = end
-        if event["ts"] == math.inf:
-            return
-        if open_events and event["ts"] > moment:
-            yield moment, event["ts"], open_events[-1][1]
-        moment = max(moment, event["ts"])
-        open_events.append((event["ts"] + event["dur"], kind(event)))
+    for event in events:
+        if event.get("ph") != "X" or event["name"].startswith(("while", "conditional")):  # these hold others
+            continue
+        if (event["pid"], event["tid"]) in streams or (not streams and "hlo_op" in (event.get("args") or {})):
+            yield event
 
 
 # --- what is printed -----------------------------------------------------------------------------------------
@@ -428,7 +413,14 @@ def _innermost(row: list[dict[str, Any]], kind: Callable[[Any], str]) -> Iterato
 
 def table(records: list[dict[str, Any]]) -> str:
     """The rows of all contenders, and the profiles after them."""
-    titles = ["size", "contender", "rows × context", "ms a step", "tokens/s", *(f"MFU {c}" for c in CONVENTIONS)]
+    titles = [
+        "size",
+        "contender",
+        "rows × context",
+        "ms a step",
+        "tokens/s",
+        *(f"MFU {c}" for c in CONVENTIONS),
+    ]
     titles += ["GiB", "loss, first to last"]
     lines, profiles = [titles], []
     for record in records:
@@ -446,7 +438,9 @@ def table(records: list[dict[str, Any]]) -> str:
             profiles += ["", f"{record['size']}, a step of ours by kind of work:", *record["profile"]]
     whole = [line for line in lines if len(line) == len(titles)]
     widths = [max(len(line[i]) for line in (lines if i < 2 else whole)) for i in range(len(titles))]
-    rows = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines]
+    rows = [
+        "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines
+    ]
     return "\n".join(rows + profiles)
 
 
@@ -469,7 +463,7 @@ def _chip(machine: dict[str, Any]) -> accelerators.Accelerator | None:
     return accelerators.of_device(SimpleNamespace(device_kind=machine["device"]))
 
 
-def _machine_lines(records: list[dict[str, Any]]) -> list[str]:
+def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
     said = [record for record in records if "libraries" in record]
     lines = [f"Python {platform.python_version()}, {', '.join(dict.fromkeys(r['libraries'] for r in said))}"]
     machine = next((r for r in said if r["contender"] == "ours"), None)
@@ -477,15 +471,19 @@ def _machine_lines(records: list[dict[str, Any]]) -> list[str]:
         return lines
     chip = _chip(machine)
     if machine["platform"] == "cpu":
-        load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-        lines.append(f"{_cpu_name()}, {os.cpu_count()} cores, load {load} (1, 5, 15 minutes)")
+        before = ", ".join(f"{x:.1f}" for x in load)
+        lines.append(
+            f"{_cpu_name()}, {os.cpu_count()} cores, load before the run {before} (1, 5, 15 minutes)"
+        )
     else:
         lines.append(machine["device"])
     if chip and machine["dtype"] == "bfloat16":
         lines.append(f"MFU is of {chip.peak_flops / accelerators.TERA:g} TFLOP/s, {chip.name} in bfloat16")
     else:
         lines.append(f"no MFU: no peak is known of this device in {machine['dtype']}")
-    lines.append(f"compute in {machine['dtype']}, parameters and AdamW in float32, medians of {_STEPS.value} steps")
+    lines.append(
+        f"compute in {machine['dtype']}, parameters and AdamW in float32, medians of {_STEPS.value} steps"
+    )
     return lines
 
 
@@ -500,13 +498,17 @@ def _verdict(records: list[dict[str, Any]], size: str) -> str:
     for record in sorted((r for r in records if "milliseconds" in r), key=lambda r: -r["milliseconds"]):
         best[record["contender"]] = record
     if len(best) < 2:
-        return f"{size}: nothing to compare" if not best else f"{size}: best is {next(iter(best.values()))['variant']}"
+        return (
+            f"{size}: nothing to compare"
+            if not best
+            else f"{size}: best is {next(iter(best.values()))['variant']}"
+        )
     ours, torch = best["ours"], best["torch"]
     ratio = ours["tokens_per_second"] / torch["tokens_per_second"]
     return f"{size}: ours ({ours['variant']}) at {ratio:.2f} × torch ({torch['variant']})"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 160 else text[:157] + "..."
 
@@ -523,7 +525,13 @@ if __name__ == "__main__":
         "dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone"
     )
     _TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "whether torch compiles")
-    _PROFILE = flags.DEFINE_string("profile", "", "a folder for a trace of ours; prints what its time is made of")
-    _MINUTES = flags.DEFINE_float("minutes", 7.5, "for all contenders; each has an even share of what is left")
-    _JOB = flags.DEFINE_string("job", "", "one contender's work: what the command passes to its own processes")
+    _PROFILE = flags.DEFINE_string(
+        "profile", "", "a folder for a trace of ours; prints what its time is made of"
+    )
+    _MINUTES = flags.DEFINE_float(
+        "minutes", 7.5, "for all contenders; each has an even share of what is left"
+    )
+    _JOB = flags.DEFINE_string(
+        "job", "", "one contender's work: what the command passes to its own processes"
+    )
     cli.run(main)

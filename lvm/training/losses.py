@@ -49,13 +49,14 @@ def _on_each_device(hidden: Any, projection: Any, targets: Any, chunk: int) -> t
     )  # [D, V/tensor]
     # Said to differ between devices before the loop over chunks, so that its gradient is summed over them after it.
     gathered = jax.lax.pcast(gathered.astype(jnp.float32), ("data", "sequence"), to="varying")
+    hidden = jax.lax.pcast(hidden, "tensor", to="varying")
     return _by_chunks(hidden, gathered, targets, chunk, _normalise_split)
 
 
 def _by_chunks(
     hidden: jax.Array, projection: jax.Array, targets: jax.Array, chunk: int, normalise: Callable[..., Any]
 ) -> tuple[jax.Array, jax.Array]:
-    """`projection` has the compute dtype's values in float32, so that the chunks' gradients add up in float32."""
+    """`projection` has the compute dtype's values in float32, so that its gradients add up over chunks in float32."""
     B, T, D = hidden.shape
     chunk = min(chunk, T)
     num_chunks = -(-T // chunk)
@@ -65,9 +66,7 @@ def _by_chunks(
 
     @jax.checkpoint
     def losses(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weights = projection.astype(hidden.dtype)
-        logits = jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)  # [B, c, V]
-        return normalise(logits, targets)
+        return normalise(_logits(hidden, projection), targets)
 
     def body(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         return None, losses(*part)
@@ -79,6 +78,30 @@ def _by_chunks(
     _, (nll, log_z) = jax.lax.scan(body, None, by_chunk)  # [num_chunks, B, c]
     whole = lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :T]  # noqa: E731
     return whole(nll), whole(log_z)
+
+
+@jax.custom_vjp
+def _logits(hidden: jax.Array, projection: jax.Array) -> jax.Array:
+    """hidden [B, c, D], projection [D, V] → float32 [B, c, V], factors in the dtype of `hidden`.
+
+    Its gradients are products of factors in that dtype too; left to themselves they would take the logits' float32.
+    """
+    return jnp.matmul(hidden, projection.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _logits_forward(hidden: Any, projection: Any) -> tuple[jax.Array, Any]:
+    return _logits(hidden, projection), (hidden, projection)
+
+
+def _logits_backward(saved: Any, gradient: Any) -> tuple[jax.Array, jax.Array]:
+    hidden, projection = saved
+    gradient = gradient.astype(hidden.dtype)  # [B, c, V]
+    to_hidden = jnp.matmul(gradient, projection.astype(hidden.dtype).T)  # [B, c, D]
+    to_projection = jnp.einsum("bcd,bcv->dv", hidden, gradient, preferred_element_type=jnp.float32)
+    return to_hidden, to_projection
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def _normalise(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
