@@ -5,12 +5,14 @@
 PYTHON ?= python3
 VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
+# Where there is no TPU, libtpu (which the tests compile with) would complain at every start.
+NO_TPU := $(if $(wildcard /dev/accel* /dev/vfio/*),,TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-1)
 
 .PHONY: demo test test-slow test-parity lint format clean broken
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/requirements.txt.done
-	$(VENV)/bin/python -m scripts.demo $(if $(IMAGES),--images="$(IMAGES)") $(if $(filter 1 true yes,$(FRESH)),--fresh)
+	$(NO_TPU) $(VENV)/bin/python -m scripts.demo $(if $(IMAGES),--images="$(IMAGES)") $(if $(filter 1 true yes,$(FRESH)),--fresh)
 
 test: $(VENV)/requirements-test.txt.done
 	$(RUN) -m pytest -m "not slow and not parity"
@@ -34,8 +36,8 @@ clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A file of requirements includes others, so each waits for all that it may include.
-$(VENV)/requirements-test.txt.done: requirements.txt
-$(VENV)/requirements-parity.txt.done: requirements.txt requirements-test.txt
+$(VENV)/requirements-test.txt.done: requirements.txt requirements-plan.txt
+$(VENV)/requirements-parity.txt.done: requirements.txt requirements-plan.txt requirements-test.txt
 $(VENV)/%.done: % $(VENV)/python.done
 	@echo "Installing $< into $(VENV) ..."
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<

@@ -2,25 +2,23 @@
 
 import dataclasses
 import functools
+import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from lvm.errors import UserError
 from lvm.mesh import MeshConfig, make_mesh
-from lvm.model import ModelConfig
 from lvm.training import step as steps
-from lvm.training.objective import NextCode, ObjectiveConfig
-from lvm.training.optimizer import OptimizerConfig, build
-from lvm.training.step import Step, lightest_remat
+from lvm.training.step import lightest_remat
+from tests.commands import ROOT
+from tests.small_step import CONFIG, OPTIMIZERS, batch, make_step, sgd
 
-CONFIG = ModelConfig(
-    hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, vocabulary_size=64, context=16,
-    init_std=0.2, dtype="float32", attention="xla",
-)  # fmt: skip
-B, C = 8, 16
 MESHES = {
     "8×1": MeshConfig(data=8),
     "fsdp 8": MeshConfig(data=1, fsdp=8),
@@ -29,7 +27,6 @@ MESHES = {
     "sequence 4": MeshConfig(data=2, fsdp=1, sequence=4),
     "all four axes but one": MeshConfig(data=2, fsdp=2, sequence=2),
 }
-ADAMW = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
 
 
 @pytest.fixture(autouse=True)
@@ -38,36 +35,6 @@ def highest_precision_compiled_quickly():
     with jax.default_matmul_precision("highest"):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def batch(seed):
-    rng = np.random.default_rng(seed)
-    return {
-        "tokens": rng.integers(0, 64, (B, C + 1), dtype=np.int32),
-        "loss_mask": rng.random((B, C)) < 0.8,
-        "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
-        "source_ids": rng.integers(0, 2, (B, C), dtype=np.int16),
-    }
-
-
-def sgd():
-    schedule = optax.constant_schedule(0.1)
-    return optax.sgd(schedule), schedule
-
-
-OPTIMIZERS = {"sgd": sgd, "adamw": lambda: build(ADAMW, 100)}
-
-
-def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
-    """A step over all devices, or over one where `mesh` is None."""
-    devices = jax.devices()[:1] if mesh is None else jax.devices()
-    mesh = make_mesh(mesh or MeshConfig(), devices)
-    spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(0).items()}
-    tx, schedule = optimizer or OPTIMIZERS["adamw"]()
-    trainable = NextCode(
-        config, spec, ["cats", "dogs"], tx, schedule, mesh, ObjectiveConfig(logits_chunk=4, **objective)
-    )
-    return Step(trainable, mesh, seed=3, zero1=zero1)
 
 
 @functools.cache
@@ -126,6 +93,28 @@ def test_a_mesh_changes_no_run(mesh, options):
     assert_near(first["training"], wanted["training"])  # the moments after a step
 
 
+@pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 1, "sequence": 2}])
+def test_processes_change_no_run(mesh):
+    # Two processes of two devices each; the sequence, or the parameters, split across them.
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    arguments = [sys.executable, "-m", "tests.small_step", address, "2"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    workers = [
+        subprocess.Popen(
+            [*arguments, str(number), json.dumps(mesh)], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+        )
+        for number in range(2)
+    ]
+    outputs = [json.loads(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
+    wanted_losses, _, _ = alone("adamw")
+    for found in outputs:
+        assert found["devices"] == 4
+        np.testing.assert_allclose(found["losses"], wanted_losses, rtol=1e-5)
+    assert outputs[0] == outputs[1]
+
+
 @pytest.mark.parametrize("mesh", ["fsdp 8", "2×2×2 with sequence"])
 def test_a_state_is_made_where_it_lives(mesh):
     step = make_step(MESHES[mesh])
@@ -175,7 +164,7 @@ class TestLightestRemat:
 
     def make(self, policy):
         self.tried.append(policy)
-        return make_step(None, config=dataclasses.replace(CONFIG, remat=policy, context=C))
+        return make_step(None, config=dataclasses.replace(CONFIG, remat=policy))
 
     def choose(self, monkeypatch, limit):
         self.tried = []

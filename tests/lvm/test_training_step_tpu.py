@@ -21,8 +21,12 @@ MIB = 2**20
 
 def devices(topology, **options):
     """The devices of a topology that is only described."""
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    }
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # other tests may run at the same time
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices

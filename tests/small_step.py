@@ -1,0 +1,71 @@
+"""A small step over any devices, and its batches; as a program, one of several processes that run it together."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import optax
+
+from lvm.mesh import MeshConfig, make_mesh
+from lvm.model import ModelConfig
+from lvm.training.objective import NextCode, ObjectiveConfig
+from lvm.training.optimizer import OptimizerConfig, build
+from lvm.training.step import Step
+
+CONFIG = ModelConfig(
+    hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, vocabulary_size=64, context=16,
+    init_std=0.2, dtype="float32", attention="xla",
+)  # fmt: skip
+B, C = 8, 16
+ADAMW = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+
+
+def batch(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "tokens": rng.integers(0, 64, (B, C + 1), dtype=np.int32),
+        "loss_mask": rng.random((B, C)) < 0.8,
+        "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
+        "source_ids": rng.integers(0, 2, (B, C), dtype=np.int16),
+    }
+
+
+def sgd():
+    schedule = optax.constant_schedule(0.1)
+    return optax.sgd(schedule), schedule
+
+
+OPTIMIZERS = {"sgd": sgd, "adamw": lambda: build(ADAMW, 100)}
+
+
+def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
+    """A step over all devices, or over one where `mesh` is None."""
+    devices = jax.devices()[:1] if mesh is None else jax.devices()
+    mesh = make_mesh(mesh or MeshConfig(), devices)
+    spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(0).items()}
+    tx, schedule = optimizer or OPTIMIZERS["adamw"]()
+    trainable = NextCode(
+        config, spec, ["cats", "dogs"], tx, schedule, mesh, ObjectiveConfig(logits_chunk=4, **objective)
+    )
+    return Step(trainable, mesh, seed=3, zero1=zero1)
+
+
+def main(address, count, number, mesh):
+    """Trains for 20 steps as process `number` of `count`, two devices each; prints the losses, and norms after one."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
+    jax.distributed.initialize(address, int(count), int(number))
+    step = make_step(MeshConfig(**json.loads(mesh)))
+    state, losses, norms = step.init(), [], {}
+    for seed in range(20):
+        state, metrics = step(state, step.place(batch(seed)))
+        losses.append(float(metrics["loss"]))
+        norms = norms or {name: float(metrics[name]) for name in ("grad_norm", "param_norm")}
+    print(json.dumps({"losses": losses, **norms, "devices": jax.device_count()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
