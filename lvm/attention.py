@@ -69,6 +69,7 @@ def choose_kernel(
     return kernel
 
 
+@jax.named_scope("attention")  # so that a profile tells its products from the others
 def attend(
     query: jax.Array,
     key: jax.Array,

@@ -91,8 +91,8 @@ def _num_slices(devices: Sequence[Any]) -> int:
 
 
 def use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """While a function is traced under this, `constrain` and `shard_map` know the mesh; with None nothing is split."""
-    if mesh is None:
+    """While a function is traced under this, `current` is the mesh; with None or one device nothing is split."""
+    if mesh is None or mesh.size == 1:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 

@@ -10,7 +10,6 @@ memory from the other; one that fails says so in its row. The exit code is 1 whe
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import math
 import os
@@ -22,8 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +30,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from lvm import accelerators, attention, cli, errors, module
+from lvm import accelerators, cli, errors, module
 from lvm.console import say
 from lvm.errors import UserError
 from lvm.flops import CONVENTIONS, train_flops_per_token
@@ -41,13 +39,12 @@ from lvm.model import REMAT, SIZES, ModelConfig, Transformer
 from lvm.training import optimizer
 from lvm.training.objective import NextCode
 from lvm.training.step import Step
+from scripts.step_profile import profile
 
 CODES, VOCABULARY = 8192, 8448
 _LONG_RUN = 10_000  # steps of the schedule, of which the benchmark runs the first few
 _MEMORY_SHARE = "0.92"  # of a GPU, for JAX: more than its default, since it is alone there
 _GIB = 2**30
-_PROFILED = 3  # steps in a trace
-KINDS = ("matmul", "attention", "elementwise and norms", "optimizer", "collectives", "other", "idle")
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -67,7 +64,7 @@ def main() -> None:
         if name == "torch" and machine is None:
             records.append({"size": size, "contender": name, "failed": "not run: ours didn't start"})
             continue
-        limit = max(10.0, (ends - time.monotonic()) / (len(contenders) - number))
+        limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
         records += _contend(size, name, limit, machine or {})
     say("\n" + "\n".join(_machine_lines(records, load)))
     say("\n" + table(records))
@@ -147,13 +144,8 @@ def random_tokens(step: int, batch_size: int, context: int) -> np.ndarray:
     return rng.integers(0, CODES, (batch_size, context + 1), dtype=np.int32)
 
 
-# --- ours ----------------------------------------------------------------------------------------------------
-
-
 def run_ours(job: dict[str, Any], report: Report) -> None:
     """Our step with each rematerialisation, and a profile of the fastest where one is asked for."""
-    # A name in the operations' metadata, by which a profile tells attention's products from the others.
-    setattr(attention, "attend", jax.named_scope("attention")(attention.attend))  # noqa: B010
     device = jax.devices()[0]
     dtype = job["dtype"]
     if dtype == "auto":
@@ -186,8 +178,8 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
             # The stepper gets no name: its state must be gone before the next one makes its own.
             measured = measure(variant, job, _stepper(step, job), needed)
         except Exception as error:  # the next one may do
-            say(f"{variant}: {error}")
-            report({"variant": variant, "failed": one_line(f"{error}")})
+            say(f"{variant}: {one_line(str(error))}")
+            report({"variant": variant, "failed": one_line(str(error))})
             continue
         report(measured)
         if fastest is None or measured["tokens_per_second"] > fastest[0]:
@@ -195,13 +187,13 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
     if fastest and job["profile"]:
         folder = pathlib.Path(job["profile"], job["size"])
         say(f"profiling into {folder}")
-        report({"profile": profile(fastest[1], job, folder)})
+        report({"profile": profile(fastest[1], _batch(0, job), folder)})
 
 
 def _libraries() -> str:
     names = ["jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"]
     names += ["nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    installed = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
     return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
 
 
@@ -281,136 +273,6 @@ def measure(
     }
 
 
-# --- the profile ---------------------------------------------------------------------------------------------
-
-
-def profile(step: Step, job: dict[str, Any], folder: pathlib.Path) -> list[str]:
-    """Traces a few steps; the lines of the table of where their time goes."""
-    state = step.init()
-    batch = step.place(_batch(0, job))
-    state, metrics = step(state, batch)
-    jax.block_until_ready(state)
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    with jax.profiler.trace(str(folder), profiler_options=options):
-        for _ in range(_PROFILED):
-            state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-    newest = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
-    with gzip.open(newest, "rt") as stream:
-        events = json.load(stream)["traceEvents"]
-    kinds = kinds_of_instructions(step.compile().as_text())
-    shares = where_time_goes(events, lambda event: kind_of_event(event, kinds))
-    total = sum(shares.values())
-    if not total:
-        return ["no operation of the device is in the trace"]
-    lines = [f"{'kind of work':<24} {'ms a step':>10} {'share':>8}"]
-    for kind in KINDS:
-        taken = shares.get(kind, 0.0)
-        lines.append(f"{kind:<24} {taken / 1000 / _PROFILED:>10.2f} {taken / total:>8.1%}")
-    lines.append(f"{'all':<24} {total / 1000 / _PROFILED:>10.2f} {1:>8.1%}")
-    return lines
-
-
-def kinds_of_instructions(hlo: str) -> dict[str, str]:
-    """Name of an instruction of the compiled program, as `_key` has it → kind of work."""
-    kinds: dict[str, str] = {}
-    products: set[str] = set()  # computations with a matrix product; callees come before their callers
-    computation = ""
-    for line in hlo.splitlines():
-        if line and not line[0].isspace():
-            found = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)
-            computation = found[1] if found else ""
-            continue
-        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
-        if not found:
-            continue
-        called = re.search(r"calls=%?([\w.\-]+)", line)
-        product = bool(re.search(r"\b(dot|convolution)\(|cublas|__triton_gemm", line))
-        if product or (called and called[1] in products):
-            products.add(computation)
-            product = True
-        name = re.search(r'op_name="([^"]*)"', line)
-        kinds[_key(found[1])] = _kind(found[1], name[1] if name else "", product)
-    return kinds
-
-
-def _kind(instruction: str, op_name: str, product: bool) -> str:
-    if re.search(r"all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|nccl", instruction, re.I):
-        return "collectives"
-    if re.search(r"attention|fmha|flash|sdpa", f"{op_name} {instruction}", re.I):
-        return "attention"
-    if product or re.search(r"gemm|cublas|cutlass|nvjet|xmma|dot", instruction, re.I):
-        return "matmul"
-    if op_name and "jvp" not in op_name:  # what gradients are made of has been through it
-        return "optimizer"
-    if op_name or re.search(r"fusion|reduce|broadcast|scatter|gather|slice|transpose|pad", instruction):
-        return "elementwise and norms"
-    return "other"
-
-
-def kind_of_event(event: dict[str, Any], kinds: dict[str, str]) -> str:
-    """By the instruction that an event of the device says it belongs to, else by the kernel's name."""
-    kernel, instruction = event["name"], (event.get("args") or {}).get("hlo_op", "")
-    by_name = _kind(kernel, "", False)
-    if by_name in ("collectives", "attention", "matmul"):
-        found = kinds.get(_key(instruction), by_name)
-        return "attention" if "attention" in (found, by_name) else by_name
-    return kinds.get(_key(instruction)) or kinds.get(_key(kernel)) or by_name
-
-
-def _key(name: str) -> str:
-    return re.sub(r"\W", "_", name)
-
-
-def where_time_goes(events: list[Any], kind: Callable[[dict[str, Any]], str]) -> dict[str, float]:
-    """Kind of work → microseconds between the first operation's start and the last one's end.
-
-    Operations that run at the same time share it.
-    """
-    edges: list[tuple[float, int, str]] = []
-    for event in _device_events(events):
-        name = kind(event)
-        edges += (event["ts"], 1, name), (event["ts"] + event["dur"], -1, name)
-    if not edges:
-        return {}
-    edges.sort()
-    shares: dict[str, float] = defaultdict(float)
-    running: dict[str, int] = defaultdict(int)
-    last = edges[0][0]
-    for moment, change, name in edges:
-        busy = sum(running.values())
-        for running_name, count in running.items():
-            shares[running_name] += (moment - last) * count / max(busy, 1)
-        shares["idle"] += (moment - last) * (busy == 0)
-        running[name] += change
-        last = moment
-    return shares
-
-
-def _device_events(events: list[Any]) -> Iterator[dict[str, Any]]:
-    """Operations of the streams of a GPU or of a TPU's core; of a CPU, those of every thread."""
-    labels = {
-        (e["pid"], e.get("tid"), e["name"]): e["args"].get("name", "") for e in events if e.get("ph") == "M"
-    }
-    devices = {
-        pid for (pid, _, what), label in labels.items() if what == "process_name" and "/device:" in label
-    }
-    streams = {
-        (pid, tid)
-        for (pid, tid, what), label in labels.items()
-        if what == "thread_name" and pid in devices and label.startswith(("Stream", "XLA Ops"))
-    }
-    for event in events:
-        if event.get("ph") != "X" or event["name"].startswith(("while", "conditional")):  # these hold others
-            continue
-        if (event["pid"], event["tid"]) in streams or (not streams and "hlo_op" in (event.get("args") or {})):
-            yield event
-
-
-# --- what is printed -----------------------------------------------------------------------------------------
-
-
 def table(records: list[dict[str, Any]]) -> str:
     """The rows of all contenders, and the profiles after them."""
     titles = [
@@ -465,7 +327,8 @@ def _chip(machine: dict[str, Any]) -> accelerators.Accelerator | None:
 
 def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
     said = [record for record in records if "libraries" in record]
-    lines = [f"Python {platform.python_version()}, {', '.join(dict.fromkeys(r['libraries'] for r in said))}"]
+    libraries = dict.fromkeys(r["libraries"] for r in said)
+    lines = [", ".join([f"Python {platform.python_version()}", *libraries])]
     machine = next((r for r in said if r["contender"] == "ours"), None)
     if machine is None:
         return lines

@@ -48,8 +48,8 @@ def run(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
             with sdpa_kernel([backend]) if backend else contextlib.nullcontext():
                 report(_measured(name, job, "cuda" if on_gpu else "cpu", compiled))
         except Exception as error:  # the next one may do
-            say(f"{name}: {error}")
-            report({"variant": name, "failed": one_line(f"{error}")})
+            say(f"{name}: {one_line(str(error))}")
+            report({"variant": name, "failed": one_line(str(error))})
         torch.compiler.reset()
         gc.collect()
         if on_gpu:

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from scripts import benchmark_train
+from scripts import step_profile
 from tests.commands import run
 
 TINY = ("--size=debug", "--context=16", "--batch_size=2", "--steps=1", "--warmup=1", "--notorch_compile")
@@ -29,7 +29,7 @@ def test_the_command_prints_both_contenders_and_the_profile(tmp_path):
 
 def test_it_fails_where_ours_gives_no_figure():
     output = run("scripts.benchmark_train", *TINY, "--peer=none", "--minutes=0", code=1)
-    assert "ours  stopped after its" in output
+    assert "stopped after its 0 s" in output
 
 
 def test_an_unknown_size_is_bad_input():
@@ -68,7 +68,7 @@ ENTRY %main (p: f32[2,2]) -> f32[2,2] {
 )
 def test_a_kernel_is_told_by_its_instruction_or_its_name(kernel, instruction, wanted):
     event = {"name": kernel, "args": {"hlo_op": instruction} if instruction else {}}
-    assert benchmark_train.kind_of_event(event, benchmark_train.kinds_of_instructions(HLO)) == wanted
+    assert step_profile.kind_of_event(event, step_profile.kinds_of_instructions(HLO)) == wanted
 
 
 def test_the_time_of_a_trace_is_all_accounted_for():
@@ -90,6 +90,6 @@ def test_the_time_of_a_trace_is_all_accounted_for():
         span(9, "step", 0.0, 100.0),
         span(1, "python", 0.0, 100.0, pid=2),
     ]
-    shares = benchmark_train.where_time_goes(events, lambda event: event["name"])
+    shares = step_profile.where_time_goes(events, lambda event: event["name"])
     assert shares == {"product": 10.0, "idle": 5.0, "sum": 4.0, "copy": 1.0}
-    assert not benchmark_train.where_time_goes([], lambda event: event["name"])
+    assert not step_profile.where_time_goes([], lambda event: event["name"])
