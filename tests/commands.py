@@ -18,12 +18,16 @@ TINY_DEMO = [
 ]
 
 
-def start(module: str, *arguments: str, **options) -> subprocess.Popen:
-    """A command of the project, started; its output is read with `communicate`."""
+def start(module: str, *arguments: str, devices: int = 1, **options) -> subprocess.Popen:
+    """A command of the project, started on as many CPU devices; its output is read with `communicate`."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -31,9 +35,9 @@ def start(module: str, *arguments: str, **options) -> subprocess.Popen:
     )
 
 
-def run(module: str, *arguments: str, code: int = 0) -> str:
+def run(module: str, *arguments: str, code: int = 0, devices: int = 1) -> str:
     """Runs a command to its end and returns what it printed; fails unless it exits with `code`."""
-    process = start(module, *arguments)
+    process = start(module, *arguments, devices=devices)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}, wanted {code}:\n{output}"
     if code:

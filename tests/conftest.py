@@ -1,10 +1,24 @@
 """What every test runs with: eight CPU devices, so that meshes are real, and properties tried on few examples."""
 
+import pathlib
+
 import jax
+import pytest
 from hypothesis import settings
+
+from tests.commands import TINY_DEMO, run
 
 # By jax's own setting, not by XLA_FLAGS: commands that a test starts keep the devices of the machine.
 jax.config.update("jax_num_cpu_devices", 8)
 
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.load_profile("quick")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> pathlib.Path:
+    """A finished tiny demo."""
+    out = tmp_path_factory.mktemp("demo")
+    output = run("scripts.demo", *TINY_DEMO, f"--out={out}")
+    assert output.strip().splitlines()[-1] == str(out / "index.html")
+    return out

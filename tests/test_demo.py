@@ -20,15 +20,6 @@ from tests.commands import ROOT, SHARED_DATA, TINY_DEMO, run, start
 from tokenizer import Tokenizer
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> pathlib.Path:
-    """A finished tiny demo."""
-    out = tmp_path_factory.mktemp("demo")
-    output = run("scripts.demo", *TINY_DEMO, f"--out={out}")
-    assert output.strip().splitlines()[-1] == str(out / "index.html")
-    return out
-
-
 def test_the_page_holds_its_pictures_and_needs_no_network(demo):
     page = (demo / "index.html").read_text()
     assert not re.search(r"https?://", page)

@@ -1,0 +1,77 @@
+"""Training as a command: on meshes of eight devices, with the options that a run is set up with."""
+
+import pytest
+
+from lvm.training import metrics
+from tests.commands import run
+
+TINY = "--config=tests/configs/tiny_lvm.py"
+MESH = [
+    "--config.mesh.data=2",
+    "--config.mesh.fsdp=2",
+    "--config.mesh.sequence=2",
+    "--config.mesh.zero1=true",
+]
+OTHER_MESH = [
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=4",
+    "--config.mesh.tensor=2",
+    "--config.model.remat=full",
+]
+
+
+def test_a_run_goes_on_on_another_mesh(demo, tmp_path):
+    shared = [
+        TINY,
+        f"--config.data.store={demo / 'store'}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.batch_size=8",
+    ]
+    shared += [
+        "--config.optimizer.name=lion",
+        "--config.optimizer.schedule=wsd",
+        "--config.objective.z_loss=1e-4",
+    ]
+    shared += ["--config.optimizer.decay_tokens=10000"]
+    first = run(
+        "lvm.train",
+        *shared,
+        *MESH,
+        "--config.model.remat=auto",
+        "--config.objective.accumulate_steps=2",
+        "--config.loop.total_steps=30",
+        devices=8,
+    )
+    assert "remat none: 0." in first
+    assert "attention by xla" in first.splitlines()[0]
+    second = run("lvm.train", *shared, *OTHER_MESH, "--config.loop.total_steps=40", devices=8)
+    assert "going on from step 30" in second
+    assert "resuming with a changed config.model.remat: 'auto' → 'full'" in second
+    losses = [line["loss"] for line in metrics.read(tmp_path / "run") if "loss" in line]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--config.mesh.data=8"],
+            "config.batch_size: 2 is not divisible by data × fsdp × accumulate_steps = 8 × 1 × 1",
+        ),
+        (["--config.mesh.data=1", "--config.mesh.tensor=8"], "has a dimension of 2, not divisible by 8"),
+        (
+            ["--config.mesh.data=1", "--config.mesh.sequence=8"],
+            "sequence: 8 doesn't divide the context of 98",
+        ),
+        (["--config.mesh.data=3"], "config.mesh: 3 × 1 × 1 × 1 = 3 devices, but there are 8"),
+        (["--config.model.attention=splash"], "attention: splash needs a TPU, this is cpu"),
+        (
+            ["--config.optimizer.name=sgd"],
+            "config.optimizer.name: 'sgd' is not one of adamw, lion, adafactor, muon",
+        ),
+    ],
+)
+def test_what_can_not_run_is_one_clear_line(demo, tmp_path, arguments, words):
+    store = f"--config.data.store={demo / 'store'}"
+    assert words in run("lvm.train", TINY, store, f"--workdir={tmp_path}", *arguments, code=2, devices=8)
