@@ -23,8 +23,11 @@ KERNELS = ("auto", "xla", "splash", "cudnn")
 SAVED = "attention"  # the name under which a kernel's results are known to rematerialisation
 _BLOCK = 128  # queries of the plain kernel at a time
 _SPLASH_LANES = 128  # splash takes rows and heads in multiples of it
-_SPLASH_BLOCK = 512  # queries, and keys, of one splash step
-_CUDNN_MULTIPLE, _CUDNN_LARGEST = 8, 256  # head dims that cuDNN takes
+_SPLASH_BLOCKS = (512, 256, 128)  # queries, and keys, of one splash step: the largest that fits
+_CUDNN_MULTIPLE, _CUDNN_LARGEST = (
+    8,
+    128,
+)  # head dims that cuDNN takes on every GPU that has its flash attention
 
 
 def choose_kernel(
@@ -144,15 +147,13 @@ def _attend_splash(query: Any, key: Any, value: Any, segments: Any, interpret: b
     """Splash attention: [B, T, H, D] zero-padded in T and D to what it takes, scaled by the true D."""
     _, T, H, D = query.shape
     length, size = _round_up(T, _SPLASH_LANES), _round_up(D, _SPLASH_LANES)
-    if length > _SPLASH_BLOCK:
-        length = _round_up(T, _SPLASH_BLOCK)
     query = (query.astype(jnp.float32) / math.sqrt(D)).astype(query.dtype)
     # Padded keys come after every real query, and padded queries are cut off: neither needs a mask.
     query, key, value = (
         jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, size - D))).transpose(0, 2, 1, 3)
         for x in (query, key, value)
     )  # [B, H, length, size], [B, K, length, size]
-    block = min(_SPLASH_BLOCK, length)
+    block = next(size for size in _SPLASH_BLOCKS if length % size == 0)
     run = splash.make_splash_mha(
         splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * H),
         block_sizes=splash.BlockSizes(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lvm.distributed import fetch
 from lvm.errors import UserError
 from lvm.model import Transformer
 from lvm.module import Params, merge
@@ -103,7 +104,7 @@ def generate_tokens(
         row[: len(prompt)] = prompt
     keys = jnp.stack([_key(seed) for seed in seeds])  # [B]
     run = _compiled(graphdef, length, sampling, candidates, num_allowed)
-    return np.asarray(run(params, padded, lengths, keys))
+    return fetch(run(params, padded, lengths, keys))
 
 
 def _key(seed: int) -> jax.Array:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -71,16 +72,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"config.mesh: {' × '.join(map(str, shape))} = {math.prod(shape)} devices, "
             f"but there are {len(devices)}"
         )
+    return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
+    """The devices in the mesh's shape, neighbours on an axis near each other on the network."""
     slices = _num_slices(devices)
-    types = (AxisType.Auto,) * len(AXES)
+    # A mesh axis may take a part of a torus axis: without that, few shapes fit a three-dimensional torus.
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
         raise UserError(f"config.mesh.data: {shape[0]} is not a multiple of the {slices} slices")
     within = [shape[0] // slices, *shape[1:]]
     between = [slices, *[1] * (len(AXES) - 1)]
-    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=types)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def _num_slices(devices: Sequence[Any]) -> int:
@@ -176,7 +181,7 @@ def split_over_data(tree: Any, mesh: Mesh, placed: Any) -> Any:
             entry = entries[dimension]
             axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
             if data > 1 and leaf.shape[dimension] % (data * _ways(mesh, axes)) == 0:
-                entries[dimension] = ("data", *axes)
+                entries[dimension] = (*axes, "data")  # within the parameter's own part, so that parts nest
                 return NamedSharding(mesh, PartitionSpec(*entries))
         return sharding
 

@@ -191,8 +191,9 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
 
 
 def _libraries() -> str:
-    names = ["jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"]
+    names = ["jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin"]
     names += ["nvidia-cudnn-cu12", "nvidia-cudnn-cu13"]
+    names += ["libtpu"] if jax.default_backend() == "tpu" else []
     installed = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
     return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
 

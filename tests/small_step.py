@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 
+from lvm import distributed
 from lvm.mesh import MeshConfig, make_mesh
 from lvm.model import ModelConfig
 from lvm.training.objective import NextCode, ObjectiveConfig
@@ -64,7 +65,8 @@ def main(address, count, number, mesh):
         state, metrics = step(state, step.place(batch(seed)))
         losses.append(float(metrics["loss"]))
         norms = norms or {name: float(metrics[name]) for name in ("grad_norm", "param_norm")}
-    print(json.dumps({"losses": losses, **norms, "devices": jax.device_count()}))
+    agreed = [distributed.agree(2**40 + 5 if jax.process_index() == 0 else 7), distributed.agree(-1)]
+    print(json.dumps({"losses": losses, **norms, "devices": jax.device_count(), "agreed": agreed}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Checkpoints of a run: `checkpoints/STEP/{params,training,meta}`, written by Orbax in the background.
 
 `params` alone is what inference loads; `training` is the rest of the state. A step's folder is renamed into
-place when it is whole, so a kill in the middle of a save leaves the checkpoint before it as the newest.
+place when it is whole, so a kill in the middle of a save leaves the checkpoint before it as the newest. After that
+the checksums of its files are written beside it, and compared before anything is restored.
 """
 
 from __future__ import annotations
@@ -9,17 +10,24 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
+import time
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lvm import files
+from lvm import distributed, files
+from lvm.console import say
 from lvm.errors import UserError
+from lvm.training import checksums
 from lvm.training.trainable import State
 
 FOLDER = "checkpoints"
+CHECKSUMS = "checksums"
+DAMAGED = "damaged-checkpoints"
+_POLL = 0.2  # seconds
 _OVERHEAD = 2**20  # bytes of a checkpoint that are not arrays
 
 
@@ -29,12 +37,19 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       keep: how many of the newest are kept.
+      keep_every: those of steps that it divides are kept for good; 0 for none.
       read_only: for inference: nothing is created or cleaned up.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 1, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, read_only=read_only)
-        self._manager = ocp.CheckpointManager(epath.Path(workdir).resolve() / FOLDER, options=options)
+    def __init__(self, workdir: epath.PathLike, keep: int = 1, keep_every: int = 0, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, keep_period=keep_every or None, read_only=read_only
+        )
+        self._workdir = epath.Path(workdir).resolve()
+        self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
+        self._sealing: threading.Thread | None = None
+        self._failed = False
+        self._problem: Exception | None = None
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step, or None."""
@@ -52,8 +67,85 @@ class Checkpoints:
             training=ocp.args.StandardSave(state["training"]),
             meta=ocp.args.JsonSave(meta),
         )
+        self._wait_for_sealing()
         with files.clear_disk_errors(self._manager.directory):
             self._manager.save(step, args=items)
+        if distributed.is_first():
+            self._sealing = threading.Thread(target=self._seal, args=(step,), name="checksums", daemon=True)
+            self._sealing.start()
+
+    def _seal(self, step: int) -> None:
+        """Waits until a step's folder is whole, then writes its checksums and forgets those of deleted ones."""
+        folder = self._manager.directory / str(step)
+        # The folder appears by a rename, when all that belongs to it is written.
+        while not folder.exists():
+            if self._failed:
+                return
+            time.sleep(_POLL)
+        try:
+            checksums.write(folder, self._record(step))
+            for record in (self._workdir / CHECKSUMS).glob("*.json"):
+                if not (self._manager.directory / record.stem).exists():
+                    record.unlink(missing_ok=True)
+        except Exception as error:  # of this thread; `wait` raises it in the run's own
+            self._problem = error
+
+    def _record(self, step: int) -> epath.Path:
+        return self._workdir / CHECKSUMS / f"{step}.json"
+
+    def _wait_for_sealing(self) -> None:
+        if self._sealing is not None:
+            self._sealing.join()
+            self._sealing = None
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise problem
+
+    def newest_sound(self) -> int | None:
+        """The newest step whose files are as they were written; one decision, of the first process, for all.
+
+        Damaged checkpoints newer than it are named and moved to `damaged-checkpoints/`.
+
+        Raises:
+          UserError: there are checkpoints, but all are damaged.
+          OSError: files can't be read; nothing is decided on that.
+        """
+        found = distributed.agree(self._newest_sound() if distributed.is_first() else 0)
+        self._manager.reload()
+        return None if found < 0 else found
+
+    def _newest_sound(self) -> int:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            problem = self.problem(step)
+            if problem is None:
+                self._set_aside(damaged, step)
+                return step
+            damaged[step] = problem
+        if damaged:
+            raise UserError(
+                f"{self._manager.directory}: every checkpoint is damaged ({'; '.join(damaged.values())}); "
+                "restore the files or choose another --workdir"
+            )
+        return -1
+
+    def _set_aside(self, damaged: dict[int, str], used: int) -> None:
+        for step, problem in damaged.items():
+            say(f"damaged checkpoint: {problem}; going back to step {used}")
+            aside = self._workdir / DAMAGED
+            aside.mkdir(exist_ok=True)
+            target = next(p for n in range(10_000) if not (p := aside / f"{step}-{n}").exists())
+            (self._manager.directory / str(step)).rename(target)
+            self._record(step).unlink(missing_ok=True)
+
+    def problem(self, step: int, under: str = "") -> str | None:
+        """What is wrong with a step's files, of which the names begin with `under`; None if nothing is."""
+        record = self._record(step)
+        if not record.exists():
+            # A kill between the last rename and the checksums leaves a whole checkpoint.
+            say(f"{self._manager.directory / str(step)}: has no checksums, so it is used as it is")
+            return None
+        return checksums.problem(self._manager.directory / str(step), record, under)
 
     def _check_space(self, state: State) -> None:
         folder = os.fspath(self._manager.directory)
@@ -83,10 +175,16 @@ class Checkpoints:
         """Returns when the save under way is whole on disk."""
         with files.clear_disk_errors(self._manager.directory):
             self._manager.wait_until_finished()
+        self._wait_for_sealing()
 
     def close(self) -> None:
-        with files.clear_disk_errors(self._manager.directory):
-            self._manager.close()
+        try:
+            with files.clear_disk_errors(self._manager.directory):
+                self._manager.close()  # waits for the save under way
+        except BaseException:
+            self._failed = True  # no folder will appear
+            raise
+        self._wait_for_sealing()
 
 
 def newest_step(workdir: epath.PathLike) -> int | None:
@@ -103,7 +201,7 @@ def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
     """The newest parameters of a workdir, on this process's first device, and their step.
 
     Raises:
-      UserError: the workdir holds no whole checkpoint.
+      UserError: the workdir holds no whole checkpoint, or the newest is damaged.
     """
     step = newest_step(workdir)
     if step is None:
@@ -111,6 +209,11 @@ def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
     checkpoints = Checkpoints(workdir, read_only=True)
+    problem = checkpoints.problem(step, under="params/")
+    if problem:
+        raise UserError(
+            f"damaged checkpoint: {problem}; resume its training, which goes back to the one before"
+        )
     try:
         params = checkpoints.restore_params(step, placed)
     except (KeyError, ValueError, FileNotFoundError) as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
-import signal
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import grain
 import jax
@@ -16,14 +17,21 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from lvm import distributed, files
 from lvm.accelerators import of_device
 from lvm.console import duration, say
+from lvm.distributed import Preemption
 from lvm.errors import EXIT_PREEMPTED, DivergedError, UserError
 from lvm.training.checkpoint import Checkpoints, newest_step
-from lvm.training.metrics import MetricsWriter
+from lvm.training.metrics import Goodput, MetricsWriter
+from lvm.training.programs import Tracer, cache_programs
 from lvm.training.step import Step
-from lvm.training.trainable import Batch, State
+from lvm.training.trainable import Batch, Metrics, State
+from lvm.training.watchdog import Watchdog, WatchdogConfig
 from lvm.training.workdir import Workdir
+
+DIVERGED = "diverged.json"
+_STEPS_AHEAD = 2  # steps that may be under way while the next is prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +41,12 @@ class LoopConfig:
     Attributes:
       total_steps: the run's length; 0 where `total_tokens` gives it.
       total_tokens: the same in tokens, rounded up to whole steps.
-      keep: how many checkpoints are kept.
+      keep: how many of the newest checkpoints are kept.
+      keep_every: checkpoints of steps that it divides are kept for good; 0 for none.
+      max_skipped: so many steps in a row without a finite gradient end the run; each leaves all as it was.
+      profile: the first and the last step of a trace into `profile/`; empty for none. A running job traces its next
+        steps when a file `profile.request` appears in its workdir.
+      compilation_cache: where compiled programs are kept for the next start; "" is the workdir.
     """
 
     total_steps: int = 100_000
@@ -43,6 +56,11 @@ class LoopConfig:
     picture_every: int = 5000
     checkpoint_every: int = 1000
     keep: int = 2
+    keep_every: int = 0
+    max_skipped: int = 10
+    profile: tuple[int, ...] = ()
+    compilation_cache: str = ""
+    watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         if self.total_tokens < 0 or (self.total_tokens > 0) == (self.total_steps > 0):
@@ -50,12 +68,14 @@ class LoopConfig:
                 f"total_steps: {self.total_steps} and total_tokens: {self.total_tokens}; one of them is positive, "
                 "the other 0"
             )
-        for name in ("log_every", "keep"):
+        for name in ("log_every", "keep", "max_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
-        for name in ("evaluate_every", "picture_every", "checkpoint_every"):
+        for name in ("evaluate_every", "picture_every", "checkpoint_every", "keep_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: {getattr(self, name)} is negative")
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            raise UserError(f"profile: {self.profile}; wanted the first and the last step, or nothing")
 
     def in_steps(self, tokens_per_step: int) -> LoopConfig:
         """The same with its length in steps; `tokens_per_step` is 0 for what has no tokens."""
@@ -76,14 +96,13 @@ def is_finished(workdir: Workdir, config: LoopConfig) -> bool:
 
 
 class Loop:
-    """Runs a trainable from its workdir's newest checkpoint to the end.
+    """Runs a trainable from its workdir's newest sound checkpoint to the end.
 
     Args:
       step: a trainable's update on a mesh.
-      read_batch: step → that step's global batch, a pure function.
+      read_batch: (step, rows) → those rows of that step's global batch, a pure function.
       config: see `LoopConfig`.
       workdir: where checkpoints, metrics and pictures go.
-      meta: goes into every checkpoint.
       tokens_per_step: for the metrics `tokens` and `tokens_per_second`; 0 leaves them out.
       flops_per_step: convention of `lvm.flops` → operations of a step; for the metrics `mfu_…`, on accelerators
         whose peak is known.
@@ -92,86 +111,116 @@ class Loop:
     def __init__(
         self,
         step: Step,
-        read_batch: Callable[[int], Batch],
+        read_batch: Callable[[int, np.ndarray], Batch],
         config: LoopConfig,
         workdir: Workdir,
-        meta: dict[str, Any],
         tokens_per_step: int = 0,
         flops_per_step: Mapping[str, float] | None = None,
     ):
         self._step, self._trainable = step, step.trainable
         self._read_batch, self._config = read_batch, config
-        self._path, self._meta = workdir.path, meta
+        self._path = workdir.path
         self._tokens_per_step = tokens_per_step
         self._seconds_at_peak = _seconds_at_peak(flops_per_step or {}, step.mesh)
-        self._checkpoints = Checkpoints(self._path, config.keep)
-        self._stop_requested = False
+        self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
+        self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
+        self._tracer = Tracer(self._path, config.profile)
+        self._goodput = Goodput()
 
     def run(self) -> State:
         """Trains to `total_steps` and returns the state.
 
         Raises:
-          DivergedError: the loss is not finite.
+          DivergedError: too many steps in a row had no finite gradient.
           SystemExit: SIGTERM came; the step is saved, the exit code says so.
         """
-        state, start = self._start()
-        total = self._config.total_steps
-        previous = signal.signal(signal.SIGTERM, self._request_stop)
-        self._metrics = MetricsWriter(self._path, start)
-        try:
-            state = self._train(state, start, total)
-        finally:
-            self._metrics.close()
-            self._checkpoints.close()  # waits for the save under way
-            signal.signal(signal.SIGTERM, previous)
-        return state
+        cache_programs(self._config.compilation_cache or os.fspath(self._path / "compilation_cache"))
+        with self._preemption, self._watchdog:
+            state, start = self._start()
+            self._metrics = MetricsWriter(self._path, start)
+            try:
+                return self._train(state, start, self._config.total_steps)
+            finally:
+                self._tracer.stop()
+                self._metrics.close()
+                with self._watchdog.pausing("the last checkpoint"):
+                    self._checkpoints.close()  # waits for the save under way
 
     def _start(self) -> tuple[State, int]:
-        step = self._checkpoints.latest()
+        step = self._checkpoints.newest_sound()
         if step is None:
             return self._step.init(), 0
         say(f"{self._path}: going on from step {step}")
-        state, _ = self._checkpoints.restore(step, self._step.state)
+        state, meta = self._checkpoints.restore(step, self._step.state)
+        self._goodput = Goodput.of(meta)
         return state, step
 
     def _train(self, state: State, start: int, total: int) -> State:
         clock = _Clock()
+        reports: deque[tuple[int, Metrics]] = deque()  # of steps that may still be running
         for step, batch in enumerate(clock.wait_for(self._batches(start, total)), start + 1):
+            self._tracer.before(step)
             state, metrics = self._step(state, batch)
+            reports.append((step, metrics))
             last = step == total
+            self._look_back(reports, 0 if last else _STEPS_AHEAD)
             self._report(step, state, metrics, clock, last)
             if last or _due(step, self._config.picture_every):
-                with clock.paused(state):
+                with clock.paused(state), self._watchdog.pausing("drawing pictures"):
                     self._draw(step, state)
-            stopping = self._stop_requested  # read once: the signal may come between any two lines
+            stopping = self._preemption.noticed()
             if last or stopping or _due(step, self._config.checkpoint_every):
-                self._check_finite(step, metrics)
-                self._checkpoints.save(state, step, self._meta)
+                self._look_back(reports, 0)
+                self._save(state, step)
             if stopping:
-                self._checkpoints.wait()
-                say(f"SIGTERM: saved at step {step}")
+                began = time.monotonic()
+                with self._watchdog.pausing("the last checkpoint"):
+                    self._checkpoints.wait()
+                say(f"SIGTERM: saved at step {step}, which took {time.monotonic() - began:.1f} s more")
                 raise SystemExit(EXIT_PREEMPTED)
         return state
 
     def _batches(self, start: int, total: int) -> Iterator[Batch]:
-        steps = grain.MapDataset.range(start, total).map(self._read_batch)
+        steps = grain.MapDataset.range(start, total).map(lambda step: self._read_batch(step, self._step.rows))
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         for batch in steps.to_iter_dataset(options):
             yield self._step.place(batch)
 
-    def _report(
-        self, step: int, state: State, metrics: dict[str, jax.Array], clock: _Clock, last: bool
-    ) -> None:
+    def _save(self, state: State, step: int) -> None:
+        with self._watchdog.pausing("saving a checkpoint"):
+            self._checkpoints.save(state, step, self._goodput.to_json())
+
+    def _look_back(self, reports: deque[tuple[int, Metrics]], ahead: int) -> None:
+        """Waits for all but the `ahead` newest steps, and ends the run where too many were skipped in a row."""
+        while len(reports) > ahead:
+            step, metrics = reports.popleft()
+            in_row = int(metrics["skipped_in_row"])
+            self._watchdog.step_ended()
+            if in_row:
+                say(f"step {step}: the gradient is not finite; skipped, {in_row} in a row")
+            if in_row >= self._config.max_skipped:
+                self._write_diverged(range(step - in_row, step))
+                raise DivergedError(
+                    f"{self._path}: no finite gradient in {in_row} steps, the last was {step}; "
+                    f"loss {float(metrics['loss'])}; their batches are in {DIVERGED}"
+                )
+
+    def _write_diverged(self, numbers: range) -> None:
+        """Says which batches these were: their numbers, and the hash of the rows that this process read."""
+        if distributed.is_first():
+            batches = {str(number): _hash(self._read_batch(number, self._step.rows)) for number in numbers}
+            files.write_json(self._path / DIVERGED, {"batches": batches})
+
+    def _report(self, step: int, state: State, metrics: Metrics, clock: _Clock, last: bool) -> None:
         values: dict[str, float] = {}
         if last or _due(step, self._config.log_every):
             values |= self._measure(step, metrics, clock)
             seconds, left = values["step_seconds"], self._config.total_steps - step
             rate = f"{1 / seconds:.3g} steps/s, {duration(left * seconds)} left"
             say(f"step {step}/{self._config.total_steps}, {rate}, loss {values['loss']:.4f}")
-            self._check_finite(step, metrics)
         if last or _due(step, self._config.evaluate_every):
-            with clock.paused(state):
-                heldout = self._trainable.evaluate(state)
+            with clock.paused(state), self._watchdog.pausing("an evaluation"):
+                heldout = self._trainable.evaluate(state, self._preemption.noticed)
             if heldout:
                 say("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
             values |= heldout
@@ -183,29 +232,28 @@ class Loop:
         # the batch held no token of has no loss (NaN there).
         values = {name: float(value) for name, value in metrics.items()}
         values = {name: x for name, x in values.items() if not (name.startswith("loss/") and math.isnan(x))}
-        seconds, waited = clock.lap()
-        values |= {"step_seconds": seconds, "input_wait": waited}
+        seconds, waited, steps = clock.lap()
+        values |= {
+            "step_seconds": seconds,
+            "input_wait": waited,
+            "goodput": self._goodput.add(steps * seconds),
+        }
         if self._tokens_per_step:
             values["perplexity"] = math.exp(min(values["loss"], 700.0))
             values["tokens"] = step * self._tokens_per_step
             values["tokens_per_second"] = self._tokens_per_step / seconds
+        memory = [(device.memory_stats() or {}).get("bytes_in_use", 0) for device in jax.local_devices()]
+        if any(memory):
+            values["memory_bytes"] = max(memory)
         values |= {f"mfu_{name}": at_peak / seconds for name, at_peak in self._seconds_at_peak.items()}
         return values
 
     def _draw(self, step: int, state: State) -> None:
-        for name, picture in self._trainable.pictures(state).items():
+        pictures = self._trainable.pictures(state)  # all processes draw, one writes
+        for name, picture in pictures.items() if distributed.is_first() else ():
             folder = self._path / "pictures"
             folder.mkdir(exist_ok=True)
             Image.fromarray(picture).save(folder / f"{name}-{step:07d}.png")
-
-    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        # The loss is that of the parameters before the step; the norm is that of those after it.
-        for name in ("loss", "grad_norm", "param_norm"):
-            if name in metrics and not np.isfinite(float(metrics[name])):
-                raise DivergedError(f"{self._path}: {name} is {float(metrics[name])} at step {step}")
-
-    def _request_stop(self, signum: int, frame: Any) -> None:
-        self._stop_requested = True
 
 
 class _Clock:
@@ -232,13 +280,13 @@ class _Clock:
         yield
         self._mark += time.monotonic() - before
 
-    def lap(self) -> tuple[float, float]:
-        """Seconds a step and the share waited, since the lap before."""
+    def lap(self) -> tuple[float, float, int]:
+        """Seconds a step, the share waited, and the steps, since the lap before."""
         now = time.monotonic()
-        elapsed = now - self._mark
-        seconds, waited = elapsed / max(1, self._steps), self._waited / max(elapsed, 1e-9)
+        elapsed, steps = now - self._mark, self._steps
+        seconds, waited = elapsed / max(1, steps), self._waited / max(elapsed, 1e-9)
         self._mark, self._waited, self._steps = now, 0.0, 0
-        return seconds, waited
+        return seconds, waited, steps
 
 
 def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[str, float]:
@@ -247,6 +295,13 @@ def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[st
     if accelerator is None:
         return {}
     return {name: flops / (accelerator.peak_flops * mesh.size) for name, flops in flops_per_step.items()}
+
+
+def _hash(batch: Batch) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(batch):
+        digest.update(np.ascontiguousarray(batch[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _due(step: int, every: int) -> bool:

@@ -20,7 +20,7 @@ def token_losses(
 
     The backward pass computes a chunk's logits again. Under a mesh every device works on its own rows, its own
     part of each row and its own part of the vocabulary; the projection is gathered over `fsdp` once, in the
-    compute dtype, and its gradient is summed over the chunks in float32, then over devices once.
+    compute dtype, and its gradient is summed over the chunks in float32, then over devices once, in the compute dtype.
 
     Args:
       hidden: normed, [B, T, D] in the compute dtype.
@@ -44,11 +44,10 @@ def token_losses(
 
 
 def _on_each_device(hidden: Any, projection: Any, targets: Any, chunk: int) -> tuple[jax.Array, jax.Array]:
-    gathered = jax.lax.all_gather(
-        projection.astype(hidden.dtype), "fsdp", axis=0, tiled=True
-    )  # [D, V/tensor]
-    # Said to differ between devices before the loop over chunks, so that its gradient is summed over them after it.
-    gathered = jax.lax.pcast(gathered.astype(jnp.float32), ("data", "sequence"), to="varying")
+    # Said to differ between devices before it is gathered and before the loop over chunks: its gradient is then first
+    # summed over the chunks, then cut into each device's part, and only such parts are summed over the other axes.
+    projection = jax.lax.pcast(projection.astype(hidden.dtype), ("data", "sequence"), to="varying")
+    gathered = jax.lax.all_gather(projection, "fsdp", axis=0, tiled=True).astype(jnp.float32)  # [D, V/tensor]
     hidden = jax.lax.pcast(hidden, "tensor", to="varying")
     return _by_chunks(hidden, gathered, targets, chunk, _normalise_split)
 

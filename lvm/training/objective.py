@@ -18,7 +18,7 @@ from lvm.errors import UserError
 from lvm.model import ModelConfig, Transformer
 from lvm.module import abstract, init_params, logical_axes, merge
 from lvm.training.losses import token_losses
-from lvm.training.trainable import Batch, State, Sums, make_update, means
+from lvm.training.trainable import Batch, State, Sums, make_update, no_skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class NextCode:
         self.graphdef, self.params_shape = abstract(self._make)
         self.logical_axes = logical_axes(self._make)
         self.update = make_update(self._loss, self.optimizer, self.schedule, self.objective.accumulate_steps)
-        self._jitted_loss = jax.jit(lambda *arguments: means(self._loss(*arguments)[1])["loss"])
+        self._sums = jax.jit(lambda params, batch: self._loss(params, batch, jax.random.key(0))[1]["loss"])
 
     def _check_mesh(self) -> None:
         if self.mesh is None:
@@ -108,16 +108,21 @@ class NextCode:
     def init(self, rng: jax.Array) -> State:
         """Fresh parameters and moments."""
         params = init_params(self._make, rng)
-        training = {"optimizer": self.optimizer.init(params)}
+        training = {"optimizer": self.optimizer.init(params), "skipped": no_skipped()}
         return {"step": jnp.int32(0), "params": params, "training": training}
 
-    def evaluate(self, state: State) -> dict[str, float]:
-        """The mean loss over the held-out batches."""
-        if not self.heldout:
-            return {}
-        key = jax.random.key(0)
-        losses = [self._jitted_loss(state["params"], batch, key) for batch in self.heldout]
-        return {"heldout_loss": float(np.mean([float(loss) for loss in losses]))}
+    def evaluate(self, state: State, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """The mean loss over the held-out batches, in parts no larger than training's."""
+        total = weight = 0.0
+        parts = self.objective.accumulate_steps
+        for batch in self.heldout:
+            for part in range(parts):
+                if stopping():
+                    return {}
+                rows = {name: x[part::parts] for name, x in batch.items()}
+                part_total, part_weight = self._sums(state["params"], rows)
+                total, weight = total + float(part_total), weight + float(part_weight)
+        return {"heldout_loss": total / weight} if weight else {}
 
     def pictures(self, state: State) -> dict[str, np.ndarray]:
         """Whatever `draw` makes."""

@@ -53,7 +53,8 @@ class OptimizerConfig:
     Attributes:
       name: "adamw"; "lion" (published with b1 0.9, b2 0.99 and a learning rate 3 to 10 times lower); "adafactor",
         without momentum, its second moments factored; "muon", which orthogonalises the kernels of a transformer's
-        layers (published with b1 0.95) and takes Nesterov's AdamW for all else.
+        layers (published with b1 0.95) and takes Nesterov's AdamW for all else. Under `fsdp` it gathers all layers'
+        kernels of a kind at once, so it is for models of which a device can hold that much.
       schedule: after the warm-up, "cosine" to `end_learning_rate`; "wsd": stable, then down a line to
         `end_learning_rate`; "constant". Both descents end with the run.
       learning_rate, end_learning_rate: absolute in every optimizer, not relative to a parameter's size.

@@ -5,16 +5,16 @@ The loop runs it, a plan reads it: both see the same program, since both get it 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lvm import accelerators
+from lvm import accelerators, distributed
 from lvm import mesh as meshes
 from lvm.console import say
 from lvm.errors import UserError
@@ -22,6 +22,7 @@ from lvm.model import REMAT
 from lvm.training.trainable import Batch, Metrics, State, Trainable
 
 _GIB = 2**30
+_USABLE = 0.95  # of a device's memory: allocators leave gaps, and evaluation has a program of its own
 
 
 class Step:
@@ -36,6 +37,7 @@ class Step:
     Attributes:
       state: shapes, dtypes and shardings of the state.
       batch: the same of a batch.
+      rows: int [n], the rows of a global batch that this process's devices hold, ascending.
     """
 
     def __init__(self, trainable: Trainable, mesh: Mesh, seed: int, zero1: bool = False):
@@ -50,6 +52,7 @@ class Step:
         batch_size = next(iter(trainable.batch_spec.values())).shape[0]
         rows = meshes.batch_sharding(mesh, batch_size)
         self.batch = {name: _with_sharding(x, rows) for name, x in trainable.batch_spec.items()}
+        self.rows = _own_rows(rows, batch_size)
         self._compiled: Any = None
 
     def init(self) -> State:
@@ -61,9 +64,17 @@ class Step:
         return jax.jit(lambda: self.trainable.init(jax.random.key(self._seed)), out_shardings=self._shardings)
 
     def place(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """A global batch, of which every process holds all, as arrays of which every device holds its part."""
+        """This process's `rows` of a global batch, as arrays of which every device holds its part."""
+
+        def part(x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+            first, end, _ = index[0].indices(self.rows[-1] + 1)
+            at = np.searchsorted(self.rows, first)
+            return x[at : at + end - first]
+
         return {
-            name: jax.make_array_from_callback(x.shape, self.batch[name].sharding, x.__getitem__)
+            name: jax.make_array_from_callback(
+                self.batch[name].shape, self.batch[name].sharding, functools.partial(part, x)
+            )
             for name, x in batch.items()
         }
 
@@ -108,7 +119,7 @@ def lightest_remat(make_step: Callable[[str], Step]) -> Step:
     limit = 0
     for policy in REMAT:
         step = make_step(policy)
-        limit = limit or _memory_limit(step.mesh)
+        limit = limit or int(_USABLE * _memory_limit(step.mesh))
         try:
             needed = step.memory_bytes()
         except jax.errors.JaxRuntimeError as error:
@@ -139,7 +150,13 @@ def _memory_limit(mesh: Mesh) -> int:
             f"config.model.remat: auto needs to know the memory of {device.device_kind!r}, which isn't in "
             "lvm/accelerators.py; name a policy"
         )
-    return int(multihost_utils.broadcast_one_to_all(np.int64(limit))) if jax.process_count() > 1 else limit
+    return distributed.agree(limit)
+
+
+def _own_rows(rows: Any, batch_size: int) -> np.ndarray:
+    own = rows.addressable_devices_indices_map((batch_size,)).values()
+    numbers = {number for (part,) in own for number in range(*part.indices(batch_size))}
+    return np.array(sorted(numbers), np.int64)
 
 
 def _with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

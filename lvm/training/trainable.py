@@ -32,10 +32,10 @@ class Trainable(Protocol):
         """A fresh state, a pure function of `rng`."""
 
     def update(self, state: State, batch: Batch, rng: jax.Array) -> tuple[State, Metrics]:
-        """One optimizer step; `metrics` are float32 scalars, with `loss` among them."""
+        """One optimizer step; `metrics` are scalars, with `loss`, `skipped_steps` and `skipped_in_row` among them."""
 
-    def evaluate(self, state: State) -> dict[str, float]:
-        """Held-out metrics, under the names that `metrics.jsonl` uses."""
+    def evaluate(self, state: State, stopping: Callable[[], bool]) -> dict[str, float]:
+        """Held-out metrics, under the names that `metrics.jsonl` uses; none once `stopping()` says so."""
 
     def pictures(self, state: State) -> dict[str, np.ndarray]:
         """Named pictures uint8 [H, W, 3] of what the model does now."""
@@ -51,7 +51,7 @@ def make_update(
     schedule: optax.Schedule,
     accumulate_steps: int = 1,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
-    """The usual update: gradient, optimizer, new parameters, norms.
+    """The usual update: gradient, optimizer, new parameters, norms. A gradient that isn't finite changes nothing.
 
     Args:
       loss_fn: (params, batch, rng) → (total, sums), float32. The loss that is minimised is `total` divided by the
@@ -70,17 +70,39 @@ def make_update(
         weight = jnp.maximum(sums["loss"][1], 1.0)
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
         changes, moments = optimizer.update(gradients, state["training"]["optimizer"], state["params"])
-        params = optax.apply_updates(state["params"], changes)
+        changed = {"params": optax.apply_updates(state["params"], changes), "optimizer": moments}
+        grad_norm = optax.tree.norm(gradients)
+        changed, skipped = keep_if_finite(
+            jnp.isfinite(grad_norm),
+            changed,
+            {"params": state["params"], "optimizer": state["training"]["optimizer"]},
+            state["training"]["skipped"],
+        )
+        params = changed["params"]
         metrics = {
             **means(sums),
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
+            **skipped,
         }
-        state = {"step": state["step"] + 1, "params": params, "training": {"optimizer": moments}}
-        return state, metrics
+        training = {"optimizer": changed["optimizer"], "skipped": skipped}
+        return {"step": state["step"] + 1, "params": params, "training": training}, metrics
 
     return update
+
+
+def no_skipped() -> dict[str, jax.Array]:
+    """The counts that a fresh state begins with, at `state["training"]["skipped"]`."""
+    return {"skipped_steps": jnp.int32(0), "skipped_in_row": jnp.int32(0)}
+
+
+def keep_if_finite(finite: jax.Array, new: Any, old: Any, skipped: Metrics) -> tuple[Any, Metrics]:
+    """`new` and the counts after a good step; `old` and higher counts after one whose gradient is not finite."""
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    missed = 1 - finite.astype(jnp.int32)
+    in_row = jnp.where(finite, 0, skipped["skipped_in_row"] + 1)
+    return kept, {"skipped_steps": skipped["skipped_steps"] + missed, "skipped_in_row": in_row}
 
 
 def means(sums: Sums) -> Metrics:
@@ -100,12 +122,16 @@ def _gradients(
     if accumulate_steps == 1:
         return one(batch, rng)
 
+    def one_by_itself(part: Batch, rng: jax.Array) -> tuple[Any, Sums]:
+        # XLA for TPU fails on what it would otherwise do here: move the sum over devices out of the loop.
+        return jax.lax.optimization_barrier(one(part, rng))
+
     def parts(x: jax.Array) -> jax.Array:
         # Every part takes its rows from every device: cut the other way, each would lie on few of them.
         return x.reshape(x.shape[0] // accumulate_steps, accumulate_steps, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(*part)), None
+        return jax.tree.map(jnp.add, total, one_by_itself(*part)), None
 
     split = ({name: parts(x) for name, x in batch.items()}, jax.random.split(rng, accumulate_steps))
     first = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], split))

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from lvm import files
+from lvm import distributed, files
 from lvm.console import say
 from lvm.errors import UserError
 
@@ -23,6 +23,11 @@ _FREE = (
     "config.loop.picture_every",
     "config.loop.checkpoint_every",
     "config.loop.keep",
+    "config.loop.max_skipped",
+    "config.loop.profile",
+    "config.loop.compilation_cache",
+    "config.loop.watchdog.",
+    "config.distributed.",
     "config.loop.total_steps",
     "config.loop.total_tokens",
     "config.objective.accumulate_steps",
@@ -49,19 +54,29 @@ class Workdir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; --workdir wants a folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        if distributed.is_first():
+            self._hold()
+        record = files.as_json({"version": 1, "kind": kind, **record})
+        if not (self.path / CONFIG).exists() and self._has_checkpoints():
+            raise UserError(
+                f"{self.path}: has checkpoints but no {CONFIG}; choose a new folder, or remove them"
+            )
+        if (self.path / CONFIG).exists():
+            old = read_record(self.path, kind)
+            if self._has_checkpoints():  # before the first, nothing is lost by starting otherwise
+                self._compare(old, record)
+        if distributed.is_first():
+            files.write_json(self.path / CONFIG, record)
+
+    def _hold(self) -> None:
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held while this lives)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path}: another run is using this workdir") from None
-        record = files.as_json({"version": 1, "kind": kind, **record})
-        if not (self.path / CONFIG).exists() and (self.path / "checkpoints").exists():
-            raise UserError(
-                f"{self.path}: has checkpoints but no {CONFIG}; choose a new folder, or remove them"
-            )
-        if (self.path / CONFIG).exists():
-            self._compare(read_record(self.path, kind), record)
-        files.write_json(self.path / CONFIG, record)
+
+    def _has_checkpoints(self) -> bool:
+        return any((self.path / "checkpoints").glob("[0-9]*"))
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         before, after = _flatten(old), _flatten(new)

@@ -1,3 +1,5 @@
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,14 +108,16 @@ def count(jaxpr, name):
     return found
 
 
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=4, sequence=2)])
 @pytest.mark.parametrize(("policy", "runs"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
-def test_only_full_remat_runs_cudnn_a_second_time(policy, runs, monkeypatch):
+def test_only_full_remat_runs_cudnn_a_second_time(policy, runs, mesh, monkeypatch):
     # Traced as if cuDNN were there; running it takes a GPU.
-    internal = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    internal = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(internal, "check_cudnn_version", lambda: 91000)
     run = jax.checkpoint(lambda x: attend(x * 2, x * 3, x * 4, "cudnn") * 5, policy=REMAT[policy])
     gradient = jax.grad(lambda x: jnp.sum(run(x).astype(jnp.float32)))
-    program = jax.make_jaxpr(gradient)(jnp.zeros((1, 128, 2, 100), jnp.bfloat16)).jaxpr
+    with meshes.use(mesh and make_mesh(mesh)):
+        program = jax.make_jaxpr(gradient)(jnp.zeros((4, 128, 2, 100), jnp.bfloat16)).jaxpr
     assert count(program, "dot_product_attention_fwd_wrapper") == runs
 
 
@@ -143,8 +147,8 @@ def test_the_kernel_is_chosen_by_platform_and_what_cannot_run_is_an_error():
         choose_kernel("splash", "gpu", "bfloat16")
     with pytest.raises(UserError, match="cudnn can't keep the sentences of a row apart"):
         choose_kernel("auto", "gpu", "bfloat16", segmented=True)
-    with pytest.raises(UserError, match="cudnn takes heads of up to 256, these have 320"):
-        choose_kernel("auto", "gpu", "bfloat16", head_dim=320)
+    with pytest.raises(UserError, match="cudnn takes heads of up to 128, these have 160"):
+        choose_kernel("auto", "gpu", "bfloat16", head_dim=160)
     with pytest.raises(UserError, match="cudnn needs a GPU, this is cpu"):
         choose_kernel("cudnn", "cpu", "bfloat16")
     with pytest.raises(UserError, match="cudnn computes in bfloat16, dtype is float32"):

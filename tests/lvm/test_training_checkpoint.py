@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lvm import files
 from lvm.errors import UserError
 from lvm.mesh import MeshConfig, make_mesh
+from lvm.training import checksums
 from lvm.training.checkpoint import FOLDER, Checkpoints, load_params, newest_step
 
 
@@ -127,3 +129,107 @@ def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device: a checkpoint needs"):
         checkpoints.save({"params": {"a": jnp.zeros(4)}, "training": {"b": jnp.zeros(4)}}, 1, {})
     assert list((tmp_path / FOLDER).iterdir()) == []
+
+
+def largest_file(folder, step):
+    return max(
+        (folder / FOLDER / str(step) / "params").rglob("*"),
+        key=lambda p: p.stat().st_size if p.is_file() else 0,
+    )
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A workdir with the states of steps 3 and 5, to be damaged."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (3, 5):
+        checkpoints.save(new_state(seed=step, step=step), step, {})
+    checkpoints.close()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip_a_byte, "its checksum is not that of what was written"),
+        (cut_short, r"\d+ bytes, \d+ were written"),
+        (lambda path: path.unlink(), "missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh, capsys, damage, words):
+    path = largest_file(fresh, 5)
+    damage(path)
+    checkpoints = Checkpoints(fresh, keep=2)
+    assert checkpoints.newest_sound() == 3
+    assert re.search(
+        f"damaged checkpoint: {re.escape(str(path))}: {words}; going back to step 3", capsys.readouterr().out
+    )
+    restored, _ = checkpoints.restore(3, abstract(new_state()))
+    assert_equal_bits(restored, new_state(seed=3, step=3))
+    # What was damaged is kept aside, and the step can be saved again.
+    assert (fresh / "damaged-checkpoints" / "5-0").is_dir()
+    checkpoints.save(new_state(seed=5, step=5), 5, {})
+    checkpoints.wait()
+    assert checkpoints.newest_sound() == 5
+    checkpoints.close()
+
+
+def test_a_model_is_not_loaded_from_damaged_parameters(fresh):
+    flip_a_byte(largest_file(fresh, 5))
+    with pytest.raises(UserError, match=r"damaged checkpoint: .*/params/.*: its checksum is not"):
+        load_params(fresh, jax.eval_shape(lambda: new_state()["params"]))
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(fresh):
+    for step in (3, 5):
+        flip_a_byte(largest_file(fresh, step))
+    checkpoints = Checkpoints(fresh, keep=2)
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        checkpoints.newest_sound()
+    checkpoints.close()
+    assert newest_step(fresh) == 5
+
+
+def test_an_unreadable_file_is_tried_again_and_is_no_damage(fresh, monkeypatch):
+    waited, calls = [], []
+    monkeypatch.setattr(checksums.time, "sleep", waited.append)
+
+    def failing(path):
+        calls.append(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(checksums, "_describe", failing)
+    checkpoints = Checkpoints(fresh, keep=2)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.newest_sound()
+    checkpoints.close()
+    assert {1.0, 4.0, 16.0} <= set(waited)
+    assert newest_step(fresh) == 5
+
+
+def test_a_checkpoint_without_checksums_is_used_and_said_to_be(fresh, capsys):
+    (fresh / "checksums" / "5.json").unlink()
+    checkpoints = Checkpoints(fresh, keep=2)
+    assert checkpoints.newest_sound() == 5
+    checkpoints.close()
+    assert "has no checksums, so it is used as it is" in capsys.readouterr().out
+
+
+def test_checksums_go_with_their_checkpoints(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 8):
+        checkpoints.save(new_state(step=step), step, {})
+        checkpoints.wait()
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["4", "6", "7"]
+    assert sorted(path.stem for path in (tmp_path / "checksums").iterdir()) == ["4", "6", "7"]

@@ -19,15 +19,15 @@ from lvm import cli
 from lvm.errors import DivergedError, UserError
 from lvm.mesh import MeshConfig, make_mesh
 from lvm.training import metrics
-from lvm.training.checkpoint import newest_step
+from lvm.training.checkpoint import Checkpoints, newest_step
 from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.step import Step
-from lvm.training.trainable import make_update
+from lvm.training.trainable import make_update, no_skipped
 from lvm.training.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
 TRUTH = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
-TIMES = {"step_seconds", "input_wait", "tokens_per_second"}  # no two runs share these
+TIMES = {"step_seconds", "input_wait", "tokens_per_second", "goodput"}  # no two runs share these
 
 
 class Regression:
@@ -49,7 +49,7 @@ class Regression:
         return {
             "step": jnp.int32(0),
             "params": params,
-            "training": {"optimizer": self.optimizer.init(params)},
+            "training": {"optimizer": self.optimizer.init(params), "skipped": no_skipped()},
         }
 
     def _loss(self, params, batch, rng):
@@ -60,7 +60,7 @@ class Regression:
         nothing = jnp.float32(0)
         return total, {"loss": (total, count), "loss/here": (total, count), "loss/absent": (nothing, nothing)}
 
-    def evaluate(self, state):
+    def evaluate(self, state, stopping):
         self.evaluated.append(int(state["step"]))
         return {"heldout_loss": float(jnp.sum(state["params"]["kernel"] ** 2))}
 
@@ -114,7 +114,8 @@ def train(folder, total=6, read=read_batch, trainable=None, tokens_per_step=0, s
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     config = LoopConfig(total_steps=total, **options)
     trainable = trainable or Regression()
-    return Loop(Step(trainable, mesh, seed), read, config, place, {}, tokens_per_step).run()
+    rows = lambda number, own: {name: x[own] for name, x in read(number).items()}  # noqa: E731
+    return Loop(Step(trainable, mesh, seed), rows, config, place, tokens_per_step).run()
 
 
 def bits(state):
@@ -220,23 +221,78 @@ def test_a_fresh_workdir_is_not_finished(tmp_path):
     assert not is_finished(Workdir(tmp_path, "lvm", {}), LoopConfig(total_steps=1))
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(DivergedError, match=rf"{tmp_path}: loss is nan at step 4"):
-        train(tmp_path, total=9, read=nan_from(3))
-    assert newest_step(tmp_path) == 2
+def test_a_gradient_that_is_no_number_changes_nothing_but_the_count(tmp_path, capsys):
+    def nan_at_third(step):
+        return nan_from(2)(step) if step == 2 else read_batch(step)
+
+    skipped = train(tmp_path / "skipped", total=3, read=nan_at_third)
+    before = train(tmp_path / "before", total=2)
+    assert bits(skipped["params"]) == bits(before["params"])
+    assert bits(skipped["training"]["optimizer"]) == bits(before["training"]["optimizer"])
+    assert "step 3: the gradient is not finite; skipped, 1 in a row" in capsys.readouterr().out
+    after = train(tmp_path / "skipped", total=6, read=nan_at_third)
+    assert {name: int(x) for name, x in after["training"]["skipped"].items()} == {
+        "skipped_steps": 1,
+        "skipped_in_row": 0,
+    }
+    assert np.isfinite(after["params"]["kernel"]).all()
 
 
-def test_a_diverged_state_is_not_saved_between_logged_steps(tmp_path):
-    with pytest.raises(DivergedError, match="at step 4"):
-        train(tmp_path, total=9, read=nan_from(3), log_every=100)
-    assert newest_step(tmp_path) == 2
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_too_many_of_them_in_a_row_end_the_run_and_name_their_batches(tmp_path, log_every):
+    with pytest.raises(DivergedError, match=rf"{tmp_path}: no finite gradient in 3 steps, the last was 7"):
+        train(tmp_path, total=99, read=nan_from(4), max_skipped=3, checkpoint_every=2, log_every=log_every)
+    state, _ = restored(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    batches = json.loads((tmp_path / "diverged.json").read_text())["batches"]
+    assert list(batches) == ["4", "5", "6"]
+    assert all(len(digest) == 64 for digest in batches.values())
+
+
+def restored(folder):
+    """The newest state that a run saved."""
+    step = Step(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), 0)
+    checkpoints = Checkpoints(folder, read_only=True)
+    found = checkpoints.restore(checkpoints.latest(), step.state)
+    checkpoints.close()
+    return found
+
+
+def test_a_trace_is_written_of_the_chosen_steps_and_on_request(tmp_path):
+    train(tmp_path, total=4, profile=(2, 3))
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    release(tmp_path)
+    (tmp_path / "profile.request").touch()
+    train(tmp_path, total=8)
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 2
+    assert not (tmp_path / "profile.request").exists()
+
+
+def test_tensorboard_has_what_the_lines_have(tmp_path):
+    train(tmp_path, total=3, tokens_per_step=80)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    line = metrics.read(tmp_path)[-1]
+    assert 0 < line["goodput"] <= 1
+    assert line["skipped_steps"] == 0
+
+
+def test_goodput_counts_only_what_was_kept(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "time", lambda: now[0])
+    first = metrics.Goodput()
+    now[0] += 100
+    assert first.add(80) == pytest.approx(0.8)
+    saved = first.to_json()
+    first.add(50)  # lost: not in the checkpoint
+    now[0] += 100
+    assert metrics.Goodput.of(saved).add(20) == pytest.approx(0.5)
 
 
 def test_a_signal_while_a_step_is_reported_saves_that_step(tmp_path):
     class Interrupted(Regression):
-        def evaluate(self, state):
+        def evaluate(self, state, stopping):
             os.kill(os.getpid(), signal.SIGTERM)
-            return super().evaluate(state)
+            return super().evaluate(state, stopping)
 
     with pytest.raises(SystemExit) as ended:
         train(tmp_path, total=9, trainable=Interrupted(), evaluate_every=3, checkpoint_every=0)
@@ -264,7 +320,7 @@ def test_sigterm_saves_exits_75_and_the_run_goes_on_as_if_nothing_had_been(tmp_p
     stopped = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     saved = newest_step(tmp_path / "stopped")
     assert stopped.returncode == 75, stopped.stderr
-    assert f"SIGTERM: saved at step {saved}\n" in stopped.stdout
+    assert f"SIGTERM: saved at step {saved}, which took" in stopped.stdout
     assert 0 < saved < 40
     assert [line["step"] for line in metrics.read(tmp_path / "stopped")] == list(range(1, saved + 1))
     resumed = train(tmp_path / "stopped", total=40, checkpoint_every=0)

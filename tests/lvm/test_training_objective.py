@@ -131,9 +131,13 @@ def test_the_norms_are_those_of_all_gradients_and_parameters():
     np.testing.assert_allclose(metrics["param_norm"], norm(after["params"]), rtol=1e-5)
 
 
-def test_the_heldout_loss_is_the_mean_over_the_batches():
-    wanted = np.mean([loss_of(batch(seed))[0] for seed in (100, 101)])
-    assert objective(heldout=2).evaluate(state()) == {"heldout_loss": pytest.approx(wanted, rel=1e-6)}
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_heldout_loss_is_the_mean_over_the_targets_of_all_batches(parts):
+    made = [batch(seed) for seed in (100, 101)]
+    wanted = np.concatenate([losses_in_numpy(x)[x["loss_mask"]] for x in made]).mean()
+    trainable = dataclasses.replace(objective(heldout=2), objective=ObjectiveConfig(accumulate_steps=parts))
+    assert trainable.evaluate(state()) == {"heldout_loss": pytest.approx(wanted, rel=1e-5)}
+    assert trainable.evaluate(state(), stopping=lambda: True) == {}
     assert objective().evaluate(state()) == {}
 
 

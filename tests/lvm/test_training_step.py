@@ -111,6 +111,7 @@ def test_processes_change_no_run(mesh):
     wanted_losses, _, _ = alone("adamw")
     for found in outputs:
         assert found["devices"] == 4
+        assert found["agreed"] == [2**40 + 5, -1]
         np.testing.assert_allclose(found["losses"], wanted_losses, rtol=1e-5)
     assert outputs[0] == outputs[1]
 

@@ -32,7 +32,7 @@ def devices(topology, **options):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
-def make_step(config, mesh, batch_size, chunk):
+def make_step(config, mesh, batch_size, chunk, zero1=False, accumulate_steps=1):
     C = config.context
     spec = {
         "tokens": jax.ShapeDtypeStruct((batch_size, C + 1), np.int32),
@@ -41,8 +41,8 @@ def make_step(config, mesh, batch_size, chunk):
         "source_ids": jax.ShapeDtypeStruct((batch_size, C), np.int16),
     }
     tx, schedule = build(OptimizerConfig(), 100_000)
-    objective = ObjectiveConfig(logits_chunk=chunk)
-    return Step(NextCode(config, spec, ["all"], tx, schedule, mesh, objective), mesh, seed=0)
+    objective = ObjectiveConfig(logits_chunk=chunk, accumulate_steps=accumulate_steps)
+    return Step(NextCode(config, spec, ["all"], tx, schedule, mesh, objective), mesh, seed=0, zero1=zero1)
 
 
 SMALL = ModelConfig(
@@ -109,6 +109,44 @@ def test_the_state_is_donated(compiled):
     )
     assert memory.alias_size_in_bytes >= state
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < MIB
+
+
+def test_parts_that_add_up_and_zero1_compile_and_send_no_moments():
+    # Accumulation with fsdp is what XLA for TPU failed on; moments that don't nest in gradients would be sent around.
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices("v5e:2x2"))
+    step = make_step(SMALL, mesh, 8, 256, zero1=True, accumulate_steps=2)
+    text = step.compile().as_text()
+    permuted = [line for line in text.splitlines() if re.search(r" collective-permute(-start)?\(", line)]
+    assert not [line for line in permuted if "= f32[" in line or "= (f32[" in line]
+    moments = [x for x in jax.tree.leaves(step.state["training"]["optimizer"]) if x.ndim == 3]
+    assert moments
+    assert all(np.prod(x.sharding.shard_shape(x.shape)) * 4 == x.size for x in moments)
+
+
+@pytest.mark.slow
+def test_over_slices_each_chip_sends_its_part_of_the_gradients_alone():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4), devices("v5e:2x2", num_slices=2))
+    text = make_step(SMALL, mesh, 8, 256).compile().as_text()
+    sent = re.findall(r"= \((\w+)\[([\d,]*)\]\S*, .* send\(", text)
+    assert sent
+    whole = SMALL.hidden_size * SMALL.vocabulary_size
+    assert max(np.prod([int(d) for d in shape.split(",")]) for dtype, shape in sent if shape) < whole
+
+
+@pytest.mark.parametrize(
+    ("topology", "config"),
+    [
+        ("v6e:16x16", MeshConfig(data=2, fsdp=128)),
+        ("v5p:4x4x8", MeshConfig(data=2, fsdp=64)),
+        ("v5p:4x4x8", MeshConfig(data=1, fsdp=64, tensor=2)),
+        ("v5e:16x16", MeshConfig(data=4, fsdp=64)),
+    ],
+)
+def test_common_meshes_fit_every_kind_of_pod(topology, config):
+    chips = devices(topology)
+    mesh = make_mesh(config, chips)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in chips}
+    assert mesh.devices.shape == (config.data, config.fsdp, 1, config.tensor)
 
 
 def test_slices_are_told_apart_by_data_alone():

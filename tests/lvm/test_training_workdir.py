@@ -38,6 +38,12 @@ def changed(**changes):
     return record
 
 
+def begun(folder):
+    """A run that has saved a checkpoint."""
+    Workdir(folder, "lvm", RECORD)
+    (folder / "checkpoints" / "10").mkdir(parents=True)
+
+
 def reopen(folder, record, kind="lvm"):
     """As another process would: without the lock that this one still holds."""
     (folder / ".lock").unlink()
@@ -67,7 +73,7 @@ def test_the_same_configuration_opens_it_again(tmp_path):
     ],
 )
 def test_what_changes_no_mathematics_may_differ_and_is_said(tmp_path, capsys, change, said):
-    Workdir(tmp_path, "lvm", RECORD)
+    begun(tmp_path)
     reopen(tmp_path, changed(**change))
     assert f"resuming with a changed {said}" in capsys.readouterr().out
     assert read_record(tmp_path, "lvm")["config"] == changed(**change)["config"]
@@ -85,7 +91,7 @@ def test_what_changes_no_mathematics_may_differ_and_is_said(tmp_path, capsys, ch
     ],
 )
 def test_anything_else_is_refused_and_changes_nothing(tmp_path, change, named):
-    Workdir(tmp_path, "lvm", RECORD)
+    begun(tmp_path)
     before = (tmp_path / CONFIG).read_bytes()
     with pytest.raises(UserError, match="holds a run of another configuration") as error:
         reopen(tmp_path, changed(**change))
@@ -95,7 +101,7 @@ def test_anything_else_is_refused_and_changes_nothing(tmp_path, change, named):
 
 
 def test_all_refused_changes_are_listed(tmp_path):
-    Workdir(tmp_path, "lvm", RECORD)
+    begun(tmp_path)
     with pytest.raises(UserError, match=r"config\.model\.num_layers: 2 → 4; config\.seed: 0 → 7"):
         reopen(tmp_path, changed(config__seed=7, config__model__num_layers=4, config__mesh__fsdp=2))
 
@@ -137,3 +143,9 @@ def test_a_record_that_is_no_object_is_named(tmp_path):
     (tmp_path / CONFIG).write_text("[1]")
     with pytest.raises(UserError, match=rf"{CONFIG}: holds 'list', wanted"):
         read_record(tmp_path, "lvm")
+
+
+def test_before_the_first_checkpoint_a_run_may_start_otherwise(tmp_path):
+    Workdir(tmp_path, "lvm", RECORD)
+    reopen(tmp_path, changed(config__model__num_layers=4))
+    assert read_record(tmp_path, "lvm")["config"]["model"]["num_layers"] == 4
