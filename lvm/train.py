@@ -10,11 +10,12 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from lvm import cli
+from lvm import cli, distributed
 from lvm.config import from_config_dict, to_json
 from lvm.console import say
 from lvm.data.mixture import Mixture, MixtureConfig
 from lvm.data.rows import Rows
+from lvm.distributed import DistributedConfig
 from lvm.errors import UserError
 from lvm.evaluation.pictures import completion
 from lvm.flops import CONVENTIONS, train_flops_per_token
@@ -24,8 +25,10 @@ from lvm.model import ModelConfig
 from lvm.module import count_params
 from lvm.training import optimizer
 from lvm.training.loop import Loop, LoopConfig, is_finished
+from lvm.training.memory import fitting_step
 from lvm.training.objective import NextCode, ObjectiveConfig
-from lvm.training.step import Step, lightest_remat
+from lvm.training.programs import cache_programs
+from lvm.training.step import Step
 from lvm.training.trainable import State
 from lvm.training.workdir import Workdir
 from lvm.vocabulary import Vocabulary
@@ -52,11 +55,13 @@ class TrainConfig:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: optimizer.OptimizerConfig = dataclasses.field(default_factory=optimizer.OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
 
 def train(config: TrainConfig, workdir: str) -> None:
     """Trains, or goes on training, in `workdir`; does nothing where it is complete."""
+    distributed.join(config.distributed)
     mixture = Mixture(config.data, config.seed)
     store = mixture.stores[0]
     vocabulary = Vocabulary.for_codes(store.num_codes)
@@ -92,19 +97,22 @@ def train(config: TrainConfig, workdir: str) -> None:
         f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}; "
         + _count(mixture)
     )
-    flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in CONVENTIONS}
-    Loop(_step(config, trainable, mesh), rows.batch, loop, place, {}, tokens, flops).run()
+    read = lambda number, own: {name: x[own] for name, x in rows.batch(number).items()}  # noqa: E731
+    cache_programs(loop.compilation_cache, place.path)
+    # The peak that MFU is a share of is that of bfloat16.
+    conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
+    flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
+    Loop(_step(config, trainable, mesh), read, loop, place, tokens, flops).run()
 
 
 def _step(config: TrainConfig, trainable: NextCode, mesh: Mesh) -> Step:
-    def with_remat(policy: str) -> Step:
+    def make(policy: str, parts: int) -> Step:
         model = dataclasses.replace(trainable.config, remat=policy)
-        chosen = dataclasses.replace(trainable, config=model)
+        objective = dataclasses.replace(trainable.objective, accumulate_steps=parts)
+        chosen = dataclasses.replace(trainable, config=model, objective=objective)
         return Step(chosen, mesh, config.seed, config.mesh.zero1)
 
-    if trainable.config.remat == "auto":
-        return lightest_remat(with_remat)
-    return with_remat(trainable.config.remat)
+    return fitting_step(make, trainable.config.remat, trainable.objective.accumulate_steps)
 
 
 def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:

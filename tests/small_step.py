@@ -62,7 +62,7 @@ def main(address, count, number, mesh):
     step = make_step(MeshConfig(**json.loads(mesh)))
     state, losses, norms = step.init(), [], {}
     for seed in range(20):
-        state, metrics = step(state, step.place(batch(seed)))
+        state, metrics = step(state, step.place({name: x[step.rows] for name, x in batch(seed).items()}))
         losses.append(float(metrics["loss"]))
         norms = norms or {name: float(metrics[name]) for name in ("grad_norm", "param_norm")}
     agreed = [distributed.agree(2**40 + 5 if jax.process_index() == 0 else 7), distributed.agree(-1)]

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from lvm.distributed import Preemption
 from lvm.errors import EXIT_PREEMPTED, DivergedError, UserError
 from lvm.training.checkpoint import Checkpoints, newest_step
 from lvm.training.metrics import Goodput, MetricsWriter
-from lvm.training.programs import Tracer, cache_programs
+from lvm.training.programs import Tracer
 from lvm.training.step import Step
 from lvm.training.trainable import Batch, Metrics, State
 from lvm.training.watchdog import Watchdog, WatchdogConfig
@@ -134,7 +133,6 @@ class Loop:
           DivergedError: too many steps in a row had no finite gradient.
           SystemExit: SIGTERM came; the step is saved, the exit code says so.
         """
-        cache_programs(self._config.compilation_cache or os.fspath(self._path / "compilation_cache"))
         with self._preemption, self._watchdog:
             state, start = self._start()
             self._metrics = MetricsWriter(self._path, start)

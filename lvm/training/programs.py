@@ -14,9 +14,12 @@ REQUEST = "profile.request"
 _REQUESTED_STEPS = 3
 
 
-def cache_programs(folder: str) -> None:
-    """Keeps compiled programs in `folder` (local or gs://), and says of the slow ones whether they were there."""
-    jax.config.update("jax_compilation_cache_dir", folder)
+def cache_programs(folder: str, workdir: epath.Path) -> None:
+    """Keeps compiled programs for the next start, in `folder` (local or gs://; "" is the workdir's own).
+
+    Says when one was there. Must come before the first program is compiled.
+    """
+    jax.config.update("jax_compilation_cache_dir", folder or os.fspath(workdir / "compilation_cache"))
     global _listening
     if not _listening:
         jax.monitoring.register_event_listener(_say_cache)

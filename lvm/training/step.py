@@ -6,23 +6,15 @@ The loop runs it, a plan reads it: both see the same program, since both get it 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lvm import accelerators, distributed
 from lvm import mesh as meshes
-from lvm.console import say
-from lvm.errors import UserError
-from lvm.model import REMAT
 from lvm.training.trainable import Batch, Metrics, State, Trainable
-
-_GIB = 2**30
-_USABLE = 0.95  # of a device's memory: allocators leave gaps, and evaluation has a program of its own
 
 
 class Step:
@@ -64,7 +56,14 @@ class Step:
         return jax.jit(lambda: self.trainable.init(jax.random.key(self._seed)), out_shardings=self._shardings)
 
     def place(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """This process's `rows` of a global batch, as arrays of which every device holds its part."""
+        """This process's `rows` of a global batch, as arrays of which every device holds its part.
+
+        Raises:
+          ValueError: an array has another number of rows.
+        """
+        for name, x in batch.items():
+            if len(x) != len(self.rows):
+                raise ValueError(f"{name}: {len(x)} rows, this process holds {len(self.rows)}")
 
         def part(x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
             first, end, _ = index[0].indices(self.rows[-1] + 1)
@@ -104,53 +103,6 @@ class Step:
         memory = self.compile().memory_analysis()
         kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         return kept + memory.temp_size_in_bytes
-
-
-def lightest_remat(make_step: Callable[[str], Step]) -> Step:
-    """The step with the lightest rematerialisation whose update fits in the devices' memory, found by compiling.
-
-    Args:
-      make_step: a policy of `lvm.model.REMAT` → the step with it.
-
-    Raises:
-      UserError: not even the heaviest fits.
-    """
-    tried: list[str] = []
-    limit = 0
-    for policy in REMAT:
-        step = make_step(policy)
-        limit = limit or int(_USABLE * _memory_limit(step.mesh))
-        try:
-            needed = step.memory_bytes()
-        except jax.errors.JaxRuntimeError as error:
-            # TPU's compiler refuses what doesn't fit.
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            tried.append(f"{policy} more than the compiler takes")
-            continue
-        if needed <= limit:
-            say(f"remat {policy}: {needed / _GIB:.2f} of {limit / _GIB:.1f} GiB a device")
-            return step
-        tried.append(f"{policy} {needed / _GIB:.2f}")
-    raise UserError(
-        f"config.model.remat: nothing fits in {limit / _GIB:.1f} GiB a device (GiB needed: {', '.join(tried)}); "
-        "a smaller config.batch_size, more config.objective.accumulate_steps or a larger config.mesh.fsdp would"
-    )
-
-
-def _memory_limit(mesh: Mesh) -> int:
-    """Bytes a device; the same on every process, since all must choose the same program."""
-    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    device = mine[0] if mine else mesh.devices.flat[0]
-    limit = accelerators.memory_bytes(device)
-    if limit is None and device.platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, len(mine))
-    if limit is None:
-        raise UserError(
-            f"config.model.remat: auto needs to know the memory of {device.device_kind!r}, which isn't in "
-            "lvm/accelerators.py; name a policy"
-        )
-    return distributed.agree(limit)
 
 
 def _own_rows(rows: Any, batch_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Small scene stores and held-out scenes of random codes."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -36,6 +37,14 @@ def header(weights="a" * 64, grid=GRID):
         "classes": ["cat", "dog"],
         "group_hashes": [0, 2**64 - 1],
     }
+
+
+@pytest.fixture
+def compiled_quickly():
+    """Programs of this test are compiled without most optimisations, where compiling takes most of its time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The compiled step: what a mesh, rematerialisation and ZeRO-1 leave as it was, and where everything lies."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -12,12 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from lvm.errors import UserError
-from lvm.mesh import MeshConfig, make_mesh
-from lvm.training import step as steps
-from lvm.training.step import lightest_remat
+from lvm.mesh import MeshConfig
 from tests.commands import ROOT
-from tests.small_step import CONFIG, OPTIMIZERS, batch, make_step, sgd
+from tests.small_step import OPTIMIZERS, batch, make_step, sgd
 
 MESHES = {
     "8×1": MeshConfig(data=8),
@@ -29,12 +25,13 @@ MESHES = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+
 @pytest.fixture(autouse=True)
-def highest_precision_compiled_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
+def highest_precision():
     with jax.default_matmul_precision("highest"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -158,48 +155,3 @@ def test_the_state_is_donated_and_the_step_compiled_once():
     assert memory.alias_size_in_bytes >= sum(
         x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)
     )
-
-
-class TestLightestRemat:
-    """`auto`: the first policy whose program fits."""
-
-    def make(self, policy):
-        self.tried.append(policy)
-        return make_step(None, config=dataclasses.replace(CONFIG, remat=policy))
-
-    def choose(self, monkeypatch, limit):
-        self.tried = []
-        monkeypatch.setattr(steps.accelerators, "memory_bytes", lambda device: limit)
-        return lightest_remat(self.make)
-
-    def test_all_fits_where_there_is_room(self, monkeypatch):
-        assert self.choose(monkeypatch, 2**40).trainable.config.remat == "none"
-        assert self.tried == ["none"]
-
-    def test_less_is_kept_where_there_is_less(self, monkeypatch):
-        needed = {policy: self.make_quietly(policy).memory_bytes() for policy in ("none", "full")}
-        assert needed["full"] < needed["none"]
-        chosen = self.choose(monkeypatch, needed["none"] - 1)
-        assert chosen.trainable.config.remat != "none"
-        assert chosen.memory_bytes() < needed["none"]
-
-    def make_quietly(self, policy):
-        self.tried = []
-        return self.make(policy)
-
-    def test_what_fits_nowhere_is_an_error_with_the_needs(self, monkeypatch):
-        with pytest.raises(
-            UserError, match=r"config\.model\.remat: nothing fits in 0\.0 GiB .*none 0\.\d+, dots"
-        ):
-            self.choose(monkeypatch, 1000)
-
-    def test_an_unknown_accelerator_needs_a_named_policy(self, monkeypatch):
-        device = dataclasses.make_dataclass("Device", ["platform", "device_kind", "process_index"])
-        mesh = dataclasses.make_dataclass("Mesh", ["devices"])(np.array([device("gpu", "NVIDIA X1", 0)]))
-        with pytest.raises(UserError, match=r"auto needs to know the memory of 'NVIDIA X1'.*name a policy"):
-            steps._memory_limit(mesh)
-
-    def test_a_cpu_has_the_memory_of_the_machine(self):
-        mesh = make_mesh(MeshConfig(), jax.devices()[:2])
-        one = make_mesh(MeshConfig(), jax.devices()[:1])
-        assert steps._memory_limit(mesh) == steps._memory_limit(one) // 2 > 2**28
