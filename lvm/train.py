@@ -97,12 +97,11 @@ def train(config: TrainConfig, workdir: str) -> None:
         f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}; "
         + _count(mixture)
     )
-    read = lambda number, own: {name: x[own] for name, x in rows.batch(number).items()}  # noqa: E731
     cache_programs(loop.compilation_cache, place.path)
     # The peak that MFU is a share of is that of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
-    Loop(_step(config, trainable, mesh), read, loop, place, tokens, flops).run()
+    Loop(_step(config, trainable, mesh), rows.batch, loop, place, tokens, flops).run()
 
 
 def _step(config: TrainConfig, trainable: NextCode, mesh: Mesh) -> Step:

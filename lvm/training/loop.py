@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -19,6 +19,7 @@ from PIL import Image
 from lvm import distributed, files
 from lvm.accelerators import of_device
 from lvm.console import duration, say
+from lvm.data import loader
 from lvm.distributed import Preemption
 from lvm.errors import EXIT_PREEMPTED, DivergedError, UserError
 from lvm.training.checkpoint import Checkpoints, newest_step
@@ -30,6 +31,7 @@ from lvm.training.watchdog import Watchdog, WatchdogConfig
 from lvm.training.workdir import Workdir
 
 DIVERGED = "diverged.json"
+ReadBatch = Callable[[int, np.ndarray], Mapping[str, np.ndarray]]  # (step, rows) → those rows of its batch
 _STEPS_AHEAD = 2  # steps that may be under way while the next is prepared
 
 
@@ -43,6 +45,7 @@ class LoopConfig:
       keep: how many of the newest checkpoints are kept.
       keep_every: checkpoints of steps that it divides are kept for good; 0 for none.
       max_skipped: so many steps in a row without a finite gradient end the run; each leaves all as it was.
+      input_workers: processes that read batches ahead; 0 reads in threads.
       profile: the first and the last step of a trace into `profile/`; empty for none. A running job traces its next
         steps when a file `profile.request` appears in its workdir.
       compilation_cache: where compiled programs are kept for the next start; "" is the workdir.
@@ -57,6 +60,7 @@ class LoopConfig:
     keep: int = 2
     keep_every: int = 0
     max_skipped: int = 10
+    input_workers: int = 0
     profile: tuple[int, ...] = ()
     compilation_cache: str = ""
     watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
@@ -70,7 +74,7 @@ class LoopConfig:
         for name in ("log_every", "keep", "max_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
-        for name in ("evaluate_every", "picture_every", "checkpoint_every", "keep_every"):
+        for name in ("evaluate_every", "picture_every", "checkpoint_every", "keep_every", "input_workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: {getattr(self, name)} is negative")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
@@ -110,7 +114,7 @@ class Loop:
     def __init__(
         self,
         step: Step,
-        read_batch: Callable[[int, np.ndarray], Batch],
+        read_batch: ReadBatch,
         config: LoopConfig,
         workdir: Workdir,
         tokens_per_step: int = 0,
@@ -179,9 +183,8 @@ class Loop:
         return state
 
     def _batches(self, start: int, total: int) -> Iterator[Batch]:
-        steps = grain.MapDataset.range(start, total).map(lambda step: self._read_batch(step, self._step.rows))
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-        for batch in steps.to_iter_dataset(options):
+        read = functools.partial(_read_own, self._read_batch, self._step.rows)
+        for batch in loader.batches(read, start, total, self._config.input_workers):
             yield self._step.place(batch)
 
     def _save(self, state: State, step: int) -> None:
@@ -293,6 +296,10 @@ def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[st
     if accelerator is None:
         return {}
     return {name: flops / (accelerator.peak_flops * mesh.size) for name, flops in flops_per_step.items()}
+
+
+def _read_own(read: ReadBatch, rows: np.ndarray, step: int) -> Mapping[str, np.ndarray]:
+    return read(step, rows)  # not a method of the loop: it may be sent to another process
 
 
 def _hash(batch: Batch) -> str:

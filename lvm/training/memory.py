@@ -33,19 +33,20 @@ def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
     Raises:
       UserError: it doesn't fit; says what takes the memory and the nearest that would fit.
     """
-    tried = []
+    tried: list[str] = []
+    limit = 0
     for name in REMAT if policy == "auto" else (policy,):
         step = make_step(name, parts)
-        limit = memory_limit(step.mesh)
-        if limit is None and policy == "auto":
+        known = memory_limit(step.mesh)
+        if known is None:
+            if policy != "auto":
+                return step
             kind = step.mesh.devices.flat[0].device_kind
             raise UserError(
                 f"config.model.remat: auto needs to know the memory of {kind!r}, which isn't in lvm/accelerators.py; "
                 "name a policy"
             )
-        if limit is None:
-            return step
-        needed = bytes_needed(step)
+        limit, needed = known, bytes_needed(step)
         if needed is not None and needed <= limit:
             if policy == "auto":
                 say(f"remat {name}: {needed / _GIB:.2f} of {limit / _GIB:.1f} GiB a device")

@@ -5,7 +5,6 @@ The loop runs it, a plan reads it: both see the same program, since both get it 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lvm import mesh as meshes
+from lvm.data import loader
 from lvm.training.trainable import Batch, Metrics, State, Trainable
 
 
@@ -44,7 +44,7 @@ class Step:
         batch_size = next(iter(trainable.batch_spec.values())).shape[0]
         rows = meshes.batch_sharding(mesh, batch_size)
         self.batch = {name: _with_sharding(x, rows) for name, x in trainable.batch_spec.items()}
-        self.rows = _own_rows(rows, batch_size)
+        self.rows = loader.rows_of_process(rows, (batch_size,))
         self._compiled: Any = None
 
     def init(self) -> State:
@@ -65,15 +65,8 @@ class Step:
             if len(x) != len(self.rows):
                 raise ValueError(f"{name}: {len(x)} rows, this process holds {len(self.rows)}")
 
-        def part(x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-            first, end, _ = index[0].indices(self.rows[-1] + 1)
-            at = np.searchsorted(self.rows, first)
-            return x[at : at + end - first]
-
         return {
-            name: jax.make_array_from_callback(
-                self.batch[name].shape, self.batch[name].sharding, functools.partial(part, x)
-            )
+            name: loader.to_global(x, self.rows, self.batch[name].sharding, self.batch[name].shape)
             for name, x in batch.items()
         }
 
@@ -103,12 +96,6 @@ class Step:
         memory = self.compile().memory_analysis()
         kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         return kept + memory.temp_size_in_bytes
-
-
-def _own_rows(rows: Any, batch_size: int) -> np.ndarray:
-    own = rows.addressable_devices_indices_map((batch_size,)).values()
-    numbers = {number for (part,) in own for number in range(*part.indices(batch_size))}
-    return np.array(sorted(numbers), np.int64)
 
 
 def _with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

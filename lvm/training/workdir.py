@@ -24,6 +24,7 @@ _FREE = (
     "config.loop.checkpoint_every",
     "config.loop.keep",
     "config.loop.max_skipped",
+    "config.loop.input_workers",
     "config.loop.profile",
     "config.loop.compilation_cache",
     "config.loop.watchdog.",
