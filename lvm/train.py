@@ -44,12 +44,14 @@ class TrainConfig:
       batch_size: rows a step.
       heldout_batches: batches of held-out sentences that the held-out loss averages over.
       tokenizer: a tokenizer's folder, to show pictures of answers while training; "" shows none.
+      accept_changed_mixture: goes on with a run whose mixture was another one until now.
     """
 
     seed: int = 0
     batch_size: int = 128
     heldout_batches: int = 4
     tokenizer: str = ""
+    accept_changed_mixture: bool = False
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -57,6 +59,10 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+
+# What a changed mixture changes of a run's record.
+_MIXTURE = ("config.data.", "mixture.", "stores", "sources")
 
 
 def train(config: TrainConfig, workdir: str) -> None:
@@ -70,16 +76,18 @@ def train(config: TrainConfig, workdir: str) -> None:
         "tokenizer": store.manifest["tokenizer"],
         "stores": [store.identity() for store in mixture.stores],
         "sources": [store.manifest["source"] for store in mixture.stores],
+        "mixture": {**mixture.record(), "identity": mixture.identity()},
     }
     tokens = config.batch_size * config.model.context
     loop = config.loop.in_steps(tokens)
-    place = Workdir(workdir, "lvm", record)
+    place = Workdir(workdir, "lvm", record, _MIXTURE if config.accept_changed_mixture else ())
     if is_finished(place, loop):
         return
     vocabulary.save(place.path)
     model = _with_vocabulary(config.model, vocabulary)
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
+    rows.check_repetitions(loop.total_steps)
     mesh = make_mesh(config.mesh)
     trainable = NextCode(
         model,
@@ -93,10 +101,9 @@ def train(config: TrainConfig, workdir: str) -> None:
     )
     if config.tokenizer:
         trainable.draw = _pictures(config, trainable, vocabulary)
-    say(
-        f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}; "
-        + _count(mixture)
-    )
+    say(f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}")
+    for line in rows.notes():
+        say(line)
     cache_programs(loop.compilation_cache, place.path)
     # The peak that MFU is a share of is that of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
@@ -159,12 +166,6 @@ def _pictures(config: TrainConfig, trainable: NextCode, vocabulary: Vocabulary) 
         }
 
     return draw
-
-
-def _count(mixture: Mixture) -> str:
-    parts = [f"{source.name} {source.per_epoch} sentences an epoch" for source in mixture.sources]
-    left_out = sum(source.left_out for source in mixture.sources)
-    return ", ".join(parts) + (f" ({left_out} scenes left out as too short)" if left_out else "")
 
 
 def main() -> None:

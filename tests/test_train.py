@@ -52,6 +52,18 @@ def test_a_run_goes_on_on_another_mesh(demo, tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_a_changed_mixture_must_be_accepted(demo, tmp_path):
+    shared = [TINY, f"--config.data.store={demo / 'store'}", f"--workdir={tmp_path / 'run'}"]
+    run("lvm.train", *shared, "--config.loop.total_steps=10")
+    changed = [*shared, "--config.loop.total_steps=20", "--config.data.packing=whole"]
+    refused = run("lvm.train", *changed, code=2)
+    assert "config.data.packing: 'concat' → 'whole'" in refused
+    accepted = run("lvm.train", *changed, "--config.accept_changed_mixture=true", "--config.loop.input_workers=1")
+    assert "resuming with a changed config.data.packing: 'concat' → 'whole'" in accepted
+    assert "going on from step 10" in accepted
+    assert "step 20/20" in accepted
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,10 +1,29 @@
-"""A random permutation of [0, n) by random access, in no memory."""
+"""Random permutations of [0, n) by random access, in no memory."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from lvm.data.draws import Draws, mix
+
+SHUFFLES = ("all", "blocks")
+PAGE = 64  # neighbours that stay together in the first step of "blocks": a record holds as many single images
+WINDOW = 64 * PAGE  # places that the second step mixes
+
 _ROUNDS = 4
+
+
+def order(places: np.ndarray, n: int, seed: int, shuffle: str, scenes: int = 1) -> np.ndarray:
+    """What stands at `places` of a seeded order of [0, n): int64, shaped as `places`.
+
+    `shuffle` is "all" (every order alike) or "blocks" (`permute_pages`, of things of so many `scenes` each).
+    """
+    flat = np.asarray(places, np.int64).ravel()
+    page, window = max(1, PAGE // scenes), max(1, WINDOW // scenes)
+    permuted = permute(flat, n, seed) if shuffle == "all" else permute_pages(flat, n, seed, page, window)
+    return permuted.reshape(np.shape(places))
 
 
 def permute(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -23,23 +42,66 @@ def permute(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     keys = np.random.default_rng([seed % 2**64, n]).integers(0, 2**64, _ROUNDS, dtype=np.uint64)
-    result = _feistel(np.asarray(indices, np.uint64), keys, half)
+    result = _feistel(np.asarray(indices, np.uint64), keys, np.uint64(half))
     while (outside := result >= n).any():
-        result[outside] = _feistel(result[outside], keys, half)
+        result[outside] = _feistel(result[outside], keys, np.uint64(half))
     return result.astype(np.int64)
 
 
-def _feistel(x: np.ndarray, keys: np.ndarray, half: int) -> np.ndarray:
-    mask = np.uint64(2**half - 1)
-    left, right = x >> np.uint64(half), x & mask
+def permute_each(indices: np.ndarray, sizes: np.ndarray, seed: int, places: np.ndarray) -> np.ndarray:
+    """Where many permutations, one for each of `places`, send one index each.
+
+    Args:
+      indices: int64 [k], each in [0, its size).
+      sizes: int64 [k], of the domains; equal places have equal sizes.
+      seed: any number.
+      places: int64 [k], which permutation.
+
+    Returns:
+      int64 [k].
+    """
+    sizes = np.asarray(sizes, np.uint64)
+    bits = np.frexp(np.maximum(sizes, 2) - 1.0)[1]  # sizes are below 2^53, where floats count exactly
+    half = ((bits + 1) // 2).astype(np.uint64)
+    keys = Draws(seed, places).bits(_ROUNDS).T  # [rounds, k]
+    result = _feistel(np.asarray(indices, np.uint64), keys, half)
+    while (outside := np.flatnonzero(result >= sizes)).size:
+        result[outside] = _feistel(result[outside], keys[:, outside], half[outside])
+    return result.astype(np.int64)
+
+
+def permute_pages(
+    indices: np.ndarray, n: int, seed: int, page: int = PAGE, window: int = WINDOW
+) -> np.ndarray:
+    """A permutation of [0, n) whose neighbours come from few places, for storage where random reads are slow.
+
+    Pages of `page` neighbours are permuted, then places within windows of `window`: a window is filled from
+    as many pages as it holds. What doesn't fill a page comes last before the windows are mixed; a seeded
+    turn of the circle makes that something else under every seed.
+
+    Args, returns: as `permute`.
+    """
+    indices = np.asarray(indices, np.int64)
+    mixed = np.empty_like(indices)
+    windows = indices // window
+    for number in np.unique(windows).tolist():
+        mine, start = windows == number, number * window
+        size = min(window, n - start)
+        mixed[mine] = start + permute(indices[mine] - start, size, _combined(seed, number))
+    pages, turn = n // page, _combined(seed, -1) % n
+    whole = mixed < pages * page
+    mixed[whole] = permute(mixed[whole] // page, pages, seed) * page + mixed[whole] % page
+    return (mixed + turn) % n
+
+
+def _combined(seed: int, part: int) -> int:
+    return int(mix(mix(np.array([seed % 2**64], np.uint64)) ^ np.uint64(part % 2**64))[0])
+
+
+def _feistel(x: np.ndarray, keys: np.ndarray, half: Any) -> np.ndarray:
+    """Keys are uint64 [rounds] or [rounds, k], `half` the bits of one side, uint64 [] or [k]."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
-    return (left << np.uint64(half)) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    # The finalizer of splitmix64: every input bit reaches every output bit.
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        left, right = right, left ^ (mix(right + key) & mask)
+    return (left << half) | right

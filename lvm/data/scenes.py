@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import google_crc32c
 import numpy as np
@@ -23,6 +23,18 @@ MAGIC, VERSION = b"LVMS", 1
 PAGE = 64  # single-image scenes in one record
 _HEAD = struct.Struct("<4sHHI")
 _SHAPE = struct.Struct("<III")
+
+_HEADS = np.dtype(
+    [
+        ("magic", "S4"),
+        ("version", "<u2"),
+        ("scenes", "<u2"),
+        ("checksum", "<u4"),
+        ("frames", "<u4"),
+        ("stream_set", "<u4"),
+        ("codes", "<u4"),
+    ]
+)  # the fields of both
 
 # One entry a scene, in a file beside each shard.
 INDEX = np.dtype(
@@ -109,3 +121,54 @@ def unpack(record: bytes, streams: Sequence[int], where: str) -> list[Scene]:
     return [
         Scene(*parts) for parts in zip(keys, class_ids.tolist(), [stream_set] * count, codes, strict=True)
     ]
+
+
+def read_grids(
+    records: Sequence[bytes],
+    which: np.ndarray,
+    entries: np.ndarray,
+    frames: np.ndarray,
+    columns: np.ndarray,
+    streams: Sequence[int],
+    codes_per_image: int,
+    where: Callable[[int], str],
+) -> np.ndarray:
+    """Grids out of several records.
+
+    Args:
+      records: as `pack` made them.
+      which: int [n], the record of each grid.
+      entries: `INDEX` [n], the entry of each grid's scene.
+      frames: int64 [n], its frame in the scene.
+      columns: int64 [n], its column in the scene's stream set.
+      streams: number of streams in each stream set.
+      codes_per_image: N.
+      where: place among `records` → shard and record, for the error.
+
+    Returns:
+      uint16 [n, N].
+
+    Raises:
+      UserError: a record is damaged, or holds other scenes than the index tells.
+    """
+    for place, record in enumerate(records):
+        if len(record) < _HEADS.itemsize:
+            raise UserError(f"{where(place)}: {len(record)} bytes are too few for a record")
+        if google_crc32c.value(record[_HEAD.size :]) != int.from_bytes(record[8:12], "little"):
+            raise UserError(f"{where(place)}: damaged: the checksum doesn't fit the content")
+    head = np.frombuffer(b"".join(record[: _HEADS.itemsize] for record in records), _HEADS)[which]
+    sizes = np.array([len(record) for record in records])
+    S = np.array(streams)[entries["stream_set"]]  # [n]
+    # The codes are the last part of a record, after keys of any length: their place is counted from its end.
+    images_left = (head["scenes"].astype(np.int64) - entries["slot"]) * entries["frames"] * S
+    offsets = sizes[which] - (images_left - frames * S - columns) * 2 * codes_per_image  # [n], in the record
+    fits = (head["magic"] == MAGIC) & (head["version"] == VERSION) & (head["codes"] == codes_per_image)
+    fits &= (head["frames"] == entries["frames"]) & (head["stream_set"] == entries["stream_set"])
+    fits &= (entries["slot"] < head["scenes"]) & (offsets >= _HEADS.itemsize)
+    if not fits.all():
+        place = int(which[np.argmin(fits)])
+        raise UserError(f"{where(place)}: damaged, or the index beside it is: it tells of another scene")
+    size = 2 * codes_per_image
+    pairs = zip(which.tolist(), offsets.tolist(), strict=True)
+    content = b"".join([records[place][offset : offset + size] for place, offset in pairs])
+    return np.frombuffer(content, "<u2").reshape(-1, codes_per_image)

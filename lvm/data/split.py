@@ -11,7 +11,12 @@ from lvm.errors import UserError
 
 def group_hash(group: str) -> int:
     """A 64-bit hash of a group's name, the same everywhere and forever."""
-    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little")
+    return content_hash(group.encode())
+
+
+def content_hash(content: bytes) -> int:
+    """A 64-bit hash of bytes, the same everywhere and forever."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def heldout(hashes: np.ndarray, fraction: float, extremes: tuple[int, int] | None = None) -> np.ndarray:

@@ -10,9 +10,12 @@ A shard counts once its entry stands, the store once its manifest does. Nothing 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,9 @@ VERSION = 1
 MANIFEST = "manifest.json"
 _KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "shards"}
 _OPTIONS = "group_size:1,uncompressed"
+_RECENT_BYTES = (
+    2**26
+)  # records that a process keeps, of all stores: where neighbours are read soon, each comes once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,15 +154,47 @@ def write_manifest(folder: epath.PathLike, header: Mapping[str, Any], num_shards
     return True
 
 
+class _Recent:
+    """The records that were read last, up to a number of bytes in all."""
+
+    def __init__(self, limit: int):
+        self._limit, self._bytes = limit, 0
+        self._records: collections.OrderedDict[Any, bytes] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, keys: Sequence[Any], read: Callable[[list[int]], list[bytes]]) -> list[bytes]:
+        """The records of `keys`; `read` gets the places of those that aren't here."""
+        with self._lock:
+            found = [self._records.get(key) for key in keys]
+            missing = [place for place, record in enumerate(found) if record is None]
+            for key, record in zip(keys, found, strict=True):
+                if record is not None:
+                    self._records.move_to_end(key)
+        new = read(missing) if missing else []
+        with self._lock:
+            for place, record in zip(missing, new, strict=True):
+                found[place] = record
+                if self._records.setdefault(keys[place], record) is record:
+                    self._bytes += len(record)
+            while self._bytes > self._limit:
+                self._bytes -= len(self._records.popitem(last=False)[1])
+        return found  # type: ignore[return-value]
+
+
+_recent = _Recent(_RECENT_BYTES)
+
+
 class Store:
     """A finished store, read by random access. Opening it reads the manifest and maps the indexes.
+
+    It may be sent to another process, which opens it again.
 
     Attributes:
       manifest: as written.
       streams: stream name → codec.
       stream_sets: the names of the streams of each set.
       classes: class names.
-      index: `scenes.INDEX` entries of all scenes, shard after shard.
+      indexes: `scenes.INDEX` entries of each shard's scenes, memory-mapped.
 
     Raises:
       UserError: not a store, another version, or a shard whose size is not the manifest's.
@@ -172,12 +210,55 @@ class Store:
         self.classes: list[str] = self.manifest["classes"]
         self._num_streams = [len(names) for names in self.stream_sets]
         self._shards = [self.path / entry["name"] for entry in self.manifest["shards"]]
-        self.index = np.concatenate([np.zeros(0, INDEX), *map(self._map_index, self.manifest["shards"])])
+        self.indexes = [self._map_index(entry) for entry in self.manifest["shards"]]
         self._starts = np.cumsum([0] + [entry["scenes"] for entry in self.manifest["shards"]])
         self._readers: dict[int, Any] = {}
+        self._token = object()  # tells this object's records from those of a store that was here before
 
     def __len__(self) -> int:
-        return len(self.index)
+        return int(self._starts[-1])
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (os.fspath(self.path),)
+
+    @functools.cached_property
+    def index(self) -> np.ndarray:
+        """`scenes.INDEX` entries of all scenes in memory, shard after shard; `entries` needs none of it."""
+        return np.concatenate([np.zeros(0, INDEX), *self.indexes])
+
+    def entries(self, numbers: np.ndarray) -> np.ndarray:
+        """The `scenes.INDEX` entries of the scenes at `numbers`, int64 [n]."""
+        found = np.zeros(len(numbers), INDEX)
+        for shard, mine in self._by_shard(numbers):
+            found[mine] = self.indexes[shard][numbers[mine] - self._starts[shard]]
+        return found
+
+    def grids(self, numbers: np.ndarray, frames: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Single grids, each record read once: uint16 [n, N].
+
+        Args:
+          numbers: int64 [n], the scene of each.
+          frames: int64 [n], its frame.
+          columns: int64 [n], its place in the scene's stream set.
+
+        Raises:
+          UserError: a record is damaged; names shard and record.
+        """
+        codes = np.empty((len(numbers), self.codes_per_image), np.uint16)
+        entries = self.entries(numbers)
+        for shard, mine in self._by_shard(numbers):
+            records, which = np.unique(entries["record"][mine], return_inverse=True)
+            codes[mine] = scenes.read_grids(
+                self._read(shard, records),
+                which,
+                entries[mine],
+                frames[mine],
+                columns[mine],
+                self._num_streams,
+                self.codes_per_image,
+                lambda place, shard=shard, records=records: self._where(shard, records[place]),  # type: ignore
+            )
+        return codes
 
     @property
     def codes_per_image(self) -> int:
@@ -192,10 +273,11 @@ class Store:
         """A hash of the manifest, and so of every shard's checksum."""
         return files.sha256(self.path / MANIFEST)
 
-    def heldout(self, fraction: float) -> np.ndarray:
-        """bool [scenes]: which are held out, by `lvm.data.split`, as they are in the source."""
+    def heldout(self, fraction: float, entries: np.ndarray | None = None) -> np.ndarray:
+        """bool [n]: which of the scenes of `entries` (of all) are held out, as `lvm.data.split` says of the source."""
         lowest, highest = self.manifest["group_hashes"]
-        return split.heldout(self.index["group"], fraction, (lowest, highest))
+        groups = (self.index if entries is None else entries)["group"]
+        return split.heldout(groups, fraction, (lowest, highest))
 
     def scene(self, number: int) -> Scene:
         """The scene at `number` in [0, len).
@@ -204,17 +286,13 @@ class Store:
           UserError: its record is damaged; names shard and record.
         """
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        record = int(self.index["record"][number])
-        where = f"{self._shards[shard].name}.array_record, record {record}"
-        try:
-            data = self._reader(shard).read([record])[0]
-        except (IndexError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path}/{where}: can't be read: {error}") from error
-        page = scenes.unpack(data, self._num_streams, f"{self.path}/{where}")
-        entry = self.index[number]
+        entry = self.indexes[shard][number - self._starts[shard]]
+        where = self._where(shard, entry["record"])
+        data = self._read(shard, [entry["record"]])[0]
+        page = scenes.unpack(data, self._num_streams, where)
         scene = page[entry["slot"]] if entry["slot"] < len(page) else None
         if scene is None or (len(scene.codes), scene.stream_set) != (entry["frames"], entry["stream_set"]):
-            raise UserError(f"{self.path}/{where}: the index beside it is damaged: it tells of another scene")
+            raise UserError(f"{where}: the index beside it is damaged: it tells of another scene")
         return scene
 
     def videos(self, stream: str, min_frames: int, limit: int) -> list[np.ndarray]:
@@ -223,6 +301,28 @@ class Store:
         numbers = np.flatnonzero(has[self.index["stream_set"]] & (self.index["frames"] >= min_frames))
         scenes = [self.scene(int(number)) for number in numbers[:limit]]
         return [scene.codes[:, self.stream_sets[scene.stream_set].index(stream)] for scene in scenes]
+
+    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The shards of the scenes at `numbers`, each with the places of its own."""
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            yield shard, np.flatnonzero(shards == shard)
+
+    def _where(self, shard: int, record: Any) -> str:
+        return f"{self.path}/{self._shards[shard].name}.array_record, record {record}"
+
+    def _read(self, shard: int, records: Sequence[int] | np.ndarray) -> list[bytes]:
+        numbers = [int(record) for record in records]
+
+        def read(places: list[int]) -> list[bytes]:
+            wanted = [numbers[place] for place in places]
+            try:
+                return self._reader(shard).read(wanted)
+            except (IndexError, ValueError, RuntimeError) as error:
+                listed = f"{wanted[0]} or another of {len(wanted)}" if len(wanted) > 1 else str(wanted[0])
+                raise UserError(f"{self._where(shard, listed)}: can't be read: {error}") from error
+
+        return _recent.read([(self._token, shard, number) for number in numbers], read)
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
@@ -240,7 +340,7 @@ class Store:
                 raise UserError(f"{file}: {found}, the manifest says {expected['bytes']}; encode it again")
         if not entry["scenes"]:
             return np.zeros(0, INDEX)
-        return np.memmap(self.path / f"{entry['name']}.index", INDEX, mode="r")
+        return np.memmap(self.path / f"{entry['name']}.index", INDEX, mode="r").view(np.ndarray)
 
 
 def _size(file: epath.Path) -> int | None:

@@ -34,6 +34,7 @@ _FREE = (
     "config.objective.accumulate_steps",
     "config.objective.logits_chunk",
     "config.tokenizer",
+    "config.accept_changed_mixture",
     "config.data.store",  # where the codes lie; which codes they are is compared by the identity of the store
 )
 
@@ -45,12 +46,14 @@ class Workdir:
       path: the folder.
       kind: "lvm" or "tokenizer".
       record: what defines the run: {"config": …} and what it was resolved to, all JSON.
+      accepted: beginnings of keys that may have changed too; it is said if they have.
 
     Raises:
       UserError: another run holds the folder, or it belongs to a run of another kind or configuration.
     """
 
-    def __init__(self, path: epath.PathLike, kind: str, record: dict[str, Any]):
+    def __init__(self, path: epath.PathLike, kind: str, record: dict[str, Any], accepted: Sequence[str] = ()):
+        self._free = (*_FREE, *accepted)
         self.path = epath.Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; --workdir wants a folder")
@@ -86,7 +89,7 @@ class Workdir:
             if before.get(key) == after.get(key):
                 continue
             change = f"{key}: {before.get(key)!r} → {after.get(key)!r}"
-            if key.startswith(_FREE):
+            if key.startswith(self._free):
                 say(f"resuming with a changed {change}")
             else:
                 refused.append(change)

@@ -200,7 +200,7 @@ def test_codes_of_different_tokenizers_are_refused(store, make_store, options, n
 
 def test_too_few_scenes_are_counted(make_store):
     store = make_store([(1, 1)] * 3)
-    with pytest.raises(UserError, match=r"sources\.pairs: 3 train scenes in .*, 4 are needed for a sentence"):
+    with pytest.raises(UserError, match=r"made: pairs \(3 train scenes in .*, 4 are needed for a sentence"):
         mixture(store, {"pairs": SourceConfig(Pairs(shots=4))}, heldout=0.0)
 
 
@@ -209,7 +209,11 @@ def test_too_few_scenes_are_counted(make_store):
     [
         ({}, True, r"config\.data\.sources: empty"),
         ({"a": SourceConfig(Single(), 0.0)}, True, r"config\.data\.sources: the weights sum to zero"),
-        ({"a": SourceConfig(Single())}, False, r"config\.data\.sources\.a\.store: no store given"),
+        (
+            {"a": SourceConfig(Single())},
+            False,
+            r"made: a \(no store given: set config\.data\.sources\.a\.store",
+        ),
     ],
 )
 def test_a_mixture_of_nothing_is_refused(store, sources, store_given, message):

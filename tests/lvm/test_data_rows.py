@@ -31,6 +31,12 @@ def make_rows(make_store):
     return make
 
 
+def row(rows, number):
+    """Tokens [C+1] of a row, and the source of each target [C]."""
+    batch = Rows(rows.mixture, rows.vocabulary, rows.context, 1).batch(number)
+    return batch["tokens"][0], batch["source_ids"][0]
+
+
 def naive_stream(mixture, vocabulary, blocks):
     """All tokens of the first blocks with their sources, sentence after sentence."""
     tokens, sources = [], []
@@ -55,21 +61,21 @@ def test_a_sentence_is_wrapped_where_the_vocabulary_has_specials():
 @pytest.mark.parametrize("context", [1, 7, 24, 1000])
 def test_rows_are_the_stream_of_sentences_cut(make_rows, vocabulary, context):
     rows = make_rows(vocabulary, context)
-    stream, sources = naive_stream(rows._mixture, vocabulary, blocks=3)
+    stream, sources = naive_stream(rows.mixture, vocabulary, blocks=3)
     last = (len(stream) - 1) // context - 1
     for number in {0, 1, 2, last // 3, last // 2, last - 1, last}:
-        tokens, ids = rows.row(number)
+        tokens, ids = row(rows, number)
         np.testing.assert_array_equal(tokens, stream[number * context :][: context + 1])
-        np.testing.assert_array_equal(ids, sources[number * context :][: context + 1])
+        np.testing.assert_array_equal(ids, sources[number * context + 1 :][:context])
 
 
 def test_every_row_of_a_block_and_neighbours_share_one_token(make_rows):
     rows = make_rows(context=24)
-    stream, _ = naive_stream(rows._mixture, OURS, blocks=1)
-    made = [rows.row(number)[0] for number in range(len(stream) // 24)]
-    for row, following in itertools.pairwise(made):
-        assert row[-1] == following[0]
-    inputs = np.concatenate([row[:-1] for row in made])
+    stream, _ = naive_stream(rows.mixture, OURS, blocks=1)
+    made = [row(rows, number)[0] for number in range(len(stream) // 24)]
+    for one, following in itertools.pairwise(made):
+        assert one[-1] == following[0]
+    inputs = np.concatenate([one[:-1] for one in made])
     np.testing.assert_array_equal(inputs, stream[: len(inputs)])
 
 
@@ -81,14 +87,14 @@ def test_a_batch_has_its_shapes_and_follows_on_the_one_before(make_rows):
             name: (spec.shape, spec.dtype) for name, spec in rows.batch_spec.items()
         }
         for i in range(3):
-            np.testing.assert_array_equal(batch["tokens"][i], rows.row(3 * step + i)[0])
+            np.testing.assert_array_equal(batch["tokens"][i], row(rows, 3 * step + i)[0])
         np.testing.assert_array_equal(batch["positions"], np.tile(np.arange(24), (3, 1)))
         assert batch["loss_mask"].all()
 
 
 def test_source_ids_are_those_of_the_targets(make_rows):
     rows = make_rows(batch_size=5)
-    stream, sources = naive_stream(rows._mixture, OURS, blocks=1)
+    stream, sources = naive_stream(rows.mixture, OURS, blocks=1)
     batch = rows.batch(0)
     np.testing.assert_array_equal(batch["tokens"][:, 1:].ravel(), stream[1 : 5 * 24 + 1])
     np.testing.assert_array_equal(batch["source_ids"].ravel(), sources[1 : 5 * 24 + 1])

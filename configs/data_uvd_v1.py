@@ -1,0 +1,106 @@
+"""The paper's data (UVDv1: 1.64B images and frames, 420B tokens) as a mixture, to be filled in with what you have.
+
+Every source names its family's share of the paper's tokens and where its images are had from. Encode each with
+`tokenizer.encode` and give the stores at the command line or here:
+
+    --config.data.sources.kinetics.store=STORES/kinetics
+
+Sources without a store are reported together; with `--config.data.allow_missing=true` they are left out, and the
+weights of the others are shares of what is left. The paper gives shares of families; within one we weigh sources
+alike where nothing else is known. Which annotations of a set are original and which were drawn by a model (depth,
+normals, edges, poses), the store's streams tell: the recipes below name the streams they want.
+
+The sizes of families are the paper's; which sets stand in them follows its list where we know it, and each set's
+own page has its terms of use.
+
+Parameters, hardware and speed are those of the model it is trained with; this one is the 3B, not trained here.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from lvm.config import to_config_dict
+from lvm.data.mixture import MixtureConfig, SourceConfig
+from lvm.data.recipes import (
+    Category,
+    Interleaved,
+    MultiAnnotation,
+    Pairs,
+    Recipe,
+    Rotation,
+    Separated,
+    Single,
+    Video,
+)
+from lvm.model import SIZES
+from lvm.train import TrainConfig
+
+# family → share of the tokens (arXiv 2312.00785)
+SHARES = {
+    "images": 0.885,
+    "annotated_images": 0.072,
+    "videos": 0.042,
+    "annotated_videos": 0.0006,
+    "renderings": 0.0005,
+}
+
+# (family, name, recipe): where it is had from.
+SOURCES: dict[tuple[str, str, Recipe], str] = {
+    ("images", "laion", Single()): "LAION-5B, 1.49B filtered images: laion.ai",
+    ("annotated_images", "imagenet_category", Category()): "ImageNet-1k by class: image-net.org",
+    (
+        "annotated_images",
+        "imagenet_annotations",
+        MultiAnnotation(),
+    ): "ImageNet-1k with drawn annotations: image-net.org",
+    ("annotated_images", "coco_boxes", Pairs(target="boxes")): "COCO boxes: cocodataset.org",
+    ("annotated_images", "coco_segmentation", Pairs()): "COCO panoptic: cocodataset.org",
+    (
+        "annotated_images",
+        "coco_pose",
+        Pairs(target="pose"),
+    ): "COCO and MPII people: cocodataset.org, human-pose.mpi-inf.mpg.de",
+    ("annotated_images", "ade20k", Pairs()): "ADE20K: ade20k.csail.mit.edu",
+    ("annotated_images", "cityscapes", Pairs()): "Cityscapes: cityscapes-dataset.com",
+    ("annotated_images", "nyu_depth", Pairs(target="depth")): "NYU Depth v2: cs.nyu.edu/~silberman",
+    ("annotated_images", "normals", Pairs(target="normals")): "normals drawn by a model on any images",
+    ("annotated_images", "edges", Pairs(target="edges")): "edges drawn by a model on any images",
+    (
+        "annotated_images",
+        "style",
+        Pairs(target="style"),
+    ): "InstructPix2Pix's generated pairs: timothybrooks.com",
+    ("annotated_images", "derain", Pairs("rain", "rgb")): "rainy and clean pairs: Rain13K",
+    ("annotated_images", "denoise", Pairs("noise", "rgb")): "SIDD: abdokamel.github.io/sidd",
+    ("annotated_images", "low_light", Pairs("dark", "rgb")): "LOL: daooshee.github.io/BMVC2018website",
+    ("annotated_images", "stereo", Pairs("left", "right")): "KITTI stereo: cvlibs.net",
+    ("annotated_images", "colorization", Pairs("gray", "rgb")): "any images; `gray` is a derived stream",
+    ("annotated_images", "inpainting", Pairs("masked", "rgb")): "any images; `masked` is a derived stream",
+    ("videos", "kinetics", Video()): "Kinetics-700: deepmind.com/open-source/kinetics",
+    ("videos", "something", Video()): "Something-Something v2: developer.qualcomm.com",
+    ("videos", "ucf101", Video()): "UCF101: crcv.ucf.edu",
+    ("videos", "hmdb51", Video()): "HMDB51: serre-lab.clps.brown.edu",
+    ("videos", "charades", Video()): "Charades and Charades-Ego: prior.allenai.org",
+    ("videos", "ego4d", Video()): "Ego4D: ego4d-data.org",
+    ("videos", "activitynet", Video()): "ActivityNet: activity-net.org",
+    ("videos", "moments", Video()): "Multi-Moments in Time: moments.csail.mit.edu",
+    ("videos", "other", Video()): "any further unlabelled videos",
+    ("annotated_videos", "davis_interleaved", Interleaved()): "DAVIS: davischallenge.org",
+    ("annotated_videos", "davis_separated", Separated()): "DAVIS: davischallenge.org",
+    ("annotated_videos", "vipseg_interleaved", Interleaved()): "VIPSeg: github.com/VIPSeg-Dataset",
+    ("annotated_videos", "vipseg_separated", Separated()): "VIPSeg: github.com/VIPSeg-Dataset",
+    ("annotated_videos", "jhmdb_pose", Interleaved(target="pose")): "JHMDB: jhmdb.is.tue.mpg.de",
+    ("renderings", "objaverse", Rotation()): "Objaverse, 24 views 15° apart: objaverse.allenai.org",
+}
+
+
+def get_config() -> ConfigDict:
+    """Weights are shares of the codes; rows are cut from one stream of sentences, as in the paper."""
+    sizes = {family: sum(part == family for part, *_ in SOURCES) for family in SHARES}
+    sources = {
+        name: SourceConfig(recipe, weight=SHARES[family] / sizes[family]) for family, name, recipe in SOURCES
+    }
+    return to_config_dict(
+        TrainConfig(model=SIZES["3b"], data=MixtureConfig(sources, weigh_by="codes", heldout_fraction=0.001))
+    )

@@ -1,0 +1,233 @@
+"""Speed of the input: `python -m scripts.benchmark_data`, from stores to batches that a device could take.
+
+Makes stores of random codes, mixes five recipes, and reads batches through the loader that training uses. Beside
+it, in the same run, sentences of the same lengths in LVM's JSONL, read the way its own loader does (a line
+at a time, base64, lists of Python numbers) and, as a stricter peer, with numpy from the line on.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import os
+import pathlib
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import flags
+
+from lvm import cli
+from lvm.console import say
+from lvm.data import jsonl, loader
+from lvm.data.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.recipes import Category, MultiAnnotation, Pairs, Single, Video
+from lvm.data.rows import Rows
+from lvm.data.scenes import Scene
+from lvm.data.store import GroupedScene, write_manifest, write_shard
+from lvm.data.streams import Edges, Image
+from lvm.errors import UserError
+from lvm.vocabulary import Vocabulary
+
+NUM_CODES, GRID = 8192, (16, 16)
+STREAMS = ("rgb", "depth", "edges", "normals", "segmentation")
+VOCABULARY = Vocabulary.for_codes(NUM_CODES)
+# (store, its scenes at scale 1, frames, streams)
+STORES = (("images", 256_000, 1, 1), ("annotated", 20_000, 1, 5), ("videos", 600, 160, 1))
+
+
+def main() -> None:
+    """The command."""
+    if _WORKERS.value < 0 or min(_SECONDS.value, _CONTEXT.value, _BATCH_SIZE.value, _SCENES.value) <= 0:
+        raise UserError("--workers must not be negative, the other numbers must be positive")
+    say(f"load before: {_load()}; {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} of them allowed")
+    with tempfile.TemporaryDirectory(dir=_FOLDER.value) as folder:
+        make_stores(pathlib.Path(folder), _SCENES.value)
+        lines = write_lines(pathlib.Path(folder), _CONTEXT.value)
+        for packing in ("concat", "whole"):
+            _first_batches(folder, packing)
+        ours = {
+            f"{packing}, shuffle {shuffle}": _ours(folder, packing, shuffle)
+            for packing in ("concat", "whole")
+            for shuffle in ("all", "blocks")
+        }
+        rate = measure(lambda: read_like_lvm(lines, _BATCH_SIZE.value, _CONTEXT.value))
+        strict = measure(lambda: read_with_numpy(lines, _BATCH_SIZE.value, _CONTEXT.value))
+        say(
+            f"JSONL as LVM's loader reads it: {rate:,.0f} tokens/s; with numpy from the line on: {strict:,.0f}"
+        )
+        for name, tokens in ours.items():
+            say(f"  {name}: {tokens / rate:.1f} × LVM's loader, {tokens / strict:.1f} × numpy's")
+        _memory(folder)
+    say(f"load after: {_load()}")
+
+
+def make_stores(folder: pathlib.Path, scale: float) -> None:
+    """Stores of random codes below `folder`, by `STORES`."""
+    rng = np.random.default_rng(0)
+    for name, count, frames, streams in STORES:
+        (folder / name).mkdir()
+        count = max(64, int(count * scale))
+
+        def scenes(
+            name: str = name, count: int = count, shape: tuple[int, int] = (frames, streams)
+        ) -> Iterator:
+            for number in range(count):
+                codes = rng.integers(0, NUM_CODES, (*shape, GRID[0] * GRID[1]), dtype=np.uint16)
+                yield GroupedScene(Scene(f"{name} {number}", number % 40, 0, codes), f"{name} {number}")
+
+        write_shard(folder / name, 0, 1, scenes(), NUM_CODES, [])
+        codecs = {stream: (Edges() if stream == "edges" else Image()).to_json() for stream in STREAMS}
+        header = {
+            "tokenizer": {"weights": "random", "grid": list(GRID), "num_codes": NUM_CODES},
+            "streams": codecs,
+            "stream_sets": [list(STREAMS[:streams])],
+            "classes": [f"class {number}" for number in range(40)],
+            "group_hashes": [0, 2**64 - 1],
+        }
+        write_manifest(folder / name, header, 1)
+
+
+def make_rows(folder: str, packing: str, shuffle: str = "all") -> Rows:
+    """Rows of five recipes, each a fifth of the codes."""
+    images, annotated, videos = (os.path.join(folder, name) for name, *_ in STORES)
+    # 15 images and what is around them are 3842 tokens: whole sentences leave room for a single image beside.
+    sources = {
+        "single": SourceConfig(Single(), store=images),
+        "category": SourceConfig(Category(images=15), store=images),
+        "pairs": SourceConfig(Pairs(target="depth", shots=7), store=annotated),
+        "multi_annotation": SourceConfig(MultiAnnotation(chosen=5, shots=3), store=annotated),
+        "video": SourceConfig(Video(frames=15), store=videos),
+    }
+    mixture = Mixture(MixtureConfig(sources, weigh_by="codes", packing=packing, shuffle=shuffle), seed=0)
+    return Rows(mixture, VOCABULARY, _CONTEXT.value, _BATCH_SIZE.value)
+
+
+def write_lines(folder: pathlib.Path, context: int) -> pathlib.Path:
+    """2000 sentences of `context` random codes as LVM's JSONL."""
+    rng, path = np.random.default_rng(1), folder / "sentences.jsonl"
+    with open(path, "w") as file:
+        for _ in range(2000):
+            file.write(jsonl.to_line(rng.integers(0, NUM_CODES, (1, context))))
+    return path
+
+
+def read_like_lvm(path: pathlib.Path, batch_size: int, context: int) -> Iterator[np.ndarray]:
+    """Batches as EasyLM's JsonDataset makes them with its defaults: one process, Python lists, BOS and EOS added."""
+    tokens: list[int] = []
+    masks: list[float] = []
+    size = batch_size * context
+    for line in _lines_with_places(path):
+        codes = np.frombuffer(base64.b64decode(json.loads(line)["tokens"]), "i4").tolist()
+        tokens.extend([VOCABULARY.bos, *codes, VOCABULARY.eos])  # type: ignore[list-item]
+        masks.extend([1.0 for _ in range(len(codes) + 2)])
+        while len(tokens) > size + 1:
+            inputs = np.array(tokens[:size], np.int32).reshape(batch_size, -1)
+            np.array(tokens[1 : size + 1], np.int32).reshape(batch_size, -1)
+            np.array(masks[1 : size + 1], np.float32).reshape(batch_size, -1)
+            yield inputs
+            tokens, masks = tokens[size:], masks[size:]
+
+
+def read_with_numpy(path: pathlib.Path, batch_size: int, context: int) -> Iterator[np.ndarray]:
+    """The same without a list of Python numbers: what JSON and base64 cost by themselves."""
+    size, parts, have = batch_size * context, [], 0
+    for line in _lines(path):
+        parts += [np.array([VOCABULARY.bos]), jsonl.from_line(line), np.array([VOCABULARY.eos])]
+        have += context + 2
+        if have > size:
+            stream = np.concatenate(parts, dtype=np.int32)
+            yield stream[:size].reshape(batch_size, -1)
+            parts, have = [stream[size:]], have - size
+
+
+def measure(make: Callable[[], Iterator[np.ndarray]]) -> float:
+    """Tokens a second of an iterator of batches, over `--seconds`, the first few left out."""
+    iterator = make()
+    for _ in range(8):  # workers start, files come into the page cache
+        next(iterator)
+    start, tokens = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < _SECONDS.value:
+        tokens += next(iterator).size
+    return tokens / elapsed
+
+
+def _inputs(rows: Rows, start: int = 0) -> Iterator[np.ndarray]:
+    for batch in loader.batches(rows.batch, start, start + 10**6, _WORKERS.value):
+        yield batch["tokens"][:, :-1]
+
+
+def _ours(folder: str, packing: str, shuffle: str) -> float:
+    rows = make_rows(folder, packing, shuffle)
+    rate = measure(functools.partial(_inputs, rows))
+    say(
+        f"{packing}, shuffle {shuffle}, {_WORKERS.value} workers, context {_CONTEXT.value}, "
+        f"{_BATCH_SIZE.value} rows: {rate:,.0f} tokens/s"
+    )
+    if packing == "whole":
+        batch = rows.batch(0)
+        say(f"  of which {np.mean(batch['segment_ids'] > 0):.1%} are not PAD")
+    return rate
+
+
+def _first_batches(folder: str, packing: str) -> None:
+    for step in (0, 10**6):
+        start = time.perf_counter()
+        next(_inputs(make_rows(folder, packing), step))
+        say(
+            f"{packing}: first batch at step {step}: {time.perf_counter() - start:.2f} s, stores opened again"
+        )
+
+
+def _memory(folder: str) -> None:
+    """Reads sentences one epoch after the other; says how much memory the process has at each tenth."""
+    source = make_rows(folder, "concat").mixture.sources
+    single = next(part for part in source if part.name == "single")
+    count, used = max(10_000, int(1_000_000 * min(1.0, _SCENES.value))), []
+    for tenth in range(11):
+        if tenth:
+            for first in range((tenth - 1) * count // 10, tenth * count // 10, 1000):
+                single.sentences(np.arange(first, first + 1000))
+        used.append(f"{_resident() / 2**20:.0f}")
+    say(f"MiB resident over {count:,} sentences of one image, by tenths: {', '.join(used)}")
+
+
+def _resident() -> int:
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _lines(path: pathlib.Path) -> Iterator[bytes]:
+    while True:
+        with open(path, "rb") as file:
+            yield from file
+
+
+def _lines_with_places(path: pathlib.Path) -> Iterator[str]:
+    # LVM's loader asks for its place in the file after each line: that is what it resumes by.
+    while True:
+        with open(path) as file:
+            while line := file.readline():
+                file.tell()
+                yield line
+
+
+def _load() -> str:
+    return ", ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+if __name__ == "__main__":
+    _FOLDER = flags.DEFINE_string(
+        "folder", None, "where the stores lie while it runs; the system's by default"
+    )
+    _WORKERS = flags.DEFINE_integer("workers", 2, "processes that read; 0 for threads")
+    _CONTEXT = flags.DEFINE_integer("context", 4096, "inputs a row")
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "rows a batch")
+    _SECONDS = flags.DEFINE_float("seconds", 10.0, "how long each is measured")
+    _SCENES = flags.DEFINE_float(
+        "scenes", 1.0, "size of the stores, relative to 256,000 images and what goes with it"
+    )
+    cli.run(main)
