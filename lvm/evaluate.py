@@ -71,7 +71,7 @@ class EvalConfig:
 def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: str) -> dict[str, Any]:
     """Runs every evaluation that the source's streams allow; returns what `results.json` holds."""
     model, tokenizer = LVM.load(model_folder), Tokenizer.load(tokenizer_folder)
-    if tokenizer.identity()["weights"] != model.record["tokenizer"]["weights"]:
+    if tokenizer.identity()["hash"] != model.record["tokenizer"]["hash"]:
         raise UserError(f"{tokenizer_folder}: not the tokenizer that {model_folder} was trained with")
     mixture = from_config_dict(MixtureConfig, model.record["config"]["data"], f"{model_folder}: config.data")
     if not config.source:

@@ -46,7 +46,7 @@ def main() -> None:
     """The command."""
     wanted = prompt_paths(_SEQUENCE.value or [], _PAIRS.value or [], _QUERY.value)
     tokenizer, model = Tokenizer.load(_TOKENIZER.value), LVM.load(_MODEL.value)
-    if tokenizer.identity()["weights"] != model.record["tokenizer"]["weights"]:
+    if tokenizer.identity()["hash"] != model.record["tokenizer"]["hash"]:
         raise UserError(f"{_TOKENIZER.value}: not the tokenizer that {_MODEL.value} was trained with")
     images = np.stack([tokenizer.read(path) for _, path in wanted])  # [K, R, R, 3]
     grids = tokenizer.encode(images)  # [K, N]

@@ -142,7 +142,7 @@ def _pictures(config: TrainConfig, trainable: NextCode, vocabulary: Vocabulary) 
     tokenizer = Tokenizer.load(config.tokenizer)
     side = "heldout" if config.data.heldout_fraction else "train"
     mixture = Mixture(config.data, config.seed, side)
-    if tokenizer.identity()["weights"] != mixture.stores[0].manifest["tokenizer"]["weights"]:
+    if tokenizer.identity()["hash"] != mixture.stores[0].manifest["tokenizer"]["hash"]:
         raise UserError(
             f"config.tokenizer: {config.tokenizer} is not the tokenizer that made the store's codes"
         )

@@ -82,7 +82,7 @@ def make_stores(folder: pathlib.Path, scale: float) -> None:
         write_shard(folder / name, 0, 1, scenes(), NUM_CODES, [])
         codecs = {stream: (Edges() if stream == "edges" else Image()).to_json() for stream in STREAMS}
         header = {
-            "tokenizer": {"weights": "random", "grid": list(GRID), "num_codes": NUM_CODES},
+            "tokenizer": {"weights": "random", "hash": "random", "grid": list(GRID), "num_codes": NUM_CODES},
             "streams": codecs,
             "stream_sets": [list(STREAMS[:streams])],
             "classes": [f"class {number}" for number in range(40)],

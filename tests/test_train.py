@@ -58,7 +58,9 @@ def test_a_changed_mixture_must_be_accepted(demo, tmp_path):
     changed = [*shared, "--config.loop.total_steps=20", "--config.data.packing=whole"]
     refused = run("lvm.train", *changed, code=2)
     assert "config.data.packing: 'concat' → 'whole'" in refused
-    accepted = run("lvm.train", *changed, "--config.accept_changed_mixture=true", "--config.loop.input_workers=1")
+    accepted = run(
+        "lvm.train", *changed, "--config.accept_changed_mixture=true", "--config.loop.input_workers=1"
+    )
     assert "resuming with a changed config.data.packing: 'concat' → 'whole'" in accepted
     assert "going on from step 10" in accepted
     assert "step 20/20" in accepted

@@ -40,7 +40,7 @@ class Encoder:
       source: the scenes.
       folder: the store.
       num_shards: how many shards the source is cut into.
-      batch_size: images a device call; always full, the last one of a shard padded.
+      batch_size: images a device in each call; always full, the last one of a shard padded.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: Source, folder: str, num_shards: int, batch_size: int):
@@ -134,10 +134,11 @@ class Encoder:
                 yield from scene.images.reshape(-1, *scene.images.shape[2:])
 
     def _codes(self, images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """Batches of codes uint16 [≤ batch_size, N], some calls behind the images."""
+        """Batches of codes uint16 [≤ batch_size · devices, N], some calls behind the images."""
         waiting: collections.deque[tuple[jax.Array, int]] = collections.deque()
-        for batch in _batched(images, self._batch_size):
-            padding = [(0, self._batch_size - len(batch)), (0, 0), (0, 0), (0, 0)]
+        at_once = self._batch_size * self._tokenizer.num_devices
+        for batch in _batched(images, at_once):
+            padding = [(0, at_once - len(batch)), (0, 0), (0, 0), (0, 0)]
             waiting.append((self._tokenizer.encode_async(np.pad(batch, padding)), len(batch)))
             if len(waiting) > _AHEAD:
                 codes, count = waiting.popleft()
@@ -192,5 +193,5 @@ if __name__ == "__main__":
     )
     _OUT = flags.DEFINE_string("out", None, "the store to write", required=True)
     _SHARDS = flags.DEFINE_integer("num_shards", 4, "how many files the store is cut into")
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images a device call")
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images a device in each call")
     cli.run(main)

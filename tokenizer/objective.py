@@ -17,7 +17,7 @@ from flax import nnx
 from lvm import module
 from lvm.errors import UserError
 from lvm.module import Params
-from lvm.training.trainable import Batch, Metrics, State
+from lvm.training.trainable import Batch, Metrics, State, keep_if_finite, no_skipped
 from tokenizer import losses, quantizers
 from tokenizer.vqgan import VQGAN, VQGANConfig
 
@@ -47,8 +47,8 @@ class LossConfig:
 class TokenizerObjective:
     """The tokenizer's `init` and `update`: pure and jittable, the same bits from the same arguments.
 
-    The state is {"step": int32, "params": …, "training": {"optimizer": …, "averages": …}}, of which "params",
-    the codebook among them, is all that inference needs.
+    The state is {"step": int32, "params": …, "training": {"optimizer": …, "averages": …, "skipped": …}}, of which
+    "params", the codebook among them, is all that inference needs.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class TokenizerObjective:
         schedule: Callable[[jax.Array], jax.Array],
         *,
         batch_size: int,
+        has_codebook: bool = False,
     ):
         if batch_size < 1:
             raise UserError(f"config.batch_size: {batch_size} is not positive")
@@ -66,7 +67,8 @@ class TokenizerObjective:
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
-        self.seed_step = loss.autoencoder_steps
+        # A codebook that is there from the start is never seeded.
+        self.seed_step = -1 if has_codebook else loss.autoencoder_steps
         self.batch_size = batch_size
         self.graphdef, _ = module.abstract(self._make)
         self.logical_axes = module.logical_axes(self._make)
@@ -90,6 +92,7 @@ class TokenizerObjective:
         training = {
             "optimizer": self.optimizer.init(_network(params)),
             "averages": quantizers.init_moving_averages(params["codebook"]),
+            "skipped": no_skipped(),
         }
         return {"step": jnp.zeros((), jnp.int32), "params": params, "training": training}
 
@@ -104,16 +107,24 @@ class TokenizerObjective:
         )
 
         updates, optimizer_state = self.optimizer.update(gradients, training["optimizer"], network)
-        network = optax.apply_updates(network, updates)
         averages, codebook = self._learn_codebook(seen, training["averages"], step, reset_rng)
+        grad_norm = optax.tree.norm(gradients)
+        old = {"params": params, "optimizer": training["optimizer"], "averages": training["averages"]}
+        new = {
+            "params": optax.apply_updates(network, updates) | {"codebook": codebook},
+            "optimizer": optimizer_state,
+            "averages": averages,
+        }
+        new, skipped = keep_if_finite(jnp.isfinite(grad_norm), new, old, training["skipped"])
+        params = new.pop("params")
         metrics |= {
             "loss": loss,
-            "grad_norm": optax.tree.norm(gradients),
-            "param_norm": optax.tree.norm(network),
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(_network(params)),
             "learning_rate": jnp.asarray(self.schedule(step), jnp.float32),
+            **skipped,
         }
-        training = {"optimizer": optimizer_state, "averages": averages}
-        return {"step": step + 1, "params": network | {"codebook": codebook}, "training": training}, metrics
+        return {"step": step + 1, "params": params, "training": {**new, "skipped": skipped}}, metrics
 
     def _loss(
         self, network: Params, codebook: jax.Array, images: jax.Array, step: jax.Array, rng: jax.Array

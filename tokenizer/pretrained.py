@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lvm.config import from_config_dict, to_json
+from lvm.config import to_json
 from lvm.data.preprocess import Preprocess
 from lvm.data.sources.readers import UnreadableError, decode_picture
 from lvm.errors import UserError
 from lvm.module import Params, abstract, merge
-from lvm.training.checkpoint import load_params
-from lvm.training.workdir import read_record
+from tokenizer import weights
 from tokenizer.objective import to_float, to_uint8
 from tokenizer.vqgan import VQGAN, VQGANConfig
 
-BATCH = 8  # images a device call; every call has this many, padded, so codes can't depend on how many came
+BATCH = 8  # images a device; every call has this many, padded, so codes can't depend on how many came
+
+Rows = Any  # an array [B, ...]
 
 
 class Tokenizer:
@@ -34,67 +39,68 @@ class Tokenizer:
       preprocess: how any picture becomes an image of its size; part of what the codes mean.
       params: the weights, a nested dict.
       step: the training step of the weights.
+      encoder: `OnDevices` of images uint8 [B, R, R, 3] → codes int32 [B, N].
+      decoder: `OnDevices` of codes int32 [B, N] → images float32 [B, R, R, 3].
     """
 
     def __init__(self, config: VQGANConfig, preprocess: Preprocess, params: Params, step: int = 0):
         self.config, self.preprocess, self.params, self.step = config, preprocess, params, step
         graphdef, _ = abstract(lambda rngs: VQGAN(config, rngs))
-        self._encode = jax.jit(lambda params, x: merge(graphdef, params).encode(to_float(x)))
-        self._encode_latents = jax.jit(lambda params, x: merge(graphdef, params).encode_latents(x))
-        self._decode = jax.jit(lambda params, codes: merge(graphdef, params).decode_float(codes))
+        self.encoder = OnDevices(lambda params, x: merge(graphdef, params).encode(to_float(x)), params)
+        self._latents = OnDevices(lambda params, x: merge(graphdef, params).encode_latents(x), params)
+        self.decoder = OnDevices(lambda params, codes: merge(graphdef, params).decode_float(codes), params)
 
     @classmethod
     def load(cls, folder: epath.PathLike, dtype: str | None = None) -> Tokenizer:
         """Loads a model folder.
 
         Args:
-          folder: the workdir of a run, of which the newest checkpoint is taken.
+          folder: the workdir of a run, of which the newest checkpoint is taken, or any folder that
+            `tokenizer.weights` reads: published weights with their config.json.
           dtype: compute type, "float32" or "bfloat16"; the training's by default.
 
         Raises:
-          UserError: not a tokenizer's folder, no checkpoint in it, or an unknown dtype.
+          UserError: not a tokenizer's folder, no weights of that network in it, or an unknown dtype.
         """
-        record = read_record(folder, "tokenizer", ("config", "preprocess"))
-        where = f"{folder}/config.json: config"
-        config = from_config_dict(VQGANConfig, record["config"]["model"], f"{where}.model")
-        if dtype:
-            config = dataclasses.replace(config, compute_dtype=dtype)
-        preprocess = Preprocess.from_json(record["preprocess"])
-        _, shapes = abstract(lambda rngs: VQGAN(config, rngs))
-        params, step = load_params(folder, shapes)
-        return cls(config, preprocess, params, step)
+        found = weights.read(folder)
+        config = dataclasses.replace(found.config, compute_dtype=dtype) if dtype else found.config
+        return cls(config, found.preprocess, found.params, found.step)
 
     @property
     def codes_per_image(self) -> int:
         return self.config.num_codes_per_image
 
     def identity(self) -> dict[str, Any]:
-        """What the meaning of a code depends on, as JSON: a hash of the weights, the network, the preprocessing."""
+        """What the meaning of a code depends on, as JSON.
+
+        `weights` is a hash of the weights alone, `hash` one of all: weights, network and preprocessing.
+        """
         digest = hashlib.sha256()
         for path, leaf in jax.tree.leaves_with_path(self.params):
             array = np.ascontiguousarray(leaf)
             digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
             digest.update(array.tobytes())
-        return {
+        identity = {
             "weights": digest.hexdigest(),
             "model": {key: value for key, value in to_json(self.config).items() if key != "compute_dtype"},
             "preprocess": self.preprocess.to_json(),
             "grid": list(self.config.grid),
             "num_codes": self.config.codebook_size,
         }
+        return identity | {"hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
 
     def encode(self, images: Any, batch_size: int = BATCH) -> np.ndarray:
         """Images uint8 [B, R, R, 3] → codes int32 [B, N] in raster order.
 
         Args:
           images: of the tokenizer's size; `t.preprocess` makes them of any picture.
-          batch_size: images a device call; each call has as many, padded.
+          batch_size: images a device; each call has as many, padded.
 
         Raises:
           UserError: another shape or type.
         """
         images = self._checked(images)
-        return self._in_batches(lambda x: self._encode(self.params, x), images, batch_size)
+        return self.encoder.in_batches(images, batch_size)
 
     def encode_latents(self, images: Any, batch_size: int = BATCH) -> np.ndarray:
         """Images uint8, or float in [0, 1], [B, R, R, 3] → latents float32 [B, N, C] before quantization."""
@@ -103,7 +109,7 @@ class Tokenizer:
             images = self._checked(images).astype(np.float32) / 255
         self._check_shape(images)
         images = images.astype(np.float32)
-        latents = self._in_batches(lambda x: self._encode_latents(self.params, x), images, batch_size)
+        latents = self._latents.in_batches(images, batch_size)
         return latents.reshape(len(images), self.codes_per_image, -1)
 
     def decode_float(self, codes: Any, batch_size: int = BATCH) -> np.ndarray:
@@ -117,15 +123,23 @@ class Tokenizer:
             raise UserError(f"codes: {codes.dtype} {list(codes.shape)}, wanted integers [B, {N}]")
         if codes.size and (codes.min() < 0 or codes.max() >= K):
             raise UserError(f"codes: from {codes.min()} to {codes.max()}, the codebook has 0..{K - 1}")
-        return self._in_batches(lambda x: self._decode(self.params, x), codes.astype(np.int32), batch_size)
+        return self.decoder.in_batches(codes.astype(np.int32), batch_size)
 
     def decode(self, codes: Any, batch_size: int = BATCH) -> np.ndarray:
         """Codes int [B, N] → images uint8 [B, R, R, 3]: round(255·clip(x, 0, 1))."""
         return np.asarray(to_uint8(jnp.asarray(self.decode_float(codes, batch_size))))
 
+    @property
+    def num_devices(self) -> int:
+        """The devices of this process, which share the images of a call."""
+        return len(jax.local_devices())
+
     def encode_async(self, images: np.ndarray) -> jax.Array:
-        """One device call without waiting for it: uint8 [B, R, R, 3] → codes int32 [B, N] still on the device."""
-        return self._encode(self.params, images)
+        """One call on all devices without waiting for it: uint8 [B, R, R, 3] → codes int32 [B, N] still there.
+
+        B is a multiple of `num_devices`.
+        """
+        return self.encoder(images, self.num_devices)
 
     def read(self, path: epath.PathLike) -> np.ndarray:
         """A picture file as an image of the tokenizer's size, uint8 [R, R, 3].
@@ -153,11 +167,45 @@ class Tokenizer:
                 "t.preprocess(image) makes such an image of any picture"
             )
 
-    @staticmethod
-    def _in_batches(run: Callable[[np.ndarray], jax.Array], items: np.ndarray, batch_size: int) -> np.ndarray:
+
+class OnDevices:
+    """A function of rows, compiled for one device and for all: the program that each of them runs is the same.
+
+    Args:
+      function: (params, rows [B, ...]) → rows [B, ...], each row on its own.
+      params: its first argument.
+    """
+
+    def __init__(self, function: Callable[[Params, Rows], Rows], params: Params):
+        self._function, self._params = function, params
+
+    def __call__(self, rows: Rows, num_devices: int) -> jax.Array:
+        """Rows [B, ...] → rows, of which each device makes B / num_devices."""
+        params, run = self._compiled(num_devices)
+        return run(params, rows)
+
+    def lower(self, rows: Rows, num_devices: int) -> jax.stages.Lowered:
+        """The program that such a call runs, not yet compiled."""
+        params, run = self._compiled(num_devices)
+        return run.lower(params, rows)
+
+    def in_batches(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
+        """Rows [n, ...] → rows, in calls of `batch_size` a device, the last one padded."""
+        num_devices = 1 if len(rows) <= batch_size else len(jax.local_devices())
+        at_once = batch_size * num_devices
         parts = []
-        for start in range(0, max(len(items), 1), batch_size):
-            part = items[start : start + batch_size]
-            padding = [(0, batch_size - len(part))] + [(0, 0)] * (items.ndim - 1)
-            parts.append(np.asarray(run(np.pad(part, padding)))[: len(part)])
+        for start in range(0, max(len(rows), 1), at_once):
+            part = rows[start : start + at_once]
+            padding = [(0, at_once - len(part))] + [(0, 0)] * (rows.ndim - 1)
+            parts.append(np.asarray(self(np.pad(part, padding), num_devices))[: len(part)])
         return np.concatenate(parts)
+
+    @functools.cache  # noqa: B019 (lives as long as its tokenizer)
+    def _compiled(self, num_devices: int) -> tuple[Params, Any]:
+        mesh = jax.make_mesh(
+            (num_devices,), ("rows",), (AxisType.Auto,), devices=jax.local_devices()[:num_devices]
+        )
+        split = jax.shard_map(
+            self._function, mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"), check_vma=False
+        )
+        return jax.device_put(self._params, NamedSharding(mesh, P())), jax.jit(split)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from lvm import cli
+from lvm import cli, distributed
 from lvm.config import from_config_dict, to_json
 from lvm.console import say
 from lvm.data.preprocess import Preprocess
 from lvm.data.sources import open_source
+from lvm.distributed import DistributedConfig
 from lvm.errors import UserError
 from lvm.mesh import MeshConfig, make_mesh
+from lvm.module import Params
 from lvm.training import optimizer
 from lvm.training.loop import Loop, LoopConfig, is_finished
+from lvm.training.programs import cache_programs
 from lvm.training.step import Step
 from lvm.training.trainable import State
 from lvm.training.workdir import Workdir
+from tokenizer import quantizers, weights
 from tokenizer.images import ImagePool, ImagesConfig, TrainingImages, sides
 from tokenizer.objective import LossConfig, TokenizerObjective
 from tokenizer.vqgan import VQGANConfig
@@ -37,16 +42,20 @@ class TokenizerConfig:
       seed: everything random follows from it and the step.
       batch_size: images a step.
       preprocess: how pictures become images; its resolution is the model's.
+      init_from: a tokenizer's folder, as `Tokenizer.load` takes it, whose weights and codebook the training begins
+        with; empty for random ones. It needs the same model and preprocess, and loss.autoencoder_steps 0.
     """
 
     seed: int = 0
     batch_size: int = 256
     model: VQGANConfig = dataclasses.field(default_factory=VQGANConfig)
     preprocess: Preprocess = dataclasses.field(default_factory=lambda: Preprocess(256))
+    init_from: str = ""
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: optimizer.OptimizerConfig = dataclasses.field(default_factory=optimizer.OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
@@ -55,6 +64,15 @@ class TokenizerConfig:
                 f"preprocess.resolution: {self.preprocess.resolution}, model.resolution is {self.model.resolution}; "
                 "they must agree"
             )
+        for axis in ("sequence", "tensor"):
+            if getattr(self.mesh, axis) != 1:
+                raise UserError(
+                    f"mesh.{axis}: {getattr(self.mesh, axis)}; a tokenizer is split over data and fsdp alone"
+                )
+        if self.init_from and self.loss.autoencoder_steps:
+            raise UserError(
+                f"loss.autoencoder_steps: {self.loss.autoencoder_steps}, expected 0: init_from brings a codebook"
+            )
 
 
 class TokenizerTrainable(TokenizerObjective):
@@ -62,10 +80,12 @@ class TokenizerTrainable(TokenizerObjective):
 
     heldout: dict[str, np.ndarray]  # stream → uint8 [n, R, R, 3]
 
-    def evaluate(self, state: State) -> dict[str, float]:
+    def evaluate(self, state: State, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """PSNR in dB of each stream's held-out images, `heldout_psnr/STREAM`."""
-        figures = {}
+        figures: dict[str, float] = {}
         for stream, images in self.heldout.items():
+            if stopping():
+                return {}
             decoded = self._reconstruct(state, images)
             error = (images.astype(np.float32) - decoded) / 255
             mse = np.mean(error**2, axis=(1, 2, 3))  # [n]
@@ -91,10 +111,51 @@ class TokenizerTrainable(TokenizerObjective):
         return np.asarray(self._jitted(state["params"], images))
 
 
+class StepFrom(Step):
+    """A step whose first state has given weights, and the codebook's averages that follow from them."""
+
+    params: Params
+
+    def init(self) -> State:
+        """See `Step.init`; the optimizer's state is a fresh one."""
+        state = super().init()
+        averages = quantizers.init_moving_averages(self.params["codebook"])
+        training = state["training"] | {
+            "averages": self._placed(averages, self.state["training"]["averages"])
+        }
+        return state | {"params": self._placed(self.params, self.state["params"]), "training": training}
+
+    @staticmethod
+    def _placed(tree: Params, like: Params) -> Params:
+        # Copies: the state is donated, and two parts of it must not share an array.
+        return jax.tree.map(lambda x, spec: jax.device_put(np.array(x), spec.sharding), tree, like)
+
+
+def first_weights(config: TokenizerConfig) -> Params:
+    """The parameters in `config.init_from`.
+
+    Raises:
+      UserError: no tokenizer's folder, or another network or preprocessing than the configuration's.
+    """
+    found = weights.read(config.init_from)
+    theirs = {"model": to_json(found.config), "preprocess": found.preprocess.to_json()}
+    ours = {"model": to_json(config.model), "preprocess": config.preprocess.to_json()}
+    different = [
+        f"config.{part}.{key}: {value!r}, there {theirs[part][key]!r}"
+        for part in ours
+        for key, value in ours[part].items()
+        if value != theirs[part][key] and key != "compute_dtype"
+    ]
+    if different:
+        raise UserError(f"config.init_from: {config.init_from}: another tokenizer ({'; '.join(different)})")
+    return found.params
+
+
 def train(config: TokenizerConfig, workdir: str) -> None:
     """Trains, or goes on training, in `workdir`; does nothing where it is complete."""
     if not config.data.source:
         raise UserError("config.data.source: empty; give a folder of images or a config file of a source")
+    distributed.join(config.distributed)
     source = open_source(config.data.source, config.preprocess)
     record = {
         "config": to_json(config),
@@ -102,6 +163,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         "source": source.describe(),
     }
     loop = config.loop.in_steps(0)
+    weights.check_trainable(workdir)
     place = Workdir(workdir, "tokenizer", record)
     if is_finished(place, loop):
         return
@@ -114,6 +176,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         tx,
         schedule,
         batch_size=config.batch_size,
+        has_codebook=bool(config.init_from),
     )
     side, limit = config.model.resolution, config.data.max_gigabytes
     training, heldout = sides(source, config.data)
@@ -124,8 +187,16 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         trainable.heldout = {s: x[:: -(-len(x) // _HELDOUT_IMAGES)] for s, x in images.items() if len(x)}
     say(f"{len(training)} scenes to train on, {len(heldout)} held out; " + _count(pool))
     batches = TrainingImages(pool, config.data.rgb_share, config.batch_size, config.seed)
-    step = Step(trainable, make_mesh(config.mesh), config.seed, config.mesh.zero1)
-    Loop(step, batches.batch, loop, place, {}).run()
+    cache_programs(loop.compilation_cache, place.path)
+    make = StepFrom if config.init_from else Step
+    step = make(trainable, make_mesh(config.mesh), config.seed, config.mesh.zero1)
+    if isinstance(step, StepFrom):
+        step.params = first_weights(config)
+    Loop(step, lambda number, rows: _rows(batches.batch(number), rows), loop, place).run()
+
+
+def _rows(batch: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: x[rows] for name, x in batch.items()}
 
 
 def _count(pool: ImagePool) -> str:

@@ -96,7 +96,12 @@ class JsonlStore:
         groups = self._index["group"]
         self._extremes = (int(groups.min()), int(groups.max())) if len(groups) else (0, 0)
         self.manifest: dict[str, Any] = {
-            "tokenizer": {"weights": "", "grid": list(format.grid), "num_codes": format.num_codes},
+            "tokenizer": {
+                "weights": "",
+                "hash": "",
+                "grid": list(format.grid),
+                "num_codes": format.num_codes,
+            },
             "source": {"jsonl": self.path.name},
         }
 

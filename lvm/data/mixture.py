@@ -200,7 +200,7 @@ def _open_stores(
 def _check_one_tokenizer(stores: Mapping[str, AnyStore]) -> None:
     headers = {path: store.manifest["tokenizer"] for path, store in stores.items()}
     kinds = {(*header["grid"], header["num_codes"]) for header in headers.values()}
-    weights = {header["weights"] for header in headers.values()} - {""}  # a JSONL file doesn't tell them
+    weights = {header["hash"] for header in headers.values()} - {""}  # a JSONL file doesn't tell them
     if len(kinds) > 1 or len(weights) > 1:
         listed = ", ".join(
             f"{path}: {header['weights'][:12] or 'unknown'}, grid {header['grid'][0]}×{header['grid'][1]}, "

@@ -13,6 +13,7 @@ import PIL.ImageOps
 from lvm.errors import UserError
 
 MODES = ("squash", "center_crop")
+COLOURS = ("0..1",)  # what a network sees of uint8: divided by 255
 FILTERS = {
     "nearest": PIL.Image.Resampling.NEAREST,
     "box": PIL.Image.Resampling.BOX,
@@ -32,14 +33,17 @@ class Preprocess:
         side to `resolution` and keeps the centre.
       filter: "nearest", "box", "bilinear", "bicubic" or "lanczos", for images; all but "nearest" are
         antialiased. Labels always take the nearest reading.
+      colours: the range that the network's inputs and outputs have; "0..1" is all that is built, and the field
+        says so to whoever reads it.
 
     Raises:
-      UserError: for a resolution that is no positive integer, or an unknown mode or filter.
+      UserError: for a resolution that is no positive integer, or an unknown mode, filter or range.
     """
 
     resolution: int
     mode: str = "squash"
     filter: str = "bicubic"
+    colours: str = "0..1"
 
     def __post_init__(self) -> None:
         whole = isinstance(self.resolution, int) and not isinstance(self.resolution, bool)
@@ -49,6 +53,8 @@ class Preprocess:
             raise UserError(f"preprocess.mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
         if self.filter not in FILTERS:
             raise UserError(f"preprocess.filter is {self.filter!r}; it must be one of {', '.join(FILTERS)}")
+        if self.colours not in COLOURS:
+            raise UserError(f"preprocess.colours is {self.colours!r}; it must be one of {', '.join(COLOURS)}")
 
     def __call__(self, picture: PIL.Image.Image | np.ndarray) -> np.ndarray:
         """The picture as uint8 [R, R, 3].
@@ -82,6 +88,19 @@ class Preprocess:
         columns = (left + centres * (right - left)).astype(np.intp)
         return labels[rows[:, None], columns]  # [R, R, ...]
 
+    def points(self, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Places (x, y) in a picture, float [..., 2], as places in its image; those cropped away lie outside of it.
+
+        A place counts pixels from the picture's upper left corner: the middle of its first pixel is (0.5, 0.5).
+
+        Args:
+          points: the places.
+          size: the picture's (height, width).
+        """
+        left, top, right, bottom = self._box(size[1], size[0])
+        scale = self.resolution / np.array([right - left, bottom - top])
+        return (np.asarray(points, np.float64) - [left, top]) * scale
+
     def to_json(self) -> dict[str, Any]:
         """The fields, as `from_json` reads them."""
         return dataclasses.asdict(self)
@@ -89,9 +108,9 @@ class Preprocess:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Preprocess:
         """The preprocess that `to_json` wrote. Raises UserError for missing, unknown or impossible fields."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if "resolution" not in fields or not set(fields) <= known:
-            raise UserError(f"preprocess has the keys {sorted(fields)}; expected resolution, mode and filter")
+        known = [field.name for field in dataclasses.fields(cls)]
+        if "resolution" not in fields or not set(fields) <= set(known):
+            raise UserError(f"preprocess has the keys {sorted(fields)}; expected some of {', '.join(known)}")
         return cls(**fields)
 
     def _box(self, width: int, height: int) -> tuple[float, float, float, float]:

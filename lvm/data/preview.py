@@ -152,7 +152,7 @@ def main() -> None:
     header = rows.mixture.stores[0].manifest["tokenizer"]
     if config.tokenizer:
         tokenizer = Tokenizer.load(config.tokenizer)
-        if header["weights"] and tokenizer.identity()["weights"] != header["weights"]:
+        if header["hash"] and tokenizer.identity()["hash"] != header["hash"]:
             raise UserError(f"config.tokenizer: {config.tokenizer} is not what made the store's codes")
         decode: Decode = tokenizer.decode
     else:

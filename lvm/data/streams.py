@@ -8,84 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
-import scipy.ndimage
 
+from lvm.data.codec import PALETTE, BaseCodec, Codec, check_image, check_names, nearest_colours
+from lvm.data.drawings import Box, Boxes, Pose
 from lvm.errors import UserError
 
-
-class Codec(Protocol):
-    """What every stream codec does. `parse` also reads images that are not exact, as a model's are."""
-
-    @property
-    def kind(self) -> str:
-        """The name of the codec's class in JSON."""
-
-    def draw(self, *annotation: Any, **options: Any) -> np.ndarray:
-        """The annotation as an image, uint8 [H, W, 3]."""
-
-    def parse(self, image: np.ndarray) -> Any:
-        """The annotation in an image, uint8 [H, W, 3]."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The kind and the fields, as `codec_from_json` reads them."""
-
-
-class _Json:
-    kind: ClassVar[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The kind and the fields, as `codec_from_json` reads them."""
-        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return {"kind": self.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-
-
-def _farthest_points(count: int, levels: int) -> np.ndarray:
-    """`count` colours, uint8 [count, 3]: black, then always the lattice point farthest from those taken."""
-    axis = np.linspace(0, 255, levels).round().astype(np.int64)
-    lattice = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    chosen = [0]
-    distance = np.full(len(lattice), np.iinfo(np.int64).max)
-    while len(chosen) < count:
-        distance = np.minimum(distance, ((lattice - lattice[chosen[-1]]) ** 2).sum(-1))
-        chosen.append(int(distance.argmax()))
-    return lattice[chosen].astype(np.uint8)
-
-
-PALETTE = _farthest_points(256, levels=9)  # [256, 3]; part of what stored scenes mean: never change it
-PALETTE.flags.writeable = False
-
-
-def nearest_colours(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """For each pixel of an image [H, W, 3] the row of the nearest of the colours [K, 3], int [H, W].
-
-    Distance is squared RGB distance; between equals the lower row wins.
-    """
-    pixels, palette = image.reshape(-1, 3).astype(np.float32), colours.astype(np.float32)
-    # |pixel|² is the same for all colours. All terms are whole and below 2²⁴: exact in float32.
-    distance = (palette**2).sum(-1) - 2 * (pixels @ palette.T)  # [H·W, K]
-    return distance.argmin(-1).reshape(image.shape[:2])
+__all__ = [
+    "CODECS", "PALETTE", "Box", "Boxes", "Codec", "Depth", "Edges", "Image", "Normals", "Palette", "Pose",
+    "codec_from_json", "mirror_scene", "nearest_colours",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Image(_Json):
+class Image(BaseCodec):
     """Photographs, drawn poses and whatever else is an image already: nothing to draw, nothing to read."""
 
     kind: ClassVar[str] = "image"
 
     def draw(self, image: np.ndarray) -> np.ndarray:
         """The image itself, uint8 [H, W, 3]."""
-        return _check_image(image, "image")
+        return check_image(image, "image")
 
     def parse(self, image: np.ndarray) -> np.ndarray:
         """The image itself, uint8 [H, W, 3]."""
-        return _check_image(image, "image")
+        return check_image(image, "image")
 
 
 @dataclasses.dataclass(frozen=True)
-class Palette(_Json):
+class Palette(BaseCodec):
     """Class ids as colours: id i has the colour `PALETTE[i]`.
 
     Attributes:
@@ -100,7 +53,7 @@ class Palette(_Json):
     ignore: int | None = None
 
     def __post_init__(self) -> None:
-        _check_names(self.kind, self.names, limit=len(PALETTE))
+        check_names(self.kind, self.names, limit=len(PALETTE))
         for field in ("background", "ignore"):
             value = getattr(self, field)
             if value is not None and not (_is_int(value) and 0 <= value < len(self.names)):
@@ -122,7 +75,7 @@ class Palette(_Json):
     def parse(self, image: np.ndarray) -> np.ndarray:
         """Class ids, uint8 [H, W]: the class whose colour is nearest by squared RGB distance."""
         used = self.used_ids
-        return used[nearest_colours(_check_image(image, self.kind), PALETTE[used])]  # [H, W]
+        return used[nearest_colours(check_image(image, self.kind), PALETTE[used])]  # [H, W]
 
     @property
     def used_ids(self) -> np.ndarray:
@@ -138,7 +91,7 @@ class Palette(_Json):
 
 
 @dataclasses.dataclass(frozen=True)
-class Depth(_Json):
+class Depth(BaseCodec):
     """Depth as grey: level 255 is `near` (bright), level 1 is `far`, linear between and clipped beyond.
 
     Level 0 is "no reading", as 0 is in the annotation. A depth inside [near, far] is read back to within half
@@ -183,7 +136,7 @@ class Depth(_Json):
 
 
 @dataclasses.dataclass(frozen=True)
-class Edges(_Json):
+class Edges(BaseCodec):
     """Edge strength in [0, 1] as white on black; read back to within half a level, 1/510."""
 
     kind: ClassVar[str] = "edges"
@@ -203,7 +156,7 @@ class Edges(_Json):
 
 
 @dataclasses.dataclass(frozen=True)
-class Normals(_Json):
+class Normals(BaseCodec):
     """Unit vectors (x right, y down, z to the viewer) as colours (n + 1) / 2; read back to within 0.01."""
 
     kind: ClassVar[str] = "normals"
@@ -219,68 +172,24 @@ class Normals(_Json):
 
     def parse(self, image: np.ndarray) -> np.ndarray:
         """Unit vectors, float32 [H, W, 3]."""
-        vectors = _check_image(image, self.kind).astype(np.float32) / 127.5 - 1
+        vectors = check_image(image, self.kind).astype(np.float32) / 127.5 - 1
         # No 8-bit colour is exactly zero (127.5), so the length never is.
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)  # [H, W, 3]
+
+    def mirror(self, image: np.ndarray) -> np.ndarray:
+        """See `Codec.mirror`: the colour of −x is 255 minus that of x."""
+        mirrored = super().mirror(image).copy()
+        mirrored[..., 0] = 255 - mirrored[..., 0]
+        return mirrored
 
     def flip(self, normals: np.ndarray) -> np.ndarray:
         """The normals [H, W, 3] of the mirrored scene: columns reversed and x negated."""
         return normals[:, ::-1] * np.array([-1, 1, 1], normals.dtype)
 
 
-class Box(NamedTuple):
-    """A box of class `class_id` over the pixels [x0, x1) × [y0, y1)."""
-
-    class_id: int
-    x0: int
-    y0: int
-    x1: int
-    y1: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Boxes(_Json):
-    """Boxes as filled rectangles on black, one colour a class: class i has the colour `PALETTE[i + 1]`.
-
-    Boxes that do not overlap, nor touch another of their class, are read back exactly.
-
-    Attributes:
-      names: the classes, by id.
-    """
-
-    kind: ClassVar[str] = "boxes"
-    names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        _check_names(self.kind, self.names, limit=len(PALETTE) - 1)
-
-    def draw(self, boxes: Sequence[Box], size: tuple[int, int]) -> np.ndarray:
-        """The boxes painted in order (later ones cover earlier ones), uint8 [H, W, 3]; `size` is (H, W).
-
-        Raises UserError for a box that is empty, outside of the image, or of an unknown class.
-        """
-        height, width = size
-        ids = np.zeros(size, np.uint8)
-        for box in boxes:
-            if not 0 <= box.class_id < len(self.names):
-                raise UserError(f"{box} is of an unknown class; expected an id in [0, {len(self.names)})")
-            if not (0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height):
-                raise UserError(f"{box} is empty or outside of the image of {width}×{height}")
-            ids[box.y0 : box.y1, box.x0 : box.x1] = box.class_id + 1
-        return PALETTE[ids]  # [H, W, 3]
-
-    def parse(self, image: np.ndarray) -> list[Box]:
-        """The bounding box of each connected region of one class colour, ordered by class, then by row."""
-        ids = nearest_colours(_check_image(image, self.kind), PALETTE[: len(self.names) + 1])  # [H, W]
-        boxes = []
-        for class_id in range(len(self.names)):
-            regions, _ = scipy.ndimage.label(ids == class_id + 1)
-            for rows, columns in scipy.ndimage.find_objects(regions):
-                boxes.append(Box(class_id, columns.start, rows.start, columns.stop, rows.stop))
-        return boxes
-
-
-CODECS: dict[str, type] = {codec.kind: codec for codec in (Image, Palette, Depth, Edges, Normals, Boxes)}
+CODECS: dict[str, type] = {
+    codec.kind: codec for codec in (Image, Palette, Depth, Edges, Normals, Boxes, Pose)
+}
 
 
 def codec_from_json(fields: Mapping[str, Any]) -> Codec:
@@ -296,19 +205,10 @@ def codec_from_json(fields: Mapping[str, Any]) -> Codec:
     return CODECS[kind](**given)
 
 
-def _check_names(kind: str, names: Any, limit: int) -> None:
-    texts = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
-    if not texts or not any(names) or len(names) > limit:
-        raise UserError(f"{kind}.names is {str(names)[:80]}; expected 1 to {limit} class names")
-
-
-def _check_image(image: np.ndarray, kind: str) -> np.ndarray:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise UserError(
-            f"the image of a stream of kind {kind!r} is {image.dtype} {list(image.shape)}; "
-            "expected uint8 [H, W, 3]"
-        )
-    return image
+def mirror_scene(images: np.ndarray, codecs: Sequence[Codec]) -> np.ndarray:
+    """A scene uint8 [T, S, R, R, 3], its streams drawn by `codecs`, as a mirror shows it: all streams or none."""
+    columns = [np.stack([codec.mirror(frame) for frame in images[:, s]]) for s, codec in enumerate(codecs)]
+    return np.stack(columns, axis=1)
 
 
 def _check_map(values: np.ndarray, kind: str) -> np.ndarray:
@@ -331,4 +231,4 @@ def _grey(level: np.ndarray) -> np.ndarray:
 
 def _level(image: np.ndarray, kind: str) -> np.ndarray:
     """The grey level of an image as float32 [H, W], in [0, 255]: the mean of the channels."""
-    return _check_image(image, kind).mean(-1, dtype=np.float32)  # [H, W]
+    return check_image(image, kind).mean(-1, dtype=np.float32)  # [H, W]

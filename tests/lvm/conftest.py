@@ -31,7 +31,7 @@ def header(weights="a" * 64, grid=GRID):
     """What a manifest says of its store beside the shards."""
     codecs = {"rgb": Image(), "segmentation": Palette(("nothing", "thing"), background=0), "edges": Edges()}
     return {
-        "tokenizer": {"weights": weights, "grid": list(grid), "num_codes": NUM_CODES},
+        "tokenizer": {"weights": weights, "hash": weights, "grid": list(grid), "num_codes": NUM_CODES},
         "streams": {name: codec.to_json() for name, codec in codecs.items()},
         "stream_sets": [list(names) for names in STREAM_SETS],
         "classes": ["cat", "dog"],

@@ -31,7 +31,7 @@ class HugeStore:
     """Two billion scenes of one image that nobody has: the codes of a grid tell its scene's number."""
 
     path, stream_sets, classes, codes_per_image, num_codes = "huge", (("rgb",),), (), 4, 2**16
-    manifest = {"tokenizer": {"weights": "", "grid": [2, 2], "num_codes": 2**16}}  # noqa: RUF012
+    manifest = {"tokenizer": {"weights": "", "hash": "", "grid": [2, 2], "num_codes": 2**16}}  # noqa: RUF012
 
     def __init__(self, length):
         self.indexes = [np.broadcast_to(np.array((0, 1, 0, 0, -1, 2**63), INDEX), (length,))]

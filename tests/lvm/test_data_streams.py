@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lvm.data import streams
-from lvm.data.preprocess import FILTERS, Preprocess
 from lvm.errors import UserError
 
 shapes = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9)
@@ -124,6 +122,9 @@ def test_later_boxes_cover_earlier_ones_and_must_lie_inside() -> None:
             codec.draw([box], size=(8, 8))
 
 
+POSE_OF_ONE = streams.Pose(("nose", "chin"), limbs=(0, 1))
+
+
 @pytest.mark.parametrize(
     "codec",
     [
@@ -133,6 +134,7 @@ def test_later_boxes_cover_earlier_ones_and_must_lie_inside() -> None:
         streams.Edges(),
         streams.Normals(),
         streams.Boxes(("cat",)),
+        POSE_OF_ONE,
     ],
     ids=lambda codec: codec.kind,
 )
@@ -162,67 +164,95 @@ def test_parse_refuses_what_is_no_image() -> None:
         streams.Edges().parse(np.zeros((2, 2, 3), np.float32))
 
 
-# --- Preprocess: the same geometry for every stream.
+# --- Poses
 
 
-@pytest.mark.parametrize("mode", ["squash", "center_crop"])
-@pytest.mark.parametrize("size", [(37, 61), (64, 20), (5, 5)])
-def test_labels_go_where_images_go(mode, size) -> None:
-    ids = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
-    preprocess = Preprocess(16, mode, "nearest")
-    assert preprocess.labels(ids).shape == (16, 16)
-    np.testing.assert_array_equal(preprocess.labels(ids), preprocess(ids)[..., 0])
+JOINTS = ("nose", "left hand", "right hand", "left foot", "right foot")
+POSE = streams.Pose(JOINTS, limbs=(0, 1, 0, 2, 1, 3, 2, 4), radius=2)
 
 
-def test_center_crop_is_resize_then_crop() -> None:
-    photo = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
-    resized = PIL.Image.fromarray(photo).resize((40, 20), FILTERS["bicubic"])
-    cropped = np.asarray(resized)[:, 10:30].astype(int)
-    assert np.abs(Preprocess(20, "center_crop")(photo) - cropped).max() <= 1
+def apart(seed: int, people: int, size: int = 64) -> np.ndarray:
+    """Joints [P, 5, 2], some unseen, whose discs lie inside of the image and don't touch."""
+    rng = np.random.default_rng(seed)
+    cells = rng.permutation(64)[: people * len(JOINTS)]  # of 8 × 8 pixels; a disc has 5
+    corners = np.stack([cells % 8, cells // 8], -1) * 8 + rng.uniform(2, 6, (len(cells), 2))
+    places = corners.reshape(people, len(JOINTS), 2)
+    places[rng.random((people, len(JOINTS))) < 0.2] = np.nan
+    return places
 
 
-def test_every_kind_of_picture_becomes_rgb() -> None:
-    preprocess = Preprocess(1)
-    pixel = lambda mode, value: preprocess(PIL.Image.new(mode, (3, 3), value))[0, 0].tolist()  # noqa: E731
-    assert pixel("1", 1) == [255, 255, 255]
-    assert pixel("L", 7) == [7, 7, 7]
-    assert pixel("RGBA", (255, 100, 0, 0)) == [0, 0, 0]
-    assert pixel("RGBA", (200, 100, 0, 255)) == [200, 100, 0]
-    assert pixel("I;16", 65535) == [255, 255, 255]
-    assert pixel("I;16", 257 * 9) == [9, 9, 9]
-    assert pixel("CMYK", (0, 0, 0, 255)) == [0, 0, 0]
-    with pytest.raises(UserError, match="mode F"):
-        pixel("F", 0.5)
+@quick
+@given(seed=st.integers(0, 999), people=st.integers(0, 6))
+def test_joints_apart_are_read_back_within_half_a_pixel(seed, people) -> None:
+    places = apart(seed, people)
+    parsed = POSE.parse(POSE.draw(places, size=(64, 64)))
+    for joint, found in enumerate(parsed):
+        wanted = places[:, joint][~np.isnan(places[:, joint]).any(-1)]
+        assert found.shape == wanted.shape
+        order, found_order = np.lexsort(np.floor(wanted).T), np.lexsort(np.floor(found).T)
+        np.testing.assert_allclose(found[found_order], wanted[order], atol=0.5)
 
 
-def test_exif_orientation_is_applied() -> None:
-    photo = PIL.Image.new("RGB", (4, 2))
-    photo.putpixel((0, 0), (255, 0, 0))
-    photo.getexif()[0x0112] = 3  # upside down
-    assert Preprocess(4, filter="nearest")(photo)[-1, -1].tolist() == [255, 0, 0]
+def test_limbs_are_white_lines_under_the_joints() -> None:
+    places = np.full((1, 5, 2), np.nan)
+    places[0, 0], places[0, 1] = (10.5, 10.5), (30.5, 10.5)
+    image = POSE.draw(places, size=(20, 40))
+    assert image[10, 20].tolist() == [255, 255, 255]
+    assert image[10, 10].tolist() == streams.PALETTE[2].tolist()
+    assert (image > 0).any(-1).sum() == 2 * 13 + 15  # two discs, and the line between them
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"resolution": 0}, "positive integer"),
-        ({"resolution": 8.0}, "positive integer"),
-        ({"resolution": 8, "mode": "pad"}, "squash, center_crop"),
-        ({"resolution": 8, "filter": "hamming"}, "bicubic"),
-        ({"resolution": 8, "colour": 1}, "expected resolution, mode and filter"),
-        ({"mode": "squash"}, "expected resolution"),
-    ],
-)
-def test_bad_preprocess_is_refused(fields, message) -> None:
-    with pytest.raises(UserError, match=message):
-        Preprocess.from_json(fields)
+def test_a_pose_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(UserError, match=r"shape \[1, 4, 2\]; expected \[P, 5, 2\]"):
+        POSE.draw(np.zeros((1, 4, 2)), size=(8, 8))
+    for fields in ({"limbs": (0, 5)}, {"limbs": (0,)}, {"radius": 0}, {"joints": ()}):
+        with pytest.raises(UserError, match=r"pose\.(limbs|radius|names)"):
+            streams.Pose(**{"joints": JOINTS, **fields})
 
 
-def test_preprocess_json_round_trip_and_bad_arrays() -> None:
-    preprocess = Preprocess(8, "center_crop", "box")
-    assert Preprocess.from_json(preprocess.to_json()) == preprocess
-    for array in (np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4), np.uint8)):
-        with pytest.raises(UserError, match="expected uint8"):
-            preprocess(array)
-    with pytest.raises(UserError, match="not empty"):
-        preprocess.labels(np.zeros((0, 4)))
+# --- One flip for all streams
+
+
+@quick
+@given(seed=st.integers(0, 999))
+def test_mirrored_images_are_those_of_the_mirrored_scene(seed) -> None:
+    rng = np.random.default_rng(seed)
+    palette, depth = streams.Palette(("a", "b", "c")), streams.Depth(0, 100, "m")
+    ids, readings = rng.integers(0, 3, (6, 9)), rng.uniform(0, 100, (6, 9))
+    np.testing.assert_array_equal(palette.parse(palette.mirror(palette.draw(ids))), ids[:, ::-1])
+    np.testing.assert_array_equal(depth.mirror(depth.draw(readings)), depth.draw(readings[:, ::-1]))
+    normals = unit_vectors((6, 9), seed)
+    mirrored = streams.Normals().mirror(streams.Normals().draw(normals))
+    np.testing.assert_allclose(
+        mirrored.astype(int), streams.Normals().draw(streams.Normals().flip(normals)), atol=1
+    )
+    boxes = [streams.Box(1, 1, 2, 4, 5)]
+    codec = streams.Boxes(("x", "y"))
+    mirrored = codec.mirror(codec.draw(boxes, size=(6, 9)))
+    assert codec.parse(mirrored) == codec.flip(boxes, width=9) == [streams.Box(1, 5, 2, 8, 5)]
+    places = apart(seed, 2)
+    mirrored, flipped = POSE.mirror(POSE.draw(places, (64, 64))), POSE.flip(places, width=64)
+    for found, joint in zip(POSE.parse(mirrored), range(5), strict=True):
+        wanted = flipped[:, joint][~np.isnan(flipped[:, joint]).any(-1)]
+        assert len(found) == len(wanted)
+        assert all(np.abs(found - place).max(-1).min() <= 0.5 + 1e-9 for place in wanted)
+
+
+def test_a_left_hand_is_a_right_hand_in_the_mirror() -> None:
+    places = np.full((1, 5, 2), np.nan)
+    places[0, 1] = (8.5, 20.5)
+    found = POSE.parse(POSE.mirror(POSE.draw(places, (64, 64))))
+    assert [len(joint) for joint in found] == [0, 0, 1, 0, 0]
+    np.testing.assert_allclose(found[2], [[55.5, 20.5]])
+
+
+def test_a_scene_is_mirrored_as_a_whole() -> None:
+    rng = np.random.default_rng(0)
+    codecs = [streams.Image(), streams.Normals()]
+    images = rng.integers(0, 256, (3, 2, 4, 4, 3), dtype=np.uint8)
+    mirrored = streams.mirror_scene(images, codecs)
+    assert (mirrored.shape, mirrored.dtype) == (images.shape, np.uint8)
+    for frame in range(3):
+        for column, codec in enumerate(codecs):
+            np.testing.assert_array_equal(mirrored[frame, column], codec.mirror(images[frame, column]))
+    np.testing.assert_array_equal(streams.mirror_scene(mirrored, codecs), images)

@@ -1,0 +1,113 @@
+"""Tensors in a file: named, with shape and dtype, their numbers read when they are asked for.
+
+A checkpoint is converted tensor by tensor: no two copies of it are ever in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lvm import files
+from lvm.errors import UserError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_LISTED = 8  # names of each kind in an error
+_SAFETENSORS = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a file that stays where it is until `read` is called.
+
+    Attributes:
+      shape: as the file says.
+      dtype: as the file says.
+      read: the numbers, a new array in C order of this shape and dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+Tensors = Mapping[str, LazyTensor]
+
+
+def of_array(array: np.ndarray) -> LazyTensor:
+    """A tensor that is in memory already."""
+    return LazyTensor(array.shape, array.dtype, lambda: np.array(array, order="C"))
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+      UserError: not such a file, or a tensor of a dtype that numpy has no name for.
+    """
+    import safetensors  # where there is no such file, nothing needs it
+
+    try:
+        file = safetensors.safe_open(os.fspath(path), framework="numpy")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a safetensors file that can be read: {error}") from error
+    tensors = {}
+    for name, part in slices.items():
+        if part.get_dtype() not in _SAFETENSORS:
+            known = ", ".join(_SAFETENSORS)
+            raise UserError(f"{path}: {name} has the dtype {part.get_dtype()}; expected one of {known}")
+        dtype = _SAFETENSORS[part.get_dtype()]
+        tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, functools.partial(file.get_tensor, name))
+    return tensors
+
+
+def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file, flushed; arrays in C order. As torch's libraries expect, marked as theirs."""
+    import safetensors.numpy
+
+    safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+    files.flush(path)
+
+
+def check(tensors: Tensors, shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """That `tensors` are those of `shapes`, no more and no less.
+
+    Raises:
+      UserError: lists the missing, the unexpected and the wrongly shaped ones.
+    """
+    missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in tensors]
+    unexpected = [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in shapes]
+    wrong = [
+        f"{name} {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != tuple(shape)
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
+    problems = [f"{len(names)} {kind} ({_list(names)})" for kind, names in found.items() if names]
+    if problems:
+        raise UserError(f"{where}: not the tensors of this network: {'; '.join(problems)}")
+
+
+def _list(names: list[Any]) -> str:
+    more = len(names) - _LISTED
+    return "; ".join(names[:_LISTED]) + (f"; and {more} more" if more > 0 else "")

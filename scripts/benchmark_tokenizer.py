@@ -1,0 +1,349 @@
+"""Speed of the published tokenizers beside torch: same networks, same images, one table.
+
+    python -m scripts.benchmark_tokenizer                            one accelerator, torch if it is installed
+    python -m scripts.benchmark_tokenizer --profile=FOLDER           and where the time of ours goes
+    python -m scripts.benchmark_tokenizer --flips=64 --nospeed       how many codes bfloat16 changes
+
+Ours is what `Tokenizer` runs, with random weights. Each contender has a process of its own, one after the other; one
+that fails says so in its row. The exit code is 1 where ours gave no figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from lvm import accelerators, cli, errors, module
+from lvm.console import say
+from lvm.data.preprocess import Preprocess
+from lvm.data.sources.generated import GeneratedScenes
+from lvm.errors import UserError
+from scripts import benchmark_train, step_profile
+from scripts.benchmark_train import one_line
+from tokenizer.pretrained import OnDevices, Tokenizer
+from tokenizer.vqgan import VARIANTS, VQGAN
+
+__all__ = ["Job", "Report", "measure", "one_line", "random_codes", "random_images"]
+
+Job = dict[str, Any]
+Report = Callable[[dict[str, Any]], None]
+WORKS = ("encode", "decode")
+_PROFILED = 3  # calls in a trace
+# `scripts.step_profile` names the work of a training step; what it calls the optimizer's is elementwise here.
+_KINDS = {"matmul": "convolutions and products", "idle": "idle", "collectives": "collectives"}
+_OTHERS = "norms and elementwise"
+
+
+def main() -> None:
+    """The command; with `--job`, one contender of it."""
+    if _JOB.value:
+        _run_job(json.loads(_JOB.value))
+        return
+    for network in _NETWORK.value:
+        if network not in VARIANTS:
+            raise UserError(f"--network: {network!r} is not one of {', '.join(VARIANTS)}")
+    if _SPEED.value:
+        _compare()
+    for network in _NETWORK.value if _FLIPS.value else ():  # last: this process takes the accelerator here
+        say(flips(network, _FLIPS.value))
+
+
+def _compare() -> None:
+    ends, load = time.monotonic() + 60 * _MINUTES.value, os.getloadavg()
+    contenders = [
+        (network, name) for network in _NETWORK.value for name in ("ours", _PEER.value) if name != "none"
+    ]
+    records: list[dict[str, Any]] = []
+    for number, (network, name) in enumerate(contenders):
+        say(f"\n== {network}, {name}")
+        machine = next((r for r in records if r["network"] == network and "platform" in r), {})
+        if name == "torch" and not machine:
+            records.append({"network": network, "contender": name, "failed": "not run: ours didn't start"})
+            continue
+        limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
+        records += _contend(network, name, limit, machine)
+    say("\n" + "\n".join(_machine_lines(records, load)))
+    say("\n" + table(records))
+    done = {r["network"] for r in records if r["contender"] == "ours" and "milliseconds" in r}
+    if done != set(_NETWORK.value):
+        sys.exit(errors.EXIT_ERROR)
+
+
+def _contend(network: str, name: str, limit: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs a contender in a process of its own; its records, with a row for whatever went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        results, said = pathlib.Path(folder, "results"), pathlib.Path(folder, "errors")
+        results.touch()
+        job = {
+            "contender": name,
+            "network": network,
+            "batch_size": machine.get("batch_size") or _BATCH_SIZE.value,
+            "steps": _STEPS.value,
+            "warmup": _WARMUP.value,
+            "dtype": machine.get("dtype") or _DTYPE.value,
+            "platform": machine.get("platform", ""),
+            "compile": _TORCH_COMPILE.value,
+            "profile": _PROFILE.value,
+            "results": str(results),
+        }
+        environment = {**os.environ, cli.PARENT: str(os.getpid())}
+        environment |= {"JAX_PLATFORMS": "cpu"} if name == "torch" else {}
+        command = [sys.executable, "-m", "scripts.benchmark_tokenizer", f"--job={json.dumps(job)}"]
+        failed = ""
+        with said.open("w") as stream:
+            try:
+                code = subprocess.run(command, env=environment, stderr=stream, timeout=limit).returncode
+                last = (said.read_text(errors="replace").strip().splitlines() or [""])[-1]
+                failed = f"exit code {code}: {last}" if code else ""
+            except subprocess.TimeoutExpired:
+                failed = f"stopped after its {limit:.0f} s; --minutes allows more"
+        records = [json.loads(line) for line in results.read_text().splitlines()]
+    if failed:
+        say(failed)
+        records.append({"failed": one_line(failed)})
+    return [{"network": network, "contender": name, **record} for record in records]
+
+
+def _run_job(job: Job) -> None:
+    def report(record: dict[str, Any]) -> None:
+        with open(job["results"], "a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    if job["contender"] == "ours":
+        run_ours(job, report)
+        return
+    try:
+        from scripts import peer_torch_vqgan
+    except ImportError as error:
+        report({"failed": f"{error.name or error} isn't installed"})
+        return
+    peer_torch_vqgan.run(job, report)
+
+
+def random_images(job: Job) -> np.ndarray:
+    """The images of every contender: uint8 [B, R, R, 3]."""
+    side = VARIANTS[job["network"]].resolution
+    return np.random.default_rng(0).integers(0, 256, (job["batch_size"], side, side, 3), dtype=np.uint8)
+
+
+def random_codes(job: Job) -> np.ndarray:
+    """The codes of every contender: int32 [B, N]."""
+    config = VARIANTS[job["network"]]
+    shape = (job["batch_size"], config.num_codes_per_image)
+    return np.random.default_rng(1).integers(0, config.codebook_size, shape, dtype=np.int32)
+
+
+def random_tokenizer(network: str, dtype: str) -> Tokenizer:
+    """A published network with random weights."""
+    config = dataclasses.replace(VARIANTS[network], compute_dtype=dtype)
+    init = jax.jit(lambda rng: module.init_params(lambda rngs: VQGAN(config, rngs), rng))
+    return Tokenizer(config, Preprocess(config.resolution), init(jax.random.key(0)))
+
+
+def run_ours(job: Job, report: Report) -> None:
+    """Encoding and decoding of ours on one device, and their profiles where they are asked for."""
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    job = job | {
+        "dtype": job["dtype"] if job["dtype"] != "auto" else "float32" if on_cpu else "bfloat16",
+        "batch_size": job["batch_size"] or (2 if on_cpu else 64),
+    }
+    report(
+        {
+            "platform": device.platform,
+            "device": device.device_kind,
+            "dtype": job["dtype"],
+            "batch_size": job["batch_size"],
+            "libraries": f"jax {jax.__version__}",
+        }
+    )
+    tokenizer = random_tokenizer(job["network"], job["dtype"])
+    inputs = {"encode": jnp.asarray(random_images(job)), "decode": jnp.asarray(random_codes(job))}
+    for work, function in (("encode", tokenizer.encoder), ("decode", tokenizer.decoder)):
+        call = functools.partial(_wait_for, function, inputs[work])
+        lowered = function.lower(inputs[work], 1)
+        operations = (lowered.cost_analysis() or {}).get("flops", 0.0) / job["batch_size"]
+        report(measure("", work, job, call) | {"operations": operations})
+        if job["profile"]:
+            folder = pathlib.Path(job["profile"], job["network"], work)
+            report({"work": work, "profile": profile(call, lowered.compile().as_text() or "", folder)})
+
+
+def _wait_for(function: OnDevices, rows: jax.Array) -> None:
+    jax.block_until_ready(function(rows, 1))
+
+
+def measure(variant: str, work: str, job: Job, call: Callable[[], None]) -> dict[str, Any]:
+    """The row of a contender: the median of the calls after the warm-up, the compiling one among that."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    for _ in range(job["warmup"]):
+        seconds()
+    timed = [seconds() for _ in range(job["steps"])]
+    median = statistics.median(timed)
+    say(
+        f"{work} {variant}: {1000 * median:.1f} ms a call of {job['batch_size']} "
+        f"({1000 * min(timed):.1f} to {1000 * max(timed):.1f}), {job['batch_size'] / median:.2f} images/s"
+    )
+    return {
+        "variant": variant,
+        "work": work,
+        "batch_size": job["batch_size"],
+        "milliseconds": 1000 * median,
+        "images_per_second": job["batch_size"] / median,
+    }
+
+
+def profile(call: Callable[[], None], hlo: str, folder: pathlib.Path) -> list[str]:
+    """Traces a few calls into `folder`; the lines of the table of where their time goes."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(str(folder), profiler_options=options):
+        for _ in range(_PROFILED):
+            call()
+    newest = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    with gzip.open(newest, "rt") as stream:
+        events = json.load(stream)["traceEvents"]
+    of_instruction = step_profile.kinds_of_instructions(hlo)
+
+    def kind(event: dict[str, Any]) -> str:
+        return _KINDS.get(step_profile.kind_of_event(event, of_instruction), _OTHERS)
+
+    shares = step_profile.where_time_goes(events, kind)
+    total = sum(shares.values())
+    if not total:
+        return ["no operation of the device is in the trace"]
+    lines = [f"{'kind of work':<26} {'ms a call':>10} {'share':>8}"]
+    for name in (*_KINDS.values(), _OTHERS):
+        taken = shares.get(name, 0.0)
+        lines.append(f"{name:<26} {taken / 1000 / _PROFILED:>10.2f} {taken / total:>8.1%}")
+    return lines
+
+
+def flips(network: str, count: int) -> str:
+    """How many codes of generated images bfloat16 changes, as a line.
+
+    The codebook is drawn with the mean and scale of the latents, so that many codes are in use.
+    """
+    exact = random_tokenizer(network, "float32")
+    source = GeneratedScenes(exact.preprocess, num_scenes=count, num_frames=1, streams=("rgb",))
+    images = np.concatenate([source.load(i).images[:, 0] for i in range(count)])  # [count, R, R, 3]
+    latents = exact.encode_latents(images)  # [count, N, C]
+    rng = np.random.default_rng(0)
+    rows = latents.mean((0, 1)) + latents.std((0, 1)) * rng.standard_normal(exact.params["codebook"].shape)
+    params = exact.params | {"codebook": jnp.asarray(rows, jnp.float32)}
+    codes = []
+    for dtype in ("float32", "bfloat16"):
+        config = dataclasses.replace(exact.config, compute_dtype=dtype)
+        codes.append(Tokenizer(config, exact.preprocess, params).encode(images))
+    share = float(np.mean(codes[0] != codes[1]))
+    used = len(np.unique(codes[0]))
+    return f"{network}: bfloat16 changes {share:.2%} of {codes[0].size} codes ({used} in use; random weights)"
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The rows of all contenders, how ours compares with the best of torch, and the profiles."""
+    titles = ["network", "contender", "work", "images a call", "ms a call", "images/s", "GFLOP/s", "× torch"]
+    lines, profiles = [titles], []
+    for record in records:
+        name = ", ".join(filter(None, [record["contender"], record.get("variant")]))
+        start = [record["network"], name, record.get("work", "")]
+        if "failed" in record:
+            lines.append([*start, record["failed"]])
+        elif "milliseconds" in record:
+            same = [
+                r for r in records if r["network"] == record["network"] and r.get("work") == record["work"]
+            ]
+            operations = next((r["operations"] for r in same if "operations" in r), 0.0)
+            rate = record["images_per_second"]
+            row = [str(record["batch_size"]), f"{record['milliseconds']:.1f}", f"{rate:.2f}"]
+            lines.append([*start, *row, f"{operations * rate / 1e9:.0f}", _against_torch(record, same)])
+        elif "profile" in record:
+            profiles += [
+                "",
+                f"{record['network']}, {record['work']} of ours by kind of work:",
+                *record["profile"],
+            ]
+    whole = [line for line in lines if len(line) == len(titles)]
+    widths = [max(len(line[i]) for line in whole) for i in range(len(titles))]
+    rows = ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=False)).rstrip() for line in lines]
+    return "\n".join(rows + profiles)
+
+
+def _against_torch(record: dict[str, Any], same: list[dict[str, Any]]) -> str:
+    rates = [r["images_per_second"] for r in same if r["contender"] == "torch" and "images_per_second" in r]
+    return (
+        f"{record['images_per_second'] / max(rates):.2f}" if rates and record["contender"] == "ours" else ""
+    )
+
+
+def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
+    libraries = dict.fromkeys(r["libraries"] for r in records if "libraries" in r)
+    lines = [", ".join([f"Python {platform.python_version()}", *libraries])]
+    machine = next((r for r in records if "device" in r), None)
+    if machine is None:
+        return lines
+    if machine["platform"] == "cpu":
+        before = ", ".join(f"{x:.1f}" for x in load)
+        name = benchmark_train._cpu_name()
+        lines.append(f"{name}, {os.cpu_count()} cores, load before the run {before} (1, 5, 15 minutes)")
+    else:
+        chip = (
+            accelerators.of_device(SimpleNamespace(device_kind=machine["device"]))
+            if machine["dtype"] == "bfloat16"
+            else None
+        )
+        peak = f", {chip.peak_flops / accelerators.TERA:g} TFLOP/s in bfloat16" if chip else ""
+        lines.append(machine["device"] + peak)
+    lines.append(f"{machine['dtype']}, random weights and images, medians of {_STEPS.value} calls")
+    return lines
+
+
+if __name__ == "__main__":
+    _NETWORK = flags.DEFINE_list("network", ["maskgit", "lvm"], f"networks, of {', '.join(VARIANTS)}")
+    _BATCH_SIZE = flags.DEFINE_integer(
+        "batch_size", 0, "images a call; 0: 2 on a CPU, else 64", lower_bound=0
+    )
+    _STEPS = flags.DEFINE_integer("steps", 8, "calls that are timed", lower_bound=1)
+    _WARMUP = flags.DEFINE_integer("warmup", 2, "calls before them", lower_bound=1)
+    _PEER = flags.DEFINE_enum("peer", "torch", ["torch", "none"], "what stands beside ours")
+    _DTYPE = flags.DEFINE_enum(
+        "dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone"
+    )
+    _TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "whether torch compiles too")
+    _PROFILE = flags.DEFINE_string(
+        "profile", "", "a folder for traces of ours; prints what its time is made of"
+    )
+    _FLIPS = flags.DEFINE_integer(
+        "flips", 0, "images to compare bfloat16's codes with float32's on", lower_bound=0
+    )
+    _SPEED = flags.DEFINE_bool("speed", True, "whether speed is measured")
+    _MINUTES = flags.DEFINE_float(
+        "minutes", 15.0, "for all contenders; each has an even share of what is left"
+    )
+    _JOB = flags.DEFINE_string(
+        "job", "", "one contender's work: what the command passes to its own processes"
+    )
+    cli.run(main)

@@ -1,0 +1,105 @@
+"""How pictures become images: the same geometry for every stream, and nothing of it left unsaid."""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvm.data.preprocess import FILTERS, Preprocess
+from lvm.errors import UserError
+
+
+@pytest.mark.parametrize("mode", ["squash", "center_crop"])
+@pytest.mark.parametrize("size", [(37, 61), (64, 20), (5, 5)])
+def test_labels_go_where_images_go(mode, size) -> None:
+    ids = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
+    preprocess = Preprocess(16, mode, "nearest")
+    assert preprocess.labels(ids).shape == (16, 16)
+    np.testing.assert_array_equal(preprocess.labels(ids), preprocess(ids)[..., 0])
+
+
+def test_center_crop_is_resize_then_crop() -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
+    resized = PIL.Image.fromarray(photo).resize((40, 20), FILTERS["bicubic"])
+    cropped = np.asarray(resized)[:, 10:30].astype(int)
+    assert np.abs(Preprocess(20, "center_crop")(photo) - cropped).max() <= 1
+
+
+def test_every_kind_of_picture_becomes_rgb() -> None:
+    preprocess = Preprocess(1)
+    pixel = lambda mode, value: preprocess(PIL.Image.new(mode, (3, 3), value))[0, 0].tolist()  # noqa: E731
+    assert pixel("1", 1) == [255, 255, 255]
+    assert pixel("L", 7) == [7, 7, 7]
+    assert pixel("RGBA", (255, 100, 0, 0)) == [0, 0, 0]
+    assert pixel("RGBA", (200, 100, 0, 255)) == [200, 100, 0]
+    assert pixel("I;16", 65535) == [255, 255, 255]
+    assert pixel("I;16", 257 * 9) == [9, 9, 9]
+    assert pixel("CMYK", (0, 0, 0, 255)) == [0, 0, 0]
+    with pytest.raises(UserError, match="mode F"):
+        pixel("F", 0.5)
+
+
+def test_exif_orientation_is_applied() -> None:
+    photo = PIL.Image.new("RGB", (4, 2))
+    photo.putpixel((0, 0), (255, 0, 0))
+    photo.getexif()[0x0112] = 3  # upside down
+    assert Preprocess(4, filter="nearest")(photo)[-1, -1].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"resolution": 0}, "positive integer"),
+        ({"resolution": 8.0}, "positive integer"),
+        ({"resolution": 8, "mode": "pad"}, "squash, center_crop"),
+        ({"resolution": 8, "filter": "hamming"}, "bicubic"),
+        ({"resolution": 8, "flip": 1}, "expected some of resolution, mode, filter, colours"),
+        ({"mode": "squash"}, "expected some of resolution"),
+        ({"resolution": 8, "colours": "-1..1"}, "colours is '-1..1'; it must be one of 0..1"),
+    ],
+)
+def test_bad_preprocess_is_refused(fields, message) -> None:
+    with pytest.raises(UserError, match=message):
+        Preprocess.from_json(fields)
+
+
+def test_preprocess_json_round_trip_and_bad_arrays() -> None:
+    preprocess = Preprocess(8, "center_crop", "box")
+    assert Preprocess.from_json(preprocess.to_json()) == preprocess
+    for array in (np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4), np.uint8)):
+        with pytest.raises(UserError, match="expected uint8"):
+            preprocess(array)
+    with pytest.raises(UserError, match="not empty"):
+        preprocess.labels(np.zeros((0, 4)))
+
+
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    mode=st.sampled_from(["squash", "center_crop"]),
+    resolution=st.integers(1, 40),
+    data=st.data(),
+)
+def test_points_go_where_their_pixels_go(size, mode, resolution, data) -> None:
+    preprocess = Preprocess(resolution, mode)
+    ids = np.arange(size[0] * size[1]).reshape(size)
+    image = preprocess.labels(ids)
+    row, column = (data.draw(st.integers(0, resolution - 1)) for _ in range(2))
+    taken_row, taken_column = np.argwhere(ids == image[row, column])[0]
+    # The picture's pixel that an image's pixel was taken from covers the middle of that one.
+    corners = np.array([[taken_column, taken_row], [taken_column + 1, taken_row + 1]], float)
+    (x0, y0), (x1, y1) = preprocess.points(corners, size)
+    assert x0 - 1e-6 <= column + 0.5 <= x1 + 1e-6
+    assert y0 - 1e-6 <= row + 0.5 <= y1 + 1e-6
+
+
+def test_points_by_hand() -> None:
+    corners = np.array([[0, 0], [80, 40], [40, 20]])
+    np.testing.assert_array_equal(
+        Preprocess(20, "squash").points(corners, (40, 80)), [[0, 0], [20, 20], [10, 10]]
+    )
+    np.testing.assert_array_equal(
+        Preprocess(20, "center_crop").points(corners, (40, 80)), [[-10, 0], [30, 20], [10, 10]]
+    )

@@ -1,0 +1,50 @@
+"""Small networks of the published variants, with parameters away from their initial values."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from lvm import module
+from lvm.data.preprocess import Preprocess
+from tokenizer.vqgan import VARIANTS, VQGAN
+from tokenizer.weights import Weights
+
+SIZES = {"resolution": 64, "channels": 32, "codebook_size": 128, "codebook_dim": 8}
+
+
+def small(variant, **sizes):
+    """A published network at reduced widths; the layouts of `lvm` need 32 groups, so its norms are of one channel."""
+    return dataclasses.replace(VARIANTS[variant], **{**SIZES, **sizes})
+
+
+def random_weights(config, seed=0, **preprocess):
+    """Every number drawn: a tensor that is swapped, turned or left out shows."""
+    _, shapes = module.abstract(lambda rngs: VQGAN(config, rngs))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if leaf.ndim == 1:  # scales around 1, biases around 0
+            return np.float32(path[-1].key == "scale") + 0.1 * rng.standard_normal(leaf.shape, np.float32)
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-1]
+        return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(fan_in))
+
+    params = jax.tree.map_with_path(draw, shapes)
+    return Weights(config, Preprocess(config.resolution, **preprocess), params)
+
+
+def same_bits(params, others):
+    """That two trees hold the same float32 numbers, bit by bit, at the same places."""
+    assert jax.tree.structure(params) == jax.tree.structure(others)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        other = others
+        for key in path:
+            other = other[key.key]
+        assert np.asarray(leaf).dtype == np.asarray(other).dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(leaf).view(np.uint32), np.asarray(other).view(np.uint32))
+
+
+def check_same(found, wanted):
+    """That two tokenizers are the same, down to the bits of their parameters."""
+    assert (found.config, found.preprocess) == (wanted.config, wanted.preprocess)
+    same_bits(found.params, wanted.params)

@@ -1,0 +1,94 @@
+"""The command that converts, and training that begins with what it wrote."""
+
+import dataclasses
+import itertools
+import pathlib
+
+import numpy as np
+import pytest
+
+from lvm import files
+from lvm.config import from_config_dict
+from lvm.errors import UserError
+from tests.commands import run
+from tests.configs import tiny_tokenizer
+from tests.tokenizer.networks import check_same, random_weights, same_bits, small
+from tokenizer import convert, weights
+from tokenizer import train as training
+from tokenizer.objective import LossConfig
+from tokenizer.vqgan import VQGANConfig
+
+pytest.importorskip("safetensors")
+TINY = {"resolution": 16, "channel_multipliers": (1, 2), "codebook_size": 16, "codebook_dim": 4}
+
+
+def test_the_command_converts(tmp_path):
+    published = random_weights(small("maskgit", **TINY))
+    weights.write(tmp_path / "maskgit", published, "maskgit")
+    said = run("tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=orbax")
+    assert "16 codes of 4, 64 an image of 16×16" in said
+    check_same(weights.read(tmp_path / "out"), published)
+    assert "exists and isn't an empty folder" in run(
+        "tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=torch", code=2
+    )
+    assert "nowhere: not a model folder" in run(
+        "tokenizer.convert", tmp_path / "nowhere", tmp_path / "x", "--to=torch", code=2
+    )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["A", "B", "--to=torch"],
+        ["--to", "torch", "A", "B"],
+        ["A", "--to", "torch", "B"],
+        ["--to=torch", "A", "B"],
+    ],
+)
+def test_the_two_folders_may_stand_anywhere(argv):
+    named = convert.name_positions(["convert", *argv])
+    assert [a for a in named if a not in ("--to", "torch", "--to=torch")] == ["convert", "--src=A", "--dst=B"]
+    assert convert.name_positions(["convert", "A", "B", "C"])[-1] == "C"  # left for the parser to refuse
+
+
+def test_training_begins_with_converted_weights(tmp_path):
+    config = VQGANConfig(
+        resolution=32, patch_size=8, channels=16, channel_multipliers=(1,), encoder_blocks=1, decoder_blocks=1,
+        middle_blocks=0, codebook_size=64, codebook_dim=4, norm_groups=4, block_bias=False, latent_kernel=1,
+        quant_convs=False,
+    )  # fmt: skip  # that of tests/configs/tiny_tokenizer.py
+    wanted = random_weights(config)
+    weights.write(tmp_path / "converted", wanted, "orbax")
+
+    tiny = tiny_tokenizer.get_config()
+    tiny.loss.autoencoder_steps = 0
+    # With a learning rate of nothing and averages that keep all, what it begins with is what comes out.
+    tiny.optimizer.update({"learning_rate": 1e-30, "end_learning_rate": 1e-30, "warmup_steps": 1})
+    tiny.loss.update({"dead_below": 0.0, "ema_decay": 0.9999999})
+    tiny.loop.total_steps = 2
+
+    def begin(workdir, **changes):
+        tiny_config = dataclasses.replace(from_config_dict(training.TokenizerConfig, tiny), **changes)
+        training.train(tiny_config, tmp_path / workdir)
+
+    with pytest.raises(UserError, match=r"converted weights and no training; begin one .* new --workdir"):
+        begin("converted")
+    start = {"init_from": str(tmp_path / "converted")}
+    with pytest.raises(UserError, match=r"autoencoder_steps: 8, expected 0"):
+        begin("run", **start, loss=LossConfig(autoencoder_steps=8))
+    with pytest.raises(UserError, match=r"config\.model\.codebook_size: 32, there 64"):
+        begin("other", **start, model=dataclasses.replace(config, codebook_size=32))
+    begin("run", **start)
+    found = weights.read(tmp_path / "run")
+    assert found.step == 2
+    codebook, wanted_codebook = found.params.pop("codebook"), wanted.params.pop("codebook")
+    same_bits(found.params, wanted.params)
+    np.testing.assert_allclose(codebook, wanted_codebook, atol=1e-3)  # seeding would have made it another
+
+
+def test_no_module_of_ours_needs_torch_or_unpickles():
+    folders = [pathlib.Path(weights.__file__).parent, pathlib.Path(files.__file__).parent]
+    for file in itertools.chain(*(folder.rglob("*.py") for folder in folders)):
+        lines = [line.strip() for line in file.read_text().splitlines()]
+        found = [line for line in lines if line.startswith(("import torch", "from torch", "import pickle\n"))]
+        assert not found, f"{file}: {found}"
