@@ -203,7 +203,7 @@ def _check_one_tokenizer(stores: Mapping[str, AnyStore]) -> None:
     weights = {header["hash"] for header in headers.values()} - {""}  # a JSONL file doesn't tell them
     if len(kinds) > 1 or len(weights) > 1:
         listed = ", ".join(
-            f"{path}: {header['weights'][:12] or 'unknown'}, grid {header['grid'][0]}×{header['grid'][1]}, "
+            f"{path}: {header['hash'][:12] or 'unknown'}, grid {header['grid'][0]}×{header['grid'][1]}, "
             f"{header['num_codes']} codes"
             for path, header in headers.items()
         )
