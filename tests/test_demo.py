@@ -145,7 +145,7 @@ def test_a_bad_prompt_is_one_clear_line(demo, tmp_path, arguments, words):
         (
             "lvm.train",
             ["--config=configs/demo_lvm.py", "--config.data.store=/none"],
-            "/none: not a finished store",
+            "/none doesn't exist; tokenizer.encode writes a store",
         ),
         (
             "tokenizer.train",
