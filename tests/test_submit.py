@@ -59,6 +59,7 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in metrics.read(workdir)}
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_saves_on_all_and_no_step_is_lost(demo, tmp_path):
     running = Run(demo, tmp_path / "run", *MANY, "--max_restarts=0")
     running.until("step 15/")

@@ -20,6 +20,7 @@ OTHER_MESH = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(demo, tmp_path):
     shared = [
         TINY,
@@ -52,6 +53,7 @@ def test_a_run_goes_on_on_another_mesh(demo, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_changed_mixture_must_be_accepted(demo, tmp_path):
     shared = [TINY, f"--config.data.store={demo / 'store'}", f"--workdir={tmp_path / 'run'}"]
     run("lvm.train", *shared, "--config.loop.total_steps=10")

@@ -90,7 +90,10 @@ def test_a_mesh_changes_no_run(mesh, options):
     assert_near(first["training"], wanted["training"])  # the moments after a step
 
 
-@pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 1, "sequence": 2}])
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 1, "fsdp": 4}, pytest.param({"data": 2, "fsdp": 1, "sequence": 2}, marks=pytest.mark.slow)],
+)
 def test_processes_change_no_run(mesh):
     # Two processes of two devices each; the sequence, or the parameters, split across them.
     with socket.socket() as free:

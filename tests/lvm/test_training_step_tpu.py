@@ -162,7 +162,7 @@ def test_data_that_does_not_cover_the_slices_is_refused():
         make_mesh(MeshConfig(data=1, fsdp=16), devices("v5e:2x4", num_slices=2))
 
 
-@pytest.mark.parametrize(("remat", "kernels"), [("dots", 3), ("full", 4)])
+@pytest.mark.parametrize(("remat", "kernels"), [("dots", 3), pytest.param("full", 4, marks=pytest.mark.slow)])
 def test_only_full_remat_runs_attention_forward_twice(compiled, remat, kernels):
     # Its forward, and its backward for the queries and for the keys and values, each in the loop over layers.
     text = compiled[1]
