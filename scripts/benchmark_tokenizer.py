@@ -18,9 +18,7 @@ import os
 import pathlib
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -36,15 +34,12 @@ from lvm.console import say
 from lvm.data.preprocess import Preprocess
 from lvm.data.sources.generated import GeneratedScenes
 from lvm.errors import UserError
-from scripts import benchmark_train, step_profile
-from scripts.benchmark_train import one_line
+from scripts import step_profile
+from scripts.contenders import Report, contend, cpu_name, reporter
 from tokenizer.pretrained import OnDevices, Tokenizer
 from tokenizer.vqgan import VARIANTS, VQGAN
 
-__all__ = ["Job", "Report", "measure", "one_line", "random_codes", "random_images"]
-
 Job = dict[str, Any]
-Report = Callable[[dict[str, Any]], None]
 WORKS = ("encode", "decode")
 _PROFILED = 3  # calls in a trace
 # `scripts.step_profile` names the work of a training step; what it calls the optimizer's is elementwise here.
@@ -89,44 +84,23 @@ def _compare() -> None:
 
 def _contend(network: str, name: str, limit: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
     """Runs a contender in a process of its own; its records, with a row for whatever went wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        results, said = pathlib.Path(folder, "results"), pathlib.Path(folder, "errors")
-        results.touch()
-        job = {
-            "contender": name,
-            "network": network,
-            "batch_size": machine.get("batch_size") or _BATCH_SIZE.value,
-            "steps": _STEPS.value,
-            "warmup": _WARMUP.value,
-            "dtype": machine.get("dtype") or _DTYPE.value,
-            "platform": machine.get("platform", ""),
-            "compile": _TORCH_COMPILE.value,
-            "profile": _PROFILE.value,
-            "results": str(results),
-        }
-        environment = {**os.environ, cli.PARENT: str(os.getpid())}
-        environment |= {"JAX_PLATFORMS": "cpu"} if name == "torch" else {}
-        command = [sys.executable, "-m", "scripts.benchmark_tokenizer", f"--job={json.dumps(job)}"]
-        failed = ""
-        with said.open("w") as stream:
-            try:
-                code = subprocess.run(command, env=environment, stderr=stream, timeout=limit).returncode
-                last = (said.read_text(errors="replace").strip().splitlines() or [""])[-1]
-                failed = f"exit code {code}: {last}" if code else ""
-            except subprocess.TimeoutExpired:
-                failed = f"stopped after its {limit:.0f} s; --minutes allows more"
-        records = [json.loads(line) for line in results.read_text().splitlines()]
-    if failed:
-        say(failed)
-        records.append({"failed": one_line(failed)})
+    job = {
+        "contender": name,
+        "network": network,
+        "batch_size": machine.get("batch_size") or _BATCH_SIZE.value,
+        "steps": _STEPS.value,
+        "warmup": _WARMUP.value,
+        "dtype": machine.get("dtype") or _DTYPE.value,
+        "platform": machine.get("platform", ""),
+        "compile": _TORCH_COMPILE.value,
+        "profile": _PROFILE.value,
+    }
+    records = contend("scripts.benchmark_tokenizer", job, limit)
     return [{"network": network, "contender": name, **record} for record in records]
 
 
 def _run_job(job: Job) -> None:
-    def report(record: dict[str, Any]) -> None:
-        with open(job["results"], "a") as stream:
-            stream.write(json.dumps(record) + "\n")
-
+    report = reporter(job)
     if job["contender"] == "ours":
         run_ours(job, report)
         return
@@ -307,7 +281,7 @@ def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> li
         return lines
     if machine["platform"] == "cpu":
         before = ", ".join(f"{x:.1f}" for x in load)
-        name = benchmark_train._cpu_name()
+        name = cpu_name()
         lines.append(f"{name}, {os.cpu_count()} cores, load before the run {before} (1, 5, 15 minutes)")
     else:
         chip = (

@@ -15,11 +15,8 @@ import math
 import os
 import pathlib
 import platform
-import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -39,14 +36,13 @@ from lvm.model import REMAT, SIZES, ModelConfig, Transformer
 from lvm.training import optimizer
 from lvm.training.objective import NextCode
 from lvm.training.step import Step
+from scripts.contenders import Report, contend, cpu_name, one_line, reporter
 from scripts.step_profile import profile
 
 CODES, VOCABULARY = 8192, 8448
 _LONG_RUN = 10_000  # steps of the schedule, of which the benchmark runs the first few
 _MEMORY_SHARE = "0.92"  # of a GPU, for JAX: more than its default, since it is alone there
 _GIB = 2**30
-
-Report = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
@@ -84,48 +80,28 @@ def _check_flags() -> None:
 
 def _contend(size: str, name: str, limit: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
     """Runs a contender in a process of its own; its records, with a row for whatever went wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        results, errors_path = pathlib.Path(folder, "results"), pathlib.Path(folder, "errors")
-        results.touch()
-        job = {
-            "contender": name,
-            "size": size,
-            "context": _CONTEXT.value,
-            "batch_size": machine.get("batch_size") or _BATCH_SIZE.value,
-            "steps": _STEPS.value,
-            "warmup": _WARMUP.value,
-            "dtype": machine.get("dtype") or _DTYPE.value,
-            "platform": machine.get("platform", ""),
-            "remat": _REMAT.value,
-            "compile": _TORCH_COMPILE.value,
-            "profile": _PROFILE.value,
-            "results": str(results),
-        }
-        environment = {**os.environ, cli.PARENT: str(os.getpid())}
-        environment |= {"JAX_PLATFORMS": "cpu"} if name == "torch" else {}
-        if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:  # the older name; both are an error
-            environment.setdefault("XLA_CLIENT_MEM_FRACTION", _MEMORY_SHARE)
-        command = [sys.executable, "-m", "scripts.benchmark_train", f"--job={json.dumps(job)}"]
-        failed = ""
-        with errors_path.open("w") as stream:
-            try:
-                code = subprocess.run(command, env=environment, stderr=stream, timeout=limit).returncode
-                said = errors_path.read_text(errors="replace").strip().splitlines() or [""]
-                failed = f"exit code {code}: {said[-1]}" if code else ""
-            except subprocess.TimeoutExpired:
-                failed = f"stopped after its {limit:.0f} s; --minutes allows more"
-        records = [json.loads(line) for line in results.read_text().splitlines()]
-    if failed:
-        say(failed)
-        records.append({"failed": one_line(failed)})
+    job = {
+        "contender": name,
+        "size": size,
+        "context": _CONTEXT.value,
+        "batch_size": machine.get("batch_size") or _BATCH_SIZE.value,
+        "steps": _STEPS.value,
+        "warmup": _WARMUP.value,
+        "dtype": machine.get("dtype") or _DTYPE.value,
+        "platform": machine.get("platform", ""),
+        "remat": _REMAT.value,
+        "compile": _TORCH_COMPILE.value,
+        "profile": _PROFILE.value,
+    }
+    # The older name and the newer one beside each other are an error.
+    given = {"XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"} & os.environ.keys()
+    environment = {} if given else {"XLA_CLIENT_MEM_FRACTION": _MEMORY_SHARE}
+    records = contend("scripts.benchmark_train", job, limit, environment)
     return [{"size": size, "contender": name, **record} for record in records]
 
 
 def _run_job(job: dict[str, Any]) -> None:
-    def report(record: dict[str, Any]) -> None:
-        with open(job["results"], "a") as stream:
-            stream.write(json.dumps(record) + "\n")
-
+    report = reporter(job)
     if job["contender"] == "ours":
         run_ours(job, report)
         return
@@ -336,9 +312,7 @@ def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> li
     chip = _chip(machine)
     if machine["platform"] == "cpu":
         before = ", ".join(f"{x:.1f}" for x in load)
-        lines.append(
-            f"{_cpu_name()}, {os.cpu_count()} cores, load before the run {before} (1, 5, 15 minutes)"
-        )
+        lines.append(f"{cpu_name()}, {os.cpu_count()} cores, load before the run {before} (1, 5, 15 minutes)")
     else:
         lines.append(machine["device"])
     if chip and machine["dtype"] == "bfloat16":
@@ -349,12 +323,6 @@ def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> li
         f"compute in {machine['dtype']}, parameters and AdamW in float32, medians of {_STEPS.value} steps"
     )
     return lines
-
-
-def _cpu_name() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _verdict(records: list[dict[str, Any]], size: str) -> str:
@@ -370,11 +338,6 @@ def _verdict(records: list[dict[str, Any]], size: str) -> str:
     ours, torch = best["ours"], best["torch"]
     ratio = ours["tokens_per_second"] / torch["tokens_per_second"]
     return f"{size}: ours ({ours['variant']}) at {ratio:.2f} × torch ({torch['variant']})"
-
-
-def one_line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lvm.console import say
 from lvm.model import SIZES
 from lvm.training.optimizer import OptimizerConfig
-from scripts.benchmark_train import VOCABULARY, measure, one_line, random_tokens
+from scripts.benchmark_train import VOCABULARY, measure, random_tokens
+from scripts.contenders import one_line
 
 
 def run(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:

@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, silu
 
 from lvm.console import say
-from scripts.benchmark_tokenizer import Job, Report, measure, one_line, random_codes, random_images
+from scripts.benchmark_tokenizer import Job, measure, random_codes, random_images
+from scripts.contenders import Report, one_line
 from tokenizer.vqgan import VARIANTS, VQGANConfig
 
 

@@ -1,0 +1,74 @@
+"""Contenders of a benchmark: each in a process of its own, so that none holds memory from the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lvm import cli
+from lvm.console import say
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def contend(
+    module: str, job: Mapping[str, Any], limit: float, environment: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Runs `python -m module --job=JSON`; the records that it reports, with one for whatever went wrong.
+
+    Args:
+      module: a benchmark that takes `--job` and answers through `reporter(job)`.
+      job: what the contender does; its `contender` is "ours" or a peer that leaves the accelerator of JAX alone.
+      limit: seconds after which it is stopped.
+      environment: variables beside those of this process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results, said = pathlib.Path(folder, "results"), pathlib.Path(folder, "errors")
+        results.touch()
+        variables = {**os.environ, **(environment or {}), cli.PARENT: str(os.getpid())}
+        variables |= {} if job["contender"] == "ours" else {"JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-m", module, f"--job={json.dumps({**job, 'results': str(results)})}"]
+        failed = ""
+        with said.open("w") as stream:
+            try:
+                code = subprocess.run(command, env=variables, stderr=stream, timeout=limit).returncode
+                last = (said.read_text(errors="replace").strip().splitlines() or [""])[-1]
+                failed = f"exit code {code}: {last}" if code else ""
+            except subprocess.TimeoutExpired:
+                failed = f"stopped after its {limit:.0f} s; --minutes allows more"
+        records = [json.loads(line) for line in results.read_text().splitlines()]
+    if failed:
+        say(failed)
+        records.append({"failed": one_line(failed)})
+    return records
+
+
+def reporter(job: Mapping[str, Any]) -> Report:
+    """What a contender passes its records to."""
+
+    def report(record: dict[str, Any]) -> None:
+        with open(job["results"], "a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    return report
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, where that is known."""
+    info = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def one_line(text: str) -> str:
+    """At most 160 characters, without line breaks."""
+    text = " ".join(text.split())
+    return text if len(text) <= 160 else text[:157] + "..."
