@@ -147,7 +147,8 @@ def shardings(mesh: Mesh, tree: Any, axes: Any) -> Any:
         names = _names(path)
         for start in range(len(names)):
             found = by_path.get(names[start:])
-            if found is not None and len(found) == leaf.ndim:
+            # One number alone is no moment of a parameter: factored optimizers keep it where they keep nothing.
+            if found is not None and len(found) == leaf.ndim and leaf.size > 1:
                 return NamedSharding(mesh, _divisible(found, leaf.shape, mesh, names))
         return NamedSharding(mesh, PartitionSpec())
 

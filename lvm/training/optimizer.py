@@ -190,7 +190,7 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
         # Not `optax.adafactor`: it doesn't multiply the decay by the learning rate. The two largest dimensions are
         # factored, if both have 64: of attention kernels [L, D, H, d] these are D and d, and never the layers.
         return optax.chain(
-            _scalar_placeholders(optax.scale_by_factored_rms(min_dim_size_to_factor=64)),
+            optax.scale_by_factored_rms(min_dim_size_to_factor=64),
             optax.clip_by_block_rms(1.0),
         )
     if config.name == "muon":
@@ -207,23 +207,6 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
             consistent_rms=0.2,
         )
     return optax.scale_by_adam(b1, b2, epsilon, mu_dtype=dtype)
-
-
-def _scalar_placeholders(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` with the arrays [1] of its state as scalars.
-
-    Factored moments have such placeholders where there is nothing to store. One at the path of a vector would be
-    taken for its moment and split over the mesh.
-    """
-
-    def scalars(state: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.reshape(()) if leaf.shape == (1,) else leaf, state)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(updates, state, params)
-        return updates, scalars(state)
-
-    return optax.GradientTransformation(lambda params: scalars(inner.init(params)), update)
 
 
 def _dimension_numbers(params: Any) -> Any:

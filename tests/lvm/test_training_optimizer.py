@@ -292,7 +292,7 @@ def test_adafactors_state_is_a_small_part_of_the_parameters(size):
     state = jax.eval_shape(tx.init, params)
     assert count_params(state) < 0.03 * count_params(params)
     for name, leaf in by_name(state).items():  # and no moment is shared by layers
-        if "/layers/" in name and leaf.shape:
+        if "/layers/" in name and leaf.size > 1:  # Optax keeps one number where there is nothing to keep
             assert leaf.shape[0] == config.num_layers, name
 
 
