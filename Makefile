@@ -18,7 +18,7 @@ test: $(VENV)/requirements-test.txt.done
 	$(RUN) -m pytest -m "not slow and not parity" -n auto --maxprocesses=8 --dist=loadfile
 
 test-slow: $(VENV)/requirements-test.txt.done
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m "slow or (hypothesis and not parity)" --hypothesis-profile=random
 
 test-parity: $(VENV)/requirements-parity.txt.done
 	$(RUN) -m pytest -m parity

@@ -25,7 +25,7 @@ from lvm.model import ModelConfig
 from lvm.module import count_params
 from lvm.training import optimizer
 from lvm.training.loop import Loop, LoopConfig, is_finished
-from lvm.training.memory import fitting_step
+from lvm.training.memory import advice, fitting_step
 from lvm.training.objective import NextCode, ObjectiveConfig
 from lvm.training.programs import cache_programs
 from lvm.training.step import Step
@@ -80,7 +80,8 @@ def train(config: TrainConfig, workdir: str) -> None:
     }
     tokens = config.batch_size * config.model.context
     loop = config.loop.in_steps(tokens)
-    place = Workdir(workdir, "lvm", record, _MIXTURE if config.accept_changed_mixture else ())
+    accepted = _MIXTURE if config.accept_changed_mixture else ()
+    place = Workdir(workdir, "lvm", record, accepted, TrainConfig)
     if is_finished(place, loop):
         return
     vocabulary.save(place.path)
@@ -108,17 +109,24 @@ def train(config: TrainConfig, workdir: str) -> None:
     # The peak that MFU is a share of is that of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
-    Loop(_step(config, trainable, mesh), rows.batch, loop, place, tokens, flops).run()
+    step, memory_advice = _step(config, trainable, mesh)
+    Loop(step, rows.batch, loop, place, tokens, flops, memory_advice).run()
 
 
-def _step(config: TrainConfig, trainable: NextCode, mesh: Mesh) -> Step:
+def _step(config: TrainConfig, trainable: NextCode, mesh: Mesh) -> tuple[Step, Callable[[], str]]:
+    """The step that fits, and what to say should it run out of memory all the same."""
+
     def make(policy: str, parts: int) -> Step:
         model = dataclasses.replace(trainable.config, remat=policy)
         objective = dataclasses.replace(trainable.objective, accumulate_steps=parts)
         chosen = dataclasses.replace(trainable, config=model, objective=objective)
         return Step(chosen, mesh, config.seed, config.mesh.zero1)
 
-    return fitting_step(make, trainable.config.remat, trainable.objective.accumulate_steps)
+    parts = trainable.objective.accumulate_steps
+    step = fitting_step(make, trainable.config.remat, parts)
+    chosen = step.trainable
+    assert isinstance(chosen, NextCode)  # as `make` made it; "auto" is resolved there
+    return step, lambda: advice(make, step, chosen.config.remat, parts)
 
 
 def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:

@@ -164,7 +164,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     }
     loop = config.loop.in_steps(0)
     weights.check_trainable(workdir)
-    place = Workdir(workdir, "tokenizer", record)
+    place = Workdir(workdir, "tokenizer", record, config_class=TokenizerConfig)
     if is_finished(place, loop):
         return
     for skipped in source.skipped:

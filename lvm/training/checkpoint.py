@@ -29,6 +29,7 @@ CHECKSUMS = "checksums"
 DAMAGED = "damaged-checkpoints"
 _POLL = 0.2  # seconds
 _OVERHEAD = 2**20  # bytes of a checkpoint that are not arrays
+_CHUNK = 2**26  # bytes of an array that are stored, and so read, together
 
 
 class Checkpoints:
@@ -55,6 +56,18 @@ class Checkpoints:
         """The newest whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
+    def all_steps(self) -> list[int]:
+        """The steps of all whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def forget_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, the newest first; none may be under way."""
+        for later in reversed(self.all_steps()):
+            if later > step:
+                self._manager.delete(later)
+                if distributed.is_first():
+                    self._record(later).unlink(missing_ok=True)
+
     def save(self, state: State, step: int, meta: dict[str, Any]) -> None:
         """Starts writing; returns when the arrays are copied. Waits for the save before it.
 
@@ -63,7 +76,7 @@ class Checkpoints:
         """
         self._check_space(state)
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state["params"]),
+            params=ocp.args.StandardSave(state["params"], save_args=chunking(state["params"])),
             training=ocp.args.StandardSave(state["training"]),
             meta=ocp.args.JsonSave(meta),
         )
@@ -187,6 +200,16 @@ class Checkpoints:
         self._wait_for_sealing()
 
 
+def chunking(params: Any) -> Any:
+    """How parameters are cut into chunks on disk: a layer of a stacked tensor is read without its neighbours."""
+
+    def args(path: Any, leaf: Any) -> ocp.SaveArgs:
+        stacked = getattr(path[0], "key", None) == "layers"
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else ())
+
+    return jax.tree.map_with_path(args, params)
+
+
 def newest_step(workdir: epath.PathLike) -> int | None:
     """The step of a workdir's newest whole checkpoint, or None. Looks, and changes nothing."""
     if not (epath.Path(workdir) / FOLDER).exists():
@@ -203,21 +226,45 @@ def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
     Raises:
       UserError: the workdir holds no whole checkpoint, or the newest is damaged.
     """
-    step = newest_step(workdir)
-    if step is None:
+    step = sound_step(workdir)
+    return restore_params(workdir, step, abstract), step
+
+
+def sound_step(workdir: epath.PathLike, step: int | None = None) -> int:
+    """The step of a whole checkpoint whose parameters are as they were written: `step`, or the newest.
+
+    Raises:
+      UserError: the workdir holds no such checkpoint, or it is damaged.
+    """
+    newest = newest_step(workdir)
+    if newest is None:
         raise UserError(f"{workdir}: no checkpoint yet; wanted a folder that training has saved into")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
     checkpoints = Checkpoints(workdir, read_only=True)
+    step, steps = newest if step is None else step, checkpoints.all_steps()
+    if step not in steps:
+        raise UserError(f"{workdir}: no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     problem = checkpoints.problem(step, under="params/")
+    checkpoints.close()
     if problem:
         raise UserError(
             f"damaged checkpoint: {problem}; resume its training, which goes back to the one before"
         )
+    return step
+
+
+def restore_params(workdir: epath.PathLike, step: int, abstract: Any) -> Any:
+    """The parameters of a workdir's step, of the shapes and dtypes of `abstract`, on this process's first device.
+
+    Raises:
+      UserError: the checkpoint holds others.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    checkpoints = Checkpoints(workdir, read_only=True)
     try:
-        params = checkpoints.restore_params(step, placed)
+        return checkpoints.restore_params(step, placed)
     except (KeyError, ValueError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{workdir}/{FOLDER}/{step}: doesn't hold these parameters: {reason}") from error
-    checkpoints.close()
-    return params, step
+    finally:
+        checkpoints.close()

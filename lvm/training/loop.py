@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from lvm.errors import EXIT_PREEMPTED, DivergedError, UserError
 from lvm.training.checkpoint import Checkpoints, newest_step
 from lvm.training.metrics import Goodput, MetricsWriter
 from lvm.training.programs import Tracer
+from lvm.training.spikes import LeftOut, LossWatch, SpikeConfig, SpikeError
 from lvm.training.step import Step
 from lvm.training.trainable import Batch, Metrics, State
 from lvm.training.watchdog import Watchdog, WatchdogConfig
@@ -49,6 +50,7 @@ class LoopConfig:
       profile: the first and the last step of a trace into `profile/`; empty for none. A running job traces its next
         steps when a file `profile.request` appears in its workdir.
       compilation_cache: where compiled programs are kept for the next start; "" is the workdir.
+      wandb: the Weights & Biases project, "project" or "entity/project", that metrics go to as well; "" for none.
     """
 
     total_steps: int = 100_000
@@ -63,6 +65,8 @@ class LoopConfig:
     input_workers: int = 0
     profile: tuple[int, ...] = ()
     compilation_cache: str = ""
+    wandb: str = ""
+    spike: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
     watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
@@ -109,6 +113,7 @@ class Loop:
       tokens_per_step: for the metrics `tokens` and `tokens_per_second`; 0 leaves them out.
       flops_per_step: convention of `lvm.flops` → operations of a step; for the metrics `mfu_…`, on accelerators
         whose peak is known.
+      memory_advice: what to say where a step runs out of memory; nothing by default.
     """
 
     def __init__(
@@ -119,43 +124,87 @@ class Loop:
         workdir: Workdir,
         tokens_per_step: int = 0,
         flops_per_step: Mapping[str, float] | None = None,
+        memory_advice: Callable[[], str] = lambda: "",
     ):
         self._step, self._trainable = step, step.trainable
         self._read_batch, self._config = read_batch, config
         self._path = workdir.path
         self._tokens_per_step = tokens_per_step
+        self._memory_advice = memory_advice
         self._seconds_at_peak = _seconds_at_peak(flops_per_step or {}, step.mesh)
         self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
         self._tracer = Tracer(self._path, config.profile)
-        self._goodput = Goodput()
+        self._goodput, self._losses = Goodput(), LossWatch(config.spike)
+        self._left_out = LeftOut.of(self._path)
 
     def run(self) -> State:
         """Trains to `total_steps` and returns the state.
 
         Raises:
-          DivergedError: too many steps in a row had no finite gradient.
+          DivergedError: too many steps in a row had no finite gradient, or too many losses were spikes.
+          UserError: a device ran out of memory.
           SystemExit: SIGTERM came; the step is saved, the exit code says so.
         """
-        with self._preemption, self._watchdog:
+        with self._preemption, self._watchdog, self._memory_explained():
             state, start = self._start()
-            self._metrics = MetricsWriter(self._path, start)
             try:
-                return self._train(state, start, self._config.total_steps)
+                while True:
+                    with MetricsWriter(self._path, start, self._config.wandb) as self._metrics:
+                        try:
+                            return self._train(state, start, self._config.total_steps)
+                        except SpikeError as spike:
+                            del state  # its memory is needed for the one to go back to
+                            state, start = self._rewind(spike)
             finally:
                 self._tracer.stop()
-                self._metrics.close()
                 with self._watchdog.pausing("the last checkpoint"):
                     self._checkpoints.close()  # waits for the save under way
+
+    @contextlib.contextmanager
+    def _memory_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"out of memory: {reason}; {self._memory_advice()}".rstrip("; ")) from error
 
     def _start(self) -> tuple[State, int]:
         step = self._checkpoints.newest_sound()
         if step is None:
+            self._goodput = self._goodput.afresh()
+            self._losses = LossWatch(self._config.spike)
             return self._step.init(), 0
         say(f"{self._path}: going on from step {step}")
         state, meta = self._checkpoints.restore(step, self._step.state)
         self._goodput = Goodput.of(meta)
+        self._losses = LossWatch(self._config.spike, meta.get("losses", ()))
         return state, step
+
+    def _rewind(self, spike: SpikeError) -> tuple[State, int]:
+        """Back to before a spike, and around its batches. All processes see the same losses, so all come here."""
+        limits = self._config.spike
+        batch = self._left_out.batch(spike.step - 1)
+        if self._left_out.rewinds == limits.max_rewinds:
+            self._write_diverged([batch])
+            raise DivergedError(
+                f"{self._path}: {spike}, and {limits.max_rewinds} were gone around already; its batch is in {DIVERGED}"
+            )
+        with self._watchdog.pausing("going back before a spike"):
+            self._checkpoints.wait()
+            kept = self._checkpoints.all_steps()
+            early_enough = [step for step in kept if step < spike.step - limits.before]
+            target = max(early_enough, default=min(kept, default=0))
+            # First the checkpoints, then the list: a kill in between meets the same spike again.
+            self._checkpoints.forget_after(target)
+            first = self._left_out.batch(max(target, spike.step - 1 - limits.before))
+            self._left_out.add(first, batch)
+            if distributed.is_first():
+                self._left_out.save(self._path)
+            say(f"{spike}; batches {first} to {batch} are left out, rewind {self._left_out.rewinds}")
+            return self._start()
 
     def _train(self, state: State, start: int, total: int) -> State:
         clock = _Clock()
@@ -183,16 +232,20 @@ class Loop:
         return state
 
     def _batches(self, start: int, total: int) -> Iterator[Batch]:
-        read = functools.partial(_read_own, self._read_batch, self._step.rows)
+        read = functools.partial(_read_own, self._read_batch, self._step.rows, self._left_out)
         for batch in loader.batches(read, start, total, self._config.input_workers):
             yield self._step.place(batch)
 
     def _save(self, state: State, step: int) -> None:
         with self._watchdog.pausing("saving a checkpoint"):
-            self._checkpoints.save(state, step, self._goodput.to_json())
+            meta = {**self._goodput.to_json(), "losses": self._losses.recent}
+            self._checkpoints.save(state, step, meta)
 
     def _look_back(self, reports: deque[tuple[int, Metrics]], ahead: int) -> None:
-        """Waits for all but the `ahead` newest steps, and ends the run where too many were skipped in a row."""
+        """Waits for all but the `ahead` newest steps; ends the run where too many were skipped in a row.
+
+        Raises SpikeError where a loss is one.
+        """
         while len(reports) > ahead:
             step, metrics = reports.popleft()
             in_row = int(metrics["skipped_in_row"])
@@ -200,13 +253,15 @@ class Loop:
             if in_row:
                 say(f"step {step}: the gradient is not finite; skipped, {in_row} in a row")
             if in_row >= self._config.max_skipped:
-                self._write_diverged(range(step - in_row, step))
+                self._write_diverged([self._left_out.batch(n) for n in range(step - in_row, step)])
                 raise DivergedError(
                     f"{self._path}: no finite gradient in {in_row} steps, the last was {step}; "
                     f"loss {float(metrics['loss'])}; their batches are in {DIVERGED}"
                 )
+            if not in_row:
+                self._losses.see(step, float(metrics["loss"]))
 
-    def _write_diverged(self, numbers: range) -> None:
+    def _write_diverged(self, numbers: Sequence[int]) -> None:
         """Says which batches these were: their numbers, and the hash of the rows that this process read."""
         if distributed.is_first():
             batches = {str(number): _hash(self._read_batch(number, self._step.rows)) for number in numbers}
@@ -298,8 +353,8 @@ def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[st
     return {name: flops / (accelerator.peak_flops * mesh.size) for name, flops in flops_per_step.items()}
 
 
-def _read_own(read: ReadBatch, rows: np.ndarray, step: int) -> Mapping[str, np.ndarray]:
-    return read(step, rows)  # not a method of the loop: it may be sent to another process
+def _read_own(read: ReadBatch, rows: np.ndarray, left_out: LeftOut, step: int) -> Mapping[str, np.ndarray]:
+    return read(left_out.batch(step), rows)  # not a method of the loop: it may be sent to another process
 
 
 def _hash(batch: Batch) -> str:

@@ -58,6 +58,20 @@ def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
     )
 
 
+def advice(make_step: MakeStep, step: Step, policy: str, parts: int) -> str:
+    """What takes the memory of a step that ran out of it, and the nearest that needs less.
+
+    Args:
+      make_step: see `MakeStep`.
+      step: the one that ran, compiled.
+      policy: its policy of rematerialisation.
+      parts: its parts of a batch.
+    """
+    needed = bytes_needed(step) or 0
+    found = _nearest(make_step, policy, parts, needed - 1)
+    return f"the step alone needs {needed / _GIB:.2f} GiB a device ({by_category(step)}); {found}"
+
+
 def _nearest(make_step: MakeStep, policy: str, parts: int, limit: int) -> str:
     """What would fit: a heavier policy first, then smaller parts of a batch with the heaviest."""
     names = list(REMAT)

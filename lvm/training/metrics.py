@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from typing import Any
 
 from etils import epath
 from tensorboardX import SummaryWriter
 
 from lvm import distributed, files
+from lvm.errors import UserError
 
 FILENAME = "metrics.jsonl"
 
@@ -25,36 +27,81 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes a workdir's metrics from step `start` on, dropping what an earlier run wrote beyond it.
+    """Writes a workdir's metrics from step `start` on, dropping what an earlier run wrote beyond it. A context.
 
-    Lines go to `metrics.jsonl`, events to `tensorboard/`; the first process alone writes.
+    Lines go to `metrics.jsonl`, events to `tensorboard/`, and both to Weights & Biases when asked; the first
+    process alone writes.
+
+    Args:
+      workdir: the run's folder.
+      start: the step that is gone on from.
+      wandb: "project" or "entity/project" of Weights & Biases; "" for none.
+
+    Raises:
+      UserError: Weights & Biases is asked for and not installed, or refuses.
     """
 
-    def __init__(self, workdir: epath.PathLike, start: int):
+    def __init__(self, workdir: epath.PathLike, start: int, wandb: str = ""):
         self._writes = distributed.is_first()
         if not self._writes:
             return
         kept = [line for line in read(workdir) if line["step"] <= start]
         path = epath.Path(workdir) / FILENAME
         files.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._wandb = _join_wandb(epath.Path(workdir), wandb) if wandb else None
         self._file = open(path, "a")  # noqa: SIM115 (open for as long as the run)
         # From this step on, TensorBoard drops what an earlier run wrote.
         self._events = SummaryWriter(os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
 
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if not self._writes:
+            return
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
     def write(self, step: int, values: dict[str, float]) -> None:
+        """One step's values."""
         if not self._writes:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
 
-    def close(self) -> None:
-        if not self._writes:
-            return
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._events.close()
+
+def _join_wandb(workdir: epath.Path, project: str) -> Any:
+    """The Weights & Biases run of a workdir: the same one at every start, its id kept in `wandb.json`."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"config.loop.wandb: {project}: pip install wandb ({error})") from error
+    record = workdir / "wandb.json"
+    if not record.exists():
+        files.write_json(record, {"id": uuid.uuid4().hex[:8]})
+    entity, _, name = project.rpartition("/")
+    try:
+        run = wandb.init(
+            entity=entity or None,
+            project=name,
+            id=files.read_json(record)["id"],
+            name=workdir.name,
+            dir=os.fspath(workdir),
+            config=files.read_json(workdir / "config.json"),
+            resume="allow",
+        )
+    except wandb.Error as error:
+        raise UserError(f"config.loop.wandb: {project}: {error}") from error
+    # Against the training step, not the number of calls: what a resumed run repeats lies over what it was.
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 class Goodput:
@@ -71,6 +118,10 @@ class Goodput:
     def of(cls, meta: dict[str, Any]) -> Goodput:
         """As a checkpoint's meta has it."""
         return cls(meta["started"], meta["productive_seconds"])
+
+    def afresh(self) -> Goodput:
+        """With nothing kept so far, since the same start."""
+        return Goodput(self._started)
 
     def to_json(self) -> dict[str, float]:
         return {"started": self._started, "productive_seconds": self._productive}

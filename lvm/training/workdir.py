@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from lvm import distributed, files
+from lvm.config import from_config_dict, to_json
 from lvm.console import say
 from lvm.errors import UserError
 
@@ -27,6 +28,8 @@ _FREE = (
     "config.loop.input_workers",
     "config.loop.profile",
     "config.loop.compilation_cache",
+    "config.loop.wandb",
+    "config.loop.spike.",  # once it rewinds, the workdir says which batches are left out
     "config.loop.watchdog.",
     "config.distributed.",
     "config.loop.total_steps",
@@ -47,12 +50,20 @@ class Workdir:
       kind: "lvm" or "tokenizer".
       record: what defines the run: {"config": …} and what it was resolved to, all JSON.
       accepted: beginnings of keys that may have changed too; it is said if they have.
+      config_class: of the configuration: a run that began before some key existed is compared with its default.
 
     Raises:
       UserError: another run holds the folder, or it belongs to a run of another kind or configuration.
     """
 
-    def __init__(self, path: epath.PathLike, kind: str, record: dict[str, Any], accepted: Sequence[str] = ()):
+    def __init__(
+        self,
+        path: epath.PathLike,
+        kind: str,
+        record: dict[str, Any],
+        accepted: Sequence[str] = (),
+        config_class: type | None = None,
+    ):
         self._free = (*_FREE, *accepted)
         self.path = epath.Path(path)
         if self.path.exists() and not self.path.is_dir():
@@ -68,6 +79,11 @@ class Workdir:
         if (self.path / CONFIG).exists():
             old = read_record(self.path, kind)
             if self._has_checkpoints():  # before the first, nothing is lost by starting otherwise
+                if config_class is not None:
+                    whole: Any = from_config_dict(
+                        config_class, old["config"], f"{self.path / CONFIG}: config"
+                    )
+                    old["config"] = files.as_json(to_json(whole))
                 self._compare(old, record)
         if distributed.is_first():
             files.write_json(self.path / CONFIG, record)

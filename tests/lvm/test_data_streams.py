@@ -174,8 +174,8 @@ POSE = streams.Pose(JOINTS, limbs=(0, 1, 0, 2, 1, 3, 2, 4), radius=2)
 def apart(seed: int, people: int, size: int = 64) -> np.ndarray:
     """Joints [P, 5, 2], some unseen, whose discs lie inside of the image and don't touch."""
     rng = np.random.default_rng(seed)
-    cells = rng.permutation(64)[: people * len(JOINTS)]  # of 8 × 8 pixels; a disc has 5
-    corners = np.stack([cells % 8, cells // 8], -1) * 8 + rng.uniform(2, 6, (len(cells), 2))
+    cells = rng.permutation(64)[: people * len(JOINTS)]  # of 8 × 8 pixels; a disc takes 5 of the first 7
+    corners = np.stack([cells % 8, cells // 8], -1) * 8 + rng.uniform(2, 5, (len(cells), 2))
     places = corners.reshape(people, len(JOINTS), 2)
     places[rng.random((people, len(JOINTS))) < 0.2] = np.nan
     return places

@@ -92,15 +92,15 @@ def broken_at(step):
     return read
 
 
-def stopping_at(step):
+def stopping_at(step, read=read_batch):
     """Batches, the process asked to end while it reads that of `step`."""
 
-    def read(number):
+    def stopping(number):
         if number == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return read_batch(number)
+        return read(number)
 
-    return read
+    return stopping
 
 
 def release(folder):
@@ -236,6 +236,22 @@ def test_a_gradient_that_is_no_number_changes_nothing_but_the_count(tmp_path, ca
         "skipped_in_row": 0,
     }
     assert np.isfinite(after["params"]["kernel"]).all()
+
+
+def test_a_device_out_of_memory_is_one_line_with_advice(tmp_path):
+    class Full(Step):
+        def __call__(self, state, batch):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n 99 bytes")
+
+    place = Workdir(tmp_path, "lvm", {"config": {}})
+    step = Full(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), 0)
+    rows = lambda number, own: {name: x[own] for name, x in read_batch(number).items()}  # noqa: E731
+    loop = Loop(step, rows, LoopConfig(total_steps=2), place, memory_advice=lambda: "take less")
+    with pytest.raises(UserError) as error:
+        loop.run()
+    assert str(error.value) == (
+        "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes; take less"
+    )
 
 
 @pytest.mark.parametrize("log_every", [1, 100])

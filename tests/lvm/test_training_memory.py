@@ -6,7 +6,7 @@ import pytest
 from lvm.errors import UserError
 from lvm.mesh import MeshConfig, make_mesh
 from lvm.training import memory
-from lvm.training.memory import by_category, fitting_step, memory_limit
+from lvm.training.memory import advice, by_category, fitting_step, memory_limit
 from tests.small_step import CONFIG, make_step
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -83,3 +83,12 @@ def test_a_cpu_has_the_memory_of_the_machine():
     one, two = (make_mesh(MeshConfig(), jax.devices()[:count]) for count in (1, 2))
     assert memory_limit(two) == pytest.approx(memory_limit(one) / 2)
     assert memory_limit(two) > 2**28
+
+
+def test_a_step_that_ran_out_of_memory_gets_advice(monkeypatch):
+    found = advice(make, make("none", 1), "none", 1)
+    assert found.startswith(
+        "the step alone needs 0.00 GiB a device (parameters 0.00, optimizer 0.00, batch 0.00"
+    )
+    assert " would fit (0.00 GiB)" in found
+    assert "config.model.remat=none with config.objective.accumulate_steps=1 " not in found

@@ -1,5 +1,6 @@
 """A workdir belongs to one configuration and one run at a time."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lvm import files
+from lvm.config import to_json
 from lvm.errors import UserError
 from lvm.training.workdir import CONFIG, Workdir, read_record
 
@@ -149,3 +151,31 @@ def test_before_the_first_checkpoint_a_run_may_start_otherwise(tmp_path):
     Workdir(tmp_path, "lvm", RECORD)
     reopen(tmp_path, changed(config__model__num_layers=4))
     assert read_record(tmp_path, "lvm")["config"]["model"]["num_layers"] == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    clip: float = 1.0  # a key that runs of yesterday didn't have
+
+
+@pytest.mark.parametrize("clip", [1.0, 2.0])
+def test_a_key_that_an_older_run_lacks_counts_as_its_default(tmp_path, clip):
+    Workdir(tmp_path, "lvm", {"config": {"seed": 4}})
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    (tmp_path / ".lock").unlink()
+    record = {"config": to_json(Config(4, clip))}
+    if clip == 1.0:
+        Workdir(tmp_path, "lvm", record, config_class=Config)
+        assert read_record(tmp_path, "lvm")["config"] == {"seed": 4, "clip": 1.0}
+        return
+    with pytest.raises(UserError, match=r"config\.clip: 1\.0 → 2\.0"):
+        Workdir(tmp_path, "lvm", record, config_class=Config)
+
+
+def test_a_key_that_an_older_run_has_and_nobody_knows_is_named(tmp_path):
+    Workdir(tmp_path, "lvm", {"config": {"dropout": 0.1}})
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(UserError, match=r"config\.json: config\.dropout: no such key"):
+        Workdir(tmp_path, "lvm", {"config": to_json(Config())}, config_class=Config)
