@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data" / "dev"
@@ -23,11 +26,7 @@ def start(module: str, *arguments: str, devices: int = 1, **options) -> subproce
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        },
+        env=_environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -37,9 +36,33 @@ def start(module: str, *arguments: str, devices: int = 1, **options) -> subproce
 
 def run(module: str, *arguments: str, code: int = 0, devices: int = 1) -> str:
     """Runs a command to its end and returns what it printed; fails unless it exits with `code`."""
-    process = start(module, *arguments, devices=devices)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}, wanted {code}:\n{output}"
+    with tempfile.NamedTemporaryFile("r") as output:
+        request = {"arguments": [module, *map(str, arguments)], "environment": _environment(devices)}
+        server = _server()
+        assert server.stdin
+        assert server.stdout
+        print(json.dumps({**request, "output": output.name}), file=server.stdin, flush=True)
+        found = json.loads(server.stdout.readline())
+        said = output.read()
+    assert found == code, f"exit code {found}, wanted {code}:\n{said}"
     if code:
-        assert "Traceback" not in output, output
-    return output
+        assert "Traceback" not in said, said
+    return said
+
+
+def _environment(devices: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    """What `tests.prefork` is; it ends with this process, whose pipe it reads."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.prefork"],
+        cwd=ROOT,
+        env=_environment(1),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
