@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from lvm.config import to_json
 from lvm.data.preprocess import Preprocess
-from lvm.data.sources.readers import UnreadableError, decode_picture
+from lvm.data.sources.pictures import UnreadableError, read_image
 from lvm.errors import UserError
 from lvm.module import Params, abstract, merge
 from tokenizer import weights
@@ -29,6 +29,7 @@ from tokenizer.vqgan import VQGAN, VQGANConfig
 BATCH = 8  # images a device; every call has this many, padded, so codes can't depend on how many came
 
 Rows = Any  # an array [B, ...]
+_ENCODING, _DECODING = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")  # parts of the network
 
 
 class Tokenizer:
@@ -39,16 +40,28 @@ class Tokenizer:
       preprocess: how any picture becomes an image of its size; part of what the codes mean.
       params: the weights, a nested dict.
       step: the training step of the weights.
-      encoder: `OnDevices` of images uint8 [B, R, R, 3] → codes int32 [B, N].
+      encoder: `OnDevices` of images uint8 [B, R, R, 3] → codes uint16 [B, N].
       decoder: `OnDevices` of codes int32 [B, N] → images float32 [B, R, R, 3].
     """
 
     def __init__(self, config: VQGANConfig, preprocess: Preprocess, params: Params, step: int = 0):
         self.config, self.preprocess, self.params, self.step = config, preprocess, params, step
-        graphdef, _ = abstract(lambda rngs: VQGAN(config, rngs))
-        self.encoder = OnDevices(lambda params, x: merge(graphdef, params).encode(to_float(x)), params)
-        self._latents = OnDevices(lambda params, x: merge(graphdef, params).encode_latents(x), params)
-        self.decoder = OnDevices(lambda params, codes: merge(graphdef, params).decode_float(codes), params)
+        graphdef, shapes = abstract(lambda rngs: VQGAN(config, rngs))
+
+        def network(part: Params) -> VQGAN:
+            # Whoever encodes has no use for the decoder's weights: what isn't given is never looked at.
+            missing = {name: tree for name, tree in shapes.items() if name not in part}
+            zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), missing)
+            return merge(graphdef, {**zeros, **part})
+
+        def on_devices(function: Callable[[VQGAN, Rows], Rows], unused: Sequence[str]) -> OnDevices:
+            part = {name: tree for name, tree in params.items() if name not in unused}
+            deterministic = unused is _DECODING
+            return OnDevices(lambda part, rows: function(network(part), rows), part, deterministic)
+
+        self.encoder = on_devices(lambda net, x: net.encode(to_float(x)).astype(jnp.uint16), _DECODING)
+        self._latents = on_devices(lambda net, x: net.encode_latents(x), _DECODING)
+        self.decoder = on_devices(lambda net, codes: net.decode_float(codes), _ENCODING)
 
     @classmethod
     def load(cls, folder: epath.PathLike, dtype: str | None = None) -> Tokenizer:
@@ -100,7 +113,7 @@ class Tokenizer:
           UserError: another shape or type.
         """
         images = self._checked(images)
-        return self.encoder.in_batches(images, batch_size)
+        return self.encoder.in_batches(images, batch_size).astype(np.int32)
 
     def encode_latents(self, images: Any, batch_size: int = BATCH) -> np.ndarray:
         """Images uint8, or float in [0, 1], [B, R, R, 3] → latents float32 [B, N, C] before quantization."""
@@ -135,7 +148,7 @@ class Tokenizer:
         return len(jax.local_devices())
 
     def encode_async(self, images: np.ndarray) -> jax.Array:
-        """One call on all devices without waiting for it: uint8 [B, R, R, 3] → codes int32 [B, N] still there.
+        """One call on all devices without waiting for it: uint8 [B, R, R, 3] → codes uint16 [B, N] still there.
 
         B is a multiple of `num_devices`.
         """
@@ -148,7 +161,7 @@ class Tokenizer:
           UserError: the file is missing or not a picture.
         """
         try:
-            return self.preprocess(decode_picture(pathlib.Path(path)))
+            return read_image(pathlib.Path(path), self.preprocess)
         except (UnreadableError, UserError) as error:
             raise UserError(f"{path}: can't be read as an image: {error}") from error
 
@@ -174,10 +187,11 @@ class OnDevices:
     Args:
       function: (params, rows [B, ...]) → rows [B, ...], each row on its own.
       params: its first argument.
+      deterministic: by algorithms that are fixed, not timed and chosen anew by each process: the same bits always.
     """
 
-    def __init__(self, function: Callable[[Params, Rows], Rows], params: Params):
-        self._function, self._params = function, params
+    def __init__(self, function: Callable[[Params, Rows], Rows], params: Params, deterministic: bool = False):
+        self._function, self._params, self._deterministic = function, params, deterministic
 
     def __call__(self, rows: Rows, num_devices: int) -> jax.Array:
         """Rows [B, ...] → rows, of which each device makes B / num_devices."""
@@ -208,4 +222,7 @@ class OnDevices:
         split = jax.shard_map(
             self._function, mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"), check_vma=False
         )
-        return jax.device_put(self._params, NamedSharding(mesh, P())), jax.jit(split)
+        # Other platforms have no such choice.
+        fixed = self._deterministic and jax.default_backend() == "gpu"
+        run = jax.jit(split, compiler_options={"xla_gpu_deterministic_ops": True} if fixed else None)
+        return jax.device_put(self._params, NamedSharding(mesh, P())), run

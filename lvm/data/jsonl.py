@@ -70,6 +70,24 @@ def from_line(line: bytes) -> np.ndarray:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
+def line_grids(line: bytes, format: JsonlFormat) -> np.ndarray:
+    """The codes of a line, int32 [grids, N]. Raises ValueError for what is no sentence of the format."""
+    try:
+        tokens = from_line(line)
+    except ValueError as error:
+        raise ValueError(f"not {{'tokens': base64}}: {error}") from error
+    codes_per_image = format.grid[0] * format.grid[1]
+    if not len(tokens) or len(tokens) % codes_per_image:
+        raise ValueError(
+            f"{len(tokens)} tokens are no whole number of images of {codes_per_image} codes (grid)"
+        )
+    if tokens.min() < 0 or tokens.max() >= format.num_codes:
+        raise ValueError(
+            f"codes lie in [{tokens.min()}, {tokens.max()}], expected [0, {format.num_codes}) (num_codes)"
+        )
+    return tokens.reshape(-1, codes_per_image)
+
+
 class JsonlStore:
     """A JSONL file with the attributes and methods of `lvm.data.store.Store` that a mixture reads by.
 
@@ -138,20 +156,11 @@ class JsonlStore:
 
     def _grids(self, content: bytes, line: int) -> np.ndarray:
         try:
-            tokens = from_line(content)
+            return line_grids(content, self._format)
         except ValueError as error:
-            raise UserError(f"{self.path}, sentence {line + 1}: not {{'tokens': base64}}: {error}") from error
-        if not len(tokens) or len(tokens) % self.codes_per_image:
             raise UserError(
-                f"{self.path}, sentence {line + 1}: {len(tokens)} tokens are no whole number of images of "
-                f"{self.codes_per_image} codes (config.data.jsonl.grid)"
-            )
-        if tokens.min() < 0 or tokens.max() >= self.num_codes:
-            raise UserError(
-                f"{self.path}, sentence {line + 1}: codes lie in [{tokens.min()}, {tokens.max()}], expected "
-                f"[0, {self.num_codes}) (config.data.jsonl.num_codes)"
-            )
-        return tokens.reshape(-1, self.codes_per_image)
+                f"{self.path}, sentence {line + 1}: {error}; config.data.jsonl tells the format"
+            ) from error
 
     def _open_index(self, stamp: dict[str, Any]) -> np.ndarray:
         index_path = self.path.parent / f"{self.path.name}.index"

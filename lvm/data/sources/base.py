@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -58,8 +58,23 @@ class SceneImages:
     failures: tuple[Failure, ...] = ()
 
 
-class Source(Protocol):
-    """Scenes by number. Loading a scene is a pure function of the source and the number.
+@dataclasses.dataclass(frozen=True)
+class SceneCodes:
+    """A scene whose images are codes already.
+
+    Attributes:
+      info: the scene, with the frames that are really there.
+      codes: uint16 [T, S, N], streams in the order of `info.streams`; T may be 0.
+      failures: what could not be read and was left out.
+    """
+
+    info: SceneInfo
+    codes: np.ndarray
+    failures: tuple[Failure, ...] = ()
+
+
+class Listing(Protocol):
+    """Scenes by number, as they were listed.
 
     Attributes:
       name: a short name for logs and manifests.
@@ -84,11 +99,34 @@ class Source(Protocol):
         Raises IndexError outside of [0, len).
         """
 
+    def describe(self) -> dict[str, Any]:
+        """The kind and parameters as JSON: equal for equal sources, wherever they lie."""
+
+
+@runtime_checkable
+class Source(Listing, Protocol):
+    """Scenes of images. Loading a scene is a pure function of the source and the number."""
+
     def load(self, index: int) -> SceneImages:
         """Scene `index` with its images; a frame with any stream that can't be read is left out and listed.
 
         Raises IndexError outside of [0, len).
         """
 
-    def describe(self) -> dict[str, Any]:
-        """The kind and parameters as JSON: equal for equal sources, wherever they lie."""
+
+class CodeSource(Listing, Protocol):
+    """Scenes of ready codes, which no tokenizer encodes.
+
+    Attributes:
+      num_codes: size of the codebook; every code lies below.
+      grid: rows and columns of an image's codes.
+    """
+
+    num_codes: int
+    grid: tuple[int, ...]
+
+    def load_codes(self, index: int) -> SceneCodes:
+        """Scene `index` with its codes.
+
+        Raises IndexError outside of [0, len).
+        """

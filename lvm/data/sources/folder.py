@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pathlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from lvm.config import from_config_dict
 from lvm.data.preprocess import Preprocess
 from lvm.data.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.sources.readers import STREAMS, UnreadableError, decode_picture, make_readers, open_picture
+from lvm.data.sources.listing import SETTINGS, check_index, natural, size_and_end, walk
+from lvm.data.sources.pictures import SUFFIXES, Blob, UnreadableError, open_picture
+from lvm.data.sources.readers import STREAMS, FrameReader, declared_streams, make_readers
 from lvm.data.streams import Codec
 from lvm.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-_SETTINGS = ("classes.json", "streams.json")
 _EXPECTED = (
     f"expected a folder of photos ({', '.join(SUFFIXES)}), of videos (folders of frames), or with a folder "
     f"for each stream: rgb/ and any of {', '.join(STREAMS[1:])}"
@@ -73,7 +69,6 @@ class FolderSource:
     def __init__(self, path: str | pathlib.Path, preprocess: Preprocess, **parameters: Any) -> None:
         self.config: FolderConfig = from_config_dict(FolderConfig, parameters, "folder")
         self._root = pathlib.Path(path)
-        self._preprocess = preprocess
         if not self._root.is_dir():
             found = "a file" if self._root.exists() else "nothing"
             raise UserError(f"{path}: found {found} there; {_EXPECTED}")
@@ -86,9 +81,9 @@ class FolderSource:
         self.stream_sets: tuple[tuple[str, ...], ...] = tuple(sorted(stream_sets))
         self.classes: tuple[str, ...] = ()
         used = {stream for streams in stream_sets for stream in streams}
-        files = {s: [f[s] for _, clip in self._scenes for f in clip if s in f] for s in STREAMS if s in used}
-        self._readers = make_readers(self._root, files)
-        self.streams: Mapping[str, Codec] = {stream: reader.codec for stream, reader in self._readers.items()}
+        files = {stream: self._blobs(stream) for stream in listing.streams if stream in used}
+        self._frames = FrameReader(make_readers(self._root, files), preprocess)
+        self.streams: Mapping[str, Codec] = self._frames.streams
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -100,16 +95,7 @@ class FolderSource:
     def load(self, index: int) -> SceneImages:
         """See `Source.load`. A failure's key is the scene's; its reason begins with the file."""
         info, clip = self._scene(index)
-        images, failures = [], []
-        for frame in clip:
-            try:
-                images.append(self._read_frame(frame, info.streams))
-            except UnreadableError as error:
-                failures.append(Failure(info.key, str(error)))
-        R = self._preprocess.resolution
-        stacked = np.stack(images) if images else np.empty((0, len(info.streams), R, R, 3), np.uint8)
-        info = dataclasses.replace(info, num_frames=len(images))
-        return SceneImages(info, stacked, tuple(failures))  # [T, S, R, R, 3]
+        return self._frames.load(info, ({s: self._blob(file) for s, file in frame.items()} for frame in clip))
 
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""
@@ -128,14 +114,19 @@ class FolderSource:
         for _, clip in self._scenes:
             for frame in clip:
                 for stream, file in sorted(frame.items()):
-                    size, end = _size_and_end(self._root / file)
+                    size, end = size_and_end(self._root / file)
                     digest.update(f"{stream} {file} {size}\n".encode() + end)
         return digest.hexdigest()
 
     def _scene(self, index: int) -> tuple[SceneInfo, list[Frame]]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"scene {index} of {len(self)}")
+        check_index(index, len(self))
         return self._scenes[index]
+
+    def _blob(self, file: str) -> Blob:
+        return Blob(file, self._root / file)
+
+    def _blobs(self, stream: str) -> Iterator[Blob]:
+        return (self._blob(frame[stream]) for _, clip in self._scenes for frame in clip if stream in frame)
 
     def _check_usable(self) -> None:
         reason = f"it holds no image file; {_EXPECTED}"
@@ -148,31 +139,17 @@ class FolderSource:
                     reason = f"none of its image files can be opened; the last, {frame['rgb']}: {error}"
         raise UserError(f"{self._root}: {reason}")
 
-    def _read_frame(self, frame: Frame, streams: tuple[str, ...]) -> np.ndarray:
-        """The images of one frame, uint8 [S, R, R, 3]. Raises UnreadableError, naming the file."""
-        images: list[np.ndarray] = []
-        for stream in streams:
-            try:
-                picture = decode_picture(self._root / frame[stream])
-                if stream == "rgb":
-                    rgb_size = picture.size
-                elif not _same_aspect(picture.size, rgb_size):
-                    (w, h), (rgb_w, rgb_h) = picture.size, rgb_size
-                    raise UnreadableError(f"{w}×{h} is of another shape than its rgb, {rgb_w}×{rgb_h}")
-                images.append(self._readers[stream].read(picture, self._preprocess))
-            except (UnreadableError, UserError) as error:
-                raise UnreadableError(f"{frame[stream]}: {error}") from error
-        return np.stack(images)  # [S, R, R, 3]
-
 
 class _Listing:
     """What lies in a folder: frames by video, and what is not used, with the reason."""
 
     def __init__(self, root: pathlib.Path) -> None:
         self.skipped: list[Failure] = []
+        self.streams: tuple[str, ...] = STREAMS
         self._root = root
         if (root / "rgb").is_dir():
-            trees = {stream: stream for stream in STREAMS if (root / stream).is_dir()}
+            self.streams = (*STREAMS, *declared_streams(root))
+            trees = {stream: stream for stream in self.streams if (root / stream).is_dir()}
             self._skip_siblings(trees)
         else:
             trees = {"rgb": ""}
@@ -207,16 +184,16 @@ class _Listing:
         for stream, count in counts.items():
             if count < len(clip):
                 self._skip(key, f"{stream} is left out: only {count} of {len(clip)} frames have it")
-        return tuple(stream for stream in STREAMS if counts[stream] == len(clip))
+        return tuple(stream for stream in self.streams if counts[stream] == len(clip))
 
     def _images(self, tree: str, aligned: bool) -> dict[tuple[str, str], str]:
         """The image files under root/tree by (folder, stem) or, if no others go with them, (folder, name)."""
         files: dict[tuple[str, str], str] = {}
-        for folder, name in self._walk(self._root / tree):
+        for folder, name in walk(self._root / tree, self._skip_folder):
             file = "/".join(filter(None, (tree, folder, name)))
             place = (folder, pathlib.PurePath(name).stem if aligned else name)
             if pathlib.PurePath(name).suffix.lower() not in SUFFIXES:
-                if file not in _SETTINGS:
+                if file not in SETTINGS:
                     self._skip(file, "not an image file")
             elif not tree and folder.split("/")[0] in STREAMS:
                 self._skip(file, "an annotation without rgb; the photos belong in a folder rgb/")
@@ -226,55 +203,17 @@ class _Listing:
                 files[place] = file
         return files
 
-    def _walk(self, top: pathlib.Path) -> Iterator[tuple[str, str]]:
-        """All files under `top` but hidden ones as (folder, name), in natural order; links are followed."""
-        seen: set[str] = set()
-        for folder, subfolders, names in os.walk(top, followlinks=True, onerror=self._skip_folder):
-            relative = pathlib.PurePath(folder).relative_to(top).as_posix().removeprefix(".")
-            real = os.path.realpath(folder)
-            if real in seen:  # a link may lead to a folder that it lies in
-                self._skip(relative, "a link to a folder that is listed already")
-                subfolders.clear()
-                continue
-            seen.add(real)
-            subfolders[:] = sorted((s for s in subfolders if not s.startswith(".")), key=_natural)
-            for name in sorted((n for n in names if not n.startswith(".")), key=_natural):
-                yield relative, name
-
     def _skip_siblings(self, trees: dict[str, str]) -> None:
-        for entry in sorted(self._root.iterdir(), key=lambda entry: _natural(entry.name)):
-            if entry.name.startswith(".") or entry.name in trees or entry.name in _SETTINGS:
+        for entry in sorted(self._root.iterdir(), key=lambda entry: natural(entry.name)):
+            if entry.name.startswith(".") or entry.name in trees or entry.name in SETTINGS:
                 continue
             if entry.is_dir():
-                self._skip(entry.name, f"not the name of a stream ({', '.join(STREAMS)})")
+                self._skip(entry.name, f"not the name of a stream ({', '.join(self.streams)})")
             else:
                 self._skip(entry.name, "lies beside rgb/, not in the folder of a stream")
 
-    def _skip_folder(self, error: OSError) -> None:
-        folder = pathlib.Path(error.filename).relative_to(self._root).as_posix()
-        self._skip(folder, f"can't be listed: {error.strerror}")
+    def _skip_folder(self, folder: pathlib.Path, reason: str) -> None:
+        self._skip(folder.relative_to(self._root).as_posix(), reason)
 
     def _skip(self, key: str, reason: str) -> None:
         self.skipped.append(Failure(key, reason))
-
-
-def _natural(name: str) -> list[str | int]:
-    """A sort key that puts frame 2 before frame 10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
-
-
-def _same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two sizes are of one shape, to within a pixel of rounding."""
-    (w, h), (other_w, other_h) = size, other
-    return abs(w * other_h - other_w * h) <= max(w, h, other_w, other_h)
-
-
-def _size_and_end(path: pathlib.Path) -> tuple[int, bytes]:
-    """A file's size and its last bytes, which in compressed pictures depend on all before; unreadable: none."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 256))
-            return size, file.read()
-    except OSError:
-        return 0, b""

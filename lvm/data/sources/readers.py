@@ -1,99 +1,66 @@
-"""One file of a folder as the image of its stream, or the reason why not."""
+"""Picture files as the images of their streams, or the reasons why not."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 
 from lvm.data.preprocess import Preprocess
+from lvm.data.sources.base import Failure, SceneImages, SceneInfo
+from lvm.data.sources.pictures import Blob, Picture, UnreadableError, decode_for, decode_picture
 from lvm.data.streams import PALETTE, Boxes, Codec, Depth, Edges, Image, Normals, Palette, codec_from_json
 from lvm.errors import UserError
 
 STREAMS = ("rgb", "segmentation", "depth", "edges", "normals", "boxes", "pose")  # the order in a scene
-MAX_PIXELS = 64_000_000
 NO_READING = 65535  # beside 0: what some sensors store where they measured nothing
 _IGNORED = ("unlabelled", "unlabeled", "void", "ignore")
 _BACKGROUND = ("background", "none")
 
 
-class UnreadableError(Exception):
-    """A file that can't become an image; the message is the reason, without the file's name."""
-
-
-def open_picture(path: pathlib.Path) -> PIL.Image.Image:
-    """Opens a picture by its header, without decoding. Raises UnreadableError."""
-    try:
-        if path.stat().st_size == 0:
-            raise UnreadableError("the file is empty (0 bytes)")
-        picture = PIL.Image.open(path)
-    except PIL.UnidentifiedImageError as error:
-        raise UnreadableError("not a picture that can be decoded") from error
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise UnreadableError(f"cannot be opened: {error}") from error
-    width, height = picture.size
-    if width * height > MAX_PIXELS:
-        picture.close()
-        raise UnreadableError(f"{width}×{height} is more than {MAX_PIXELS // 10**6} megapixels")
-    return picture
-
-
-def decode_picture(path: pathlib.Path) -> PIL.Image.Image:
-    """Decodes a picture, turned as its EXIF orientation says. Raises UnreadableError."""
-    with open_picture(path) as picture:
-        try:
-            picture.load()
-            upright = PIL.ImageOps.exif_transpose(picture)
-        except MemoryError:
-            raise
-        # Pillow's decoders raise whatever a corrupt file makes them stumble over.
-        except Exception as error:
-            truncated = "truncated" in str(error)
-            raise UnreadableError("truncated" if truncated else f"corrupt: {error}") from error
-        upright.format = picture.format
-        return upright
-
-
 class Reader(Protocol):
     """How the files of one stream are read."""
 
+    exact: bool  # whether it reads numbers of pixels, which no decoder may round
     codec: Codec
 
-    def read(self, picture: PIL.Image.Image, preprocess: Preprocess) -> np.ndarray:
+    def read(self, picture: Picture, preprocess: Preprocess) -> np.ndarray:
         """A decoded picture as the stream's image, uint8 [R, R, 3]. Raises UnreadableError or UserError."""
 
 
 class DrawnReader:
     """Pictures that are images of their stream already."""
 
+    exact = False
+
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
 
-    def read(self, picture: PIL.Image.Image, preprocess: Preprocess) -> np.ndarray:
+    def read(self, picture: Picture, preprocess: Preprocess) -> np.ndarray:
         """See `Reader.read`."""
-        return preprocess(picture)
+        return preprocess(picture.pixels, picture.extent)
 
 
 class DepthReader:
     """16-bit depth in the codec's unit (0 and 65535: no reading), or 8-bit grey as it is drawn."""
 
+    exact = True
+
     def __init__(self, codec: Depth) -> None:
         self.codec: Codec = codec
 
-    def read(self, picture: PIL.Image.Image, preprocess: Preprocess) -> np.ndarray:
+    def read(self, picture: Picture, preprocess: Preprocess) -> np.ndarray:
         """See `Reader.read`."""
-        readings = preprocess.labels(np.asarray(picture))  # [R, R]; a mean of readings is no reading
-        if picture.mode == "L":
+        readings = preprocess.labels(np.asarray(picture.pixels))  # [R, R]; a mean of readings is no reading
+        mode = picture.pixels.mode
+        if mode == "L":
             return np.repeat(readings[..., None], 3, axis=-1)  # [R, R, 3]
-        if not picture.mode.startswith("I"):
-            raise UnreadableError(
-                f"mode {picture.mode}; depth is 16-bit grey, or 8-bit grey (mode L) as drawn"
-            )
+        if not mode.startswith("I"):
+            raise UnreadableError(f"mode {mode}; depth is 16-bit grey, or 8-bit grey (mode L) as drawn")
         return self.codec.draw(np.where(readings == NO_READING, 0, readings))  # [R, R, 3]
 
 
@@ -106,6 +73,8 @@ class SegmentationReader:
       where: names the place that `colours` come from.
     """
 
+    exact = True
+
     def __init__(self, codec: Palette, colours: Mapping[int, tuple[int, ...]], where: str) -> None:
         self.codec: Codec = codec
         self._is_mask = len(codec.names) == 2
@@ -114,18 +83,16 @@ class SegmentationReader:
         self._colours = np.array(sorted(packed), np.int64)  # [K]
         self._ids = np.array([packed[colour] for colour in sorted(packed)], np.uint8)  # [K]
 
-    def read(self, picture: PIL.Image.Image, preprocess: Preprocess) -> np.ndarray:
+    def read(self, picture: Picture, preprocess: Preprocess) -> np.ndarray:
         """See `Reader.read`."""
         if picture.format == "JPEG":
             raise UnreadableError("a JPEG file does not keep class ids exactly; store segmentation as PNG")
-        pixels = np.asarray(picture)
-        if picture.mode == "RGB":
+        pixels, mode = np.asarray(picture.pixels), picture.pixels.mode
+        if mode == "RGB":
             return self.codec.draw(self._look_up(preprocess.labels(pixels)))
-        if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
-            raise UnreadableError(
-                f"mode {picture.mode}; segmentation is class ids (1, L, P, 16-bit) or RGB colours"
-            )
-        if self._is_mask and picture.mode == "L" and is_mask(pixels):
+        if mode not in ("1", "L", "P") and not mode.startswith("I"):
+            raise UnreadableError(f"mode {mode}; segmentation is class ids (1, L, P, 16-bit) or RGB colours")
+        if self._is_mask and mode == "L" and is_mask(pixels):
             pixels = pixels > 0
         return self.codec.draw(preprocess.labels(pixels).astype(np.int64))  # [R, R, 3]
 
@@ -147,31 +114,95 @@ def _pack(rgb: np.ndarray) -> np.ndarray:
     return rgb.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
 
 
-def make_readers(root: pathlib.Path, files: Mapping[str, list[str]]) -> dict[str, Reader]:
-    """The reader of each stream of a folder.
+class FrameReader:
+    """Frames of picture files as scenes of images: what sources of files share.
 
     Args:
-      root: the folder; its `classes.json` and `streams.json` are read if they exist.
-      files: for each stream, its files relative to `root`.
+      readers: of each stream.
+      preprocess: how pictures become images.
+    """
+
+    def __init__(self, readers: Mapping[str, Reader], preprocess: Preprocess) -> None:
+        self._readers, self._preprocess = readers, preprocess
+        self.streams: Mapping[str, Codec] = {stream: reader.codec for stream, reader in readers.items()}
+
+    def load(self, info: SceneInfo, frames: Iterable[Mapping[str, Blob]]) -> SceneImages:
+        """The scene `info` with the images of its frames; as `Source.load` tells.
+
+        A failure's key is the scene's; its reason begins with the file.
+        """
+        images, failures = [], []
+        for frame in frames:
+            try:
+                images.append(self._read(frame, info.streams))
+            except UnreadableError as error:
+                failures.append(Failure(info.key, str(error)))
+        R = self._preprocess.resolution
+        stacked = np.stack(images) if images else np.empty((0, len(info.streams), R, R, 3), np.uint8)
+        info = dataclasses.replace(info, num_frames=len(images))
+        return SceneImages(info, stacked, tuple(failures))  # [T, S, R, R, 3]
+
+    def _read(self, frame: Mapping[str, Blob], streams: tuple[str, ...]) -> np.ndarray:
+        """The images of one frame, uint8 [S, R, R, 3]. Raises UnreadableError, naming the file."""
+        images: list[np.ndarray] = []
+        first: tuple[int, int] | None = None
+        for stream in streams:
+            reader, blob = self._readers[stream], frame[stream]
+            try:
+                decode = decode_picture if reader.exact else lambda it: decode_for(it, self._preprocess)
+                picture = decode(blob.content)
+                first = first or picture.size
+                if not same_aspect(picture.size, first):
+                    (w, h), (first_w, first_h) = picture.size, first
+                    raise UnreadableError(
+                        f"{w}×{h} is of another shape than its {streams[0]}, {first_w}×{first_h}"
+                    )
+                images.append(reader.read(picture, self._preprocess))
+            except (UnreadableError, UserError) as error:
+                raise UnreadableError(f"{blob.name}: {error}") from error
+        return np.stack(images)  # [S, R, R, 3]
+
+
+def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes are of one shape, to within a pixel of rounding."""
+    (w, h), (other_w, other_h) = size, other
+    return abs(w * other_h - other_w * h) <= max(w, h, other_w, other_h)
+
+
+def declared_streams(folder: pathlib.Path) -> tuple[str, ...]:
+    """The streams that a folder's `streams.json` gives a codec to, beside those of `STREAMS`. Raises UserError."""
+    path = folder / "streams.json"
+    fields = _read_json(path)
+    names = tuple(name for name in fields if name not in STREAMS)
+    for name in names:
+        if not isinstance(fields[name], dict) or "kind" not in fields[name]:
+            raise UserError(
+                f"{path}: {name!r} is no stream; expected some of {', '.join(STREAMS)}, or the kind of codec that "
+                'draws it, such as {"rain": {"kind": "image"}}'
+            )
+    return names
+
+
+def make_readers(folder: pathlib.Path, files: Mapping[str, Iterable[Blob]]) -> dict[str, Reader]:
+    """The reader of each stream.
+
+    Args:
+      folder: its `classes.json` and `streams.json` are read if they exist.
+      files: the streams, each with its files; without a `classes.json`, the first of `segmentation` are looked at.
 
     Raises:
       UserError: when one of the JSON files is malformed.
     """
-    classes, colours = read_classes(root / "classes.json")
-    fields = _read_json(root / "streams.json")
-    unknown = sorted(set(fields) - set(STREAMS))
-    if unknown:
-        raise UserError(
-            f"{root / 'streams.json'}: {unknown[0]!r} is no stream; expected some of {', '.join(STREAMS)}"
-        )
+    classes, colours = read_classes(folder / "classes.json")
+    declared_streams(folder)  # refuses unknown ones
+    fields = _read_json(folder / "streams.json")
     readers: dict[str, Reader] = {}
-    for stream, paths in files.items():
-        default = _default_codec(stream, classes, root, paths)
-        codec = _override(default, fields.get(stream, {}), root / "streams.json", stream)
+    for stream, blobs in files.items():
+        default = _default_codec(stream, classes, blobs)
+        codec = _override(default, fields.get(stream, {}), folder / "streams.json", stream)
         if isinstance(codec, Palette):
-            used = {int(i): tuple(PALETTE[i].tolist()) for i in codec.used_ids}
             where = "classes.json" if colours else "the palette of stream codecs"
-            readers[stream] = SegmentationReader(codec, colours or used, where)
+            readers[stream] = SegmentationReader(codec, colours or palette_colours(codec), where)
         elif isinstance(codec, Depth):
             readers[stream] = DepthReader(codec)
         else:
@@ -179,9 +210,14 @@ def make_readers(root: pathlib.Path, files: Mapping[str, list[str]]) -> dict[str
     return readers
 
 
-def _default_codec(stream: str, classes: Palette | None, root: pathlib.Path, paths: list[str]) -> Codec:
+def palette_colours(codec: Palette) -> dict[int, tuple[int, ...]]:
+    """The colour of each class id, as the codec draws it."""
+    return {int(i): tuple(PALETTE[i].tolist()) for i in codec.used_ids}
+
+
+def _default_codec(stream: str, classes: Palette | None, blobs: Iterable[Blob]) -> Codec:
     if stream == "segmentation":
-        return classes or _guess_classes(root, paths)
+        return classes or _guess_classes(blobs)
     if stream == "boxes" and classes:
         return Boxes(classes.names)
     codecs: dict[str, Codec] = {
@@ -192,12 +228,12 @@ def _default_codec(stream: str, classes: Palette | None, root: pathlib.Path, pat
     return codecs.get(stream, Image())
 
 
-def _guess_classes(root: pathlib.Path, paths: list[str]) -> Palette:
+def _guess_classes(blobs: Iterable[Blob]) -> Palette:
     """Without a classes.json: foreground and background if the first file that says so is a mask."""
     mask = Palette(("background", "foreground"), background=0)
-    for path in paths:
+    for blob in blobs:
         try:
-            picture = decode_picture(root / path)
+            picture = decode_picture(blob.content).pixels
         except UnreadableError:
             continue  # reported when its scene is loaded
         pixels = np.asarray(picture)
@@ -212,7 +248,8 @@ def _override(codec: Codec, fields: Any, path: pathlib.Path, stream: str) -> Cod
     if not isinstance(fields, dict):
         raise UserError(f"{path}: {stream} is {fields!r}; expected the codec's parameters by name")
     try:
-        return codec_from_json(codec.to_json() | fields)
+        kind = fields.get("kind", codec.kind)
+        return codec_from_json(codec.to_json() | fields if kind == codec.kind else fields)
     except UserError as error:
         raise UserError(f"{path}: {stream}: {error}") from error
 

@@ -1,0 +1,97 @@
+"""Picture files to read: good ones of every odd kind, and bad ones with the reason that each is refused for."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import PIL.Image
+
+from lvm.data.sources import Source
+
+RED, GREEN = (255, 0, 0), (0, 255, 0)
+
+
+def photo(width: int = 48, height: int = 32, seed: int = 0) -> np.ndarray:
+    """Smooth colours, uint8 [H, W, 3]."""
+    small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return np.asarray(PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC))
+
+
+def encoded(pixels: np.ndarray | PIL.Image.Image, format: str = "PNG", **options) -> bytes:
+    """A picture file."""
+    file = io.BytesIO()
+    picture = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(pixels)
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def _bomb() -> bytes:
+    """A PNG whose header promises 20,000 × 20,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(60001))) + chunk(b"IEND", b"")
+
+
+def _palette() -> PIL.Image.Image:
+    picture = PIL.Image.new("P", (8, 8), 1)
+    picture.putpalette([*RED, *GREEN])
+    return picture
+
+
+def _turned() -> bytes:
+    """Green, and red at the left as it is to be seen; stored lying on its side, to be turned by 90° clockwise."""
+    upright = PIL.Image.new("RGB", (64, 32), GREEN)
+    upright.paste(RED, (0, 0, 32, 32))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return encoded(
+        upright.transpose(PIL.Image.Transpose.ROTATE_90), "JPEG", quality=100, subsampling=0, exif=exif
+    )
+
+
+# name → (content, a part of the reason)
+BAD = {
+    "truncated.jpg": (encoded(photo(64, 64), "JPEG")[:-200], "truncated"),
+    "empty.jpg": (b"", "the file is empty (0 bytes)"),
+    "text.png": (b"no picture at all", "not a picture that can be decoded"),
+    "bomb.png": (_bomb(), "exceeds limit"),
+    "animated.gif": (
+        encoded(photo(), "GIF", save_all=True, append_images=[PIL.Image.fromarray(photo(seed=1))]),
+        "an animation of 2 frames",
+    ),
+}
+# name → (content, what its pixel at the left is)
+ODD = {
+    "cmyk.jpg": (encoded(PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), RED),
+    "grey16.png": (encoded(np.full((8, 8), 100 * 257, np.uint16)), (100, 100, 100)),
+    "palette.png": (encoded(_palette()), GREEN),
+    "still.gif": (encoded(_palette(), "GIF"), GREEN),
+    "turned.jpg": (_turned(), RED),
+    "one.png": (encoded(PIL.Image.new("RGB", (1, 1), RED)), RED),
+    "alpha.png": (encoded(PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0))), (0, 0, 0)),
+    "wide.bmp": (encoded(PIL.Image.new("RGB", (300, 2), RED), "BMP"), RED),
+    "pages.tiff": (encoded(PIL.Image.new("RGB", (8, 8), RED), "TIFF"), RED),
+}
+
+
+def check_pictures(source: Source, name_of: Callable[[str], str] = lambda key: key) -> None:
+    """That a source of `BAD` and `ODD` at 16 × 16 lists the ones and reads the others; `name_of` a key is the file."""
+    names = [name_of(source.info(index).key) for index in range(len(source))]
+    assert sorted(names) == sorted(BAD | ODD)
+    for index, name in enumerate(names):
+        scene = source.load(index)
+        if name in BAD:
+            assert (scene.images.shape, scene.info.num_frames) == ((0, 1, 16, 16, 3), 0), name
+            assert [failure.key for failure in scene.failures] == [scene.info.key], name
+            assert BAD[name][1] in scene.failures[0].reason
+        else:
+            assert (scene.images.shape, scene.failures) == ((1, 1, 16, 16, 3), ()), name
+            left = scene.images[0, 0, 8, 2].astype(int)
+            assert np.abs(left - ODD[name][1]).max() <= 4, (name, left)
