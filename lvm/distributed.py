@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from lvm.console import say
 from lvm.errors import UserError
 
-# What a launcher of ours tells each process.
+# What a launcher of ours tells each process; the first alone, as "auto", is where JAX finds the others by itself.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "LVM_COORDINATOR", "LVM_NUM_PROCESSES", "LVM_PROCESS_ID"
 
 
@@ -40,7 +40,7 @@ def join(config: DistributedConfig) -> None:
     """Joins this process to the others of its run, if the environment says that there are any.
 
     That is a launcher of ours (`LVM_COORDINATOR`, `LVM_NUM_PROCESSES`, `LVM_PROCESS_ID`), or what JAX recognises:
-    Slurm, TPU pods, GKE. Must come before anything asks for devices.
+    Slurm, TPUs of several hosts. Must come before anything asks for devices.
 
     Raises:
       UserError: a launcher's variables are incomplete.
@@ -50,14 +50,14 @@ def join(config: DistributedConfig) -> None:
         "initialization_timeout": config.initialization_timeout,
         "heartbeat_timeout_seconds": config.heartbeat_timeout,
     }
-    if any(named.values()):
+    if named[COORDINATOR] != "auto" and any(named.values()):
         if not all(named.values()):
             missing = [name for name, value in named.items() if not value]
             raise UserError(f"{', '.join(missing)}: not set, but other variables of a launcher are")
         options["coordinator_address"] = named[COORDINATOR]
         options["num_processes"] = int(named[NUM_PROCESSES])
         options["process_id"] = int(named[PROCESS_ID])
-    elif not _in_cluster():
+    elif named[COORDINATOR] != "auto" and not _in_cluster():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)

@@ -1,40 +1,151 @@
-"""Runs training under supervision: `python -m lvm.submit --on=local --processes=2 --config=FILE --workdir=DIR`.
+"""Submits a run, and looks after it: on this machine, TPU VMs, GKE or Slurm.
 
-Everything that begins with `--config` goes to `lvm.train` as it is.
+    python -m lvm.submit --on=local --processes=2 --config=FILE --workdir=DIR
+    python -m lvm.submit --on=tpu-vm --accelerator=v5litepod-256 --run=NAME --config=FILE --workdir=gs://…
+    python -m lvm.submit {watch,logs,status,cancel,list} --on=… --run=NAME
+
+Everything that begins with `--config` goes to `lvm.train` as it is. `--dry_run` writes every file and prints every
+command, and runs none of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
+from pathlib import Path
 
 from absl import flags
 
 from lvm import cli
+from lvm.accelerators import resolve
 from lvm.errors import UserError
-from lvm.launch.local import Supervisor
+from lvm.launch import places
+from lvm.launch.request import CAPACITIES, Request, Site, check_run, pairs, read_site, sweep_of
 
-_ON = flags.DEFINE_enum("on", "local", ["local"], "where the run goes")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "processes of the run", lower_bound=1)
+VERBS = ("watch", "logs", "status", "cancel", "list")
+
+_ON = flags.DEFINE_enum("on", None, places.NAMES, "where the run goes", required=True)
+_RUN = flags.DEFINE_string(
+    "run", "", "its name, the same at every restart; on this machine the workdir's by default"
+)
+_WORKDIR = flags.DEFINE_string("workdir", "", "where the run lives")
+_ACCELERATOR = flags.DEFINE_string("accelerator", "", "v5litepod-256, v5e:16x16, v5p-128, h100-64 …")
+_SLICES = flags.DEFINE_integer("slices", 1, "slices of such accelerators", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", 1, "processes of a run on this machine", lower_bound=1)
+_GRACE = flags.DEFINE_float(
+    "grace", 60.0, "seconds for the rest to end after one process failed, on this machine", lower_bound=0.0
+)
 _MAX_RESTARTS = flags.DEFINE_integer(
     "max_restarts", 3, "times that a failed run is started again", lower_bound=0
 )
-_GRACE = flags.DEFINE_float(
-    "grace", 60.0, "seconds for the rest to end after one process failed", lower_bound=0.0
+_SPOT = flags.DEFINE_bool("spot", False, "capacity that may be taken away")
+_RESERVED = flags.DEFINE_bool("reserved", False, "capacity that is reserved for you")
+_QUEUED = flags.DEFINE_bool("queued", False, "wait in the queue for up to a week")
+_ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE: an environment variable of the run")
+_SECRET = flags.DEFINE_multi_string(
+    "secret", [], "NAME or NAME=WHERE: a variable whose value is kept elsewhere"
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives", required=True)
+_SWEEP = flags.DEFINE_multi_string("sweep", [], "KEY=VALUE,VALUE: a run for each, as an array of Slurm")
+_SITE = flags.DEFINE_string("site", None, "a YAML file of --project, --zone … --setup")
+_COMMIT = flags.DEFINE_string("commit", "", "the code to run; by default what is checked out")
+_SHIP_CHANGES = flags.DEFINE_bool(
+    "ship_changes", False, "ship changes that aren't committed, and record them"
+)
+_PLAN = flags.DEFINE_bool("plan", True, "refuse what `lvm.plan` says doesn't fit")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "write the files, print the commands, run none")
+_OUT = flags.DEFINE_string("out", "", "folder for the run's files; runs/submitted/RUN by default")
+_POLL = flags.DEFINE_float("poll", 60.0, "seconds between two looks of watch", lower_bound=0.01)
+# Keys of a site, each a flag of the same name.
+for _name, _help in (
+    ("project", "of Google Cloud"),
+    ("zone", "of Google Cloud"),
+    ("cluster", "of GKE"),
+    ("namespace", "of GKE"),
+    ("image", "the container on GKE"),
+    ("queue", "of Kueue"),
+    ("runtime_version", "of TPU VMs"),
+    ("service_account", "that hosts or pods run as"),
+    ("partition", "of Slurm"),
+    ("account", "of Slurm"),
+    ("time", "limit of Slurm, such as 2-00:00:00"),
+    ("processes_per", "node or gpu, under Slurm"),
+    ("setup", "a line of shell that Slurm's jobs run first"),
+):
+    flags.DEFINE_string(_name, None, _help)
+flags.DEFINE_integer("nodes", None, "of a run on GPUs under Slurm")
+flags.DEFINE_integer("gpus_per_node", None, "under Slurm")
 
 
-def main(job: list[str]) -> None:
-    """The command."""
+def main(verb: str, job: tuple[str, ...]) -> int:
+    """The command; returns the exit code."""
+    on, site = _ON.value, _site()
+    run = _run(verb)
+    folder = Path(_OUT.value or (f"runs/submitted/{run}" if run else "runs/submitted"))
+    if verb:
+        if job:
+            raise UserError(f"{job[0]}: {verb} takes no configuration")
+        return places.look_after(verb, on, places.find(on, run, site, folder, _WORKDIR.value), _POLL.value)
     if not any(argument.partition("=")[0] == "--config" for argument in job):
         raise UserError("--config: not given; it names the experiment's file")
-    command = ["-m", "lvm.train", f"--workdir={_WORKDIR.value}", *job]
-    code = Supervisor(command, _PROCESSES.value, _MAX_RESTARTS.value, _GRACE.value).run()
-    if code:
-        sys.exit(code)
+    if not _WORKDIR.value:
+        raise UserError("--workdir: not given; it is where the run lives")
+    request = Request(
+        run=run,
+        workdir=_WORKDIR.value,
+        job=job,
+        slice=resolve(_ACCELERATOR.value) if _ACCELERATOR.value else None,
+        slices=_SLICES.value,
+        capacity=_capacity(),
+        environment=pairs("env", _ENV.value),
+        secrets=pairs("secret", _SECRET.value, whole=True),
+        max_restarts=_MAX_RESTARTS.value,
+        sweep=sweep_of(_SWEEP.value),
+        site=site,
+    )
+    if on == places.LOCAL:
+        _refuse(_ACCELERATOR, _SLICES, _SPOT, _RESERVED, _QUEUED, _SWEEP, _COMMIT, _SHIP_CHANGES, _SITE)
+        return places.run_here(request, folder, _PROCESSES.value, _GRACE.value, _DRY_RUN.value)
+    _refuse(_PROCESSES, _GRACE, *([] if on == "slurm" else [_SWEEP]))
+    options = places.Options(_COMMIT.value, _SHIP_CHANGES.value, _PLAN.value, _DRY_RUN.value)
+    places.submit(on, request, folder, options)
+    return 0
+
+
+def _run(verb: str) -> str:
+    """The run's name."""
+    if verb == "list":
+        return ""
+    if not _RUN.value and _ON.value == places.LOCAL and _WORKDIR.value:
+        name = re.sub(r"[^a-z0-9]+", "-", f"run-{Path(_WORKDIR.value).resolve().name.lower()}")
+        return name[:40].strip("-")
+    if not _RUN.value:
+        raise UserError("--run: not given; it is the run's name")
+    check_run(_RUN.value)
+    return _RUN.value
+
+
+def _capacity() -> str:
+    chosen = [flag.name for flag in (_SPOT, _RESERVED, _QUEUED) if flag.value]
+    if len(chosen) > 1:
+        raise UserError(f"{', '.join(f'--{name}' for name in chosen)}: choose one")
+    return chosen[0] if chosen else CAPACITIES[0]
+
+
+def _site() -> Site:
+    given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Site)}
+    return read_site(_SITE.value, {name: value for name, value in given.items() if value is not None})
+
+
+def _refuse(*given: flags.FlagHolder) -> None:
+    """What a place would ignore is an error."""
+    for flag in given:
+        if flag.present:
+            raise UserError(f"--{flag.name}: means nothing with --on={_ON.value}")
 
 
 if __name__ == "__main__":
-    JOB = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+    JOB = tuple(argument for argument in sys.argv[1:] if argument.startswith("--config"))
     sys.argv = [argument for argument in sys.argv if argument not in JOB]
-    cli.run(lambda: main(JOB))
+    VERB = sys.argv.pop(1) if sys.argv[1:] and sys.argv[1] in VERBS else ""
+    cli.run(lambda: sys.exit(main(VERB, JOB)))

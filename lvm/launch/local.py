@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from lvm import cli, distributed, errors
 from lvm.console import say
+from lvm.errors import UserError
 
 _NEVER_RESTARTED = (errors.EXIT_DONE, errors.EXIT_BAD_INPUT, errors.EXIT_DIVERGED)
 _POLL = 0.1  # seconds
@@ -28,6 +31,7 @@ class Supervisor:
       max_restarts: how often a run that failed or was preempted is started again.
       grace: seconds that ranks have to end by themselves after SIGTERM.
       environment: variables beside those of this process.
+      log: takes what the ranks print, beside this process's output.
     """
 
     def __init__(
@@ -36,11 +40,12 @@ class Supervisor:
         processes: int,
         max_restarts: int,
         grace: float,
-        environment: dict[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        log: IO[str] | None = None,
     ):
         self._command, self._processes = list(command), processes
         self._max_restarts, self._grace = max_restarts, grace
-        self._environment = environment or {}
+        self._environment, self._log = environment or {}, log
         self._ranks: list[subprocess.Popen] = []
         self._ending = False
 
@@ -62,7 +67,9 @@ class Supervisor:
         port = _free_port()
         self._ranks = [self._start(rank, port) for rank in range(self._processes)]
         printers = [
-            threading.Thread(target=_print, args=(f"[{number}] " if self._processes > 1 else "", rank.stdout))
+            threading.Thread(
+                target=_print, args=(f"[{number}] " if self._processes > 1 else "", rank.stdout, self._log)
+            )
             for number, rank in enumerate(self._ranks)
         ]
         for printer in printers:
@@ -136,7 +143,51 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _print(prefix: str, stream: IO[bytes] | None) -> None:
+def _print(prefix: str, stream: IO[bytes] | None, log: IO[str] | None) -> None:
     for line in stream or ():
-        sys.stdout.write(prefix + line.decode(errors="replace"))
-        sys.stdout.flush()
+        for output in filter(None, (sys.stdout, log)):
+            output.write(prefix + line.decode(errors="replace"))
+            output.flush()
+
+
+class Place:
+    """A folder that a run on this machine is found by: its supervisor's number and its log.
+
+    Args:
+      folder: made if it isn't there.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.log = folder / "log.txt"
+
+    def hold(self) -> IO[str]:
+        """Takes the folder for this process, until it ends; returns the log, open.
+
+        Raises:
+          UserError: another process has it.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self._folder / "supervisor", "a+")  # noqa: SIM115 (held while this lives)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self._folder.name}: a run of this name is going on (process {self.pid()})"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        return open(self.log, "a")
+
+    def pid(self) -> int | None:
+        """The process that runs it, or None where it has ended."""
+        path = self._folder / "supervisor"
+        if not path.exists():
+            return None
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read() or 0) or None
+        return None

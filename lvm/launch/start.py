@@ -1,0 +1,25 @@
+"""What a container does first: `start.py ARCHIVE ARGUMENTS…` fetches the code and runs `python ARGUMENTS…` in it.
+
+It is copied into the image by itself, so it imports nothing of the project.
+"""
+
+import io
+import os
+import sys
+import tarfile
+import tempfile
+
+from etils import epath
+
+
+def main(archive: str, arguments: list[str]) -> None:
+    """Becomes `python` with these arguments, in a folder that holds the archive's files."""
+    folder = tempfile.mkdtemp(prefix="lvm-")
+    with tarfile.open(fileobj=io.BytesIO(epath.Path(archive).read_bytes())) as file:
+        file.extractall(folder, filter="data")
+    os.chdir(folder)
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,214 @@
+"""Runs on TPU VMs: a queued resource, whose hosts start the run at every boot."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Sequence
+
+from lvm import distributed, errors
+from lvm.console import say
+from lvm.errors import UserError
+from lvm.launch import shell
+from lvm.launch.request import Request, Site, Submitted
+from lvm.launch.shell import Command, CommandError
+
+SCRIPT, CREATE = "startup.sh", "create.json"
+_LOGS = "/var/log/lvm"
+# cloud.google.com/tpu/docs/runtimes
+_RUNTIMES = {
+    "v2": "tpu-ubuntu2204-base",
+    "v3": "tpu-ubuntu2204-base",
+    "v4": "tpu-ubuntu2204-base",
+    "v5e": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
+_GONE = ("SUSPENDED", "SUSPENDING", "FAILED")
+
+
+def check(request: Request) -> None:
+    """Raises UserError for what a TPU VM can't run."""
+    request.site.need("project", "zone")
+    if request.slice is None or request.slice.accelerator.platform != "tpu":
+        raise UserError("--accelerator: wanted a slice of TPUs, such as v5litepod-256")
+    if not request.workdir.startswith("gs://"):
+        raise UserError(f"--workdir: {request.workdir}: hosts share nothing but storage; wanted gs://…")
+
+
+def files(request: Request) -> dict[str, str]:
+    """The script that every host runs at every boot, and the command that asks for the hosts, for `watch`."""
+    return {SCRIPT: _script(request), CREATE: json.dumps(_create(request), indent=1) + "\n"}
+
+
+def submit(request: Request) -> list[Command]:
+    """What creates the run, in the folder of its files."""
+    archive = f"{request.commit}.tar.gz"
+    return [
+        ["gcloud", "storage", "cp", archive, SCRIPT, CREATE, f"{request.folder}/"],
+        _create(request),
+    ]
+
+
+def _create(request: Request) -> list[str]:
+    assert request.slice is not None
+    site, generation = request.site, request.slice.generation
+    one = [f"--node-id={request.run}"]
+    several = [f"--node-count={request.slices}", f"--node-prefix={request.run}"]
+    capacity = {
+        "on-demand": [],
+        "spot": ["--spot"],
+        "reserved": ["--reserved"],
+        "queued": ["--valid-until-duration=7d"],
+    }
+    return [
+        *_resources(site, "create", request.run),
+        *(one if request.slices == 1 else several),
+        f"--accelerator-type={request.slice.google_name}",
+        f"--runtime-version={site.runtime_version or _RUNTIMES[generation]}",
+        f"--metadata-from-file=startup-script={SCRIPT}",
+        "--labels=made-by=lvm",
+        "--scopes=https://www.googleapis.com/auth/cloud-platform",
+        *([f"--service-account={site.service_account}"] if site.service_account else []),
+        *capacity[request.capacity],
+    ]
+
+
+def status(run: Submitted) -> Command:
+    return [*_resources(run.site, "describe", run.run), "--format=yaml(name,state,tpu)"]
+
+
+def logs(run: Submitted) -> Command:
+    """The last lines of every host's log. Several slices have a node each: `RUN-0` is the first."""
+    tail = f"--command=tail -n 200 {_LOGS}/{run.run.removesuffix('-0')}.log"
+    return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", run.run, *_where(run.site), "--worker=all", tail]
+
+
+def cancel(run: Submitted) -> Command:
+    return [*_resources(run.site, "delete", run.run), "--force", "--quiet"]
+
+
+def listing(run: Submitted) -> Command:
+    columns = "--format=table(name.basename(),state.state,tpu.nodeSpec[0].node.acceleratorType)"
+    return ["gcloud", "compute", "tpus", "queued-resources", "list", *_where(run.site), columns]
+
+
+def watch(run: Submitted, poll: float) -> int:
+    """Makes the run's hosts anew whenever they were preempted, until the run has ended; then gives them back.
+
+    Returns:
+      The run's exit code.
+
+    Raises:
+      CommandError: what isn't mended by trying again.
+    """
+    if not (run.folder / CREATE).exists():
+        shell.run(
+            ["gcloud", "storage", "cp", f"{_folder(run)}/{SCRIPT}", f"{_folder(run)}/{CREATE}", "."],
+            run.folder,
+        )
+    again = json.loads((run.folder / CREATE).read_text())
+    shown = ""
+    while True:
+        code = _exit_code(run)
+        if code is not None:
+            say(f"{run.run}: ended with exit code {code}; giving its hosts back")
+            shell.run(cancel(run), run.folder)
+            return code
+        state = _state(run)
+        if state != shown:
+            say(f"{run.run}: {state}")
+            shown = state
+        if state in _GONE:
+            shell.run(cancel(run), run.folder)
+            state = "deleted"
+        if state == "deleted":
+            say(f"{run.run}: asking for its hosts again")
+            shell.run(again, run.folder)
+            shown = ""
+        time.sleep(poll)
+
+
+def _state(run: Submitted) -> str:
+    """Of the queued resource; "deleted" where there is none."""
+    command = [*_resources(run.site, "describe", run.run), "--format=json(state)"]
+    try:
+        return json.loads(shell.run(command, run.folder, quiet=True))["state"]["state"]
+    except CommandError as error:
+        if "NOT_FOUND" in error.output:
+            return "deleted"
+        raise
+
+
+def _exit_code(run: Submitted) -> int | None:
+    """Of the run: the highest that a host left when it had ended for good; None as long as none has."""
+    try:
+        said = shell.run(["gcloud", "storage", "cat", f"{_folder(run)}/ended-*"], run.folder, quiet=True)
+    except CommandError as error:
+        if "matched no objects" in error.output or "NOT_FOUND" in error.output:
+            return None
+        raise
+    return max(map(int, said.split()))
+
+
+def _folder(run: Submitted) -> str:
+    if not run.workdir:
+        raise UserError("--workdir: not given; what a run needs to be made anew is in it")
+    return f"{run.workdir.rstrip('/')}/launch/{run.run}"
+
+
+def _resources(site: Site, verb: str, run: str) -> list[str]:
+    return ["gcloud", "compute", "tpus", "queued-resources", verb, run, *_where(site)]
+
+
+def _where(site: Site) -> list[str]:
+    site.need("project", "zone")
+    return [f"--project={site.project}", f"--zone={site.zone}"]
+
+
+def _script(request: Request) -> str:
+    """Bash. Values are quoted, so that nothing in them is ever run; secrets are read when they are needed."""
+    quoted = {
+        name: shlex.quote(text) for name, text in (("archive", request.archive), ("folder", request.folder))
+    }
+    secrets = [
+        f'{name}="$(gcloud secrets versions access latest --secret={shlex.quote(where)})" && export {name} || exit 1'
+        for name, where in request.secrets.items()
+    ]
+    never = "|".join(str(code) for code in (0, errors.EXIT_BAD_INPUT, errors.EXIT_DIVERGED))
+    lines: Sequence[str] = [
+        "#!/bin/bash",
+        f"# Run {request.run}: every host runs this at every boot, and goes on from the newest checkpoint.",
+        "set -uo pipefail",
+        f"mkdir -p {_LOGS} /opt/lvm/{request.run}",
+        f"exec >>{_LOGS}/{request.run}.log 2>&1",
+        f"cd /opt/lvm/{request.run} || exit 1",
+        "export HOME=/root UV_INSTALL_DIR=/opt/lvm/bin",
+        "if [ -e ended ]; then exit 0; fi",
+        "if [ ! -e ready ]; then",
+        f'  gcloud storage rm {quoted["folder"]}/ended-"$(hostname)"',
+        "  rm -rf code environment && mkdir code",
+        f"  for attempt in 1 2 3 4 5; do gcloud storage cp {quoted['archive']} code.tar.gz && break; sleep 10; done",
+        "  tar -xzf code.tar.gz -C code || exit 1",
+        "  curl -LsSf https://astral.sh/uv/install.sh | sh || exit 1",
+        "  /opt/lvm/bin/uv venv --python 3.12 environment || exit 1",
+        "  /opt/lvm/bin/uv pip install --python environment/bin/python -r code/requirements-plan.txt || exit 1",
+        "  touch ready",
+        "fi",
+        *shell.exports(request.environment),
+        *secrets,
+        f"export {distributed.COORDINATOR}=auto",
+        "cd code || exit 1",
+        f"for attempt in $(seq 0 {request.max_restarts}); do",
+        '  echo "start $attempt"',
+        f"  ../environment/bin/python {shlex.join(request.command)}",
+        "  code=$?",
+        '  echo "ended with exit code $code"',
+        f'  case "$code" in {never}) break ;; esac',
+        "  sleep 10",
+        "done",
+        'echo "$code" >../ended',
+        f'gcloud storage cp ../ended {quoted["folder"]}/ended-"$(hostname)"',
+    ]
+    return "\n".join(lines) + "\n"

