@@ -27,8 +27,8 @@ from lvm.data.mixture import Mixture, MixtureConfig, SourceConfig
 from lvm.data.recipes import Category, MultiAnnotation, Pairs, Single, Video
 from lvm.data.rows import Rows
 from lvm.data.scenes import Scene
-from lvm.data.store import GroupedScene, write_manifest, write_shard
 from lvm.data.streams import Edges, Image
+from lvm.data.writing import GroupedScene, write_manifest, write_shard
 from lvm.errors import UserError
 from lvm.vocabulary import Vocabulary
 
@@ -79,14 +79,13 @@ def make_stores(folder: pathlib.Path, scale: float) -> None:
                 codes = rng.integers(0, NUM_CODES, (*shape, GRID[0] * GRID[1]), dtype=np.uint16)
                 yield GroupedScene(Scene(f"{name} {number}", number % 40, 0, codes), f"{name} {number}")
 
-        write_shard(folder / name, 0, 1, scenes(), NUM_CODES, [])
+        write_shard(folder / name, 0, 1, scenes(), NUM_CODES)
         codecs = {stream: (Edges() if stream == "edges" else Image()).to_json() for stream in STREAMS}
         header = {
             "tokenizer": {"weights": "random", "hash": "random", "grid": list(GRID), "num_codes": NUM_CODES},
             "streams": codecs,
             "stream_sets": [list(STREAMS[:streams])],
             "classes": [f"class {number}" for number in range(40)],
-            "group_hashes": [0, 2**64 - 1],
         }
         write_manifest(folder / name, header, 1)
 

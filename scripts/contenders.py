@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -10,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +54,21 @@ def contend(
     return records
 
 
+def run_job(job: dict[str, Any], ours: Callable[[dict[str, Any], Report], None], peer: str) -> None:
+    """One contender's work: `ours`, or `run` of the module `peer`, whose libraries may be missing."""
+    report = reporter(job)
+    if job["contender"] == "ours":
+        ours(job, report)
+        return
+    try:
+        module = importlib.import_module(peer)
+    except ImportError as error:
+        say(f"{error}")
+        report({"failed": f"{error.name or error} isn't installed"})
+        return
+    module.run(job, report)
+
+
 def reporter(job: Mapping[str, Any]) -> Report:
     """What a contender passes its records to."""
 
@@ -59,6 +77,41 @@ def reporter(job: Mapping[str, Any]) -> Report:
             stream.write(json.dumps(record) + "\n")
 
     return report
+
+
+class Clock:
+    """Items a second from now on, by wall clock and by the processor's: of this process and all that it started.
+
+    The second doesn't tell what other users of the machine take; it is known on Linux alone, elsewhere it is zero.
+    """
+
+    def __init__(self) -> None:
+        self._items, self._processor = 0, 0.0
+        self._start, self._processor_start = time.perf_counter(), _processor_seconds()
+
+    def count(self, items: int) -> None:
+        """Counts items that are done."""
+        self._items += items
+        self._seconds = time.perf_counter() - self._start
+        self._processor = max(self._processor, _processor_seconds() - self._processor_start)
+
+    def rates(self) -> dict[str, float]:
+        """What a contender reports: `rate` and `core_rate`, items a second and a second of one core."""
+        found = {"rate": self._items / max(self._seconds, 1e-9)}
+        return found | {"core_rate": self._items / self._processor if self._processor else 0.0}
+
+
+def _processor_seconds() -> float:
+    """Of this process and its descendants, those that live."""
+    total, waiting = 0, [os.getpid()]
+    while waiting:
+        place = pathlib.Path("/proc", str(waiting.pop()))
+        with contextlib.suppress(OSError):
+            fields = (place / "stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])  # user and system, of all threads
+            for task in (place / "task").iterdir():
+                waiting += [int(child) for child in (task / "children").read_text().split()]
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_name() -> str:

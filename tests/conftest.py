@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 
 from tests.commands import TINY_DEMO, run
+from tests.gcs import fake_gcs
 
 # By jax's own setting, not by XLA_FLAGS: commands that a test starts keep the devices of the machine.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -24,3 +25,10 @@ def demo(tmp_path_factory) -> pathlib.Path:
     output = run("scripts.demo", *TINY_DEMO, f"--out={out}")
     assert output.strip().splitlines()[-1] == str(out / "index.html")
     return out
+
+
+@pytest.fixture
+def gcs():
+    """The path of an empty bucket on gs://, of a server on this machine."""
+    with fake_gcs() as bucket:
+        yield bucket

@@ -1,197 +1,141 @@
 """Encodes a source into a store of codes.
 
     python -m tokenizer.encode --tokenizer=DIR --source=FOLDER-or-config --out=STORE
+    python -m tokenizer.encode … --augment=4          four seeded crops and flips of each scene instead of itself
+    python -m tokenizer.encode … --shard=0/8          one of eight processes that know nothing of each other
+    python -m tokenizer.encode --source=FILE.jsonl --out=STORE       codes that are ready
+    python -m tokenizer.encode --finish --out=STORE   the manifest, where all shards are there and nobody wrote it
 
-Each output shard holds a slice of the input's scenes. A shard that is there is not written again.
+Each output shard holds a slice of the input's scenes. A shard that is there is not written again. Several processes
+share the shards, by `--shard` or as a launcher joins them (`lvm.distributed`); what they write doesn't depend on
+how many they are. Whoever finds all shards there writes the manifest.
 """
 
 from __future__ import annotations
 
-import collections
-import importlib.metadata
-from collections.abc import Iterator
-from typing import Any
+import os
+import re
+import time
 
-import grain
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 
-from lvm import cli, files
-from lvm.console import Progress, say
-from lvm.data import split, store
-from lvm.data.scenes import Scene
-from lvm.data.sources import SceneImages, Source, open_source
-from lvm.data.store import GroupedScene
+from lvm import cli, distributed
+from lvm.console import say
+from lvm.data import writing
+from lvm.data.augment import Augment
+from lvm.data.preprocess import Preprocess
+from lvm.data.sources import Source, open_images_or_codes
+from lvm.data.store import Store
+from lvm.distributed import DistributedConfig
 from lvm.errors import UserError
+from tokenizer.encoding import Encoder, ReadyCodes, ShardWriter
 from tokenizer.pretrained import Tokenizer
 
-_VERSIONS = ("jax", "jaxlib", "pillow", "array_record")
-_MAY_DIFFER = {"versions"}  # a store that was begun before an upgrade is finished after it
-_AHEAD = 2  # device calls under way while the host prepares the next
+_POLL = 1.0  # seconds
+_FEW = 1000  # scenes that are read before other processes would have started
 
 
-class Encoder:
-    """Turns slices of a source into shards.
+def parse_part(spec: str) -> tuple[int, int]:
+    """`"2/8"` → (2, 8): the third of eight. Raises UserError."""
+    found = re.fullmatch(r"(\d+)/(\d+)", spec)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UserError(f"--shard: {spec!r}; it is i/n with i from 0 to n - 1, such as 0/8")
+    return int(found[1]), int(found[2])
+
+
+def report(folder: str) -> str:
+    """What a finished store holds, in a line."""
+    manifest = Store(folder).manifest
+    used, codes = np.count_nonzero(manifest["histogram"]), len(manifest["histogram"])
+    failures = sum(len(shard["failures"]) for shard in manifest["shards"])
+    failed = f", {failures} failures listed" if failures else ""
+    return f"{folder}: {manifest['scenes']} scenes, {manifest['images']} images, {used} of {codes} codes used{failed}"
+
+
+def finish(folder: str, wait: bool) -> None:
+    """Writes the manifest once all shards are there.
 
     Args:
-      tokenizer: the codes' meaning.
-      source: the scenes.
       folder: the store.
-      num_shards: how many shards the source is cut into.
-      batch_size: images a device in each call; always full, the last one of a shard padded.
+      wait: until the other processes' are, too: those that were joined leave together.
     """
-
-    def __init__(self, tokenizer: Tokenizer, source: Source, folder: str, num_shards: int, batch_size: int):
-        self._tokenizer, self._source, self._num_shards = tokenizer, source, num_shards
-        self._folder, self._batch_size = epath.Path(folder), batch_size
-        self._classes = {name: number for number, name in enumerate(source.classes)}
-        self._stream_sets = {names: number for number, names in enumerate(source.stream_sets)}
-        self._failures: list[dict[str, str]] = []
-
-    def header(self) -> dict[str, Any]:
-        """What the manifest says of the whole store."""
-        return {
-            "tokenizer": self._tokenizer.identity(),
-            "dtype": self._tokenizer.config.compute_dtype,
-            "device_kind": jax.devices()[0].device_kind,
-            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
-            "batch_size": self._batch_size,
-            "source": self._source.describe(),
-            "skipped": [{"key": item.key, "reason": item.reason} for item in self._source.skipped],
-            "streams": {name: codec.to_json() for name, codec in self._source.streams.items()},
-            "stream_sets": [list(names) for names in self._source.stream_sets],
-            "classes": list(self._source.classes),
-            "group_hashes": self._group_hashes(),
-        }
-
-    def _group_hashes(self) -> list[int]:
-        """The lowest and highest: what tells the split of all groups, those that can't be read among them."""
-        hashes = [split.group_hash(self._source.info(i).group) for i in range(len(self._source))]
-        return [min(hashes), max(hashes)]
-
-    def run(self) -> None:
-        """Writes the shards that are missing, then the manifest."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._check_same_store()
-        progress = Progress(len(self._source), unit="scenes")
-        for shard in range(self._num_shards):
-            first, last = self._slice(shard)
-            if store.read_entry(self._folder, shard, self._num_shards) is None:
-                self._failures = []
-                store.write_shard(
-                    self._folder,
-                    shard,
-                    self._num_shards,
-                    self._encode(first, last),
-                    self._tokenizer.config.codebook_size,
-                    self._failures,
-                )
-                for failure in self._failures:
-                    say(f"skipped {failure['key']}: {failure['reason']}")
-                say(f"shard {shard + 1}/{self._num_shards}: {progress.line(last)}")
-        store.write_manifest(self._folder, self.header(), self._num_shards)
-
-    def _slice(self, shard: int) -> tuple[int, int]:
-        scenes, shards = len(self._source), self._num_shards
-        return scenes * shard // shards, scenes * (shard + 1) // shards
-
-    def _check_same_store(self) -> None:
-        """A header stands beside the shards from the first one on: shards of two kinds never mix."""
-        path, header = self._folder / "header.json", files.as_json(self.header())
-        if path.exists():
-            old = files.read_json(path)
-            changed = sorted(key for key in header if key not in _MAY_DIFFER and old.get(key) != header[key])
-            if changed or old["num_shards"] != self._num_shards:
-                what = ", ".join(changed) or f"num_shards: {old['num_shards']} → {self._num_shards}"
-                raise UserError(
-                    f"{self._folder}: holds codes made otherwise (changed: {what}); choose another --out, "
-                    "or what it was begun with"
-                )
+    while missing := writing.finish(folder):
+        if not wait:
+            listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+            say(
+                f"{len(missing)} shards aren't there yet ({listed}); whoever writes the last one ends the store"
+            )
             return
-        if any(not file.name.startswith(".") for file in self._folder.iterdir()):
-            raise UserError(f"{self._folder}: not empty and not a store; choose a new folder for --out")
-        files.write_json(path, {**header, "num_shards": self._num_shards})
-
-    def _encode(self, first: int, last: int) -> Iterator[GroupedScene]:
-        loaded: collections.deque[SceneImages] = collections.deque()
-        encoded = self._codes(self._images(first, last, loaded))
-        ready = np.zeros((0, self._tokenizer.codes_per_image), np.uint16)  # [images, N]
-        for batch in encoded:
-            ready = np.concatenate([ready, batch])
-            while loaded and len(ready) >= (count := self._count(loaded[0])):
-                scene, ready = self._scene(loaded.popleft(), ready[:count]), ready[count:]
-                yield scene
-
-    def _images(self, first: int, last: int, loaded: collections.deque[SceneImages]) -> Iterator[np.ndarray]:
-        """All images of the scenes, one after the other; the scenes they belong to go into `loaded`."""
-        numbers = grain.MapDataset.range(first, last).map(self._source.load)
-        for scene in numbers.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)):
-            self._failures += [{"key": item.key, "reason": item.reason} for item in scene.failures]
-            if len(scene.images):
-                loaded.append(scene)
-                yield from scene.images.reshape(-1, *scene.images.shape[2:])
-
-    def _codes(self, images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """Batches of codes uint16 [≤ batch_size · devices, N], some calls behind the images."""
-        waiting: collections.deque[tuple[jax.Array, int]] = collections.deque()
-        at_once = self._batch_size * self._tokenizer.num_devices
-        for batch in _batched(images, at_once):
-            padding = [(0, at_once - len(batch)), (0, 0), (0, 0), (0, 0)]
-            waiting.append((self._tokenizer.encode_async(np.pad(batch, padding)), len(batch)))
-            if len(waiting) > _AHEAD:
-                codes, count = waiting.popleft()
-                yield np.asarray(codes).astype(np.uint16)[:count]
-        for codes, count in waiting:
-            yield np.asarray(codes).astype(np.uint16)[:count]
-
-    @staticmethod
-    def _count(scene: SceneImages) -> int:
-        return scene.images.shape[0] * scene.images.shape[1]
-
-    def _scene(self, loaded: SceneImages, codes: np.ndarray) -> GroupedScene:
-        info, (frames, streams) = loaded.info, loaded.images.shape[:2]
-        class_id = self._classes.get(info.class_name, -1)
-        grids = codes.reshape(frames, streams, -1)  # [T, S, N]
-        return GroupedScene(Scene(info.key, class_id, self._stream_sets[info.streams], grids), info.group)
+        time.sleep(_POLL)
+    say(report(folder))
 
 
-def _batched(images: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    batch: list[np.ndarray] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
+def encode() -> None:
+    """Encodes this process's shards."""
+    if _SHARDS.value < 1 or _BATCH_SIZE.value < 1 or (_WORKERS.value or 0) < 0:
+        raise UserError("--num_shards and --batch_size must be at least 1, --workers at least 0")
+    distributed.join(DistributedConfig())
+    joined = jax.distributed.is_initialized()
+    if joined and _SHARD.value:
+        raise UserError("--shard: these processes are joined already, and share the shards by themselves")
+    part, parts = parse_part(_SHARD.value) if _SHARD.value else (jax.process_index(), jax.process_count())
+    writer = _writer()
+    if parts > (shards := writer.num_shards):
+        say(
+            f"{shards} shards leave {parts - shards} of {parts} processes without work; --num_shards makes more"
+        )
+    writer.run(part, parts)
+    finish(_OUT.value, wait=joined)
+
+
+def _writer() -> ShardWriter:
+    tokenizer = Tokenizer.load(_TOKENIZER.value) if _TOKENIZER.value else None
+    # Ready codes need no tokenizer, and are not looked at by the size of its images.
+    augment = Augment(_AUGMENT.value, tokenizer.preprocess if tokenizer else Preprocess(256))
+    source = open_images_or_codes(_SOURCE.value, augment.source_preprocess)
+    for skipped in source.skipped:
+        say(f"skipped {skipped.key}: {skipped.reason}")
+    num_shards = min(_SHARDS.value, len(source))
+    if not isinstance(source, Source):
+        if augment.copies:
+            raise UserError("--augment: the source holds ready codes, which can't be cropped")
+        return ReadyCodes(tokenizer, source, _OUT.value, num_shards)
+    if tokenizer is None:
+        raise UserError("--tokenizer: must be given to encode images")
+    workers = _WORKERS.value
+    if workers is None:
+        workers = max(1, (os.cpu_count() or 1) - 1) if len(source) >= _FEW else 0
+    return Encoder(tokenizer, source, _OUT.value, num_shards, _BATCH_SIZE.value, augment, workers)
 
 
 def main() -> None:
     """The command."""
-    if _SHARDS.value < 1 or _BATCH_SIZE.value < 1:
-        raise UserError("--num_shards and --batch_size must be at least 1")
-    tokenizer = Tokenizer.load(_TOKENIZER.value)
-    source = open_source(_SOURCE.value, tokenizer.preprocess)
-    for skipped in source.skipped:
-        say(f"skipped {skipped.key}: {skipped.reason}")
-    Encoder(tokenizer, source, _OUT.value, min(_SHARDS.value, len(source)), _BATCH_SIZE.value).run()
-    manifest = store.Store(_OUT.value).manifest
-    images = sum(shard["images"] for shard in manifest["shards"])
-    used = np.count_nonzero(np.sum([shard["histogram"] for shard in manifest["shards"]], axis=0))
-    say(
-        f"{_OUT.value}: {sum(shard['scenes'] for shard in manifest['shards'])} scenes, {images} images, "
-        f"{used} of {tokenizer.config.codebook_size} codes used"
-    )
+    if not _FINISH.value:
+        if not _SOURCE.value:
+            raise UserError("--source: must be given to encode; only --finish needs none")
+        encode()
+    elif missing := writing.finish(_OUT.value):
+        raise UserError(f"{_OUT.value}: {len(missing)} shards are missing: {', '.join(missing[:10])}")
+    else:
+        say(report(_OUT.value))
 
 
 if __name__ == "__main__":
-    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "a tokenizer's folder", required=True)
-    _SOURCE = flags.DEFINE_string(
-        "source", None, "a folder of images or a source's config file", required=True
-    )
-    _OUT = flags.DEFINE_string("out", None, "the store to write", required=True)
+    _TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer's folder")
+    _SOURCE = flags.DEFINE_string("source", "", "a folder of images or a source's config file")
+    _OUT = flags.DEFINE_string("out", None, "the store to write, local or gs://", required=True)
     _SHARDS = flags.DEFINE_integer("num_shards", 4, "how many files the store is cut into")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images a device in each call")
+    _AUGMENT = flags.DEFINE_integer("augment", 0, "seeded crops and flips of each scene; 0: each as it is")
+    _SHARD = flags.DEFINE_string("shard", "", "i/n: this process does the i-th of n parts, from 0 on")
+    _FINISH = flags.DEFINE_bool(
+        "finish", False, "write the manifest of shards that are there, and nothing else"
+    )
+    _WORKERS = flags.DEFINE_integer(
+        "workers",
+        None,
+        f"processes that read images, 0: threads; by default all cores but one, for sources of {_FEW} scenes or more",
+    )
     cli.run(main)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from typing import Any
@@ -37,7 +39,7 @@ def batches(
     """
     if workers < 0:
         raise UserError(f"workers: {workers} is negative")
-    steps = grain.MapDataset.range(start, stop).map(read)
+    steps = grain.MapDataset.range(start, stop).map(_WithParent(read) if workers else read)
     if not workers:
         yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=AHEAD))
         return
@@ -58,6 +60,27 @@ def batches(
             del batch
     finally:
         iterator.close()
+
+
+class _WithParent:
+    """What a worker reads, by a process that ends when the one that started it was killed: nobody else would end it."""
+
+    _watched = False
+
+    def __init__(self, read: Callable[[int], Mapping[str, np.ndarray]]):
+        self._read = read
+
+    def __call__(self, step: int) -> Mapping[str, np.ndarray]:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not _WithParent._watched:
+            _WithParent._watched = True
+            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        return self._read(step)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _start_quiet_tracker() -> None:

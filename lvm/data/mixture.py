@@ -55,6 +55,10 @@ class MixtureConfig:
       shuffle: "all" mixes a source's scenes over all of its store; "blocks" takes neighbours together, for
         storage where random reads are slow (`lvm.data.permutation.permute_pages`).
       jsonl: what stores that are JSONL files don't tell.
+      stage_to: a local folder that shards are copied to, checked, when they are first read; needed for stores on
+        gs://.
+      skip_damaged: a sentence with an image whose record is damaged becomes PAD that bears no loss, is said and
+        counted, instead of ending the run. Which sentences come when doesn't change.
     """
 
     sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
@@ -66,6 +70,8 @@ class MixtureConfig:
     loss: str = "all"
     shuffle: str = "all"
     jsonl: JsonlFormat = dataclasses.field(default_factory=JsonlFormat)
+    stage_to: str = ""
+    skip_damaged: bool = False
 
     def __post_init__(self) -> None:
         choices = {"weigh_by": _UNITS, "packing": PACKINGS, "loss": LOSSES, "shuffle": SHUFFLES}
@@ -193,7 +199,8 @@ def _open_stores(
         elif not epath.Path(path).exists():
             missing[name] = f"{path} doesn't exist; tokenizer.encode writes a store"
         elif path not in stores:
-            stores[path] = JsonlStore(path, config.jsonl) if path.endswith(jsonl.SUFFIX) else Store(path)
+            is_jsonl = path.endswith(jsonl.SUFFIX)
+            stores[path] = JsonlStore(path, config.jsonl) if is_jsonl else Store(path, config.stage_to)
     return dict(sorted(stores.items())), missing
 
 

@@ -13,8 +13,10 @@ import functools
 import jax
 import numpy as np
 
+from lvm.console import say
 from lvm.data.mixture import Mixture
 from lvm.data.packing import Concat, Pieces, Whole
+from lvm.data.scenes import DamagedError
 from lvm.errors import UserError
 from lvm.vocabulary import Vocabulary
 
@@ -30,6 +32,18 @@ def to_tokens(codes: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     return np.concatenate(parts, axis=-1, dtype=np.int32)
 
 
+def batch_spec(batch_size: int, context: int, whole: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch: rows of `context` inputs, `whole` where no sentence of a row sees another."""
+    B, C = batch_size, context
+    spec = {
+        "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
+        "loss_mask": jax.ShapeDtypeStruct((B, C), np.bool_),
+        "positions": jax.ShapeDtypeStruct((B, C), np.int32),
+        "source_ids": jax.ShapeDtypeStruct((B, C), np.int16),
+    }
+    return spec | ({"segment_ids": jax.ShapeDtypeStruct((B, C), np.int32)} if whole else {})
+
+
 class Rows:
     """Batches of rows, each a pure function of its step.
 
@@ -43,6 +57,7 @@ class Rows:
       mixture, vocabulary, context: as given.
       lengths: int64 [sources], tokens of a sentence.
       packing: where sentences lie in rows.
+      skipped: damaged record, as its error names it → the (source, number) of the sentences that were skipped for it.
 
     Raises:
       UserError: `whole` with sentences that are longer than a row or a vocabulary without PAD; a loss on
@@ -54,6 +69,7 @@ class Rows:
             raise UserError(f"config.batch_size: {batch_size} is not positive")
         self.mixture, self.vocabulary, self.context = mixture, vocabulary, context
         self._batch_size = batch_size
+        self.skipped: dict[str, set[tuple[int, int]]] = {}
         self._whole = mixture.config.packing == "whole"
         specials = (vocabulary.bos is not None) + (vocabulary.eos is not None)
         N = mixture.stores[0].codes_per_image
@@ -67,14 +83,7 @@ class Rows:
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch."""
-        B, C = self._batch_size, self.context
-        spec = {
-            "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
-            "loss_mask": jax.ShapeDtypeStruct((B, C), np.bool_),
-            "positions": jax.ShapeDtypeStruct((B, C), np.int32),
-            "source_ids": jax.ShapeDtypeStruct((B, C), np.int16),
-        }
-        return spec | ({"segment_ids": jax.ShapeDtypeStruct((B, C), np.int32)} if self._whole else {})
+        return batch_spec(self._batch_size, self.context, self._whole)
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The global batch at `step`: rows step·B … step·B + B − 1, by `batch_spec`.
@@ -166,20 +175,52 @@ class Rows:
     def _lay(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of pieces, int32 [n], and which of them are learned, bool [n]."""
         ends = np.cumsum(pieces.lengths)
-        pad = self.vocabulary.pad if self._whole else 0
+        pad = self.vocabulary.pad or 0
         tokens = np.full(ends[-1], pad, np.int32)
         learned = np.zeros(len(tokens), bool)
         for source in np.unique(pieces.sources[pieces.sources >= 0]).tolist():
             mine = np.flatnonzero(pieces.sources == source)
             numbers, which = np.unique(pieces.numbers[mine], return_inverse=True)
-            sentences, template = self._sentences(source, numbers), self._learned(source)
+            sentences, damaged = self._readable(source, numbers)
+            template = self._learned(source)
             stops, lengths = ends[mine].tolist(), pieces.lengths[mine].tolist()
             for i, stop, length, first in zip(
                 which, stops, lengths, pieces.firsts[mine].tolist(), strict=True
             ):
+                if damaged[i]:
+                    continue
                 tokens[stop - length : stop] = sentences[i, first : first + length]
                 learned[stop - length : stop] = template[first : first + length]
         return tokens, learned
+
+    def _readable(self, source: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 [n, length] of a source's sentences, and which of these are damaged and to be skipped, bool [n].
+
+        Raises:
+          DamagedError: a record is damaged, and `skip_damaged` isn't set.
+        """
+        try:
+            return self._sentences(source, numbers), np.zeros(len(numbers), bool)
+        except DamagedError:
+            if not self.mixture.config.skip_damaged:
+                raise
+        tokens = np.zeros((len(numbers), self.lengths[source] + 1), np.int32)
+        damaged = np.zeros(len(numbers), bool)
+        for place, number in enumerate(numbers):
+            try:
+                found = self._sentences(source, numbers[place : place + 1])[0]
+                tokens[place, : len(found)] = found[: tokens.shape[1]]
+            except DamagedError as error:
+                damaged[place] = True
+                self._skip(str(error), (source, int(number)))
+        return tokens, damaged
+
+    def _skip(self, reason: str, sentence: tuple[int, int]) -> None:
+        first = reason not in self.skipped
+        self.skipped.setdefault(reason, set()).add(sentence)
+        if first:
+            count = len(set().union(*self.skipped.values()))
+            say(f"skipped: {reason} ({len(self.skipped)} damaged records, {count} sentences until now)")
 
     def _sentences(self, source: int, numbers: np.ndarray) -> np.ndarray:
         """Tokens int32 [n, length] of a source's sentences at `numbers`."""

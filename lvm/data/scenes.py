@@ -49,6 +49,13 @@ INDEX = np.dtype(
 )
 
 
+Where = str | Callable[[], str]
+
+
+class DamagedError(UserError):
+    """A record that isn't what was written. The message begins with its shard and record."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Scene:
     """What belongs together: T frames × S streams of grids.
@@ -87,30 +94,42 @@ def pack(scenes: Sequence[Scene]) -> bytes:
     return _HEAD.pack(MAGIC, VERSION, len(scenes), google_crc32c.value(body)) + body
 
 
-def unpack(record: bytes, streams: Sequence[int], where: str) -> list[Scene]:
+def check(record: bytes, where: Where) -> None:
+    """Raises DamagedError, naming `where`, for what is too short for a record or doesn't fit its checksum."""
+    if len(record) < _HEADS.itemsize:
+        reason = f"{len(record)} bytes are too few for a record"
+    elif google_crc32c.value(record[_HEAD.size :]) != int.from_bytes(record[8:12], "little"):
+        reason = "damaged: the checksum doesn't fit the content"
+    else:
+        return
+    raise _damaged(where, reason)
+
+
+def _damaged(where: Where, reason: str) -> DamagedError:
+    return DamagedError(f"{where if isinstance(where, str) else where()}: {reason}")
+
+
+def unpack(record: bytes, streams: Sequence[int], where: Where) -> list[Scene]:
     """The scenes of a record.
 
     Args:
       record: as `pack` made it.
       streams: number of streams in each stream set.
-      where: the shard and record, for the error.
+      where: the shard and record, for the error, or what tells them.
 
     Raises:
-      UserError: not a record of this version, or damaged; names `where`.
+      DamagedError: not a record of this version, or damaged; names `where`.
     """
-    if len(record) < _HEAD.size + _SHAPE.size:
-        raise UserError(f"{where}: {len(record)} bytes are too few for a record")
-    magic, version, count, checksum = _HEAD.unpack_from(record)
+    check(record, where)
+    magic, version, count, _ = _HEAD.unpack_from(record)
     if magic != MAGIC or version != VERSION:
-        raise UserError(f"{where}: found {magic!r} version {version}, wanted {MAGIC!r} version {VERSION}")
-    if google_crc32c.value(record[_HEAD.size :]) != checksum:
-        raise UserError(f"{where}: damaged: the checksum doesn't fit the content")
+        raise _damaged(where, f"found {magic!r} version {version}, wanted {MAGIC!r} version {VERSION}")
     T, stream_set, N = _SHAPE.unpack_from(record, _HEAD.size)
     at = _HEAD.size + _SHAPE.size
     fixed = at + count * (4 + 2 + 2 * T * streams[stream_set] * N)  # bytes without the keys
     lengths = np.frombuffer(record, "<u2", count, at + 4 * count) if fixed <= len(record) else np.zeros(0)
     if fixed + int(lengths.sum()) != len(record):  # the checksum doesn't cover the number of scenes
-        raise UserError(f"{where}: damaged: {len(record)} bytes don't hold {count} scenes of {T} frames")
+        raise _damaged(where, f"damaged: {len(record)} bytes don't hold {count} scenes of {T} frames")
     class_ids = np.frombuffer(record, "<i4", count, at)
     at += 6 * count
     keys = []
@@ -149,13 +168,10 @@ def read_grids(
       uint16 [n, N].
 
     Raises:
-      UserError: a record is damaged, or holds other scenes than the index tells.
+      DamagedError: a record is damaged, or holds other scenes than the index tells.
     """
     for place, record in enumerate(records):
-        if len(record) < _HEADS.itemsize:
-            raise UserError(f"{where(place)}: {len(record)} bytes are too few for a record")
-        if google_crc32c.value(record[_HEAD.size :]) != int.from_bytes(record[8:12], "little"):
-            raise UserError(f"{where(place)}: damaged: the checksum doesn't fit the content")
+        check(record, lambda place=place: where(place))  # type: ignore[misc]
     head = np.frombuffer(b"".join(record[: _HEADS.itemsize] for record in records), _HEADS)[which]
     sizes = np.array([len(record) for record in records])
     S = np.array(streams)[entries["stream_set"]]  # [n]
@@ -167,8 +183,12 @@ def read_grids(
     fits &= (entries["slot"] < head["scenes"]) & (offsets >= _HEADS.itemsize)
     if not fits.all():
         place = int(which[np.argmin(fits)])
-        raise UserError(f"{where(place)}: damaged, or the index beside it is: it tells of another scene")
+        raise DamagedError(f"{where(place)}: damaged, or the index beside it is: it tells of another scene")
     size = 2 * codes_per_image
-    pairs = zip(which.tolist(), offsets.tolist(), strict=True)
-    content = b"".join([records[place][offset : offset + size] for place, offset in pairs])
+    # Grids that lie beside each other, as a video's do, are taken in one piece.
+    new = (np.diff(which, prepend=-1) != 0) | (np.diff(offsets, prepend=0) != size)
+    first = np.flatnonzero(new)
+    ends = offsets[np.append(first[1:], len(offsets)) - 1] + size
+    pieces = zip(which[first].tolist(), offsets[first].tolist(), ends.tolist(), strict=True)
+    content = b"".join([records[place][start:end] for place, start, end in pieces])
     return np.frombuffer(content, "<u2").reshape(-1, codes_per_image)

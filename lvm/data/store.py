@@ -1,8 +1,9 @@
-"""The scene store: ArrayRecord shards, an index beside each, and one manifest.
+"""The scene store: ArrayRecord shards, an index beside each, and one manifest. `lvm.data.writing` writes it.
 
     STORE/shard-00000-of-00004.array_record   records of `lvm.data.scenes`
     STORE/shard-00000-of-00004.index          `scenes.INDEX` entries, memory-mapped
     STORE/shard-00000-of-00004.json           the shard's entry, written after both
+    STORE/header.json                         what all shards share, written before the first
     STORE/manifest.json                       written once all entries are there
 
 A shard counts once its entry stands, the store once its manifest does. Nothing in it tells a time or a host.
@@ -10,198 +11,69 @@ A shard counts once its entry stands, the store once its manifest does. Nothing 
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import functools
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
 
 import numpy as np
-from array_record.python import array_record_module
 from etils import epath
 
 from lvm import files
 from lvm.data import scenes, split
-from lvm.data.scenes import INDEX, PAGE, Scene
+from lvm.data.records import Shards
+from lvm.data.scenes import INDEX, DamagedError, Scene
 from lvm.data.streams import Codec, codec_from_json
 from lvm.errors import UserError
 
-VERSION = 1
-MANIFEST = "manifest.json"
-_KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "shards"}
-_OPTIONS = "group_size:1,uncompressed"
-_RECENT_BYTES = (
-    2**26
-)  # records that a process keeps, of all stores: where neighbours are read soon, each comes once
+VERSION = 2
+MANIFEST, HEADER = "manifest.json", "header.json"
+_KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "histogram", "shards"}
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupedScene:
-    """A scene on its way into a store, with the name of its group (the original image or video)."""
+class _Indexes(Sequence[np.ndarray]):
+    """The indexes of all shards, each mapped when it is asked for."""
 
-    scene: Scene
-    group: str
+    def __init__(self, shards: Shards):
+        self._shards = shards
 
+    def __len__(self) -> int:
+        return len(self._shards)
 
-def shard_name(shard: int, num_shards: int) -> str:
-    return f"shard-{shard:05d}-of-{num_shards:05d}"
-
-
-def write_shard(
-    folder: epath.PathLike,
-    shard: int,
-    num_shards: int,
-    content: Iterable[GroupedScene],
-    num_codes: int,
-    failures: Sequence[Mapping[str, str]],
-) -> dict[str, Any]:
-    """Writes one shard, its index and, last, its entry; returns the entry.
-
-    Args:
-      folder: the store.
-      shard, num_shards: which one of how many.
-      content: its scenes, in order.
-      num_codes: size of the codebook, for the histogram.
-      failures: {"key", "reason"} of the items that aren't in the shard; read after `content` is exhausted.
-    """
-    path = epath.Path(folder) / shard_name(shard, num_shards)
-    record_path = path.with_suffix(".array_record")
-    temporary = path.parent / f".{record_path.name}.tmp"
-    try:
-        with files.clear_disk_errors(temporary):
-            entries, histogram = _write_records(temporary, content, num_codes)
-        files.flush(temporary)
-        os.replace(temporary, record_path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    index = np.array(entries, INDEX)
-    files.write_atomically(path.with_suffix(".index"), index.tobytes())
-    entry = {
-        "name": path.name,
-        "scenes": len(index),
-        "images": int(histogram.images),
-        "histogram": histogram.counts.tolist(),
-        "failures": list(failures),
-        "files": {
-            file.name: {"bytes": file.stat().length, "sha256": files.sha256(file)}
-            for file in (record_path, path.with_suffix(".index"))
-        },
-    }
-    files.write_json(path.with_suffix(".json"), entry)
-    return entry
-
-
-class _Histogram:
-    def __init__(self, num_codes: int):
-        self.counts, self.images = np.zeros(num_codes, np.int64), 0
-
-    def add(self, codes: np.ndarray) -> None:
-        self.counts += np.bincount(codes.ravel(), minlength=len(self.counts))
-        self.images += codes.shape[0] * codes.shape[1]
-
-
-def _write_records(
-    path: epath.Path, content: Iterable[GroupedScene], num_codes: int
-) -> tuple[list[tuple[int, ...]], _Histogram]:
-    entries: list[tuple[int, ...]] = []
-    pages: dict[int, list[GroupedScene]] = {}  # stream set → single-image scenes that wait for their page
-    histogram, records = _Histogram(num_codes), 0
-    writer = array_record_module.ArrayRecordWriter(os.fspath(path), _OPTIONS)
-
-    def write(page: Sequence[GroupedScene]) -> None:
-        nonlocal records
-        writer.write(scenes.pack([item.scene for item in page]))
-        for slot, item in enumerate(page):
-            scene = item.scene
-            group = split.group_hash(item.group)
-            entries.append((records, len(scene.codes), slot, scene.stream_set, scene.class_id, group))
-            histogram.add(scene.codes)
-        records += 1
-
-    for item in content:
-        frames, streams, _ = item.scene.codes.shape
-        if frames * streams > 1:
-            write([item])
-            continue
-        page = pages.setdefault(item.scene.stream_set, [])
-        page.append(item)
-        if len(page) == PAGE:
-            write(pages.pop(item.scene.stream_set))
-    for stream_set in sorted(pages):
-        write(pages[stream_set])
-    writer.close()
-    return entries, histogram
-
-
-def read_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:
-    """A finished shard's entry, or None; also where a file that it lists is gone or has another size."""
-    path = epath.Path(folder) / f"{shard_name(shard, num_shards)}.json"
-    if not path.exists():
-        return None
-    entry = files.read_json(path)
-    whole = all(_size(path.parent / name) == listed["bytes"] for name, listed in entry["files"].items())
-    return entry if whole else None
-
-
-def write_manifest(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> bool:
-    """Writes the manifest if all entries stand; returns whether they do. Writing it again changes nothing."""
-    entries = [read_entry(folder, shard, num_shards) for shard in range(num_shards)]
-    if any(entry is None for entry in entries):
-        return False
-    files.write_json(epath.Path(folder) / MANIFEST, {"version": VERSION, **header, "shards": entries})
-    return True
-
-
-class _Recent:
-    """The records that were read last, up to a number of bytes in all."""
-
-    def __init__(self, limit: int):
-        self._limit, self._bytes = limit, 0
-        self._records: collections.OrderedDict[Any, bytes] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, keys: Sequence[Any], read: Callable[[list[int]], list[bytes]]) -> list[bytes]:
-        """The records of `keys`; `read` gets the places of those that aren't here."""
-        with self._lock:
-            found = [self._records.get(key) for key in keys]
-            missing = [place for place, record in enumerate(found) if record is None]
-            for key, record in zip(keys, found, strict=True):
-                if record is not None:
-                    self._records.move_to_end(key)
-        new = read(missing) if missing else []
-        with self._lock:
-            for place, record in zip(missing, new, strict=True):
-                found[place] = record
-                if self._records.setdefault(keys[place], record) is record:
-                    self._bytes += len(record)
-            while self._bytes > self._limit:
-                self._bytes -= len(self._records.popitem(last=False)[1])
-        return found  # type: ignore[return-value]
-
-
-_recent = _Recent(_RECENT_BYTES)
+    @overload
+    def __getitem__(self, shard: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, shard: slice) -> Sequence[np.ndarray]: ...
+    def __getitem__(self, shard: Any) -> Any:
+        if isinstance(shard, slice):
+            return [self._shards.index(i) for i in range(*shard.indices(len(self)))]
+        return self._shards.index(range(len(self))[shard])
 
 
 class Store:
-    """A finished store, read by random access. Opening it reads the manifest and maps the indexes.
+    """A finished store, read by random access. Opening it reads the manifest alone.
 
     It may be sent to another process, which opens it again.
+
+    Args:
+      path: its folder, local or gs://.
+      stage_to: a local folder that shards are copied to, checked, when they are first asked for; "" reads them
+        where they are, which must then be local.
 
     Attributes:
       manifest: as written.
       streams: stream name → codec.
       stream_sets: the names of the streams of each set.
       classes: class names.
-      indexes: `scenes.INDEX` entries of each shard's scenes, memory-mapped.
+      shards: their files.
+      indexes: `scenes.INDEX` entries of each shard's scenes, memory-mapped when they are asked for.
 
     Raises:
-      UserError: not a store, another version, or a shard whose size is not the manifest's.
+      UserError: not a store, or another version.
     """
 
-    def __init__(self, path: epath.PathLike):
-        self.path = epath.Path(path)
+    def __init__(self, path: epath.PathLike, stage_to: str = ""):
+        self.path, self._stage_to = epath.Path(path), stage_to
         self.manifest = _read_manifest(self.path)
         self.streams: dict[str, Codec] = {
             name: codec_from_json(codec) for name, codec in self.manifest["streams"].items()
@@ -209,17 +81,15 @@ class Store:
         self.stream_sets = [tuple(names) for names in self.manifest["stream_sets"]]
         self.classes: list[str] = self.manifest["classes"]
         self._num_streams = [len(names) for names in self.stream_sets]
-        self._shards = [self.path / entry["name"] for entry in self.manifest["shards"]]
-        self.indexes = [self._map_index(entry) for entry in self.manifest["shards"]]
+        self.shards = Shards(self.path, self.manifest["shards"], stage_to, self.identity)
+        self.indexes = _Indexes(self.shards)
         self._starts = np.cumsum([0] + [entry["scenes"] for entry in self.manifest["shards"]])
-        self._readers: dict[int, Any] = {}
-        self._token = object()  # tells this object's records from those of a store that was here before
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (os.fspath(self.path),)
+    def __reduce__(self) -> tuple[type[Store], tuple[str, str]]:
+        return Store, (os.fspath(self.path), self._stage_to)
 
     @functools.cached_property
     def index(self) -> np.ndarray:
@@ -242,21 +112,21 @@ class Store:
           columns: int64 [n], its place in the scene's stream set.
 
         Raises:
-          UserError: a record is damaged; names shard and record.
+          DamagedError: a record is damaged; names shard and record.
         """
         codes = np.empty((len(numbers), self.codes_per_image), np.uint16)
         entries = self.entries(numbers)
         for shard, mine in self._by_shard(numbers):
             records, which = np.unique(entries["record"][mine], return_inverse=True)
             codes[mine] = scenes.read_grids(
-                self._read(shard, records),
+                self.shards.read(shard, records.tolist()),
                 which,
                 entries[mine],
                 frames[mine],
                 columns[mine],
                 self._num_streams,
                 self.codes_per_image,
-                lambda place, shard=shard, records=records: self._where(shard, records[place]),  # type: ignore
+                lambda place, shard=shard, records=records: self.shards.where(shard, records[place]),  # type: ignore
             )
         return codes
 
@@ -269,6 +139,7 @@ class Store:
     def num_codes(self) -> int:
         return self.manifest["tokenizer"]["num_codes"]
 
+    @functools.cache  # noqa: B019 (lives as long as its store)
     def identity(self) -> str:
         """A hash of the manifest, and so of every shard's checksum."""
         return files.sha256(self.path / MANIFEST)
@@ -283,17 +154,25 @@ class Store:
         """The scene at `number` in [0, len).
 
         Raises:
-          UserError: its record is damaged; names shard and record.
+          DamagedError: its record is damaged; names shard and record.
         """
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        entry = self.indexes[shard][number - self._starts[shard]]
-        where = self._where(shard, entry["record"])
-        data = self._read(shard, [entry["record"]])[0]
-        page = scenes.unpack(data, self._num_streams, where)
-        scene = page[entry["slot"]] if entry["slot"] < len(page) else None
-        if scene is None or (len(scene.codes), scene.stream_set) != (entry["frames"], entry["stream_set"]):
-            raise UserError(f"{where}: the index beside it is damaged: it tells of another scene")
+        shard = self.shard_of(number)
+        _, frames, slot, stream_set, *_ = entry = self.indexes[shard][number - self._starts[shard]].item()
+        page = self.page(shard, entry[0])
+        scene = page[slot] if slot < len(page) else None
+        if scene is None or (len(scene.codes), scene.stream_set) != (frames, stream_set):
+            where = self.shards.where(shard, entry[0])
+            raise DamagedError(f"{where}: the index beside it is damaged: it tells of another scene")
         return scene
+
+    def shard_of(self, number: int) -> int:
+        """The shard of the scene at `number`."""
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
+
+    def page(self, shard: int, record: int) -> list[Scene]:
+        """All scenes of a record. Raises DamagedError, naming shard and record."""
+        data = self.shards.read(shard, [record])[0]
+        return scenes.unpack(data, self._num_streams, lambda: self.shards.where(shard, record))
 
     def videos(self, stream: str, min_frames: int, limit: int) -> list[np.ndarray]:
         """Codes uint16 [T, N] of a stream, of at most `limit` scenes that have it and as many frames."""
@@ -308,44 +187,6 @@ class Store:
         for shard in np.unique(shards).tolist():
             yield shard, np.flatnonzero(shards == shard)
 
-    def _where(self, shard: int, record: Any) -> str:
-        return f"{self.path}/{self._shards[shard].name}.array_record, record {record}"
-
-    def _read(self, shard: int, records: Sequence[int] | np.ndarray) -> list[bytes]:
-        numbers = [int(record) for record in records]
-
-        def read(places: list[int]) -> list[bytes]:
-            wanted = [numbers[place] for place in places]
-            try:
-                return self._reader(shard).read(wanted)
-            except (IndexError, ValueError, RuntimeError) as error:
-                listed = f"{wanted[0]} or another of {len(wanted)}" if len(wanted) > 1 else str(wanted[0])
-                raise UserError(f"{self._where(shard, listed)}: can't be read: {error}") from error
-
-        return _recent.read([(self._token, shard, number) for number in numbers], read)
-
-    def _reader(self, shard: int) -> Any:
-        if shard not in self._readers:
-            path = self._shards[shard].with_suffix(".array_record")
-            self._readers[shard] = array_record_module.ArrayRecordReader(
-                os.fspath(path), "readahead_buffer_size:0"
-            )
-        return self._readers[shard]
-
-    def _map_index(self, entry: Mapping[str, Any]) -> np.ndarray:
-        for name, expected in entry["files"].items():
-            file, size = self.path / name, _size(self.path / name)
-            if size != expected["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(f"{file}: {found}, the manifest says {expected['bytes']}; encode it again")
-        if not entry["scenes"]:
-            return np.zeros(0, INDEX)
-        return np.memmap(self.path / f"{entry['name']}.index", INDEX, mode="r").view(np.ndarray)
-
-
-def _size(file: epath.Path) -> int | None:
-    return file.stat().length if file.exists() else None
-
 
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
     file = path / MANIFEST
@@ -355,5 +196,7 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
         raise UserError(f"{file}: not a store's manifest; it needs {', '.join(sorted(_KEYS))}")
     if manifest["version"] != VERSION:
-        raise UserError(f"{file}: version {manifest['version']!r}, this reads version {VERSION}")
+        raise UserError(
+            f"{file}: version {manifest['version']!r}, this reads version {VERSION}; encode it again"
+        )
     return manifest

@@ -195,14 +195,13 @@ def make_rows_once(tmp_path_factory):
 
     def make(packing):
         if packing not in made:
-            from lvm.data import store
+            from lvm.data import writing
             from tests.lvm.conftest import NUM_CODES, header, make_scenes
 
             folder = tmp_path_factory.mktemp(packing)
-            store.write_shard(
-                folder, 0, 1, make_scenes([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5), NUM_CODES, []
-            )
-            assert store.write_manifest(folder, header(), 1)
+            scenes = make_scenes([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
+            writing.write_shard(folder, 0, 1, scenes, NUM_CODES)
+            assert not writing.write_manifest(folder, header(), 1)
             config = MixtureConfig(SOURCES, str(folder), 0.0, packing=packing)
             made[packing] = Rows(Mixture(config, 0), OURS, 24, 9)
         return made[packing]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lvm import files
-from lvm.data import split, store
+from lvm.data import split, store, writing
 from lvm.data.scenes import PAGE, Scene
-from lvm.data.store import GroupedScene, Store
+from lvm.data.store import Store
+from lvm.data.writing import GroupedScene, Unread
 from lvm.errors import UserError
 
 MIXED = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(1, 0)] * 5 + [(2, 2), (1, 0)]
@@ -59,20 +60,25 @@ def test_entries_count_scenes_images_and_codes(make_store, new_scenes):
     assert sum(entry["scenes"] for entry in manifest["shards"]) == len(MIXED)
     assert sum(entry["images"] for entry in manifest["shards"]) == 76 + 3 + 2 + 4
     counts = np.bincount(np.concatenate([item.scene.codes.ravel() for item in scenes]), minlength=16)
-    histogram = np.sum([entry["histogram"] for entry in manifest["shards"]], axis=0)
-    np.testing.assert_array_equal(histogram, counts)
+    np.testing.assert_array_equal(manifest["histogram"], counts)
+    assert (manifest["scenes"], manifest["images"]) == (len(MIXED), 85)
+    assert manifest["images_by_stream"] == {"rgb": 76 + 3 + 1 + 2, "segmentation": 1, "edges": 2}
 
 
 def test_entries_hold_checksums_and_failures(tmp_path, new_scenes):
-    failures = []
+    unread = Unread()
 
     def content():
         yield from new_scenes([(1, 0)])
-        failures.append({"key": "broken", "reason": "cut off"})  # known only once the source has been read
+        # Known only once the source has been read.
+        unread.failures.append({"key": "broken", "reason": "cut off"})
+        unread.groups.append(7)
 
-    entry = store.write_shard(tmp_path, 0, 1, content(), 16, failures)
+    entry = writing.write_shard(tmp_path, 0, 1, content(), 16, unread, {"jax": "0.10"})
     assert entry["failures"] == [{"key": "broken", "reason": "cut off"}]
-    assert store.read_entry(tmp_path, 0, 1) == entry
+    assert entry["group_hashes"] == [7, split.group_hash("group 0")]  # the split knows what couldn't be read
+    assert entry["versions"] == {"jax": "0.10"}
+    assert writing.read_entry(tmp_path, 0, 1) == entry
     for name, file in entry["files"].items():
         assert file == {"bytes": os.path.getsize(tmp_path / name), "sha256": files.sha256(tmp_path / name)}
 
@@ -91,13 +97,13 @@ def test_one_code_more_or_less_is_another_identity(make_store, new_scenes):
 
 def test_the_manifest_waits_for_all_entries_and_does_not_change(tmp_path, new_scenes, manifest_header):
     for shard in (2, 0):
-        store.write_shard(tmp_path, shard, 3, new_scenes([(1, 0)], seed=shard), 16, [])
-        assert not store.write_manifest(tmp_path, manifest_header(), 3)
+        writing.write_shard(tmp_path, shard, 3, new_scenes([(1, 0)], seed=shard), 16)
+        assert writing.write_manifest(tmp_path, manifest_header(), 3)
         assert not (tmp_path / store.MANIFEST).exists()
-    store.write_shard(tmp_path, 1, 3, [], 16, [])
-    assert store.write_manifest(tmp_path, manifest_header(), 3)
+    writing.write_shard(tmp_path, 1, 3, [], 16)
+    assert not writing.write_manifest(tmp_path, manifest_header(), 3)
     before = contents(tmp_path)
-    assert store.write_manifest(tmp_path, manifest_header(), 3)
+    assert not writing.write_manifest(tmp_path, manifest_header(), 3)
     assert contents(tmp_path) == before
     assert [len(Store(tmp_path).scene(i).codes) for i in range(2)] == [1, 1]  # an empty shard is no obstacle
 
@@ -108,9 +114,9 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path, new_scenes):
         raise RuntimeError("the source broke")
 
     with pytest.raises(RuntimeError, match="the source broke"):
-        store.write_shard(tmp_path, 0, 1, content(), 16, [])
+        writing.write_shard(tmp_path, 0, 1, content(), 16)
     assert os.listdir(tmp_path) == []
-    assert store.read_entry(tmp_path, 0, 1) is None
+    assert writing.read_entry(tmp_path, 0, 1) is None
 
 
 def test_a_folder_without_a_manifest_is_no_store(tmp_path):
@@ -121,22 +127,31 @@ def test_a_folder_without_a_manifest_is_no_store(tmp_path):
 def test_another_version_is_refused(make_store):
     folder = make_store([(1, 0)])
     manifest = files.read_json(f"{folder}/manifest.json")
-    files.write_json(f"{folder}/manifest.json", {**manifest, "version": 2})
-    with pytest.raises(UserError, match=r"manifest\.json: version 2, this reads version 1"):
+    files.write_json(f"{folder}/manifest.json", {**manifest, "version": 1})
+    with pytest.raises(UserError, match=r"manifest\.json: version 1, this reads version 2; encode it again"):
         Store(folder)
 
 
 @pytest.mark.parametrize("suffix", ["index", "array_record"])
-def test_a_missing_or_cut_off_file_is_named(make_store, suffix):
+def test_a_missing_or_cut_off_file_is_named_when_it_is_read(make_store, suffix):
     folder = make_store(MIXED)
     file = Path(folder) / f"shard-00001-of-00002.{suffix}"
     size = file.stat().st_size
     os.truncate(file, size - 1)
+    Store(folder).scene(0)  # of the other shard
     with pytest.raises(UserError, match=rf"{file.name}: has {size - 1} bytes, the manifest says {size}"):
-        Store(folder)
+        Store(folder).scene(len(MIXED) - 1)
     file.unlink()
     with pytest.raises(UserError, match=rf"{file.name}: is missing, the manifest says {size}"):
-        Store(folder)
+        Store(folder).scene(len(MIXED) - 1)
+
+
+def test_opening_a_store_opens_its_manifest_alone(make_store):
+    folder = make_store(MIXED)
+    for file in Path(folder).iterdir():
+        if file.name != store.MANIFEST:
+            file.unlink()
+    assert len(Store(folder)) == len(MIXED)
 
 
 def test_a_damaged_record_is_named_when_it_is_read(make_store, new_scenes):
@@ -156,7 +171,7 @@ def test_a_damaged_record_is_named_when_it_is_read(make_store, new_scenes):
 def test_beside_codes_and_keys_a_shard_is_two_percent(tmp_path, scenes, frames):
     codes = np.random.default_rng(0).integers(0, 8192, (frames, 1, 256), dtype=np.uint16)
     content = [GroupedScene(Scene(f"scene-{i:06d}", -1, 0, codes), "") for i in range(scenes)]
-    entry = store.write_shard(tmp_path, 0, 1, content, 8192, [])
+    entry = writing.write_shard(tmp_path, 0, 1, content, 8192)
     codes_and_keys = scenes * (512 * frames + len("scene-000000"))
     size = entry["files"]["shard-00000-of-00001.array_record"]["bytes"]
     padding = 2 * 65536  # array_record fills up its footer and its last block, however many records there are
@@ -166,13 +181,7 @@ def test_beside_codes_and_keys_a_shard_is_two_percent(tmp_path, scenes, frames):
 def test_nothing_in_a_store_tells_a_time_or_a_folder(make_store):
     folder = make_store(MIXED)
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    assert set(manifest) == {
-        "version",
-        "tokenizer",
-        "streams",
-        "stream_sets",
-        "classes",
-        "group_hashes",
-        "shards",
-    }
+    header = {"tokenizer", "streams", "stream_sets", "classes"}
+    totals = {"scenes", "images", "images_by_stream", "histogram", "group_hashes", "versions"}
+    assert set(manifest) == {"version", "shards"} | header | totals
     assert all(folder.encode() not in data for data in contents(folder).values())

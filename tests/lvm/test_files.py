@@ -4,6 +4,7 @@ import hashlib
 import os
 
 import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,3 +65,26 @@ def test_flushing_changes_nothing(tmp_path):
     files.flush(tmp_path / "file")
     files.sync_folder(tmp_path)
     assert (tmp_path / "file").read_bytes() == b"some bytes"
+
+
+def test_an_object_is_written_whole_and_read_back(gcs, tmp_path):
+    path = f"{gcs}/a/value.json"
+    files.write_json(path, {"x": 1})
+    assert files.read_json(path) == {"x": 1}
+    files.write_json(path, {"x": 2})  # whoever looked before sees it
+    assert files.read_json(path) == {"x": 2}
+    assert [child.name for child in epath.Path(f"{gcs}/a").iterdir()] == ["value.json"]
+    large = os.urandom(2**20) * 12  # more than fits one request
+    (tmp_path / "large").write_bytes(large)
+    files.put(tmp_path / "large", f"{gcs}/a/large")
+    assert files.sha256(f"{gcs}/a/large") == hashlib.sha256(large).hexdigest()
+    files.download(f"{gcs}/a/large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == large
+    with pytest.raises(FileNotFoundError):
+        files.download(f"{gcs}/a/none", tmp_path / "none")
+
+
+def test_what_is_remote_is_told_by_its_name():
+    assert files.is_remote("gs://bucket/a")
+    assert not files.is_remote("/tmp/a")
+    assert not files.is_remote("a")

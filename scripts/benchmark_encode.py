@@ -1,0 +1,206 @@
+"""Images a second from JPEGs on disk to a store of codes, host and devices also by themselves, beside torch.
+
+    python -m scripts.benchmark_encode                                  a small network, where there is no accelerator
+    python -m scripts.benchmark_encode --network=maskgit --workers=8    a published one, with random weights
+
+The host's part is reading, decoding and resizing; torch's DataLoader does the same work with as many processes, where
+torch is installed. Each row is a process of its own, one after the other, timed from its first batch on: by wall
+clock, and by what its processes took of the processor, which says the same on a machine that others use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from lvm import cli, module
+from lvm.console import say
+from lvm.data import loader
+from lvm.data.augment import Augment
+from lvm.data.preprocess import Preprocess
+from lvm.data.reading import Chunks
+from lvm.data.sources import open_source
+from lvm.errors import UserError
+from scripts.contenders import Clock, Report, contend, cpu_name, reporter
+from tokenizer import Tokenizer
+from tokenizer.encoding import Encoder
+from tokenizer.vqgan import VARIANTS, VQGAN, VQGANConfig
+
+Job = dict[str, Any]
+_SMALL = VQGANConfig(
+    patch_size=8, channels=32, channel_multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1, middle_blocks=0,
+    codebook_size=1024, codebook_dim=8, norm_groups=8,
+)  # fmt: skip
+NETWORKS = {"small": _SMALL, **VARIANTS}
+SIZES = ((500, 375), (1280, 960))  # of the photos: as many sets have them, and as cameras and the web do
+_MODULE = "scripts.benchmark_encode"
+
+
+def make_photos(folder: pathlib.Path, size: tuple[int, int], count: int) -> int:
+    """JPEGs of smooth noise with some detail, about as large as photos are; returns the mean number of bytes."""
+    folder.mkdir()
+    rng, (width, height) = np.random.default_rng(0), size
+
+    def noise(cell: int) -> np.ndarray:
+        coarse = rng.integers(0, 256, (height // cell + 2, width // cell + 2, 3), dtype=np.uint8)
+        return np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.float32)
+
+    for number in range(count):
+        pixels = 0.7 * noise(64) + 0.2 * noise(12) + 0.1 * noise(3)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:06d}.jpg", quality=90)
+    return sum(file.stat().st_size for file in folder.iterdir()) // count
+
+
+def host(job: Job, report: Report) -> None:
+    """Reading and decoding alone, as the encoder's workers do it."""
+    for decode in ("full", "reduced"):
+        preprocess = Preprocess(job["resolution"], decode=decode)
+        source = open_source(job["folder"], preprocess)
+        chunks = Chunks(source, [(0, len(source))], Augment(0, preprocess))
+        read = loader.batches(chunks, 0, len(chunks), job["workers"])
+        next(iter(read))
+        clock = Clock()
+        for chunk in read:
+            clock.count(len(chunk["images"]))
+        report({"part": "host", "what": f"ours, decode={decode}", **clock.rates()})
+
+
+def random_tokenizer(job: Job) -> Tokenizer:
+    """The network with random weights, in the dtype for this device."""
+    on_cpu = jax.default_backend() == "cpu"
+    config = NETWORKS[job["network"]]
+    config = VQGANConfig(**{**vars(config), "compute_dtype": "float32" if on_cpu else "bfloat16"})
+    init = jax.jit(lambda rng: module.init_params(lambda rngs: VQGAN(config, rngs), rng))
+    return Tokenizer(config, Preprocess(config.resolution, decode="reduced"), init(jax.random.key(0)))
+
+
+def device(job: Job, report: Report) -> None:
+    """The devices alone: images that are in memory already, with their way to the devices and the codes' way back."""
+    tokenizer, R = random_tokenizer(job), job["resolution"]
+    size = job["batch_size"] * tokenizer.num_devices
+    images = np.random.default_rng(0).integers(0, 256, (size, R, R, 3), dtype=np.uint8)
+    np.asarray(tokenizer.encode_async(images))
+    start, calls, waiting = time.perf_counter(), 0, []
+    while time.perf_counter() - start < job["seconds"] or calls < 3:
+        waiting.append(tokenizer.encode_async(images))
+        calls += 1
+        if len(waiting) > 2:
+            np.asarray(waiting.pop(0))
+    for codes in waiting:
+        np.asarray(codes)
+    rate = calls * size / (time.perf_counter() - start)
+    name = jax.local_devices()[0].device_kind
+    report({"part": "device", "what": f"ours, {tokenizer.num_devices} × {name}", "rate": rate})
+
+
+def end_to_end(job: Job, report: Report) -> None:
+    """JPEGs to a store, from the first shard on: starting processes and compiling come before that."""
+    tokenizer = random_tokenizer(job)
+    source = open_source(job["folder"], tokenizer.preprocess)
+    with tempfile.TemporaryDirectory() as folder:
+        out, shards = pathlib.Path(folder, "store"), 8
+        augment = Augment(0, tokenizer.preprocess)
+        Encoder(tokenizer, source, out, shards, job["batch_size"], augment, job["workers"]).run()
+        times = [(out / f"shard-{i:05d}-of-{shards:05d}.json").stat().st_mtime for i in (0, shards - 1)]
+    images = len(source) - len(source) // shards
+    report({"part": "end to end", "what": "ours, decode=reduced", "rate": images / (times[1] - times[0])})
+
+
+_PARTS = {"host": host, "device": device, "end to end": end_to_end}
+
+
+def compare(folder: pathlib.Path, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """All rows for photos of one size."""
+    resolution = NETWORKS[_NETWORK.value].resolution
+    job: Job = {
+        "folder": str(folder),
+        "resolution": resolution,
+        "workers": _WORKERS.value,
+        "network": _NETWORK.value,
+        "batch_size": _BATCH_SIZE.value,
+        "seconds": _SECONDS.value,
+    }
+    records = []
+    for contender, part in (("ours", "host"), ("torch", "host"), ("ours", "device"), ("ours", "end to end")):
+        found = contend(_MODULE, {**job, "contender": contender, "part": part}, _LIMIT.value)
+        records += [{"part": part, "what": contender, **record, "contender": contender} for record in found]
+    return records
+
+
+def table(records: list[dict[str, Any]], workers: int) -> list[str]:
+    """The rows, how ours compares with the fastest of torch's, and how many cores the devices could use."""
+    titles = f"{'images/s':>10} {'a core second':>14} {'× torch':>9} {'by cores':>9}"
+    lines = [f"{'part':<12} {'what':<36} {titles}"]
+    peers = [r for r in records if r["contender"] == "torch" and "rate" in r]
+    for record in records:
+        start = f"{record['part']:<12} {record['what']:<36} "
+        if "rate" not in record:
+            lines.append(start + record["failed"])
+            continue
+        lines.append(f"{start}{record['rate']:>10.1f}")
+        if peers and record["part"] == "host":
+            against = [record[x] / max(peer[x] for peer in peers) for x in ("rate", "core_rate")]
+            lines[-1] += f" {record['core_rate']:>14.1f} {against[0]:>9.2f} {against[1]:>9.2f}"
+    rates = {r["part"]: r["rate"] for r in records if r["contender"] == "ours" and "rate" in r}
+    if len(rates) == len(_PARTS):
+        possible = min(rates["host"], rates["device"])
+        lines.append(f"end to end is {rates['end to end'] / possible:.0%} of the slower of host and devices")
+        lines.append(
+            f"the devices could use {rates['device'] / rates['host'] * workers:.1f} cores like these"
+        )
+    return lines
+
+
+def _run_job(job: Job) -> None:
+    report = reporter(job)
+    if job["contender"] == "ours":
+        _PARTS[job["part"]](job, report)
+        return
+    try:
+        from scripts import peer_torch_loader
+    except ImportError as error:
+        report({"failed": f"{error.name or error} isn't installed"})
+        return
+    peer_torch_loader.run(job, report)
+
+
+def main() -> None:
+    """The command; with `--job`, one row of it."""
+    if _JOB.value:
+        _run_job(json.loads(_JOB.value))
+        return
+    if _NETWORK.value not in NETWORKS:
+        raise UserError(f"--network: {_NETWORK.value!r} is not one of {', '.join(NETWORKS)}")
+    if _IMAGES.value < 256:
+        raise UserError(f"--images: {_IMAGES.value} are too few to time; at least 256")
+    say(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    for size in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            photos = pathlib.Path(folder, "photos")
+            held = make_photos(photos, size, _IMAGES.value)
+            title = f"{_IMAGES.value} JPEGs of {size[0]}×{size[1]}, {held / 1024:.0f} KiB each"
+            say(f"\n{title}, network {_NETWORK.value}, {_WORKERS.value} worker processes")
+            say("\n".join(table(compare(photos, size), _WORKERS.value)))
+    say(f"\nload after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+
+
+if __name__ == "__main__":
+    _NETWORK = flags.DEFINE_string("network", "small", f"one of {', '.join(NETWORKS)}")
+    _IMAGES = flags.DEFINE_integer("images", 2048, "photos of each size")
+    _WORKERS = flags.DEFINE_integer(
+        "workers", os.cpu_count() or 1, "processes that read, of ours and of torch's"
+    )
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images a device in each call")
+    _SECONDS = flags.DEFINE_float("seconds", 10.0, "how long the devices by themselves are timed")
+    _LIMIT = flags.DEFINE_float("limit", 600.0, "seconds after which a row is given up")
+    _JOB = flags.DEFINE_string("job", "", "for the rows themselves")
+    cli.run(main)

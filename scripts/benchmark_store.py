@@ -1,0 +1,156 @@
+"""Random reads from stores, and the memory they take.
+
+    python -m scripts.benchmark_store                  100,000 scenes of 16 grids; memory at 10k, 100k and 1M scenes
+    python -m scripts.benchmark_store --scale=0.01     the same of small stores
+
+Rates are of one process on one core, by wall clock and by the processor's own: a machine that others use shows in the
+first alone. Each row of memory is of a process of its own, after so many random reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import flags
+
+from lvm import cli
+from lvm.console import say
+from lvm.data.records import RECORDS
+from lvm.data.scenes import Scene
+from lvm.data.store import Store
+from lvm.data.streams import Image
+from lvm.data.writing import GroupedScene, finish, write_shard
+from lvm.data.writing import begin as begin_store
+from scripts.contenders import cpu_name
+
+NUM_CODES, GRID = 8192, 16
+RATE_SCENES, RATE_FRAMES = 100_000, 16
+MEMORY = [
+    (10_000, 16),
+    (100_000, 16),
+    (10_000, 1),
+    (100_000, 1),
+    (1_000_000, 1),
+    (1_000_000, 4),
+]  # scenes, frames
+_SHARDS, _BATCH = 4, 1000
+
+
+def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
+    """A store of random codes."""
+    header = {
+        "tokenizer": {"weights": "random", "hash": "random", "grid": [GRID, GRID], "num_codes": NUM_CODES},
+        "streams": {"rgb": Image().to_json()},
+        "stream_sets": [["rgb"]],
+        "classes": [],
+    }
+    begin_store(folder, header, _SHARDS)
+    many = np.random.default_rng(0).integers(0, NUM_CODES, (997, frames, 1, GRID * GRID), dtype=np.uint16)
+
+    def content(first: int, last: int) -> Iterator[GroupedScene]:
+        for number in range(first, last):
+            key = f"scene-{number:09d}"
+            yield GroupedScene(Scene(key, -1, 0, many[number % len(many)]), key)
+
+    for shard in range(_SHARDS):
+        part = content(scenes * shard // _SHARDS, scenes * (shard + 1) // _SHARDS)
+        write_shard(folder, shard, _SHARDS, part, NUM_CODES)
+    finish(folder)
+    return Store(folder)
+
+
+def rate(name: str, read: Callable[[np.ndarray], object], numbers: np.ndarray, at_once: int) -> str:
+    """Reads `numbers`, so many at once; a line of the table."""
+    wall, processor = time.perf_counter(), time.process_time()
+    for start in range(0, len(numbers), at_once):
+        read(numbers[start : start + at_once])
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    count = len(numbers)
+    return f"{name:<44} {count / wall:>12,.0f} {count / processor:>14,.0f}"
+
+
+def rates(store: Store, count: int) -> list[str]:
+    """Lines: records a second, singly and in batches."""
+    numbers = np.random.default_rng(1).integers(0, len(store), count)
+    frames = int(store.entries(numbers[:1])["frames"][0])
+
+    def singly(one: np.ndarray) -> None:
+        store.scene(int(one[0]))
+
+    def grids(some: np.ndarray) -> None:
+        of_all = np.tile(np.arange(frames), len(some))
+        store.grids(some.repeat(frames), of_all, np.zeros(len(of_all), np.int64))
+
+    lines = [f"{'records of 16 grids, random, checked':<44} {'a second':>12} {'a core second':>14}"]
+    lines.append(rate("Store.scene, singly", singly, numbers, 1))
+    lines.append(rate(f"Store.grids, all grids of {_BATCH} scenes at once", grids, numbers, _BATCH))
+    return lines
+
+
+def memory(folder: str, count: int) -> dict[str, float]:
+    """MiB resident of this process: before the store, opened, and after reads; and of those what is no file's."""
+    found = {"before": _resident("VmRSS")}
+    store = Store(folder)
+    found["opened"] = _resident("VmRSS")
+    numbers = np.random.default_rng(2).integers(0, len(store), count)
+    for start in range(0, count, _BATCH):
+        some = numbers[start : start + _BATCH]
+        store.grids(some, np.zeros_like(some), np.zeros_like(some))
+    return found | {"read": _resident("VmRSS"), "own": _resident("RssAnon")}
+
+
+def _resident(field: str) -> float:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def main() -> None:
+    """The command; with `--memory_of`, one row of its memory."""
+    if _MEMORY_OF.value:
+        say(json.dumps(memory(_MEMORY_OF.value, _READS.value)))
+        return
+    scale, reads = _SCALE.value, max(100, int(_READS.value * _SCALE.value))
+    say(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    with tempfile.TemporaryDirectory(dir=_FOLDER.value or None) as folder:
+        store = make_store(pathlib.Path(folder, "rates"), int(RATE_SCENES * scale), RATE_FRAMES)
+        held = sum(shard["files"][shard["name"] + RECORDS]["bytes"] for shard in store.manifest["shards"])
+        plain = len(store) * (512 * RATE_FRAMES + len("scene-000000000"))
+        say(
+            f"{len(store):,} scenes of {RATE_FRAMES} grids: {held / plain - 1:.2%} over 512 bytes a grid and the keys"
+        )
+        say("\n" + "\n".join(rates(store, reads)))
+        say(f"\n{'MiB resident':<32} {'before':>8} {'opened':>8} {'read':>8} {'of it own':>10}")
+        for number, (scenes, frames) in enumerate(MEMORY):
+            place = pathlib.Path(folder, f"memory-{number}")
+            count = len(make_store(place, int(scenes * scale), frames))
+            command = [
+                sys.executable,
+                "-m",
+                "scripts.benchmark_store",
+                f"--memory_of={place}",
+                f"--reads={reads}",
+            ]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            columns = (
+                f"{found['before']:>8.0f} {found['opened']:>8.0f} {found['read']:>8.0f} {found['own']:>10.0f}"
+            )
+            say(f"{f'{count:,} scenes of {frames}':<32} {columns}")
+            for file in place.iterdir():
+                file.unlink()
+    say(f"load after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+
+
+if __name__ == "__main__":
+    _SCALE = flags.DEFINE_float("scale", 1.0, "of the numbers of scenes and reads")
+    _READS = flags.DEFINE_integer("reads", 50_000, "random reads of each row")
+    _FOLDER = flags.DEFINE_string("folder", "", "where stores are made; some 3 GB at most")
+    _MEMORY_OF = flags.DEFINE_string("memory_of", "", "a store: prints what reading it takes and ends")
+    cli.run(main)

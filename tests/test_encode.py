@@ -1,0 +1,130 @@
+"""The encoder in processes of its own: killed, shared among several, joined by a launcher, always the same bytes."""
+
+import os
+import pathlib
+import random
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from lvm import distributed
+from lvm.data import jsonl
+from lvm.data.store import Store
+from tests.commands import run, start
+from tests.tokenizer.networks import random_weights, small
+from tokenizer import weights
+
+SCENES, SHARDS = 160, 8
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The flags of an encoding, but for --out."""
+    folder = tmp_path_factory.mktemp("job")
+    config = small("maskgit", resolution=32, channel_multipliers=(1, 1, 2), codebook_size=64)
+    weights.write(folder / "tokenizer", random_weights(config), "orbax")
+    lines = [
+        "from ml_collections import ConfigDict",
+        "def get_config():",
+        f"    return ConfigDict({{'kind': 'generated', 'num_scenes': {SCENES}, 'num_frames': 2}})",
+    ]
+    (folder / "scenes.py").write_text("\n".join(lines))
+    return [
+        f"--tokenizer={folder / 'tokenizer'}",
+        f"--source={folder / 'scenes.py'}",
+        f"--num_shards={SHARDS}",
+        "--batch_size=16",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(job, tmp_path_factory):
+    """An unbroken run's store, and how long it took."""
+    out, before = tmp_path_factory.mktemp("whole") / "store", time.monotonic()
+    run("tokenizer.encode", *job, f"--out={out}", "--workers=1")
+    return out, time.monotonic() - before
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+
+
+def kill_at_random_moments(job, whole, out, count, seed):
+    unbroken, seconds = whole
+    draw = random.Random(seed)
+    killed = 0
+    while killed < count:
+        process = start("tokenizer.encode", *job, f"--out={out}", f"--workers={draw.randrange(3)}")
+        time.sleep(draw.uniform(0.3, 1.0) * seconds)  # before that, Python only imports
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        output, _ = process.communicate()
+        if process.returncode == 0:  # done before the moment came: from the start again, in another folder
+            assert contents(out) == contents(unbroken)
+            out = out.with_name(f"{out.name}-{killed}")
+        else:
+            assert process.returncode == -9, output
+    run("tokenizer.encode", *job, f"--out={out}", "--workers=0")
+    time.sleep(5)  # temporary files of the killed are nobody's by then
+    run("tokenizer.encode", "--finish", f"--out={out}")
+    assert contents(out) == contents(unbroken)
+    store = Store(out)
+    assert sorted(store.scene(i).key for i in range(len(store))) == [
+        f"generated-0-{i:06d}" for i in range(SCENES)
+    ]
+
+
+def test_killed_three_times_it_writes_what_an_unbroken_run_writes(job, whole, tmp_path):
+    kill_at_random_moments(job, whole, tmp_path / "store", 3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_writes_what_an_unbroken_run_writes(job, whole, tmp_path):
+    kill_at_random_moments(job, whole, tmp_path / "store", 20, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_know_nothing_of_each_other_write_the_same(job, whole, tmp_path, processes):
+    flags = [*job, f"--out={tmp_path / 'store'}", "--workers=0"]
+    started = [start("tokenizer.encode", *flags, f"--shard={i}/{processes}") for i in range(processes)]
+    for process in started:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    assert contents(tmp_path / "store") == contents(whole[0])
+
+
+@pytest.mark.slow
+def test_joined_processes_share_the_shards_and_leave_together(job, whole, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        monkeypatch.setenv(distributed.COORDINATOR, f"localhost:{free.getsockname()[1]}")
+    monkeypatch.setenv(distributed.NUM_PROCESSES, "2")
+    started = []
+    for number in range(2):
+        monkeypatch.setenv(distributed.PROCESS_ID, str(number))
+        started.append(start("tokenizer.encode", *job, f"--out={tmp_path / 'store'}", "--workers=0"))
+    outputs = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    assert contents(tmp_path / "store") == contents(whole[0])
+
+
+def test_what_is_missing_or_wrong_is_said(whole, tmp_path):
+    assert "--source: must be given" in run("tokenizer.encode", f"--out={tmp_path}", code=2)
+    (tmp_path / "a.jsonl").write_text("".join(jsonl.to_line(np.full((n, 4), n)) for n in (1, 3)))
+    (tmp_path / "codes.py").write_text(
+        f"def get_config():\n    return dict(kind='jsonl', path='{tmp_path}/a.jsonl', num_codes=8, grid=(2, 2))\n"
+    )
+    ready = ["tokenizer.encode", f"--source={tmp_path / 'codes.py'}", f"--out={tmp_path / 'ready'}"]
+    assert "which can't be cropped" in run(*ready, "--augment=2", code=2)
+    assert "2 scenes, 4 images, 2 of 8 codes used" in run(*ready)
+    store = Store(tmp_path / "ready")
+    assert [store.scene(i).codes[:, 0].tolist() for i in range(2)] == [[[n] * 4] * n for n in (1, 3)]
+    assert "all checksums, records and counts are right" in run("lvm.data.inspect", tmp_path / "ready")
+    before = {name: os.stat(whole[0] / name).st_mtime_ns for name in contents(whole[0]) if "shard" in name}
+    (whole[0] / "manifest.json").unlink()
+    assert f"{SCENES} scenes" in run("tokenizer.encode", "--finish", f"--out={whole[0]}")
+    assert before == {name: os.stat(whole[0] / name).st_mtime_ns for name in before}

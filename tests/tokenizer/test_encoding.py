@@ -1,0 +1,291 @@
+"""A source becomes a store: every scene once, with its own codes, the same bytes however the work is shared."""
+
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from etils import epath
+
+from lvm import files
+from lvm.data import split
+from lvm.data.augment import Augment
+from lvm.data.sources.base import Failure, SceneImages, SceneInfo
+from lvm.data.store import Store
+from lvm.data.streams import Image, Palette
+from lvm.errors import UserError
+from tests.tokenizer.networks import random_weights, small
+from tokenizer import Tokenizer, encoding
+from tokenizer.encode import finish, parse_part
+from tokenizer.encoding import Encoder, Meter
+
+SIDE = 16
+SETS = (("rgb",), ("rgb", "segmentation"))
+# frames, stream set, frames that can't be read
+SCENES = [(1, 0, 0)] * 9 + [
+    (3, 1, 0),
+    (2, 0, 1),
+    (1, 0, 1),
+    (5, 1, 0),
+    (1, 0, 0),
+    (2, 1, 2),
+    (1, 1, 0),
+    (4, 0, 0),
+]
+
+
+@dataclasses.dataclass
+class Scenes:
+    """Images of random pixels; some can't be read."""
+
+    resolution: int = SIDE
+    scenes: tuple = tuple(SCENES)
+
+    name = "random"
+    streams = {"rgb": Image(), "segmentation": Palette(("nothing", "thing"), background=0)}  # noqa: RUF012
+    stream_sets = SETS
+    classes = ("cat", "dog")
+    skipped = (Failure("notes.txt", "not a picture"),)
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def info(self, index):
+        frames, stream_set, _ = self.scenes[index]
+        return SceneInfo(
+            f"scene {index}", f"group {index // 2}", ("", "cat")[index % 2], frames, SETS[stream_set]
+        )
+
+    def load(self, index):
+        info, bad = self.info(index), self.scenes[index][2]
+        rng = np.random.default_rng([index, self.resolution])
+        shape = (info.num_frames - bad, len(info.streams), self.resolution, self.resolution, 3)
+        failures = tuple(Failure(info.key, f"frame {i}: truncated") for i in range(bad))
+        info = dataclasses.replace(info, num_frames=shape[0])
+        return SceneImages(info, rng.integers(0, 256, shape, dtype=np.uint8), failures)
+
+    def describe(self):
+        return {"kind": "random", "scenes": [list(scene) for scene in self.scenes]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    found = random_weights(small("maskgit", resolution=SIDE, channel_multipliers=(1, 2), codebook_size=64))
+    return Tokenizer(found.config, found.preprocess, found.params)
+
+
+def encode(tokenizer, folder, parts=((0, 1),), num_shards=4, batch_size=2, copies=0, source=None, workers=0):
+    augment = Augment(copies, tokenizer.preprocess)
+    source = source or Scenes(augment.source_preprocess.resolution)
+    for part in parts:
+        Encoder(tokenizer, source, folder, num_shards, batch_size, augment, workers).run(*part)
+        finish(str(folder), wait=False)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer, tmp_path_factory):
+    return encode(tokenizer, tmp_path_factory.mktemp("stores") / "whole")
+
+
+def test_every_scene_is_there_once_with_its_own_codes_or_among_the_failures(tokenizer, whole):
+    store, source = Store(whole), Scenes()
+    stored = {scene.key: scene for scene in map(store.scene, range(len(store)))}
+    assert len(stored) == len(store) == 15
+    for index in range(len(source)):
+        loaded = source.load(index)
+        if not len(loaded.images):
+            assert loaded.info.key not in stored
+            continue
+        scene = stored[loaded.info.key]
+        images = loaded.images.reshape(-1, SIDE, SIDE, 3)
+        np.testing.assert_array_equal(scene.codes.reshape(len(images), -1), tokenizer.encode(images))
+        assert store.stream_sets[scene.stream_set] == loaded.info.streams
+        assert scene.class_id == {"": -1, "cat": 0}[loaded.info.class_name]
+    failures = [failure for shard in store.manifest["shards"] for failure in shard["failures"]]
+    listed = [("scene 10", "frame 0: truncated"), ("scene 11", "frame 0: truncated")]
+    listed += [("scene 14", f"frame {i}: truncated") for i in range(2)]
+    assert [(failure["key"], failure["reason"]) for failure in failures] == listed
+
+
+def test_the_manifest_tells_how_the_codes_were_made(tokenizer, whole):
+    manifest = Store(whole).manifest
+    assert manifest["tokenizer"] == files.as_json(tokenizer.identity())
+    assert (manifest["dtype"], manifest["device_kind"], manifest["batch_size"]) == ("float32", "cpu", 2)
+    assert {"jax", "jaxlib", "pillow", "libjpeg_turbo"} <= manifest["versions"].keys()
+    assert all(len(versions) == 1 for versions in manifest["versions"].values())
+    assert manifest["skipped"] == [{"key": "notes.txt", "reason": "not a picture"}]
+    assert manifest["images_by_stream"] == {"rgb": 10 + 3 + 1 + 5 + 1 + 4, "segmentation": 3 + 5 + 1}
+    groups = [split.group_hash(f"group {number}") for number in range(9)]  # those that couldn't be read, too
+    assert manifest["group_hashes"] == [min(groups), max(groups)]
+
+
+@pytest.mark.parametrize(
+    "parts", [[(1, 2), (0, 2)], [(3, 4), (1, 4), (0, 4), (2, 4)], [(0, 9), *((i, 9) for i in range(1, 9))]]
+)
+def test_any_number_of_processes_writes_the_same_bytes(tokenizer, whole, tmp_path, parts):
+    assert contents(encode(tokenizer, tmp_path / "store", parts)) == contents(whole)
+
+
+def test_worker_processes_write_the_same_bytes(tokenizer, whole, tmp_path):
+    assert contents(encode(tokenizer, tmp_path / "store", workers=2)) == contents(whole)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_codes_and_records_depend_on_no_batch(tokenizer, whole, tmp_path, batch_size):
+    found = contents(encode(tokenizer, tmp_path / "store", batch_size=batch_size))
+    same = {name: data for name, data in contents(whole).items() if name.startswith("shard-")}
+    assert {name: found[name] for name in same} == same
+
+
+def test_every_call_has_one_shape_and_the_images_of_one_shard(tokenizer, tmp_path, monkeypatch):
+    shapes, counts = [], []
+    encode_async = tokenizer.encode_async
+
+    def watched(images):
+        shapes.append(images.shape)
+        counts.append(int(images.any((1, 2, 3)).sum()))
+        return encode_async(images)
+
+    monkeypatch.setattr(tokenizer, "encode_async", watched)
+    store = Store(encode(tokenizer, tmp_path / "store", num_shards=3))
+    assert set(shapes) == {(16, SIDE, SIDE, 3)}  # eight devices of two
+    in_shards = [shard["images"] for shard in store.manifest["shards"]]
+    assert counts == [
+        n for images in in_shards for n in [16] * (images // 16) + [images % 16] * (images % 16 > 0)
+    ]
+
+
+def test_what_is_there_is_not_encoded_again(tokenizer, whole, tmp_path, monkeypatch):
+    folder = encode(tokenizer, tmp_path / "store")
+    (folder / "shard-00002-of-00004.json").unlink()
+    (folder / "manifest.json").unlink()
+    calls, run = [], encoding.Chunks.__call__
+    monkeypatch.setattr(
+        encoding.Chunks, "__call__", lambda self, number: calls.append(number) or run(self, number)
+    )
+    assert contents(encode(tokenizer, folder)) == contents(whole)
+    assert len(calls) == 1
+    encode(tokenizer, folder)
+    assert len(calls) == 1
+
+
+def test_leftovers_of_killed_processes_are_removed_at_the_end(tokenizer, whole, tmp_path):
+    folder = encode(tokenizer, tmp_path / "store")
+    for name in (".manifest.json.999999999.tmp", ".shard-00002-of-00004.json.999999999.tmp"):
+        (folder / name).touch()
+        os.utime(folder / name, (0, 0))
+    assert contents(encode(tokenizer, folder)) == contents(whole)
+
+
+def test_another_way_of_encoding_is_refused(tokenizer, tmp_path):
+    folder = encode(tokenizer, tmp_path / "store")
+    with pytest.raises(UserError, match=r"made otherwise \(changed: batch_size: 2 → 3, num_shards: 4 → 5\)"):
+        encode(tokenizer, folder, num_shards=5, batch_size=3)
+    with pytest.raises(UserError, match=r"changed: source"):
+        encode(tokenizer, folder, source=Scenes(scenes=tuple(SCENES[:-1])))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UserError, match="not empty and not a store"):
+        encode(tokenizer, tmp_path / "other")
+
+
+def test_a_shard_of_which_nothing_can_be_read_is_empty(tokenizer, tmp_path):
+    source = Scenes(scenes=((1, 0, 1), (2, 1, 2), (1, 0, 0), (1, 0, 0)))
+    manifest = Store(encode(tokenizer, tmp_path / "store", num_shards=2, source=source)).manifest
+    assert [shard["scenes"] for shard in manifest["shards"]] == [0, 2]
+    assert len(manifest["shards"][0]["failures"]) == 3
+
+
+def test_a_scene_is_stored_as_so_many_crops_of_its_group(tokenizer, whole, tmp_path):
+    store = Store(encode(tokenizer, tmp_path / "store", copies=3))
+    assert store.manifest["augment"] == 3
+    index = store.index
+    keys = {store.scene(i).key: index["group"][i] for i in range(len(store))}
+    readable = [i for i, (frames, _, bad) in enumerate(SCENES) if frames > bad]
+    wanted = {f"scene {i}#{k}": split.group_hash(f"group {i // 2}") for i in readable for k in range(3)}
+    assert keys == wanted
+    assert store.manifest["group_hashes"] == Store(whole).manifest["group_hashes"]
+    failures = [failure for shard in store.manifest["shards"] for failure in shard["failures"]]
+    assert len(failures) == 4  # not once a copy
+    again = encode(tokenizer, tmp_path / "again", [(1, 2), (0, 2)], copies=3)
+    assert contents(again) == contents(store.path)
+
+
+def test_all_images_of_a_copy_have_one_window_and_are_mirrored_together():
+    side, R = 18, 16
+    preprocess = dataclasses.replace(random_weights(small("maskgit", resolution=R)).preprocess)
+    augment = Augment(16, preprocess)
+    assert augment.source_preprocess.resolution == side
+    places = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1)  # [side, side, 2]
+    image = np.concatenate([places, np.zeros((side, side, 1), int)], -1).astype(np.uint8)
+    scene = SceneImages(SceneInfo("a", "a", "", 3, SETS[1]), np.tile(image, (3, 2, 1, 1, 1)))
+    found = set()
+    for number, copy in enumerate(augment(scene, Scenes.streams)):
+        assert copy.info.key == f"a#{number}"
+        assert (copy.images == copy.images[0, 0]).all()
+        top, left, right = copy.images[0, 0, 0, 0, 0], copy.images[0, 0, 0, 0, 1], copy.images[0, 0, 0, -1, 1]
+        wanted = image[top : top + R, min(left, right) : min(left, right) + R]
+        np.testing.assert_array_equal(copy.images[0, 0], wanted if left < right else wanted[:, ::-1])
+        found.add((int(top), int(min(left, right)), bool(left < right)))
+    assert len(found) > 8
+    assert {flipped for *_, flipped in found} == {True, False}
+    with pytest.raises(UserError, match="--augment: -1 is negative"):
+        Augment(-1, preprocess)
+
+
+def test_a_missing_shard_is_named_when_the_store_is_finished(tokenizer, tmp_path, capsys):
+    folder = encode(tokenizer, tmp_path / "store", [(1, 2)])
+    assert "2 shards aren't there yet (shard-00000-of-00004, shard-00002-of-00004)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"not a finished store"):
+        Store(folder)
+    with pytest.raises(UserError, match=r"no store was begun there \(header\.json is missing\)"):
+        finish(str(tmp_path), wait=False)
+
+
+def test_parts_are_read_and_refused():
+    assert parse_part("0/1") == (0, 1)
+    assert parse_part("7/8") == (7, 8)
+    for spec in ("8/8", "1", "-1/2", "a/b", "0/0"):
+        with pytest.raises(UserError, match=f"--shard: '{spec}'; it is i/n"):
+            parse_part(spec)
+
+
+def test_the_meter_tells_what_it_waits_for(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(encoding.time, "monotonic", lambda: clock[0])
+
+    def after(seconds, items):
+        for item in items:
+            clock[0] += seconds
+            yield item
+
+    meter = Meter(40)
+    assert list(meter.waiting_for_each(after(3.0, [1, 2]))) == [1, 2]
+    with meter.waiting("device"):
+        clock[0] += 1.0
+    clock[0] += 1.0
+    meter.add(images=80, scenes=10)
+    line = meter.line()
+    assert line.startswith(
+        "10/40 scenes (25%), 10 images/s, 24s left, host-bound: waited 75% of the time for images"
+    )
+    assert line.endswith("and 12% for codes")
+    clock[0] += 4.0
+    with meter.waiting("device"):
+        clock[0] += 4.0
+    meter.add(images=8, scenes=5)
+    assert meter.line().startswith("15/40 scenes (38%), 1 images/s, 40s left, device-bound")
+
+
+def test_a_store_on_gs_holds_the_same_bytes(tokenizer, whole, gcs, tmp_path):
+    for order in ([0], [1, 0]):
+        folder = epath.Path(f"{gcs}/store-{len(order)}")
+        encode(tokenizer, folder, [(part, len(order)) for part in order])
+        encode(tokenizer, folder)  # nothing is left to do
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents(whole)
