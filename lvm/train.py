@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
@@ -18,19 +19,23 @@ from lvm.data.rows import Rows
 from lvm.distributed import DistributedConfig
 from lvm.errors import UserError
 from lvm.evaluation.pictures import completion
+from lvm.flags import COST, compiler_options
 from lvm.flops import CONVENTIONS, train_flops_per_token
-from lvm.generate import Sampling, generate_tokens
+from lvm.generate import Generator, Sampling
+from lvm.interop.init_from import StepFrom, first_model
+from lvm.interop.stored import Stored
 from lvm.mesh import MeshConfig, make_mesh
 from lvm.model import ModelConfig
 from lvm.module import count_params
 from lvm.training import optimizer
+from lvm.training.checkpoint import newest_step
 from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.memory import advice, fitting_step
 from lvm.training.objective import NextCode, ObjectiveConfig
 from lvm.training.programs import cache_programs
 from lvm.training.step import Step
 from lvm.training.trainable import State
-from lvm.training.workdir import Workdir
+from lvm.training.workdir import Workdir, check_trainable
 from lvm.vocabulary import Vocabulary
 from tokenizer import Tokenizer
 
@@ -45,6 +50,10 @@ class TrainConfig:
       heldout_batches: batches of held-out sentences that the held-out loss averages over.
       tokenizer: a tokenizer's folder, to show pictures of answers while training; "" shows none.
       accept_changed_mixture: goes on with a run whose mixture was another one until now.
+      flags: options of the compiler over those of `lvm.flags`, "name=value name=value"; "name=" takes one away.
+      deterministic: compiles to what gives the same bits at every run; on GPUs that costs speed.
+      init_from: a model's folder, as `LVM.load` takes it, whose weights the training begins with; empty for random
+        ones. It needs the same sizes and codes; a vocabulary of another size is resized.
     """
 
     seed: int = 0
@@ -52,6 +61,9 @@ class TrainConfig:
     heldout_batches: int = 4
     tokenizer: str = ""
     accept_changed_mixture: bool = False
+    flags: str = ""
+    deterministic: bool = False
+    init_from: str = ""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -73,6 +85,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     vocabulary = Vocabulary.for_codes(store.num_codes)
     record = {
         "config": to_json(config),
+        "compiler_options": compiler_options(jax.default_backend(), config.flags, config.deterministic),
         "tokenizer": store.manifest["tokenizer"],
         "stores": [store.identity() for store in mixture.stores],
         "sources": [store.manifest["source"] for store in mixture.stores],
@@ -81,15 +94,21 @@ def train(config: TrainConfig, workdir: str) -> None:
     tokens = config.batch_size * config.model.context
     loop = config.loop.in_steps(tokens)
     accepted = _MIXTURE if config.accept_changed_mixture else ()
+    check_trainable(workdir)
     place = Workdir(workdir, "lvm", record, accepted, TrainConfig)
     if is_finished(place, loop):
         return
     vocabulary.save(place.path)
     model = _with_vocabulary(config.model, vocabulary)
+    first = None
+    if config.init_from and newest_step(place.path) is None:
+        first = first_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
     rows.check_repetitions(loop.total_steps)
     mesh = make_mesh(config.mesh)
+    if config.deterministic:
+        say(f"deterministic, which costs {COST[jax.default_backend()]}")
     trainable = NextCode(
         model,
         rows.batch_spec,
@@ -109,18 +128,24 @@ def train(config: TrainConfig, workdir: str) -> None:
     # The peak that MFU is a share of is that of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
-    step, memory_advice = _step(config, trainable, mesh)
+    step, memory_advice = _step(config, trainable, mesh, first)
     Loop(step, rows.batch, loop, place, tokens, flops, memory_advice).run()
 
 
-def _step(config: TrainConfig, trainable: NextCode, mesh: Mesh) -> tuple[Step, Callable[[], str]]:
+def _step(
+    config: TrainConfig, trainable: NextCode, mesh: Mesh, first: Stored | None
+) -> tuple[Step, Callable[[], str]]:
     """The step that fits, and what to say should it run out of memory all the same."""
 
     def make(policy: str, parts: int) -> Step:
         model = dataclasses.replace(trainable.config, remat=policy)
         objective = dataclasses.replace(trainable.objective, accumulate_steps=parts)
         chosen = dataclasses.replace(trainable, config=model, objective=objective)
-        return Step(chosen, mesh, config.seed, config.mesh.zero1)
+        if first is not None:
+            return StepFrom(first, chosen, mesh, config.seed, config.mesh.zero1)
+        platform = mesh.devices.flat[0].platform
+        options = compiler_options(platform, config.flags, config.deterministic)
+        return Step(chosen, mesh, config.seed, config.mesh.zero1, options)
 
     parts = trainable.objective.accumulate_steps
     step = fitting_step(make, trainable.config.remat, parts)
@@ -160,13 +185,12 @@ def _pictures(config: TrainConfig, trainable: NextCode, vocabulary: Vocabulary) 
         say(f"no pictures of {', '.join(sentences.keys() - fitting.keys())}: longer than the context")
 
     def draw(state: State) -> dict[str, np.ndarray]:
+        generator = Generator(trainable.config, state["params"], trainable.mesh)
+
         def answer(prompt: np.ndarray, num_images: int) -> np.ndarray:
             row = np.concatenate([[vocabulary.bos], prompt.ravel()]).astype(np.int32)
-            length, allowed = num_images * prompt.shape[1], vocabulary.num_codes
-            sampling = Sampling(temperature=0.0)
-            tokens = generate_tokens(
-                trainable.graphdef, state["params"], [row], length, sampling, [0], num_allowed=allowed
-            )
+            length, greedy = num_images * prompt.shape[1], Sampling(temperature=0.0)
+            tokens = generator([row], length, greedy, [0], num_allowed=vocabulary.num_codes)
             return tokens.reshape(num_images, prompt.shape[1])
 
         return {

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_a_dry_run_is_what_it_was(tmp_path, name):
     assert text == (GOLDEN / f"{name}.txt").read_text()
     names = subprocess.run(["tar", "-tzf", archive], capture_output=True, text=True, check=True).stdout
     assert {"lvm/train.py", "requirements.txt"} <= set(names.splitlines())
+
+
+def documented():
+    """The dry runs that the documentation shows, as lines of shell."""
+    pages = [(ROOT / "docs" / name).read_text() for name in ("tpu.md", "gpu.md")]
+    return [line for page in pages for line in page.splitlines() if "lvm.submit" in line and "--dry_run" in line]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_documented_dry_runs_run(tmp_path, number):
+    assert len(documented()) == 5
+    arguments = shlex.split(documented()[number])[3:]
+    arguments.remove("--dry_run")
+    printed, _ = dry_run(tmp_path / "out", *arguments)
+    assert printed.splitlines()[0] == f"cd {tmp_path / 'out'}"
 
 
 @pytest.mark.parametrize("name", [name for name in REQUESTS if not name.startswith("gke")])

@@ -1,6 +1,7 @@
 """Training as a command: on meshes of eight devices, with the options that a run is set up with."""
 
 import pytest
+from etils import epath
 
 from lvm.training import metrics
 from tests.commands import run
@@ -66,6 +67,28 @@ def test_a_changed_mixture_must_be_accepted(demo, tmp_path):
     assert "resuming with a changed config.data.packing: 'concat' → 'whole'" in accepted
     assert "going on from step 10" in accepted
     assert "step 20/20" in accepted
+
+
+@pytest.mark.slow
+def test_a_run_lives_on_gs(demo, gcs):
+    options = [TINY, f"--config.data.store={demo / 'store'}", f"--workdir={gcs}/runs/one"]
+    options += ["--config.loop.profile=(3,4)", f"--config.loop.compilation_cache={gcs}/cache"]
+    run("lvm.train", *options, "--config.loop.total_steps=20")
+    output = run("lvm.train", *options, "--config.loop.total_steps=40")
+    assert "gs://bucket/runs/one: going on from step 20" in output
+    assert "compiled program found in the cache" in output
+    there = epath.Path(f"{gcs}/runs/one")
+    assert [line["step"] for line in metrics.read(there)] == [10, 20, 30, 40]
+    assert (there / "checkpoints" / "40" / "commit_success.txt").exists()
+    assert list((there / "pictures").glob("*-0000040.png"))
+    assert list((there / "tensorboard").glob("events.*"))
+    assert any(name.endswith(".xplane.pb") for _, _, names in (there / "profile").walk() for name in names)
+    assert not (there / ".lease").exists()
+    newest = next(path for path in (there / "checkpoints" / "40" / "params" / "d").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    output = run("lvm.train", *options, "--config.loop.total_steps=50")
+    assert "damaged checkpoint: gs://bucket/runs/one/checkpoints/40/params/d/" in output
+    assert "going back to step 20" in output
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from lvm.training.trainable import State
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"
 DAMAGED = "damaged-checkpoints"
-_POLL = 0.2  # seconds
+_POLL, _REMOTE_POLL = 0.2, 2.0  # seconds
 _OVERHEAD = 2**20  # bytes of a checkpoint that are not arrays
 _CHUNK = 2**26  # bytes of an array that are stored, and so read, together
 
@@ -46,7 +46,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, keep_period=keep_every or None, read_only=read_only
         )
-        self._workdir = epath.Path(workdir).resolve()
+        path = epath.Path(workdir)
+        self._workdir = path if files.is_remote(path) else path.resolve()
         self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
         self._sealing: threading.Thread | None = None
         self._failed = False
@@ -90,11 +91,11 @@ class Checkpoints:
     def _seal(self, step: int) -> None:
         """Waits until a step's folder is whole, then writes its checksums and forgets those of deleted ones."""
         folder = self._manager.directory / str(step)
-        # The folder appears by a rename, when all that belongs to it is written.
-        while not folder.exists():
+        # On disk the folder appears by a rename, when all that belongs to it is written; on gs:// a file says so.
+        while not (folder.exists() and ocp.utils.is_checkpoint_finalized(folder)):
             if self._failed:
                 return
-            time.sleep(_POLL)
+            time.sleep(_REMOTE_POLL if files.is_remote(folder) else _POLL)
         try:
             checksums.write(folder, self._record(step))
             for record in (self._workdir / CHECKSUMS).glob("*.json"):

@@ -1,4 +1,8 @@
-"""What stands beside a checkpoint so that a damaged one is known: Orbax restores a flipped byte without a word."""
+"""What stands beside a checkpoint so that a damaged one is known: Orbax restores a flipped byte without a word.
+
+On disk all bytes are read back. On gs:// the store itself keeps a checksum of each object and answers for its bytes:
+there the listing is compared.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,14 @@ _WAITS = (1.0, 4.0, 16.0)  # seconds before an input error is tried again
 
 def write(folder: epath.Path, record: epath.Path) -> None:
     """Writes size and CRC-32C of every file below `folder` into `record`."""
-    names = sorted(
-        str((root / name).relative_to(folder)) for root, _, names in folder.walk() for name in names
-    )
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
+    if files.is_remote(folder):
+        found = files.objects(folder)
+    else:
+        names = sorted(
+            str((root / name).relative_to(folder)) for root, _, names in folder.walk() for name in names
+        )
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            found = dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
     record.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(record, found)
 
@@ -43,18 +50,17 @@ def problem(folder: epath.Path, record: epath.Path, under: str = "") -> str | No
     """
     wanted = {name: entry for name, entry in files.read_json(record).items() if name.startswith(under)}
 
+    there = patiently(lambda: files.objects(folder)) if files.is_remote(folder) else None
+
     def check(name: str) -> str | None:
         path = folder / name
-        if not path.exists():
+        if name not in there if there is not None else not path.exists():
             return f"{path}: missing"
-        size = path.stat().length
+        size = path.stat().length if there is None else there[name]["size"]
         if size != wanted[name]["size"]:
             return f"{path}: {size} bytes, {wanted[name]['size']} were written"
-        return (
-            None
-            if _describe(path) == wanted[name]
-            else f"{path}: its checksum is not that of what was written"
-        )
+        found = _describe(path) if there is None else there[name]
+        return None if found == wanted[name] else f"{path}: its checksum is not that of what was written"
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return next(filter(None, pool.map(lambda name: patiently(lambda: check(name)), wanted)), None)

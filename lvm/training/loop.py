@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import math
 import time
 from collections import deque
@@ -49,7 +50,8 @@ class LoopConfig:
       input_workers: processes that read batches ahead; 0 reads in threads.
       profile: the first and the last step of a trace into `profile/`; empty for none. A running job traces its next
         steps when a file `profile.request` appears in its workdir.
-      compilation_cache: where compiled programs are kept for the next start; "" is the workdir.
+      compilation_cache: where compiled programs are kept for the next start; "" is JAX_COMPILATION_CACHE_DIR, or
+        else the workdir.
       wandb: the Weights & Biases project, "project" or "entity/project", that metrics go to as well; "" for none.
     """
 
@@ -307,9 +309,10 @@ class Loop:
     def _draw(self, step: int, state: State) -> None:
         pictures = self._trainable.pictures(state)  # all processes draw, one writes
         for name, picture in pictures.items() if distributed.is_first() else ():
-            folder = self._path / "pictures"
+            folder, png = self._path / "pictures", io.BytesIO()
             folder.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(folder / f"{name}-{step:07d}.png")
+            Image.fromarray(picture).save(png, "PNG")
+            files.write_atomically(folder / f"{name}-{step:07d}.png", png.getvalue())
 
 
 class _Clock:

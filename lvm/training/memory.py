@@ -17,7 +17,7 @@ from lvm.model import REMAT
 from lvm.training.step import Step
 
 _GIB = 2**30
-_USABLE = 0.95  # of a device's memory: allocators leave gaps, and evaluation has a program of its own
+USABLE = 0.95  # of a device's memory: allocators leave gaps, and evaluation has a program of its own
 _MOST_PARTS = 64  # of a batch, that are proposed
 MakeStep = Callable[[str, int], Step]  # (policy of rematerialisation, parts of a batch) → the step with them
 
@@ -99,15 +99,20 @@ def bytes_needed(step: Step) -> int | None:
         return None
 
 
-def by_category(step: Step) -> str:
-    """GiB a device of parameters, the rest of the state, a batch and temporaries, as one line."""
+def state_bytes(step: Step) -> dict[str, int]:
+    """Bytes a device of parameters, the rest of the state, and a batch."""
 
     def size(tree: Any) -> int:
         shards = [(np.prod(x.sharding.shard_shape(x.shape)), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
         return int(sum(count * width for count, width in shards))
 
     parts = {"parameters": size(step.state["params"]), "optimizer": size(step.state["training"])}
-    parts["batch"] = size(step.batch)
+    return parts | {"batch": size(step.batch)}
+
+
+def by_category(step: Step) -> str:
+    """GiB a device of parameters, the rest of the state, a batch and temporaries, as one line."""
+    parts = state_bytes(step)
     needed = bytes_needed(step)
     if needed is not None:
         parts["temporaries"] = needed - sum(parts.values())
@@ -124,4 +129,4 @@ def memory_limit(mesh: Mesh) -> int | None:
     limit = accelerators.memory_bytes(device)
     if limit is None and device.platform == "cpu":
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, len(mine))
-    return None if limit is None else int(_USABLE * distributed.agree(limit))
+    return None if limit is None else int(USABLE * distributed.agree(limit))

@@ -46,10 +46,12 @@ class MetricsWriter:
         if not self._writes:
             return
         kept = [line for line in read(workdir) if line["step"] <= start]
-        path = epath.Path(workdir) / FILENAME
-        files.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._path = epath.Path(workdir) / FILENAME
+        self._lines = "".join(json.dumps(line) + "\n" for line in kept)  # kept for gs:// alone
+        files.write_atomically(self._path, self._lines.encode())
         self._wandb = _join_wandb(epath.Path(workdir), wandb) if wandb else None
-        self._file = open(path, "a")  # noqa: SIM115 (open for as long as the run)
+        remote = files.is_remote(self._path)
+        self._file = None if remote else open(self._path, "a")  # noqa: SIM115 (open for as long as the run)
         # From this step on, TensorBoard drops what an earlier run wrote.
         self._events = SummaryWriter(os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
 
@@ -59,8 +61,9 @@ class MetricsWriter:
     def __exit__(self, *error: Any) -> None:
         if not self._writes:
             return
-        os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -69,8 +72,14 @@ class MetricsWriter:
         """One step's values."""
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._file is None:
+            # Nothing can be appended to an object: it is written anew, which at 500 bytes a line is soon done.
+            self._lines += line
+            files.write_atomically(self._path, self._lines.encode())
+        else:
+            self._file.write(line)
+            self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:

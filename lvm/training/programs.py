@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from etils import epath
 
+from lvm import files
 from lvm.console import say
 
 REQUEST = "profile.request"
 _REQUESTED_STEPS = 3
+_LOOK = 10.0  # seconds between looks for a request on gs://, where each takes longer than a step may
 
 
 def cache_programs(folder: str, workdir: epath.Path) -> None:
-    """Keeps compiled programs for the next start, in `folder` (local or gs://; "" is the workdir's own).
+    """Keeps compiled programs for the next start, in `folder` (local or gs://).
+
+    "" is what `JAX_COMPILATION_CACHE_DIR` says, or else the workdir's own.
 
     Says when one was there. Must come before the first program is compiled.
     """
-    jax.config.update("jax_compilation_cache_dir", folder or os.fspath(workdir / "compilation_cache"))
+    own = os.fspath(workdir / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", folder or jax.config.jax_compilation_cache_dir or own)
     global _listening
     if not _listening:
         jax.monitoring.register_event_listener(_say_cache)
@@ -45,23 +54,37 @@ class Tracer:
     def __init__(self, workdir: epath.Path, steps: Sequence[int]):
         self._workdir = workdir
         self._first, self._last = steps or (0, 0)
-        self._tracing = False
+        self._tracing, self._looked = False, -_LOOK
 
     def before(self, step: int) -> None:
         """Starts or stops a trace as this step asks for."""
         if self._tracing and step > self._last:
             self.stop()
-        if not self._tracing and (self._workdir / REQUEST).exists():
+        if not self._tracing and self._requested():
             (self._workdir / REQUEST).unlink(missing_ok=True)
             self._first, self._last = step, step + _REQUESTED_STEPS - 1
         if step == self._first and not self._tracing:
             folder = self._workdir / "profile"
-            jax.profiler.start_trace(os.fspath(folder))
+            self._local = tempfile.mkdtemp() if files.is_remote(folder) else os.fspath(folder)
+            jax.profiler.start_trace(self._local)
             say(f"tracing steps {self._first} to {self._last} into {folder}")
             self._tracing = True
 
     def stop(self) -> None:
         """Ends a trace that runs."""
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
+        if not self._tracing:
+            return
+        jax.profiler.stop_trace()
+        self._tracing = False
+        if files.is_remote(self._workdir):
+            for path in Path(self._local).rglob("*.*"):
+                if path.is_file():
+                    files.put(path, self._workdir / "profile" / path.relative_to(self._local))
+            shutil.rmtree(self._local)
+
+    def _requested(self) -> bool:
+        now = time.monotonic()
+        if files.is_remote(self._workdir) and now - self._looked < _LOOK:
+            return False
+        self._looked = now
+        return (self._workdir / REQUEST).exists()

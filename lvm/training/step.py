@@ -12,8 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lvm import flags
 from lvm import mesh as meshes
 from lvm.data import loader
+from lvm.errors import UserError
 from lvm.training.trainable import Batch, Metrics, State, Trainable
 
 
@@ -25,15 +27,27 @@ class Step:
       mesh: the devices, present or only described (`jax.experimental.topologies`).
       seed: everything random follows from it and the step.
       zero1: whether the optimizer's state is split over `data` too.
+      compiler_options: of `lvm.flags`; None takes the table's for the mesh's platform.
 
     Attributes:
       state: shapes, dtypes and shardings of the state.
       batch: the same of a batch.
       rows: int [n], the rows of a global batch that this process's devices hold, ascending.
+      compiler_options: as they are passed to the compiler.
     """
 
-    def __init__(self, trainable: Trainable, mesh: Mesh, seed: int, zero1: bool = False):
+    def __init__(
+        self,
+        trainable: Trainable,
+        mesh: Mesh,
+        seed: int,
+        zero1: bool = False,
+        compiler_options: Mapping[str, flags.Value] | None = None,
+    ):
         self.trainable, self.mesh = trainable, mesh
+        if compiler_options is None:
+            compiler_options = flags.compiler_options(mesh.devices.flat[0].platform)
+        self.compiler_options = dict(compiler_options)
         self._seed = seed
         shapes = jax.eval_shape(trainable.init, jax.random.key(seed))
         self._shardings = meshes.shardings(mesh, shapes, trainable.logical_axes)
@@ -82,9 +96,19 @@ class Step:
         )
 
     def compile(self) -> Any:
-        """The compiled update (`jax.stages.Compiled`), compiled at the first call alone."""
+        """The compiled update (`jax.stages.Compiled`), compiled at the first call alone.
+
+        Raises:
+          UserError: the compiler doesn't know one of the options.
+        """
         if self._compiled is None:
-            self._compiled = self.lower().compile()
+            try:
+                self._compiled = self.lower().compile(self.compiler_options or None)
+            except jax.errors.JaxRuntimeError as error:
+                complaint = flags.refused(str(error), self.compiler_options)
+                if complaint is None:
+                    raise
+                raise UserError(complaint) from error
         return self._compiled
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:

@@ -12,6 +12,7 @@ from lvm import distributed, files
 from lvm.config import from_config_dict, to_json
 from lvm.console import say
 from lvm.errors import UserError
+from lvm.training.lease import Lease
 
 CONFIG = "config.json"
 
@@ -38,6 +39,11 @@ _FREE = (
     "config.objective.logits_chunk",
     "config.tokenizer",
     "config.accept_changed_mixture",
+    "config.flags",
+    "config.deterministic",
+    "compiler_options.",  # those of the devices it goes on on
+    "config.data.stage_to",
+    "config.data.skip_damaged",
     "config.data.store",  # where the codes lie; which codes they are is compared by the identity of the store
 )
 
@@ -89,6 +95,9 @@ class Workdir:
             files.write_json(self.path / CONFIG, record)
 
     def _hold(self) -> None:
+        if files.is_remote(self.path):
+            self._lease = Lease(self.path / ".lease")
+            return
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held while this lives)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,6 +144,20 @@ def read_record(path: epath.PathLike, kind: str, needed: Sequence[str] = ()) -> 
     if missing or (needed and "model" not in record["config"]):
         raise UserError(f"{file}: incomplete: {', '.join(missing) or 'config.model'} is missing")
     return record
+
+
+def check_trainable(workdir: epath.PathLike) -> None:
+    """That a workdir isn't of converted weights, which have no optimizer's state to go on with.
+
+    Raises:
+      UserError: it is.
+    """
+    path = epath.Path(workdir) / CONFIG
+    if path.exists() and files.read_json(path).get("converted"):
+        raise UserError(
+            f"{workdir}: holds converted weights and no training; begin one with them in a new --workdir, "
+            f"--config.init_from={workdir}"
+        )
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
