@@ -35,7 +35,7 @@ def fake_gcs() -> Iterator[str]:
         # What kind of bucket it is would be asked of the real service.
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
     }
-    with mock.patch.dict(os.environ, variables), _preconditions():
+    with mock.patch.dict(os.environ, variables), _generations():
         found.start()
         _forget_connections()
         try:
@@ -46,8 +46,8 @@ def fake_gcs() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _preconditions() -> Iterator[None]:
-    """Makes the server check `ifGenerationMatch` of what is written and deleted, as the real one does."""
+def _generations() -> Iterator[None]:
+    """What the real server does with generations: `ifGenerationMatch` is checked, and what is read tells its own."""
     lock = threading.Lock()
 
     def checked(handler: Callable) -> Callable:
@@ -61,7 +61,15 @@ def _preconditions() -> Iterator[None]:
 
         return handle
 
+    def telling(handler: Callable) -> Callable:
+        def handle(request: Any, response: Any, storage: Any, *rest: Any, **options: Any) -> None:
+            response["x-goog-generation"] = str(_generation(request, storage))
+            handler(request, response, storage, *rest, **options)
+
+        return handle
+
     wrapped = {function: checked(function) for function in (objects.insert, objects.delete)}
+    wrapped |= {function: telling(function) for function in (objects.get, objects.download)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(objects, "insert", wrapped[objects.insert]))
         for _, handlers in server.HANDLERS:
