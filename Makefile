@@ -8,7 +8,7 @@ RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 # Where there is no TPU, libtpu (which the tests compile with) would complain at every start.
 NO_TPU := $(if $(wildcard /dev/accel* /dev/vfio/*),,TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-1)
 
-.PHONY: demo test test-slow test-parity lint format clean broken
+.PHONY: demo test test-slow test-parity test-browser test-compat compat lint format clean broken
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/requirements.txt.done
@@ -19,9 +19,20 @@ test: $(VENV)/requirements-test.txt.done
 
 test-slow: $(VENV)/requirements-test.txt.done
 	$(RUN) -m pytest -m "slow or (hypothesis and not parity)" --hypothesis-profile=random
+	$(MAKE) test-compat
 
 test-parity: $(VENV)/requirements-parity.txt.done
 	$(RUN) -m pytest -m parity
+
+# What is exported, in the transformers that many still have, 4.x: it can't be installed beside the other.
+test-compat:
+	$(MAKE) compat VENV=$(VENV)-compat
+
+compat: $(VENV)/requirements-compat.txt.done
+	$(RUN) -m pytest -m parity tests/lvm/test_convert_parity.py
+
+test-browser: $(VENV)/requirements-browser.txt.done
+	$(RUN) -m pytest -m browser
 
 lint: $(VENV)/requirements-test.txt.done
 	$(VENV)/bin/ruff check .
@@ -37,7 +48,9 @@ clean:
 
 # A file of requirements includes others, so each waits for all that it may include.
 $(VENV)/requirements-test.txt.done: requirements.txt requirements-plan.txt
+$(VENV)/requirements-compat.txt.done: requirements.txt requirements-plan.txt requirements-test.txt
 $(VENV)/requirements-parity.txt.done: requirements.txt requirements-plan.txt requirements-test.txt
+$(VENV)/requirements-browser.txt.done: requirements.txt requirements-plan.txt requirements-test.txt requirements-playground.txt
 $(VENV)/%.done: % $(VENV)/python.done
 	@echo "Installing $< into $(VENV) ..."
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<

@@ -215,18 +215,27 @@ def _attend_xla(query: Any, key: Any, value: Any, segments: Any) -> jax.Array:
     return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)  # [B, T, H, D]
 
 
-def attend_cache(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention of new tokens to a cache.
+@jax.named_scope("attention")
+def attend_cache(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+    """Attention of one new token a row to a cache that holds it already.
+
+    Places lie one after the other for each head, so that a row's product with them reads memory in order.
 
     Args:
-      query: [B, T, H, D].
-      key, value: [B, S, K, D].
-      mask: bool [B, 1, T, S], True where a query may look.
+      query: [B, H, D].
+      key, value: [B, K, S, D], H divisible by K; or [K, S, D] for a lone row.
+      visible: bool [B, S], the places that a row sees.
 
     Returns:
-      [B, T, H, D].
+      [B, H, D] in the dtype of `query`; the softmax is in float32.
     """
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+    B, _, D = query.shape
+    grouped = query.reshape(*key.shape[:-2], -1, D)  # [(B,) K, G, D]
+    # Not a product with `key.mT`, which a CPU would write out.
+    scores = jnp.einsum("...gd,...sd->...gs", grouped, key, preferred_element_type=jnp.float32)
+    seen = jnp.expand_dims(visible, range(1, key.ndim - 1))  # [B, 1, (1,) S]
+    weights = jax.nn.softmax(jnp.where(seen, scores / math.sqrt(D), -jnp.inf)).astype(value.dtype)
+    return jnp.einsum("...gs,...sd->...gd", weights, value).reshape(B, -1, D)
 
 
 def _round_up(size: int, multiple: int) -> int:

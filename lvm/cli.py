@@ -58,6 +58,26 @@ def spread_list_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     return spread
 
 
+def name_positions(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """`A B --to=c` → `--src=A --dst=B --to=c`, for the names src and dst: commands take flags alone.
+
+    Flags must be defined: one that isn't a switch may have its value as the next argument.
+    """
+    left = iter(names)
+    named, before = [argv[0]], ""
+    for argument in argv[1:]:
+        is_value = argument.startswith("-") or _wants_value(before)
+        name = None if is_value else next(left, None)
+        named.append(f"--{name}={argument}" if name else argument)
+        before = argument
+    return named
+
+
+def _wants_value(argument: str) -> bool:
+    name = argument.lstrip("-")
+    return argument.startswith("-") and name in flags.FLAGS and not flags.FLAGS[name].boolean
+
+
 def _guarded(main: Callable[[], None]) -> None:
     try:
         main()

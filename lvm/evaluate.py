@@ -27,6 +27,7 @@ from lvm.evaluation import likelihood, prompted, summary
 from lvm.evaluation.heldout import Heldout
 from lvm.evaluation.reconstruction import reconstruction_figures
 from lvm.generate import Sampling
+from lvm.interop.models import check_tokenizer
 from lvm.pretrained import LVM
 from tokenizer import Tokenizer
 
@@ -46,6 +47,7 @@ class EvalConfig:
       sentences: of each source of the model's mixture, for the likelihoods.
       queries: prompted questions of each task.
       shots: example pairs a question.
+      data: sources whose recipes are asked of a model that doesn't tell its own, such as a published one.
       temperature, top_k, top_p: how answers are drawn; temperature 0 takes the most likely code.
       seed: draws the sentences and the questions, and the answers' codes.
     """
@@ -56,6 +58,7 @@ class EvalConfig:
     sentences: int = 128
     queries: int = 128
     shots: int = 2
+    data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -71,9 +74,8 @@ class EvalConfig:
 def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: str) -> dict[str, Any]:
     """Runs every evaluation that the source's streams allow; returns what `results.json` holds."""
     model, tokenizer = LVM.load(model_folder), Tokenizer.load(tokenizer_folder)
-    if tokenizer.identity()["hash"] != model.record["tokenizer"]["hash"]:
-        raise UserError(f"{tokenizer_folder}: not the tokenizer that {model_folder} was trained with")
-    mixture = from_config_dict(MixtureConfig, model.record["config"]["data"], f"{model_folder}: config.data")
+    check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), tokenizer_folder)
+    mixture = _mixture(config, model, model_folder)
     if not config.source:
         raise UserError("config.source: empty; give a folder of images, or a source's config file")
     source = open_source(config.source, tokenizer.preprocess)
@@ -121,6 +123,19 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     pictures = summary.pictures(model, mixture, heldout, decode, asked, sentences)
     summary.write(out, results, pictures, model_folder, tokenizer_folder)
     return results
+
+
+def _mixture(config: EvalConfig, model: LVM, folder: str) -> MixtureConfig:
+    """What the model learned; of a model that doesn't tell, what the configuration asks."""
+    told = model.record.get("config", {}).get("data")
+    if told is not None:
+        return from_config_dict(MixtureConfig, told, f"{folder}: config.data")
+    if not config.data.sources:
+        raise UserError(
+            f"config.data.sources: empty, and {folder} doesn't tell what it was trained on; name sources with the "
+            "recipes to ask"
+        )
+    return config.data
 
 
 def _check_source(config: EvalConfig, source: Source, model: LVM) -> None:

@@ -1,171 +1,217 @@
-"""Prompts → codes: prefill, then one jitted decode loop over a KV cache."""
+"""Prompts → codes: a prompt is read once into a KV cache, then one compiled loop writes code after code."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from lvm.attention import choose_kernel
 from lvm.distributed import fetch
 from lvm.errors import UserError
-from lvm.model import Transformer
-from lvm.module import Params, merge
+from lvm.generation import programs
+from lvm.generation.sampling import Sampling, draws
+from lvm.generation.weights import prepare, writing_mesh
+from lvm.model import ModelConfig
+from lvm.module import Params
+
+__all__ = ["Generator", "Sampling", "Window"]
+
+_MULTIPLE = 128  # lengths are padded to multiples of it, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a next token is drawn from the logits.
+class Window:
+    """How writing goes on when the context is full: the oldest grids go, the rest is read anew from place 0 on.
 
     Attributes:
-      temperature: 0 takes the most likely token.
-      top_k: only the k most likely tokens; 0 means all.
-      top_p: only the smallest set of tokens whose probabilities sum to p.
+      codes_per_image: N.
+      bos: what stays in front; None where the vocabulary has no BOS.
+      drop: grids that go at once; 0 is half of those that fit.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    codes_per_image: int
+    bos: int | None
+    drop: int = 0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature: {self.temperature} is not a number from 0 on")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise UserError(f"top_k: {self.top_k} is not a whole number from 0 on; 0 means all tokens")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p: {self.top_p} is not in (0, 1]")
+    def grids_that_fit(self, context: int) -> int:
+        """Grids of a prompt and its answer together; the last code written is never read."""
+        return (context + 1 - len(self.front)) // self.codes_per_image
 
+    @property
+    def front(self) -> list[int]:
+        return [] if self.bos is None else [self.bos]
 
-def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token a row: logits float32 [V], one key → int32 []."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        smallest = jax.lax.top_k(logits, min(sampling.top_k, logits.size))[0][-1]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        descending = jnp.sort(logits, descending=True)  # [V]
-        before = jnp.cumsum(jax.nn.softmax(descending)) - jax.nn.softmax(descending)  # mass ahead of each
-        smallest = jnp.min(jnp.where(before < sampling.top_p, descending, jnp.inf))
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+    def checked(self, context: int) -> Window:
+        """With `drop` as a number from 1 on.
+
+        Raises:
+          UserError: `drop` leaves no grid of those that fit.
+        """
+        fit = self.grids_that_fit(context)
+        drop = self.drop or max(1, fit // 2)
+        if not 0 < drop < max(fit, 2):
+            raise UserError(
+                f"drop: {self.drop} grids of the {fit} that fit the context; wanted 1 to {fit - 1}"
+            )
+        return dataclasses.replace(self, drop=drop)
 
 
-def generate_tokens(
-    graphdef: Any,
-    params: Params,
-    prompts: Sequence[np.ndarray],
-    length: int,
-    sampling: Sampling,
-    seeds: Sequence[int],
-    candidates: int = 1,
-    num_allowed: int | None = None,
-) -> np.ndarray:
-    """Continues token prompts of equal or unequal length.
+class Generator:
+    """A transformer that is ready to write.
 
-    A row's result depends on its own prompt and seed alone, not on the rows beside it.
+    Holds the weights once more: in the compute dtype, a layer by itself, over the mesh.
 
     Args:
-      graphdef, params: a `Transformer`, split.
-      prompts: B arrays int32 [S_i], S_i ≥ 1.
-      length: new tokens a prompt.
-      sampling: how tokens are drawn.
-      seeds: B numbers.
-      candidates: continuations a prompt; they share the prefill.
-      num_allowed: only ids below this are drawn; None allows all.
-
-    Returns:
-      int32 [B, candidates, length].
+      config: the model.
+      params: a `Transformer`'s parameters, as training has them.
+      mesh: devices that share rows, heads and weights; None is where the parameters are.
 
     Raises:
-      UserError: an empty prompt, or one that with the answer is longer than the model's context.
+      UserError: the mesh doesn't divide the model.
     """
-    if length < 1:
-        raise UserError(f"length: {length} new tokens; at least 1")
-    config = merge(graphdef, params).config
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)  # [B]
-    if lengths.min(initial=1) < 1:
-        raise UserError("a prompt is empty; give at least one token")
-    longest = int(lengths.max())
-    # The last new token is never an input, so it needs no place in the context.
-    if longest + length - 1 > config.context:
-        raise UserError(
-            f"a prompt of {longest} tokens and {length} new ones need a context of {longest + length - 1}; "
-            f"the model has {config.context}"
+
+    def __init__(self, config: ModelConfig, params: Params, mesh: Mesh | None = None):
+        self.config, self._mesh = config, writing_mesh(mesh)
+        self._ways = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self._kernel = choose_kernel(config.attention, platform, config.dtype, config.head_dim)
+        self._weights = prepare(params, config, self._mesh)
+        self._where = {"config": config, "mesh": self._mesh}
+
+    def __call__(self, *args: Any, **options: Any) -> np.ndarray:
+        """All that `stream` writes, at once: int32 [B, candidates, length]."""
+        *_, last = self.stream(*args, **options)
+        return last
+
+    def stream(
+        self,
+        prompts: Sequence[np.ndarray],
+        length: int,
+        sampling: Sampling | Sequence[Sampling],
+        seeds: Sequence[int],
+        candidates: int = 1,
+        num_allowed: int | None = None,
+        window: Window | None = None,
+        every: int = 0,
+    ) -> Iterator[np.ndarray]:
+        """Continues prompts of equal or unequal length, and shows what is written so far.
+
+        A row's result depends on its own prompt, sampling and seed alone, not on the rows beside it.
+
+        Args:
+          prompts: B arrays int32 [S_i], S_i ≥ 1.
+          length: new tokens a prompt.
+          sampling: how tokens are drawn, for all or each.
+          seeds: B numbers.
+          candidates: continuations a prompt; they share its reading.
+          num_allowed: only ids below this are drawn; None allows all.
+          window: prompts are `window.front` and whole grids, and the window slides when the context is full.
+            Without one, prompt and answer must fit.
+          every: tokens between two looks; 0 shows the end alone.
+
+        Yields:
+          int32 [B, candidates, tokens so far].
+
+        Raises:
+          UserError: no prompt or an empty one, fewer than one new token, or what is longer than the context.
+        """
+        window = window.checked(self.config.context) if window else None
+        lengths = self._checked_lengths(prompts, length, window)  # [B]
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        if not len(prompts) == len(samplings) == len(seeds):
+            raise UserError(
+                f"{len(prompts)} prompts, {len(samplings)} ways of sampling and {len(seeds)} seeds; one for each prompt"
+            )
+        B, extra = len(prompts), -len(prompts) % self._ways  # rows that make the batch divisible are left out
+        prompts, seeds = _repeat_last(prompts, extra), _repeat_last(seeds, extra)
+        rules = draws(_repeat_last(samplings, extra), seeds, candidates)
+        fill = np.repeat(_repeat_last(lengths, extra), candidates)  # [R] tokens in each row's window
+        # The last new token is never read.
+        limit = self.config.context + 1
+        if window is not None:
+            limit = len(window.front) + window.grids_that_fit(self.config.context) * window.codes_per_image
+        state = programs.begin(
+            self._weights,
+            *_padded(prompts),
+            size=_round_up(min(_round_up(int(fill.max())) + length, limit + _MULTIPLE)),
+            candidates=candidates,
+            room=_round_up(length),
+            kernel=self._kernel,
+            **self._where,
         )
-    padded = np.zeros((len(prompts), longest), np.int32)  # [B, S]
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    keys = jnp.stack([_key(seed) for seed in seeds])  # [B]
-    run = _compiled(graphdef, length, sampling, candidates, num_allowed)
-    return fetch(run(params, padded, lengths, keys))
+        done = 0
+        while done < length:
+            if window is not None and (fill == limit).any():
+                state, fill = self._slide(state, prompts, done, fill, limit, window)
+            steps = min(length - done, int(limit - fill.max()), every or length)
+            state = programs.write(
+                self._weights,
+                state,
+                rules,
+                np.int32(steps),
+                num_allowed=num_allowed or self.config.vocabulary_size,
+                **self._where,
+            )
+            done, fill = done + steps, fill + steps
+            if every or done == length:
+                yield fetch(state.written)[: B * candidates, :done].reshape(B, candidates, done)
+
+    def _slide(
+        self,
+        state: programs.State,
+        prompts: Sequence[np.ndarray],
+        done: int,
+        fill: np.ndarray,
+        limit: int,
+        window: Window,
+    ) -> tuple[programs.State, np.ndarray]:
+        """Full rows keep their newest grids; all rows are read anew, so that they go on at one place of the cache."""
+        written, candidates = fetch(state.written)[:, :done], len(fill) // len(prompts)
+        fill = np.where(fill == limit, fill - window.drop * window.codes_per_image, fill)  # [R]
+        windows = []
+        for row, size in enumerate(fill):
+            history = np.concatenate([prompts[row // candidates], written[row]])
+            newest = history[len(history) - (size - len(window.front)) :]
+            windows.append(np.concatenate([window.front, newest]))
+        state = programs.slide(self._weights, state, *_padded(windows), kernel=self._kernel, **self._where)
+        return state, fill
+
+    def _checked_lengths(
+        self, prompts: Sequence[np.ndarray], length: int, window: Window | None
+    ) -> list[int]:
+        if length < 1:
+            raise UserError(f"length: {length} new tokens; at least 1")
+        lengths = [len(prompt) for prompt in prompts]
+        if not lengths or min(lengths) < 1:
+            raise UserError(
+                "a prompt is empty; give at least one token" if lengths else "no prompt was given"
+            )
+        wanted = length if window is None else window.codes_per_image
+        if (needed := max(lengths) + wanted - 1) > self.config.context:
+            raise UserError(
+                f"a prompt of {max(lengths)} tokens and {wanted} new ones need a context of {needed}; "
+                f"the model has {self.config.context}"
+            )
+        return lengths
 
 
-def _key(seed: int) -> jax.Array:
-    return jax.random.key(int(seed) % 2**32)
+def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as one array int32 [B, T], and their lengths [B]."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    padded = np.zeros((len(rows), _round_up(int(lengths.max()))), np.int32)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded, lengths
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(
-    graphdef: Any, length: int, sampling: Sampling, candidates: int, num_allowed: int | None
-) -> Any:
-    @jax.jit
-    def run(params: Params, prompts: jax.Array, lengths: jax.Array, keys: jax.Array) -> jax.Array:
-        model: Transformer = merge(graphdef, params)
-        hidden, cache = _prefill(model, prompts, lengths, prompts.shape[1] + length)
-        logits = jnp.repeat(model.logits(hidden), candidates, axis=0)  # [B·C, V]
-        cache = jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=1), cache)
-        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        keys = fold(keys, jnp.arange(candidates)).reshape(-1)  # [B·C]
-        starts = jnp.repeat(lengths, candidates)  # [B·C]
-        tokens = _decode(model, logits, cache, starts, keys, length, sampling, num_allowed)
-        return tokens.reshape(-1, candidates, length)
-
-    return run
+def _repeat_last(values: Sequence[Any], times: int) -> list[Any]:
+    return [*values, *[values[-1]] * times]
 
 
-def _prefill(model: Transformer, prompts: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.Array, Any]:
-    """Runs padded prompts [B, S]; returns the hidden state of each one's last token [B, D], and the cache.
-
-    What padding writes into the cache lies at positions after the prompt: the decode loop writes its own
-    tokens there before any query looks.
-    """
-    B, S = prompts.shape
-    positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    hidden, cache = model.extend(prompts, positions, model.empty_cache(B, size))
-    return hidden[jnp.arange(B), lengths - 1], cache
-
-
-def _decode(
-    model: Transformer,
-    logits: jax.Array,
-    cache: Any,
-    starts: jax.Array,
-    keys: jax.Array,
-    length: int,
-    sampling: Sampling,
-    num_allowed: int | None,
-) -> jax.Array:
-    """From the first logits [B, V], and a cache filled up to `starts` [B], draws `length` tokens a row."""
-
-    def draw(logits: jax.Array, step: jax.Array) -> jax.Array:
-        if num_allowed is not None:
-            logits = jnp.where(jnp.arange(logits.shape[-1]) < num_allowed, logits, -jnp.inf)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        return jax.vmap(lambda row, key: sample(row, key, sampling))(logits, step_keys)  # [B]
-
-    def advance(carry: Any, step: jax.Array) -> tuple[Any, jax.Array]:
-        token, cache = carry
-        positions = (starts + step)[:, None]  # [B, 1]
-        hidden, cache = model.extend(token[:, None], positions, cache)
-        return (draw(model.logits(hidden[:, 0]), step + 1), cache), token
-
-    first = draw(logits, jnp.int32(0))
-    (last, _), tokens = jax.lax.scan(advance, (first, cache), jnp.arange(length - 1))
-    return jnp.concatenate([tokens, last[None]]).T  # [B, length]
+def _round_up(size: int) -> int:
+    return -(-size // _MULTIPLE) * _MULTIPLE

@@ -1,14 +1,15 @@
 """The LLaMA-style decoder that learns the next code, with its named sizes.
 
 RMSNorm before attention and MLP, rotary positions by half rotation, SwiGLU, no biases. Layers are stacked and
-run by one `jax.lax.scan`. Parameters are float32, compute is `dtype`; norms' statistics, rotary angles,
-softmax and logits are float32.
+run by one `jax.lax.scan`; for writing they stand one by one, each with its own cache, which a scan would copy at
+every token. Parameters are float32, compute is `dtype`; norms' statistics, rotary angles, softmax and logits are
+float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import nnx
 from lvm import attention
 from lvm import mesh as meshes
 from lvm.errors import UserError
+from lvm.projection import project
 
 
 def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -148,14 +150,21 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array, turns: Turns) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] → query [B, T, H, d], key and value [B, T, K, d], the first two rotated."""
-        query = jnp.einsum("btd,dhk->bthk", x, self.query[...].astype(x.dtype))
-        key = jnp.einsum("btd,dhk->bthk", x, self.key[...].astype(x.dtype))
-        value = jnp.einsum("btd,dhk->bthk", x, self.value[...].astype(x.dtype))
+        query = _to_heads(x, self.query[...], "heads")
+        key = _to_heads(x, self.key[...], "kv_heads")
+        value = _to_heads(x, self.value[...], "kv_heads")
         return rotate(query, turns), rotate(key, turns), value
 
     def project_out(self, heads: jax.Array) -> jax.Array:
         """[B, T, H, d] → [B, T, D]."""
-        return jnp.einsum("bthk,hkd->btd", heads, self.out[...].astype(heads.dtype))
+        out = self.out[...].reshape(-1, self.out.shape[-1])  # [H·d, D]
+        return project(heads.reshape(*heads.shape[:2], -1), out, ("heads", "embed"))
+
+
+def _to_heads(x: jax.Array, kernel: jax.Array, heads: str) -> jax.Array:
+    """x [B, T, D], kernel [D, H, d] → [B, T, H, d]."""
+    D, H, size = kernel.shape
+    return project(x, kernel.reshape(D, H * size), ("embed", heads)).reshape(*x.shape[:2], H, size)
 
 
 class MLP(nnx.Module):
@@ -170,9 +179,9 @@ class MLP(nnx.Module):
         self.down = nnx.Param(residual(rngs.params(), (F, D)), axes=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = x @ self.gate[...].astype(x.dtype)  # [B, T, F]
-        up = x @ self.up[...].astype(x.dtype)  # [B, T, F]
-        return (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)  # [B, T, D]
+        gate = project(x, self.gate[...], ("embed", "mlp"))  # [B, T, F]
+        up = project(x, self.up[...], ("embed", "mlp"))  # [B, T, F]
+        return project(jax.nn.silu(gate) * up, self.down[...], ("mlp", "embed"))  # [B, T, D]
 
 
 class Layer(nnx.Module):
@@ -188,37 +197,73 @@ class Layer(nnx.Module):
         self, x: jax.Array, turns: Turns, kernel: str, segment_ids: jax.Array | None = None
     ) -> jax.Array:
         """x [B, T, D], segment_ids int32 [B, T] → [B, T, D]."""
+        return self.read(x, turns, kernel, segment_ids)[0]
+
+    def read(
+        self, x: jax.Array, turns: Turns, kernel: str, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """The same, and the keys and values [B, K, T, d] that a cache keeps of it."""
         query, key, value = self.attention.project(self.attention_norm(x), turns)
         x = x + self.attention.project_out(attention.attend(query, key, value, kernel, segment_ids))
-        return meshes.constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
+        x = meshes.constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
+        return x, (key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
 
-    def extend(
-        self, x: jax.Array, turns: Turns, positions: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """The same over new tokens x [B, T, D] that are written into the cache at `positions` first."""
-        query, key, value = self.attention.project(self.attention_norm(x), turns)
-        rows = jnp.arange(x.shape[0])[:, None]  # [B, 1]
-        keys = cache[0].at[rows, positions].set(key)  # [B, S, K, d]
-        values = cache[1].at[rows, positions].set(value)  # [B, S, K, d]
-        mask = jnp.arange(keys.shape[1]) <= positions[:, None, :, None]  # [B, 1, T, S]
-        x = x + self.attention.project_out(attention.attend_cache(query, keys, values, mask))
+    def extend(self, x: jax.Array, turns: Turns, place: Place, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The same over one new token a row, x [B, 1, D], written into the cache first."""
+        query, key, value = self.attention.project(self.attention_norm(x), turns)  # [B, 1, H or K, d]
+        keys, values = (_put(held, new, place.slot) for held, new in zip(cache, (key, value), strict=True))
+        heads = attention.attend_cache(query[:, 0], keys, values, place.visible)  # [B, H, d]
+        x = x + self.attention.project_out(heads[:, None])
         return x + self.mlp(self.mlp_norm(x)), (keys, values)
 
 
+class Place(NamedTuple):
+    """Where a new token of each row goes.
+
+    Attributes:
+      position: int32 [B], its place in its row.
+      slot: int32 [], the cache's place that takes it: one for all rows, so that a cache is updated where it lies.
+      visible: bool [B, S], the cache's places that a row sees, `slot` among them.
+    """
+
+    position: jax.Array
+    slot: jax.Array
+    visible: jax.Array
+
+
 Turns = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary angles, float32 [B, T, 1, d/2]
-Cache = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, d]; stacked: [L, B, S, K, d]
+Cache = tuple[
+    jax.Array, jax.Array
+]  # keys and values of a layer, each [B, K, S, d], or [K, S, d] for a lone row
+CACHE_AXES = ("batch", "kv_heads", None, None)
+
+
+def _put(held: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """A cache with new keys or values [B, 1, K, d] at one place."""
+    new = new.reshape(*held.shape[:-2], 1, held.shape[-1])  # [(B,) K, 1, d]
+    held = jax.lax.dynamic_update_slice_in_dim(held, new, slot, axis=held.ndim - 2)
+    return meshes.constrain(held, *CACHE_AXES[-held.ndim :])
 
 
 class Transformer(nnx.Module):
-    """Embedding, stacked layers, norm, output projection."""
+    """Embedding, layers, norm, output projection.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    Args:
+      config: its shape.
+      rngs: of the first parameters.
+      stacked: whether layers are stacked (`__call__`, `hidden`) or one by one (`read`, `extend`).
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stacked: bool = True):
         if config.vocabulary_size < 1:
             raise UserError("vocabulary_size: must be set to build a model")
         V, D = config.vocabulary_size, config.hidden_size
         normal = jax.nn.initializers.normal(config.init_std)
         self.embedding = nnx.Param(normal(rngs.params(), (V, D)), axes=("vocabulary", "embed"))
-        self.layers = _stack(config, rngs)
+        one_by_one = range(0 if stacked else config.num_layers)
+        self.layers: Any = (
+            _stack(config, rngs) if stacked else nnx.List([Layer(config, rngs) for _ in one_by_one])
+        )
         self.norm = RMSNorm(D, config.norm_epsilon)
         if not config.tie_embeddings:
             self.head = nnx.Param(normal(rngs.params(), (D, V)), axes=("embed", "vocabulary"))
@@ -248,22 +293,21 @@ class Transformer(nnx.Module):
         x, _ = jax.lax.scan(body, self._embed(tokens), layers)  # [B, T, D]
         return x
 
-    def extend(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """New tokens int32 [B, T] at `positions` after what the cache holds → hidden [B, T, D], cache."""
-        graphdef, layers = nnx.split(self.layers)
-        turns = self._turns(positions)
+    def read(self, tokens: jax.Array, positions: jax.Array, kernel: str) -> tuple[jax.Array, list[Cache]]:
+        """Whole rows int32 [B, T] → hidden [B, T, D], and what each layer's cache keeps of them [B, K, T, d]."""
+        x, turns, caches = self._embed(tokens), self._turns(positions), []
+        for layer in self.layers:
+            x, cache = layer.read(x, turns, kernel)
+            caches.append(cache)
+        return x, caches
 
-        def body(x: jax.Array, layer_and_cache: Any) -> tuple[jax.Array, Cache]:
-            layer, layer_cache = layer_and_cache
-            return nnx.merge(graphdef, layer).extend(x, turns, positions, layer_cache)
-
-        return jax.lax.scan(body, self._embed(tokens), (layers, cache))
-
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """Zeros for `length` tokens of `batch` rows, in the compute dtype."""
-        config = self.config
-        shape = (config.num_layers, batch, length, config.kv_heads, config.head_dim)
-        return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    def extend(self, tokens: jax.Array, place: Place, caches: list[Cache]) -> tuple[jax.Array, list[Cache]]:
+        """One new token a row, int32 [B] → hidden [B, D], and the caches with its keys and values."""
+        x, turns, extended = self._embed(tokens[:, None]), self._turns(place.position[:, None]), []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.extend(x, turns, place, cache)
+            extended.append(cache)
+        return x[:, 0], extended
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden [..., D] → logits float32 [..., V]: inputs in the compute dtype, sums in float32."""

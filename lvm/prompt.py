@@ -1,83 +1,101 @@
-"""Asks a model in images.
+"""Asks a model in images, and writes the answer as pictures.
 
-python -m lvm.prompt --model=W --tokenizer=W2 --sequence a.png b.png --out=answer.png
+python -m lvm.prompt --model=W --tokenizer=W2 --sequence a.png b.png --out=answer.png          the next frames
+python -m lvm.prompt --model=W --tokenizer=W2 --sequence clip.mp4 --frames=4 --out=answer.png
 python -m lvm.prompt --model=W --tokenizer=W2 --pairs x1.png:y1.png x2.png:y2.png --query=q.png --out=answer.png
+python -m lvm.prompt --model=W --tokenizer=W2 --pairs x1.png:y1.png+z1.png … --query=q.png     two tasks at once
+python -m lvm.prompt --model=W --tokenizer=W2 --pairs photos:masks --query=q.png               folders, by name
+
+Beside the sheet of prompt and answers, a folder of its name holds the answers one by one and, of a sequence, a video.
 """
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 from absl import flags
 from etils import epath
 
-from lvm import cli, files
+from lvm import cli, files, prompting
 from lvm.console import say
 from lvm.errors import UserError
-from lvm.evaluation.pictures import Cell, sheet
 from lvm.evaluation.report import png
+from lvm.interop.models import check_tokenizer
+from lvm.mesh import MeshConfig, make_mesh
 from lvm.pretrained import LVM
 from tokenizer import Tokenizer
 
+_SHEET_SIDE = 96  # pixels of an image on the sheet, at least
 
-def prompt_paths(sequence: list[str], pairs: list[str], query: str) -> list[tuple[str, str]]:
-    """(label, path) of each image of the prompt, in order.
+
+def check_kind(sequence: list[str], pairs: list[str], query: str) -> None:
+    """That the flags are one kind of prompt.
 
     Raises:
-      UserError: no prompt, two kinds of prompt at once, pairs without a query, or a pair that isn't `x:y`.
+      UserError: no prompt, two kinds of prompt at once, or pairs without a query.
     """
     if bool(sequence) == bool(pairs):
         raise UserError("give either --sequence a.png b.png …, or --pairs x.png:y.png … with --query=q.png")
-    if sequence:
-        if query:
-            raise UserError("--query goes with --pairs, not with --sequence")
-        return [(f"{number}", path) for number, path in enumerate(sequence, 1)]
-    if not query:
+    if sequence and query:
+        raise UserError("--query goes with --pairs, not with --sequence")
+    if pairs and not query:
         raise UserError("--pairs needs --query=IMAGE, the image to answer for")
-    images = []
-    for number, pair in enumerate(pairs, 1):
-        x, colon, y = pair.partition(":")
-        if not (x and colon and y):
-            raise UserError(f"--pairs: {pair!r} is not of the form image.png:answer.png")
-        images += [(f"x{number}", x), (f"y{number}", y)]
-    return [*images, ("query", query)]
+
+
+def write(out: epath.Path, prompt: prompting.Prompt, answers: np.ndarray, is_sequence: bool) -> None:
+    """Writes the sheet, and beside it a folder with each answer of uint8 [C, A, R, R, 3] and videos."""
+    folder = out.parent / out.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, candidate in enumerate(answers, 1):
+        for place, image in enumerate(candidate, 1):
+            files.write_atomically(folder / f"candidate-{number}-image-{place}.png", png(image))
+        if is_sequence:
+            moving = prompting.video(np.concatenate([prompt.images, candidate]))
+            files.write_atomically(folder / f"candidate-{number}.mp4", moving)
+    side = max(_SHEET_SIDE, prompt.images.shape[1])
+    files.write_atomically(out, png(prompting.contact_sheet(prompt, answers, side)))
 
 
 def main() -> None:
     """The command."""
-    wanted = prompt_paths(_SEQUENCE.value or [], _PAIRS.value or [], _QUERY.value)
-    tokenizer, model = Tokenizer.load(_TOKENIZER.value), LVM.load(_MODEL.value)
-    if tokenizer.identity()["hash"] != model.record["tokenizer"]["hash"]:
-        raise UserError(f"{_TOKENIZER.value}: not the tokenizer that {_MODEL.value} was trained with")
-    images = np.stack([tokenizer.read(path) for _, path in wanted])  # [K, R, R, 3]
-    grids = tokenizer.encode(images)  # [K, N]
-    answers = model.generate(
-        grids[None],
-        _NUM_IMAGES.value,
+    check_kind(_SEQUENCE.value, _PAIRS.value, _QUERY.value)
+    out = epath.Path(_OUT.value)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out: {out} is not a name of a picture; wanted one that ends in .png")
+    if _TENSOR.value > jax.device_count():
+        raise UserError(f"--tensor: {_TENSOR.value} devices wanted, there are {jax.device_count()}")
+    mesh = make_mesh(MeshConfig(data=1, tensor=_TENSOR.value), jax.devices()[: _TENSOR.value])
+    tokenizer, model = Tokenizer.load(_TOKENIZER.value), LVM.load(_MODEL.value, mesh=mesh)
+    check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), _TOKENIZER.value)
+    reader = prompting.Files(tokenizer.read, tokenizer.preprocess, _RATE.value, _FRAMES.value)
+    prompt = reader.sequence(_SEQUENCE.value) if _SEQUENCE.value else reader.pairs(_PAIRS.value, _QUERY.value)
+    model.check_fits(len(prompt.images), tokenizer.codes_per_image)
+    num_images = _NUM_IMAGES.value or prompt.num_answers
+    codes = model.generate(
+        tokenizer.encode(prompt.images)[None],
+        num_images,
         candidates=_CANDIDATES.value,
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
         seed=_SEED.value,
-    ).reshape(_CANDIDATES.value, _NUM_IMAGES.value, -1)
-    prompt = [Cell(image, label) for (label, _), image in zip(wanted, images, strict=True)]
-    rows: list[list[Cell | None]] = []
-    for number, answer in enumerate(answers):
-        written = [Cell(image, "answer", True) for image in tokenizer.decode(answer)]
-        rows.append([*(prompt if number == 0 else [None] * len(prompt)), *written])
-    out = epath.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(out, png(sheet(rows, side=max(96, tokenizer.config.resolution))))
+        drop=_DROP.value,
+    )
+    images = tokenizer.decode(codes.reshape(_CANDIDATES.value * num_images, -1))
+    write(out, prompt, images.reshape(-1, num_images, *images.shape[1:]), bool(_SEQUENCE.value))
     say(f"{out}")
 
 
 if __name__ == "__main__":
     _MODEL = flags.DEFINE_string("model", None, "a model's folder", required=True)
     _TOKENIZER = flags.DEFINE_string("tokenizer", None, "its tokenizer's folder", required=True)
-    _SEQUENCE = flags.DEFINE_multi_string("sequence", [], "images to continue")
+    _SEQUENCE = flags.DEFINE_multi_string("sequence", [], "images, folders and videos to continue")
     _PAIRS = flags.DEFINE_multi_string("pairs", [], "examples, image.png:answer.png")
     _QUERY = flags.DEFINE_string("query", "", "the image to answer for, after --pairs")
     _OUT = flags.DEFINE_string("out", None, "the picture to write: the prompt and its answers", required=True)
-    _NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "images to answer with", lower_bound=1)
+    _NUM_IMAGES = flags.DEFINE_integer(
+        "num_images", 0, "images to answer with; 0: one, or as the examples have", lower_bound=0
+    )
     _CANDIDATES = flags.DEFINE_integer("candidates", 1, "answers to give", lower_bound=1)
     _TEMPERATURE = flags.DEFINE_float(
         "temperature", 0.0, "0 takes the most likely code each time", lower_bound=0
@@ -85,4 +103,12 @@ if __name__ == "__main__":
     _TOP_K = flags.DEFINE_integer("top_k", 0, "draw among the k most likely codes; 0 is all", lower_bound=0)
     _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw among codes of that much probability")
     _SEED = flags.DEFINE_integer("seed", 0, "of the drawing")
+    _DROP = flags.DEFINE_integer(
+        "drop", 0, "oldest images dropped when the context is full; 0: half", lower_bound=0
+    )
+    _FRAMES = flags.DEFINE_integer(
+        "frames", 0, "of a folder or video, its first so many; 0: all", lower_bound=0
+    )
+    _RATE = flags.DEFINE_float("rate", 0.0, "frames a second taken of a video; 0: all", lower_bound=0)
+    _TENSOR = flags.DEFINE_integer("tensor", 1, "devices that share the model", lower_bound=1)
     cli.run(main, list_flags=("sequence", "pairs"))

@@ -36,7 +36,7 @@ from lvm.model import REMAT, SIZES, ModelConfig, Transformer
 from lvm.training import optimizer
 from lvm.training.objective import NextCode
 from lvm.training.step import Step
-from scripts.contenders import Report, contend, cpu_name, one_line, reporter
+from scripts.contenders import Report, contend, cpu_name, one_line, run_job
 from scripts.step_profile import profile
 
 CODES, VOCABULARY = 8192, 8448
@@ -48,7 +48,7 @@ _GIB = 2**30
 def main() -> None:
     """The command; with `--job`, one contender of it."""
     if _JOB.value:
-        _run_job(json.loads(_JOB.value))
+        run_job(json.loads(_JOB.value), run_ours, "scripts.peer_torch")
         return
     _check_flags()
     ends, load = time.monotonic() + 60 * _MINUTES.value, os.getloadavg()
@@ -98,20 +98,6 @@ def _contend(size: str, name: str, limit: float, machine: dict[str, Any]) -> lis
     environment = {} if given else {"XLA_CLIENT_MEM_FRACTION": _MEMORY_SHARE}
     records = contend("scripts.benchmark_train", job, limit, environment)
     return [{"size": size, "contender": name, **record} for record in records]
-
-
-def _run_job(job: dict[str, Any]) -> None:
-    report = reporter(job)
-    if job["contender"] == "ours":
-        run_ours(job, report)
-        return
-    try:
-        from scripts import peer_torch
-    except ImportError as error:
-        say(f"{error}")
-        report({"failed": f"{error.name or error} isn't installed"})
-        return
-    peer_torch.run(job, report)
 
 
 def random_tokens(step: int, batch_size: int, context: int) -> np.ndarray:

@@ -36,7 +36,17 @@ _HELDOUT = 0.15
 _VIDEO_SHARE = 0.3  # of the sentences, where there are both videos and annotations
 _FRAMES = 8  # of the demo's videos
 _PASSES = 15  # at most, through one's own images
-_MADE = ("tokenizer", "store", "lvm", "prompt", "pictures", "index.html", "results.json", "answer.png")
+_MADE = (
+    "tokenizer",
+    "store",
+    "lvm",
+    "prompt",
+    "pictures",
+    "index.html",
+    "results.json",
+    "answer.png",
+    "answer",
+)
 
 
 def stage(title: str, module: str, *arguments: str) -> None:

@@ -101,8 +101,9 @@ def test_the_model_loads_in_two_lines(demo):
     assert m.generate(grids, 1, candidates=3, seed=[1, 2]).shape == (2, 3, 1, 16)
     unequal = m.generate([grids[0], grids[1, :1]], 2, temperature=0)
     np.testing.assert_array_equal(unequal[0], answers[0])
-    with pytest.raises(Exception, match="a prompt of 5 images and an answer of 2 don't fit"):
-        m.generate(np.zeros((1, 5, 16), int), 2)
+    assert m.generate(np.zeros((1, 5, 16), int), 3, temperature=0).shape == (1, 3, 16)  # the window slides
+    with pytest.raises(Exception, match="a prompt of 6 images and an answer don't fit"):
+        m.generate(np.zeros((1, 6, 16), int), 1)
     with pytest.raises(Exception, match="wanted integers"):
         m.logits(np.zeros((1, 4), np.float32))
 
@@ -114,6 +115,9 @@ def test_pairs_and_a_query_are_answered(demo, tmp_path):
     common = [f"--model={demo / 'lvm'}", f"--tokenizer={demo / 'tokenizer'}", f"--out={out}"]
     run("lvm.prompt", "--pairs", *pairs, "--query", frames[2], *common, "--candidates=2")
     assert Image.open(out).height > 200  # a row for each candidate
+    singles = sorted(path.name for path in (tmp_path / "answer").iterdir())
+    assert singles == ["candidate-1-image-1.png", "candidate-2-image-1.png"]
+    assert Image.open(tmp_path / "answer" / singles[0]).size == (32, 32)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvm.cli import spread_list_flags
+from lvm.cli import name_positions, spread_list_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,3 +103,22 @@ def test_a_wrong_flag_is_one_line_that_names_it(arguments, named):
     assert ended.stderr.startswith("error: ")
     assert named in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["A", "B", "--v=2"],
+        ["--v", "2", "A", "B"],
+        ["A", "--v", "2", "B"],
+        ["--v=2", "A", "B"],
+        ["A", "--only_check_args", "B", "--v", "2"],
+    ],
+)
+def test_positions_may_stand_anywhere(argv):
+    """Flags of absl itself: `v` takes a value, `only_check_args` is a switch."""
+    named = name_positions(["convert", *argv], ("src", "dst"))
+    others = ("--v", "2", "--v=2", "--only_check_args")
+    assert [a for a in named if a not in others] == ["convert", "--src=A", "--dst=B"]
+    left = name_positions(["convert", "A", "B", "C"], ("src", "dst"))
+    assert left[-1] == "C"  # for the parser to refuse

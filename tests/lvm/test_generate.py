@@ -1,99 +1,234 @@
+import collections
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lvm.errors import UserError
-from lvm.generate import Sampling, generate_tokens, sample
+from lvm.generate import Generator, Sampling, Window
+from lvm.mesh import MeshConfig, make_mesh
 from lvm.model import ModelConfig, Transformer
 from lvm.module import abstract, init_params, merge
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+V, CODES, N, BOS, CONTEXT = (
+    40,
+    32,
+    6,
+    32,
+    33,
+)  # 5 grids of 6 codes fit after BOS; so does a place that no grid fills
 CONFIG = ModelConfig(
-    hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, vocabulary_size=40, context=48,
+    hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, vocabulary_size=V, context=CONTEXT,
     dtype="float32", init_std=0.3,
 )  # fmt: skip
 GREEDY = Sampling(temperature=0.0)
+WINDOW = Window(N, BOS)
 
 
-@pytest.fixture(scope="module")
-def model():
-    make = lambda rngs: Transformer(CONFIG, rngs)  # noqa: E731
-    return abstract(make)[0], init_params(make, jax.random.key(0))
+def make(rngs):
+    return Transformer(CONFIG, rngs)
 
 
-def recompute(model, prompt, length, allowed=40):
-    """Greedy continuation that runs the whole sequence anew for every token."""
+@functools.cache
+def params():
+    return init_params(make, jax.random.key(0))
+
+
+@functools.cache
+def generator(mesh=None):
+    return Generator(CONFIG, params(), None if mesh is None else make_mesh(mesh))
+
+
+@functools.cache
+def whole_forward():
+    graphdef = abstract(make)[0]
+    positions = jnp.arange(64)[None]
+    return jax.jit(lambda row: merge(graphdef, params())(row, positions, "xla")[0])
+
+
+def logits(tokens):
+    """Of the token after the last, by one forward over all of them."""
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(tokens)] = tokens
+    return np.asarray(whole_forward()(row)[len(tokens) - 1])
+
+
+def write(prompts, length, sampling, seeds, mesh=None, **options):
+    """Two candidates a prompt, codes alone, so that most tests run the same programs."""
+    options = {"candidates": 2, "num_allowed": CODES, **options}
+    return generator(mesh)(prompts, length, sampling, seeds, **options)
+
+
+def check_greedy(prompt, answer, window=None):
+    """Every token is what recomputing the window gives; returns after a tie, where the two may part."""
     tokens = list(prompt)
-    for _ in range(length):
-        row = jnp.array([tokens])
-        logits = merge(*model)(row, jnp.arange(len(tokens))[None], "xla")[0, -1, :allowed]
-        tokens.append(int(jnp.argmax(logits)))
-    return tokens[len(prompt) :]
+    for token in answer.tolist():
+        if window is not None and len(tokens) == 1 + 5 * N:
+            tokens = [BOS, *tokens[1 + window.drop * N :]]
+        scores = logits(tokens)[:CODES]
+        second, best = np.sort(scores)[-2:]
+        if token != int(np.argmax(scores)):
+            assert best - second < 1e-4
+            return
+        tokens.append(token)
 
 
-def test_the_cache_equals_recomputing_at_every_length_and_in_unequal_batches(model):
-    prompts = [np.arange(3), np.arange(17) % 11, np.array([5])]
-    together = generate_tokens(*model, prompts, 20, GREEDY, [0, 0, 0])
-    for prompt, answer in zip(prompts, together, strict=True):
-        assert answer[0].tolist() == recompute(model, prompt, 20)
-        alone = generate_tokens(*model, [prompt], 20, GREEDY, [0])
-        np.testing.assert_array_equal(alone[0], answer)
+def prompt(length, seed=0):
+    return np.random.default_rng(seed).integers(0, CODES, length).astype(np.int32)
 
 
-def test_only_allowed_ids_are_drawn(model):
-    prompt = [np.arange(5)]
-    free = generate_tokens(*model, prompt, 30, Sampling(temperature=3.0), [0])
-    masked = generate_tokens(*model, prompt, 30, Sampling(temperature=3.0), [0], num_allowed=10)
-    assert free.max() >= 10
-    assert masked.max() < 10
+def grids(count, seed=0):
+    return np.append(BOS, prompt(count * N, seed)).astype(np.int32)
 
 
-def test_a_row_depends_on_its_own_seed_alone(model):
-    prompts = [np.arange(4), np.arange(6), np.arange(4)]
-    warm = Sampling(temperature=1.0, top_p=0.95)
-    rows = generate_tokens(*model, prompts, 12, warm, [7, 8, 9], candidates=2)
-    alone = generate_tokens(*model, prompts[:1], 12, warm, [7], candidates=2)
-    np.testing.assert_array_equal(rows[0], alone[0])
-    assert (rows[0] != rows[2]).any()  # another seed
-    assert (rows[0, 0] != rows[0, 1]).any()  # another candidate
+def test_the_cache_equals_recomputing_at_every_length_and_in_unequal_batches():
+    prompts = [prompt(1), prompt(13)]
+    together = write(prompts, 20, GREEDY, [0, 0])
+    for row, answer in zip(prompts, together, strict=True):
+        check_greedy(row, answer[0])
+        np.testing.assert_array_equal(answer[0], answer[1])
+    alone = write(prompts[1:], 20, GREEDY, [0], candidates=1)
+    np.testing.assert_array_equal(alone[0, 0], together[1, 0])
 
 
-def test_prompt_and_answer_must_fit_the_context(model):
-    assert generate_tokens(*model, [np.arange(40) % 9], 9, GREEDY, [0]).shape == (1, 1, 9)
-    with pytest.raises(UserError, match="need a context of 49; the model has 48"):
-        generate_tokens(*model, [np.arange(40) % 9], 10, GREEDY, [0])
-    with pytest.raises(UserError, match="a prompt is empty"):
-        generate_tokens(*model, [np.arange(0)], 3, GREEDY, [0])
+@pytest.mark.parametrize("drop", [1, 2, 4])
+def test_after_a_slide_the_cache_equals_recomputing_the_window(drop):
+    window = Window(N, BOS, drop)
+    prompts = [grids(1), grids(4, seed=1)]
+    answers = write(prompts, 7 * N, GREEDY, [0, 0], window=window)
+    for row, answer in zip(prompts, answers, strict=True):
+        check_greedy(row, answer[0], window)
+    alone = write(prompts[1:], 7 * N, GREEDY, [0], window=window, candidates=1)
+    np.testing.assert_array_equal(alone[0, 0], answers[1, 0])
 
 
-def draws(logits, sampling, count=4000):
-    keys = jax.random.split(jax.random.key(0), count)
-    return np.asarray(jax.vmap(lambda key: sample(logits, key, sampling))(keys))
+def test_half_of_the_grids_that_fit_are_dropped_by_default():
+    half, default, one = (
+        write([grids(4)], 3 * N, GREEDY, [0], window=Window(N, BOS, drop)) for drop in (2, 0, 1)
+    )
+    np.testing.assert_array_equal(half, default)
+    np.testing.assert_array_equal(one[..., :N], default[..., :N])
+    assert (one != default).any()
 
 
-LOGITS = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+        pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=4, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=["all axes", "data", "tensor"],
+)
+def test_eight_devices_write_what_one_writes(mesh):
+    prompts, samplings = [grids(1), grids(3, seed=1)], [GREEDY, Sampling(1.0, top_p=0.9)]
+    one, eight = (
+        write(prompts, 5 * N, samplings, [1, 2], window=WINDOW, mesh=devices) for devices in (None, mesh)
+    )
+    np.testing.assert_array_equal(one, eight)
 
 
-def test_sampling_follows_the_softmax():
-    shares = np.bincount(draws(LOGITS, Sampling()), minlength=5) / 4000
-    np.testing.assert_allclose(shares, np.exp(LOGITS), atol=0.03)
+@given(st.data())
+@settings(max_examples=4)
+def test_a_row_depends_on_its_own_request_alone(data):
+    some = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2**40)), min_size=2, max_size=2))
+    prompts = [grids(count, seed=count) for count, _ in some]
+    samplings = [Sampling(1.0, top_k=9), Sampling(0.8, top_p=0.95)]
+    seeds = [seed for _, seed in some]
+    together = write(prompts, 3 * N, samplings, seeds, window=WINDOW)
+    for i in range(2):
+        alone = write(prompts[i : i + 1], 3 * N, samplings[i], seeds[i : i + 1], window=WINDOW)
+        np.testing.assert_array_equal(alone[0], together[i])
 
 
-def test_temperature_sharpens():
-    shares = np.bincount(draws(LOGITS, Sampling(temperature=0.5)), minlength=5) / 4000
-    wanted = np.exp(2 * LOGITS) / np.exp(2 * LOGITS).sum()
-    np.testing.assert_allclose(shares, wanted, atol=0.03)
+def test_seeds_and_candidates_differ():
+    rows = write([prompt(4), prompt(4)], 18, Sampling(), [7, 8])
+    assert (rows[0] != rows[1]).any()
+    assert (rows[0, 0] != rows[0, 1]).any()
 
 
-def test_top_k_and_top_p_cut_the_tail():
-    assert set(draws(LOGITS, Sampling(top_k=2))) == {0, 1}
-    # 0.5 + 0.25 reach 0.7: the third token would lie wholly beyond it.
-    assert set(draws(LOGITS, Sampling(top_p=0.7))) == {0, 1}
-    assert set(draws(LOGITS, Sampling(top_p=0.8))) == {0, 1, 2}
-    assert set(draws(LOGITS, Sampling(temperature=0.0), 10)) == {0}
+def test_what_is_seen_while_it_is_written_is_the_beginning_of_the_answer():
+    options = {"num_allowed": CODES, "window": WINDOW, "candidates": 2}
+    whole = generator()([grids(4)], 2 * N, Sampling(), [3], **options)
+    seen = list(generator().stream([grids(4)], 2 * N, Sampling(), [3], **options, every=4))
+    assert [part.shape[-1] for part in seen] == [4, 6, 10, 12]  # the window slides after 6
+    for part in seen:
+        np.testing.assert_array_equal(part, whole[..., : part.shape[-1]])
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_impossible_sampling_is_named(bad):
-    with pytest.raises(UserError, match=next(iter(bad))):
-        Sampling(**bad)
+def test_only_allowed_ids_are_drawn():
+    hot = Sampling(temperature=5.0)
+    assert write([prompt(5)], 20, hot, [0]).max() >= 10
+    assert write([prompt(5)], 20, hot, [0], num_allowed=10).max() < 10
+
+
+def test_first_codes_follow_the_softmax():
+    """χ² of 2000 candidates' first codes against the model's own probabilities, those of few expected pooled."""
+    drawn = generator()([grids(2)], 1, Sampling(), [0], candidates=2000, num_allowed=CODES)[0, :, 0]
+    scores = logits(grids(2))[:CODES].astype(np.float64)
+    shares = np.exp(scores - scores.max())
+    assert chi_square(drawn, shares / shares.sum()) < 0.999
+
+
+def chi_square(drawn, shares):
+    """How far out the χ² of drawn ids lies: a share of its distribution."""
+    from scipy import stats
+
+    wanted, counts = shares * len(drawn), np.bincount(drawn, minlength=len(shares))
+    often = wanted >= 5
+    cells = [*zip(counts[often], wanted[often], strict=True), (counts[~often].sum(), wanted[~often].sum())]
+    statistic = sum((count - want) ** 2 / want for count, want in cells if want > 0)
+    return stats.chi2.cdf(statistic, len([want for _, want in cells if want > 0]) - 1)
+
+
+def test_bfloat16_writes_codes():
+    half = Generator(ModelConfig(**{**vars(CONFIG), "dtype": "bfloat16"}), params())
+    answer = half([grids(2)], 2 * N, GREEDY, [0], num_allowed=CODES)
+    assert answer.shape == (1, 1, 2 * N)
+    assert answer.max() < CODES
+
+
+def test_a_prompt_is_read_once_for_its_candidates(monkeypatch):
+    from lvm.generation import programs
+
+    seen = collections.Counter()
+    begin = programs.begin
+    monkeypatch.setattr(
+        programs,
+        "begin",
+        lambda weights, rows, *a, **k: seen.update([rows.shape]) or begin(weights, rows, *a, **k),
+    )
+    assert write([prompt(4)], 18, Sampling(), [7]).shape == (1, 2, 18)
+    assert seen == {(1, 128): 1}
+
+
+def test_without_a_window_prompt_and_answer_must_fit_the_context():
+    assert write([prompt(14)], 20, GREEDY, [0]).shape == (1, 2, 20)
+    with pytest.raises(UserError, match="need a context of 34; the model has 33"):
+        write([prompt(14)], 21, GREEDY, [0])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([prompt(0)], {}, "a prompt is empty"),
+        ([], {}, "no prompt was given"),
+        ([prompt(3)], {"length": 0}, "length: 0 new tokens"),
+        ([prompt(3)], {"seeds": [1, 2]}, "1 prompts, 1 ways of sampling and 2 seeds"),
+        ([grids(5)], {"window": WINDOW}, "a prompt of 31 tokens and 6 new ones need a context of 36"),
+        (
+            [grids(1)],
+            {"window": Window(N, BOS, 5)},
+            "drop: 5 grids of the 5 that fit the context; wanted 1 to 4",
+        ),
+    ],
+)
+def test_impossible_requests_are_named(prompts, options, words):
+    with pytest.raises(UserError, match=words):
+        generator()(prompts, **{"length": 4, "sampling": GREEDY, "seeds": [0] * len(prompts), **options})

@@ -1,0 +1,270 @@
+"""Speed of reading prompts and writing answers beside transformers' `generate`: the same weights, one table.
+
+    python -m scripts.benchmark_generate --size=1b                       an accelerator
+    JAX_PLATFORMS=cpu python -m scripts.benchmark_generate --size=100m   a CPU
+
+Weights are random, written once as transformers' Llama, and loaded by both. Each contender has a process of its own,
+one after the other. Decoding is timed from an early token of an answer to its last, after `--cached` tokens were read.
+The exit code is 1 where ours gave no figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from lvm import accelerators, cli, errors
+from lvm.console import say
+from lvm.errors import UserError
+from lvm.generate import Generator, Sampling
+from lvm.interop import models, tensors
+from lvm.interop.stored import NO_RECORD, Stored, shapes
+from lvm.model import SIZES, ModelConfig
+from lvm.vocabulary import Vocabulary
+from scripts.contenders import Report, contend, cpu_name, run_job
+
+CODES = 8192
+_LOOKS = 4  # at an answer of ours while it is written
+_TITLES = (
+    "contender",
+    "rows",
+    "prefill tokens/s",
+    "ms a token",
+    "best",
+    "decode tokens/s",
+    "GB/s",
+    "of the memory's",
+)
+
+
+def main() -> None:
+    """The command; with `--job`, one contender of it."""
+    if _JOB.value:
+        run_job(json.loads(_JOB.value), run_ours, "scripts.peer_torch_generate")
+        return
+    if _SIZE.value not in SIZES:
+        raise UserError(f"--size: {_SIZE.value!r} is not one of {', '.join(SIZES)}")
+    ends, load = time.monotonic() + 60 * _MINUTES.value, os.getloadavg()
+    records: list[dict[str, Any]] = []
+    contenders = ["ours", *([_PEER.value] if _PEER.value != "none" else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(pathlib.Path(folder, "model"), _SIZE.value)
+        for number, name in enumerate(contenders):
+            machine = next((record for record in records if "platform" in record), None)
+            if name != "ours" and machine is None:
+                records.append({"contender": name, "failed": "not run: ours didn't start"})
+                continue
+            say(f"== {_SIZE.value}, {name}")
+            job = {
+                "contender": name,
+                "folder": f"{folder}/model",
+                "batch_sizes": [int(size) for size in _BATCH_SIZES.value],
+                "cached": _CACHED.value,
+                "tokens": _TOKENS.value,
+                "repeats": _REPEATS.value,
+                "dtype": _DTYPE.value,
+                "caches": _CACHES.value,
+                "machine": machine,
+            }
+            limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
+            found = contend("scripts.benchmark_generate", job, limit)
+            records += [{"contender": name, **record} for record in found]
+    say("\n" + "\n".join(_about(records, load)))
+    say("\n" + table(records))
+    for line in verdicts(records):
+        say(line)
+    ours = {record["rows"] for record in records if record["contender"] == "ours" and "rows" in record}
+    if ours != {int(size) for size in _BATCH_SIZES.value}:
+        sys.exit(errors.EXIT_ERROR)
+
+
+def write_weights(folder: pathlib.Path, size: str) -> None:
+    """Random weights of a size, float32, as transformers' Llama."""
+    vocabulary = Vocabulary.for_codes(CODES)
+    config = dataclasses.replace(SIZES[size], vocabulary_size=vocabulary.size, dtype="float32")
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("scale"):
+            return np.ones(shape, np.float32)
+        return config.init_std * rng.standard_normal(shape, dtype=np.float32)
+
+    drawn = {name: tensors.of_array(draw(name, shape)) for name, shape in shapes(config).items()}
+    models.write(folder, Stored(config, vocabulary, drawn, NO_RECORD, 0, str(folder)), "hf")
+
+
+def prompts(rows: int, cached: int) -> np.ndarray:
+    """The prompts of every contender: codes int32 [rows, cached]."""
+    return np.random.default_rng(rows).integers(0, CODES, (rows, cached), dtype=np.int32)
+
+
+Marks = list[tuple[int, float]]  # tokens written so far, and when
+Write = Callable[
+    [np.ndarray, int], tuple[np.ndarray, Marks]
+]  # prompts, tokens → new tokens [rows, tokens], marks
+
+
+def measure(variant: str, job: dict[str, Any], rows: int, write: Write) -> dict[str, Any]:
+    """Times calls of `write` after one that warms up: decoding from their first mark to their last."""
+    given, steps, prefills = prompts(rows, job["cached"]), [], []
+    write(given, job["tokens"])
+    for _ in range(job["repeats"]):
+        start = time.perf_counter()
+        answer, marks = write(given, job["tokens"])
+        (early, first), (late, last) = marks[0], marks[-1]
+        steps.append((last - first) / (late - early))
+        prefills.append(
+            first - start - (early - 1) * steps[-1]
+        )  # the first token comes with the prompt's reading
+    step = statistics.median(steps)
+    say(f"{variant}, {rows} rows: {1000 * step:.2f} ms a token")
+    return {
+        "variant": variant,
+        "rows": rows,
+        "prefill": rows * job["cached"] / statistics.median(prefills),
+        "milliseconds": 1000 * step,
+        "best": 1000 * min(steps),
+        "decode": rows / step,
+        "answer": answer.tolist(),
+    }
+
+
+def run_ours(job: dict[str, Any], report: Report) -> None:
+    """`LVM` of the folder, at every batch size."""
+    device = jax.devices()[0]
+    dtype = job["dtype"]
+    if dtype == "auto":
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    stored = models.read(job["folder"])
+    config = dataclasses.replace(stored.config, dtype=dtype)
+    generator = Generator(config, stored.params())
+    libraries = f"jax {jax.__version__}"
+    report(
+        {"platform": device.platform, "device": device.device_kind, "dtype": dtype, "libraries": libraries}
+    )
+
+    def write(given: np.ndarray, tokens: int) -> tuple[np.ndarray, Marks]:
+        greedy, marks = Sampling(temperature=0.0), []
+        seen = generator.stream(
+            list(given), tokens, greedy, [0] * len(given), num_allowed=CODES, every=-(-tokens // _LOOKS)
+        )
+        for part in seen:
+            marks.append((part.shape[-1], time.perf_counter()))
+        return part[:, 0], marks
+
+    for rows in job["batch_sizes"]:
+        needed = traffic(config, rows, job["cached"] + job["tokens"] // 2)
+        report({**measure("cache of fixed size", job, rows, write), "bytes": needed})
+
+
+def traffic(config: ModelConfig, rows: int, cached: int) -> int:
+    """Bytes that a step of decoding must read at least: every weight once but the embedding, and each row's cache."""
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes(config).items()}
+    weights = sum(sizes.values()) - (0 if config.tie_embeddings else sizes["embedding"])
+    cache = rows * cached * 2 * config.num_layers * config.kv_heads * config.head_dim
+    return (weights + cache) * (2 if config.dtype == "bfloat16" else 4)
+
+
+def _about(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
+    libraries = dict.fromkeys(record["libraries"] for record in records if "libraries" in record)
+    lines = [", ".join([f"Python {platform.python_version()}", *libraries])]
+    machine = next((record for record in records if "platform" in record), None)
+    if machine is None:
+        return lines
+    before, after = (", ".join(f"{x:.1f}" for x in loads) for loads in (load, os.getloadavg()))
+    name = cpu_name() if machine["platform"] == "cpu" else machine["device"]
+    lines.append(f"{name}, {os.cpu_count()} cores, load {before} before and {after} after (1, 5, 15 minutes)")
+    lines.append(
+        f"{_SIZE.value} in {machine['dtype']}, {_CACHED.value} tokens cached, then {_TOKENS.value} written, greedy; "
+        f"medians of {_REPEATS.value} calls"
+    )
+    return lines
+
+
+def _bandwidth(records: list[dict[str, Any]]) -> float:
+    device = next((record["device"] for record in records if "device" in record), "")
+    chip = accelerators.of_device(SimpleNamespace(device_kind=device))
+    return chip.hbm_bandwidth if chip else 0.0
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A row for each contender, cache and batch size."""
+    bandwidth = _bandwidth(records)
+    lines: list[tuple[str, ...]] = [_TITLES]
+    failed = []
+    for record in records:
+        if "failed" in record:
+            failed.append(f"{record['contender']}: {record['failed']}")
+        if "rows" not in record:
+            continue
+        speed = record["bytes"] / record["milliseconds"] * 1000 if "bytes" in record else 0.0
+        lines.append(
+            (
+                f"{record['contender']}, {record['variant']}",
+                str(record["rows"]),
+                f"{record['prefill']:,.0f}",
+                f"{record['milliseconds']:.2f}",
+                f"{record['best']:.2f}",
+                f"{record['decode']:,.1f}",
+                f"{speed / accelerators.GIGA:.1f}" if speed else "",
+                f"{speed / bandwidth:.0%}" if speed and bandwidth else "",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_TITLES))]
+    padded = [
+        "  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+    return "\n".join([*padded, *failed])
+
+
+def verdicts(records: list[dict[str, Any]]) -> list[str]:
+    """For each batch size: ours against the fastest peer, by medians and by the best calls; whether tokens agree."""
+    lines = []
+    for rows in sorted({record["rows"] for record in records if "rows" in record}):
+        of_size = [record for record in records if record.get("rows") == rows]
+        ours = next((record for record in of_size if record["contender"] == "ours"), None)
+        peers = [record for record in of_size if record["contender"] != "ours"]
+        if ours is None or not peers:
+            lines.append(f"{rows} rows: nothing to compare")
+            continue
+        median, best = (min(peer[key] for peer in peers) / ours[key] for key in ("milliseconds", "best"))
+        same = np.mean([np.equal(ours["answer"], peer["answer"]).mean() for peer in peers])
+        lines.append(
+            f"{rows} rows: decoding {median:.2f} × the fastest of transformers by medians, {best:.2f} × by the best "
+            f"calls; {same:.1%} of the tokens are the same"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    _SIZE = flags.DEFINE_string("size", "1b", f"one of {', '.join(SIZES)}")
+    _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "32"], "rows")
+    _CACHED = flags.DEFINE_integer("cached", 1024, "tokens of a prompt", lower_bound=1)
+    _TOKENS = flags.DEFINE_integer("tokens", 64, "tokens that are written", lower_bound=2)
+    _REPEATS = flags.DEFINE_integer("repeats", 5, "calls that are timed", lower_bound=1)
+    _PEER = flags.DEFINE_enum("peer", "transformers", ["transformers", "none"], "what stands beside ours")
+    _CACHES = flags.DEFINE_list("caches", ["dynamic", "static"], "of transformers, each timed")
+    _DTYPE = flags.DEFINE_enum(
+        "dtype", "auto", ["auto", "bfloat16", "float32"], "auto is float32 on a CPU alone"
+    )
+    _MINUTES = flags.DEFINE_float(
+        "minutes", 9.0, "for all contenders; each has an even share of what is left"
+    )
+    _JOB = flags.DEFINE_string(
+        "job", "", "one contender's work: what the command passes to its own processes"
+    )
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""What stands behind the page; tests/test_playground.py drives the page itself."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvm import playground
+from lvm.data.preprocess import Preprocess
+from lvm.errors import UserError
+from lvm.generate import Sampling
+from lvm.playground import Desk, write_examples
+
+SIDE, GRID = 16, (2, 2)
+
+
+class FakeTokenizer:
+    config = SimpleNamespace(grid=GRID, resolution=SIDE)
+    preprocess = Preprocess(SIDE)
+    codes_per_image = 4
+
+    def read(self, path):
+        try:
+            return self.preprocess(Image.open(path))
+        except OSError as error:
+            raise UserError(f"{path}: can't be read as an image") from error
+
+    def encode(self, images):
+        return np.zeros((len(images), 4), np.int32)
+
+    def decode(self, codes):
+        return np.zeros((len(codes), SIDE, SIDE, 3), np.uint8)
+
+
+class FakeModel:
+    """Writes two codes at a time."""
+
+    def images_that_fit(self, codes_per_image):
+        return 6
+
+    def check_fits(self, prompt, codes_per_image):
+        if prompt > 5:
+            raise UserError("holds 6 images")
+
+    def stream(self, grids, num_images, candidates, sampling, seed, every):
+        for written in range(2, 4 * num_images + 1, 2):
+            yield np.zeros((1, candidates, written), np.int32)
+
+
+@pytest.fixture
+def desk():
+    return Desk(FakeModel(), FakeTokenizer())
+
+
+@pytest.fixture
+def examples(tmp_path):
+    return write_examples(tmp_path, FakeTokenizer(), fit=6)
+
+
+def test_the_examples_fill_no_more_than_the_context(desk, examples):
+    images, answers, (query,) = examples["segmentation"]
+    prompt = desk.pairs(images, answers, query)
+    assert prompt.labels == ("x1", "y1", "x2", "y2", "query")
+    assert len(desk.sequence(*examples["video"]).images) == 3
+
+
+def test_the_answer_fills_in_and_what_is_unwritten_is_grey(desk, examples):
+    prompt = desk.sequence(*examples["video"])
+    (_, nothing), *steps = desk.answer(prompt, 2, 3, Sampling(), 0)
+    assert nothing == []
+    assert [len(answers) for _, answers in steps] == [3, 3, 6, 6]  # images begun of three candidates
+    shares = [np.mean([image == 225 for image, _ in answers]) for _, answers in steps]
+    assert shares == [0.5, 0, 0.25, 0]
+    assert [caption for _, caption in steps[0][1]] == ["1", "2", "3"]
+    assert [caption for _, caption in steps[-1][1]][:3] == ["1.1", "1.2", "2.1"]
+
+
+def test_bad_uploads_are_named(desk, examples):
+    images, answers, (query,) = examples["depth"]
+    for xs, ys, one, words in [
+        (images, answers[:1], query, "2 example images and 1 answers"),
+        (None, None, query, "0 example images and 0 answers"),
+        (images, answers, None, "no query"),
+        (images * 17, answers * 17, query, "34 example images; at most 32"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            desk.pairs(xs, ys, one)
+    with pytest.raises(UserError, match="no frames"):
+        desk.sequence(None)
+    with pytest.raises(UserError, match="holds 6 images"):
+        next(desk.answer(desk.sequence(images * 3), 1, 1, Sampling(), 0))
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-playground\.txt"):
+        playground.main()
