@@ -54,6 +54,15 @@ def download(path: epath.PathLike, local: epath.PathLike) -> None:
         shutil.copyfile(path, local)
 
 
+def move(folder: epath.PathLike, target: epath.PathLike) -> None:
+    """Gives a folder another name; on gs:// its objects are copied there one by one, then deleted."""
+    if is_remote(folder):
+        filesystem, name = _filesystem(folder)
+        filesystem.mv(name, _filesystem(target)[1], recursive=True)
+    else:
+        os.rename(folder, target)
+
+
 def objects(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
     """Every object below a remote folder, by its name from there: its size, and the CRC-32C that the store keeps."""
     filesystem, name = _filesystem(folder)

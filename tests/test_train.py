@@ -72,7 +72,11 @@ def test_a_changed_mixture_must_be_accepted(demo, tmp_path):
 @pytest.mark.slow
 def test_a_run_lives_on_gs(demo, gcs):
     options = [TINY, f"--config.data.store={demo / 'store'}", f"--workdir={gcs}/runs/one"]
-    options += ["--config.loop.profile=(3,4)", f"--config.loop.compilation_cache={gcs}/cache"]
+    options += [
+        f"--config.tokenizer={demo / 'tokenizer'}",
+        "--config.loop.profile=(3,4)",
+        f"--config.loop.compilation_cache={gcs}/cache",
+    ]
     run("lvm.train", *options, "--config.loop.total_steps=20")
     output = run("lvm.train", *options, "--config.loop.total_steps=40")
     assert "gs://bucket/runs/one: going on from step 20" in output

@@ -9,7 +9,6 @@ SRC is a folder of any kind, found out by what is in it, or a bare weights file 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 from absl import flags
 
@@ -31,23 +30,11 @@ def main() -> None:
     )
 
 
-def name_positions(argv: Sequence[str]) -> list[str]:
-    """`SRC DST --to=…` → `--src=SRC --dst=DST --to=…`: commands take flags alone."""
-    names = iter(("--src", "--dst"))
-    named, before = [argv[0]], ""
-    for argument in argv[1:]:
-        is_value = argument.startswith("-") or before in ("--to", "--src", "--dst")
-        name = None if is_value else next(names, None)
-        named.append(f"{name}={argument}" if name else argument)
-        before = argument
-    return named
-
-
 if __name__ == "__main__":
     _SRC = flags.DEFINE_string(
         "src", None, "a tokenizer's folder or weights file; the first argument", required=True
     )
     _DST = flags.DEFINE_string("dst", None, "the folder to write; the second argument", required=True)
     _TO = flags.DEFINE_enum("to", None, weights.KINDS, "what is written", required=True)
-    sys.argv = name_positions(sys.argv)
+    sys.argv = cli.name_positions(sys.argv, ("src", "dst"))
     cli.run(main)

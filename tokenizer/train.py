@@ -24,7 +24,7 @@ from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.programs import cache_programs
 from lvm.training.step import Step
 from lvm.training.trainable import State
-from lvm.training.workdir import Workdir
+from lvm.training.workdir import Workdir, check_trainable
 from tokenizer import quantizers, weights
 from tokenizer.images import ImagePool, ImagesConfig, TrainingImages, sides
 from tokenizer.objective import LossConfig, TokenizerObjective
@@ -163,7 +163,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         "source": source.describe(),
     }
     loop = config.loop.in_steps(0)
-    weights.check_trainable(workdir)
+    check_trainable(workdir)
     place = Workdir(workdir, "tokenizer", record, config_class=TokenizerConfig)
     if is_finished(place, loop):
         return

@@ -7,13 +7,11 @@ one it is as the network's authors did.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import pathlib
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.serialization
@@ -92,25 +90,11 @@ def write(folder: epath.PathLike, weights: Weights, kind: str) -> None:
       UserError: the folder exists and isn't empty, or the network can't be told in that kind of folder.
     """
     layout = None if kind == "orbax" else _layout_for(weights.config, kind)
-    with _new_folder(epath.Path(folder)) as temporary:
+    with files.new_folder(folder) as temporary:
         if layout is None:
             _write_workdir(temporary, weights)
         else:
             _write_published(temporary, weights, layout)
-
-
-def check_trainable(workdir: epath.PathLike) -> None:
-    """That a workdir isn't of converted weights, which have no optimizer's state to go on with.
-
-    Raises:
-      UserError: it is.
-    """
-    path = epath.Path(workdir) / CONFIG
-    if path.exists() and files.read_json(path).get("converted"):
-        raise UserError(
-            f"{workdir}: holds converted weights and no training; begin one with them in a new --workdir, "
-            f"--config.init_from={workdir}"
-        )
 
 
 # --- Published layouts ------------------------------------------------------------------------------------------
@@ -291,20 +275,3 @@ def _write_workdir(folder: pathlib.Path, weights: Weights) -> None:
     checkpoints.save(state, weights.step, {"converted": True})
     checkpoints.close()
     files.write_json(folder / CONFIG, record)
-
-
-@contextlib.contextmanager
-def _new_folder(path: epath.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `path` that gets its name when all is written."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists and isn't an empty folder; choose a new one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(path.parent, f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, path)
-        files.sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

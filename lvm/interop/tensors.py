@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -43,11 +44,21 @@ class LazyTensor:
       shape: as the file says.
       dtype: as the file says.
       read: the numbers, a new array in C order of this shape and dtype.
+      parts: what it is a stack of, where it is one.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    parts: Sequence[LazyTensor] = ()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
 
 
 Tensors = Mapping[str, LazyTensor]
@@ -56,6 +67,46 @@ Tensors = Mapping[str, LazyTensor]
 def of_array(array: np.ndarray) -> LazyTensor:
     """A tensor that is in memory already."""
     return LazyTensor(array.shape, array.dtype, lambda: np.array(array, order="C"))
+
+
+def cast(tensor: LazyTensor, dtype: np.dtype, name: str) -> LazyTensor:
+    """The tensor in another floating-point type.
+
+    Raises:
+      UserError: when it is read, if a number is beyond that type.
+    """
+
+    def read() -> np.ndarray:
+        array = tensor.read()
+        with np.errstate(over="ignore"):
+            made = array.astype(dtype)
+        if not np.all(np.isfinite(made) | ~np.isfinite(array)):
+            raise UserError(f"{name}: holds numbers up to {np.abs(array).max():.3g}, beyond {dtype}")
+        return made
+
+    return tensor if tensor.dtype == dtype else LazyTensor(tensor.shape, dtype, read)
+
+
+def stack(tensors: Sequence[LazyTensor], name: str) -> LazyTensor:
+    """Tensors of one shape and dtype as one, [len(tensors), ...], read one after the other.
+
+    Raises:
+      UserError: their dtypes differ.
+    """
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        raise UserError(
+            f"{name}: its layers are stored in {', '.join(sorted(map(str, dtypes)))}; convert to one --dtype"
+        )
+    first = tensors[0]
+
+    def read() -> np.ndarray:
+        whole = np.empty((len(tensors), *first.shape), first.dtype)
+        for part, tensor in zip(whole, tensors, strict=True):
+            part[...] = tensor.read()
+        return whole
+
+    return LazyTensor((len(tensors), *first.shape), first.dtype, read, tuple(tensors))
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
@@ -77,8 +128,16 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
             known = ", ".join(_SAFETENSORS)
             raise UserError(f"{path}: {name} has the dtype {part.get_dtype()}; expected one of {known}")
         dtype = _SAFETENSORS[part.get_dtype()]
-        tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, functools.partial(file.get_tensor, name))
+        tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, functools.partial(_read_one, path, name))
     return tensors
+
+
+def _read_one(path: str | os.PathLike[str], name: str) -> np.ndarray:
+    import safetensors
+
+    # Opened anew, since what is read of a mapped file counts as this process's memory until it is closed.
+    with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
+        return file.get_tensor(name)
 
 
 def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

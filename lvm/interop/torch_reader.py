@@ -116,6 +116,11 @@ class _Archive:
         part = self._part(f"{self._root}data/{key}")
         return np.frombuffer(part, dtype) if len(part) else np.zeros(0, dtype)
 
+    def release(self) -> None:
+        """What was read of the mapped file no longer counts as this process's memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._bytes.madvise(mmap.MADV_DONTNEED)
+
     def _part(self, name: str) -> memoryview:
         if name not in self._entries:
             raise UserError(f"{self.path}: damaged: {name} is missing")
@@ -273,7 +278,9 @@ class _Machine:
 
         def read() -> np.ndarray:
             steps = [stride * storage.dtype.itemsize for stride in strides]
-            return np.array(np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps), order="C")
+            array = np.array(np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps), order="C")
+            self._archive.release()
+            return array
 
         return LazyTensor(shape, storage.dtype, read)
 

@@ -149,7 +149,7 @@ class Checkpoints:
             aside = self._workdir / DAMAGED
             aside.mkdir(exist_ok=True)
             target = next(p for n in range(10_000) if not (p := aside / f"{step}-{n}").exists())
-            (self._manager.directory / str(step)).rename(target)
+            files.move(self._manager.directory / str(step), target)
             self._record(step).unlink(missing_ok=True)
 
     def problem(self, step: int, under: str = "") -> str | None:

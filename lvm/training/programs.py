@@ -28,7 +28,9 @@ def cache_programs(folder: str, workdir: epath.Path) -> None:
     Says when one was there. Must come before the first program is compiled.
     """
     own = os.fspath(workdir / "compilation_cache")
-    jax.config.update("jax_compilation_cache_dir", folder or jax.config.jax_compilation_cache_dir or own)
+    jax.config.update(
+        "jax_compilation_cache_dir", folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or own
+    )
     global _listening
     if not _listening:
         jax.monitoring.register_event_listener(_say_cache)

@@ -13,7 +13,7 @@ from lvm.errors import UserError
 from tests.commands import run
 from tests.configs import tiny_tokenizer
 from tests.tokenizer.networks import check_same, random_weights, same_bits, small
-from tokenizer import convert, weights
+from tokenizer import weights
 from tokenizer import train as training
 from tokenizer.objective import LossConfig
 from tokenizer.vqgan import VQGANConfig
@@ -34,21 +34,6 @@ def test_the_command_converts(tmp_path):
     assert "nowhere: not a model folder" in run(
         "tokenizer.convert", tmp_path / "nowhere", tmp_path / "x", "--to=torch", code=2
     )
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["A", "B", "--to=torch"],
-        ["--to", "torch", "A", "B"],
-        ["A", "--to", "torch", "B"],
-        ["--to=torch", "A", "B"],
-    ],
-)
-def test_the_two_folders_may_stand_anywhere(argv):
-    named = convert.name_positions(["convert", *argv])
-    assert [a for a in named if a not in ("--to", "torch", "--to=torch")] == ["convert", "--src=A", "--dst=B"]
-    assert convert.name_positions(["convert", "A", "B", "C"])[-1] == "C"  # left for the parser to refuse
 
 
 def test_training_begins_with_converted_weights(tmp_path):

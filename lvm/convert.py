@@ -1,0 +1,143 @@
+"""Converts a transformer between our workdirs and what others load, and compares two checkpoints.
+
+    python -m lvm.convert SRC DST --to=hf --tokenizer=T
+    python -m lvm.convert --check A B
+
+SRC is a folder of any kind, found out by what is in it (docs/interop.md). DST is new; it is written as a whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from lvm import cli, files
+from lvm.console import say
+from lvm.errors import EXIT_ERROR, UserError
+from lvm.interop import card, models
+from lvm.interop.compare import compare
+from lvm.interop.stored import DTYPES, Stored, with_dtype, with_vocabulary
+from tokenizer import Tokenizer, weights
+
+
+def convert(
+    source: str,
+    destination: str,
+    kind: str,
+    step: int | None = None,
+    dtype: str | None = None,
+    vocabulary: int | None = None,
+    tokenizer: str = "",
+    max_shard: int = models.MAX_SHARD,
+) -> Stored:
+    """Reads a model and writes it into a new folder; returns what was written.
+
+    Args:
+      source, destination: folders.
+      kind: of the destination, one of `lvm.interop.models.KINDS`.
+      step: of a workdir's checkpoints; the newest by default.
+      dtype: of `lvm.interop.stored.DTYPES`; as stored by default.
+      vocabulary: ids that the model has afterwards (`lvm.interop.stored.with_vocabulary`); as many by default.
+      tokenizer: a tokenizer's folder, written beside the weights of "hf".
+      max_shard: bytes of a file of weights of "hf".
+
+    Raises:
+      UserError: see `lvm.interop.models`; or a tokenizer that isn't the model's, or has no layout of diffusers.
+    """
+    if tokenizer and kind != "hf":
+        raise UserError(f"--tokenizer: {tokenizer}: goes beside the weights of --to=hf alone, not of {kind}")
+    stored = models.read(source, step)
+    if vocabulary is not None:
+        stored = with_vocabulary(stored, vocabulary)
+    if dtype is not None:
+        stored = with_dtype(stored, dtype)
+
+    def finish(folder: pathlib.Path) -> None:
+        if kind == "hf":
+            _describe(folder, stored, tokenizer)
+
+    models.write(destination, stored, kind, max_shard, finish)
+    return stored
+
+
+def _describe(folder: pathlib.Path, stored: Stored, tokenizer: str) -> None:
+    """Writes the model card; the tokenizer and the example too, where one is given."""
+    identity: Mapping[str, Any] | None = stored.record["tokenizer"]
+    if tokenizer:
+        found = weights.read(tokenizer)
+        identity = Tokenizer(found.config, found.preprocess, found.params).identity()
+        models.check_tokenizer(stored.record["tokenizer"], stored.vocabulary, identity, tokenizer)
+        weights.write(folder / card.TOKENIZER, found, "diffusers")
+        files.write_atomically(folder / card.EXAMPLE, card.example(found.preprocess).encode())
+    else:
+        say(f"no {card.TOKENIZER}/ and no {card.EXAMPLE}: --tokenizer=FOLDER puts them beside the weights")
+    readme = card.readme(stored, identity, bool(tokenizer))
+    files.write_atomically(folder / card.README, readme.encode())
+
+
+def check(first: str, second: str, rows: int, tolerance: float) -> bool:
+    """Prints how two checkpoints differ; returns whether their logits agree."""
+    found = compare(models.read(first), models.read(second), rows)
+    say(f"{first} and {second} on {rows} rows of {len(found.largest)} random codes, in float32")
+    for line in found.lines():
+        say(line)
+    return bool(found.largest.max() <= tolerance)
+
+
+def main() -> None:
+    """The command."""
+    if _CHECK.value:
+        if not check(_SRC.value, _DST.value, _ROWS.value, _TOLERANCE.value):
+            sys.exit(EXIT_ERROR)
+        return
+    if _TO.value is None:
+        raise UserError(f"--to: missing; one of {', '.join(models.KINDS)}")
+    if _MAX_SHARD.value <= 0:
+        raise UserError(f"--max_shard_gigabytes: {_MAX_SHARD.value} is not positive")
+    written = convert(
+        _SRC.value,
+        _DST.value,
+        _TO.value,
+        _STEP.value,
+        _DTYPE.value,
+        _VOCABULARY.value,
+        _TOKENIZER.value,
+        int(_MAX_SHARD.value * 10**9),
+    )
+    count = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in written.tensors.values())
+    vocabulary = written.vocabulary
+    say(
+        f"{_DST.value}: {count:,} parameters in {written.dtype}, {vocabulary.num_codes} codes of "
+        f"{vocabulary.size} ids, step {written.step}"
+    )
+
+
+if __name__ == "__main__":
+    _SRC = flags.DEFINE_string(
+        "src", None, "a model's folder, or a stream; the first argument", required=True
+    )
+    _DST = flags.DEFINE_string("dst", None, "the folder to write; the second argument", required=True)
+    _TO = flags.DEFINE_enum("to", None, models.KINDS, "what is written")
+    _STEP = flags.DEFINE_integer("step", None, "of a workdir's checkpoints; the newest by default")
+    _DTYPE = flags.DEFINE_enum(
+        "dtype", None, list(DTYPES), "what weights are stored in; as they are by default"
+    )
+    _VOCABULARY = flags.DEFINE_integer(
+        "vocabulary", None, "ids that the model has afterwards, such as 8448 or 8292"
+    )
+    _TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer's folder, to put beside --to=hf")
+    _MAX_SHARD = flags.DEFINE_float(
+        "max_shard_gigabytes", models.MAX_SHARD / 1e9, "a file of weights of --to=hf"
+    )
+    _CHECK = flags.DEFINE_bool(
+        "check", False, "compare two checkpoints instead; exit code 1 where they differ"
+    )
+    _ROWS = flags.DEFINE_integer("rows", 2, "random rows that --check runs", lower_bound=1)
+    _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "largest difference of a logit that --check passes")
+    sys.argv = cli.name_positions(sys.argv, ("src", "dst"))
+    cli.run(main)
