@@ -42,6 +42,7 @@ class Pod:
 
     def topologies(self) -> list[tuple[int, ...]]:
         """Every slice, by its chips along each dimension, from small to large."""
+        found: list[tuple[int, ...]]
         if self.dimensions == 2:
             flat = [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32)]
             # The chips of v2 and v3 come by fours, 4 × 2 of them not alone.
@@ -151,7 +152,7 @@ class Slice:
 
     @property
     def link_bandwidth(self) -> float:
-        """Bytes/s that a chip receives from the others: what GPUs of other hosts send comes in by the hosts' network."""
+        """Bytes/s that a chip receives from the others; between GPUs of several hosts, by the hosts' network."""
         chip = self.accelerator
         if self.shape or self.hosts == 1:
             return chip.link_bandwidth
@@ -185,15 +186,19 @@ def resolve(name: str) -> Slice:
     found = [a for a in ACCELERATORS if kind in (a.name, a.pod.google_name if a.pod else a.name)]
     if not found:
         kinds = ", ".join(a.name for a in ACCELERATORS)
-        raise UserError(f"{name}: no such accelerator; there are {kinds}, as in v5e-256, v5litepod-256 or v5e:16x16")
+        raise UserError(
+            f"{name}: no such accelerator; there are {kinds}, as in v5e-256, v5litepod-256 or v5e:16x16"
+        )
     accelerator = found[0]
     if accelerator.pod is None:
         return _gpus(accelerator, name, mark, size)
+    shape: tuple[int, ...] | None = None
+    wanted: float
     if mark == ":" and re.fullmatch(r"\d+(x\d+)+", size):
         shape = tuple(map(int, size.split("x")))
         wanted = math.prod(shape)
     elif mark == "-" and size.isdigit():
-        shape, wanted = None, int(size) / accelerator.pod.cores_counted
+        wanted = int(size) / accelerator.pod.cores_counted
     else:
         example = _slice(accelerator, accelerator.pod.topologies()[-1])
         raise UserError(f"{name}: how many chips? as in {example.name} or {example.libtpu_name}")
@@ -219,7 +224,9 @@ def _find(accelerator: Accelerator, name: str, shape: tuple[int, ...] | None, wa
         if shape is None and candidate.chips == wanted:
             return candidate
     nearest = min(known, key=lambda s: abs(math.log(s.chips / max(wanted, 0.5))))
-    counted = " (the number counts cores, two a chip)" if accelerator.pod.cores_counted == 2 and not shape else ""
+    counted = (
+        " (the number counts cores, two a chip)" if accelerator.pod.cores_counted == 2 and not shape else ""
+    )
     raise UserError(
         f"{name}: no such slice{counted}; the nearest is {nearest.name} = {nearest.libtpu_name}, {nearest.chips} chips"
     )
@@ -241,7 +248,9 @@ def _gpus(accelerator: Accelerator, name: str, mark: str | None, size: str | Non
     per_host = min(count, _GPUS_A_HOST)
     if not count or count % per_host:
         nearest = max(1, round(count / _GPUS_A_HOST)) * _GPUS_A_HOST
-        raise UserError(f"{name}: hosts have {_GPUS_A_HOST} GPUs; the nearest is {accelerator.name}-{nearest}")
+        raise UserError(
+            f"{name}: hosts have {_GPUS_A_HOST} GPUs; the nearest is {accelerator.name}-{nearest}"
+        )
     return Slice(accelerator, count, count // per_host, per_host)
 
 

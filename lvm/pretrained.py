@@ -78,7 +78,8 @@ class LVM:
             declares, or an unknown dtype.
         """
         found = models.read(folder, step)
-        config = dataclasses.replace(found.config, dtype=dtype or found.config.dtype)
+        # The kernel that training ran by need not run here.
+        config = dataclasses.replace(found.config, dtype=dtype or found.config.dtype, attention="auto")
         return cls(config, found.vocabulary, found.params(), dict(found.record), found.step, mesh)
 
     @functools.cached_property
