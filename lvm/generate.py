@@ -135,10 +135,13 @@ class Generator:
         limit = self.config.context + 1
         if window is not None:
             limit = len(window.front) + window.grids_that_fit(self.config.context) * window.codes_per_image
+        longest = int(fill.max())
+        # A slide reads rows of any length below the limit anew, and its padding goes to the next multiple.
+        places = _round_up(longest) + length if longest + length <= limit else limit + _MULTIPLE
         state = programs.begin(
             self._weights,
             *_padded(prompts),
-            size=_round_up(min(_round_up(int(fill.max())) + length, limit + _MULTIPLE)),
+            size=_round_up(places),
             candidates=candidates,
             room=_round_up(length),
             kernel=self._kernel,

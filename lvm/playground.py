@@ -46,7 +46,8 @@ class Desk:
 
     def __init__(self, model: LVM, tokenizer: Tokenizer):
         self._model, self._tokenizer = model, tokenizer
-        self._files = Files(tokenizer.read, tokenizer.preprocess)
+        check = lambda count: model.check_fits(count, tokenizer.codes_per_image)  # noqa: E731
+        self._files = Files(tokenizer.read, tokenizer.preprocess, check=check)
         self.fit = model.images_that_fit(tokenizer.codes_per_image)
 
     def pairs(self, xs: Paths, ys: Paths, query: str | None) -> Prompt:
@@ -58,10 +59,10 @@ class Desk:
             )
         if not query:
             raise UserError("no query; give the image to answer for")
-        read = self._files.images
-        images = [read(path)[0] for pair in zip(xs, ys, strict=True) for path in pair]
+        read = self._files.image
+        images = [read(path) for pair in zip(xs, ys, strict=True) for path in pair]
         labels = [f"{name}{number}" for number in range(1, len(xs) + 1) for name in "xy"]
-        return Prompt((*labels, "query"), np.stack([*images, *read(query)]))
+        return Prompt((*labels, "query"), np.stack([*images, read(query)]))
 
     def sequence(self, frames: Paths) -> Prompt:
         """The prompt of a sequence's first frames."""

@@ -67,9 +67,11 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(data=1, tensor=_TENSOR.value), jax.devices()[: _TENSOR.value])
     tokenizer, model = Tokenizer.load(_TOKENIZER.value), LVM.load(_MODEL.value, mesh=mesh)
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), _TOKENIZER.value)
-    reader = prompting.Files(tokenizer.read, tokenizer.preprocess, _RATE.value, _FRAMES.value)
+    N = tokenizer.codes_per_image
+    check = lambda count: model.check_fits(count, N)  # noqa: E731
+    reader = prompting.Files(tokenizer.read, tokenizer.preprocess, _RATE.value, _FRAMES.value, check)
     prompt = reader.sequence(_SEQUENCE.value) if _SEQUENCE.value else reader.pairs(_PAIRS.value, _QUERY.value)
-    model.check_fits(len(prompt.images), tokenizer.codes_per_image)
+    check(len(prompt.images))
     num_images = _NUM_IMAGES.value or prompt.num_answers
     codes = model.generate(
         tokenizer.encode(prompt.images)[None],

@@ -46,10 +46,19 @@ class Files:
       preprocess: how frames of videos become images.
       rate: frames a second that are taken of videos; 0 is all.
       frames: of folders and videos, the first so many; 0 is all.
+      check: is told of how many images a folder or video is before any is read, and may refuse them.
     """
 
-    def __init__(self, read: Read, preprocess: Preprocess, rate: float = 0.0, frames: int = 0):
+    def __init__(
+        self,
+        read: Read,
+        preprocess: Preprocess,
+        rate: float = 0.0,
+        frames: int = 0,
+        check: Callable[[int], None] = lambda count: None,
+    ):
         self._read, self._preprocess, self._rate, self._frames = read, preprocess, rate, frames
+        self._check = check
 
     def images(self, path: str) -> list[np.ndarray]:
         """The images of a picture, a folder (its pictures in natural order) or a video, each uint8 [R, R, 3].
@@ -59,14 +68,23 @@ class Files:
         """
         place = pathlib.Path(path)
         if place.is_dir():
-            return [self._read(file) for file in self._listed(place)]
+            self._check(len(files := self._listed(place)))
+            return [self._read(file) for file in files]
         if place.suffix.lower() not in VIDEO_SUFFIXES:
             return [self._read(place)]
         source = VideoSource(self._preprocess, path=path, rate=self._rate, clip_frames=self._frames or _ALL)
+        self._check(source.info(0).num_frames)
         scene = source.load(0)
         if scene.failures:
             raise UserError(f"{path}: {scene.failures[0].reason}")
         return list(scene.images[:, 0])
+
+    def image(self, path: str) -> np.ndarray:
+        """The only image of a path, uint8 [R, R, 3]. Raises UserError as `images` does, and where there are more."""
+        images = self.images(path)
+        if len(images) != 1:
+            raise UserError(f"{path}: holds {len(images)} images; wanted one picture")
+        return images[0]
 
     def sequence(self, paths: Sequence[str]) -> Prompt:
         """All images of the paths, one after the other. Raises UserError as `images` does."""
@@ -89,13 +107,11 @@ class Files:
             raise UserError(
                 f"--pairs: examples of {' and '.join(map(str, sorted(counts)))} images; all must have as many"
             )
-        asked = self.images(query)
-        if len(asked) != 1:
-            raise UserError(f"--query: {query} holds {len(asked)} images; wanted one picture")
+        asked = self.image(query)
         names = "xyz" if (width := counts.pop()) <= 3 else [f"{i}." for i in range(width)]
         labels = [f"{name}{number}" for number in range(1, len(rows) + 1) for name in names[:width]]
         images = [image for row in rows for image in row]
-        return Prompt((*labels, "query"), np.stack([*images, *asked]), width - 1)
+        return Prompt((*labels, "query"), np.stack([*images, asked]), width - 1)
 
     def _rows(self, example: str) -> list[list[np.ndarray]]:
         members = [member.split("+") for member in example.split(":")]
@@ -111,6 +127,7 @@ class Files:
                 raise UserError(
                     f"--pairs: {folders[0]} and {path} are not two folders of pictures of the same names"
                 )
+        self._check(len(stems[folders[0]]) * len(members))
         return [
             [
                 self._combined([str(self._listed(pathlib.Path(path))[i]) for path in member])
@@ -126,7 +143,7 @@ class Files:
         return lowest
 
     def _listed(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES]
+        files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
         if not files:
             raise UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
         return sorted(files, key=lambda file: natural(file.name))[: self._frames or None]

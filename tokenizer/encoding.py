@@ -60,6 +60,9 @@ class ShardWriter(abc.ABC):
       source: the scenes.
       folder: the store.
       num_shards: how many shards the source is cut into; also an attribute.
+
+    Raises:
+      UserError: the scenes have more sets of streams than a store can tell.
     """
 
     def __init__(
@@ -73,6 +76,10 @@ class ShardWriter(abc.ABC):
         self._listing = source
         self._classes = {name: number for number, name in enumerate(source.classes)}
         self._stream_sets = {names: number for number, names in enumerate(source.stream_sets)}
+        if len(self._stream_sets) > 256:
+            raise UserError(
+                f"{source.name}: {len(self._stream_sets)} sets of streams; a store has at most 256"
+            )
 
     def header(self) -> dict[str, Any]:
         """What the manifest says of the whole store, known before anything is encoded."""

@@ -173,6 +173,12 @@ def encode_again(store: Store, source_spec: str, tokenizer: Tokenizer, count: in
         if images is None:
             found.append(f"{store.path}: {scene.key}: not in the source")
             continue
+        frames, streams, _ = scene.codes.shape
+        if len(images) != frames * streams:
+            found.append(
+                f"{store.path}: {scene.key}: {len(images)} images are read of it, {frames * streams} are stored"
+            )
+            continue
         codes = tokenizer.encode(images, store.manifest["batch_size"]).reshape(scene.codes.shape)
         if wrong := int(np.count_nonzero(codes != scene.codes)):
             found.append(f"{store.path}: {scene.key}: encoded again, {wrong} of {codes.size} codes differ")

@@ -11,6 +11,7 @@ from lvm.data.augment import Augment
 from lvm.data.sources.base import Failure, SceneInfo, Source
 
 _IMAGES = 64  # about as many in a chunk
+_LOOKED_AT = 8  # scenes of a slice, for how many images one has: photos may come before videos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Chunks:
 
     def __init__(self, source: Source, slices: Sequence[tuple[int, int]], augment: Augment):
         self._source, self._slices, self._augment = source, list(slices), augment
-        self._sizes = [max(1, _IMAGES // self._images(first)) for first, _ in self._slices]  # in scenes
+        self._sizes = [max(1, _IMAGES // self._images(*ends)) for ends in self._slices]  # in scenes
         counts = [
             -(-(last - first) // size) for (first, last), size in zip(self._slices, self._sizes, strict=True)
         ]
@@ -66,8 +67,11 @@ class Chunks:
         for index in range(first, min(first + self._sizes[place], last)):
             loaded = self._source.load(index)
             readable = bool(len(loaded.images))
-            if loaded.failures or not readable:
-                scenes.append(ReadScene(loaded.info, 0, loaded.failures, last=not readable))
+            failures = loaded.failures
+            if not readable and not failures:
+                failures = (Failure(loaded.info.key, "it holds no frame"),)
+            if failures:
+                scenes.append(ReadScene(loaded.info, 0, failures, last=not readable))
             copies = list(self._augment(loaded, self._source.streams)) if readable else []
             for number, copy in enumerate(copies, 1):
                 images.append(copy.images.reshape(-1, R, R, 3))
@@ -76,6 +80,8 @@ class Chunks:
         listed[:] = scenes
         return {"slice": np.array(place), "images": np.concatenate(images), "scenes": listed}
 
-    def _images(self, index: int) -> int:
-        info = self._source.info(index)
-        return max(1, info.num_frames * len(info.streams) * max(1, self._augment.copies))
+    def _images(self, first: int, last: int) -> int:
+        """Images of a scene, the most of some that are spread over a slice."""
+        some = np.unique(np.linspace(first, last - 1, _LOOKED_AT).astype(int)).tolist()
+        most = max(info.num_frames * len(info.streams) for info in map(self._source.info, some))
+        return max(1, most * max(1, self._augment.copies))

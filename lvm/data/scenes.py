@@ -21,6 +21,7 @@ from lvm.errors import UserError
 
 MAGIC, VERSION = b"LVMS", 1
 PAGE = 64  # single-image scenes in one record
+_MOST = 2**16 - 1  # frames of a scene, and bytes of a key
 _HEAD = struct.Struct("<4sHHI")
 _SHAPE = struct.Struct("<III")
 
@@ -74,7 +75,11 @@ class Scene:
 
 
 def pack(scenes: Sequence[Scene]) -> bytes:
-    """The record of one scene, or of a page of single-image scenes of one stream set."""
+    """The record of one scene, or of a page of single-image scenes of one stream set.
+
+    Raises:
+      UserError: more frames, or a longer key, than a record or its index can tell.
+    """
     first = scenes[0]
     T, S, N = first.codes.shape
     if len(scenes) > 1 and (T * S > 1 or len(scenes) > PAGE):
@@ -82,6 +87,10 @@ def pack(scenes: Sequence[Scene]) -> bytes:
     if any(scene.codes.shape != (T, S, N) or scene.stream_set != first.stream_set for scene in scenes):
         raise ValueError("the scenes of a page must agree in shape and stream set")
     keys = [scene.key.encode() for scene in scenes]
+    if T > _MOST or max(map(len, keys)) > _MOST:
+        raise UserError(
+            f"{first.key[:80]}: {T} frames, and a key of {max(map(len, keys))} bytes; at most {_MOST} each"
+        )
     body = b"".join(
         [
             _SHAPE.pack(T, first.stream_set, N),

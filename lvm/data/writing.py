@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import tempfile
@@ -70,10 +71,13 @@ def write_shard(
       num_codes: size of the codebook, for the histogram.
       unread: what isn't in the shard; looked at after `content` is exhausted.
       versions: of the software that made the codes.
+
+    Raises:
+      UserError: another process of this machine is writing the shard.
     """
     unread, folder = unread or Unread(), epath.Path(folder)
     name = shard_name(shard, num_shards)
-    with _beside(folder) as place:
+    with _beside(folder) as place, _alone(place / f".{name}{RECORDS}.tmp"):
         temporary = {suffix: place / f".{name}{suffix}.tmp" for suffix in (RECORDS, INDEXES)}
         try:
             with files.clear_disk_errors(temporary[RECORDS]):
@@ -111,6 +115,19 @@ def _beside(folder: epath.Path) -> Iterator[epath.Path]:
         return
     with tempfile.TemporaryDirectory() as local:
         yield epath.Path(local)
+
+
+@contextlib.contextmanager
+def _alone(file: epath.Path) -> Iterator[None]:
+    """Refuses to write what another process is writing: the one's checksum would be of the other's half."""
+    with open(file, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{file}: another process is writing this shard; give each its own --shard"
+            ) from None
+        yield
 
 
 @dataclasses.dataclass

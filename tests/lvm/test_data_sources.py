@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -243,6 +244,29 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path) -> None:
     assert FolderSource(tmp_path, exact).load(0).failures[0].reason == (
         "bomb.png: 8001×8000 is more than 64 megapixels"
     )
+
+
+def test_names_that_are_not_utf8_are_listed(tmp_path) -> None:
+    save(tmp_path / "a.png")
+    os.mkdir(os.fsencode(tmp_path) + b"/\xe9")
+    pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(
+        (tmp_path / "a.png").read_bytes()
+    )
+    source = FolderSource(tmp_path, Preprocess(8))
+    assert len(source) == 1
+    assert {failure.key: failure.reason for failure in source.skipped} == {
+        "\\udce9": "its name is not UTF-8",
+        "caf\\udce9.png": "its name is not UTF-8",
+    }
+
+
+@pytest.mark.parametrize("names", [["1.png", "01.png", "001.png"], ["01.png", "001.png", "1.png"]])
+def test_the_order_is_not_the_disks(tmp_path, monkeypatch, names) -> None:
+    for name in names:
+        save(tmp_path / name)
+    monkeypatch.setattr(os, "walk", lambda top, **options: iter([(str(top), [], list(names))]))
+    source = FolderSource(tmp_path, Preprocess(8))
+    assert [source.info(i).key for i in range(3)] == ["001.png", "01.png", "1.png"]
 
 
 def test_a_link_to_a_parent_does_not_loop(tmp_path) -> None:

@@ -125,6 +125,21 @@ def test_a_scene_has_the_streams_it_has_annotations_for(tmp_path) -> None:
     assert CocoSource(Preprocess(32), **where, categories=("train",)).stream_sets == (("rgb",),)
 
 
+@pytest.mark.parametrize("height", [None, 0, "tall"])
+def test_an_image_without_a_size_is_listed(tmp_path, height) -> None:
+    images = [
+        {"id": number, "file_name": f"{name}.png", "width": WIDTH, "height": of}
+        for number, (name, of) in enumerate([("a", HEIGHT), ("b", height)], 1)
+    ]
+    source = CocoSource(Preprocess(8), **write(tmp_path, [annotation(1, bbox=[1, 1, 9, 9])], images))
+    assert [source.info(i).key for i in range(len(source))] == ["a.png"]
+    (failure,) = source.skipped
+    assert (failure.key, failure.reason) == (
+        "b.png",
+        f"its size is 80×{height!r}; expected two positive numbers",
+    )
+
+
 def test_ids_beyond_the_palette_are_numbered_by_their_order(tmp_path) -> None:
     categories = [{"id": 9000, "name": "b"}, {"id": 300, "name": "a"}]
     where = write(tmp_path, [annotation(1, 9000, bbox=[0, 0, 80, 40])], categories=categories)

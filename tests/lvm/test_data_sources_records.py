@@ -58,13 +58,14 @@ def test_several_files_of_records_and_one_that_is_none(tmp_path) -> None:
         write_records(tmp_path / name, [encoded(photo(seed=i)) for i in range(3)])
     (tmp_path / "a-3.array_record").write_bytes(b"")
     (tmp_path / "a-4.array_record").write_bytes(b"no records" * 1000)
+    (tmp_path / "a-5.array_record").symlink_to(tmp_path / "nowhere")
     source = open_source(str(tmp_path), small)
     assert [source.info(i).key for i in (0, 2, 3)] == [
         "a-2.array_record/0",
         "a-2.array_record/2",
         "a-10.array_record/0",
     ]
-    assert [failure.key for failure in source.skipped] == ["a-3.array_record", "a-4.array_record"]
+    assert [failure.key for failure in source.skipped] == [f"a-{number}.array_record" for number in (3, 4, 5)]
     check_copies(source)
     for name in ("a-10.array_record", "a-2.array_record"):
         (tmp_path / name).unlink()
@@ -81,6 +82,22 @@ def test_rows_are_pictures(tmp_path) -> None:
     source = ParquetSource(small, path=str(tmp_path / "a.parquet"), key="name")
     check_pictures(source)
     check_copies(ParquetSource(small, path=str(tmp_path), streams={"rgb": "image"}))
+
+
+def test_of_a_file_that_is_damaged_in_its_midst_no_row_is_used(tmp_path) -> None:
+    for name, shade in (("a", 10), ("b", 200)):
+        images = [encoded(np.full((8, 8, 3), shade, np.uint8))] * 4
+        table = pa.table({"image": images, "id": [f"{name}{number}" * 50 for number in range(4)]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
+    damaged = tmp_path / "a.parquet"
+    column, data = pq.ParquetFile(damaged).metadata.row_group(1).column(1), bytearray(damaged.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + 60] = bytes(255 - byte for byte in data[start : start + 60])
+    damaged.write_bytes(data)
+    source = ParquetSource(small, path=str(tmp_path), streams={"rgb": "image"}, key="id")
+    assert [failure.key for failure in source.skipped] == ["a.parquet"]
+    assert [source.info(i).key[:2] for i in range(len(source))] == ["b0", "b1", "b2", "b3"]
+    assert all((source.load(i).images == 200).all() for i in range(len(source)))
 
 
 def test_columns_of_structs_streams_keys_groups_and_classes(tmp_path) -> None:

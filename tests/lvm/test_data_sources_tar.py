@@ -166,6 +166,17 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path) -> None:
     assert failures(source) == {"a.tar": f"damaged: no header at byte {block}; what follows is not used"}
 
 
+def test_a_tar_that_is_not_there_and_a_name_that_is_not_utf8_are_listed(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", [("1.png", encoded(photo())), ("caf\udce9.png", encoded(photo()))])
+    (tmp_path / "b.tar").symlink_to(tmp_path / "nowhere")
+    source = open_source(str(tmp_path), small)
+    assert len(source) == 1
+    assert failures(source) == {
+        "a.tar/caf\\udce9.png": "its name is not UTF-8",
+        "b.tar": "can't be read: No such file or directory",
+    }
+
+
 def test_compressed_tars_and_tars_without_pictures_are_refused(tmp_path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("1.jpg"))

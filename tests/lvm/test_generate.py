@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -106,6 +107,17 @@ def test_after_a_slide_the_cache_equals_recomputing_the_window(drop):
         check_greedy(row, answer[0], window)
     alone = write(prompts[1:], 7 * N, GREEDY, [0], window=window, candidates=1)
     np.testing.assert_array_equal(alone[0, 0], answers[1, 0])
+
+
+def test_after_a_slide_there_is_room_for_rows_of_any_length():
+    """The longer row slides when the shorter one has just outgrown the padded length that both began with."""
+    config = dataclasses.replace(CONFIG, context=185, num_layers=1)
+    one_layer = Generator(config, init_params(lambda rngs: Transformer(config, rngs), jax.random.key(0)))
+    options = {"num_allowed": CODES, "window": Window(16, BOS, 8)}
+    prompts = [np.append(BOS, prompt(count * 16, seed=count)).astype(np.int32) for count in (7, 5)]
+    together = one_layer(prompts, 82, GREEDY, [0, 0], **options)
+    alone = one_layer(prompts[1:], 82, GREEDY, [0], **options)
+    np.testing.assert_array_equal(alone[0], together[1])
 
 
 def test_half_of_the_grids_that_fit_are_dropped_by_default():

@@ -77,7 +77,7 @@ def test_the_answer_fills_in_and_what_is_unwritten_is_grey(desk, examples):
     assert [caption for _, caption in steps[-1][1]][:3] == ["1.1", "1.2", "2.1"]
 
 
-def test_bad_uploads_are_named(desk, examples):
+def test_bad_uploads_are_named(desk, examples, tmp_path):
     images, answers, (query,) = examples["depth"]
     for xs, ys, one, words in [
         (images, answers[:1], query, "2 example images and 1 answers"),
@@ -87,6 +87,12 @@ def test_bad_uploads_are_named(desk, examples):
     ]:
         with pytest.raises(UserError, match=words):
             desk.pairs(xs, ys, one)
+    frames = [Image.new("L", (SIDE, SIDE), shade) for shade in (0, 255)]
+    moving = tmp_path / "moving.gif"
+    frames[0].save(moving, save_all=True, append_images=frames[1:])
+    for xs, one in [([str(moving), images[0]], query), (images, str(moving))]:
+        with pytest.raises(UserError, match=r"moving\.gif: holds 2 images; wanted one picture"):
+            desk.pairs(xs, answers, one)
     with pytest.raises(UserError, match="no frames"):
         desk.sequence(None)
     with pytest.raises(UserError, match="holds 6 images"):

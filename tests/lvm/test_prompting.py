@@ -119,6 +119,31 @@ def test_what_cannot_be_asked_is_named(files, tmp_path):
         files.sequence([str(broken)])
 
 
+def test_what_is_too_much_is_refused_before_it_is_read(tmp_path):
+    def check(count):
+        if count > 2:
+            raise UserError(f"{count} images don't fit")
+
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(prompting.video(np.zeros((3, SIDE, SIDE, 3), np.uint8)))
+    for number in range(3):
+        save(tmp_path / "photos" / f"{number}.png", "red")
+    (tmp_path / "photos" / "._0.png").write_bytes(b"what some systems leave")
+    photos, query = str(tmp_path / "photos"), save(tmp_path / "q.png", "red")
+
+    def unread(path):
+        raise AssertionError(path)
+
+    files = prompting.Files(unread, Preprocess(SIDE), check=check)
+    for ask in (lambda: files.sequence([str(clip)]), lambda: files.sequence([photos])):
+        with pytest.raises(UserError, match="3 images don't fit"):
+            ask()
+    with pytest.raises(UserError, match="6 images don't fit"):
+        files.pairs([f"{photos}:{photos}"], query)
+    two = prompting.Files(read, Preprocess(SIDE), frames=2, check=check)
+    assert len(two.sequence([str(clip)]).images) == len(two.sequence([photos]).images) == 2
+
+
 def test_the_sheet_has_a_row_for_each_candidate():
     images = np.zeros((3, SIDE, SIDE, 3), np.uint8)
     prompt = prompting.Prompt(("1", "2", "3"), images)

@@ -1,6 +1,7 @@
 """A source becomes a store: every scene once, with its own codes, the same bytes however the work is shared."""
 
 import dataclasses
+import fcntl
 import os
 import pathlib
 
@@ -11,6 +12,7 @@ from etils import epath
 from lvm import files
 from lvm.data import split
 from lvm.data.augment import Augment
+from lvm.data.preprocess import Preprocess
 from lvm.data.sources.base import Failure, SceneImages, SceneInfo
 from lvm.data.store import Store
 from lvm.data.streams import Image, Palette
@@ -237,6 +239,29 @@ def test_all_images_of_a_copy_have_one_window_and_are_mirrored_together():
     assert {flipped for *_, flipped in found} == {True, False}
     with pytest.raises(UserError, match="--augment: -1 is negative"):
         Augment(-1, preprocess)
+
+
+def test_a_scene_without_frames_is_listed(tokenizer, tmp_path):
+    source = Scenes(scenes=((1, 0, 0), (0, 0, 0)))
+    (shard,) = Store(encode(tokenizer, tmp_path / "store", num_shards=1, source=source)).manifest["shards"]
+    assert shard["failures"] == [{"key": "scene 1", "reason": "it holds no frame"}]
+
+
+def test_a_chunk_holds_few_images_where_videos_come_after_photos():
+    source = Scenes(scenes=((1, 0, 0),) * 60 + ((32, 1, 0),) * 60)
+    chunks = encoding.Chunks(source, [(0, 120)], Augment(0, Preprocess(SIDE)))
+    assert max(len(chunks(number)["images"]) for number in (0, len(chunks) - 1)) == 64
+
+
+def test_a_shard_that_another_process_writes_is_refused(tokenizer, tmp_path):
+    folder = encode(tokenizer, tmp_path / "store", [(1, 2)])
+    with open(folder / ".shard-00000-of-00004.array_record.tmp", "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(
+            UserError, match="another process is writing this shard; give each its own --shard"
+        ):
+            encode(tokenizer, folder)
+    encode(tokenizer, folder)
 
 
 def test_a_missing_shard_is_named_when_the_store_is_finished(tokenizer, tmp_path, capsys):

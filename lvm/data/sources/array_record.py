@@ -62,6 +62,8 @@ class ArrayRecordSource:
                     raise UnreadableError("it has no records")
                 counts.append(count)
                 self._files.append(file)
+            except OSError as error:
+                skipped.append(Failure(file, f"can't be read: {error.strerror}"))
             except (UnreadableError, ValueError, RuntimeError) as error:
                 skipped.append(Failure(file, f"not used: {error}"))
         self._starts = np.cumsum([0, *counts])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -92,7 +93,8 @@ class CocoSource:
         self._annotations = self._by_image(content["annotations"], skipped)
         self._infos = [self._list(image) for image in self._images]
         if not self._infos:
-            raise UserError(f"{path}: lists no image")
+            first = f" ({skipped[0].key}: {skipped[0].reason})" if skipped else ""
+            raise UserError(f"{path}: lists no image that can be used{first}")
         used = {stream for info in self._infos for stream in info.streams}
         self.streams = {stream: codec for stream, codec in self.streams.items() if stream in used}
         self.stream_sets: tuple[tuple[str, ...], ...] = tuple(sorted({info.streams for info in self._infos}))
@@ -241,13 +243,16 @@ def _read(path: pathlib.Path) -> dict[str, list[Any]]:
 
 
 def _unique(images: Sequence[Mapping[str, Any]], skipped: list[Failure]) -> list[Mapping[str, Any]]:
-    """The images whose file and id no earlier one has, and whose file lies in the folder."""
+    """The images of a size, whose file and id no earlier one has, and whose file lies in the folder."""
     used: list[Mapping[str, Any]] = []
     ids, names = set(), set()
     for image in images:
         name = pathlib.PurePosixPath(str(image["file_name"]))
         if name.is_absolute() or ".." in name.parts:
             skipped.append(Failure(str(name), "its name leaves the folder of images"))
+        elif not all(_is_length(image[side]) for side in ("height", "width")):
+            size = f"{image['width']!r}×{image['height']!r}"
+            skipped.append(Failure(str(name), f"its size is {size}; expected two positive numbers"))
         elif image["id"] in ids or str(name) in names:
             skipped.append(
                 Failure(str(name), f"its id {image['id']!r} or its file is that of an earlier image")
@@ -257,6 +262,10 @@ def _unique(images: Sequence[Mapping[str, Any]], skipped: list[Failure]) -> list
             names.add(str(name))
             used.append({**image, "file_name": str(name)})
     return used
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int | float) and 1 <= value < math.inf
 
 
 def _categories(

@@ -51,7 +51,10 @@ class JsonlSource:
         self._root, self._files = find_files(self.config.path, (jsonl.SUFFIX,), skipped)
         self._lines: list[tuple[SceneInfo, str, int, int]] = []  # info, file, offset, size
         for file in self._files:
-            self._list(file, skipped)
+            try:
+                self._list(file, skipped)
+            except OSError as error:
+                skipped.append(Failure(file, f"can't be read: {error.strerror}"))
         if not self._lines:
             first = f"; {skipped[0].key}: {skipped[0].reason}" if skipped else ""
             raise UserError(f"{self.config.path}: no line of its files is a sentence of codes{first}")

@@ -15,12 +15,18 @@ SETTINGS = ("classes.json", "streams.json")
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif",
 )  # fmt: skip
+NOT_UTF8 = "its name is not UTF-8"
 _ENDS = ".index.json"  # what a source leaves beside its files
 
 
-def natural(name: str) -> list[str | int]:
-    """A sort key that puts frame 2 before frame 10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+def natural(name: str) -> tuple[list[str | int], str]:
+    """A sort key that puts frame 2 before frame 10; of 2 and 02, which are one number, the order is always the same."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))], name
+
+
+def shown(name: str) -> str:
+    """A file's name as it can be printed and stored: another one where its bytes are not UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def walk(top: pathlib.Path, skip: Callable[[pathlib.Path, str], None]) -> Iterator[tuple[str, str]]:
@@ -28,7 +34,8 @@ def walk(top: pathlib.Path, skip: Callable[[pathlib.Path, str], None]) -> Iterat
 
     Args:
       top: the folder.
-      skip: is told of each folder that can't be listed, or is listed already, and the reason.
+      skip: is told of each folder that can't be listed, or is listed already, of names that no key can be made of,
+        and the reason.
     """
 
     def unlisted(error: OSError) -> None:
@@ -43,8 +50,12 @@ def walk(top: pathlib.Path, skip: Callable[[pathlib.Path, str], None]) -> Iterat
             continue
         seen.add(real)
         relative = pathlib.PurePath(folder).relative_to(top).as_posix().removeprefix(".")
-        subfolders[:] = sorted((s for s in subfolders if not s.startswith(".")), key=natural)
-        for name in sorted((n for n in names if not n.startswith(".")), key=natural):
+        for entries in (subfolders, names):
+            entries[:] = sorted((entry for entry in entries if not entry.startswith(".")), key=natural)
+            for entry in [entry for entry in entries if shown(entry) != entry]:
+                skip(pathlib.Path(folder, shown(entry)), NOT_UTF8)
+                entries.remove(entry)
+        for name in names:
             yield relative, name
 
 

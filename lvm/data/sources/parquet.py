@@ -75,10 +75,14 @@ class ParquetSource:
         self._rows: list[tuple[SceneInfo, int, int, int]] = []  # info, file, row group, row
         keys: set[str] = set()
         for file in found:
+            before = len(self._rows)
             try:
                 self._list(len(self._files), file, keys, skipped)
                 self._files.append(file)
             except (OSError, pyarrow.ArrowException) as error:
+                # What was listed of it goes: the next file gets its number.
+                keys.difference_update(info.key for info, *_ in self._rows[before:])
+                del self._rows[before:]
                 skipped.append(Failure(file, f"no Parquet that can be read: {error}"))
         if not self._rows:
             reason = skipped[0].reason if skipped else "they are empty"

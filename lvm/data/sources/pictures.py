@@ -15,7 +15,8 @@ from lvm.data.preprocess import Preprocess, upright
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MAX_PIXELS = 64_000_000
-_ANIMATED = ("GIF", "PNG", "WEBP")  # further pictures of other formats (MPO, TIFF) are previews and pages
+# Further pictures of other formats (MPO, TIFF) are previews and pages.
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 
 
 class UnreadableError(Exception):

@@ -17,7 +17,7 @@ from lvm import files
 from lvm.config import from_config_dict, to_json
 from lvm.data.preprocess import Preprocess
 from lvm.data.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.sources.listing import check_index, files_hash, find_files, read_range
+from lvm.data.sources.listing import NOT_UTF8, check_index, files_hash, find_files, read_range, shown
 from lvm.data.sources.pictures import SUFFIXES, Blob
 from lvm.data.sources.readers import STREAMS, FrameReader, declared_streams, make_readers
 from lvm.data.streams import Codec
@@ -145,7 +145,10 @@ class TarSource:
         """The scenes of one tar, in the order of their first members; `skipped` gets what is not used."""
         by_key: dict[str, dict[str, Member]] = {}
         unused: collections.Counter[str] = collections.Counter()
-        members, problems = _index(self._root / tar)
+        try:
+            members, problems = _index(self._root / tar)
+        except OSError as error:
+            members, problems = [], [("", f"can't be read: {error.strerror}")]
         skipped += [Failure(f"{tar}/{name}" if name else tar, reason) for name, reason in problems]
         for member in members:
             key, suffix = _split(member.name)
@@ -223,7 +226,7 @@ def _scan(path: pathlib.Path, size: int) -> tuple[list[Member], list[tuple[str, 
             while (header := _next(tar, problems)) is not None:
                 reason = _refusal(header, size)
                 if reason:
-                    problems.append((header.name, reason))
+                    problems.append((shown(header.name), reason))
                 elif header.isfile():
                     members.append(Member(header.name.removeprefix("./"), header.offset_data, header.size))
                 vars(tar)["members"].clear()  # or it keeps all headers
@@ -260,6 +263,8 @@ def _refusal(header: tarfile.TarInfo, size: int) -> str:
     """Why a member is not used, or ""."""
     if header.name.startswith("/") or ".." in re.split(r"[/\\]", header.name):
         return "its name leaves the archive"
+    if shown(header.name) != header.name:
+        return NOT_UTF8
     if header.isdir():
         return ""
     if not header.isfile() or header.issparse():
