@@ -75,16 +75,24 @@ for _name, _help in (
     flags.DEFINE_string(_name, None, _help)
 flags.DEFINE_integer("nodes", None, "of a run on GPUs under Slurm")
 flags.DEFINE_integer("gpus_per_node", None, "under Slurm")
+SITE_KEYS = tuple(field.name for field in dataclasses.fields(Site))
+# What a run is submitted with, and looking after one would ignore.
+_SUBMITTING = (
+    _ACCELERATOR, _SLICES, _PROCESSES, _GRACE, _MAX_RESTARTS, _SPOT, _RESERVED, _QUEUED, _ENV, _SECRET, _SWEEP,
+    _COMMIT, _SHIP_CHANGES, _PLAN, _DRY_RUN,
+)  # fmt: skip
 
 
 def main(verb: str, job: tuple[str, ...]) -> int:
     """The command; returns the exit code."""
     on, site = _ON.value, _site()
+    _refuse(f"--on={on}", *(flags.FLAGS[name] for name in SITE_KEYS if name not in places.SITE_KEYS[on]))
     run = _run(verb)
     folder = Path(_OUT.value or (f"runs/submitted/{run}" if run else "runs/submitted"))
     if verb:
         if job:
             raise UserError(f"{job[0]}: {verb} takes no configuration")
+        _refuse(verb, *_SUBMITTING)
         return places.look_after(verb, on, places.find(on, run, site, folder, _WORKDIR.value), _POLL.value)
     if not any(argument.partition("=")[0] == "--config" for argument in job):
         raise UserError("--config: not given; it names the experiment's file")
@@ -104,9 +112,22 @@ def main(verb: str, job: tuple[str, ...]) -> int:
         site=site,
     )
     if on == places.LOCAL:
-        _refuse(_ACCELERATOR, _SLICES, _SPOT, _RESERVED, _QUEUED, _SWEEP, _COMMIT, _SHIP_CHANGES, _SITE)
+        _refuse(
+            f"--on={on}",
+            _ACCELERATOR,
+            _SLICES,
+            _SPOT,
+            _RESERVED,
+            _QUEUED,
+            _SWEEP,
+            _COMMIT,
+            _SHIP_CHANGES,
+            _SITE,
+        )
         return places.run_here(request, folder, _PROCESSES.value, _GRACE.value, _DRY_RUN.value)
-    _refuse(_PROCESSES, _GRACE, *([] if on == "slurm" else [_SWEEP]))
+    _refuse(f"--on={on}", _PROCESSES, _GRACE, *([] if on == "slurm" else [_SWEEP]))
+    if request.slice is not None:
+        _refuse(f"--accelerator={_ACCELERATOR.value}", flags.FLAGS["nodes"], flags.FLAGS["gpus_per_node"])
     options = places.Options(_COMMIT.value, _SHIP_CHANGES.value, _PLAN.value, _DRY_RUN.value)
     places.submit(on, request, folder, options)
     return 0
@@ -133,15 +154,15 @@ def _capacity() -> str:
 
 
 def _site() -> Site:
-    given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Site)}
+    given = {name: flags.FLAGS[name].value for name in SITE_KEYS}
     return read_site(_SITE.value, {name: value for name, value in given.items() if value is not None})
 
 
-def _refuse(*given: flags.FlagHolder) -> None:
-    """What a place would ignore is an error."""
+def _refuse(beside: str, *given: flags.FlagHolder | flags.Flag) -> None:
+    """What would be ignored `beside` something else is an error."""
     for flag in given:
         if flag.present:
-            raise UserError(f"--{flag.name}: means nothing with --on={_ON.value}")
+            raise UserError(f"--{flag.name}: means nothing with {beside}")
 
 
 if __name__ == "__main__":

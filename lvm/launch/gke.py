@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from lvm.launch import shell
 from lvm.launch.request import Request, Site, Submitted
 from lvm.launch.shell import Command
 
+SITE_KEYS = ("project", "zone", "cluster", "namespace", "image", "queue", "service_account")
 MANIFEST = "jobset.yaml"
 _LABEL = "lvm-run"
 _PORT = 8476
@@ -44,6 +44,9 @@ def check(request: Request) -> None:
         )
     if request.capacity == "queued" and not request.site.queue:
         raise UserError("--queued: on GKE it is Kueue that queues; name its --queue")
+    pod = request.slice.accelerator.pod
+    if pod is not None and not pod.gke:
+        raise UserError(f"--accelerator: GKE has no {request.slice.generation}")
     if request.slice.accelerator.platform == "gpu":
         if request.slices > 1:
             raise UserError("--slices: GPUs have none; give --accelerator all of them, such as h100-64")
@@ -93,15 +96,19 @@ def watch(run: Submitted, poll: float) -> int:
     """
     state = [*_kubectl(run.site), "get", "jobset", run.run, "--output=json"]
     shown = ""
-    while True:
+
+    def look() -> int | None:
+        nonlocal shown
         found = json.loads(shell.run(state, run.folder, quiet=True)).get("status", {})
         now = f"{found.get('terminalState') or 'running'}, {found.get('restarts', 0)} restarts"
         if now != shown:
             say(f"{run.run}: {now}")
+        shown = now
         if found.get("terminalState"):
             return 0 if found["terminalState"] == "Completed" else 1
-        shown = now
-        time.sleep(poll)
+        return None
+
+    return shell.watch(look, poll)
 
 
 def manifest(request: Request) -> dict[str, Any]:

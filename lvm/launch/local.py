@@ -75,6 +75,8 @@ class Supervisor:
         for printer in printers:
             printer.start()
         say("processes " + ", ".join(str(rank.pid) for rank in self._ranks))
+        if self._ending:  # SIGTERM came while they were being started
+            self._signal(signal.SIGTERM)
         code = self._watch()
         for printer in printers:
             printer.join()

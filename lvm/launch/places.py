@@ -16,11 +16,14 @@ from lvm.errors import UserError
 from lvm.launch import code, gke, local, shell, slurm, tpu_vm
 from lvm.launch.local import Supervisor
 from lvm.launch.request import Request, Site, Submitted
+from lvm.launch.shell import CommandError
 
 LOCAL = "local"
 # Each has check, files and submit for a request; status, logs, cancel, listing and watch for what was submitted.
 _REMOTE: dict[str, Any] = {"tpu-vm": tpu_vm, "gke": gke, "slurm": slurm}
 NAMES = (LOCAL, *_REMOTE)
+# The keys of a site that each place takes.
+SITE_KEYS = {LOCAL: (), **{name: place.SITE_KEYS for name, place in _REMOTE.items()}}
 _RECORD = "submitted.json"
 
 
@@ -49,6 +52,8 @@ def submit(on: str, request: Request, folder: Path, options: Options) -> None:
     """
     place = _REMOTE[on]
     place.check(request)
+    if on == "slurm" and not options.dry_run:
+        _check_secrets(request)  # Slurm hands on what is there now, and a job may begin in days
     request = dataclasses.replace(request, commit=code.commit(options.commit, options.ship_changes))
     if options.plan:
         _plan(request)
@@ -56,6 +61,7 @@ def submit(on: str, request: Request, folder: Path, options: Options) -> None:
     for name, text in place.files(request).items():
         (folder / name).write_text(text)
     changes = code.changes(request.commit)
+    (folder / "changes.diff").unlink(missing_ok=True)  # of a submission before
     if changes:
         (folder / "changes.diff").write_text(changes)
     record = {"on": on, "workdir": request.workdir, "commit": request.commit}
@@ -76,11 +82,7 @@ def submit(on: str, request: Request, folder: Path, options: Options) -> None:
 
 def run_here(request: Request, folder: Path, processes: int, grace: float, dry_run: bool) -> int:
     """Runs it on this machine, in the foreground, and returns its exit code."""
-    missing = [where for where in request.secrets.values() if where not in os.environ]
-    if missing:
-        raise UserError(
-            f"--secret: {', '.join(missing)}: not in the environment, which is where secrets are here"
-        )
+    _check_secrets(request)
     if dry_run:
         for line in shell.exports(request.environment):
             print(line)
@@ -89,10 +91,19 @@ def run_here(request: Request, folder: Path, processes: int, grace: float, dry_r
         return 0
     secrets = {name: os.environ[where] for name, where in request.secrets.items()}
     environment = {**request.environment, **secrets}
-    with local.Place(folder).hold() as log:
+    place = local.Place(folder)  # whose lock is held while it lives
+    with place.hold() as log:
         files.write_json(folder / _RECORD, {"on": LOCAL, "workdir": request.workdir})
         run = Supervisor(request.command, processes, request.max_restarts, grace, environment, log)
         return run.run()
+
+
+def _check_secrets(request: Request) -> None:
+    missing = [where for where in request.secrets.values() if where not in os.environ]
+    if missing:
+        raise UserError(
+            f"--secret: {', '.join(missing)}: not in the environment, which is where secrets are here"
+        )
 
 
 def _plan(request: Request) -> None:
@@ -105,7 +116,13 @@ def _plan(request: Request) -> None:
         where = [f"--topology={name}", f"--slices={request.slices}"]
         command = [sys.executable, "-m", "lvm.plan", *request.job, *arguments, *where]
         say(f"planning: {shell.show(command)}")
-        shell.run(command, Path.cwd())
+        try:
+            shell.run(command, Path.cwd())
+        except CommandError as error:
+            said = [line for line in error.output.splitlines() if line.startswith("error: ")]
+            if not said:
+                raise
+            raise UserError(said[-1].removeprefix("error: ")) from error
 
 
 def find(on: str, run: str, given: Site, folder: Path, workdir: str) -> Submitted:

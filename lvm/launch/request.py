@@ -17,7 +17,7 @@ from lvm.errors import UserError
 
 CAPACITIES = ("on-demand", "spot", "reserved", "queued")
 _RUN = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Request:
     def __post_init__(self) -> None:
         check_run(self.run)
         for name in (*self.environment, *self.secrets):
-            if not _VARIABLE.fullmatch(name):
+            if not VARIABLE.fullmatch(name):
                 raise UserError(
                     f"{name!r} is no name of an environment variable; letters, digits and _ make one"
                 )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lvm.console import say
 from lvm.errors import UserError
 
 Command = Sequence[str]
+_FAILURES = 5  # in a row, that end a watch
 
 _INSTALL = {
     "gcloud": "https://cloud.google.com/sdk/docs/install",
@@ -75,6 +78,28 @@ def run(command: Command, folder: Path, quiet: bool = False) -> str:
     if not quiet and done.stdout:
         print(done.stdout.rstrip("\n"), flush=True)
     return done.stdout
+
+
+def watch(look: Callable[[], int | None], poll: float) -> int:
+    """Looks every `poll` seconds until a look returns an exit code.
+
+    Raises:
+      CommandError: a program failed many times in a row; the first times may be the network's.
+    """
+    failures = 0
+    while True:
+        try:
+            code = look()
+            failures = 0
+        except CommandError as error:
+            failures += 1
+            if failures == _FAILURES:
+                raise
+            say(f"{error}; asking again")
+            code = None
+        if code is not None:
+            return code
+        time.sleep(poll)
 
 
 def explain(command: Command, output: str) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import time
 
 from lvm import errors
 from lvm.console import say
 from lvm.errors import UserError
 from lvm.launch import shell
-from lvm.launch.request import Request, Submitted
+from lvm.launch.request import VARIABLE, Request, Submitted
 from lvm.launch.shell import Command
 
+SITE_KEYS = ("nodes", "gpus_per_node", "partition", "account", "time", "processes_per", "setup")
 SCRIPT = "job.sh"
 _GRACE = 300  # seconds before the end of its time that a job is told to save
 
@@ -19,13 +19,16 @@ _GRACE = 300  # seconds before the end of its time that a job is told to save
 def check(request: Request) -> None:
     """Raises UserError for what Slurm can't run."""
     if request.slice is not None and request.slice.accelerator.platform != "gpu":
-        raise UserError(
-            f"--accelerator: {request.slice.name}: wanted GPUs under Slurm, as in h100-64"
-        )
+        raise UserError(f"--accelerator: {request.slice.name}: wanted GPUs under Slurm, as in h100-64")
     if request.slices > 1:
         raise UserError("--slices: there are none under Slurm; give --nodes")
     if request.capacity != "on-demand":
         raise UserError(f"--{request.capacity}: under Slurm the --partition decides on that")
+    for where in request.secrets.values():
+        if not VARIABLE.fullmatch(where):
+            raise UserError(
+                f"--secret: {where!r} is no name of an environment variable, which is where secrets are under Slurm"
+            )
     if "://" in request.workdir or not request.workdir.startswith("/"):
         raise UserError(f"--workdir: {request.workdir}: wanted a folder that all nodes see, from / on")
 
@@ -47,7 +50,13 @@ def submit(request: Request) -> list[Command]:
 
 def status(run: Submitted) -> Command:
     columns = "--format=JobID%20,State%20,ExitCode,Elapsed,NNodes,Start,End"
-    return ["sacct", "-X", f"--name={run.run}", columns]
+    return [
+        "sacct",
+        "-X",
+        f"--name={run.run}",
+        "--starttime=now-30days",
+        columns,
+    ]  # by default, of today alone
 
 
 def logs(run: Submitted) -> Command:
@@ -70,7 +79,9 @@ def watch(run: Submitted, poll: float) -> int:
     """Says what becomes of the run until none of its jobs is queued or running; Slurm itself starts it again."""
     queued = ["squeue", "--me", "--noheader", f"--name={run.run}", "--format=%T"]
     shown = ""
-    while True:
+
+    def look() -> int | None:
+        nonlocal shown
         states = shell.run(queued, run.folder, quiet=True)
         now = " ".join(states.split())
         if not now:
@@ -79,7 +90,9 @@ def watch(run: Submitted, poll: float) -> int:
         if now != shown:
             say(f"{run.run}: {now}")
         shown = now
-        time.sleep(poll)
+        return None
+
+    return shell.watch(look, poll)
 
 
 def _logs(workdir: str) -> str:
@@ -120,21 +133,23 @@ def _options(request: Request, logs: str) -> list[str]:
 
 def _script(request: Request) -> str:
     final = f"{errors.EXIT_DONE}|{errors.EXIT_BAD_INPUT}|{errors.EXIT_DIVERGED}"
-    missing = [f': "${{{name}:?the secret {name} is not in the environment}}"' for name in request.secrets]
-    renamed = [f'export {name}="${{{where}}}"' for name, where in request.secrets.items() if name != where]
+    places = request.secrets.items()
+    missing = [f': "${{{where}:?the secret {name} is not in the environment}}"' for name, where in places]
+    renamed = [f'export {name}="${{{where}}}"' for name, where in places if name != where]
     lines = [
         "#!/bin/bash",
         f"# Run {request.run}: `sbatch` with the options beside this script starts it.",
         "set -uo pipefail",
         *shell.exports({**_devices(request), **request.environment}),
-        *renamed,
         *missing,
+        *renamed,
         *([request.site.setup] if request.site.setup else []),
         f"cd {shlex.quote(f'{request.folder}/{request.commit}')} || exit 1",
         *_jobs(request),
         "# A preempted job is told to end here too; it waits for its processes, which are saving.",
         "trap ':' TERM",
-        'srun --kill-on-bad-exit=1 python "${job[@]}" &',
+        "# After the first process has ended, the others have time to end by themselves, with exit codes that say why.",
+        f'srun --kill-on-bad-exit=0 --wait={_GRACE} python "${{job[@]}}" &',
         "step=$!",
         'wait "$step"',
         "code=$?",

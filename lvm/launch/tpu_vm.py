@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from collections.abc import Sequence
 
 from lvm import distributed, errors
@@ -14,8 +13,9 @@ from lvm.launch import shell
 from lvm.launch.request import Request, Site, Submitted
 from lvm.launch.shell import Command, CommandError
 
+SITE_KEYS = ("project", "zone", "runtime_version", "service_account")
 SCRIPT, CREATE = "startup.sh", "create.json"
-_LOGS = "/var/log/lvm"
+_LOG = "/var/log/lvm.log"
 # cloud.google.com/tpu/docs/runtimes
 _RUNTIMES = {
     "v2": "tpu-ubuntu2204-base",
@@ -48,6 +48,9 @@ def submit(request: Request) -> list[Command]:
     return [
         ["gcloud", "storage", "cp", archive, SCRIPT, CREATE, f"{request.folder}/"],
         _create(request),
+        # What hosts of an earlier run of this name left would end this one's `watch`. `rm` wants one to be there.
+        ["gcloud", "storage", "cp", CREATE, f"{request.folder}/ended-before"],
+        ["gcloud", "storage", "rm", f"{request.folder}/ended-*"],
     ]
 
 
@@ -81,7 +84,7 @@ def status(run: Submitted) -> Command:
 
 def logs(run: Submitted) -> Command:
     """The last lines of every host's log. Several slices have a node each: `RUN-0` is the first."""
-    tail = f"--command=tail -n 200 {_LOGS}/{run.run.removesuffix('-0')}.log"
+    tail = f"--command=tail -n 200 {_LOG}"
     return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", run.run, *_where(run.site), "--worker=all", tail]
 
 
@@ -110,7 +113,9 @@ def watch(run: Submitted, poll: float) -> int:
         )
     again = json.loads((run.folder / CREATE).read_text())
     shown = ""
-    while True:
+
+    def look() -> int | None:
+        nonlocal shown
         code = _exit_code(run)
         if code is not None:
             say(f"{run.run}: ended with exit code {code}; giving its hosts back")
@@ -127,7 +132,9 @@ def watch(run: Submitted, poll: float) -> int:
             say(f"{run.run}: asking for its hosts again")
             shell.run(again, run.folder)
             shown = ""
-        time.sleep(poll)
+        return None
+
+    return shell.watch(look, poll)
 
 
 def _state(run: Submitted) -> str:
@@ -181,8 +188,8 @@ def _script(request: Request) -> str:
         "#!/bin/bash",
         f"# Run {request.run}: every host runs this at every boot, and goes on from the newest checkpoint.",
         "set -uo pipefail",
-        f"mkdir -p {_LOGS} /opt/lvm/{request.run}",
-        f"exec >>{_LOGS}/{request.run}.log 2>&1",
+        f"exec >>{_LOG} 2>&1",
+        f"mkdir -p /opt/lvm/{request.run}",
         f"cd /opt/lvm/{request.run} || exit 1",
         "export HOME=/root UV_INSTALL_DIR=/opt/lvm/bin",
         "if [ -e ended ]; then exit 0; fi",

@@ -7,11 +7,13 @@ the checksums of its files are written beside it, and compared before anything i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -81,8 +83,8 @@ class Checkpoints:
             training=ocp.args.StandardSave(state["training"]),
             meta=ocp.args.JsonSave(meta),
         )
-        self._wait_for_sealing()
-        with files.clear_disk_errors(self._manager.directory):
+        self.wait()
+        with self._writing():
             self._manager.save(step, args=items)
         if distributed.is_first():
             self._sealing = threading.Thread(target=self._seal, args=(step,), name="checksums", daemon=True)
@@ -187,18 +189,23 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the save under way is whole on disk."""
-        with files.clear_disk_errors(self._manager.directory):
+        with self._writing():
             self._manager.wait_until_finished()
         self._wait_for_sealing()
 
     def close(self) -> None:
+        with self._writing():
+            self._manager.close()  # waits for the save under way
+        self._wait_for_sealing()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
             with files.clear_disk_errors(self._manager.directory):
-                self._manager.close()  # waits for the save under way
+                yield
         except BaseException:
-            self._failed = True  # no folder will appear
+            self._failed = True  # no folder will appear, and sealing must not wait for it
             raise
-        self._wait_for_sealing()
 
 
 def chunking(params: Any) -> Any:

@@ -12,8 +12,10 @@ import uuid
 import requests
 from etils import epath
 from google.api_core import exceptions
+from google.api_core.retry import Retry
 from google.auth import credentials
 from google.cloud import storage
+from google.cloud.storage.retry import DEFAULT_RETRY
 
 from lvm import errors
 from lvm.console import say
@@ -22,6 +24,7 @@ from lvm.errors import UserError
 STALE = 120.0  # seconds after which a lease that wasn't renewed is anybody's
 _RENEWED = 30.0  # seconds between renewals
 _LOOK = 5.0  # seconds between looks at somebody else's
+_PATIENCE = 10.0  # seconds that a write may take: one that hangs must not outlive the lease
 
 
 class Lease:
@@ -43,7 +46,7 @@ class Lease:
     ):
         self._path, self._stale, self._renewed, self._look = os.fspath(path), stale, renewed, look
         bucket, _, name = self._path.removeprefix("gs://").partition("/")
-        self._blob = _client().bucket(bucket).blob(name)
+        self._bucket, self._name = _client().bucket(bucket), name
         self._owner = uuid.uuid4().hex
         self._released = threading.Event()
         self._generation = self._take()
@@ -56,7 +59,7 @@ class Lease:
             return
         self._released.set()
         try:
-            self._blob.delete(if_generation_match=self._generation)
+            self._bucket.blob(self._name).delete(if_generation_match=self._generation)
         except (exceptions.GoogleAPIError, requests.RequestException) as error:
             say(f"{self._path}: not given back ({error}); it is free in {self._stale:.0f} s")
 
@@ -66,8 +69,10 @@ class Lease:
         while True:
             if not seen or time.monotonic() - since > self._stale:
                 try:
-                    return self._write(seen)
-                except exceptions.PreconditionFailed:  # another was faster
+                    return self._write(seen, DEFAULT_RETRY)
+                except exceptions.PreconditionFailed:  # another was faster, or only the answer was lost
+                    if self._is_ours():
+                        return self._generation
                     raise self._held() from None
             if not waited:
                 say(
@@ -85,27 +90,36 @@ class Lease:
 
     def _generation_there(self) -> int:
         """0 where there is no lease."""
-        try:
-            self._blob.reload()
-        except exceptions.NotFound:
-            return 0
-        return int(self._blob.generation)
+        found = self._bucket.get_blob(self._name)
+        return int(found.generation) if found else 0
 
-    def _write(self, replaced: int) -> int:
-        self._blob.upload_from_string(self._owner, if_generation_match=replaced)
-        return int(self._blob.generation)
+    def _write(self, replaced: int, retry: Retry | None) -> int:
+        blob = self._bucket.blob(self._name)  # anew: one that knows a generation asks for that one alone
+        blob.upload_from_string(self._owner, if_generation_match=replaced, timeout=_PATIENCE, retry=retry)
+        return int(blob.generation)
+
+    def _is_ours(self) -> bool:
+        """Whether what is there was written here after all; goes on from it then."""
+        found = self._bucket.get_blob(self._name)
+        if found is None or found.download_as_bytes(timeout=_PATIENCE) != self._owner.encode():
+            return False
+        self._generation = int(found.generation)
+        return True
 
     def _renew(self) -> None:
         last = time.monotonic()
         while not self._released.wait(self._renewed):
+            began = time.monotonic()
             try:
-                self._generation = self._write(self._generation)
-                last = time.monotonic()
-            except exceptions.PreconditionFailed:
-                if not self._released.is_set():
-                    self._end("another run has taken it")
+                try:
+                    self._generation = self._write(self._generation, retry=None)  # this loop does that
+                except exceptions.PreconditionFailed:
+                    if not self._released.is_set() and not self._is_ours():
+                        self._end("another run has taken it")
+                last = began
             except (exceptions.GoogleAPIError, requests.RequestException) as error:
-                if time.monotonic() - last > self._stale:
+                # Before anybody may take it, not after.
+                if time.monotonic() - last > self._stale - self._renewed - _PATIENCE:
                     self._end(f"it could not be renewed: {error}")
 
     def _end(self, reason: str) -> None:

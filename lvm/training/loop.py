@@ -155,9 +155,10 @@ class Loop:
                     with MetricsWriter(self._path, start, self._config.wandb) as self._metrics:
                         try:
                             return self._train(state, start, self._config.total_steps)
-                        except SpikeError as spike:
-                            del state  # its memory is needed for the one to go back to
-                            state, start = self._rewind(spike)
+                        except SpikeError as error:
+                            # Its frames hold the state, of which the memory is needed for the one to go back to.
+                            spike = error.with_traceback(None)
+                        state, start = self._rewind(spike)
             finally:
                 self._tracer.stop()
                 with self._watchdog.pausing("the last checkpoint"):
@@ -224,7 +225,8 @@ class Loop:
             stopping = self._preemption.noticed()
             if last or stopping or _due(step, self._config.checkpoint_every):
                 self._look_back(reports, 0)
-                self._save(state, step)
+                with clock.paused(state):
+                    self._save(state, step)
             if stopping:
                 began = time.monotonic()
                 with self._watchdog.pausing("the last checkpoint"):

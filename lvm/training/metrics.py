@@ -102,7 +102,7 @@ def _join_wandb(workdir: epath.Path, project: str) -> Any:
             project=name,
             id=files.read_json(record)["id"],
             name=workdir.name,
-            dir=os.fspath(workdir),
+            dir=None if files.is_remote(workdir) else os.fspath(workdir),
             config=files.read_json(workdir / "config.json"),
             resume="allow",
         )

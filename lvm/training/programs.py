@@ -25,7 +25,7 @@ def cache_programs(folder: str, workdir: epath.Path) -> None:
 
     "" is what `JAX_COMPILATION_CACHE_DIR` says, or else the workdir's own.
 
-    Says when one was there. Must come before the first program is compiled.
+    Says when one was there, and when not. Must come before the first program is compiled.
     """
     own = os.fspath(workdir / "compilation_cache")
     jax.config.update(
@@ -43,6 +43,8 @@ _listening = False
 def _say_cache(event: str, **_: object) -> None:
     if event == "/jax/compilation_cache/cache_hits":
         say("compiled program found in the cache")
+    if event == "/jax/compilation_cache/cache_misses":
+        say("compiled program put into the cache, where it was missing")
 
 
 class Tracer:

@@ -131,6 +131,19 @@ def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
     assert list((tmp_path / FOLDER).iterdir()) == []
 
 
+def test_a_save_that_fails_in_the_background_ends_the_next_one(tmp_path, monkeypatch):
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("orbax.checkpoint._src.checkpointers.async_checkpointer._on_commit_callback", full)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(new_state(step=1), 1, {})
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}"):
+        checkpoints.save(new_state(step=2), 2, {})
+    checkpoints.close()
+    assert newest_step(tmp_path) is None
+
+
 def largest_file(folder, step):
     return max(
         (folder / FOLDER / str(step) / "params").rglob("*"),

@@ -1,7 +1,9 @@
 """Around a spike of the loss: the same run as one that never had those batches."""
 
+import gc
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -100,6 +102,23 @@ def test_with_no_checkpoint_early_enough_it_goes_back_as_far_as_it_can(
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.all_steps()[-1] == 10
     checkpoints.close()
+
+
+def test_the_state_of_a_spike_is_gone_before_another_is_read(tmp_path, monkeypatch):
+    def kernels():
+        return sum(x.shape == (8,) and x.sharding.mesh.size == 8 for x in jax.live_arrays() if on_a_mesh(x))
+
+    found = []
+    restore = Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", lambda *given: found.append(kernels()) or restore(*given))
+    gc.collect()
+    before = kernels()
+    train(tmp_path, total=10, read=spiking_at(8), spike=SPIKE)
+    assert found == [before]
+
+
+def on_a_mesh(array):
+    return not array.is_deleted() and isinstance(array.sharding, jax.sharding.NamedSharding)
 
 
 def test_too_many_spikes_end_the_run_and_name_the_last_ones_batch(tmp_path):
