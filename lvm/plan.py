@@ -1,0 +1,132 @@
+"""Plans a training on chips that aren't there: `python -m lvm.plan --config=configs/lvm_3b.py --topology=v5e:16x16`.
+
+For TPUs the step that training runs is compiled and read: memory, what is sent between chips, and how fast it could
+be at best. For GPUs the same is estimated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from lvm import cli
+from lvm import flags as compiler_flags
+from lvm.accelerators import GIB, resolve
+from lvm.config import from_config_dict
+from lvm.errors import UserError
+from lvm.planning import report, search, topology
+from lvm.planning.estimate import Memory
+from lvm.planning.plan import Plan, Target, make_plan, resolve_config
+from lvm.train import TrainConfig
+
+
+def target_of(name: str, slices: int = 1, hbm_gib: float = 0.0) -> Target:
+    """Where a step is to run.
+
+    Args:
+      name: as `lvm.accelerators.resolve` takes it.
+      slices: of it.
+      hbm_gib: memory of a GPU in place of the table's; 0 takes that.
+
+    Raises:
+      UserError: no such chips, libtpu isn't there, or memory is given for a TPU.
+    """
+    described = resolve(name)
+    if described.shape:
+        if hbm_gib:
+            raise UserError(f"--hbm_gib: {hbm_gib}; the memory of {described.generation} is known")
+        devices = tuple(topology.devices(described, slices))
+        return Target(described, slices, devices, described.accelerator.hbm_bytes)
+    if slices > 1:
+        raise UserError(
+            f"--slices: {slices}; GPUs have none: name their number, as in {described.generation}-64"
+        )
+    jax.config.update("jax_platforms", "cpu")
+    return Target(described, 1, (), int(hbm_gib * GIB) or described.accelerator.hbm_bytes)
+
+
+def plan(config: TrainConfig, target: Target, num_codes: int = 8192) -> tuple[Plan, str | None]:
+    """The plan of a configuration, and a line with the nearest that would fit where it doesn't.
+
+    Raises:
+      UserError: the mesh doesn't divide chips, model or batch.
+    """
+    memory = Memory()
+    found = make_plan(resolve_config(config, target, num_codes), target, memory)
+    return found, None if found.fits else _too_large(found, memory)
+
+
+def search_plan(config: TrainConfig, target: Target, num_codes: int = 8192) -> list[Plan]:
+    """What `--search` compiled, the proposal last.
+
+    Raises:
+      UserError: nothing fits; names the smallest slice that would.
+    """
+    memory = Memory()
+    start = resolve_config(_any_batch(config, target), target, num_codes)
+    found = search.best(start, target, memory)
+    if not found:
+        raise UserError(_too_large(make_plan(start, dataclasses.replace(target, devices=()), memory), memory))
+    return found
+
+
+def _any_batch(config: TrainConfig, target: Target) -> TrainConfig:
+    """With a batch and a mesh that divide: the search has its own, but for `sequence` and `tensor`."""
+    mesh = dataclasses.replace(config.mesh, data=-1, fsdp=1)
+    parts = dataclasses.replace(config.objective, accumulate_steps=1)
+    return dataclasses.replace(config, mesh=mesh, batch_size=target.chips, objective=parts)
+
+
+def _too_large(found: Plan, memory: Memory) -> str:
+    target = found.target
+    needed, usable = found.total_bytes / GIB, target.usable_bytes / GIB
+    problem = f"{target.name}: needs {needed:.2f} GiB a chip, {usable:.2f} may be used"
+    nearest = search.nearest(found, memory)
+    return f"{problem}; the nearest that fits: {nearest[0]}" if nearest else f"{problem}; nothing nearer fits"
+
+
+def main() -> None:
+    """The command."""
+    config = from_config_dict(TrainConfig, _CONFIG.value)
+    target = target_of(_TOPOLOGY.value, _SLICES.value, _HBM_GIB.value)
+    compiler_flags.compiler_options(
+        target.described.accelerator.platform, config.flags
+    )  # refused before a compile
+    complaint = None
+    if _SEARCH.value:
+        plans = search_plan(config, target, _NUM_CODES.value)
+    else:
+        found, complaint = plan(config, target, _NUM_CODES.value)
+        plans = [found]
+    if _JSON.value:
+        print(json.dumps(plans[-1].to_json()))
+    else:
+        for found in plans[:-1]:
+            print(f"tried {search.keys(found.config)}: {found.total_bytes / GIB:.2f} GiB a chip")
+        if _SEARCH.value:
+            print(f"proposed: {search.keys(plans[-1].config)}\n")
+        print("\n".join(report.lines(plans[-1])))
+    if complaint:
+        raise UserError(complaint)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _TOPOLOGY = flags.DEFINE_string(
+        "topology", None, "v5e-256, v5litepod-256 or v5e:16x16; GPUs are h100-8, h200-64 …", required=True
+    )
+    _SLICES = flags.DEFINE_integer("slices", 1, "slices of it", lower_bound=1)
+    _SEARCH = flags.DEFINE_boolean("search", False, "find batch, rematerialisation and mesh")
+    _JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
+    _NUM_CODES = flags.DEFINE_integer(
+        "num_codes", 8192, "codes of the tokenizer, as the store would say", lower_bound=1
+    )
+    _HBM_GIB = flags.DEFINE_float(
+        "hbm_gib", 0.0, "memory of a GPU in GiB; 0 takes the table's", lower_bound=0.0
+    )
+    flags.mark_flag_as_required("config")
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""A step on devices that aren't there: compiled, read, and judged."""

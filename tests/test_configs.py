@@ -1,0 +1,84 @@
+"""Every file of configs/ builds, and what it describes has shapes."""
+
+import dataclasses
+import runpy
+
+import pytest
+
+from lvm.accelerators import resolve
+from lvm.config import from_config_dict
+from lvm.data.preprocess import Preprocess
+from lvm.data.sources import open_source
+from lvm.evaluate import EvalConfig
+from lvm.model import SIZES, Transformer
+from lvm.module import abstract, count_params
+from lvm.planning.estimate import Memory, count_parameters
+from lvm.planning.plan import Target, estimated, resolve_config
+from lvm.train import TrainConfig
+from tests.commands import ROOT
+from tokenizer.train import TokenizerConfig
+from tokenizer.vqgan import VQGAN
+
+PARAMETERS = {
+    "100m": 116_974_720, "300m": 290_968_576, "600m": 648_396_288, "1b": 1_147_119_616, "3b": 3_274_742_400,
+    "7b": 6_544_199_680,
+}  # fmt: skip
+
+
+def config_of(path):
+    return runpy.run_path(str(path))["get_config"]()
+
+
+def target(name, slices=1):
+    described = resolve(name)
+    return Target(described, slices, (), described.accelerator.hbm_bytes)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
+def test_every_config_builds_and_has_shapes(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    values = config_of(path)
+    if "objective" in values:
+        config = from_config_dict(TrainConfig, values)
+        model = dataclasses.replace(config.model, vocabulary_size=config.model.vocabulary_size or 8448)
+        shapes = abstract(lambda rngs: Transformer(model, rngs))[1]
+        assert count_params(shapes) == count_parameters(model)
+    elif "loss" in values:
+        config = from_config_dict(TokenizerConfig, values)
+        assert count_params(abstract(lambda rngs: VQGAN(config.model, rngs))[1]) > 0
+    elif "queries" in values:
+        assert from_config_dict(EvalConfig, values).queries > 0
+    else:
+        source = open_source(str(path), Preprocess(64))
+        assert source.load(0).images.dtype == "uint8"
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_a_paper_config_is_the_papers_model_and_fits_by_estimate(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "configs" / f"lvm_{size}.py"
+    config = from_config_dict(TrainConfig, config_of(path))
+    model = dataclasses.replace(config.model, vocabulary_size=8448)
+    # Published with 8292 ids; embedding and head have a row more for each that we add.
+    parameters = PARAMETERS[size] + 2 * (8448 - 8292) * model.hidden_size
+    assert count_parameters(model) == parameters
+    assert f"{parameters:,} parameters" in path.read_text()
+    assert dataclasses.replace(config.model, remat="none") == SIZES[size]
+    assert config.loop.in_steps(config.batch_size * model.context).total_steps == 200_272
+    for described in (target("v5e:16x16"), target("v4:4x4x8"), target("v5p:4x4x8"), target("v6e:16x16")):
+        assert estimated(resolve_config(config, described, 8192), described, Memory()).fits
+    two = target("v5e:16x16", 2)
+    assert resolve_config(config, two, 8192).mesh.data % 2 == 0
+
+
+def test_headers_say_what_was_not_measured():
+    for path in (ROOT / "configs").glob("lvm_*.py"):
+        header = path.read_text().split('"""')[1]
+        for word in (
+            "parameters",
+            "420B tokens",
+            "Hardware:",
+            "Plan",
+            "Measured step time and MFU: not measured",
+        ):
+            assert word in header, (path.name, word)
