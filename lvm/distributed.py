@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 from lvm.console import say
 from lvm.errors import UserError
 
+T = TypeVar("T")
 # What a launcher of ours tells each process; the first alone, as "auto", is where JAX finds the others by itself.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "LVM_COORDINATOR", "LVM_NUM_PROCESSES", "LVM_PROCESS_ID"
 
@@ -88,6 +90,26 @@ def agree(number: int) -> int:
     halves = np.array([number >> 31, number & 0x7FFFFFFF], np.int32)  # JAX would cut 64 bits to 32
     high, low = multihost_utils.broadcast_one_to_all(halves)
     return (int(high) << 31) + int(low)
+
+
+def together(function: Callable[[], T]) -> T | None:
+    """Calls `function` on the first process alone; where that fails, all processes fail.
+
+    Returns:
+      What it returned, on the first process; None on the others.
+
+    Raises:
+      UserError: what it raised, or on the others that the first process refused.
+    """
+    found, problem = None, None
+    if is_first():
+        try:
+            found = function()
+        except UserError as error:
+            problem = error
+    if agree(int(problem is not None)):
+        raise problem or UserError("the first process refused to go on: its message says why")
+    return found
 
 
 def fetch(array: jax.Array) -> np.ndarray:

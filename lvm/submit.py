@@ -25,7 +25,7 @@ from lvm.launch.request import CAPACITIES, Request, Site, check_run, pairs, read
 
 VERBS = ("watch", "logs", "status", "cancel", "list")
 
-_ON = flags.DEFINE_enum("on", None, places.NAMES, "where the run goes", required=True)
+_ON = flags.DEFINE_enum("on", places.LOCAL, places.NAMES, "where the run goes")
 _RUN = flags.DEFINE_string(
     "run", "", "its name, the same at every restart; on this machine the workdir's by default"
 )

@@ -12,6 +12,7 @@ from tests.commands import run
 TINY = ("--size=debug", "--cached=16", "--tokens=8", "--repeats=1", "--batch_sizes=1", "--caches=dynamic")
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_contenders():
     output = run("scripts.benchmark_generate", *TINY)
     assert "ours, cache of fixed size" in output

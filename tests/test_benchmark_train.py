@@ -10,6 +10,7 @@ from tests.commands import run
 TINY = ("--size=debug", "--context=16", "--batch_size=2", "--steps=1", "--warmup=1", "--notorch_compile")
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_contenders_and_the_profile(tmp_path):
     output = run("scripts.benchmark_train", *TINY, "--remat=full", f"--profile={tmp_path}")
     rows = [line for line in output.splitlines() if line.startswith("debug  ")]

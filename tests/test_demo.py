@@ -204,6 +204,7 @@ def write_folder(folder: pathlib.Path) -> None:
             labels.save(folder / "segmentation" / f"video{video}" / f"{frame:03d}.png")
 
 
+@pytest.mark.slow
 def test_a_corrupt_jpeg_among_good_ones_is_listed_and_skipped(tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     write_folder(images)
@@ -294,6 +295,7 @@ def test_a_disk_that_takes_no_more_is_named_last_and_the_run_goes_on_later(tmp_p
     assert Tokenizer.load(tmp_path).step == 60
 
 
+@pytest.mark.slow
 def test_another_model_of_the_same_step_is_evaluated_anew(demo, tmp_path):
     model, out = tmp_path / "lvm", tmp_path / "out"
     store = f"--config.data.store={demo / 'store'}"

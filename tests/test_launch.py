@@ -89,23 +89,29 @@ def test_a_slurm_job_gets_values_as_they_are(tmp_path, programs, monkeypatch):
     script = tmp_path / "out" / "job.sh"
     commit = next((tmp_path / "out").glob("*.tar.gz")).name.removesuffix(".tar.gz")
     (workdir / "launch" / "a" / commit).mkdir(parents=True)
-    fakes = Programs(tmp_path / "fakes", "srun", "scontrol")
+    fakes = Programs(tmp_path / "fakes", "srun", "scontrol", "squeue")
     refused = subprocess.run(["bash", script], capture_output=True, text=True)
     assert refused.returncode != 0
     assert "the secret TOKEN is not in the environment" in refused.stderr
     monkeypatch.setenv("TOKEN", "very secret")
-    fakes.answer(("srun", 75, ""))
+    fakes.answer(("srun", 75, ""), ("squeue", 0, "RUNNING\n"))
     done = subprocess.run(
         ["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"}, capture_output=True, text=True
     )
     assert done.returncode == 75
     assert fakes.calls[0][:4] == ["srun", "--kill-on-bad-exit=0", "--wait=300", "python"]
     assert fakes.calls[0][4:] == ["-m", "lvm.train", *job_arguments(), f"--workdir={workdir}"]
-    assert fakes.calls[1] == ["scontrol", "requeue", "7"]
+    assert fakes.calls[2] == ["scontrol", "requeue", "7"]
     assert fakes.environments[0].items() >= {**HOSTILE, "TOKEN": "very secret"}.items()
     fakes.answer(("srun", 65, ""))
     assert subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"}).returncode == 65
-    assert [call[0] for call in fakes.calls[2:]] == ["srun"]
+    assert [call[0] for call in fakes.calls[3:]] == ["srun"]
+    fakes.answer(("srun", 75, ""), ("squeue", 0, "COMPLETING\n"))  # it was cancelled
+    subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"})
+    fakes.answer(("srun", 76, ""), ("squeue", 0, "RUNNING\n"))
+    for _ in range(4):
+        subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"})
+    assert [call[0] for call in fakes.calls].count("scontrol") == 1 + 3  # of at most three restarts
     written = "".join(path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".gz")
     assert "very secret" not in written
 

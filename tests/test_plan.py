@@ -218,6 +218,7 @@ def test_a_search_by_formula_takes_the_largest_batch_that_fits():
     )
 
 
+@pytest.mark.slow
 def test_a_search_stops_after_few_compiles_and_keeps_what_fits(monkeypatch):
     target = dataclasses.replace(absent("v5e:2x2"), devices=("a chip",) * 4)
     compiled = []

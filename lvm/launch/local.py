@@ -18,7 +18,6 @@ from lvm import cli, distributed, errors
 from lvm.console import say
 from lvm.errors import UserError
 
-_NEVER_RESTARTED = (errors.EXIT_DONE, errors.EXIT_BAD_INPUT, errors.EXIT_DIVERGED)
 _POLL = 0.1  # seconds
 
 
@@ -28,7 +27,7 @@ class Supervisor:
     Args:
       command: arguments after `python`, the same for every rank.
       processes: how many ranks.
-      max_restarts: how often a run that failed or was preempted is started again.
+      max_restarts: how often a run that failed is started again; one that was preempted always is. 0 is never.
       grace: seconds that ranks have to end by themselves after SIGTERM.
       environment: variables beside those of this process.
       log: takes what the ranks print, beside this process's output.
@@ -53,15 +52,19 @@ class Supervisor:
         """Returns the exit code of the run's last start; a signal's is 128 + its number."""
         signal.signal(signal.SIGTERM, self._pass_on)
         signal.signal(signal.SIGINT, self._pass_on)
-        for restart in range(self._max_restarts + 1):
+        failures = 0
+        while True:
             code = self._run_once()
-            if self._ending or code in _NEVER_RESTARTED:
+            if self._ending or code in errors.FINAL or not self._max_restarts:
                 return code
-            if restart < self._max_restarts:
-                say(f"restart {restart + 1} of {self._max_restarts} after exit code {code}")
-        if self._max_restarts:
-            say(f"given up after {self._max_restarts} restarts")
-        return code
+            if code == errors.EXIT_PREEMPTED:  # which is no failure
+                say(f"restart after exit code {code}")
+                continue
+            failures += 1
+            if failures > self._max_restarts:
+                say(f"given up after {self._max_restarts} restarts")
+                return code
+            say(f"restart {failures} of {self._max_restarts} after exit code {code}")
 
     def _run_once(self) -> int:
         port = _free_port()

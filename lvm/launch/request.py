@@ -112,7 +112,7 @@ class Request:
       capacity: one of `CAPACITIES`.
       environment: variables and their values, as they are.
       secrets: variable → where its value is kept; the value itself is never read here.
-      max_restarts: how often a run that ended by 1, 75, 76 or a signal is started again.
+      max_restarts: how often a run that ended by 1, 76 or a signal is started again; after 75 it always is. 0 is never.
       sweep: arguments of each of several runs, beside `job`; () is one run.
       site: see `Site`.
 

@@ -76,7 +76,11 @@ def listing(run: Submitted) -> Command:
 
 
 def watch(run: Submitted, poll: float) -> int:
-    """Says what becomes of the run until none of its jobs is queued or running; Slurm itself starts it again."""
+    """Says what becomes of the run until none of its jobs is queued or running; Slurm itself starts it again.
+
+    Returns:
+      0 where all its jobs completed, 1 where one didn't.
+    """
     queued = ["squeue", "--me", "--noheader", f"--name={run.run}", "--format=%T"]
     shown = ""
 
@@ -86,7 +90,8 @@ def watch(run: Submitted, poll: float) -> int:
         now = " ".join(states.split())
         if not now:
             shell.run(status(run), run.folder)
-            return 0
+            ended = shell.run([*status(run)[:-1], "--noheader", "--format=State"], run.folder, quiet=True)
+            return 0 if set(ended.split()) <= {"COMPLETED"} else 1
         if now != shown:
             say(f"{run.run}: {now}")
         shown = now
@@ -132,7 +137,7 @@ def _options(request: Request, logs: str) -> list[str]:
 
 
 def _script(request: Request) -> str:
-    final = f"{errors.EXIT_DONE}|{errors.EXIT_BAD_INPUT}|{errors.EXIT_DIVERGED}"
+    final = "|".join(str(code) for code in errors.FINAL)
     places = request.secrets.items()
     missing = [f': "${{{where}:?the secret {name} is not in the environment}}"' for name, where in places]
     renamed = [f'export {name}="${{{where}}}"' for name, where in places if name != where]
@@ -156,12 +161,22 @@ def _script(request: Request) -> str:
         'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done',
         'echo "ended with exit code $code"',
         f'case "$code" in {final}) exit "$code" ;; esac',
-        f'if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {request.max_restarts} ]; then',
-        '  scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
+        *(_requeue(request) if request.max_restarts else []),
         'exit "$code"',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _requeue(request: Request) -> list[str]:
+    """Starts the job again, unless it was cancelled or failed too often. To be preempted is no failure."""
+    return [
+        'failures="failures-$SLURM_JOB_ID"',
+        f'if [ "$code" != {errors.EXIT_PREEMPTED} ]; then echo "$code" >>"$failures"; else touch "$failures"; fi',
+        'state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)"',
+        f'if [ "$(wc -l <"$failures")" -le {request.max_restarts} ] && [ "$state" = RUNNING ]; then',
+        '  scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+    ]
 
 
 def _devices(request: Request) -> dict[str, str]:

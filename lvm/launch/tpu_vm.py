@@ -180,10 +180,10 @@ def _script(request: Request) -> str:
         name: shlex.quote(text) for name, text in (("archive", request.archive), ("folder", request.folder))
     }
     secrets = [
-        f'{name}="$(gcloud secrets versions access latest --secret={shlex.quote(where)})" && export {name} || exit 1'
+        f'  {name}="$(gcloud secrets versions access latest --secret={shlex.quote(where)})" || return 1\n'
+        f"  export {name}"
         for name, where in request.secrets.items()
     ]
-    never = "|".join(str(code) for code in (0, errors.EXIT_BAD_INPUT, errors.EXIT_DIVERGED))
     lines: Sequence[str] = [
         "#!/bin/bash",
         f"# Run {request.run}: every host runs this at every boot, and goes on from the newest checkpoint.",
@@ -193,29 +193,46 @@ def _script(request: Request) -> str:
         f"cd /opt/lvm/{request.run} || exit 1",
         "export HOME=/root UV_INSTALL_DIR=/opt/lvm/bin",
         "if [ -e ended ]; then exit 0; fi",
-        "if [ ! -e ready ]; then",
-        f'  gcloud storage rm {quoted["folder"]}/ended-"$(hostname)"',
-        "  rm -rf code environment && mkdir code",
-        f"  for attempt in 1 2 3 4 5; do gcloud storage cp {quoted['archive']} code.tar.gz && break; sleep 10; done",
-        "  tar -xzf code.tar.gz -C code || exit 1",
-        "  curl -LsSf https://astral.sh/uv/install.sh | sh || exit 1",
-        "  /opt/lvm/bin/uv venv --python 3.12 environment || exit 1",
-        "  /opt/lvm/bin/uv pip install --python environment/bin/python -r code/requirements-plan.txt || exit 1",
-        "  touch ready",
-        "fi",
-        *shell.exports(request.environment),
+        "prepare() {",
         *secrets,
+        "  if [ -e ready ]; then return 0; fi",
+        f'  gcloud storage rm {quoted["folder"]}/ended-"$(hostname)"',
+        "  rm -rf code environment && mkdir code || return 1",
+        f"  gcloud storage cp {quoted['archive']} code.tar.gz || return 1",
+        "  tar -xzf code.tar.gz -C code || return 1",
+        "  curl -LsSf https://astral.sh/uv/install.sh | sh || return 1",
+        "  /opt/lvm/bin/uv venv --python 3.12 environment || return 1",
+        "  /opt/lvm/bin/uv pip install --python environment/bin/python -r code/requirements-plan.txt || return 1",
+        "  touch ready",
+        "}",
+        'until prepare; do echo "this host is not ready; trying again"; sleep 60; done',
+        *shell.exports(request.environment),
         f"export {distributed.COORDINATOR}=auto",
         "cd code || exit 1",
-        f"for attempt in $(seq 0 {request.max_restarts}); do",
-        '  echo "start $attempt"',
-        f"  ../environment/bin/python {shlex.join(request.command)}",
-        "  code=$?",
-        '  echo "ended with exit code $code"',
-        f'  case "$code" in {never}) break ;; esac',
-        "  sleep 10",
-        "done",
+        *_restarts(request),
         'echo "$code" >../ended',
         f'gcloud storage cp ../ended {quoted["folder"]}/ended-"$(hostname)"',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _restarts(request: Request) -> list[str]:
+    """Runs it until it has ended for good. To be preempted is no failure."""
+    once = [
+        f"../environment/bin/python {shlex.join(request.command)}",
+        "code=$?",
+        'echo "ended with exit code $code"',
+    ]
+    if not request.max_restarts:
+        return once
+    final = "|".join(str(code) for code in errors.FINAL)
+    return [
+        "failures=0",
+        "while true; do",
+        *(f"  {line}" for line in once),
+        f'  case "$code" in {final}) break ;; esac',
+        f'  if [ "$code" != {errors.EXIT_PREEMPTED} ]; then failures=$((failures + 1)); fi',
+        f'  if [ "$failures" -gt {request.max_restarts} ]; then break; fi',
+        "  sleep 10",
+        "done",
+    ]

@@ -126,7 +126,7 @@ class Checkpoints:
           UserError: there are checkpoints, but all are damaged.
           OSError: files can't be read; nothing is decided on that.
         """
-        found = distributed.agree(self._newest_sound() if distributed.is_first() else 0)
+        found = distributed.agree(distributed.together(self._newest_sound) or 0)
         self._manager.reload()
         return None if found < 0 else found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from lvm import files
+from lvm import distributed, files
 from lvm.console import say
 
 REQUEST = "profile.request"
@@ -87,7 +87,10 @@ class Tracer:
             shutil.rmtree(self._local)
 
     def _requested(self) -> bool:
+        """Of the first process alone: the others would find the file gone."""
         now = time.monotonic()
+        if not distributed.is_first():
+            return False
         if files.is_remote(self._workdir) and now - self._looked < _LOOK:
             return False
         self._looked = now

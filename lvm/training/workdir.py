@@ -75,8 +75,7 @@ class Workdir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; --workdir wants a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        if distributed.is_first():
-            self._hold()
+        distributed.together(self._hold)
         record = files.as_json({"version": 1, "kind": kind, **record})
         if not (self.path / CONFIG).exists() and self._has_checkpoints():
             raise UserError(

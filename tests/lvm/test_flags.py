@@ -102,6 +102,7 @@ def test_other_complaints_of_the_compiler_are_not_taken_for_options():
     assert refused("RESOURCE_EXHAUSTED: xla_a", {"xla_a": 1}) is None
 
 
+@pytest.mark.slow
 def test_a_run_records_what_it_was_compiled_with_and_goes_on_with_other_options(make_store, tmp_path):
     store = make_store([(1, 0)] * 40)
     manifest = pathlib.Path(store, "manifest.json")

@@ -285,7 +285,8 @@ def test_every_folder_is_loaded_alike(tmp_path):
     for kind in models.KINDS:
         models.write(tmp_path / kind, stored, kind)
         loaded = LVM.load(tmp_path / kind)
-        assert (loaded.config, loaded.vocabulary, loaded.step) == (stored.config, SMALL, 7)
+        config = dataclasses.replace(stored.config, attention="auto")  # training's kernel need not run here
+        assert (loaded.config, loaded.vocabulary, loaded.step) == (config, SMALL, 7)
         answers.append(loaded.logits(tokens))
     np.testing.assert_array_equal(answers[0], answers[1])
     np.testing.assert_array_equal(answers[0], answers[2])

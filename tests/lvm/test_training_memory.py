@@ -58,6 +58,7 @@ def test_a_named_policy_that_does_not_fit_is_an_error_that_names_one_that_does(m
     assert "config.objective.accumulate_steps=1 would fit" in words
 
 
+@pytest.mark.slow
 def test_what_fits_nowhere_is_said_to(monkeypatch):
     with pytest.raises(
         UserError, match=r"none 0\.00, dots 0\.00, attention 0\.00, full 0\.00; .*a larger config.mesh.fsdp"

@@ -111,6 +111,7 @@ def test_the_state_is_donated(compiled):
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < MIB
 
 
+@pytest.mark.slow
 def test_parts_that_add_up_and_zero1_compile_and_send_no_moments():
     # Accumulation with fsdp is what XLA for TPU failed on; moments that don't nest in gradients would be sent around.
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices("v5e:2x2"))

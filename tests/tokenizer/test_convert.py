@@ -13,8 +13,8 @@ from lvm.errors import UserError
 from tests.commands import run
 from tests.configs import tiny_tokenizer
 from tests.tokenizer.networks import check_same, random_weights, same_bits, small
-from tokenizer import weights
 from tokenizer import train as training
+from tokenizer import weights
 from tokenizer.objective import LossConfig
 from tokenizer.vqgan import VQGANConfig
 
@@ -36,6 +36,7 @@ def test_the_command_converts(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_training_begins_with_converted_weights(tmp_path):
     config = VQGANConfig(
         resolution=32, patch_size=8, channels=16, channel_multipliers=(1,), encoder_blocks=1, decoder_blocks=1,

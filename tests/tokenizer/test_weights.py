@@ -141,6 +141,7 @@ def networks(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(config=networks(), seed=st.integers(0, 99), data=st.data())
 def test_networks_of_any_size_survive_any_chain(config, seed, data):
