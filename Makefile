@@ -15,7 +15,7 @@ demo: $(VENV)/requirements.txt.done
 	$(NO_TPU) $(VENV)/bin/python -m scripts.demo $(if $(IMAGES),--images="$(IMAGES)") $(if $(filter 1 true yes,$(FRESH)),--fresh)
 
 test: $(VENV)/requirements-test.txt.done
-	$(RUN) -m pytest -m "not slow and not parity" -n auto --maxprocesses=8 --dist=loadfile
+	$(RUN) -m pytest -m "not slow and not parity" -n auto --maxprocesses=8 --dist=worksteal
 
 test-slow: $(VENV)/requirements-test.txt.done
 	$(RUN) -m pytest -m "slow or (hypothesis and not parity)" --hypothesis-profile=random

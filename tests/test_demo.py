@@ -266,6 +266,7 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_figures(demo, tmp_path):
         assert comparable(out / "results.json") == comparable(demo / "results.json")
 
 
+@pytest.mark.slow
 def test_a_killed_demo_leaves_no_stage_behind(tmp_path):
     process = start("scripts.demo", *TINY_DEMO, f"--out={tmp_path}", start_new_session=True)
     deadline = time.monotonic() + 60
