@@ -337,9 +337,12 @@ class MultiAnnotation(Recipe):
         return _grids(frames, places // self.chosen, frames, np.tile(shown, (1, self.shots)))
 
 
+@dataclasses.dataclass(frozen=True)
 class _AnnotatedVideo(_Strided):
-    source: str
-    target: str
+    source: str = "rgb"
+    target: str = "segmentation"
+    frames: int = 8
+    strides: tuple[int, ...] = (10, 20, 30)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -364,10 +367,6 @@ class Interleaved(_AnnotatedVideo):
     """
 
     kind = "interleaved"
-    source: str = "rgb"
-    target: str = "segmentation"
-    frames: int = 8
-    strides: tuple[int, ...] = (10, 20, 30)
 
     @property
     def answers(self) -> np.ndarray:
@@ -383,10 +382,6 @@ class Separated(_AnnotatedVideo):
     """x1 x2 … y1 y2 …: the frames of a video, then their annotations. Attributes: those of `Interleaved`."""
 
     kind = "separated"
-    source: str = "rgb"
-    target: str = "segmentation"
-    frames: int = 8
-    strides: tuple[int, ...] = (10, 20, 30)
 
     @property
     def answers(self) -> np.ndarray:

@@ -3,6 +3,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lvm import files
@@ -68,7 +69,8 @@ def test_deterministic_adds_to_gpus_alone():
 def test_the_compiler_knows_what_gpus_are_asked_for(deterministic):
     # The options of all platforms but TPU are one list to the compiler.
     program = jax.jit(lambda x: x + 1).lower(jnp.ones(2))
-    program.compile(compiler_options("gpu", deterministic=deterministic))
+    compiled = program.compile(compiler_options("gpu", deterministic=deterministic))
+    np.testing.assert_array_equal(compiled(jnp.ones(2)), [2, 2])  # an unknown option would have been refused
 
 
 def step_with(options):
