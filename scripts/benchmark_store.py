@@ -87,7 +87,7 @@ def rates(store: Store, count: int) -> list[str]:
 
     def grids(some: np.ndarray) -> None:
         of_all = np.tile(np.arange(frames), len(some))
-        store.grids(some.repeat(frames), of_all, np.zeros(len(of_all), np.int64))
+        store.grids(store.entries(some).repeat(frames), of_all, np.zeros(len(of_all), np.int64))
 
     lines = [f"{'records of 16 grids, random, checked':<44} {'a second':>12} {'a core second':>14}"]
     lines.append(rate("Store.scene, singly", singly, numbers, 1))
@@ -103,7 +103,7 @@ def memory(folder: str, count: int) -> dict[str, float]:
     numbers = np.random.default_rng(2).integers(0, len(store), count)
     for start in range(0, count, _BATCH):
         some = numbers[start : start + _BATCH]
-        store.grids(some, np.zeros_like(some), np.zeros_like(some))
+        store.grids(store.entries(some), np.zeros_like(some), np.zeros_like(some))
     return found | {"read": _resident("VmRSS"), "own": _resident("RssAnon")}
 
 

@@ -24,7 +24,7 @@ from lvm.console import say
 from lvm.data import writing
 from lvm.data.augment import Augment
 from lvm.data.reading import Chunks
-from lvm.data.records import check_size
+from lvm.data.records import NOT_THE_MANIFESTS, check_size
 from lvm.data.scenes import DamagedError, Scene
 from lvm.data.sources import Source, open_source
 from lvm.data.split import content_hash
@@ -73,7 +73,7 @@ def _checksum_problems(store: Store, shard: int, named: bool) -> Iterator[str]:
             check_size(file, listed)
             if files.sha256(file) != listed["sha256"]:
                 where = "" if named else "; all records are whole: it lies beside them"
-                yield f"{file}: damaged: its checksum is not the manifest's{where}"
+                yield f"{file}: {NOT_THE_MANIFESTS}{where}"
         except (UserError, OSError) as error:
             yield str(error)
 

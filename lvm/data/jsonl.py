@@ -142,16 +142,16 @@ class JsonlStore:
         groups = (self._index if entries is None else entries)["group"]
         return split.heldout(groups, fraction, self._extremes)
 
-    def grids(self, numbers: np.ndarray, frames: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def grids(self, entries: np.ndarray, frames: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """As `Store.grids`: uint16 [n, N]; `columns` are all 0."""
-        codes = np.empty((len(numbers), self.codes_per_image), np.uint16)
-        lines, which = np.unique(numbers, return_inverse=True)
-        for place, line in enumerate(lines):
-            entry = self._index[line]
-            start = int(entry["offset"])
+        codes = np.empty((len(entries), self.codes_per_image), np.uint16)
+        starts, at, which = np.unique(entries["offset"], return_index=True, return_inverse=True)
+        for place, (start, size) in enumerate(
+            zip(starts.tolist(), entries["size"][at].tolist(), strict=True)
+        ):
             mine = which == place
-            content = self._content[start : start + int(entry["size"])]
-            codes[mine] = self._grids(content, int(line))[frames[mine]]
+            line = int(np.searchsorted(self._index["offset"], start))
+            codes[mine] = self._grids(self._content[start : start + size], line)[frames[mine]]
         return codes
 
     def _grids(self, content: bytes, line: int) -> np.ndarray:

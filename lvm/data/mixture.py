@@ -34,6 +34,7 @@ BLOCK = 256
 _SCALE = 2**32  # cumulative weights are integers over this, so that sums are exact
 PERIOD = _SCALE // BLOCK  # blocks after which the number of each source's sentences in a block repeats
 
+ORDER = 2  # version of the rules by which (config, seed, n) tell the n-th sentence
 PACKINGS = ("concat", "whole")
 LOSSES = ("all", "answers")
 _UNITS = ("sentences", "codes")
@@ -179,7 +180,7 @@ class Mixture:
         }
         fields = ("heldout_fraction", "packing", "loss", "shuffle")
         chosen = {name: getattr(self.config, name) for name in fields}
-        return {"seed": self._given_seed, **chosen, "sources": sources}
+        return {"order": ORDER, "seed": self._given_seed, **chosen, "sources": sources}
 
     def identity(self) -> str:
         """A hash of `record`."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from lvm.data.mixture import BLOCK, PERIOD, Mixture
 
+_PAD = -1  # in place of a sentence
 _STRIDE = 4096  # blocks between two places whose row is remembered
 
 
@@ -30,6 +31,10 @@ class Pieces:
     firsts: np.ndarray
     lengths: np.ndarray
     segments: np.ndarray
+
+    def take(self, part: slice) -> Pieces:
+        """Some of them that follow each other."""
+        return Pieces(*(getattr(self, field.name)[part] for field in dataclasses.fields(self)))
 
     @classmethod
     def join(cls, parts: Sequence[Pieces]) -> Pieces:
@@ -107,9 +112,10 @@ class Whole:
         parts = []
         while count:
             block, row = self._find(first)
-            made = self._block(block)[row : row + count]
-            parts += made
-            first, count = first + len(made), count - len(made)
+            made, starts = self._block(block)
+            rows = min(count, len(starts) - 1 - row)
+            parts.append(made.take(slice(starts[row], starts[row + rows])))
+            first, count = first + rows, count - rows
         return Pieces.join(parts)
 
     def block(self, row: int) -> int:
@@ -153,24 +159,31 @@ class Whole:
         return best_fit(counts, tuple(self._lengths.tolist()), self._capacity)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
-    def _block(self, block: int) -> list[Pieces]:
-        """The rows of a block, in a seeded order."""
+    def _block(self, block: int) -> tuple[Pieces, np.ndarray]:
+        """What the rows of a block are made of, in a seeded order; the first piece of each, int64 [rows + 1]."""
         sources, numbers = self._mixture.block(block)
         kinds = self._kinds[sources]
         waiting = [np.flatnonzero(kinds == kind).tolist() for kind in range(len(self._lengths))]
         bins = self._bins(tuple(len(places) for places in waiting))
-        rows = [np.array([waiting[kind].pop() for kind in bin]) for bin in bins]
-        order = np.random.default_rng([self._mixture.seed, block, 1]).permutation(len(rows))
-        return [self._row(sources[rows[i]], numbers[rows[i]]) for i in order]
-
-    def _row(self, sources: np.ndarray, numbers: np.ndarray) -> Pieces:
-        lengths = self._lengths[self._kinds[sources]]
-        rest = self._capacity - int(lengths.sum())
-        segments = np.arange(1, len(sources) + 1, dtype=np.int32)
-        if rest:
-            sources, numbers = np.append(sources, np.int16(-1)), np.append(numbers, 0)
-            lengths, segments = np.append(lengths, rest), np.append(segments, np.int32(0))
-        return Pieces(sources, numbers, np.zeros(len(sources), np.int64), lengths, segments)
+        rows = [[waiting[kind].pop() for kind in bin] for bin in bins]
+        rest = [self._capacity - int(sum(self._lengths[list(bin)])) for bin in bins]
+        order = np.random.default_rng([self._mixture.seed, block, 1]).permutation(len(rows)).tolist()
+        padded = [
+            rows[i] + [_PAD] * (rest[i] > 0) for i in order
+        ]  # sentences of each row, by their place in the block
+        starts = np.cumsum([0, *map(len, padded)])
+        places = np.concatenate([np.array(row) for row in padded])
+        is_pad = places == _PAD
+        lengths = self._lengths[kinds[places]]
+        lengths[is_pad] = [rest[i] for i in order if rest[i] > 0]
+        segments = np.arange(1, len(places) + 1) - np.repeat(starts[:-1], np.diff(starts))
+        return Pieces(
+            np.where(is_pad, -1, sources[places]).astype(np.int16),
+            np.where(is_pad, 0, numbers[places]),
+            np.zeros(len(places), np.int64),
+            lengths,
+            np.where(is_pad, 0, segments).astype(np.int32),
+        ), starts
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ PAGE = 64  # neighbours that stay together in the first step of "blocks": a reco
 WINDOW = 64 * PAGE  # places that the second step mixes
 
 _ROUNDS = 4
+_ONE = np.uint64(1)
 
 
 def order(places: np.ndarray, n: int, seed: int, shuffle: str, scenes: int = 1) -> np.ndarray:
@@ -29,8 +32,8 @@ def order(places: np.ndarray, n: int, seed: int, shuffle: str, scenes: int = 1) 
 def permute(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Where a seeded permutation of [0, n) sends `indices`.
 
-    A balanced Feistel network over the smallest even number of bits that holds n, walked along its cycles
-    until the result is below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    An unbalanced Feistel network over the pairs of Z_a × Z_b, a near the root of n and a·b hardly more, walked along
+    its cycles until the result is below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
 
     Args:
       indices: int64 [k], each in [0, n).
@@ -40,12 +43,19 @@ def permute(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
     Returns:
       int64 [k].
     """
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    keys = np.random.default_rng([seed % 2**64, n]).integers(0, 2**64, _ROUNDS, dtype=np.uint64)
-    result = _feistel(np.asarray(indices, np.uint64), keys, np.uint64(half))
-    while (outside := result >= n).any():
-        result[outside] = _feistel(result[outside], keys, np.uint64(half))
+    high = math.isqrt(max(0, n - 1)) + 1
+    low = -(-n // high)
+    sides = np.uint64(high), np.uint64(low)
+    keys = _keys(seed % 2**64, n)
+    result = _feistel(np.asarray(indices, np.uint64), keys, *sides)
+    while (outside := result >= np.uint64(n)).any():
+        result[outside] = _feistel(result[outside], keys, *sides)
     return result.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=1024)
+def _keys(seed: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, n]).integers(0, 2**64, _ROUNDS, dtype=np.uint64)
 
 
 def permute_each(indices: np.ndarray, sizes: np.ndarray, seed: int, places: np.ndarray) -> np.ndarray:
@@ -53,7 +63,7 @@ def permute_each(indices: np.ndarray, sizes: np.ndarray, seed: int, places: np.n
 
     Args:
       indices: int64 [k], each in [0, its size).
-      sizes: int64 [k], of the domains; equal places have equal sizes.
+      sizes: int64 [k], of the domains, below 2^53; equal places have equal sizes.
       seed: any number.
       places: int64 [k], which permutation.
 
@@ -61,12 +71,12 @@ def permute_each(indices: np.ndarray, sizes: np.ndarray, seed: int, places: np.n
       int64 [k].
     """
     sizes = np.asarray(sizes, np.uint64)
-    bits = np.frexp(np.maximum(sizes, 2) - 1.0)[1]  # sizes are below 2^53, where floats count exactly
-    half = ((bits + 1) // 2).astype(np.uint64)
+    high = np.ceil(np.sqrt(sizes)).astype(np.uint64)
+    low = (sizes + high - np.uint64(1)) // high
     keys = Draws(seed, places).bits(_ROUNDS).T  # [rounds, k]
-    result = _feistel(np.asarray(indices, np.uint64), keys, half)
+    result = _feistel(np.asarray(indices, np.uint64), keys, high, low)
     while (outside := np.flatnonzero(result >= sizes)).size:
-        result[outside] = _feistel(result[outside], keys[:, outside], half[outside])
+        result[outside] = _feistel(result[outside], keys[:, outside], high[outside], low[outside])
     return result.astype(np.int64)
 
 
@@ -98,10 +108,15 @@ def _combined(seed: int, part: int) -> int:
     return int(mix(mix(np.array([seed % 2**64], np.uint64)) ^ np.uint64(part % 2**64))[0])
 
 
-def _feistel(x: np.ndarray, keys: np.ndarray, half: Any) -> np.ndarray:
-    """Keys are uint64 [rounds] or [rounds, k], `half` the bits of one side, uint64 [] or [k]."""
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
-    for key in keys:
-        left, right = right, left ^ (mix(right + key) & mask)
-    return (left << half) | right
+def _feistel(x: np.ndarray, keys: np.ndarray, high: Any, low: Any) -> np.ndarray:
+    """Pairs (x // low, x % low) of Z_high × Z_low: each round turns one side by a hash of the other.
+
+    Keys are uint64 [rounds] or [rounds, k], `high` and `low` uint64 [] or [k].
+    """
+    left, right = np.divmod(x, low)
+    for number, key in enumerate(keys):
+        if number % 2:
+            right = (right + (mix(left + key) >> _ONE)) % low  # a bit less, so that the sum doesn't wrap
+        else:
+            left = (left + (mix(right + key) >> _ONE)) % high
+    return left * low + right

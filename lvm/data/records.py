@@ -1,57 +1,61 @@
-"""The files of a store's shards: found on disk or staged, opened when they are first asked for, read by number."""
+"""The files of a store's shards: found on disk or staged, opened when they are first asked for, read by number.
+
+A shard is an ArrayRecord file, and whole records are read as such. Single grids are read where they lie: records
+aren't compressed, and the index tells the place of each one's blocks, so an image of a page costs a read of 2 KiB.
+"""
 
 from __future__ import annotations
 
-import collections
 import os
-import threading
+import resource
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
 from lvm import files
-from lvm.data import staging
-from lvm.data.scenes import INDEX, DamagedError
+from lvm.data import scenes, staging
+from lvm.data.scenes import INDEX, PLACES, DamagedError
 from lvm.errors import UserError
 
-# Records that a process keeps, of all stores: where neighbours are read soon, each comes once.
-_RECENT_BYTES = 2**26
 # A record at a time and none beside it: ArrayRecord's own threads cost thirty times what they read.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:1"
 RECORDS, INDEXES = ".array_record", ".index"
+# ArrayRecord's files are Riegeli's: every 64 KiB, wherever that is in a record, stand 24 bytes of its own
+# (Riegeli's "riegeli_records_file_format.md", "Block header"). Places count the bytes between them.
+_CHUNK, _OWN = 2**16, 24
+_BETWEEN = _CHUNK - _OWN
+NOT_THE_MANIFESTS = "damaged: its checksum is not the manifest's"
+_LARGEST = 2**44  # bytes of a shard
+_GAP = 2**13  # bytes that are sooner read than left out
+_FILES_BESIDE = 256  # that a process has open beside those of stores
 
 
-class _Recent:
-    """The records that were read last, up to a number of bytes in all."""
+def read_at(descriptors: Sequence[int], places: np.ndarray, sizes: np.ndarray) -> bytes:
+    """Pieces of ArrayRecord files, joined, without block headers; zeros where nothing can be read.
 
-    def __init__(self, limit: int):
-        self._limit, self._bytes = limit, 0
-        self._records: collections.OrderedDict[Any, bytes] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, keys: Sequence[Any], read: Callable[[int], bytes]) -> list[bytes]:
-        """The records of `keys`; `read` gets the places of those that aren't here."""
-        with self._lock:
-            found = [self._records.get(key) for key in keys]
-            missing = [place for place, record in enumerate(found) if record is None]
-            for key, record in zip(keys, found, strict=True):
-                if record is not None:
-                    self._records.move_to_end(key)
-        new = [read(place) for place in missing]
-        with self._lock:
-            for place, record in zip(missing, new, strict=True):
-                found[place] = record
-                if self._records.setdefault(keys[place], record) is record:
-                    self._bytes += len(record)
-            while self._bytes > self._limit:
-                self._bytes -= len(self._records.popitem(last=False)[1])
-        return found  # type: ignore[return-value]
+    Args:
+      descriptors: the file of each piece.
+      places, sizes: int64 [n], where each begins and its bytes.
+    """
+    first, last = places // _BETWEEN, (places + sizes - 1) // _BETWEEN
+    starts, lengths = places + _OWN * (first + 1), sizes + _OWN * (last - first)
+    pieces = list(map(_pread, descriptors, lengths.tolist(), starts.tolist()))
+    for number in np.flatnonzero(last > first).tolist():
+        data, header = pieces[number], int(_BETWEEN - places[number] % _BETWEEN)
+        kept = [data[at + _OWN : at + _CHUNK] for at in range(header, len(data), _CHUNK)]
+        pieces[number] = b"".join([data[:header], *kept])
+    return b"".join(pieces)
 
 
-_recent = _Recent(_RECENT_BYTES)
+def _pread(descriptor: int, size: int, place: int) -> bytes:
+    try:
+        data = os.pread(descriptor, size, place)
+    except OSError:  # of the disk; zeros don't fit their checksum
+        data = b""
+    return data if len(data) == size else data.ljust(size, b"\0")
 
 
 class Shards:
@@ -72,9 +76,10 @@ class Shards:
         identity: Callable[[], str],
     ):
         self.path, self._entries, self._stage_to, self._identity = path, entries, stage_to, identity
-        self._token = object()  # tells this object's records from those of a store that was here before
         self._readers: dict[int, Any] = {}
-        self._indexes: dict[int, np.ndarray] = {}
+        self._opened: dict[int, BinaryIO] = {}
+        self._indexes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        _allow_files(2 * len(entries))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -83,46 +88,96 @@ class Shards:
         """A record's name in messages."""
         return f"{self.path / self._entries[shard]['name']}{RECORDS}, record {record}"
 
-    def index(self, shard: int) -> np.ndarray:
-        """`scenes.INDEX` entries of a shard's scenes, memory-mapped.
+    def index(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """`scenes.INDEX` of a shard's scenes and `scenes.PLACES` of its records, memory-mapped.
 
         Raises:
-          UserError: the file is missing or has another size than the manifest says.
+          UserError: the file is missing, or isn't what the manifest says.
         """
         if shard not in self._indexes:
-            scenes = self._entries[shard]["scenes"]
-            file = self._file(shard, INDEXES)
-            index = np.memmap(file, INDEX, mode="r").view(np.ndarray) if scenes else np.zeros(0, INDEX)
-            self._indexes[shard] = index
+            entry = self._entries[shard]
+            path = self._find(shard, INDEXES)
+            # It decides what is read where: damage there would be another image in silence.
+            if files.sha256(path) != entry["files"][path.name]["sha256"]:
+                raise UserError(f"{path}: {NOT_THE_MANIFESTS}")
+            data = (
+                np.fromfile(path, np.uint8, 0) if not entry["scenes"] else np.memmap(path, np.uint8, mode="r")
+            )
+            split = len(data) - entry["records"] * PLACES.itemsize
+            if split < 0 or split % INDEX.itemsize:
+                raise UserError(
+                    f"{path}: {len(data)} bytes don't hold the manifest's {entry['records']} records"
+                )
+            data = data.view(np.ndarray)
+            self._indexes[shard] = data[:split].view(INDEX), data[split:].view(PLACES)
         return self._indexes[shard]
 
-    def read(self, shard: int, records: Sequence[int]) -> list[bytes]:
-        """The bytes of records of a shard.
+    def read(self, shard: int, record: int) -> bytes:
+        """The bytes of a record of a shard.
 
         Raises:
-          DamagedError: one of them can't be read; names shard and record.
+          DamagedError: it can't be read; names shard and record.
         """
-        keys = [(self._token, shard, record) for record in records]
-        return _recent.read(keys, lambda place: self._read(shard, records[place]))
-
-    def check_opens(self, shard: int) -> None:
-        """Raises DamagedError, naming the shard, where not even its records can be found; UserError as `index`."""
-        self._reader(shard)
-
-    def _read(self, shard: int, record: int) -> bytes:
         reader = self._reader(shard)
         try:
             return reader.read(record, record + 1)[0]
         except (IndexError, ValueError, RuntimeError) as error:
             raise DamagedError(f"{self.where(shard, record)}: can't be read: {error}") from error
 
+    def grids(self, entries: np.ndarray, grids: np.ndarray, codes_per_image: int) -> np.ndarray:
+        """Single grids: uint16 [n, N]. Each block is read once.
+
+        Args:
+          entries: `scenes.ENTRY` [n], the scene of each.
+          grids: int64 [n], its place in the record.
+          codes_per_image: N.
+
+        Raises:
+          DamagedError: a block is damaged, or the index tells of grids that aren't there; names shard and record.
+        """
+        if (beyond := grids >= entries["grids"]).any():
+            self._refuse(entries[np.argmax(beyond)])
+        stride = scenes.blocks_size(scenes.BLOCK, codes_per_image)
+        before = grids // scenes.BLOCK * stride  # of the record's blocks, in bytes
+        rest = scenes.blocks_size(entries["grids"].astype(np.int64), codes_per_image) - before
+        records = entries["shard"].astype(np.int64) * _LARGEST + entries["start"]
+        blocks, at, which = np.unique(records + before, return_index=True, return_inverse=True)
+        sizes = np.minimum(rest[at], stride)
+        # Blocks of a record that lie near each other come in one read, with what is between them.
+        new = (np.diff(records[at], prepend=-1) != 0) | (np.diff(blocks, prepend=0) > stride + _GAP)
+        firsts, run = np.flatnonzero(new), np.cumsum(new) - 1
+        lasts = np.append(firsts[1:], len(blocks)) - 1
+        lengths = blocks[lasts] + sizes[lasts] - blocks[firsts]
+        shards, places = np.divmod(blocks[firsts], _LARGEST)
+        content = read_at([self._descriptor(shard) for shard in shards.tolist()], places, lengths)
+        begun = (np.cumsum(lengths) - lengths - blocks[firsts])[run] + blocks  # in the content
+        damaged = scenes.find_damage(content, begun, sizes)
+        if damaged is not None:
+            self._refuse(entries[at[damaged]])
+        within = grids % scenes.BLOCK * 2 * codes_per_image
+        return scenes.take_grids(content, begun[which] + within, codes_per_image)
+
+    def _refuse(self, entry: np.void) -> NoReturn:
+        """Raises DamagedError for a scene's record, in the words of whoever reads all of it if that fails too."""
+        shard, record = int(entry["shard"]), int(entry["record"])
+        self.read(shard, record)
+        raise DamagedError(f"{self.where(shard, record)}: {scenes.DAMAGED}")
+
+    def check_opens(self, shard: int) -> None:
+        """Raises DamagedError, naming the shard, where not even its records can be found; UserError as `index`."""
+        self._reader(shard)
+
+    def _descriptor(self, shard: int) -> int:
+        file = self._opened.get(shard)
+        if file is None:
+            # Of two threads the first one's stays: a file that nobody keeps is closed.
+            file = self._opened.setdefault(shard, open(self._find(shard, RECORDS), "rb"))  # noqa: SIM115
+        return file.fileno()
+
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
-            name, wanted = (
-                f"{self.path / self._entries[shard]['name']}{RECORDS}",
-                self._entries[shard]["records"],
-            )
-            file = self._file(shard, RECORDS)
+            name = f"{self.path / self._entries[shard]['name']}{RECORDS}"
+            wanted, file = self._entries[shard]["records"], self._find(shard, RECORDS)
             try:
                 reader = array_record_module.ArrayRecordReader(os.fspath(file), _OPTIONS)
                 found = reader.num_records()
@@ -133,7 +188,7 @@ class Shards:
             self._readers[shard] = reader
         return self._readers[shard]
 
-    def _file(self, shard: int, suffix: str) -> epath.Path:
+    def _find(self, shard: int, suffix: str) -> epath.Path:
         """A shard's file where it can be opened."""
         name = self._entries[shard]["name"] + suffix
         listed = self._entries[shard]["files"][name]
@@ -146,6 +201,24 @@ class Shards:
             )
         check_size(self.path / name, listed)
         return self.path / name
+
+
+def _allow_files(count: int) -> None:
+    """Raises the process's own limit of open files, where it is too low for a store of so many.
+
+    Raises:
+      UserError: the system's limit is too low.
+    """
+    wanted = count + _FILES_BESIDE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"a store of {count // 2} shards has {count} files open, the system allows a process {hard} "
+            f"(ulimit -Hn); allow {wanted}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_size(file: epath.Path, listed: Mapping[str, Any]) -> None:

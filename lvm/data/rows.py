@@ -161,15 +161,15 @@ class Rows:
             "source_ids": spread(pieces.sources)[:, 1:].copy(),
         }
         if not self._whole:
-            return batch | {"positions": np.tile(np.arange(C, dtype=np.int32), (count, 1))}
-        segments = spread(pieces.segments)
-        inside = segments[:, 1:] == segments[:, :-1]  # PAD is never learned already
-        starts = np.cumsum(pieces.lengths) - pieces.lengths
-        begun = spread((starts % self.packing.stride).astype(np.int32))[:, :C]
+            return batch | {"positions": np.broadcast_to(np.arange(C, dtype=np.int32), (count, C))}
+        positions = np.arange(len(tokens), dtype=np.int32)
+        ends = np.cumsum(pieces.lengths)
+        positions -= np.repeat((ends - pieces.lengths).astype(np.int32), pieces.lengths)
+        for end, length in zip(ends[pieces.segments == 0], pieces.lengths[pieces.segments == 0], strict=True):
+            positions[end - length : end] = 0
         return batch | {
-            "loss_mask": batch["loss_mask"] & inside,
-            "segment_ids": segments[:, :C].copy(),
-            "positions": np.where(segments[:, :C] > 0, np.arange(C, dtype=np.int32) - begun, 0),
+            "segment_ids": spread(pieces.segments)[:, :C].copy(),
+            "positions": cut(positions)[:, :C].copy(),
         }
 
     def _lay(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
@@ -232,11 +232,13 @@ class Rows:
     def _learned(self, source: int) -> np.ndarray:
         """bool [length]: the tokens of a source's sentences that are learned."""
         recipe, N = self.mixture.sources[source].recipe, self.mixture.stores[0].codes_per_image
-        if self.mixture.config.loss == "all":
-            return np.ones(self.lengths[source], bool)
-        answers = np.repeat(recipe.answers, N)
-        before = self.vocabulary.bos is not None
-        return np.pad(answers, (before, 1))[: self.lengths[source]]
+        learned = np.ones(self.lengths[source], bool)
+        if self.mixture.config.loss == "answers":
+            before = self.vocabulary.bos is not None
+            learned = np.pad(np.repeat(recipe.answers, N), (before, 1))[: len(learned)]
+        if self._whole:
+            learned[0] = False  # no token of its segment stands before it
+        return learned
 
 
 def _check_answers(mixture: Mixture) -> None:

@@ -1,11 +1,15 @@
-"""Scenes of codes, and how they lie in a record (version 1).
+"""Scenes of codes, and how they lie in a record (version 2).
 
 A record is a page: one scene of several images, or up to 64 scenes of a single image each that share their
 stream. Little-endian:
 
-    magic "LVMS" | version u16 | scenes u16 | crc32c u32 of all that follows
+    magic "LVMS" | version u16 | scenes u16 | crc32c u32 of all but the blocks
     frames u32 | stream set u32 | codes an image u32
-    class id i32 × scenes | key length u16 × scenes | keys, UTF-8 | codes u16 × (scenes·T·S·N), frame-major
+    class id i32 × scenes | key length u16 × scenes | keys, UTF-8
+    blocks of up to 4 grids, scene after scene, frame-major: codes u16 × (grids · N), and the crc32c u32 of them
+
+A block is checked by itself: whoever wants one image of a page, or some frames of a long video, reads no more than
+the blocks that hold them.
 """
 
 from __future__ import annotations
@@ -13,29 +17,23 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
 from lvm.errors import UserError
 
-MAGIC, VERSION = b"LVMS", 1
+MAGIC, VERSION = b"LVMS", 2
 PAGE = 64  # single-image scenes in one record
+BLOCK = 4  # grids that share a checksum: 2 KiB of a disk's 4
+_CHECK = 4  # bytes of a checksum
+# The crc32c of anything that its own crc32c follows.
+_RESIDUE = google_crc32c.value(b"x" + google_crc32c.value(b"x").to_bytes(4, "little"))
 _MOST = 2**16 - 1  # frames of a scene, and bytes of a key
 _HEAD = struct.Struct("<4sHHI")
 _SHAPE = struct.Struct("<III")
-
-_HEADS = np.dtype(
-    [
-        ("magic", "S4"),
-        ("version", "<u2"),
-        ("scenes", "<u2"),
-        ("checksum", "<u4"),
-        ("frames", "<u4"),
-        ("stream_set", "<u4"),
-        ("codes", "<u4"),
-    ]
-)  # the fields of both
+HEAD_SIZE = _HEAD.size + _SHAPE.size
 
 # One entry a scene, in a file beside each shard.
 INDEX = np.dtype(
@@ -48,6 +46,11 @@ INDEX = np.dtype(
         ("group", "<u8"),
     ]
 )
+# Then one a record: where its blocks begin in the shard (`records.read_at`), and how many grids they hold.
+PLACES = np.dtype([("start", "<i8"), ("grids", "<i4")])
+# Both of a scene, and its shard.
+ENTRY = np.dtype([*INDEX.descr, *PLACES.descr, ("shard", "<i4")])
+DAMAGED = "damaged: a checksum doesn't fit the content"
 
 
 Where = str | Callable[[], str]
@@ -91,27 +94,35 @@ def pack(scenes: Sequence[Scene]) -> bytes:
         raise UserError(
             f"{first.key[:80]}: {T} frames, and a key of {max(map(len, keys))} bytes; at most {_MOST} each"
         )
-    body = b"".join(
+    rest = b"".join(
         [
             _SHAPE.pack(T, first.stream_set, N),
             np.array([scene.class_id for scene in scenes], "<i4").tobytes(),
             np.array([len(key) for key in keys], "<u2").tobytes(),
             *keys,
-            *(np.ascontiguousarray(scene.codes, "<u2").tobytes() for scene in scenes),
         ]
     )
-    return _HEAD.pack(MAGIC, VERSION, len(scenes), google_crc32c.value(body)) + body
+    checksum = _head_checksum(_HEAD.pack(MAGIC, VERSION, len(scenes), 0), rest)
+    grids = np.concatenate([scene.codes for scene in scenes]).astype("<u2").reshape(-1, N)
+    return _HEAD.pack(MAGIC, VERSION, len(scenes), checksum) + rest + _in_blocks(grids)
 
 
-def check(record: bytes, where: Where) -> None:
-    """Raises DamagedError, naming `where`, for what is too short for a record or doesn't fit its checksum."""
-    if len(record) < _HEADS.itemsize:
-        reason = f"{len(record)} bytes are too few for a record"
-    elif google_crc32c.value(record[_HEAD.size :]) != int.from_bytes(record[8:12], "little"):
-        reason = "damaged: the checksum doesn't fit the content"
-    else:
-        return
-    raise _damaged(where, reason)
+def blocks_size(grids: Any, codes_per_image: int) -> Any:
+    """Bytes of so many grids with their checksums, the last part of a record: int, or int64 [n]."""
+    return grids * 2 * codes_per_image + -(-grids // BLOCK) * _CHECK
+
+
+def _in_blocks(grids: np.ndarray) -> bytes:
+    parts = []
+    for start in range(0, len(grids), BLOCK):
+        codes = grids[start : start + BLOCK].tobytes()
+        parts += [codes, google_crc32c.value(codes).to_bytes(_CHECK, "little")]
+    return b"".join(parts)
+
+
+def _head_checksum(head: bytes, rest: bytes) -> int:
+    """Of all that isn't blocks, the checksum itself left out."""
+    return google_crc32c.extend(google_crc32c.value(head[: _HEAD.size - _CHECK]), rest)
 
 
 def _damaged(where: Where, reason: str) -> DamagedError:
@@ -129,75 +140,57 @@ def unpack(record: bytes, streams: Sequence[int], where: Where) -> list[Scene]:
     Raises:
       DamagedError: not a record of this version, or damaged; names `where`.
     """
-    check(record, where)
-    magic, version, count, _ = _HEAD.unpack_from(record)
+    if len(record) < HEAD_SIZE:
+        raise _damaged(where, f"{len(record)} bytes are too few for a record")
+    magic, version, count, checksum = _HEAD.unpack_from(record)
     if magic != MAGIC or version != VERSION:
         raise _damaged(where, f"found {magic!r} version {version}, wanted {MAGIC!r} version {VERSION}")
     T, stream_set, N = _SHAPE.unpack_from(record, _HEAD.size)
-    at = _HEAD.size + _SHAPE.size
-    fixed = at + count * (4 + 2 + 2 * T * streams[stream_set] * N)  # bytes without the keys
-    lengths = np.frombuffer(record, "<u2", count, at + 4 * count) if fixed <= len(record) else np.zeros(0)
-    if fixed + int(lengths.sum()) != len(record):  # the checksum doesn't cover the number of scenes
+    at = HEAD_SIZE
+    grids = count * T * streams[stream_set] if stream_set < len(streams) else 0
+    begun = len(record) - blocks_size(grids, N)  # of the blocks
+    lengths = np.frombuffer(record, "<u2", count, at + 4 * count) if at + 6 * count <= begun else np.zeros(0)
+    if grids < 1 or at + 6 * count + int(lengths.sum()) != begun:
         raise _damaged(where, f"damaged: {len(record)} bytes don't hold {count} scenes of {T} frames")
+    codes = unpack_blocks(record[begun:], grids, N)
+    if codes is None or _head_checksum(record, record[_HEAD.size : begun]) != checksum:
+        raise _damaged(where, DAMAGED)
     class_ids = np.frombuffer(record, "<i4", count, at)
     at += 6 * count
     keys = []
     for length in lengths.tolist():
         keys.append(record[at : at + length].decode())
         at += length
-    codes = np.frombuffer(record, "<u2", offset=at).reshape(count, T, streams[stream_set], N)
+    codes = codes.reshape(count, T, streams[stream_set], N)
     return [
         Scene(*parts) for parts in zip(keys, class_ids.tolist(), [stream_set] * count, codes, strict=True)
     ]
 
 
-def read_grids(
-    records: Sequence[bytes],
-    which: np.ndarray,
-    entries: np.ndarray,
-    frames: np.ndarray,
-    columns: np.ndarray,
-    streams: Sequence[int],
-    codes_per_image: int,
-    where: Callable[[int], str],
-) -> np.ndarray:
-    """Grids out of several records.
+def unpack_blocks(blocks: bytes, grids: int, codes_per_image: int) -> np.ndarray | None:
+    """All `grids` of a record, uint16 [grids, N], of its blocks; None where these are damaged."""
+    stride = blocks_size(BLOCK, codes_per_image)
+    starts = np.arange(0, len(blocks), stride)
+    if find_damage(blocks, starts, np.minimum(len(blocks) - starts, stride)) is not None:
+        return None
+    block, within = np.divmod(np.arange(grids), BLOCK)
+    return take_grids(blocks, block * stride + within * 2 * codes_per_image, codes_per_image)
 
-    Args:
-      records: as `pack` made them.
-      which: int [n], the record of each grid.
-      entries: `INDEX` [n], the entry of each grid's scene.
-      frames: int64 [n], its frame in the scene.
-      columns: int64 [n], its column in the scene's stream set.
-      streams: number of streams in each stream set.
-      codes_per_image: N.
-      where: place among `records` → shard and record, for the error.
 
-    Returns:
-      uint16 [n, N].
+def find_damage(content: bytes, starts: np.ndarray, sizes: np.ndarray) -> int | None:
+    """The first of the blocks of so many bytes that doesn't fit its checksum; None if all do."""
+    pieces = [
+        content[start:stop] for start, stop in zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
+    ]
+    checks = list(map(google_crc32c.value, pieces))
+    return (
+        None
+        if checks.count(_RESIDUE) == len(checks)
+        else next(i for i, c in enumerate(checks) if c != _RESIDUE)
+    )
 
-    Raises:
-      DamagedError: a record is damaged, or holds other scenes than the index tells.
-    """
-    for place, record in enumerate(records):
-        check(record, lambda place=place: where(place))  # type: ignore[misc]
-    head = np.frombuffer(b"".join(record[: _HEADS.itemsize] for record in records), _HEADS)[which]
-    sizes = np.array([len(record) for record in records])
-    S = np.array(streams)[entries["stream_set"]]  # [n]
-    # The codes are the last part of a record, after keys of any length: their place is counted from its end.
-    images_left = (head["scenes"].astype(np.int64) - entries["slot"]) * entries["frames"] * S
-    offsets = sizes[which] - (images_left - frames * S - columns) * 2 * codes_per_image  # [n], in the record
-    fits = (head["magic"] == MAGIC) & (head["version"] == VERSION) & (head["codes"] == codes_per_image)
-    fits &= (head["frames"] == entries["frames"]) & (head["stream_set"] == entries["stream_set"])
-    fits &= (entries["slot"] < head["scenes"]) & (offsets >= _HEADS.itemsize)
-    if not fits.all():
-        place = int(which[np.argmin(fits)])
-        raise DamagedError(f"{where(place)}: damaged, or the index beside it is: it tells of another scene")
-    size = 2 * codes_per_image
-    # Grids that lie beside each other, as a video's do, are taken in one piece.
-    new = (np.diff(which, prepend=-1) != 0) | (np.diff(offsets, prepend=0) != size)
-    first = np.flatnonzero(new)
-    ends = offsets[np.append(first[1:], len(offsets)) - 1] + size
-    pieces = zip(which[first].tolist(), offsets[first].tolist(), ends.tolist(), strict=True)
-    content = b"".join([records[place][start:end] for place, start, end in pieces])
-    return np.frombuffer(content, "<u2").reshape(-1, codes_per_image)
+
+def take_grids(blocks: bytes, offsets: np.ndarray, codes_per_image: int) -> np.ndarray:
+    """The grids that begin at `offsets` of some blocks, int64 [n], in bytes: uint16 [n, N]."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(blocks, "<u2"), codes_per_image)
+    return windows[offsets // 2]

@@ -77,7 +77,7 @@ class SourceSentences:
         self._order: epochs.AnyScenes | epochs.OneClass
         if config.recipe.same_class:
             self._order = epochs.OneClass(
-                selection, lambda numbers: store.entries(numbers)["class_id"], k, seed, shuffle
+                selection, lambda numbers: _class_ids(store, numbers), k, seed, shuffle
             )
         else:
             self._order = epochs.AnyScenes(selection, k, seed, shuffle)
@@ -112,16 +112,18 @@ class SourceSentences:
 
     def sentences(self, numbers: np.ndarray) -> np.ndarray:
         """The codes of the sentences at `numbers`, int64 [n]: uint16 [n, grids, N]."""
-        scenes, grids, columns = self._choose(numbers)
-        codes = self.store.grids(scenes.ravel(), grids.frames.ravel(), columns.ravel())
-        return codes.reshape(*scenes.shape, -1)
+        _, grids, entries = self._choose(numbers)
+        columns = self._columns[entries["stream_set"], grids.streams]
+        codes = self.store.grids(entries.ravel(), grids.frames.ravel(), columns.ravel())
+        return codes.reshape(*entries.shape, -1)
 
     def choose(self, numbers: np.ndarray) -> tuple[np.ndarray, Grids]:
         """Scene numbers int64 [n, grids] of the sentences at `numbers`, and which of their grids."""
         scenes, grids, _ = self._choose(numbers)
-        return scenes, grids
+        return np.take_along_axis(scenes, grids.scenes, axis=1), grids
 
     def _choose(self, numbers: np.ndarray) -> tuple[np.ndarray, Grids, np.ndarray]:
+        """Scene numbers int64 [n, scenes] of sentences, their grids, and the store's entry of each grid [n, grids]."""
         scenes = np.empty((len(numbers), self.recipe.num_scenes), np.int64)
         epoch_of, places = np.divmod(numbers, self.per_epoch)
         for epoch in np.unique(epoch_of):
@@ -129,8 +131,7 @@ class SourceSentences:
             scenes[mine] = self._order.scenes(places[mine], int(epoch))
         entries = self.store.entries(scenes.ravel()).reshape(scenes.shape)
         grids = self.recipe.choose_many(entries["frames"].astype(np.int64), Draws(self._seed, numbers))
-        sets = np.take_along_axis(entries["stream_set"], grids.scenes, axis=1)
-        return np.take_along_axis(scenes, grids.scenes, axis=1), grids, self._columns[sets, grids.streams]
+        return scenes, grids, np.take_along_axis(entries, grids.scenes, axis=1)
 
     @functools.cached_property
     def copies(self) -> float:
@@ -167,6 +168,11 @@ class SourceSentences:
 
     def _keep(self, entries: np.ndarray) -> np.ndarray:
         return self._on_side(entries) & usable(self.store, self.recipe, entries)
+
+
+def _class_ids(store: AnyStore, numbers: np.ndarray) -> np.ndarray:
+    parts = np.array_split(numbers, max(1, len(numbers) // _COUNTED))
+    return np.concatenate([store.entries(part)["class_id"] for part in parts])
 
 
 def usable(store: AnyStore, recipe: Recipe, entries: np.ndarray) -> np.ndarray:

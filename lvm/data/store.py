@@ -1,7 +1,7 @@
 """The scene store: ArrayRecord shards, an index beside each, and one manifest. `lvm.data.writing` writes it.
 
     STORE/shard-00000-of-00004.array_record   records of `lvm.data.scenes`
-    STORE/shard-00000-of-00004.index          `scenes.INDEX` entries, memory-mapped
+    STORE/shard-00000-of-00004.index          `scenes.INDEX` of its scenes, `scenes.PLACES` of its records
     STORE/shard-00000-of-00004.json           the shard's entry, written after both
     STORE/header.json                         what all shards share, written before the first
     STORE/manifest.json                       written once all entries are there
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -22,11 +22,12 @@ from etils import epath
 from lvm import files
 from lvm.data import scenes, split
 from lvm.data.records import Shards
-from lvm.data.scenes import INDEX, DamagedError, Scene
+from lvm.data.scenes import ENTRY, INDEX, PLACES, DamagedError, Scene
 from lvm.data.streams import Codec, codec_from_json
 from lvm.errors import UserError
 
-VERSION = 2
+VERSION = 3
+_PARTS = np.dtype([("scene", INDEX), ("place", PLACES), ("shard", "<i4")])  # ENTRY in three pieces
 MANIFEST, HEADER = "manifest.json", "header.json"
 _KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "histogram", "shards"}
 
@@ -46,8 +47,8 @@ class _Indexes(Sequence[np.ndarray]):
     def __getitem__(self, shard: slice) -> Sequence[np.ndarray]: ...
     def __getitem__(self, shard: Any) -> Any:
         if isinstance(shard, slice):
-            return [self._shards.index(i) for i in range(*shard.indices(len(self)))]
-        return self._shards.index(range(len(self))[shard])
+            return [self._shards.index(i)[0] for i in range(*shard.indices(len(self)))]
+        return self._shards.index(range(len(self))[shard])[0]
 
 
 class Store:
@@ -80,7 +81,7 @@ class Store:
         }
         self.stream_sets = [tuple(names) for names in self.manifest["stream_sets"]]
         self.classes: list[str] = self.manifest["classes"]
-        self._num_streams = [len(names) for names in self.stream_sets]
+        self._num_streams = np.array([len(names) for names in self.stream_sets], np.int64)
         self.shards = Shards(self.path, self.manifest["shards"], stage_to, self.identity)
         self.indexes = _Indexes(self.shards)
         self._starts = np.cumsum([0] + [entry["scenes"] for entry in self.manifest["shards"]])
@@ -97,38 +98,33 @@ class Store:
         return np.concatenate([np.zeros(0, INDEX), *self.indexes])
 
     def entries(self, numbers: np.ndarray) -> np.ndarray:
-        """The `scenes.INDEX` entries of the scenes at `numbers`, int64 [n]."""
-        found = np.zeros(len(numbers), INDEX)
-        for shard, mine in self._by_shard(numbers):
-            found[mine] = self.indexes[shard][numbers[mine] - self._starts[shard]]
-        return found
+        """The `scenes.ENTRY` entries of the scenes at `numbers`, int64 [n]."""
+        found = np.empty(len(numbers), _PARTS)
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        firsts = np.flatnonzero(np.diff(shards[order], prepend=-1))
+        for mine in np.split(order, firsts[1:]) if len(order) else ():
+            shard = int(shards[mine[0]])
+            index, places = self.shards.index(shard)
+            found["scene"][mine] = rows = index[numbers[mine] - self._starts[shard]]
+            found["place"][mine] = places[rows["record"]]
+        found["shard"] = shards
+        return found.view(ENTRY)
 
-    def grids(self, numbers: np.ndarray, frames: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Single grids, each record read once: uint16 [n, N].
+    def grids(self, entries: np.ndarray, frames: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Single grids, of which no more is read than the blocks that they lie in: uint16 [n, N].
 
         Args:
-          numbers: int64 [n], the scene of each.
+          entries: `scenes.ENTRY` [n], the scene of each.
           frames: int64 [n], its frame.
           columns: int64 [n], its place in the scene's stream set.
 
         Raises:
-          DamagedError: a record is damaged; names shard and record.
+          DamagedError: what is read is damaged; names shard and record.
         """
-        codes = np.empty((len(numbers), self.codes_per_image), np.uint16)
-        entries = self.entries(numbers)
-        for shard, mine in self._by_shard(numbers):
-            records, which = np.unique(entries["record"][mine], return_inverse=True)
-            codes[mine] = scenes.read_grids(
-                self.shards.read(shard, records.tolist()),
-                which,
-                entries[mine],
-                frames[mine],
-                columns[mine],
-                self._num_streams,
-                self.codes_per_image,
-                lambda place, shard=shard, records=records: self.shards.where(shard, records[place]),  # type: ignore
-            )
-        return codes
+        before = entries["slot"] + frames  # a scene of several frames has slot 0
+        places = before * self._num_streams[entries["stream_set"]] + columns  # in the record
+        return self.shards.grids(entries, places, self.codes_per_image)
 
     @property
     def codes_per_image(self) -> int:
@@ -171,8 +167,8 @@ class Store:
 
     def page(self, shard: int, record: int) -> list[Scene]:
         """All scenes of a record. Raises DamagedError, naming shard and record."""
-        data = self.shards.read(shard, [record])[0]
-        return scenes.unpack(data, self._num_streams, lambda: self.shards.where(shard, record))
+        data = self.shards.read(shard, record)
+        return scenes.unpack(data, self._num_streams.tolist(), lambda: self.shards.where(shard, record))
 
     def videos(self, stream: str, min_frames: int, limit: int) -> list[np.ndarray]:
         """Codes uint16 [T, N] of a stream, of at most `limit` scenes that have it and as many frames."""
@@ -180,12 +176,6 @@ class Store:
         numbers = np.flatnonzero(has[self.index["stream_set"]] & (self.index["frames"] >= min_frames))
         scenes = [self.scene(int(number)) for number in numbers[:limit]]
         return [scene.codes[:, self.stream_sets[scene.stream_set].index(stream)] for scene in scenes]
-
-    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """The shards of the scenes at `numbers`, each with the places of its own."""
-        shards = np.searchsorted(self._starts, numbers, side="right") - 1
-        for shard in np.unique(shards).tolist():
-            yield shard, np.flatnonzero(shards == shard)
 
 
 def _read_manifest(path: epath.Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from array_record.python import array_record_module
@@ -19,13 +19,14 @@ from etils import epath
 
 from lvm import files
 from lvm.data import scenes, split
-from lvm.data.records import INDEXES, RECORDS, size_of
-from lvm.data.scenes import INDEX, PAGE, Scene
+from lvm.data.records import INDEXES, RECORDS, read_at, size_of
+from lvm.data.scenes import INDEX, PAGE, PLACES, Scene
 from lvm.data.store import HEADER, MANIFEST, VERSION
 from lvm.errors import UserError
 
 _ABANDONED = 5.0  # seconds after which a temporary file of a process that is gone is nobody's
 _OPTIONS = "group_size:1,uncompressed"
+_BETWEEN_RECORDS = 2**12  # bytes that are searched for the next record; what lies between two is far less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +83,12 @@ def write_shard(
         try:
             with files.clear_disk_errors(temporary[RECORDS]):
                 written = _write_records(temporary[RECORDS], content, num_codes)
-            temporary[INDEXES].write_bytes(np.array(written.entries, INDEX).tobytes())
+            index = np.array(written.entries, INDEX).tobytes()
+            temporary[INDEXES].write_bytes(index + _find_places(temporary[RECORDS], written).tobytes())
             entry = {
                 "name": name,
                 "scenes": len(written.entries),
-                "records": written.records,
+                "records": len(written.records),
                 "images": int(sum(written.images.values())),
                 "images_by_stream_set": {str(number): n for number, n in sorted(written.images.items())},
                 "group_hashes": _extremes([entry[-1] for entry in written.entries] + unread.groups),
@@ -135,7 +137,10 @@ class _Written:
     histogram: np.ndarray  # int64 [codes]
     entries: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of the index
     images: Counter[int] = dataclasses.field(default_factory=Counter)  # by stream set, one of each stream
-    records: int = 0
+    records: list[tuple[bytes, int, int]] = dataclasses.field(
+        default_factory=list
+    )  # beginning, size, grids of each
+    codes_per_image: int = 0
 
 
 def _write_records(path: epath.Path, content: Iterable[GroupedScene], num_codes: int) -> _Written:
@@ -144,16 +149,19 @@ def _write_records(path: epath.Path, content: Iterable[GroupedScene], num_codes:
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), _OPTIONS)
 
     def write(page: Sequence[GroupedScene]) -> None:
-        writer.write(scenes.pack([item.scene for item in page]))
+        record = scenes.pack([item.scene for item in page])
+        writer.write(record)
         for slot, item in enumerate(page):
             scene, group = item.scene, split.group_hash(item.group)
             written.entries.append(
-                (written.records, len(scene.codes), slot, scene.stream_set, scene.class_id, group)
+                (len(written.records), len(scene.codes), slot, scene.stream_set, scene.class_id, group)
             )
             written.images[scene.stream_set] += scene.codes.shape[0] * scene.codes.shape[1]
         codes = np.concatenate([item.scene.codes.ravel() for item in page])
         written.histogram += np.bincount(codes, minlength=num_codes)
-        written.records += 1
+        *_, written.codes_per_image = page[0].scene.codes.shape
+        grids = codes.size // written.codes_per_image
+        written.records.append((record[: scenes.HEAD_SIZE], len(record), grids))
 
     for item in content:
         frames, streams, _ = item.scene.codes.shape
@@ -168,6 +176,32 @@ def _write_records(path: epath.Path, content: Iterable[GroupedScene], num_codes:
         write(pages[stream_set])
     writer.close()
     return written
+
+
+def _find_places(path: epath.Path, written: _Written) -> np.ndarray:
+    """Where the blocks of all records begin: `PLACES` [records]. Reads all of them and compares their checksums.
+
+    Raises:
+      UserError: they don't lie in the file as they were written.
+    """
+    places, end = np.zeros(len(written.records), PLACES), 0
+    with open(path, "rb") as file:
+        for number, (head, size, grids) in enumerate(written.records):
+            ahead = _read(file, end, _BETWEEN_RECORDS).find(head)
+            blocks = scenes.blocks_size(grids, written.codes_per_image)
+            start, end = end + ahead + size - blocks, end + ahead + size
+            found = scenes.unpack_blocks(_read(file, start, blocks), grids, written.codes_per_image)
+            if ahead < 0 or found is None:
+                raise UserError(
+                    f"{path}: record {number} isn't there as it was written: the disk is at fault, or this "
+                    "version of array_record lays files out in another way"
+                )
+            places[number] = start, grids
+    return places
+
+
+def _read(file: BinaryIO, place: int, size: int) -> bytes:
+    return read_at([file.fileno()], np.array([place]), np.array([size]))
 
 
 def read_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:

@@ -37,13 +37,15 @@ class HugeStore:
         self.indexes = [np.broadcast_to(np.array((0, 1, 0, 0, -1, 2**63), INDEX), (length,))]
 
     def entries(self, numbers):
-        return self.indexes[0][numbers]
+        found = np.array(self.indexes[0][numbers])
+        found["group"] = numbers
+        return found
 
     def heldout(self, fraction, entries):
         return np.zeros(len(entries), bool)
 
-    def grids(self, numbers, frames, columns):
-        return np.asarray(numbers, "<i8").view("<u2").reshape(-1, 4)
+    def grids(self, entries, frames, columns):
+        return entries["group"].astype("<i8").view("<u2").reshape(-1, 4)
 
     def identity(self):
         return "huge"

@@ -2,6 +2,7 @@
 
 import struct
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given
@@ -69,7 +70,7 @@ def test_a_cut_off_record_is_refused(scenes, data):
 def test_another_version_or_format_is_named():
     record = pack(page())
     newer = MAGIC + struct.pack("<H", VERSION + 1) + record[6:]
-    with pytest.raises(UserError, match=rf"here: found {MAGIC!r} version 2, wanted {MAGIC!r} version 1"):
+    with pytest.raises(UserError, match=rf"here: found {MAGIC!r} version 3, wanted {MAGIC!r} version 2"):
         unpack(newer, STREAMS, "here")
     with pytest.raises(UserError, match=r"here: found b'PNG!'"):
         unpack(b"PNG!" + record[4:], STREAMS, "here")
@@ -78,10 +79,15 @@ def test_another_version_or_format_is_named():
 
 
 def test_the_layout_is_the_one_described():
-    record = pack([Scene("é", 7, 1, np.array([[[1, 2], [3, 513]]], np.uint16))])
-    assert record[:8] == b"LVMS" + bytes([1, 0]) + bytes([1, 0])
-    body = struct.pack("<IIIiH", 1, 1, 2, 7, 2) + "é".encode() + bytes([1, 0, 2, 0, 3, 0, 1, 2])
-    assert record[12:] == body
+    codes = np.arange(6 * 2, dtype=np.uint16).reshape(3, 2, 2) + 256
+    record = pack([Scene("é", 7, 1, codes)])
+    assert record[:8] == b"LVMS" + bytes([2, 0]) + bytes([1, 0])
+    head = struct.pack("<IIIiH", 3, 1, 2, 7, 2) + "é".encode()
+    assert record[8:12] == struct.pack("<I", google_crc32c.value(record[:8] + head))
+    assert record[12 : 12 + len(head)] == head
+    blocks = [codes.astype("<u2").tobytes()[:16], codes.astype("<u2").tobytes()[16:]]  # 4 grids and 2
+    checked = [block + struct.pack("<I", google_crc32c.value(block)) for block in blocks]
+    assert record[12 + len(head) :] == b"".join(checked)
 
 
 def test_pages_hold_only_single_images_of_one_kind():

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lvm import files
 from lvm.data import split, store, writing
-from lvm.data.scenes import PAGE, Scene
+from lvm.data.scenes import PAGE, DamagedError, Scene
 from lvm.data.store import Store
+from lvm.data.streams import Image
 from lvm.data.writing import GroupedScene, Unread
 from lvm.errors import UserError
 
@@ -128,7 +131,7 @@ def test_another_version_is_refused(make_store):
     folder = make_store([(1, 0)])
     manifest = files.read_json(f"{folder}/manifest.json")
     files.write_json(f"{folder}/manifest.json", {**manifest, "version": 1})
-    with pytest.raises(UserError, match=r"manifest\.json: version 1, this reads version 2; encode it again"):
+    with pytest.raises(UserError, match=r"manifest\.json: version 1, this reads version 3; encode it again"):
         Store(folder)
 
 
@@ -165,6 +168,74 @@ def test_a_damaged_record_is_named_when_it_is_read(make_store, new_scenes):
     np.testing.assert_array_equal(found.scene(0).codes, scenes[0].scene.codes)
     with pytest.raises(UserError, match=r"shard-00000-of-00001\.array_record, record 1: "):
         found.scene(1)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A store of full grids, over many of the 64 KiB that ArrayRecord marks, and all of its codes."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("large")
+    shapes = [(1, 1)] * 130 + [(40, 1), (3, 2), (1, 1), (200, 1), (1, 2)] + [(1, 1)] * 70
+    codes = [rng.integers(0, 8192, (*shape, 256), dtype=np.uint16) for shape in shapes]
+    content = [
+        GroupedScene(Scene(f"scene {i}", i, 1 if x.shape[1] == 2 else 0, x), str(i))
+        for i, x in enumerate(codes)
+    ]
+    for shard, part in enumerate((content[:150], content[150:])):
+        writing.write_shard(folder, shard, 2, part, 8192)
+    header = {
+        "tokenizer": {"weights": "", "hash": "", "grid": [16, 16], "num_codes": 8192},
+        "streams": {"rgb": Image().to_json(), "depth": Image().to_json()},
+        "stream_sets": [["rgb"], ["rgb", "depth"]],
+        "classes": [],
+    }
+    assert not writing.write_manifest(folder, header, 2)
+    found = Store(folder)
+    by_number = found.entries(np.arange(len(found)))["class_id"]
+    return found, [codes[i] for i in by_number]
+
+
+@given(st.data())
+def test_single_grids_are_those_of_their_scenes_in_any_order(large, data):
+    found, codes = large
+    numbers = np.array(data.draw(st.lists(st.integers(0, len(codes) - 1), min_size=1, max_size=40)))
+    frames = np.array([data.draw(st.integers(0, len(codes[i]) - 1)) for i in numbers])
+    columns = np.array([data.draw(st.integers(0, codes[i].shape[1] - 1)) for i in numbers])
+    read = found.grids(found.entries(numbers), frames, columns)
+    wanted = [codes[i][t, s] for i, t, s in zip(numbers, frames, columns, strict=True)]
+    np.testing.assert_array_equal(read, wanted)
+
+
+def test_all_grids_of_a_store_are_read_alike_by_place_and_by_record(large):
+    found, codes = large
+    for number, wanted in enumerate(codes):
+        frames, columns = (x.ravel() for x in np.indices(wanted.shape[:2]))
+        entries = found.entries(np.full(len(frames), number))
+        np.testing.assert_array_equal(found.grids(entries, frames, columns), wanted.reshape(-1, 256))
+        np.testing.assert_array_equal(found.scene(number).codes, wanted)
+
+
+def test_a_grid_that_is_not_there_is_refused(large):
+    found, _ = large
+    entry = found.entries(np.array([0]))
+    with pytest.raises(DamagedError, match=r"record 0: damaged"):
+        found.grids(entry, np.array([64]), np.array([0]))
+
+
+def test_damage_costs_the_four_grids_around_it_alone(make_store, new_scenes):
+    scenes = new_scenes([(16, 0)])
+    folder = make_store(scenes, num_shards=1)
+    file = Path(folder) / "shard-00000-of-00001.array_record"
+    data = bytearray(file.read_bytes())
+    data[data.index(scenes[0].scene.codes[5, 0].tobytes())] ^= 1
+    file.write_bytes(data)
+    found = Store(folder)
+    for frame in range(16):
+        arguments = found.entries(np.array([0])), np.array([frame]), np.array([0])
+        if 4 <= frame < 8:
+            with pytest.raises(DamagedError, match=r"array_record, record 0: can't be read: .*mismatch"):
+                found.grids(*arguments)
+        else:
+            np.testing.assert_array_equal(found.grids(*arguments)[0], scenes[0].scene.codes[frame, 0])
 
 
 @pytest.mark.parametrize(("scenes", "frames"), [(20_000, 1), (2_000, 16)])
