@@ -36,10 +36,10 @@ RATE_SCENES, RATE_FRAMES = 100_000, 16
 MEMORY = [
     (10_000, 16),
     (100_000, 16),
+    (1_000_000, 16),
     (10_000, 1),
     (100_000, 1),
     (1_000_000, 1),
-    (1_000_000, 4),
 ]  # scenes, frames
 _SHARDS, _BATCH = 4, 1000
 
@@ -151,6 +151,6 @@ def main() -> None:
 if __name__ == "__main__":
     _SCALE = flags.DEFINE_float("scale", 1.0, "of the numbers of scenes and reads")
     _READS = flags.DEFINE_integer("reads", 50_000, "random reads of each row")
-    _FOLDER = flags.DEFINE_string("folder", "", "where stores are made; some 3 GB at most")
+    _FOLDER = flags.DEFINE_string("folder", "", "where stores are made; some 10 GB at most")
     _MEMORY_OF = flags.DEFINE_string("memory_of", "", "a store: prints what reading it takes and ends")
     cli.run(main)

@@ -170,24 +170,23 @@ def unpack(record: bytes, streams: Sequence[int], where: Where) -> list[Scene]:
 def unpack_blocks(blocks: bytes, grids: int, codes_per_image: int) -> np.ndarray | None:
     """All `grids` of a record, uint16 [grids, N], of its blocks; None where these are damaged."""
     stride = blocks_size(BLOCK, codes_per_image)
-    starts = np.arange(0, len(blocks), stride)
-    if find_damage(blocks, starts, np.minimum(len(blocks) - starts, stride)) is not None:
+    pieces = [blocks[start : start + stride] for start in range(0, len(blocks), stride)]
+    if _first_damaged(pieces) is not None:
         return None
-    block, within = np.divmod(np.arange(grids), BLOCK)
-    return take_grids(blocks, block * stride + within * 2 * codes_per_image, codes_per_image)
+    return np.frombuffer(b"".join([piece[:-_CHECK] for piece in pieces]), "<u2").reshape(
+        grids, codes_per_image
+    )
+
+
+def _first_damaged(blocks: Sequence[bytes]) -> int | None:
+    checks = list(map(google_crc32c.value, blocks))
+    return None if checks.count(_RESIDUE) == len(checks) else [c != _RESIDUE for c in checks].index(True)
 
 
 def find_damage(content: bytes, starts: np.ndarray, sizes: np.ndarray) -> int | None:
     """The first of the blocks of so many bytes that doesn't fit its checksum; None if all do."""
-    pieces = [
-        content[start:stop] for start, stop in zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
-    ]
-    checks = list(map(google_crc32c.value, pieces))
-    return (
-        None
-        if checks.count(_RESIDUE) == len(checks)
-        else next(i for i, c in enumerate(checks) if c != _RESIDUE)
-    )
+    stops = starts + sizes
+    return _first_damaged([content[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)])
 
 
 def take_grids(blocks: bytes, offsets: np.ndarray, codes_per_image: int) -> np.ndarray:
