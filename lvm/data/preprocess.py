@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import av
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from lvm.errors import UserError
 
@@ -23,6 +26,19 @@ FILTERS = {
     "bicubic": PIL.Image.Resampling.BICUBIC,
     "lanczos": PIL.Image.Resampling.LANCZOS,
 }
+RESIZERS = ("pillow", "swscale")
+_SWSCALE = {
+    "bilinear": Interpolation.BILINEAR,
+    "bicubic": Interpolation.BICUBIC,
+    "lanczos": Interpolation.LANCZOS,
+}
+# The same pixels whatever instructions a processor has, and no colour left out.
+_EXACTLY = (
+    Interpolation.ACCURATE_RND
+    | Interpolation.BITEXACT
+    | Interpolation.FULL_CHR_H_INP
+    | Interpolation.FULL_CHR_H_INT
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +56,12 @@ class Preprocess:
       decode: "full" decodes all pixels; "reduced" lets the JPEG decoder leave out frequencies that the resize would
         throw away: large photos come at 1/2, 1/4 or 1/8, never smaller than `resolution`. Several times as fast,
         and other pixels: codes of the one are not those of the other.
+      resizer: "pillow", which published tokenizers have seen, or "swscale" (FFmpeg's), four times as fast: a photo's
+        pixels differ by a level or two of 255, those of noise by up to 20. It takes "bilinear", "bicubic" and
+        "lanczos", and crops at whole pixels.
 
     Raises:
-      UserError: for a resolution that is no positive integer, or an unknown mode, filter, range or decode.
+      UserError: for a resolution that is no positive integer, or an unknown mode, filter, range, decode or resizer.
     """
 
     resolution: int
@@ -50,6 +69,7 @@ class Preprocess:
     filter: str = "bicubic"
     colours: str = "0..1"
     decode: str = "full"
+    resizer: str = "pillow"
 
     def __post_init__(self) -> None:
         whole = isinstance(self.resolution, int) and not isinstance(self.resolution, bool)
@@ -63,6 +83,14 @@ class Preprocess:
             raise UserError(f"preprocess.colours is {self.colours!r}; it must be one of {', '.join(COLOURS)}")
         if self.decode not in DECODES:
             raise UserError(f"preprocess.decode is {self.decode!r}; it must be one of {', '.join(DECODES)}")
+        if self.resizer not in RESIZERS:
+            raise UserError(
+                f"preprocess.resizer is {self.resizer!r}; it must be one of {', '.join(RESIZERS)}"
+            )
+        if self.resizer == "swscale" and self.filter not in _SWSCALE:
+            raise UserError(
+                f"preprocess.filter is {self.filter!r}; the resizer 'swscale' takes {', '.join(_SWSCALE)}"
+            )
 
     def __call__(
         self, picture: PIL.Image.Image | np.ndarray, extent: tuple[float, float] | None = None
@@ -82,8 +110,11 @@ class Preprocess:
         """
         rgb = _to_rgb(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
         size = (self.resolution, self.resolution)
-        # With `box`, Pillow still filters over the pixels outside of it: this is resize, then crop.
         box = self._box(*(extent or rgb.size))
+        if self.resizer == "swscale":
+            left, top, right, bottom = map(int, box)
+            return self._by_swscale(np.asarray(rgb)[top:bottom, left:right])
+        # With `box`, Pillow still filters over the pixels outside of it: this is resize, then crop.
         return np.asarray(rgb.resize(size, FILTERS[self.filter], box=box))  # [R, R, 3]
 
     def labels(self, labels: np.ndarray) -> np.ndarray:
@@ -115,9 +146,9 @@ class Preprocess:
         return (np.asarray(points, np.float64) - [left, top]) * scale
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, as `from_json` reads them; a full decode goes without saying."""
-        fields = dataclasses.asdict(self)
-        return fields if self.decode != "full" else {k: v for k, v in fields.items() if k != "decode"}
+        """The fields, as `from_json` reads them; a full decode and Pillow go without saying."""
+        fields, unsaid = dataclasses.asdict(self), {"decode": "full", "resizer": "pillow"}
+        return {name: value for name, value in fields.items() if unsaid.get(name) != value}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Preprocess:
@@ -127,12 +158,31 @@ class Preprocess:
             raise UserError(f"preprocess has the keys {sorted(fields)}; expected some of {', '.join(known)}")
         return cls(**fields)
 
+    def _by_swscale(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] → [R, R, 3]."""
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        # To three planes, not to interleaved colours, which would take it twice as long.
+        scaled = VideoReformatter().reformat(
+            frame,
+            self.resolution,
+            self.resolution,
+            "gbrp",
+            interpolation=_SWSCALE[self.filter] | _EXACTLY,
+            threads=1,
+        )
+        return np.ascontiguousarray(scaled.to_ndarray())
+
     def _box(self, width: float, height: float) -> tuple[float, float, float, float]:
-        if self.mode == "squash":
-            return (0.0, 0.0, float(width), float(height))
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return (left, top, left + side, top + side)
+        """Left, top, right and bottom of what is kept of a picture."""
+        left, top, right, bottom = 0.0, 0.0, float(width), float(height)
+        if self.mode == "center_crop":
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            right, bottom = left + side, top + side
+        if self.resizer == "swscale":
+            left, top = math.floor(left), math.floor(top)
+            right, bottom = max(left + 1, round(right)), max(top + 1, round(bottom))
+        return left, top, right, bottom
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:

@@ -42,6 +42,63 @@ def test_every_kind_of_picture_becomes_rgb() -> None:
         pixel("F", 0.5)
 
 
+def smooth(width: int, height: int) -> np.ndarray:
+    """A picture like a photo: little detail of the size of an image's pixels."""
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return np.asarray(PIL.Image.fromarray(coarse).resize((width, height), FILTERS["bicubic"]))
+
+
+@pytest.mark.parametrize("mode", ["squash", "center_crop"])
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(500, 375), (120, 340), (64, 64), (40, 30)])
+def test_swscale_resizes_as_pillow_does(mode, filter, size) -> None:
+    photo = smooth(*size)
+    by_pillow = Preprocess(64, mode, filter)(photo).astype(int)
+    by_swscale = Preprocess(64, mode, filter, resizer="swscale")(photo)
+    assert (by_swscale.dtype, by_swscale.shape) == (np.uint8, (64, 64, 3))
+    difference = np.abs(by_swscale - by_pillow)
+    assert difference.mean() < 0.75
+    # A crop at half a pixel is moved to a whole one; Pillow filters over the pixels beyond the crop.
+    assert difference[2:-2, 2:-2].max() <= 4
+
+
+@given(
+    width=st.integers(1, 40),
+    height=st.integers(1, 40),
+    resolution=st.integers(1, 40),
+    mode=st.sampled_from(["squash", "center_crop"]),
+)
+def test_swscale_takes_pictures_of_any_size(width, height, resolution, mode) -> None:
+    photo = np.full((height, width, 3), (250, 7, 99), np.uint8)
+    image = Preprocess(resolution, mode, resizer="swscale")(photo)
+    assert image.shape == (resolution, resolution, 3)
+    assert np.abs(image.astype(int) - (250, 7, 99)).max() <= 1
+
+
+def test_swscale_takes_long_pictures() -> None:
+    for shape in ((2, 20_000, 3), (20_000, 2, 3)):
+        assert (
+            Preprocess(16, resizer="swscale")(np.full(shape, 9, np.uint8)).tolist() == [[[9] * 3] * 16] * 16
+        )
+
+
+def test_labels_and_places_go_where_swscale_crops() -> None:
+    preprocess = Preprocess(16, "center_crop", resizer="swscale")
+    ids = np.zeros((16, 33), np.uint8)
+    ids[:, 8:24] = np.arange(16)  # the crop of 8.5 … 24.5 begins at 8
+    np.testing.assert_array_equal(preprocess.labels(ids), np.tile(np.arange(16), (16, 1)))
+    assert preprocess.points(np.array([8.0, 0.0]), (16, 33)).tolist() == [0, 0]
+    picture = np.repeat(ids[..., None], 3, 2)
+    np.testing.assert_array_equal(preprocess(picture)[..., 0], preprocess.labels(ids))
+
+
+def test_a_resizer_is_part_of_the_identity_where_it_is_not_pillow() -> None:
+    fast = Preprocess(16, resizer="swscale")
+    assert fast.to_json()["resizer"] == "swscale"
+    assert Preprocess.from_json(fast.to_json()) == fast
+    assert "resizer" not in Preprocess(16).to_json()
+
+
 def test_exif_orientation_is_applied() -> None:
     photo = PIL.Image.new("RGB", (4, 2))
     photo.putpixel((0, 0), (255, 0, 0))
@@ -56,6 +113,8 @@ def test_exif_orientation_is_applied() -> None:
         ({"resolution": 8.0}, "positive integer"),
         ({"resolution": 8, "mode": "pad"}, "squash, center_crop"),
         ({"resolution": 8, "filter": "hamming"}, "bicubic"),
+        ({"resolution": 8, "resizer": "opencv"}, "pillow, swscale"),
+        ({"resolution": 8, "resizer": "swscale", "filter": "box"}, "takes bilinear, bicubic, lanczos"),
         ({"resolution": 8, "flip": 1}, "expected some of resolution, mode, filter, colours"),
         ({"mode": "squash"}, "expected some of resolution"),
         ({"resolution": 8, "colours": "-1..1"}, "colours is '-1..1'; it must be one of 0..1"),
