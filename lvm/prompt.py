@@ -11,6 +11,9 @@ Beside the sheet of prompt and answers, a folder of its name holds the answers o
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Mapping, Sequence
+
 import jax
 import numpy as np
 from absl import flags
@@ -18,6 +21,7 @@ from etils import epath
 
 from lvm import cli, files, prompting
 from lvm.console import say
+from lvm.data.sources.listing import VIDEO_SUFFIXES
 from lvm.errors import UserError
 from lvm.evaluation.report import png
 from lvm.interop.models import check_tokenizer
@@ -42,10 +46,31 @@ def check_kind(sequence: list[str], pairs: list[str], query: str) -> None:
         raise UserError("--pairs needs --query=IMAGE, the image to answer for")
 
 
+def check_use(paths: Sequence[str], rate: float, frames: int) -> None:
+    """That what is said of videos and folders is said where there are some. Raises UserError."""
+    has_video = any(pathlib.Path(path).suffix.lower() in VIDEO_SUFFIXES for path in paths)
+    if rate and not has_video:
+        raise UserError(f"--rate={rate:g} is of videos, and the prompt has none")
+    if frames and not has_video and not any(pathlib.Path(path).is_dir() for path in paths):
+        raise UserError(f"--frames={frames} is of folders and videos, and the prompt has none")
+
+
+def check_drawing(temperature: float, drawn_by: Mapping[str, bool]) -> None:
+    """That nothing is said of drawing where nothing is drawn: flag → whether it was said. Raises UserError."""
+    said = [name for name, is_said in drawn_by.items() if is_said]
+    if said and not temperature:
+        raise UserError(
+            f"--{said[0]}: with --temperature=0, the default, the likeliest codes are taken and every answer is the "
+            "same; give a temperature, such as 1"
+        )
+
+
 def write(out: epath.Path, prompt: prompting.Prompt, answers: np.ndarray, is_sequence: bool) -> None:
     """Writes the sheet, and beside it a folder with each answer of uint8 [C, A, R, R, 3] and videos."""
     folder = out.parent / out.stem
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("candidate-*"):  # of a prompt before
+        old.unlink()
     for number, candidate in enumerate(answers, 1):
         for place, image in enumerate(candidate, 1):
             files.write_atomically(folder / f"candidate-{number}-image-{place}.png", png(image))
@@ -59,6 +84,12 @@ def write(out: epath.Path, prompt: prompting.Prompt, answers: np.ndarray, is_seq
 def main() -> None:
     """The command."""
     check_kind(_SEQUENCE.value, _PAIRS.value, _QUERY.value)
+    paths = [part for pair in _PAIRS.value for member in pair.split(":") for part in member.split("+")]
+    check_use([*_SEQUENCE.value, *paths, _QUERY.value], _RATE.value, _FRAMES.value)
+    drawn_by = {"candidates": _CANDIDATES.value > 1} | {
+        name: bool(flags.FLAGS[name].present) for name in ("top_k", "top_p", "seed")
+    }
+    check_drawing(_TEMPERATURE.value, drawn_by)
     out = epath.Path(_OUT.value)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out: {out} is not a name of a picture; wanted one that ends in .png")

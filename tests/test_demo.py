@@ -113,7 +113,9 @@ def test_pairs_and_a_query_are_answered(demo, tmp_path):
     pairs = [f"{frames[0]}:{frames[1]}", f"{frames[1]}:{frames[2]}"]
     out = tmp_path / "answer.png"
     common = [f"--model={demo / 'lvm'}", f"--tokenizer={demo / 'tokenizer'}", f"--out={out}"]
-    run("lvm.prompt", "--pairs", *pairs, "--query", frames[2], *common, "--candidates=2")
+    (tmp_path / "answer").mkdir()
+    (tmp_path / "answer" / "candidate-7-image-1.png").write_bytes(b"of a prompt before")
+    run("lvm.prompt", "--pairs", *pairs, "--query", frames[2], *common, "--candidates=2", "--temperature=1")
     assert Image.open(out).height > 200  # a row for each candidate
     singles = sorted(path.name for path in (tmp_path / "answer").iterdir())
     assert singles == ["candidate-1-image-1.png", "candidate-2-image-1.png"]
@@ -129,10 +131,14 @@ def test_pairs_and_a_query_are_answered(demo, tmp_path):
         (["--pairs", "a.png", "--query=b.png"], "'a.png' is not of the form image.png:answer.png"),
         ([], "give either --sequence"),
         (["--sequence", *["FRAME"] * 9], "the model's context of 98 holds 6 images"),
+        (["--sequence", "FRAME", "--rate=2"], "--rate=2 is of videos, and the prompt has none"),
+        (["--pairs", "FRAME:FRAME", "--query=FRAME", "--frames=3"], "--frames=3 is of folders and videos"),
+        (["--sequence", "FRAME", "--candidates=2"], "--candidates: with --temperature=0, the default"),
+        (["--sequence", "FRAME", "--top_k=5"], "--top_k: with --temperature=0"),
     ],
 )
 def test_a_bad_prompt_is_one_clear_line(demo, tmp_path, arguments, words):
-    arguments = [str(demo / "prompt" / "frame-1.png") if a == "FRAME" else a for a in arguments]
+    arguments = [a.replace("FRAME", str(demo / "prompt" / "frame-1.png")) for a in arguments]
     common = [f"--model={demo / 'lvm'}", f"--tokenizer={demo / 'tokenizer'}", f"--out={tmp_path / 'a.png'}"]
     output = run("lvm.prompt", *arguments, *common, code=2)
     assert output.count("\n") == 1, output
