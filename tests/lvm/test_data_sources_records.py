@@ -66,6 +66,7 @@ def test_several_files_of_records_and_one_that_is_none(tmp_path) -> None:
         "a-10.array_record/0",
     ]
     assert [failure.key for failure in source.skipped] == [f"a-{number}.array_record" for number in (3, 4, 5)]
+    assert not any(str(tmp_path) in failure.reason for failure in source.skipped)
     check_copies(source)
     for name in ("a-10.array_record", "a-2.array_record"):
         (tmp_path / name).unlink()
@@ -153,6 +154,7 @@ def test_a_file_that_is_no_parquet_is_listed(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     source = ParquetSource(small, path=str(tmp_path))
     assert [failure.key for failure in source.skipped] == ["notes.txt", "a.parquet"]
+    assert not any(str(tmp_path) in failure.reason for failure in source.skipped)
     with pytest.raises(UserError, match="no rows to use in its files: no Parquet that can be read"):
         ParquetSource(small, path=str(tmp_path / "a.parquet"))
 

@@ -13,7 +13,7 @@ from array_record.python import array_record_module
 from lvm.config import from_config_dict
 from lvm.data.preprocess import Preprocess
 from lvm.data.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.sources.listing import check_index, files_hash, find_files
+from lvm.data.sources.listing import below, check_index, files_hash, find_files
 from lvm.data.sources.pictures import Blob, UnreadableError
 from lvm.data.sources.readers import FrameReader, make_readers
 from lvm.data.streams import Codec
@@ -65,7 +65,7 @@ class ArrayRecordSource:
             except OSError as error:
                 skipped.append(Failure(file, f"can't be read: {error.strerror}"))
             except (UnreadableError, ValueError, RuntimeError) as error:
-                skipped.append(Failure(file, f"not used: {error}"))
+                skipped.append(Failure(file, f"not used: {below(self._root, error)}"))
         self._starts = np.cumsum([0, *counts])
         if not len(self):
             reason = skipped[0].reason if skipped else "they are empty"
@@ -106,9 +106,9 @@ class ArrayRecordSource:
 
     def _read(self, file: str, record: int) -> bytes:
         try:
-            return self._reader(file).read([record])[0]
+            return self._reader(file).read(record, record + 1)[0]
         except (IndexError, ValueError, RuntimeError) as error:
-            raise UnreadableError(f"the record can't be read: {error}") from error
+            raise UnreadableError(f"the record can't be read: {below(self._root, error)}") from error
 
     def _reader(self, file: str) -> Any:
         if file not in self._readers:

@@ -141,3 +141,8 @@ def read_range(path: pathlib.Path, offset: int, size: int) -> bytes:
     if len(data) < size:
         raise OSError(f"ends {size - len(data)} bytes early")
     return data
+
+
+def below(root: pathlib.Path, error: Exception) -> str:
+    """An error's text with the paths below `root` as they are there: a store tells no folder of the machine."""
+    return str(error).replace(f"{root}{os.sep}", "")
