@@ -12,6 +12,7 @@ Beside the sheet of prompt and answers, a folder of its name holds the answers o
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -29,6 +30,7 @@ from lvm.mesh import MeshConfig, make_mesh
 from lvm.pretrained import LVM
 from tokenizer import Tokenizer
 
+_ANSWER = re.compile(r"candidate-\d+(-image-\d+\.png|\.mp4)")  # what `write` puts beside the sheet
 _SHEET_SIDE = 96  # pixels of an image on the sheet, at least
 
 
@@ -70,7 +72,8 @@ def write(out: epath.Path, prompt: prompting.Prompt, answers: np.ndarray, is_seq
     folder = out.parent / out.stem
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("candidate-*"):  # of a prompt before
-        old.unlink()
+        if _ANSWER.fullmatch(old.name):
+            old.unlink()
     for number, candidate in enumerate(answers, 1):
         for place, image in enumerate(candidate, 1):
             files.write_atomically(folder / f"candidate-{number}-image-{place}.png", png(image))
@@ -85,7 +88,8 @@ def main() -> None:
     """The command."""
     check_kind(_SEQUENCE.value, _PAIRS.value, _QUERY.value)
     paths = [part for pair in _PAIRS.value for member in pair.split(":") for part in member.split("+")]
-    check_use([*_SEQUENCE.value, *paths, _QUERY.value], _RATE.value, _FRAMES.value)
+    query = [_QUERY.value] if _QUERY.value else []
+    check_use([*_SEQUENCE.value, *paths, *query], _RATE.value, _FRAMES.value)
     drawn_by = {"candidates": _CANDIDATES.value > 1} | {
         name: bool(flags.FLAGS[name].present) for name in ("top_k", "top_p", "seed")
     }

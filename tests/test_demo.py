@@ -131,6 +131,10 @@ def test_pairs_and_a_query_are_answered(demo, tmp_path):
         (["--pairs", "a.png", "--query=b.png"], "'a.png' is not of the form image.png:answer.png"),
         ([], "give either --sequence"),
         (["--sequence", *["FRAME"] * 9], "the model's context of 98 holds 6 images"),
+        (
+            ["--sequence", "FRAME", "--frames=2"],
+            "--frames=2 is of folders and videos, and the prompt has none",
+        ),
         (["--sequence", "FRAME", "--rate=2"], "--rate=2 is of videos, and the prompt has none"),
         (["--pairs", "FRAME:FRAME", "--query=FRAME", "--frames=3"], "--frames=3 is of folders and videos"),
         (["--sequence", "FRAME", "--candidates=2"], "--candidates: with --temperature=0, the default"),

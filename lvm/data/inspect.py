@@ -41,9 +41,10 @@ def problems(store: Store) -> Iterator[str]:
     yield from _manifest_problems(store)
     counted = _Counts(store)
     for shard in range(len(store.shards)):
-        before = len(counted.damaged)
-        yield from counted.shard_problems(shard)
-        yield from _checksum_problems(store, shard, named=len(counted.damaged) > before)
+        found = list(counted.shard_problems(shard))
+        yield from found
+        named = shard in counted.damaged
+        yield from (problem for problem in _checksum_problems(store, shard, named) if problem not in found)
     if not counted.damaged:
         yield from counted.total_problems()
 
@@ -72,7 +73,7 @@ def _checksum_problems(store: Store, shard: int, named: bool) -> Iterator[str]:
         try:
             check_size(file, listed)
             if files.sha256(file) != listed["sha256"]:
-                where = "" if named else "; all records are whole: it lies beside them"
+                where = "" if named else "; each of its records is whole by itself"
                 yield f"{file}: {NOT_THE_MANIFESTS}{where}"
         except (UserError, OSError) as error:
             yield str(error)
@@ -99,14 +100,13 @@ class _Counts:
             index = store.indexes[shard]
         except UserError as error:
             self.damaged.append(shard)
-            if isinstance(error, DamagedError):  # the others are found by their sizes
-                yield str(error)
+            yield str(error)
             return
         hashes, scenes, images, whole = [np.zeros(0, np.uint64)], 0, 0, True
         for record in range(entry["records"]):
             low, high = np.searchsorted(index["record"], [record, record + 1])
             try:
-                page = store.page(shard, record)
+                page = store.shards.page(shard, record)
                 _check_index(index[low:high], page, store.shards.where(shard, record))
             except DamagedError as error:
                 whole = False

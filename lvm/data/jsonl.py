@@ -150,14 +150,16 @@ class JsonlStore:
             zip(starts.tolist(), entries["size"][at].tolist(), strict=True)
         ):
             mine = which == place
-            line = int(np.searchsorted(self._index["offset"], start))
-            codes[mine] = self._grids(self._content[start : start + size], line)[frames[mine]]
+            codes[mine] = self._grids(self._content[start : start + size], start)[frames[mine]]
         return codes
 
-    def _grids(self, content: bytes, line: int) -> np.ndarray:
+    def _grids(self, content: bytes, start: int, line: int | None = None) -> np.ndarray:
+        """A line's grids; `line` counts the sentences before it, looked up by its place in the file if not given."""
         try:
             return line_grids(content, self._format)
         except ValueError as error:
+            if line is None:
+                line = int(np.searchsorted(self._index["offset"], start))
             raise UserError(
                 f"{self.path}, sentence {line + 1}: {error}; config.data.jsonl tells the format"
             ) from error
@@ -189,7 +191,7 @@ class JsonlStore:
             end = len(self._content) if end < 0 else end
             content = self._content[start:end]
             if content.strip():
-                grids = self._grids(content, line)
+                grids = self._grids(content, start, line)
                 yield start, end - start, len(grids), 0, -1, split.content_hash(grids.tobytes())
                 line += 1
             start = end + 1

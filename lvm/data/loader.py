@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import multiprocessing
@@ -48,6 +49,7 @@ def batches(
         raise UserError(f"workers: {workers} is negative")
     steps = grain.MapDataset.range(start, stop).map(_InWorker(read) if workers else read)
     if not workers:
+        _keep_memory()
         yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=AHEAD))
         return
     if not flags.FLAGS.is_parsed():
@@ -91,13 +93,13 @@ def _pack(x: np.ndarray) -> dict[str, Any]:
         low, high = rows.min(), rows.max()
         fitting = (k for k in _INTEGERS if np.iinfo(k).min <= low and high <= np.iinfo(k).max)
         kept = rows.astype(next(fitting, x.dtype))
-    return {"kept": kept, "rows": rows.shape, "shape": x.shape, "dtype": x.dtype.str}
+    return {"kept": kept, "rows": rows.shape, "shape": x.shape, "dtype": x.dtype}
 
 
-def _unpack(kept: np.ndarray, rows: tuple[int, ...], shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    if np.dtype(dtype) == bool:
+def _unpack(kept: np.ndarray, rows: tuple[int, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if dtype.kind == "b":
         kept = np.unpackbits(kept, count=math.prod(rows)).view(bool).reshape(rows)
-    return np.broadcast_to(kept, shape).astype(dtype)
+    return np.broadcast_to(kept, shape).astype(dtype, order="C")
 
 
 class _InWorker:
@@ -123,7 +125,12 @@ def _begin_worker() -> None:
     # Nothing that was imported is ever garbage; looking through it again and again took an eighth of the time.
     gc.collect()
     gc.freeze()
-    # Large arrays come and go with every batch. Given back to the system, each would come as new pages.
+    _keep_memory()
+
+
+@functools.cache
+def _keep_memory() -> None:
+    """Large arrays come and go with every batch. Given back to the system, each would come as new pages."""
     with contextlib.suppress(AttributeError, OSError):  # glibc has it
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in _MALLOC.items():

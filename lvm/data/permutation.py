@@ -14,7 +14,7 @@ SHUFFLES = ("all", "blocks")
 PAGE = 64  # neighbours that stay together in the first step of "blocks": a record holds as many single images
 WINDOW = 64 * PAGE  # places that the second step mixes
 
-_ROUNDS = 4
+_ROUNDS = 6
 _ONE = np.uint64(1)
 
 

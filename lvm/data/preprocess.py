@@ -56,9 +56,9 @@ class Preprocess:
       decode: "full" decodes all pixels; "reduced" lets the JPEG decoder leave out frequencies that the resize would
         throw away: large photos come at 1/2, 1/4 or 1/8, never smaller than `resolution`. Several times as fast,
         and other pixels: codes of the one are not those of the other.
-      resizer: "pillow", which published tokenizers have seen, or "swscale" (FFmpeg's), four times as fast: a photo's
-        pixels differ by a level or two of 255, those of noise by up to 20. It takes "bilinear", "bicubic" and
-        "lanczos", and crops at whole pixels.
+      resizer: "pillow", which published tokenizers have seen, or "swscale" (FFmpeg's), more than twice as fast: a
+        photo's pixels differ by a level or two of 255, those of noise and of pictures of a few pixels by more. It
+        takes "bilinear", "bicubic" and "lanczos", crops at whole pixels, and refuses lines of thousands of pixels.
 
     Raises:
       UserError: for a resolution that is no positive integer, or an unknown mode, filter, range, decode or resizer.
@@ -159,17 +159,15 @@ class Preprocess:
         return cls(**fields)
 
     def _by_swscale(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] → [R, R, 3]."""
+        """uint8 [H, W, 3] → [R, R, 3]. Raises UserError for what swscale refuses: a line of thousands of pixels."""
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         # To three planes, not to interleaved colours, which would take it twice as long.
-        scaled = VideoReformatter().reformat(
-            frame,
-            self.resolution,
-            self.resolution,
-            "gbrp",
-            interpolation=_SWSCALE[self.filter] | _EXACTLY,
-            threads=1,
-        )
+        R, interpolation = self.resolution, _SWSCALE[self.filter] | _EXACTLY
+        try:
+            scaled = VideoReformatter().reformat(frame, R, R, "gbrp", interpolation=interpolation, threads=1)
+        except av.FFmpegError as error:
+            height, width = pixels.shape[:2]
+            raise UserError(f"swscale can't resize {width}×{height} to {R}×{R}: {error.strerror}") from error
         return np.ascontiguousarray(scaled.to_ndarray())
 
     def _box(self, width: float, height: float) -> tuple[float, float, float, float]:
@@ -180,8 +178,9 @@ class Preprocess:
             left, top = (width - side) / 2, (height - side) / 2
             right, bottom = left + side, top + side
         if self.resizer == "swscale":
+            width, height = max(1, round(right - left)), max(1, round(bottom - top))
             left, top = math.floor(left), math.floor(top)
-            right, bottom = max(left + 1, round(right)), max(top + 1, round(bottom))
+            right, bottom = left + width, top + height
         return left, top, right, bottom
 
 

@@ -6,9 +6,12 @@ aren't compressed, and the index tells the place of each one's blocks, so an ima
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import os
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -17,7 +20,7 @@ from etils import epath
 
 from lvm import files
 from lvm.data import scenes, staging
-from lvm.data.scenes import INDEX, PLACES, DamagedError
+from lvm.data.scenes import INDEX, PLACES, DamagedError, Scene
 from lvm.errors import UserError
 
 # A record at a time and none beside it: ArrayRecord's own threads cost thirty times what they read.
@@ -30,7 +33,6 @@ _BETWEEN = _CHUNK - _OWN
 NOT_THE_MANIFESTS = "damaged: its checksum is not the manifest's"
 _LARGEST = 2**44  # bytes of a shard
 _GAP = 2**13  # bytes that are sooner read than left out
-_FILES_BESIDE = 256  # that a process has open beside those of stores
 
 
 def read_at(descriptors: Sequence[int], places: np.ndarray, sizes: np.ndarray) -> bytes:
@@ -66,6 +68,7 @@ class Shards:
       entries: of its manifest, one a shard.
       stage_to: a local folder that shards are copied to before they are read; "" reads them where they are.
       identity: of the store, which tells its staged shards from those of others.
+      streams: number of streams in each stream set.
     """
 
     def __init__(
@@ -74,19 +77,22 @@ class Shards:
         entries: Sequence[Mapping[str, Any]],
         stage_to: str,
         identity: Callable[[], str],
+        streams: Sequence[int],
     ):
         self.path, self._entries, self._stage_to, self._identity = path, entries, stage_to, identity
+        self._streams = streams
         self._readers: dict[int, Any] = {}
         self._opened: dict[int, BinaryIO] = {}
         self._indexes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        _allow_files(2 * len(entries))
+        _allow_files()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def where(self, shard: int, record: Any) -> str:
         """A record's name in messages."""
-        return f"{self.path / self._entries[shard]['name']}{RECORDS}, record {record}"
+        copied = f" (copied to {self._staged()})" if self._stage_to else ""
+        return f"{self.path / self._entries[shard]['name']}{RECORDS}{copied}, record {record}"
 
     def index(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """`scenes.INDEX` of a shard's scenes and `scenes.PLACES` of its records, memory-mapped.
@@ -98,11 +104,11 @@ class Shards:
             entry = self._entries[shard]
             path = self._find(shard, INDEXES)
             # It decides what is read where: damage there would be another image in silence.
-            if files.sha256(path) != entry["files"][path.name]["sha256"]:
-                raise UserError(f"{path}: {NOT_THE_MANIFESTS}")
-            data = (
-                np.fromfile(path, np.uint8, 0) if not entry["scenes"] else np.memmap(path, np.uint8, mode="r")
-            )
+            with _opening():
+                if files.sha256(path) != entry["files"][path.name]["sha256"]:
+                    raise UserError(f"{path}: {NOT_THE_MANIFESTS}")
+                empty = np.zeros(0, np.uint8)
+                data = np.memmap(path, np.uint8, mode="r") if entry["scenes"] else empty
             split = len(data) - entry["records"] * PLACES.itemsize
             if split < 0 or split % INDEX.itemsize:
                 raise UserError(
@@ -112,17 +118,18 @@ class Shards:
             self._indexes[shard] = data[:split].view(INDEX), data[split:].view(PLACES)
         return self._indexes[shard]
 
-    def read(self, shard: int, record: int) -> bytes:
-        """The bytes of a record of a shard.
+    def page(self, shard: int, record: int) -> list[Scene]:
+        """All scenes of a record.
 
         Raises:
-          DamagedError: it can't be read; names shard and record.
+          DamagedError: it can't be read, or isn't what was written; names shard and record.
         """
         reader = self._reader(shard)
         try:
-            return reader.read(record, record + 1)[0]
+            data = reader.read(record, record + 1)[0]
         except (IndexError, ValueError, RuntimeError) as error:
             raise DamagedError(f"{self.where(shard, record)}: can't be read: {error}") from error
+        return scenes.unpack(data, self._streams, lambda: self.where(shard, record))
 
     def grids(self, entries: np.ndarray, grids: np.ndarray, codes_per_image: int) -> np.ndarray:
         """Single grids: uint16 [n, N]. Each block is read once.
@@ -135,6 +142,8 @@ class Shards:
         Raises:
           DamagedError: a block is damaged, or the index tells of grids that aren't there; names shard and record.
         """
+        if not len(entries):
+            return np.zeros((0, codes_per_image), np.uint16)
         if (beyond := grids >= entries["grids"]).any():
             self._refuse(entries[np.argmax(beyond)])
         stride = scenes.blocks_size(scenes.BLOCK, codes_per_image)
@@ -160,7 +169,7 @@ class Shards:
     def _refuse(self, entry: np.void) -> NoReturn:
         """Raises DamagedError for a scene's record, in the words of whoever reads all of it if that fails too."""
         shard, record = int(entry["shard"]), int(entry["record"])
-        self.read(shard, record)
+        self.page(shard, record)
         raise DamagedError(f"{self.where(shard, record)}: {scenes.DAMAGED}")
 
     def check_opens(self, shard: int) -> None:
@@ -171,7 +180,8 @@ class Shards:
         file = self._opened.get(shard)
         if file is None:
             # Of two threads the first one's stays: a file that nobody keeps is closed.
-            file = self._opened.setdefault(shard, open(self._find(shard, RECORDS), "rb"))  # noqa: SIM115
+            with _opening():
+                file = self._opened.setdefault(shard, open(self._find(shard, RECORDS), "rb"))  # noqa: SIM115
         return file.fileno()
 
     def _reader(self, shard: int) -> Any:
@@ -188,12 +198,15 @@ class Shards:
             self._readers[shard] = reader
         return self._readers[shard]
 
+    def _staged(self) -> epath.Path:
+        return epath.Path(self._stage_to) / self._identity()[:16]
+
     def _find(self, shard: int, suffix: str) -> epath.Path:
         """A shard's file where it can be opened."""
         name = self._entries[shard]["name"] + suffix
         listed = self._entries[shard]["files"][name]
         if self._stage_to:
-            return staging.stage(self.path / name, listed, epath.Path(self._stage_to) / self._identity()[:16])
+            return staging.stage(self.path / name, listed, self._staged())
         if files.is_remote(self.path):
             raise UserError(
                 f"{self.path}: shards are read from local disk; name a folder that they are copied to "
@@ -203,22 +216,27 @@ class Shards:
         return self.path / name
 
 
-def _allow_files(count: int) -> None:
-    """Raises the process's own limit of open files, where it is too low for a store of so many.
-
-    Raises:
-      UserError: the system's limit is too low.
-    """
-    wanted = count + _FILES_BESIDE
+@functools.cache
+def _allow_files() -> None:
+    """Lets this process have as many open files as the system allows: a shard takes two, the usual limit is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # some systems call a limit endless that isn't
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def _opening() -> Iterator[None]:
+    """Raises UserError where too many files are open."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise UserError(
-            f"a store of {count // 2} shards has {count} files open, the system allows a process {hard} "
-            f"(ulimit -Hn); allow {wanted}"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            f"{error.filename}: {error.strerror}: each shard takes two, and this process may have {soft} (ulimit -n)"
+        ) from error
 
 
 def check_size(file: epath.Path, listed: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from lvm import files
-from lvm.data import scenes, split
+from lvm.data import split
 from lvm.data.records import Shards
 from lvm.data.scenes import ENTRY, INDEX, PLACES, DamagedError, Scene
 from lvm.data.streams import Codec, codec_from_json
@@ -82,7 +82,8 @@ class Store:
         self.stream_sets = [tuple(names) for names in self.manifest["stream_sets"]]
         self.classes: list[str] = self.manifest["classes"]
         self._num_streams = np.array([len(names) for names in self.stream_sets], np.int64)
-        self.shards = Shards(self.path, self.manifest["shards"], stage_to, self.identity)
+        streams = self._num_streams.tolist()
+        self.shards = Shards(self.path, self.manifest["shards"], stage_to, self.identity, streams)
         self.indexes = _Indexes(self.shards)
         self._starts = np.cumsum([0] + [entry["scenes"] for entry in self.manifest["shards"]])
 
@@ -98,7 +99,7 @@ class Store:
         return np.concatenate([np.zeros(0, INDEX), *self.indexes])
 
     def entries(self, numbers: np.ndarray) -> np.ndarray:
-        """The `scenes.ENTRY` entries of the scenes at `numbers`, int64 [n]."""
+        """The `ENTRY` entries of the scenes at `numbers`, int64 [n]."""
         found = np.empty(len(numbers), _PARTS)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         order = np.argsort(shards, kind="stable")
@@ -115,7 +116,7 @@ class Store:
         """Single grids, of which no more is read than the blocks that they lie in: uint16 [n, N].
 
         Args:
-          entries: `scenes.ENTRY` [n], the scene of each.
+          entries: `ENTRY` [n], the scene of each.
           frames: int64 [n], its frame.
           columns: int64 [n], its place in the scene's stream set.
 
@@ -154,7 +155,7 @@ class Store:
         """
         shard = self.shard_of(number)
         _, frames, slot, stream_set, *_ = entry = self.indexes[shard][number - self._starts[shard]].item()
-        page = self.page(shard, entry[0])
+        page = self.shards.page(shard, entry[0])
         scene = page[slot] if slot < len(page) else None
         if scene is None or (len(scene.codes), scene.stream_set) != (frames, stream_set):
             where = self.shards.where(shard, entry[0])
@@ -164,11 +165,6 @@ class Store:
     def shard_of(self, number: int) -> int:
         """The shard of the scene at `number`."""
         return int(np.searchsorted(self._starts, number, side="right")) - 1
-
-    def page(self, shard: int, record: int) -> list[Scene]:
-        """All scenes of a record. Raises DamagedError, naming shard and record."""
-        data = self.shards.read(shard, record)
-        return scenes.unpack(data, self._num_streams.tolist(), lambda: self.shards.where(shard, record))
 
     def videos(self, stream: str, min_frames: int, limit: int) -> list[np.ndarray]:
         """Codes uint16 [T, N] of a stream, of at most `limit` scenes that have it and as many frames."""

@@ -227,7 +227,7 @@ def begin(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) ->
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, new = folder / HEADER, files.as_json({**header, "num_shards": num_shards})
+    path, new = folder / HEADER, files.as_json({"version": VERSION, **header, "num_shards": num_shards})
     if path.exists():
         old = files.read_json(path)
         changed = [_change(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())]
@@ -255,12 +255,16 @@ def finish(folder: epath.PathLike) -> list[str]:
     Whoever finds all entries writes it, and writes the same: to do so again changes nothing.
 
     Raises:
-      UserError: no store was begun in the folder.
+      UserError: no store was begun in the folder, or one of another version.
     """
     folder = epath.Path(folder)
     if not (folder / HEADER).exists():
         raise UserError(f"{folder}: no store was begun there ({HEADER} is missing)")
     header = files.read_json(folder / HEADER)
+    if (version := header.pop("version", None)) != VERSION:
+        raise UserError(
+            f"{folder / HEADER}: version {version}, this writes version {VERSION}; encode it again, into a new folder"
+        )
     num_shards = header.pop("num_shards")
     missing = write_manifest(folder, header, num_shards)
     if not missing and not files.is_remote(folder):

@@ -91,6 +91,15 @@ def test_a_changed_index_is_refused_as_it_is_named(copy):
     assert problems(copy) == [str(refused.value)] == [f"{file}: damaged: its checksum is not the manifest's"]
 
 
+def test_a_changed_copy_of_an_index_is_named(copy, tmp_path):
+    staged = Store(copy, stage_to=str(tmp_path / "staged"))
+    staged.entries(np.arange(len(staged)))
+    (file,) = (tmp_path / "staged").rglob("shard-00001-of-00002.index")
+    flip(file, 4)
+    found = list(inspect.problems(Store(copy, stage_to=str(tmp_path / "staged"))))
+    assert found == [f"{file}: damaged: its checksum is not the manifest's"]
+
+
 def test_an_index_that_told_of_another_scene_from_the_start_is_named_with_its_record(copy):
     name = "shard-00001-of-00002"
     flip(copy / f"{name}.index", 4)  # frames of the first

@@ -44,6 +44,7 @@ def test_a_row_that_all_rows_are_travels_once_and_bits_take_an_eighth():
     found, kept = travelled(positions)
     np.testing.assert_array_equal(found, positions)
     assert kept.nbytes == 2 * 4096
+    assert found.flags.c_contiguous
     found[0, 0] = 5  # memory of its own
     assert found[1, 0] == 0
     assert travelled(np.ones((64, 4096), bool))[1].nbytes == 64 * 4096 / 8

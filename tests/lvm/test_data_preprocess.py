@@ -76,10 +76,26 @@ def test_swscale_takes_pictures_of_any_size(width, height, resolution, mode) -> 
 
 
 def test_swscale_takes_long_pictures() -> None:
-    for shape in ((2, 20_000, 3), (20_000, 2, 3)):
+    for shape in ((40, 4_000, 3), (4_000, 40, 3)):
         assert (
             Preprocess(16, resizer="swscale")(np.full(shape, 9, np.uint8)).tolist() == [[[9] * 3] * 16] * 16
         )
+
+
+def test_a_line_of_pixels_that_swscale_refuses_is_said() -> None:
+    line = np.zeros((1, 20_000, 3), np.uint8)
+    assert Preprocess(256)(line).shape == (256, 256, 3)
+    with pytest.raises(UserError, match="swscale can't resize 20000×1 to 256×256"):
+        Preprocess(256, resizer="swscale")(line)
+
+
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000))
+def test_swscale_crops_a_square_of_whole_pixels_that_is_there(width, height) -> None:
+    left, top, right, bottom = Preprocess(16, "center_crop", resizer="swscale")._box(width, height)
+    assert right - left == bottom - top == min(width, height)
+    assert 0 <= left <= right <= width
+    assert 0 <= top <= bottom <= height
+    assert max(abs(left + right - width), abs(top + bottom - height)) <= 1  # the middle, but for half a pixel
 
 
 def test_labels_and_places_go_where_swscale_crops() -> None:

@@ -1,7 +1,9 @@
 """A store gives back every scene, is equal bytes when written again, and says what is wrong with it."""
 
+import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm import files
-from lvm.data import split, store, writing
+from lvm.data import records, split, store, writing
 from lvm.data.scenes import PAGE, DamagedError, Scene
 from lvm.data.store import Store
 from lvm.data.streams import Image
@@ -135,6 +137,22 @@ def test_another_version_is_refused(make_store):
         Store(folder)
 
 
+def test_shards_of_another_version_are_not_finished(tmp_path, new_scenes, manifest_header):
+    writing.begin(tmp_path, manifest_header(), 1)
+    writing.write_shard(tmp_path, 0, 1, new_scenes(MIXED), 16)
+    header = files.read_json(tmp_path / "header.json")
+    assert header["version"] == store.VERSION
+    del header["version"]  # as versions 1 and 2 wrote it
+    files.write_json(tmp_path / "header.json", header)
+    with pytest.raises(
+        UserError, match=r"header\.json: version None, this writes version 3; encode it again"
+    ):
+        writing.finish(tmp_path)
+    with pytest.raises(UserError, match=r"holds codes made otherwise \(changed: version: None → 3\)"):
+        writing.begin(tmp_path, manifest_header(), 1)
+    assert not (tmp_path / store.MANIFEST).exists()
+
+
 @pytest.mark.parametrize("suffix", ["index", "array_record"])
 def test_a_missing_or_cut_off_file_is_named_when_it_is_read(make_store, suffix):
     folder = make_store(MIXED)
@@ -217,8 +235,29 @@ def test_all_grids_of_a_store_are_read_alike_by_place_and_by_record(large):
 def test_a_grid_that_is_not_there_is_refused(large):
     found, _ = large
     entry = found.entries(np.array([0]))
+    assert found.grids(entry[:0], np.zeros(0, int), np.zeros(0, int)).shape == (0, 256)
     with pytest.raises(DamagedError, match=r"record 0: damaged"):
         found.grids(entry, np.array([64]), np.array([0]))
+
+
+def test_shards_have_as_many_files_open_as_the_system_allows(make_store, new_scenes, monkeypatch):
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (20, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: limits.append(wanted))
+    records._allow_files.cache_clear()
+    folder = make_store(MIXED)
+    found = Store(folder)
+    assert limits == [(4096, 4096)]
+
+    def none_left(*arguments, **options):
+        raise OSError(errno.EMFILE, "Too many open files", "shard")
+
+    monkeypatch.setattr(files, "sha256", none_left)
+    with pytest.raises(
+        UserError, match=r"shard: Too many open files: each shard takes two, .* have 20 \(ulimit"
+    ):
+        found.entries(np.array([0]))
+    records._allow_files.cache_clear()
 
 
 def test_damage_costs_the_four_grids_around_it_alone(make_store, new_scenes):

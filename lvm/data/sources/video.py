@@ -125,7 +125,7 @@ class VideoSource:
         try:
             for picture in frames_at(self._root / video.file, times, video.rate):
                 images.append(self._preprocess(picture))
-        except UnreadableError as error:
+        except (UnreadableError, UserError) as error:
             reason = str(error)
         R = self._preprocess.resolution
         stacked = np.stack(images)[:, None] if images else np.empty((0, 1, R, R, 3), np.uint8)
