@@ -8,6 +8,9 @@ RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 # Where there is no TPU, libtpu (which the tests compile with) would complain at every start.
 NO_TPU := $(if $(wildcard /dev/accel* /dev/vfio/*),,TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-1)
 
+# One more than there are cores: tests of whole commands wait for a part of their time.
+WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 7 ? $$(getconf _NPROCESSORS_ONLN) + 1 : 8 )))
+
 .PHONY: demo test test-slow test-parity test-browser test-compat compat lint format clean broken
 .DELETE_ON_ERROR:
 
@@ -15,7 +18,7 @@ demo: $(VENV)/requirements.txt.done
 	$(NO_TPU) $(VENV)/bin/python -m scripts.demo $(if $(IMAGES),--images="$(IMAGES)") $(if $(filter 1 true yes,$(FRESH)),--fresh)
 
 test: $(VENV)/requirements-test.txt.done
-	$(RUN) -m pytest -m "not slow and not parity" -n auto --maxprocesses=8 --dist=worksteal
+	$(RUN) -m pytest -m "not slow and not parity" -n $(WORKERS) --dist=worksteal
 
 test-slow: $(VENV)/requirements-test.txt.done
 	$(RUN) -m pytest -m "slow or (hypothesis and not parity)" --hypothesis-profile=random
