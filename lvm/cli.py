@@ -87,6 +87,9 @@ def _guarded(main: Callable[[], None]) -> None:
         _fail(str(error), errors.EXIT_DIVERGED)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + 2)
+    except BrokenPipeError:  # whoever reads the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(errors.EXIT_ERROR)
     except OSError as error:
         if error.errno not in _DISK | _PATH:
             raise
@@ -113,6 +116,10 @@ def _end_with_parent() -> None:
 
 def _flag_problem(error: Exception) -> str:
     # Absl's own messages name the flag; what a config file raises says little without its type.
+    key = error.args[0] if isinstance(error, AttributeError) and error.args else error
+    if isinstance(key, KeyError) and key.args:  # a config's words for a key that it doesn't have
+        name, _, advice = str(key.args[0]).partition("\n")
+        return f"--config: no such key: {name}" + (f"; {advice[0].lower()}{advice[1:]}" if advice else "")
     message = " ".join(str(error).split())
     known = (flags.Error, AttributeError, KeyError, OSError, errors.UserError)
     return message if isinstance(error, known) else f"--config: {type(error).__name__}: {message}"

@@ -72,10 +72,13 @@ def _describe(folder: pathlib.Path, stored: Stored, tokenizer: str) -> None:
         found = weights.read(tokenizer)
         identity = Tokenizer(found.config, found.preprocess, found.params).identity()
         models.check_tokenizer(stored.record["tokenizer"], stored.vocabulary, identity, tokenizer)
-        weights.write(folder / card.TOKENIZER, found, "diffusers")
+        try:
+            weights.write(folder / card.TOKENIZER, found, "diffusers")
+        except UserError as error:
+            raise UserError(f"--tokenizer: {tokenizer}: {error}") from None
         files.write_atomically(folder / card.EXAMPLE, card.example(found.preprocess).encode())
     else:
-        say(f"no {card.TOKENIZER}/ and no {card.EXAMPLE}: --tokenizer=FOLDER puts them beside the weights")
+        say(f"no {card.TOKENIZER}/ and no {card.EXAMPLE}: --tokenizer=FOLDER puts a published kind there")
     readme = card.readme(stored, identity, bool(tokenizer))
     files.write_atomically(folder / card.README, readme.encode())
 

@@ -66,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise UserError(
             f"config.mesh: {dict(zip(AXES, sizes, strict=True))}; one axis may be -1, the rest ≥ 1"
         )
-    shape = [len(devices) // fixed if size == -1 else size for size in sizes]
+    shape = [max(1, len(devices) // fixed) if size == -1 else size for size in sizes]
     if math.prod(shape) != len(devices):
         raise UserError(
             f"config.mesh: {' × '.join(map(str, shape))} = {math.prod(shape)} devices, "

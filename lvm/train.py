@@ -72,6 +72,10 @@ class TrainConfig:
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed: {self.seed} is negative")
+
 
 # What a changed mixture changes of a run's record.
 _MIXTURE = ("config.data.", "mixture.", "stores", "sources")
@@ -121,6 +125,8 @@ def train(config: TrainConfig, workdir: str) -> None:
     )
     if config.tokenizer:
         trainable.draw = _pictures(config, trainable, vocabulary)
+    elif loop.picture_every:
+        say("no config.tokenizer: no pictures of answers are drawn")
     say(f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}")
     for line in rows.notes():
         say(line)

@@ -155,6 +155,23 @@ def test_a_bad_prompt_is_one_clear_line(demo, tmp_path, arguments, words):
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.depth=3"], "depth"),
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.num_heads=3"], "num_heads: 3 heads"),
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.batch_size=many"], "batch_size"),
+        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.seed=-1"], "config.seed: -1 is negative"),
+        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.speed=1"], "--config: no such key: 'speed'"),
+        (
+            "lvm.train",
+            ["--config=configs/demo_lvm.py", "--config.loop.total_step=1"],
+            "no such key: 'total_step'; did you mean \"total_steps\"",
+        ),
+        (
+            "lvm.train",
+            ["--config=configs/demo_lvm.py", "--config.data.heldout_fraction=2"],
+            "config.data.heldout_fraction: 2.0 is not in [0, 1)",
+        ),
+        (
+            "tokenizer.train",
+            ["--config=configs/demo_tokenizer.py", "--config.preprocess.resizer=opencv"],
+            "error: config.preprocess.resizer is 'opencv'; it must be one of pillow, swscale",
+        ),
         ("lvm.train", ["--config=configs/nothing.py"], "configs/nothing.py"),
         (
             "lvm.train",

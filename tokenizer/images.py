@@ -33,6 +33,7 @@ class ImagesConfig:
     max_gigabytes: float = 8.0
 
     def __post_init__(self) -> None:
+        split.check_fraction(self.heldout_fraction)
         if not 0 <= self.rgb_share <= 1:
             raise UserError(f"rgb_share: {self.rgb_share} is not in [0, 1]")
         if self.max_scenes < 0:

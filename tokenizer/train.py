@@ -59,6 +59,8 @@ class TokenizerConfig:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed: {self.seed} is negative")
         if self.preprocess.resolution != self.model.resolution:
             raise UserError(
                 f"preprocess.resolution: {self.preprocess.resolution}, model.resolution is {self.model.resolution}; "

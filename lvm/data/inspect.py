@@ -256,6 +256,8 @@ def main() -> None:
     store = _open(_STORE.value, _STAGE_TO.value)
     if bool(_SOURCE.value) > bool(_TOKENIZER.value) or bool(_SHEET.value) > bool(_TOKENIZER.value):
         raise UserError("--source and --sheet need --tokenizer, which encodes and decodes")
+    if _SHEET.value and pathlib.Path(_SHEET.value).suffix.lower() != ".png":
+        raise UserError(f"--sheet: {_SHEET.value} is not a name of a picture; wanted one that ends in .png")
     if _SAMPLE.value < 1:
         raise UserError(f"--sample: {_SAMPLE.value} is not positive")
     found = facts(store)

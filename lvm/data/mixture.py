@@ -21,7 +21,7 @@ from etils import epath
 
 from lvm.config import to_json
 from lvm.console import say
-from lvm.data import jsonl
+from lvm.data import jsonl, split
 from lvm.data.jsonl import JsonlFormat, JsonlStore
 from lvm.data.permutation import SHUFFLES
 from lvm.data.sentences import AnyStore, SourceConfig, SourceSentences, usable
@@ -79,6 +79,7 @@ class MixtureConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        split.check_fraction(self.heldout_fraction)
 
 
 class Mixture:

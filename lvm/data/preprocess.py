@@ -74,23 +74,19 @@ class Preprocess:
     def __post_init__(self) -> None:
         whole = isinstance(self.resolution, int) and not isinstance(self.resolution, bool)
         if not whole or self.resolution < 1:
-            raise UserError(f"preprocess.resolution is {self.resolution!r}; it must be a positive integer")
+            raise UserError(f"resolution is {self.resolution!r}; it must be a positive integer")
         if self.mode not in MODES:
-            raise UserError(f"preprocess.mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+            raise UserError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
         if self.filter not in FILTERS:
-            raise UserError(f"preprocess.filter is {self.filter!r}; it must be one of {', '.join(FILTERS)}")
+            raise UserError(f"filter is {self.filter!r}; it must be one of {', '.join(FILTERS)}")
         if self.colours not in COLOURS:
-            raise UserError(f"preprocess.colours is {self.colours!r}; it must be one of {', '.join(COLOURS)}")
+            raise UserError(f"colours is {self.colours!r}; it must be one of {', '.join(COLOURS)}")
         if self.decode not in DECODES:
-            raise UserError(f"preprocess.decode is {self.decode!r}; it must be one of {', '.join(DECODES)}")
+            raise UserError(f"decode is {self.decode!r}; it must be one of {', '.join(DECODES)}")
         if self.resizer not in RESIZERS:
-            raise UserError(
-                f"preprocess.resizer is {self.resizer!r}; it must be one of {', '.join(RESIZERS)}"
-            )
+            raise UserError(f"resizer is {self.resizer!r}; it must be one of {', '.join(RESIZERS)}")
         if self.resizer == "swscale" and self.filter not in _SWSCALE:
-            raise UserError(
-                f"preprocess.filter is {self.filter!r}; the resizer 'swscale' takes {', '.join(_SWSCALE)}"
-            )
+            raise UserError(f"filter is {self.filter!r}; the resizer 'swscale' takes {', '.join(_SWSCALE)}")
 
     def __call__(
         self, picture: PIL.Image.Image | np.ndarray, extent: tuple[float, float] | None = None
@@ -156,7 +152,10 @@ class Preprocess:
         known = [field.name for field in dataclasses.fields(cls)]
         if "resolution" not in fields or not set(fields) <= set(known):
             raise UserError(f"preprocess has the keys {sorted(fields)}; expected some of {', '.join(known)}")
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except UserError as error:
+            raise UserError(f"preprocess.{error}") from None
 
     def _by_swscale(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] → [R, R, 3]. Raises UserError for what swscale refuses: a line of thousands of pixels."""

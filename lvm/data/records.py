@@ -169,8 +169,14 @@ class Shards:
     def _refuse(self, entry: np.void) -> NoReturn:
         """Raises DamagedError for a scene's record, in the words of whoever reads all of it if that fails too."""
         shard, record = int(entry["shard"]), int(entry["record"])
-        self.page(shard, record)
-        raise DamagedError(f"{self.where(shard, record)}: {scenes.DAMAGED}")
+        where, rest = self.where(shard, record), ""
+        try:
+            self.page(shard, record)
+        except DamagedError as error:
+            if str(error).startswith(where):
+                raise
+            rest = f"; {error}"  # of the whole shard: each record that is damaged counts all the same
+        raise DamagedError(f"{where}: {scenes.DAMAGED}{rest}")
 
     def check_opens(self, shard: int) -> None:
         """Raises DamagedError, naming the shard, where not even its records can be found; UserError as `index`."""

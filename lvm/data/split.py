@@ -37,8 +37,7 @@ def heldout(hashes: np.ndarray, fraction: float, extremes: tuple[int, int] | Non
     Raises:
       UserError: a fraction outside [0, 1), no scenes, or a single group, which can't be on two sides.
     """
-    if not 0 <= fraction < 1:
-        raise UserError(f"heldout_fraction: {fraction} is not in [0, 1)")
+    check_fraction(fraction)
     if fraction == 0:
         return np.zeros(len(hashes), bool)
     if not len(hashes):
@@ -53,3 +52,9 @@ def heldout(hashes: np.ndarray, fraction: float, extremes: tuple[int, int] | Non
             "at least two are needed"
         )
     return hashes == np.uint64(lowest)
+
+
+def check_fraction(fraction: float) -> None:
+    """Raises UserError where a share of the groups is none."""
+    if not 0 <= fraction < 1:
+        raise UserError(f"heldout_fraction: {fraction} is not in [0, 1)")

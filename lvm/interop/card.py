@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -18,13 +19,21 @@ TOKENIZER = "tokenizer"  # the folder of the export that holds it
 
 def example(preprocess: Preprocess) -> str:
     """The text of `example.py`, which prepares pictures as the tokenizer wants them."""
+    plain = dataclasses.replace(preprocess, resizer="pillow", decode="full")  # as the example reads pictures
     crop = "left, top, left + side, top + side" if preprocess.mode == "center_crop" else "0, 0, *picture.size"
     return _EXAMPLE.read_text().format(
         side=preprocess.resolution,
         box=crop,
         crop=_CROP if preprocess.mode == "center_crop" else "",
         filter=preprocess.filter.upper(),
+        note=""
+        if preprocess == plain
+        else f"    # The tokenizer saw pictures by {_said(preprocess)}: a level or two away.\n",
     )
+
+
+def _said(preprocess: Preprocess) -> str:
+    return f"resizer {preprocess.resizer!r} and decode {preprocess.decode!r}"
 
 
 _CROP = """    side = min(picture.size)

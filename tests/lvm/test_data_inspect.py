@@ -226,6 +226,8 @@ def test_what_is_asked_for_wrongly_is_refused(whole, tmp_path):
     run("lvm.data.inspect", tmp_path, code=1)
     output = run("lvm.data.inspect", whole, "--sheet=x.png", code=2)
     assert "--source and --sheet need --tokenizer" in output
+    output = run("lvm.data.inspect", whole, "--sheet=x.txt", "--tokenizer=nowhere", code=2)
+    assert "--sheet: x.txt is not a name of a picture; wanted one that ends in .png" in output
 
 
 def test_codes_that_are_not_those_of_the_source_are_found(encoded, monkeypatch):

@@ -40,7 +40,7 @@ def test_a_mesh_over_some_of_the_devices():
     [
         (MeshConfig(data=3), r"config\.mesh: 3 × 1 × 1 × 1 = 3 devices, but there are 8"),
         (MeshConfig(fsdp=3), r"config\.mesh: 2 × 3 × 1 × 1 = 6 devices, but there are 8"),
-        (MeshConfig(fsdp=16), r"config\.mesh: 0 × 16 × 1 × 1 = 0 devices, but there are 8"),
+        (MeshConfig(fsdp=16), r"config\.mesh: 1 × 16 × 1 × 1 = 16 devices, but there are 8"),
         (MeshConfig(fsdp=-1), r"config\.mesh: .*'fsdp': -1.*one axis may be -1, the rest ≥ 1"),
         (MeshConfig(tensor=0), r"config\.mesh: .*'tensor': 0.*one axis may be -1, the rest ≥ 1"),
     ],
