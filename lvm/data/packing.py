@@ -168,9 +168,8 @@ class Whole:
         rows = [[waiting[kind].pop() for kind in bin] for bin in bins]
         rest = [self._capacity - int(sum(self._lengths[list(bin)])) for bin in bins]
         order = np.random.default_rng([self._mixture.seed, block, 1]).permutation(len(rows)).tolist()
-        padded = [
-            rows[i] + [_PAD] * (rest[i] > 0) for i in order
-        ]  # sentences of each row, by their place in the block
+        # The sentences of each row, by their place in the block.
+        padded = [rows[i] + [_PAD] * (rest[i] > 0) for i in order]
         starts = np.cumsum([0, *map(len, padded)])
         places = np.concatenate([np.array(row) for row in padded])
         is_pad = places == _PAD
