@@ -22,7 +22,7 @@ from etils import epath
 
 from lvm.errors import UserError
 
-_TRIES, _WAIT = 50, 0.1  # seconds
+_TRIES, _WAIT, _GONE = 100, 0.1, 10  # tries, seconds between them, and so many in a row
 
 # `epath` opens gs:// by fsspec. Other hosts write there too, so that no listing may be remembered, and what arrives is
 # compared with what was sent.
@@ -159,16 +159,22 @@ def new_folder(folder: epath.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
+    except BaseException:
         _remove(temporary)
+        raise
+    sync_folder(path.parent)
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Removes a folder that threads of a storage library may still be writing into, after the first of them failed."""
+    """Removes a folder that threads of a storage library may still be writing into, after the first of them failed.
+
+    They make it again if they must, so it has to be gone for a while.
+    """
+    gone = 0
     for _ in range(_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        gone = 0 if folder.exists() else gone + 1
+        if gone == _GONE:
             return
         time.sleep(_WAIT)
 
