@@ -22,9 +22,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from lvm.config import to_config_dict
-from lvm.data.mixture import MixtureConfig, SourceConfig
-from lvm.data.recipes import (
+from lvm.common.config import to_config_dict
+from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import (
     Category,
     Interleaved,
     MultiAnnotation,
@@ -35,8 +35,8 @@ from lvm.data.recipes import (
     Single,
     Video,
 )
-from lvm.mesh import MeshConfig
-from lvm.model import SIZES
+from lvm.hardware.sharding import MeshConfig
+from lvm.model.transformer import SIZES
 from lvm.train import TrainConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig
@@ -110,7 +110,7 @@ def mixture() -> MixtureConfig:
 
 
 def training(size: str, remat: str, fsdp: int) -> TrainConfig:
-    """The paper's training of one of `lvm.model.SIZES`: its 420B tokens once.
+    """The paper's training of one of `lvm.model.transformer.SIZES`: its 420B tokens once.
 
     AdamW, its rates and the tokens of its warm-up are those that the released 7B was trained with (8000 steps of
     524,288 tokens); the batch of 512 rows, 2.1M tokens, is ours: it gives each of 128, 256 or 512 chips whole rows.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from lvm.config import to_config_dict
-from lvm.data.mixture import MixtureConfig, SourceConfig
-from lvm.data.recipes import Pairs, Single, Video
-from lvm.model import ModelConfig
+from lvm.common.config import to_config_dict
+from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Pairs, Single, Video
+from lvm.model.transformer import ModelConfig
 from lvm.train import TrainConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig

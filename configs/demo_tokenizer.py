@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from lvm.config import to_config_dict
-from lvm.data.preprocess import Preprocess
+from lvm.common.config import to_config_dict
+from lvm.data.images.preprocess import Preprocess
 from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig
 from tokenizer.images import ImagesConfig
+from tokenizer.network import VQGANConfig
 from tokenizer.objective import LossConfig
 from tokenizer.train import TokenizerConfig
-from tokenizer.vqgan import VQGANConfig
 
 
 def get_config() -> ConfigDict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from lvm.config import to_config_dict
+from lvm.common.config import to_config_dict
 from lvm.evaluate import EvalConfig
 
 

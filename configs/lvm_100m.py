@@ -10,7 +10,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.data_uvd_v1 import training
-from lvm.config import to_config_dict
+from lvm.common.config import to_config_dict
 
 
 def get_config() -> ConfigDict:

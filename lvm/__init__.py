@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lvm.pretrained import LVM
+    from lvm.inference.pretrained import LVM
 
 __all__ = ["LVM"]
 
@@ -17,7 +17,7 @@ __all__ = ["LVM"]
 def __getattr__(name: str) -> Any:
     # The leaves (vocabulary, errors) stay importable without loading a model's dependencies.
     if name == "LVM":
-        from lvm.pretrained import LVM
+        from lvm.inference.pretrained import LVM
 
         return LVM
     raise AttributeError(f"module 'lvm' has no attribute {name!r}")

@@ -16,12 +16,12 @@ from typing import Any
 
 from absl import flags
 
-from lvm import cli, files
-from lvm.console import say
-from lvm.errors import EXIT_ERROR, UserError
+from lvm.common import cli, files
+from lvm.common.errors import EXIT_ERROR, UserError
+from lvm.common.logging import say
 from lvm.interop import card, models
 from lvm.interop.compare import compare
-from lvm.interop.stored import DTYPES, Stored, with_dtype, with_vocabulary
+from lvm.interop.lazy_checkpoint import DTYPES, Stored, with_dtype, with_vocabulary
 from tokenizer import Tokenizer, weights
 
 
@@ -41,8 +41,8 @@ def convert(
       source, destination: folders.
       kind: of the destination, one of `lvm.interop.models.KINDS`.
       step: of a workdir's checkpoints; the newest by default.
-      dtype: of `lvm.interop.stored.DTYPES`; as stored by default.
-      vocabulary: ids that the model has afterwards (`lvm.interop.stored.with_vocabulary`); as many by default.
+      dtype: of `lvm.interop.lazy_checkpoint.DTYPES`; as stored by default.
+      vocabulary: ids that the model has afterwards (`lvm.interop.lazy_checkpoint.with_vocabulary`); as many by default.
       tokenizer: a tokenizer's folder, written beside the weights of "hf".
       max_shard: bytes of a file of weights of "hf".
 

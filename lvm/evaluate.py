@@ -15,20 +15,20 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from lvm import cli, files
-from lvm.config import from_config_dict, to_json
-from lvm.console import say
-from lvm.data.mixture import MixtureConfig, SourceConfig
-from lvm.data.recipes import Pairs, Video
-from lvm.data.sources import Source, open_source
-from lvm.data.store import MANIFEST, Store
-from lvm.errors import UserError
+from lvm.common import cli, files
+from lvm.common.config import from_config_dict, to_json
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.sources import Source, open_source
+from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Pairs, Video
+from lvm.data.store.reader import MANIFEST, Store
 from lvm.evaluation import likelihood, prompted, summary
 from lvm.evaluation.heldout import Heldout
 from lvm.evaluation.reconstruction import reconstruction_figures
-from lvm.generate import Sampling
+from lvm.inference.generator import Sampling
+from lvm.inference.pretrained import LVM
 from lvm.interop.models import check_tokenizer
-from lvm.pretrained import LVM
 from tokenizer import Tokenizer
 
 _COUNTED_VIDEOS = 4000  # at most, of the store

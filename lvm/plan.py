@@ -13,11 +13,11 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lvm import cli
-from lvm import flags as compiler_flags
-from lvm.accelerators import GIB, resolve
-from lvm.config import from_config_dict
-from lvm.errors import UserError
+from lvm.common import cli
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
+from lvm.hardware import compiler_options as compiler_flags
+from lvm.hardware.accelerators import GIB, resolve
 from lvm.planning import report, search, topology
 from lvm.planning.estimate import Memory
 from lvm.planning.plan import Plan, Target, make_plan, resolve_config
@@ -28,7 +28,7 @@ def target_of(name: str, slices: int = 1, hbm_gib: float = 0.0) -> Target:
     """Where a step is to run.
 
     Args:
-      name: as `lvm.accelerators.resolve` takes it.
+      name: as `lvm.hardware.accelerators.resolve` takes it.
       slices: of it.
       hbm_gib: memory of a GPU in place of the table's; 0 takes that.
 

@@ -16,15 +16,15 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from lvm import cli
-from lvm.console import say
-from lvm.data.sources.generated import GeneratedScenes
-from lvm.errors import UserError
-from lvm.evaluation.pictures import Cell, sheet
-from lvm.generate import Sampling
+from lvm.common import cli
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.sources.generated import GeneratedScenes
+from lvm.inference.contact_sheet import Cell, sheet
+from lvm.inference.generator import Sampling
+from lvm.inference.pretrained import LVM
+from lvm.inference.prompts import Files, Prompt
 from lvm.interop.models import check_tokenizer
-from lvm.pretrained import LVM
-from lvm.prompting import Files, Prompt
 from tokenizer import Tokenizer
 
 MOST_FILES, MOST_BYTES = 32, "8mb"  # of an upload, and of each of its files

@@ -20,14 +20,15 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from lvm import cli, files, prompting
-from lvm.console import say
-from lvm.data.sources.listing import VIDEO_SUFFIXES
-from lvm.errors import UserError
+from lvm.common import cli, files
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.sources.listing import VIDEO_SUFFIXES
 from lvm.evaluation.report import png
+from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.inference import prompts
+from lvm.inference.pretrained import LVM
 from lvm.interop.models import check_tokenizer
-from lvm.mesh import MeshConfig, make_mesh
-from lvm.pretrained import LVM
 from tokenizer import Tokenizer
 
 _ANSWER = re.compile(r"candidate-\d+(-image-\d+\.png|\.mp4)")  # what `write` puts beside the sheet
@@ -67,7 +68,7 @@ def check_drawing(temperature: float, drawn_by: Mapping[str, bool]) -> None:
         )
 
 
-def write(out: epath.Path, prompt: prompting.Prompt, answers: np.ndarray, is_sequence: bool) -> None:
+def write(out: epath.Path, prompt: prompts.Prompt, answers: np.ndarray, is_sequence: bool) -> None:
     """Writes the sheet, and beside it a folder with each answer of uint8 [C, A, R, R, 3] and videos."""
     folder = out.parent / out.stem
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,10 +79,10 @@ def write(out: epath.Path, prompt: prompting.Prompt, answers: np.ndarray, is_seq
         for place, image in enumerate(candidate, 1):
             files.write_atomically(folder / f"candidate-{number}-image-{place}.png", png(image))
         if is_sequence:
-            moving = prompting.video(np.concatenate([prompt.images, candidate]))
+            moving = prompts.video(np.concatenate([prompt.images, candidate]))
             files.write_atomically(folder / f"candidate-{number}.mp4", moving)
     side = max(_SHEET_SIDE, prompt.images.shape[1])
-    files.write_atomically(out, png(prompting.contact_sheet(prompt, answers, side)))
+    files.write_atomically(out, png(prompts.contact_sheet(prompt, answers, side)))
 
 
 def main() -> None:
@@ -104,7 +105,7 @@ def main() -> None:
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), _TOKENIZER.value)
     N = tokenizer.codes_per_image
     check = lambda count: model.check_fits(count, N)  # noqa: E731
-    reader = prompting.Files(tokenizer.read, tokenizer.preprocess, _RATE.value, _FRAMES.value, check)
+    reader = prompts.Files(tokenizer.read, tokenizer.preprocess, _RATE.value, _FRAMES.value, check)
     prompt = reader.sequence(_SEQUENCE.value) if _SEQUENCE.value else reader.pairs(_PAIRS.value, _QUERY.value)
     check(len(prompt.images))
     num_images = _NUM_IMAGES.value or prompt.num_answers

@@ -17,15 +17,15 @@ from pathlib import Path
 
 from absl import flags
 
-from lvm import cli
-from lvm.accelerators import resolve
-from lvm.errors import UserError
-from lvm.launch import places
+from lvm.common import cli
+from lvm.common.errors import UserError
+from lvm.hardware.accelerators import resolve
+from lvm.launch import backends
 from lvm.launch.request import CAPACITIES, Request, Site, check_run, pairs, read_site, sweep_of
 
 VERBS = ("watch", "logs", "status", "cancel", "list")
 
-_ON = flags.DEFINE_enum("on", places.LOCAL, places.NAMES, "where the run goes")
+_ON = flags.DEFINE_enum("on", backends.LOCAL, backends.NAMES, "where the run goes")
 _RUN = flags.DEFINE_string(
     "run", "", "its name, the same at every restart; on this machine the workdir's by default"
 )
@@ -86,14 +86,16 @@ _SUBMITTING = (
 def main(verb: str, job: tuple[str, ...]) -> int:
     """The command; returns the exit code."""
     on, site = _ON.value, _site()
-    _refuse(f"--on={on}", *(flags.FLAGS[name] for name in SITE_KEYS if name not in places.SITE_KEYS[on]))
+    _refuse(f"--on={on}", *(flags.FLAGS[name] for name in SITE_KEYS if name not in backends.SITE_KEYS[on]))
     run = _run(verb)
     folder = Path(_OUT.value or (f"runs/submitted/{run}" if run else "runs/submitted"))
     if verb:
         if job:
             raise UserError(f"{job[0]}: {verb} takes no configuration")
         _refuse(verb, *_SUBMITTING)
-        return places.look_after(verb, on, places.find(on, run, site, folder, _WORKDIR.value), _POLL.value)
+        return backends.look_after(
+            verb, on, backends.find(on, run, site, folder, _WORKDIR.value), _POLL.value
+        )
     if not any(argument.partition("=")[0] == "--config" for argument in job):
         raise UserError("--config: not given; it names the experiment's file")
     if not _WORKDIR.value:
@@ -111,7 +113,7 @@ def main(verb: str, job: tuple[str, ...]) -> int:
         sweep=sweep_of(_SWEEP.value),
         site=site,
     )
-    if on == places.LOCAL:
+    if on == backends.LOCAL:
         _refuse(
             f"--on={on}",
             _ACCELERATOR,
@@ -124,12 +126,12 @@ def main(verb: str, job: tuple[str, ...]) -> int:
             _SHIP_CHANGES,
             _SITE,
         )
-        return places.run_here(request, folder, _PROCESSES.value, _GRACE.value, _DRY_RUN.value)
+        return backends.run_here(request, folder, _PROCESSES.value, _GRACE.value, _DRY_RUN.value)
     _refuse(f"--on={on}", _PROCESSES, _GRACE, *([] if on == "slurm" else [_SWEEP]))
     if request.slice is not None:
         _refuse(f"--accelerator={_ACCELERATOR.value}", flags.FLAGS["nodes"], flags.FLAGS["gpus_per_node"])
-    options = places.Options(_COMMIT.value, _SHIP_CHANGES.value, _PLAN.value, _DRY_RUN.value)
-    places.submit(on, request, folder, options)
+    options = backends.Options(_COMMIT.value, _SHIP_CHANGES.value, _PLAN.value, _DRY_RUN.value)
+    backends.submit(on, request, folder, options)
     return 0
 
 
@@ -137,7 +139,7 @@ def _run(verb: str) -> str:
     """The run's name."""
     if verb == "list":
         return ""
-    if not _RUN.value and _ON.value == places.LOCAL and _WORKDIR.value:
+    if not _RUN.value and _ON.value == backends.LOCAL and _WORKDIR.value:
         name = re.sub(r"[^a-z0-9]+", "-", f"run-{Path(_WORKDIR.value).resolve().name.lower()}")
         return name[:40].strip("-")
     if not _RUN.value:

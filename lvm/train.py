@@ -11,32 +11,32 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from lvm import cli, distributed
-from lvm.config import from_config_dict, to_json
-from lvm.console import say
-from lvm.data.mixture import Mixture, MixtureConfig
-from lvm.data.rows import Rows
-from lvm.distributed import DistributedConfig
-from lvm.errors import UserError
-from lvm.evaluation.pictures import completion
-from lvm.flags import COST, compiler_options
-from lvm.flops import CONVENTIONS, train_flops_per_token
-from lvm.generate import Generator, Sampling
+from lvm.common import cli, distributed
+from lvm.common.config import from_config_dict, to_json
+from lvm.common.distributed import DistributedConfig
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.mixture.mixture import Mixture, MixtureConfig
+from lvm.data.mixture.rows import Rows
+from lvm.hardware.compiler_options import COST, compiler_options
+from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.inference.contact_sheet import completion
+from lvm.inference.generator import Generator, Sampling
 from lvm.interop.init_from import StepFrom, first_model
-from lvm.interop.stored import Stored
-from lvm.mesh import MeshConfig, make_mesh
-from lvm.model import ModelConfig
-from lvm.module import count_params
+from lvm.interop.lazy_checkpoint import Stored
+from lvm.model.flops import CONVENTIONS, train_flops_per_token
+from lvm.model.nnx_utils import count_params
+from lvm.model.transformer import ModelConfig
+from lvm.model.vocabulary import Vocabulary
 from lvm.training import optimizer
 from lvm.training.checkpoint import newest_step
 from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.memory import advice, fitting_step
-from lvm.training.objective import NextCode, ObjectiveConfig
+from lvm.training.next_token import NextCode, ObjectiveConfig
 from lvm.training.programs import cache_programs
 from lvm.training.step import Step
-from lvm.training.trainable import State
+from lvm.training.task import State
 from lvm.training.workdir import Workdir, check_trainable
-from lvm.vocabulary import Vocabulary
 from tokenizer import Tokenizer
 
 
@@ -50,7 +50,8 @@ class TrainConfig:
       heldout_batches: batches of held-out sentences that the held-out loss averages over.
       tokenizer: a tokenizer's folder, to show pictures of answers while training; "" shows none.
       accept_changed_mixture: goes on with a run whose mixture was another one until now.
-      flags: options of the compiler over those of `lvm.flags`, "name=value name=value"; "name=" takes one away.
+      flags: compiler options over those of `lvm.hardware.compiler_options`, "name=value name=value"; "name=" removes
+        one.
       deterministic: compiles to what gives the same bits at every run; on GPUs that costs speed.
       init_from: a model's folder, as `LVM.load` takes it, whose weights the training begins with; empty for random
         ones. It needs the same sizes and codes; a vocabulary of another size is resized.

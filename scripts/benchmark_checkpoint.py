@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from lvm import cli
-from lvm.console import say
-from lvm.errors import UserError
-from lvm.model import SIZES
+from lvm.common import cli
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.model.transformer import SIZES
 from lvm.training.checkpoint import Checkpoints
-from lvm.training.trainable import State
+from lvm.training.task import State
 from scripts.benchmark_train import VOCABULARY, make_step
 
-_SIZE = flags.DEFINE_string("size", "100m", "a size of lvm.model.SIZES")
+_SIZE = flags.DEFINE_string("size", "100m", "a size of lvm.model.transformer.SIZES")
 _FOLDER = flags.DEFINE_string("folder", "", "where to save; a temporary folder if empty")
 _EVERY = flags.DEFINE_integer("every", 1000, "steps from one checkpoint to the next", lower_bound=1)
 _STEP_SECONDS = flags.DEFINE_float("step_seconds", 1.0, "seconds a step, for the share", lower_bound=1e-6)

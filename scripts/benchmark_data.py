@@ -20,17 +20,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from absl import flags
 
-from lvm import cli
-from lvm.console import say
-from lvm.data import jsonl, loader
-from lvm.data.mixture import Mixture, MixtureConfig, SourceConfig
-from lvm.data.recipes import Category, MultiAnnotation, Pairs, Single, Video
-from lvm.data.rows import Rows
-from lvm.data.scenes import Scene
-from lvm.data.streams import Edges, Image
-from lvm.data.writing import GroupedScene, write_manifest, write_shard
-from lvm.errors import UserError
-from lvm.vocabulary import Vocabulary
+from lvm.common import cli
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.mixture import loader
+from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Category, MultiAnnotation, Pairs, Single, Video
+from lvm.data.mixture.rows import Rows
+from lvm.data.store import jsonl
+from lvm.data.store.format import Scene
+from lvm.data.store.writer import GroupedScene, write_manifest, write_shard
+from lvm.data.streams.codecs import Edges, Image
+from lvm.model.vocabulary import Vocabulary
 
 NUM_CODES, GRID = 8192, (16, 16)
 STREAMS = ("rgb", "depth", "edges", "normals", "segmentation")

@@ -22,18 +22,19 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from lvm import cli, module
-from lvm.console import say
-from lvm.data import loader
-from lvm.data.augment import Augment
-from lvm.data.preprocess import Preprocess
-from lvm.data.reading import Chunks
-from lvm.data.sources import open_source
-from lvm.errors import UserError
+from lvm.common import cli
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.augment import Augment
+from lvm.data.images.batches import Chunks
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources import open_source
+from lvm.data.mixture import loader
+from lvm.model import nnx_utils
 from scripts.contenders import Clock, Report, contend, cpu_name, reporter
 from tokenizer import Tokenizer
 from tokenizer.encoding import Encoder
-from tokenizer.vqgan import VARIANTS, VQGAN, VQGANConfig
+from tokenizer.network import VARIANTS, VQGAN, VQGANConfig
 
 Job = dict[str, Any]
 _SMALL = VQGANConfig(
@@ -80,7 +81,7 @@ def random_tokenizer(job: Job) -> Tokenizer:
     on_cpu = jax.default_backend() == "cpu"
     config = NETWORKS[job["network"]]
     config = VQGANConfig(**{**vars(config), "compute_dtype": "float32" if on_cpu else "bfloat16"})
-    init = jax.jit(lambda rng: module.init_params(lambda rngs: VQGAN(config, rngs), rng))
+    init = jax.jit(lambda rng: nnx_utils.init_params(lambda rngs: VQGAN(config, rngs), rng))
     return Tokenizer(config, Preprocess(config.resolution, **_FAST), init(jax.random.key(0)))
 
 

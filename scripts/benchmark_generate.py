@@ -27,14 +27,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from lvm import accelerators, cli, errors
-from lvm.console import say
-from lvm.errors import UserError
-from lvm.generate import Generator, Sampling
+from lvm.common import cli, errors
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.hardware import accelerators
+from lvm.inference.generator import Generator, Sampling
 from lvm.interop import models, tensors
-from lvm.interop.stored import NO_RECORD, Stored, shapes
-from lvm.model import SIZES, ModelConfig
-from lvm.vocabulary import Vocabulary
+from lvm.interop.lazy_checkpoint import NO_RECORD, Stored, shapes
+from lvm.model.transformer import SIZES, ModelConfig
+from lvm.model.vocabulary import Vocabulary
 from scripts.contenders import Report, contend, cpu_name, run_job
 
 CODES = 8192

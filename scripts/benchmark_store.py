@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from absl import flags
 
-from lvm import cli
-from lvm.console import say
-from lvm.data.records import RECORDS
-from lvm.data.scenes import Scene
-from lvm.data.store import Store
-from lvm.data.streams import Image
-from lvm.data.writing import GroupedScene, finish, write_shard
-from lvm.data.writing import begin as begin_store
+from lvm.common import cli
+from lvm.common.logging import say
+from lvm.data.store.format import Scene
+from lvm.data.store.reader import Store
+from lvm.data.store.records import RECORDS
+from lvm.data.store.writer import GroupedScene, finish, write_shard
+from lvm.data.store.writer import begin as begin_store
+from lvm.data.streams.codecs import Image
 from scripts.contenders import cpu_name
 
 NUM_CODES, GRID = 8192, 16

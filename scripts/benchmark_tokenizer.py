@@ -29,15 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lvm import accelerators, cli, errors, module
-from lvm.console import say
-from lvm.data.preprocess import Preprocess
-from lvm.data.sources.generated import GeneratedScenes
-from lvm.errors import UserError
+from lvm.common import cli, errors
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources.generated import GeneratedScenes
+from lvm.hardware import accelerators
+from lvm.model import nnx_utils
 from scripts import step_profile
 from scripts.contenders import Report, contend, cpu_name, reporter
+from tokenizer.network import VARIANTS, VQGAN
 from tokenizer.pretrained import OnDevices, Tokenizer
-from tokenizer.vqgan import VARIANTS, VQGAN
 
 Job = dict[str, Any]
 WORKS = ("encode", "decode")
@@ -128,7 +130,7 @@ def random_codes(job: Job) -> np.ndarray:
 def random_tokenizer(network: str, dtype: str) -> Tokenizer:
     """A published network with random weights."""
     config = dataclasses.replace(VARIANTS[network], compute_dtype=dtype)
-    init = jax.jit(lambda rng: module.init_params(lambda rngs: VQGAN(config, rngs), rng))
+    init = jax.jit(lambda rng: nnx_utils.init_params(lambda rngs: VQGAN(config, rngs), rng))
     return Tokenizer(config, Preprocess(config.resolution), init(jax.random.key(0)))
 
 

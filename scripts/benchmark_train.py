@@ -27,14 +27,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from lvm import accelerators, cli, errors, module
-from lvm.console import say
-from lvm.errors import UserError
-from lvm.flops import CONVENTIONS, train_flops_per_token
-from lvm.mesh import MeshConfig, make_mesh
-from lvm.model import REMAT, SIZES, ModelConfig, Transformer
+from lvm.common import cli, errors
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.hardware import accelerators
+from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.model import nnx_utils
+from lvm.model.flops import CONVENTIONS, train_flops_per_token
+from lvm.model.transformer import REMAT, SIZES, ModelConfig, Transformer
 from lvm.training import optimizer
-from lvm.training.objective import NextCode
+from lvm.training.next_token import NextCode
 from lvm.training.step import Step
 from scripts.contenders import Report, contend, cpu_name, one_line, run_job
 from scripts.step_profile import profile
@@ -164,8 +166,8 @@ def rows_that_fit(config: ModelConfig, memory: int | None) -> int:
     """Rows a batch by rule of thumb: weights, moments and gradients, and what a step keeps of every token."""
     if memory is None:
         return 1
-    _, shapes = module.abstract(lambda rngs: Transformer(config, rngs))
-    weights = 18 * module.count_params(shapes)
+    _, shapes = nnx_utils.abstract(lambda rngs: Transformer(config, rngs))
+    weights = 18 * nnx_utils.count_params(shapes)
     row = config.context * 34 * config.hidden_size * config.num_layers
     return next((rows for rows in (16, 8, 4, 2) if weights + rows * row < 0.85 * memory), 1)
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lvm import cli
-from lvm.console import say
+from lvm.common import cli
+from lvm.common.logging import say
 
 Report = Callable[[dict[str, Any]], None]
 

@@ -24,12 +24,12 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from lvm import cli, files
-from lvm.console import duration, say
-from lvm.data import split
-from lvm.data.preprocess import Preprocess
-from lvm.data.sources import open_source
-from lvm.data.store import Store
+from lvm.common import cli, files
+from lvm.common.logging import duration, say
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources import open_source
+from lvm.data.mixture import split
+from lvm.data.store.reader import Store
 from lvm.evaluation.summary import table
 
 _HELDOUT = 0.15

@@ -18,8 +18,8 @@ import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lvm.console import say
-from lvm.model import SIZES
+from lvm.common.logging import say
+from lvm.model.transformer import SIZES
 from lvm.training.optimizer import OptimizerConfig
 from scripts.benchmark_train import VOCABULARY, measure, random_tokens
 from scripts.contenders import one_line

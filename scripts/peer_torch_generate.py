@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from lvm.console import say
+from lvm.common.logging import say
 from scripts.benchmark_generate import Marks, Write, measure
 from scripts.contenders import Report, one_line
 

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, silu
 
-from lvm.console import say
+from lvm.common.logging import say
 from scripts.benchmark_tokenizer import Job, measure, random_codes, random_images
 from scripts.contenders import Report, one_line
-from tokenizer.vqgan import VARIANTS, VQGANConfig
+from tokenizer.network import VARIANTS, VQGANConfig
 
 
 class Block(nn.Module):

@@ -18,12 +18,12 @@ from typing import Any
 
 from absl import flags
 
-from lvm import cli, files
-from lvm.accelerators import GIB, resolve
-from lvm.config import from_config_dict
-from lvm.console import say
-from lvm.errors import UserError
-from lvm.mesh import AXES
+from lvm.common import cli, files
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.hardware.accelerators import GIB, resolve
+from lvm.hardware.sharding import AXES
 from lvm.planning.collectives import BETWEEN_SLICES, PADDING, theory
 from lvm.train import TrainConfig
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import PIL.Image
 
-from lvm.data.sources import Source
+from lvm.data.images.sources import Source
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 

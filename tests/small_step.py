@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import optax
 
-from lvm import distributed
-from lvm.mesh import MeshConfig, make_mesh
-from lvm.model import ModelConfig
-from lvm.training.objective import NextCode, ObjectiveConfig
+from lvm.common import distributed
+from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.model.transformer import ModelConfig
+from lvm.training.next_token import NextCode, ObjectiveConfig
 from lvm.training.optimizer import OptimizerConfig, build
 from lvm.training.step import Step
 

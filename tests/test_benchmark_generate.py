@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from lvm.model import SIZES
+from lvm.model.transformer import SIZES
 from scripts.benchmark_generate import traffic, verdicts
 from tests.commands import run
 

@@ -5,19 +5,19 @@ import runpy
 
 import pytest
 
-from lvm.accelerators import resolve
-from lvm.config import from_config_dict
-from lvm.data.preprocess import Preprocess
-from lvm.data.sources import open_source
+from lvm.common.config import from_config_dict
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources import open_source
 from lvm.evaluate import EvalConfig
-from lvm.model import SIZES, Transformer
-from lvm.module import abstract, count_params
+from lvm.hardware.accelerators import resolve
+from lvm.model.nnx_utils import abstract, count_params
+from lvm.model.transformer import SIZES, Transformer
 from lvm.planning.estimate import Memory, count_parameters
 from lvm.planning.plan import Target, estimated, resolve_config
 from lvm.train import TrainConfig
 from tests.commands import ROOT
+from tokenizer.network import VQGAN
 from tokenizer.train import TokenizerConfig
-from tokenizer.vqgan import VQGAN
 
 PARAMETERS = {
     "100m": 116_974_720, "300m": 290_968_576, "600m": 648_396_288, "1b": 1_147_119_616, "3b": 3_274_742_400,

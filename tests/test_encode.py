@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from lvm import distributed
-from lvm.data import jsonl
-from lvm.data.store import Store
+from lvm.common import distributed
+from lvm.data.store import jsonl
+from lvm.data.store.reader import Store
 from tests.commands import run, start
 from tests.tokenizer.networks import random_weights, small
 from tokenizer import weights
@@ -123,7 +123,7 @@ def test_what_is_missing_or_wrong_is_said(whole, tmp_path):
     assert "2 scenes, 4 images, 2 of 8 codes used" in run(*ready)
     store = Store(tmp_path / "ready")
     assert [store.scene(i).codes[:, 0].tolist() for i in range(2)] == [[[n] * 4] * n for n in (1, 3)]
-    assert "all checksums, records and counts are right" in run("lvm.data.inspect", tmp_path / "ready")
+    assert "all checksums, records and counts are right" in run("lvm.inspect", tmp_path / "ready")
     before = {name: os.stat(whole[0] / name).st_mtime_ns for name in contents(whole[0]) if "shard" in name}
     (whole[0] / "manifest.json").unlink()
     assert f"{SCENES} scenes" in run("tokenizer.encode", "--finish", f"--out={whole[0]}")

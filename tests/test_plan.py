@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from lvm.accelerators import GIB, resolve
-from lvm.data.mixture import MixtureConfig
-from lvm.errors import UserError
-from lvm.flops import train_flops_per_token
-from lvm.mesh import MeshConfig
-from lvm.model import ModelConfig
+from lvm.common.errors import UserError
+from lvm.data.mixture.mixture import MixtureConfig
+from lvm.hardware.accelerators import GIB, resolve
+from lvm.hardware.sharding import MeshConfig
+from lvm.model.flops import train_flops_per_token
+from lvm.model.transformer import ModelConfig
 from lvm.plan import plan, search_plan, target_of
 from lvm.planning import collectives, meshes, search, topology
 from lvm.planning.collectives import PADDING
@@ -20,7 +20,7 @@ from lvm.planning.plan import Target, estimated, make_plan, resolve_config, shap
 from lvm.planning.report import lines, of_theory
 from lvm.train import TrainConfig
 from lvm.training.loop import LoopConfig
-from lvm.training.objective import ObjectiveConfig
+from lvm.training.next_token import ObjectiveConfig
 from tests.commands import run
 
 KEYS = {

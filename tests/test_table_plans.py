@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from lvm.accelerators import resolve
-from lvm.config import from_config_dict
+from lvm.common.config import from_config_dict
+from lvm.hardware.accelerators import resolve
 from lvm.planning.estimate import Memory
 from lvm.planning.plan import Target, estimated, resolve_config
 from lvm.train import TrainConfig

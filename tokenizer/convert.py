@@ -12,9 +12,9 @@ import sys
 
 from absl import flags
 
-from lvm import cli
-from lvm.console import say
-from lvm.module import count_params
+from lvm.common import cli
+from lvm.common.logging import say
+from lvm.model.nnx_utils import count_params
 from tokenizer import weights
 
 

@@ -7,7 +7,7 @@
     python -m tokenizer.encode --finish --out=STORE   the manifest, where all shards are there and nobody wrote it
 
 Each output shard holds a slice of the input's scenes. A shard that is there is not written again. Several processes
-share the shards, by `--shard` or as a launcher joins them (`lvm.distributed`); what they write doesn't depend on
+share the shards, by `--shard` or as a launcher joins them (`lvm.common.distributed`); what they write doesn't depend on
 how many they are. Whoever finds all shards there writes the manifest.
 """
 
@@ -21,15 +21,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from lvm import cli, distributed
-from lvm.console import say
-from lvm.data import writing
-from lvm.data.augment import Augment
-from lvm.data.preprocess import Preprocess
-from lvm.data.sources import Source, open_images_or_codes
-from lvm.data.store import Store
-from lvm.distributed import DistributedConfig
-from lvm.errors import UserError
+from lvm.common import cli, distributed
+from lvm.common.distributed import DistributedConfig
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.augment import Augment
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources import Source, open_images_or_codes
+from lvm.data.store import writer
+from lvm.data.store.reader import Store
 from tokenizer.encoding import Encoder, ReadyCodes, ShardWriter
 from tokenizer.pretrained import Tokenizer
 
@@ -61,7 +61,7 @@ def finish(folder: str, wait: bool) -> None:
       folder: the store.
       wait: until the other processes' are, too: those that were joined leave together.
     """
-    while missing := writing.finish(folder):
+    while missing := writer.finish(folder):
         if not wait:
             listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
             say(
@@ -116,7 +116,7 @@ def main() -> None:
         if not _SOURCE.value:
             raise UserError("--source: must be given to encode; only --finish needs none")
         encode()
-    elif missing := writing.finish(_OUT.value):
+    elif missing := writer.finish(_OUT.value):
         raise UserError(f"{_OUT.value}: {len(missing)} shards are missing: {', '.join(missing[:10])}")
     else:
         say(report(_OUT.value))

@@ -17,14 +17,15 @@ import numpy as np
 import PIL.features
 from etils import epath
 
-from lvm.console import duration, say
-from lvm.data import loader, split, writing
-from lvm.data.augment import Augment
-from lvm.data.reading import Chunks, ReadScene
-from lvm.data.scenes import Scene
-from lvm.data.sources import CodeSource, SceneInfo, Source
-from lvm.data.writing import GroupedScene, Unread
-from lvm.errors import UserError
+from lvm.common.errors import UserError
+from lvm.common.logging import duration, say
+from lvm.data.images.augment import Augment
+from lvm.data.images.batches import Chunks, ReadScene
+from lvm.data.images.sources import CodeSource, SceneInfo, Source
+from lvm.data.mixture import loader, split
+from lvm.data.store import writer
+from lvm.data.store.format import Scene
+from lvm.data.store.writer import GroupedScene, Unread
 from tokenizer.pretrained import Tokenizer
 
 T = TypeVar("T")
@@ -98,16 +99,16 @@ class ShardWriter(abc.ABC):
         Raises:
           UserError: the folder holds something else, or codes made otherwise.
         """
-        writing.begin(self._folder, self.header(), self.num_shards)
+        writer.begin(self._folder, self.header(), self.num_shards)
         mine = range(part, self.num_shards, parts)
-        missing = [s for s in mine if writing.read_entry(self._folder, s, self.num_shards) is None]
+        missing = [s for s in mine if writer.read_entry(self._folder, s, self.num_shards) is None]
         if len(missing) < len(mine):
             say(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
         slices = [self._slice(shard) for shard in missing]
         meter = Meter(sum(last - first for first, last in slices))
         for place, scenes, unread in self._contents(slices, meter) if missing else ():
             num_codes = self._identity["num_codes"]
-            writing.write_shard(
+            writer.write_shard(
                 self._folder, missing[place], self.num_shards, scenes, num_codes, unread, software()
             )
             for failure in unread.failures:

@@ -7,11 +7,11 @@ import dataclasses
 
 import numpy as np
 
-from lvm.console import Progress, say
-from lvm.data import split
-from lvm.data.permutation import permute
-from lvm.data.sources import Failure, Source
-from lvm.errors import UserError
+from lvm.common.errors import UserError
+from lvm.common.logging import Progress, say
+from lvm.data.images.sources import Failure, Source
+from lvm.data.mixture import split
+from lvm.data.mixture.permutation import permute
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lvm.config import from_config_dict, to_json
-from lvm.errors import UserError
-from tokenizer.vqgan import VARIANTS, VQGANConfig
+from lvm.common.config import from_config_dict, to_json
+from lvm.common.errors import UserError
+from tokenizer.network import VARIANTS, VQGANConfig
 
 Fields = Mapping[str, Any]  # of a config.json
 

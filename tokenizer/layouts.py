@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lvm.module import Params, abstract
+from lvm.model.nnx_utils import Params, abstract
 from tokenizer.layout_fields import (
     Fields,
     from_diffusers,
@@ -22,7 +22,7 @@ from tokenizer.layout_fields import (
     to_muse,
     to_variant_fields,
 )
-from tokenizer.vqgan import VQGAN, VQGANConfig
+from tokenizer.network import VQGAN, VQGANConfig
 
 Path = tuple[str, ...]
 

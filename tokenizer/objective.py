@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from lvm import module
-from lvm.errors import UserError
-from lvm.module import Params
-from lvm.training.trainable import Batch, Metrics, State, keep_if_finite, no_skipped
+from lvm.common.errors import UserError
+from lvm.model import nnx_utils
+from lvm.model.nnx_utils import Params
+from lvm.training.task import Batch, Metrics, State, keep_if_finite, no_skipped
 from tokenizer import losses, quantizers
-from tokenizer.vqgan import VQGAN, VQGANConfig
+from tokenizer.network import VQGAN, VQGANConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +70,15 @@ class TokenizerObjective:
         # A codebook that is there from the start is never seeded.
         self.seed_step = -1 if has_codebook else loss.autoencoder_steps
         self.batch_size = batch_size
-        self.graphdef, _ = module.abstract(self._make)
-        self.logical_axes = module.logical_axes(self._make)
+        self.graphdef, _ = nnx_utils.abstract(self._make)
+        self.logical_axes = nnx_utils.logical_axes(self._make)
 
     def _make(self, rngs: nnx.Rngs) -> VQGAN:
         return VQGAN(self.config, rngs)
 
     def model(self, params: Params) -> VQGAN:
         """The network around `params`; works under jit."""
-        return module.merge(self.graphdef, params)
+        return nnx_utils.merge(self.graphdef, params)
 
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -88,7 +88,7 @@ class TokenizerObjective:
 
     def init(self, rng: jax.Array) -> State:
         """The state before the first step, a pure function of `rng`."""
-        params = module.init_params(self._make, rng)
+        params = nnx_utils.init_params(self._make, rng)
         training = {
             "optimizer": self.optimizer.init(_network(params)),
             "averages": quantizers.init_moving_averages(params["codebook"]),

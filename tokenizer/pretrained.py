@@ -17,14 +17,14 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lvm.config import to_json
-from lvm.data.preprocess import Preprocess
-from lvm.data.sources.pictures import UnreadableError, read_image
-from lvm.errors import UserError
-from lvm.module import Params, abstract, merge
+from lvm.common.config import to_json
+from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources.pictures import UnreadableError, read_image
+from lvm.model.nnx_utils import Params, abstract, merge
 from tokenizer import weights
+from tokenizer.network import VQGAN, VQGANConfig
 from tokenizer.objective import to_float, to_uint8
-from tokenizer.vqgan import VQGAN, VQGANConfig
 
 BATCH = 8  # images a device; every call has this many, padded, so codes can't depend on how many came
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lvm.module import Params
+from lvm.model.nnx_utils import Params
 
 
 def unit_length(vectors: jax.Array) -> jax.Array:

@@ -10,25 +10,25 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from lvm import cli, distributed
-from lvm.config import from_config_dict, to_json
-from lvm.console import say
-from lvm.data.preprocess import Preprocess
-from lvm.data.sources import open_source
-from lvm.distributed import DistributedConfig
-from lvm.errors import UserError
-from lvm.mesh import MeshConfig, make_mesh
-from lvm.module import Params
+from lvm.common import cli, distributed
+from lvm.common.config import from_config_dict, to_json
+from lvm.common.distributed import DistributedConfig
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources import open_source
+from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.model.nnx_utils import Params
 from lvm.training import optimizer
 from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.programs import cache_programs
 from lvm.training.step import Step
-from lvm.training.trainable import State
+from lvm.training.task import State
 from lvm.training.workdir import Workdir, check_trainable
 from tokenizer import quantizers, weights
 from tokenizer.images import ImagePool, ImagesConfig, TrainingImages, sides
+from tokenizer.network import VQGANConfig
 from tokenizer.objective import LossConfig, TokenizerObjective
-from tokenizer.vqgan import VQGANConfig
 
 _HELDOUT_IMAGES = 128  # of each stream, for the figures that training logs
 _PICTURED = 4  # images of each stream in a picture

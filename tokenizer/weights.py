@@ -19,21 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lvm import files
-from lvm.config import from_config_dict, to_json
-from lvm.console import say
-from lvm.data.preprocess import Preprocess
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.config import from_config_dict, to_json
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.preprocess import Preprocess
 from lvm.interop import tensors as interop
 from lvm.interop.tensors import LazyTensor
 from lvm.interop.torch_reader import read_state_dict
-from lvm.module import Params
+from lvm.model.nnx_utils import Params
 from lvm.training.checkpoint import Checkpoints, load_params
 from lvm.training.workdir import CONFIG, read_record
 from tokenizer import layouts
 from tokenizer.layout_fields import from_variant_fields, variant_of
 from tokenizer.layouts import Layout
-from tokenizer.vqgan import VQGANConfig
+from tokenizer.network import VQGANConfig
 
 KINDS = ("orbax", "torch", "diffusers", "maskgit")
 PREPROCESS = "preprocess.json"

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lvm.console import say
-from lvm.data import split
-from lvm.data.recipes import Recipe
-from lvm.data.sources import Failure, SceneInfo, Source
-from lvm.data.streams import Codec
-from lvm.errors import UserError
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.sources import Failure, SceneInfo, Source
+from lvm.data.mixture import split
+from lvm.data.mixture.recipes import Recipe
+from lvm.data.streams.codecs import Codec
 
 
 @dataclasses.dataclass(frozen=True)

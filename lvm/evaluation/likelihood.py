@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lvm.evaluation import metrics
-from lvm.pretrained import LVM
+from lvm.inference.pretrained import LVM
 
 _BATCH = 16  # sentences a forward pass
 

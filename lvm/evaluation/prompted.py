@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lvm.data.streams import Depth, Palette
+from lvm.data.streams.codecs import Depth, Palette
 from lvm.evaluation import metrics
 from lvm.evaluation.heldout import Heldout, HeldoutScene
 

@@ -10,14 +10,14 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from lvm import files
-from lvm.data.mixture import MixtureConfig
-from lvm.data.recipes import Video
+from lvm.common import files
+from lvm.data.mixture.mixture import MixtureConfig
+from lvm.data.mixture.recipes import Video
 from lvm.evaluation import report
 from lvm.evaluation.heldout import Heldout
-from lvm.evaluation.pictures import Cell, answer_row, first_rows, sheet
 from lvm.evaluation.prompted import Answers
-from lvm.pretrained import LVM
+from lvm.inference.contact_sheet import Cell, answer_row, first_rows, sheet
+from lvm.inference.pretrained import LVM
 from lvm.training import metrics as training_metrics
 
 Decode = Callable[[np.ndarray], np.ndarray]

@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from lvm.config import to_json
-from lvm.data.preprocess import Preprocess
-from lvm.interop.stored import Stored
+from lvm.common.config import to_json
+from lvm.data.images.preprocess import Preprocess
+from lvm.interop.lazy_checkpoint import Stored
 
 README, EXAMPLE = "README.md", "example.py"
 TOKENIZER = "tokenizer"  # the folder of the export that holds it

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvm.errors import UserError
-from lvm.interop.stored import Stored
-from lvm.model import Layer, ModelConfig, RMSNorm, Turns, rotary_turns
-from lvm.module import Params, abstract, merge
+from lvm.common.errors import UserError
+from lvm.interop.lazy_checkpoint import Stored
+from lvm.model.nnx_utils import Params, abstract, merge
+from lvm.model.transformer import Layer, ModelConfig, RMSNorm, Turns, rotary_turns
 
 _AT_ONCE = 256  # positions whose logits are in memory together
 _SHOWN = (0, 1, 10, 100, 1000)  # positions of the report, and the last one

@@ -12,11 +12,11 @@ from typing import Any
 
 from etils import epath
 
-from lvm import files
-from lvm.config import from_config_dict, to_json
-from lvm.errors import UserError
-from lvm.interop.stored import NO_RECORD, Stored
-from lvm.model import ModelConfig
+from lvm.common import files
+from lvm.common.config import from_config_dict, to_json
+from lvm.common.errors import UserError
+from lvm.interop.lazy_checkpoint import NO_RECORD, Stored
+from lvm.model.transformer import ModelConfig
 
 RECORD = "lvm.json"  # what the training said of itself, beside weights in another format
 

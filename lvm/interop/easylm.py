@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from lvm import files
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 from lvm.interop import tensors as interop
 from lvm.interop.config_fields import EASYLM as FAMILY
 from lvm.interop.config_fields import LLAMA, config_of, record_of, save_beside
 from lvm.interop.hugging_face import computed_as_stored
 from lvm.interop.layouts import EASYLM
-from lvm.interop.stored import Stored, read_whole, vocabulary_of
+from lvm.interop.lazy_checkpoint import Stored, read_whole, vocabulary_of
 from lvm.interop.stream import Key, read_stream, write_stream
 from lvm.interop.tensors import LazyTensor
 from lvm.training.workdir import CONFIG

@@ -11,16 +11,16 @@ from typing import Any
 
 from etils import epath
 
-from lvm import files
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.errors import UserError
 from lvm.interop import tensors as interop
 from lvm.interop.config_fields import LLAMA, config_of, record_of, save_beside
 from lvm.interop.layouts import HUGGING_FACE
-from lvm.interop.stored import Stored, read_whole, vocabulary_of
+from lvm.interop.lazy_checkpoint import Stored, read_whole, vocabulary_of
 from lvm.interop.tensors import LazyTensor
 from lvm.interop.torch_reader import read_state_dict
+from lvm.model.vocabulary import Vocabulary
 from lvm.training.workdir import CONFIG
-from lvm.vocabulary import Vocabulary
 
 GENERATION_CONFIG = "generation_config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"

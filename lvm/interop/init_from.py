@@ -9,15 +9,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 from lvm.interop import models
-from lvm.interop.stored import Stored, with_dtype, with_vocabulary
+from lvm.interop.lazy_checkpoint import Stored, with_dtype, with_vocabulary
 from lvm.interop.tensors import LazyTensor
-from lvm.model import ModelConfig
+from lvm.model.transformer import ModelConfig
+from lvm.model.vocabulary import Vocabulary
 from lvm.training.step import Step
-from lvm.training.trainable import State
-from lvm.vocabulary import Vocabulary
+from lvm.training.task import State
 
 # What a model is; context, compute type and the like may be others than it was trained with.
 _SAME = (

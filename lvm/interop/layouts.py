@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lvm.interop.stored import shapes
+from lvm.interop.lazy_checkpoint import shapes
 from lvm.interop.tensors import LazyTensor, Tensors
-from lvm.model import ModelConfig
+from lvm.model.transformer import ModelConfig
 
 _TURNED = ("attention.query", "attention.key")
 _TABLES = ("embedding", "scale")  # the same everywhere: [V, D] and [D]

@@ -8,13 +8,13 @@ from typing import Any
 
 from etils import epath
 
-from lvm import files
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 from lvm.interop import easylm, hugging_face, workdirs
-from lvm.interop.stored import Stored
+from lvm.interop.lazy_checkpoint import Stored
+from lvm.model.vocabulary import Vocabulary
 from lvm.training.workdir import CONFIG
-from lvm.vocabulary import Vocabulary
 
 KINDS = ("hf", "orbax", "easylm")
 MAX_SHARD = 2 * 10**9  # bytes

@@ -16,8 +16,8 @@ import flax.serialization
 import msgpack
 import numpy as np
 
-from lvm import files
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.errors import UserError
 from lvm.interop.tensors import BFLOAT16, LazyTensor
 
 Key = tuple[str, ...]

@@ -17,8 +17,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lvm import files
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.errors import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _LISTED = 8  # names of each kind in an error

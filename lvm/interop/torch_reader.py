@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lvm.errors import UserError
+from lvm.common.errors import UserError
 from lvm.interop.tensors import BFLOAT16, LazyTensor
 
 _STORAGES = {

@@ -15,16 +15,16 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from lvm import files
-from lvm.config import from_config_dict, to_json
-from lvm.errors import UserError
-from lvm.interop.stored import Stored, layer_names, read_whole, shapes, stacked_shapes
+from lvm.common import files
+from lvm.common.config import from_config_dict, to_json
+from lvm.common.errors import UserError
+from lvm.interop.lazy_checkpoint import Stored, layer_names, read_whole, shapes, stacked_shapes
 from lvm.interop.tensors import LazyTensor
-from lvm.model import ModelConfig
+from lvm.model.transformer import ModelConfig
+from lvm.model.vocabulary import Vocabulary
 from lvm.training import checksums
 from lvm.training.checkpoint import CHECKSUMS, FOLDER, chunking, sound_step
 from lvm.training.workdir import CONFIG, read_record
-from lvm.vocabulary import Vocabulary
 
 _CACHE = 2**28  # bytes of chunks that stay in memory, for those that hold several small layers
 

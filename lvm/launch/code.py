@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 
 ROOT = Path(__file__).parents[2]
 _NAMED = 5  # changed files that are named

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from lvm import distributed, errors
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common import distributed, errors
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 from lvm.launch import shell
 from lvm.launch.request import Request, Site, Submitted
 from lvm.launch.shell import Command

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lvm import cli, distributed, errors
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common import cli, distributed, errors
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 
 _POLL = 0.1  # seconds
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from etils import epath
 
-from lvm.accelerators import Slice
-from lvm.errors import UserError
+from lvm.common.errors import UserError
+from lvm.hardware.accelerators import Slice
 
 CAPACITIES = ("on-demand", "spot", "reserved", "queued")
 _RUN = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 
 Command = Sequence[str]
 _FAILURES = 5  # in a row, that end a watch

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 
-from lvm import errors
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common import errors
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 from lvm.launch import shell
 from lvm.launch.request import VARIABLE, Request, Submitted
 from lvm.launch.shell import Command

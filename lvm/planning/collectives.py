@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from lvm.model import ModelConfig
+from lvm.model.transformer import ModelConfig
 from lvm.planning.hlo import Array, Program, Run
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")

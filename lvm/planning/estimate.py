@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lvm.mesh import MeshConfig
-from lvm.model import ModelConfig
+from lvm.hardware.sharding import MeshConfig
+from lvm.model.transformer import ModelConfig
 from lvm.planning.collectives import layer_matrices
 
 # In numbers of the compute dtype a token and layer, what the backward pass finds saved: (widths D, widths F). "none"

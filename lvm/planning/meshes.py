@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lvm.errors import UserError
-from lvm.mesh import AXES, MeshConfig
-from lvm.model import ModelConfig
+from lvm.common.errors import UserError
+from lvm.hardware.sharding import AXES, MeshConfig
+from lvm.model.transformer import ModelConfig
 
 
 def resolved(asked: MeshConfig, chips: int) -> MeshConfig:

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from lvm import flags
-from lvm.accelerators import Slice
-from lvm.config import to_json
-from lvm.data.rows import batch_spec
-from lvm.flops import train_flops_per_token
-from lvm.mesh import AXES, MeshConfig, make_mesh
-from lvm.model import REMAT, ModelConfig
+from lvm.common.config import to_json
+from lvm.data.mixture.rows import batch_spec
+from lvm.hardware import compiler_options
+from lvm.hardware.accelerators import Slice
+from lvm.hardware.sharding import AXES, MeshConfig, make_mesh
+from lvm.model.flops import train_flops_per_token
+from lvm.model.transformer import REMAT, ModelConfig
+from lvm.model.vocabulary import Vocabulary
 from lvm.planning import collectives, meshes, roofline
 from lvm.planning.collectives import Collective
 from lvm.planning.estimate import Memory, Shape, count_parameters
 from lvm.planning.hlo import Program
 from lvm.training import optimizer
 from lvm.training.memory import USABLE, bytes_needed, state_bytes
-from lvm.training.objective import NextCode
+from lvm.training.next_token import NextCode
 from lvm.training.step import Step
-from lvm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from lvm.train import TrainConfig
@@ -69,7 +69,7 @@ class Plan:
       config: what was planned, its mesh without -1, its vocabulary and rematerialisation chosen.
       parameters: of the model.
       params_bytes, optimizer_bytes, temp_bytes, total_bytes: of memory; the total has a batch too.
-      flops_per_step: of the model, by `lvm.flops`, attention counted by half.
+      flops_per_step: of the model, by `lvm.model.flops`, attention counted by half.
       sent: collectives by kind.
       theory: what fully sharded training should send, by kind.
       seconds: of a step, at least: by `flops`, `hbm`, `ici`, and `network` between slices.
@@ -218,7 +218,7 @@ def make_step(config: TrainConfig, target: Target) -> Step:
     spec = batch_spec(config.batch_size, config.model.context, config.data.packing == "whole")
     mesh = make_mesh(config.mesh, target.devices)
     trainable = NextCode(config.model, spec, list(config.data.sources), tx, schedule, mesh, config.objective)
-    options = flags.compiler_options(
+    options = compiler_options.compiler_options(
         target.described.accelerator.platform, config.flags, config.deterministic
     )
     return Step(trainable, mesh, config.seed, config.mesh.zero1, options)

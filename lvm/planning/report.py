@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lvm.mesh import AXES
+from lvm.hardware.sharding import AXES
 from lvm.planning.collectives import BETWEEN_SLICES, PADDING
 from lvm.planning.plan import Plan
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lvm.accelerators import Slice
-from lvm.flops import train_flops_per_token
-from lvm.model import ModelConfig
+from lvm.hardware.accelerators import Slice
+from lvm.model.flops import train_flops_per_token
+from lvm.model.transformer import ModelConfig
 from lvm.planning.collectives import BETWEEN_SLICES, KINDS, Collective
 from lvm.planning.hlo import Computation, Instruction, Program, Run
 
@@ -94,7 +94,7 @@ def _written(result: Instruction, inside: Computation) -> int:
 
 
 def computed_flops(model: ModelConfig, rows: int) -> float:
-    """Operations of a step over `rows` rows with what rematerialisation computes again: `lvm.flops`, causal."""
+    """Operations of a step over `rows` rows with what rematerialisation computes again: `lvm.model.flops`, causal."""
     tokens = rows * model.context
     whole = tokens * train_flops_per_token(model, model.context, "causal")
     forward = whole / 3

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lvm import accelerators
-from lvm.accelerators import Slice
-from lvm.model import REMAT
+from lvm.hardware import accelerators
+from lvm.hardware.accelerators import Slice
+from lvm.model.transformer import REMAT
 from lvm.planning import meshes
 from lvm.planning.estimate import Memory
 from lvm.planning.plan import Plan, Target, estimated, make_plan, with_choice

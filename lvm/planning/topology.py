@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from lvm.accelerators import Slice
-from lvm.errors import UserError
+from lvm.common.errors import UserError
+from lvm.hardware.accelerators import Slice
 
 INSTALL = "pip install -r requirements-plan.txt"
 # What libtpu would otherwise ask the machine it is on, and complain at length that it isn't a TPU's.

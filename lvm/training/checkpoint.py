@@ -20,11 +20,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lvm import distributed, files
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common import distributed, files
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 from lvm.training import checksums
-from lvm.training.trainable import State
+from lvm.training.task import State
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import google_crc32c
 from etils import epath
 
-from lvm import files
-from lvm.console import say
+from lvm.common import files
+from lvm.common.logging import say
 
 T = TypeVar("T")
 _CHUNK = 2**24  # bytes read at a time

@@ -17,9 +17,9 @@ from google.auth import credentials
 from google.cloud import storage
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-from lvm import errors
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common import errors
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 
 STALE = 120.0  # seconds after which a lease that wasn't renewed is anybody's
 _RENEWED = 30.0  # seconds between renewals

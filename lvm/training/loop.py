@@ -17,18 +17,18 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from lvm import distributed, files
-from lvm.accelerators import of_device
-from lvm.console import duration, say
-from lvm.data import loader
-from lvm.distributed import Preemption
-from lvm.errors import EXIT_PREEMPTED, DivergedError, UserError
+from lvm.common import distributed, files
+from lvm.common.distributed import Preemption
+from lvm.common.errors import EXIT_PREEMPTED, DivergedError, UserError
+from lvm.common.logging import duration, say
+from lvm.data.mixture import loader
+from lvm.hardware.accelerators import of_device
 from lvm.training.checkpoint import Checkpoints, newest_step
 from lvm.training.metrics import Goodput, MetricsWriter
 from lvm.training.programs import Tracer
 from lvm.training.spikes import LeftOut, LossWatch, SpikeConfig, SpikeError
 from lvm.training.step import Step
-from lvm.training.trainable import Batch, Metrics, State
+from lvm.training.task import Batch, Metrics, State
 from lvm.training.watchdog import Watchdog, WatchdogConfig
 from lvm.training.workdir import Workdir
 
@@ -113,7 +113,7 @@ class Loop:
       config: see `LoopConfig`.
       workdir: where checkpoints, metrics and pictures go.
       tokens_per_step: for the metrics `tokens` and `tokens_per_second`; 0 leaves them out.
-      flops_per_step: convention of `lvm.flops` → operations of a step; for the metrics `mfu_…`, on accelerators
+      flops_per_step: convention of `lvm.model.flops` → operations of a step; for the metrics `mfu_…`, on accelerators
         whose peak is known.
       memory_advice: what to say where a step runs out of memory; nothing by default.
     """

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lvm import accelerators, distributed
-from lvm.console import say
-from lvm.errors import UserError
-from lvm.model import REMAT
+from lvm.common import distributed
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.hardware import accelerators
+from lvm.model.transformer import REMAT
 from lvm.training.step import Step
 
 _GIB = 2**30
@@ -27,7 +28,7 @@ def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
 
     Args:
       make_step: see `MakeStep`.
-      policy: of `lvm.model.REMAT`, or "auto".
+      policy: of `lvm.model.transformer.REMAT`, or "auto".
       parts: `accumulate_steps`.
 
     Raises:
@@ -43,7 +44,8 @@ def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
                 return step
             kind = step.mesh.devices.flat[0].device_kind
             raise UserError(
-                f"config.model.remat: auto needs to know the memory of {kind!r}, which isn't in lvm/accelerators.py; "
+                f"config.model.remat: auto needs to know the memory of {kind!r}, which isn't in "
+                "lvm/hardware/accelerators.py; "
                 "name a policy"
             )
         limit, needed = known, bytes_needed(step)
@@ -122,7 +124,7 @@ def by_category(step: Step) -> str:
 def memory_limit(mesh: Mesh) -> int | None:
     """Bytes that a step may use on each device; the same on every process, since all must choose the same program.
 
-    None where neither the device's runtime nor `lvm.accelerators` knows.
+    None where neither the device's runtime nor `lvm.hardware.accelerators` knows.
     """
     mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     device = mine[0] if mine else mesh.devices.flat[0]

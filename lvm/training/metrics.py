@@ -11,8 +11,8 @@ from typing import Any
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from lvm import distributed, files
-from lvm.errors import UserError
+from lvm.common import distributed, files
+from lvm.common.errors import UserError
 
 FILENAME = "metrics.jsonl"
 

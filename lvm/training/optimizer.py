@@ -9,7 +9,7 @@ import jax
 import optax
 from optax import contrib
 
-from lvm.errors import UserError
+from lvm.common.errors import UserError
 
 _CHOICES = {
     "name": ("adamw", "lion", "adafactor", "muon"),
@@ -28,7 +28,7 @@ _UNUSED = {
 
 _NOT_DECAYED = {"scale", "bias", "embedding", "codebook"}
 
-# How the stacked kernels of `lvm.model.Transformer` are matrices; the layers are a batch of them.
+# How the stacked kernels of `lvm.model.transformer.Transformer` are matrices; the layers are a batch of them.
 _IN = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3))  # [L, D, H, d]: D → H·d
 _OUT = contrib.MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3)  # [L, H, d, D]: H·d → D
 _MLP = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # [L, D, F], [L, F, D]

@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from lvm import distributed, files
-from lvm.console import say
+from lvm.common import distributed, files
+from lvm.common.logging import say
 
 REQUEST = "profile.request"
 _REQUESTED_STEPS = 3

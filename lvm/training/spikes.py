@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from lvm import files
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.errors import UserError
 
 FILENAME = "left-out.json"
 

@@ -12,11 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lvm import flags
-from lvm import mesh as meshes
-from lvm.data import loader
-from lvm.errors import UserError
-from lvm.training.trainable import Batch, Metrics, State, Trainable
+from lvm.common.errors import UserError
+from lvm.data.mixture import loader
+from lvm.hardware import compiler_options, sharding
+from lvm.training.task import Batch, Metrics, State, Trainable
 
 
 class Step:
@@ -27,7 +26,7 @@ class Step:
       mesh: the devices, present or only described (`jax.experimental.topologies`).
       seed: everything random follows from it and the step.
       zero1: whether the optimizer's state is split over `data` too.
-      compiler_options: of `lvm.flags`; None takes the table's for the mesh's platform.
+      options: of `lvm.hardware.compiler_options`; None takes the table's for the mesh's platform.
 
     Attributes:
       state: shapes, dtypes and shardings of the state.
@@ -42,21 +41,23 @@ class Step:
         mesh: Mesh,
         seed: int,
         zero1: bool = False,
-        compiler_options: Mapping[str, flags.Value] | None = None,
+        options: Mapping[str, compiler_options.Value] | None = None,
     ):
         self.trainable, self.mesh = trainable, mesh
-        if compiler_options is None:
-            compiler_options = flags.compiler_options(mesh.devices.flat[0].platform)
-        self.compiler_options = dict(compiler_options)
+        if options is None:
+            options = compiler_options.compiler_options(mesh.devices.flat[0].platform)
+        self.compiler_options = dict(options)
         self._seed = seed
         shapes = jax.eval_shape(trainable.init, jax.random.key(seed))
-        self._shardings = meshes.shardings(mesh, shapes, trainable.logical_axes)
+        self._shardings = sharding.shardings(mesh, shapes, trainable.logical_axes)
         if zero1:
             training = shapes["training"]
-            self._shardings["training"] = meshes.split_over_data(training, mesh, self._shardings["training"])
+            self._shardings["training"] = sharding.split_over_data(
+                training, mesh, self._shardings["training"]
+            )
         self.state = jax.tree.map(_with_sharding, shapes, self._shardings)
         batch_size = next(iter(trainable.batch_spec.values())).shape[0]
-        rows = meshes.batch_sharding(mesh, batch_size)
+        rows = sharding.batch_sharding(mesh, batch_size)
         self.batch = {name: _with_sharding(x, rows) for name, x in trainable.batch_spec.items()}
         self.rows = loader.rows_of_process(rows, (batch_size,))
         self._compiled: Any = None
@@ -105,7 +106,7 @@ class Step:
             try:
                 self._compiled = self.lower().compile(self.compiler_options or None)
             except jax.errors.JaxRuntimeError as error:
-                complaint = flags.refused(str(error), self.compiler_options)
+                complaint = compiler_options.refused(str(error), self.compiler_options)
                 if complaint is None:
                     raise
                 raise UserError(complaint) from error

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from lvm.errors import EXIT_STALLED, UserError
+from lvm.common.errors import EXIT_STALLED, UserError
 
 _REMEMBERED = 100  # steps whose median is the usual time
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from etils import epath
 
-from lvm import distributed, files
-from lvm.config import from_config_dict, to_json
-from lvm.console import say
-from lvm.errors import UserError
+from lvm.common import distributed, files
+from lvm.common.config import from_config_dict, to_json
+from lvm.common.errors import UserError
+from lvm.common.logging import say
 from lvm.training.lease import Lease
 
 CONFIG = "config.json"

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from lvm.data import writing
-from lvm.data.scenes import Scene
-from lvm.data.sources.base import SceneInfo
-from lvm.data.streams import Edges, Image, Palette
-from lvm.data.writing import GroupedScene
+from lvm.data.images.sources.base import SceneInfo
+from lvm.data.store import writer
+from lvm.data.store.format import Scene
+from lvm.data.store.writer import GroupedScene
+from lvm.data.streams.codecs import Edges, Image, Palette
 from lvm.evaluation.heldout import HeldoutScene
 
 NUM_CODES, GRID = 16, (2, 2)
@@ -56,10 +56,10 @@ def make_store(tmp_path):
         scenes = content if content and isinstance(content[0], GroupedScene) else make_scenes(content)
         for shard in range(num_shards):
             part = scenes[len(scenes) * shard // num_shards : len(scenes) * (shard + 1) // num_shards]
-            writing.write_shard(
-                folder, shard, num_shards, part, NUM_CODES, writing.Unread(groups=[0, 2**64 - 1])
+            writer.write_shard(
+                folder, shard, num_shards, part, NUM_CODES, writer.Unread(groups=[0, 2**64 - 1])
             )
-        assert not writing.write_manifest(folder, header(**options), num_shards)
+        assert not writer.write_manifest(folder, header(**options), num_shards)
         return str(folder)
 
     return make

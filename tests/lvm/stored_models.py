@@ -3,9 +3,9 @@
 import numpy as np
 
 from lvm.interop import tensors
-from lvm.interop.stored import DTYPES, NO_RECORD, Stored, shapes
-from lvm.model import ModelConfig
-from lvm.vocabulary import Vocabulary
+from lvm.interop.lazy_checkpoint import DTYPES, NO_RECORD, Stored, shapes
+from lvm.model.transformer import ModelConfig
+from lvm.model.vocabulary import Vocabulary
 
 PUBLISHED = Vocabulary(8192, 8292, bos=None, eos=None, pad=8192)
 OURS = Vocabulary.for_codes(8192)

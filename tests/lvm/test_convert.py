@@ -12,13 +12,14 @@ import PIL.Image
 import pytest
 from etils import epath
 
-from lvm import convert, files
-from lvm.config import from_config_dict
-from lvm.errors import UserError
+from lvm import convert
+from lvm.common import files
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
 from lvm.interop import models, workdirs
 from lvm.interop.init_from import first_model
+from lvm.model.vocabulary import Vocabulary
 from lvm.train import TrainConfig, train
-from lvm.vocabulary import Vocabulary
 from tests.commands import run, start
 from tests.configs import tiny_lvm
 from tests.lvm.stored_models import OURS, PUBLISHED, same_tensors, small_config, small_model

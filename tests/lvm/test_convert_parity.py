@@ -13,10 +13,10 @@ import PIL.Image
 import pytest
 
 from lvm.convert import convert
+from lvm.inference.pretrained import LVM
 from lvm.interop import models
-from lvm.interop.stored import with_vocabulary
-from lvm.pretrained import LVM
-from lvm.vocabulary import Vocabulary
+from lvm.interop.lazy_checkpoint import with_vocabulary
+from lvm.model.vocabulary import Vocabulary
 from tests.lvm.stored_models import OURS, PUBLISHED, same_tensors, small_model
 from tests.tokenizer.networks import random_weights, small
 from tokenizer import Tokenizer, weights

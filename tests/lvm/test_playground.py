@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from lvm import playground
-from lvm.data.preprocess import Preprocess
-from lvm.errors import UserError
-from lvm.generate import Sampling
+from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
+from lvm.inference.generator import Sampling
 from lvm.playground import Desk, write_examples
 
 SIDE, GRID = 16, (2, 2)

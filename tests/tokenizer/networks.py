@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from lvm import module
-from lvm.data.preprocess import Preprocess
-from tokenizer.vqgan import VARIANTS, VQGAN
+from lvm.data.images.preprocess import Preprocess
+from lvm.model import nnx_utils
+from tokenizer.network import VARIANTS, VQGAN
 from tokenizer.weights import Weights
 
 SIZES = {"resolution": 64, "channels": 32, "codebook_size": 128, "codebook_dim": 8}
@@ -20,7 +20,7 @@ def small(variant, **sizes):
 
 def random_weights(config, seed=0, **preprocess):
     """Every number drawn: a tensor that is swapped, turned or left out shows."""
-    _, shapes = module.abstract(lambda rngs: VQGAN(config, rngs))
+    _, shapes = nnx_utils.abstract(lambda rngs: VQGAN(config, rngs))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

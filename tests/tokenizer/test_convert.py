@@ -7,16 +7,16 @@ import pathlib
 import numpy as np
 import pytest
 
-from lvm import files
-from lvm.config import from_config_dict
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
 from tests.commands import run
 from tests.configs import tiny_tokenizer
 from tests.tokenizer.networks import check_same, random_weights, same_bits, small
 from tokenizer import train as training
 from tokenizer import weights
+from tokenizer.network import VQGANConfig
 from tokenizer.objective import LossConfig
-from tokenizer.vqgan import VQGANConfig
 
 pytest.importorskip("safetensors")
 TINY = {"resolution": 16, "channel_multipliers": (1, 2), "codebook_size": 16, "codebook_dim": 4}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lvm import files
-from lvm.data import split
-from lvm.data.augment import Augment
-from lvm.data.preprocess import Preprocess
-from lvm.data.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.store import Store
-from lvm.data.streams import Image, Palette
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.errors import UserError
+from lvm.data.images.augment import Augment
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
+from lvm.data.mixture import split
+from lvm.data.store.reader import Store
+from lvm.data.streams.codecs import Image, Palette
 from tests.tokenizer.networks import random_weights, small
 from tokenizer import Tokenizer, encoding
 from tokenizer.encode import finish, parse_part

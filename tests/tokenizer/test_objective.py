@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from lvm.errors import UserError
+from lvm.common.errors import UserError
 from tokenizer import losses, quantizers
+from tokenizer.network import VQGANConfig
 from tokenizer.objective import LossConfig, TokenizerObjective, to_float, to_uint8
-from tokenizer.vqgan import VQGANConfig
 
 CONFIG = VQGANConfig(
     resolution=16, patch_size=4, channels=8, channel_multipliers=(1,), encoder_blocks=1, decoder_blocks=1,

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from lvm.errors import UserError
+from lvm.common.errors import UserError
 from tests.tokenizer.networks import random_weights, small
 from tokenizer import Tokenizer
-from tokenizer.vqgan import VARIANTS
+from tokenizer.network import VARIANTS
 
 SIDE = 32
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvm import files
-from lvm.data.preprocess import Preprocess
-from lvm.errors import UserError
+from lvm.common import files
+from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
 from tests.tokenizer.networks import check_same, random_weights, small
 from tokenizer import Tokenizer, layouts, weights
 from tokenizer.layout_fields import variant_of
-from tokenizer.vqgan import VARIANTS, VQGANConfig
+from tokenizer.network import VARIANTS, VQGANConfig
 
 pytest.importorskip("safetensors")
 TINY = {"resolution": 16, "channel_multipliers": (1, 2), "codebook_size": 16, "codebook_dim": 4}

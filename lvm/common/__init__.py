@@ -1,0 +1,1 @@
+"""Errors, logging, configuration, command-line and file helpers that every other package may import."""

@@ -1,0 +1,111 @@
+"""Typed configuration trees: frozen dataclasses inside, `ml_collections` at the edge.
+
+A config file's `get_config()` returns `to_config_dict(SomeConfig(...))`, so every key is there at its default
+and can be overridden at the command line. `from_config_dict` turns the result back into the dataclass and
+refuses unknown keys, wrong types and impossible values by the key's full name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from lvm.common.errors import UserError
+
+T = TypeVar("T")
+
+
+def to_config_dict(config: Any) -> ConfigDict:
+    """The dataclass as a `ConfigDict` with every key; members of a family carry their `kind`."""
+    return ConfigDict(to_json(config), convert_dict=True)
+
+
+def to_json(config: Any) -> Any:
+    """The dataclass as plain dicts, lists and scalars."""
+    if dataclasses.is_dataclass(config):
+        tree = {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        kind = getattr(type(config), "kind", None)
+        return {"kind": kind, **tree} if kind else tree
+    if isinstance(config, Mapping):
+        return {key: to_json(value) for key, value in config.items()}
+    if isinstance(config, (tuple, list)):
+        return tuple(to_json(value) for value in config)
+    return config
+
+
+def from_config_dict(cls: type[T], values: Any, path: str = "config") -> T:
+    """Builds `cls` from nested mappings.
+
+    Raises:
+      UserError: an unknown key, a value of the wrong type, or one that the dataclass itself refuses; the
+        message names the key from `path` on.
+    """
+    return _build(cls, values, path)
+
+
+def _build(annotation: Any, value: Any, path: str) -> Any:
+    if isinstance(annotation, type) and hasattr(annotation, "kinds"):
+        annotation, value = _member(annotation, value, path)
+    if dataclasses.is_dataclass(annotation):
+        return _build_dataclass(annotation, value, path)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value, path)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"{path}: {value!r} is not a tuple")
+        return tuple(_build(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        items = _mapping(value, path).items()
+        return {key: _build(arguments[1], item, f"{path}.{key}") for key, item in items}
+    return _scalar(annotation, value, path)
+
+
+def _member(family: Any, value: Any, path: str) -> tuple[type, dict[str, Any]]:
+    fields = dict(_mapping(value, path))
+    kind = fields.pop("kind", None)
+    if kind not in family.kinds:
+        raise UserError(f"{path}.kind: {kind!r} is not one of {', '.join(sorted(family.kinds))}")
+    return family.kinds[kind], fields
+
+
+def _build_dataclass(cls: Any, value: Any, path: str) -> Any:
+    values = _mapping(value, path)
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise UserError(f"{path}.{key}: no such key; {path} has {', '.join(names)}")
+    built = {key: _build(hints[key], values[key], f"{path}.{key}") for key in values}
+    try:
+        return cls(**built)
+    except UserError as error:
+        raise UserError(f"{path}.{error}") from error
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _mapping(value: Any, path: str) -> Mapping[str, Any]:
+    if isinstance(value, ConfigDict):
+        return dict(value.items())
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path}: {value!r} is not a group of keys")
+    return value
+
+
+def _scalar(annotation: Any, value: Any, path: str) -> Any:
+    if annotation is float and type(value) is int:
+        return float(value)
+    if annotation is float and type(value) is float and not math.isfinite(value):
+        raise UserError(f"{path}: {value} is not a finite number")
+    if type(value) is not annotation:
+        raise UserError(f"{path}: {value!r} is a {type(value).__name__}, wanted {annotation.__name__}")
+    return value

@@ -1,0 +1,1 @@
+"""Images before tokenization: sources, preprocessing, augmentation and batches."""

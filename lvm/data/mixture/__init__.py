@@ -1,0 +1,1 @@
+"""From stores to token batches: recipes, sampling, mixture, packing and loader."""

@@ -1,0 +1,1 @@
+"""The scene store: format, reader and writer."""

@@ -1,0 +1,1 @@
+"""Stream codecs (annotation ↔ image) and derived streams."""

@@ -1,0 +1,64 @@
+"""Sentences as LVM's JSONL: `python -m lvm.export --config=configs/demo_lvm.py --out=sentences.jsonl`.
+
+Writes the first `--sentences` sentences of the mixture, in the order of training, without BOS and EOS.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from lvm.common import cli
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.mixture.mixture import Mixture
+from lvm.data.store.jsonl import SUFFIX, to_line
+from lvm.train import TrainConfig
+
+
+def sentences(mixture: Mixture) -> Iterator[np.ndarray]:
+    """The codes of all sentences in their order, uint16 [grids, N] each; without end."""
+    for block in itertools.count():
+        ids, numbers = mixture.block(block)
+        read = {
+            int(source): iter(mixture.sources[source].sentences(numbers[ids == source]))
+            for source in np.unique(ids)
+        }
+        for source in ids.tolist():
+            yield next(read[source])
+
+
+def main() -> None:
+    """The command."""
+    out, count = pathlib.Path(_OUT.value), _SENTENCES.value
+    if count < 1:
+        raise UserError(f"--sentences: {count} is not positive")
+    if out.suffix != SUFFIX:
+        raise UserError(f"--out: {out} doesn't end in {SUFFIX}, by which such files are told")
+    config = from_config_dict(TrainConfig, _CONFIG.value)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            for codes in itertools.islice(sentences(Mixture(config.data, config.seed)), count):
+                file.write(to_line(codes))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    say(f"{out}: {count} sentences")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _OUT = flags.DEFINE_string("out", None, "the file", required=True)
+    _SENTENCES = flags.DEFINE_integer("sentences", 1000, "how many")
+    flags.mark_flag_as_required("config")
+    cli.run(main)

@@ -1,1 +1,0 @@
-"""What `lvm.generate` is made of: weights laid out for writing, sampling, the compiled programs."""

@@ -1,0 +1,1 @@
+"""Accelerator specifications, XLA compiler options and the device mesh."""

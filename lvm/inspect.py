@@ -1,0 +1,319 @@
+"""What a store holds, and whether all of it is still what was written: `python -m lvm.inspect STORE`.
+
+Prints the manifest's figures, and compares checksums, records, indexes and counts with it. With `--source` and
+`--tokenizer` some scenes are encoded again; with `--tokenizer` and `--sheet=FILE.png` some are decoded onto a sheet.
+`--json` prints all of it as JSON. The exit code is 1 where anything is damaged; shard and record are named.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+from PIL import Image
+
+from lvm.common import cli, errors, files
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.images.augment import Augment
+from lvm.data.images.batches import Chunks
+from lvm.data.images.sources import Source, open_source
+from lvm.data.mixture.split import content_hash
+from lvm.data.store import writer
+from lvm.data.store.format import DamagedError, Scene
+from lvm.data.store.reader import HEADER, MANIFEST, Store
+from lvm.data.store.records import NOT_THE_MANIFESTS, check_size
+from lvm.inference.contact_sheet import Cell, sheet
+from tokenizer import Tokenizer
+
+_ACROSS, _LABEL = 16, 16  # images of a scene on a sheet, and characters of its key
+
+
+def problems(store: Store) -> Iterator[str]:
+    """All that is wrong with a store, a line each; where a record is at fault, in the words that training uses."""
+    yield from _manifest_problems(store)
+    counted = _Counts(store)
+    for shard in range(len(store.shards)):
+        found = list(counted.shard_problems(shard))
+        yield from found
+        named = shard in counted.damaged
+        yield from (problem for problem in _checksum_problems(store, shard, named) if problem not in found)
+    if not counted.damaged:
+        yield from counted.total_problems()
+
+
+def _manifest_problems(store: Store) -> Iterator[str]:
+    """The manifest is made of the header and the entries, and can be again."""
+    try:
+        header = files.read_json(store.path / HEADER)
+        entries = [
+            files.read_json(store.path / f"{shard['name']}.json") for shard in store.manifest["shards"]
+        ]
+        if header.pop("num_shards") != len(entries):
+            yield f"{store.path / MANIFEST}: has {len(entries)} shards, {HEADER} says another number"
+        again = files.as_json(writer.make_manifest(header, entries))
+    except (OSError, UserError, KeyError, IndexError, TypeError) as error:
+        yield f"{store.path}: {HEADER} or a shard's entry is missing or damaged: {error}"
+        return
+    for key in sorted(again.keys() | store.manifest.keys()):
+        if again.get(key) != store.manifest.get(key):
+            yield f"{store.path / MANIFEST}: damaged: {key} is not that of {HEADER} and the shards' entries"
+
+
+def _checksum_problems(store: Store, shard: int, named: bool) -> Iterator[str]:
+    for name, listed in store.manifest["shards"][shard]["files"].items():
+        file = store.path / name
+        try:
+            check_size(file, listed)
+            if files.sha256(file) != listed["sha256"]:
+                where = "" if named else "; each of its records is whole by itself"
+                yield f"{file}: {NOT_THE_MANIFESTS}{where}"
+        except (UserError, OSError) as error:
+            yield str(error)
+
+
+class _Counts:
+    """What is counted while all records are read.
+
+    Attributes:
+      damaged: the shards that couldn't be counted to their end.
+    """
+
+    def __init__(self, store: Store):
+        self._store = store
+        self.damaged: list[int] = []
+        self._histogram = np.zeros(2**16, np.int64)
+        self._images: collections.Counter[str] = collections.Counter()
+
+    def shard_problems(self, shard: int) -> Iterator[str]:
+        """Reads a shard's records and compares them with its index and its entry."""
+        store, entry = self._store, self._store.manifest["shards"][shard]
+        try:
+            store.shards.check_opens(shard)
+            index = store.indexes[shard]
+        except UserError as error:
+            self.damaged.append(shard)
+            yield str(error)
+            return
+        hashes, scenes, images, whole = [np.zeros(0, np.uint64)], 0, 0, True
+        for record in range(entry["records"]):
+            low, high = np.searchsorted(index["record"], [record, record + 1])
+            try:
+                page = store.shards.page(shard, record)
+                _check_index(index[low:high], page, store.shards.where(shard, record))
+            except DamagedError as error:
+                whole = False
+                yield str(error)
+                continue
+            scenes, images = scenes + len(page), images + self._count(page)
+            hashes.append(np.array([content_hash(scene.key.encode()) for scene in page], np.uint64))
+        if not whole:
+            self.damaged.append(shard)
+            return
+        place = store.path / entry["name"]
+        if (scenes, images) != (entry["scenes"], entry["images"]):
+            wanted = f"{entry['scenes']} and {entry['images']}"
+            yield f"{place}: holds {scenes} scenes and {images} images, the manifest says {wanted}"
+        if repeated := scenes - len(np.unique(np.concatenate(hashes))):
+            yield f"{place}: {repeated} keys are there twice"
+
+    def _count(self, page: list[Scene]) -> int:
+        """Counts the codes and images of a page; returns how many images."""
+        self._histogram += np.bincount(
+            np.concatenate([scene.codes.ravel() for scene in page]), minlength=2**16
+        )
+        frames = sum(len(scene.codes) for scene in page)
+        names = self._store.stream_sets[page[0].stream_set]
+        self._images.update(dict.fromkeys(names, frames))
+        return frames * len(names)
+
+    def total_problems(self) -> Iterator[str]:
+        """Compares what was counted with the manifest."""
+        manifest, place = self._store.manifest, self._store.path / MANIFEST
+        if dict(self._images) != manifest["images_by_stream"]:
+            yield f"{place}: {dict(self._images)} images are there, it says {manifest['images_by_stream']}"
+        if not np.array_equal(np.trim_zeros(self._histogram, "b"), np.trim_zeros(manifest["histogram"], "b")):
+            yield f"{place}: the histogram is not that of the codes"
+
+
+def _check_index(rows: np.ndarray, page: list[Scene], where: str) -> None:
+    """Raises DamagedError where a record's entries of the index tell of other scenes."""
+    fields = ["slot", "frames", "stream_set", "class_id"]
+    found = [tuple(row) for row in rows[fields].tolist()]
+    if found != [(slot, len(s.codes), s.stream_set, s.class_id) for slot, s in enumerate(page)]:
+        raise DamagedError(f"{where}: the index beside it is damaged: it tells of another scene")
+
+
+def spread(store: Store, count: int) -> Iterator[tuple[int, Scene]]:
+    """Scenes spread over the store, with their shard; damaged ones are left out."""
+    for number in np.unique(np.linspace(0, len(store) - 1, count).astype(int)).tolist() if len(store) else ():
+        try:
+            yield store.shard_of(number), store.scene(number)
+        except UserError:
+            continue  # listed by `problems`
+
+
+def encode_again(store: Store, source_spec: str, tokenizer: Tokenizer, count: int) -> list[str]:
+    """Encodes some scenes again; the problems found. Raises UserError for another source than the store's."""
+    augment = Augment(store.manifest.get("augment", 0), tokenizer.preprocess)
+    source = open_source(source_spec, augment.source_preprocess)
+    if files.as_json(source.describe()) != store.manifest["source"]:
+        raise UserError(f"--source: {source_spec} is not the source of {store.path}, or not as it was")
+    shards, found = len(store.manifest["shards"]), []
+    for shard, scene in spread(store, count):
+        slices = range(len(source) * shard // shards, len(source) * (shard + 1) // shards)
+        images = _images(source, slices, augment, scene.key)
+        if images is None:
+            found.append(f"{store.path}: {scene.key}: not in the source")
+            continue
+        frames, streams, _ = scene.codes.shape
+        if len(images) != frames * streams:
+            found.append(
+                f"{store.path}: {scene.key}: {len(images)} images are read of it, {frames * streams} are stored"
+            )
+            continue
+        codes = tokenizer.encode(images, store.manifest["batch_size"]).reshape(scene.codes.shape)
+        if wrong := int(np.count_nonzero(codes != scene.codes)):
+            found.append(f"{store.path}: {scene.key}: encoded again, {wrong} of {codes.size} codes differ")
+    return found
+
+
+def _images(source: Source, slices: range, augment: Augment, key: str) -> np.ndarray | None:
+    """The images uint8 [n, R, R, 3] of the scene of this key, which is one of a slice of the source."""
+    original = key.rpartition("#")[0] if augment.copies else key
+    index = next((i for i in slices if source.info(i).key == original), None)
+    if index is None:
+        return None
+    chunk, before = Chunks(source, [(index, index + 1)], augment)(0), 0
+    for read in chunk["scenes"]:
+        if read.num_images and read.info.key == key:
+            return chunk["images"][before : before + read.num_images]
+        before += read.num_images
+    return None
+
+
+def draw_sheet(store: Store, tokenizer: Tokenizer, count: int, file: pathlib.Path) -> None:
+    """Decodes the beginnings of some scenes onto a picture, a row each."""
+    rows = []
+    for _, scene in spread(store, count):
+        streams = store.stream_sets[scene.stream_set]
+        images = tokenizer.decode(scene.codes.reshape(-1, store.codes_per_image)[:_ACROSS])
+        labels = [scene.key[-_LABEL:], *(streams[place % len(streams)] for place in range(1, len(images)))]
+        rows.append([Cell(image, label) for image, label in zip(images, labels, strict=True)])
+    if not rows:
+        raise UserError(f"{store.path}: no scene of it can be read and decoded")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet(rows)).save(file)
+
+
+def facts(store: Store) -> dict[str, Any]:
+    """The manifest without what is long, and figures made of it."""
+    manifest = store.manifest
+    histogram = np.array(manifest["histogram"])
+    shares = histogram[histogram > 0] / max(1, histogram.sum())
+    shards = manifest["shards"]
+    stored = sum(file["bytes"] for shard in shards for file in shard["files"].values())
+    long = ("histogram", "shards", "skipped")
+    return {key: value for key, value in manifest.items() if key not in long} | {
+        "num_shards": len(shards),
+        "bytes": stored,
+        "codes_used": int(np.count_nonzero(histogram)),
+        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0,
+        "failures": [failure for shard in shards for failure in shard["failures"]],
+        "skipped": manifest.get("skipped", []),
+    }
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """`facts` as lines."""
+    tokenizer = found["tokenizer"]
+    height, width = tokenizer["grid"]
+    streams = ", ".join(f"{name} {count:,}" for name, count in sorted(found["images_by_stream"].items()))
+    versions = ", ".join(f"{name} {' and '.join(all_of)}" for name, all_of in found["versions"].items())
+    codecs = ", ".join(f"{name} ({codec['kind']})" for name, codec in found["streams"].items())
+    lines = [
+        f"version {found['version']}, {found['num_shards']} shards, {found['bytes']:,} bytes",
+        f"{found['scenes']:,} scenes, {found['images']:,} images: {streams or 'none'}",
+        f"tokenizer {tokenizer['hash'][:12]}: grids of {height}×{width}, {found['codes_used']:,} of "
+        f"{tokenizer['num_codes']:,} codes used, perplexity {found['perplexity']:.1f}",
+        f"made in {found.get('dtype', '?')} on {found.get('device_kind', '?')} with {versions or 'unknown versions'}",
+        f"streams: {codecs}",
+        f"{len(found['classes'])} classes, {len(found['skipped'])} items of the source skipped, "
+        f"{len(found['failures'])} failures",
+    ]
+    return lines + [f"  {item['key']}: {item['reason']}" for item in [*found["skipped"], *found["failures"]]]
+
+
+def main() -> None:
+    """The command."""
+    store = _open(_STORE.value, _STAGE_TO.value)
+    if bool(_SOURCE.value) > bool(_TOKENIZER.value) or bool(_SHEET.value) > bool(_TOKENIZER.value):
+        raise UserError("--source and --sheet need --tokenizer, which encodes and decodes")
+    if _SHEET.value and pathlib.Path(_SHEET.value).suffix.lower() != ".png":
+        raise UserError(f"--sheet: {_SHEET.value} is not a name of a picture; wanted one that ends in .png")
+    if _SAMPLE.value < 1:
+        raise UserError(f"--sample: {_SAMPLE.value} is not positive")
+    found = facts(store)
+    if not _JSON.value:
+        say("\n".join([str(store.path), *describe(found)]))
+    wrong = []
+    for problem in problems(store) if _VERIFY.value else ():
+        wrong.append(problem)
+        if not _JSON.value:
+            say(problem)
+    again = _with_tokenizer(store) if _TOKENIZER.value else []
+    if _JSON.value:
+        print(
+            json.dumps(
+                {"store": str(store.path), **found, "problems": wrong + again}, indent=1, sort_keys=True
+            )
+        )
+    else:
+        done = "all checksums, records and counts are right" if _VERIFY.value else "not verified"
+        encoded = f"; {_SAMPLE.value} scenes encoded again" if _SOURCE.value else ""
+        for problem in again:
+            say(problem)
+        bad = len(wrong) + len(again)
+        say(f"{bad} problem{'s' * (bad > 1)}" if bad else done + encoded)
+    if wrong or again:
+        sys.exit(errors.EXIT_ERROR)
+
+
+def _open(path: str, stage_to: str) -> Store:
+    """The store; ends the command with exit code 1 where its manifest is there and can't be read."""
+    try:
+        return Store(path, stage_to)
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        if not (epath.Path(path) / MANIFEST).exists():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(errors.EXIT_ERROR)
+
+
+def _with_tokenizer(store: Store) -> list[str]:
+    tokenizer = Tokenizer.load(_TOKENIZER.value, store.manifest.get("dtype"))
+    if tokenizer.identity()["hash"] != store.manifest["tokenizer"]["hash"]:
+        raise UserError(f"--tokenizer: {_TOKENIZER.value} is not what made the codes of {store.path}")
+    if _SHEET.value:
+        draw_sheet(store, tokenizer, _SAMPLE.value, pathlib.Path(_SHEET.value))
+    return encode_again(store, _SOURCE.value, tokenizer, _SAMPLE.value) if _SOURCE.value else []
+
+
+if __name__ == "__main__":
+    _STORE = flags.DEFINE_string("store", None, "the store; the first argument", required=True)
+    _JSON = flags.DEFINE_bool("json", False, "print JSON")
+    _VERIFY = flags.DEFINE_bool("verify", True, "read all of the store; --noverify reads its manifest alone")
+    _SOURCE = flags.DEFINE_string("source", "", "what was encoded: some scenes are encoded again")
+    _TOKENIZER = flags.DEFINE_string("tokenizer", "", "the tokenizer's folder, for --source and --sheet")
+    _SAMPLE = flags.DEFINE_integer("sample", 8, "how many scenes are encoded again, and drawn")
+    _SHEET = flags.DEFINE_string("sheet", "", "a PNG file for decoded scenes")
+    _STAGE_TO = flags.DEFINE_string("stage_to", "", "a local folder that shards are copied to first")
+    sys.argv = cli.name_positions(sys.argv, ("store",))
+    cli.run(main)

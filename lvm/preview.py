@@ -1,0 +1,178 @@
+"""Rows as pictures: `python -m lvm.preview --config=configs/demo_lvm.py --out=FOLDER`.
+
+Draws the first rows of a step, one file each: every grid with the name of its stream, a bar in the colour of its
+source, and a black edge where a sentence begins. What bears no loss is pale, what the row cuts off is grey. With a
+tokenizer (`--config.tokenizer=…`) grids are decoded; without one every code is a colour. Also prints what the
+configuration's whole run reads: tokens by source, how full rows are, how often sources repeat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from PIL import Image, ImageDraw, ImageFont
+
+from lvm.common import cli
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
+from lvm.common.logging import say
+from lvm.data.mixture.draws import mix
+from lvm.data.mixture.packing import Pieces
+from lvm.data.mixture.rows import Rows
+from lvm.data.streams.codecs import PALETTE
+from lvm.fingerprint import make_rows
+from lvm.train import TrainConfig
+from tokenizer import Tokenizer
+
+_SIDE, _GAP, _LABEL, _BAR, _A_LINE = 96, 6, 14, 4, 8  # pixels, and cells a line
+_CUT_OFF = 200  # grey
+
+Decode = Callable[[np.ndarray], np.ndarray]  # codes int [B, N] → images uint8 [B, H, W, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One grid of a row: image uint8 [H, W, 3], the name of its stream, its source, whether a sentence begins."""
+
+    image: np.ndarray
+    stream: str
+    source: int
+    begins: bool
+
+
+def row_cells(rows: Rows, step: int, place: int, decode: Decode) -> list[Cell]:
+    """The grids of the row at `place` of a step's batch."""
+    batch = rows.batch(step, np.array([place]))
+    learned = np.append(False, batch["loss_mask"][0])  # [C + 1], by token
+    pieces = rows.pieces(step * rows.batch_spec["tokens"].shape[0] + place)
+    ends = np.cumsum(pieces.lengths)
+    cells: list[Cell] = []
+    for i in np.flatnonzero(pieces.sources >= 0):
+        mine = learned[ends[i] - pieces.lengths[i] : ends[i]]
+        cells += _sentence_cells(rows, pieces, int(i), mine, decode)
+    return cells
+
+
+def _sentence_cells(
+    rows: Rows, pieces: Pieces, i: int, learned: np.ndarray, decode: Decode
+) -> Iterator[Cell]:
+    source = rows.mixture.sources[pieces.sources[i]]
+    numbers = pieces.numbers[i : i + 1]
+    codes, grids = source.sentences(numbers)[0].astype(np.int32), source.choose(numbers)[1]
+    height, width = source.store.manifest["tokenizer"]["grid"]
+    before = int(rows.vocabulary.bos is not None)
+    state = np.zeros(before + codes.size + 1, np.uint8)  # by token: cut off 0, pale 1, learned 2
+    first = int(pieces.firsts[i])
+    state[first : first + len(learned)] = 1 + learned[: len(state) - first]
+    states = state[before : before + codes.size].reshape(len(codes), height, width)
+    images = decode(codes)
+    for g, (image, shown) in enumerate(zip(images, states, strict=True)):
+        if shown.any():
+            side = image.shape[0] // height, image.shape[1] // width
+            pixels = shown.repeat(side[0], 0).repeat(side[1], 1)[..., None]  # [H, W, 1]
+            pale = (image // 4 + 191).astype(np.uint8)
+            drawn = np.where(pixels == 2, image, np.where(pixels == 1, pale, np.uint8(_CUT_OFF)))
+            stream = source.recipe.streams[grids.streams[0, g]]
+            yield Cell(drawn, stream, int(pieces.sources[i]), begins=g == 0)
+
+
+def draw_row(cells: list[Cell], names: list[str], title: str) -> np.ndarray:
+    """Cells as one picture, uint8 [H, W, 3], with a legend of the sources."""
+    across, down = _SIDE + _GAP, _SIDE + _GAP + _LABEL + _BAR
+    lines = max(1, -(-len(cells) // _A_LINE))
+    paper = Image.new("RGB", (_A_LINE * across + _GAP, lines * down + 2 * _LABEL), "white")
+    draw, font = ImageDraw.Draw(paper), ImageFont.load_default(11)
+    legend = "   ".join(dict.fromkeys(names[cell.source] for cell in cells))
+    draw.text((_GAP, 2), f"{title}: {legend}", "black", font)
+    for place, cell in enumerate(cells):
+        left = _GAP + place % _A_LINE * across
+        top = 2 * _LABEL + place // _A_LINE * down
+        label = f"{names[cell.source]}: {cell.stream}" if cell.begins else cell.stream
+        draw.text((left, top - _LABEL + _BAR), label[:17], "black", font)
+        colour = tuple(PALETTE[cell.source % 254 + 2].tolist())
+        draw.rectangle((left, top + _BAR, left + _SIDE - 1, top + 2 * _BAR - 1), colour)
+        image = Image.fromarray(cell.image).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+        paper.paste(image, (left, top + 2 * _BAR))
+        if cell.begins:
+            draw.rectangle((left - 4, top + _BAR, left - 2, top + 2 * _BAR + _SIDE - 1), "black")
+    return np.asarray(paper)
+
+
+def colours(grid: tuple[int, int]) -> Decode:
+    """Draws codes as colours: equal codes, equal colours."""
+
+    def decode(codes: np.ndarray) -> np.ndarray:
+        channels = mix(codes.astype(np.uint64)[..., None] + np.arange(3, dtype=np.uint64) * np.uint64(2**32))
+        return (channels % np.uint64(256)).astype(np.uint8).reshape(len(codes), *grid, 3)
+
+    return decode
+
+
+def report(rows: Rows, steps: int, batches: int) -> list[str]:
+    """Lines: what `steps` steps read, and how full the rows of the first `batches` are."""
+    lines = rows.notes()
+    names = [source.name for source in rows.mixture.sources]
+    counts, filled, learned, total = np.zeros(len(names), np.int64), 0, 0, 0
+    for step in range(batches):
+        batch = rows.batch(step)
+        ids = batch["source_ids"]
+        counts += np.bincount(ids[ids >= 0], minlength=len(names))
+        filled, total = filled + int(np.count_nonzero(ids >= 0)), total + ids.size
+        learned += int(np.count_nonzero(batch["loss_mask"]))
+    shares = ", ".join(
+        f"{name} {count:,} ({count / max(1, filled):.1%})" for name, count in zip(names, counts, strict=True)
+    )
+    lines.append(f"tokens of the first {batches} batches by source: {shares}")
+    lines.append(f"rows are {filled / total:.2%} full; {learned / total:.2%} of their targets bear loss")
+    for source, count in zip(rows.mixture.sources, rows.sentences_read(steps), strict=True):
+        lines.append(
+            f"{source.name} after {steps} steps: {count:,} sentences, {count / source.per_epoch:.3g} epochs, "
+            f"an original {source.repetitions(count):.3g} times"
+        )
+    return lines
+
+
+def main() -> None:
+    """The command."""
+    config = from_config_dict(TrainConfig, _CONFIG.value)
+    if not (0 < _ROWS.value <= config.batch_size and _BATCHES.value > 0 and _STEP.value >= 0):
+        raise UserError(
+            f"--rows: {_ROWS.value} of 1..{config.batch_size} (config.batch_size), --batches: {_BATCHES.value} "
+            f"from 1 on, --step: {_STEP.value} from 0 on"
+        )
+    rows = make_rows(config)
+    tokens = config.batch_size * config.model.context
+    for line in report(rows, config.loop.in_steps(tokens).total_steps, _BATCHES.value):
+        say(line)
+    header = rows.mixture.stores[0].manifest["tokenizer"]
+    if config.tokenizer:
+        tokenizer = Tokenizer.load(config.tokenizer)
+        if header["hash"] and tokenizer.identity()["hash"] != header["hash"]:
+            raise UserError(f"config.tokenizer: {config.tokenizer} is not what made the store's codes")
+        decode: Decode = tokenizer.decode
+    else:
+        say("no config.tokenizer: every code is drawn as a colour")
+        decode = colours(tuple(header["grid"]))
+    folder = pathlib.Path(_OUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [source.name for source in rows.mixture.sources]
+    for place in range(_ROWS.value):
+        cells = row_cells(rows, _STEP.value, place, decode)
+        picture = draw_row(cells, names, f"step {_STEP.value}, row {place}")
+        Image.fromarray(picture).save(folder / f"step-{_STEP.value:07d}-row-{place:04d}.png")
+    say(f"{_ROWS.value} rows drawn in {folder}")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _OUT = flags.DEFINE_string("out", None, "folder for the pictures", required=True)
+    _ROWS = flags.DEFINE_integer("rows", 2, "rows to draw")
+    _STEP = flags.DEFINE_integer("step", 0, "of which step")
+    _BATCHES = flags.DEFINE_integer("batches", 20, "batches that are counted")
+    flags.mark_flag_as_required("config")
+    cli.run(main)

@@ -1,0 +1,120 @@
+"""Configurations survive the way to `ml_collections` and back; what is wrong is refused by its key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import ClassVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from lvm.common.config import from_config_dict, to_config_dict, to_json
+from lvm.common.errors import UserError
+from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Pairs, Video
+
+
+class Shape:
+    kinds: ClassVar[dict] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Circle(Shape):
+    kind = "circle"
+    radius: float = 1.0
+
+    def __post_init__(self):
+        if self.radius <= 0:
+            raise UserError(f"radius: {self.radius} is not positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Square(Shape):
+    kind = "square"
+    side: int = 2
+
+
+Shape.kinds = {"circle": Circle, "square": Square}
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    name: str = "untitled"
+    is_public: bool = False
+    limit: int | None = None
+    shape: Shape = Square()
+    sizes: tuple[int, ...] = (1, 2)
+    shapes: dict[str, Shape] = dataclasses.field(default_factory=dict)
+
+
+shapes = st.builds(Circle, st.floats(0.5, 9)) | st.builds(Square, st.integers())
+drawings = st.builds(
+    Drawing,
+    name=st.text(),
+    is_public=st.booleans(),
+    limit=st.none() | st.integers(),
+    shape=shapes,
+    sizes=st.lists(st.integers()).map(tuple),
+    shapes=st.dictionaries(st.from_regex("[a-z]{1,5}", fullmatch=True), shapes, max_size=3),
+)
+
+
+@settings(max_examples=10)
+@given(drawings)
+def test_a_config_comes_back_equal_from_a_config_dict(drawing):
+    assert from_config_dict(Drawing, to_config_dict(drawing)) == drawing
+
+
+@given(drawings)
+def test_a_config_comes_back_equal_from_json(drawing):
+    assert from_config_dict(Drawing, json.loads(json.dumps(to_json(drawing)))) == drawing
+
+
+def test_a_mixture_comes_back_equal():
+    sources = {"a": SourceConfig(Video(strides=(3, 4)), 2.0), "b": SourceConfig(Pairs(), store="elsewhere")}
+    mixture = MixtureConfig(sources, "store")
+    assert from_config_dict(MixtureConfig, to_config_dict(mixture)) == mixture
+
+
+def test_every_key_is_there_to_be_overridden():
+    tree = to_config_dict(Drawing())
+    assert set(tree) == {field.name for field in dataclasses.fields(Drawing)}
+    tree.shape.side = 7
+    assert from_config_dict(Drawing, tree).shape == Square(7)
+
+
+def test_an_integer_stands_for_a_float():
+    radius = from_config_dict(Circle, {"kind": "circle", "radius": 3}).radius
+    assert (radius, type(radius)) == (3.0, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nmae": "x"}, r"^config\.nmae: no such key; config has name, is_public, limit"),
+        ({"name": 3}, r"^config\.name: 3 is a int, wanted str"),
+        ({"is_public": 1}, r"^config\.is_public: 1 is a int, wanted bool"),
+        ({"limit": True}, r"^config\.limit: True is a bool, wanted int"),
+        ({"limit": 1.5}, r"^config\.limit: 1\.5 is a float, wanted int"),
+        ({"sizes": 3}, r"^config\.sizes: 3 is not a tuple"),
+        ({"sizes": (1, "2")}, r"^config\.sizes\[1\]: '2' is a str, wanted int"),
+        ({"shape": 3}, r"^config\.shape: 3 is not a group of keys"),
+        ({"shape": {"side": 1}}, r"^config\.shape\.kind: None is not one of circle, square"),
+        ({"shape": {"kind": "line"}}, r"^config\.shape\.kind: 'line' is not one of circle, square"),
+        ({"shape": {"kind": "circle", "side": 1}}, r"^config\.shape\.side: no such key"),
+        ({"shapes": {"a": {"kind": "circle", "radius": -1}}}, r"^config\.shapes\.a\.radius: -1\.0 is not"),
+        ({"shapes": [1]}, r"^config\.shapes: \[1\] is not a group of keys"),
+        (None, r"^config: None is not a group of keys"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_its_full_key(values, message):
+    with pytest.raises(UserError, match=message):
+        from_config_dict(Drawing, values)
+
+
+def test_a_key_without_a_default_must_be_given():
+    with pytest.raises(UserError, match=r"^config\.a: .*missing.*'recipe'"):
+        from_config_dict(SourceConfig, ConfigDict({"weight": 1.0}), "config.a")

@@ -1,0 +1,166 @@
+"""Generated scenes: pure functions of their number, with annotations that are exact."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources import open_source
+from lvm.data.images.sources.generated import CODECS, GeneratedScenes
+from lvm.data.images.sources.shapes import BACKGROUND_DEPTH, CLASSES, TEXTURES, render, sample_scene
+from tests.commands import ROOT
+
+ALL = tuple(CODECS)
+DEMO = ROOT / "configs" / "demo_scenes.py"
+
+
+def parsed(source: GeneratedScenes, index: int) -> dict[str, list]:
+    """Each stream's annotations, read back frame by frame."""
+    images = source.load(index).images
+    streams = source.config.streams
+    return {s: [source.streams[s].parse(frame) for frame in images[:, i]] for i, s in enumerate(streams)}
+
+
+def test_a_scene_is_a_pure_function_of_seed_and_index() -> None:
+    first, again = (GeneratedScenes(Preprocess(32), num_scenes=9, streams=ALL) for _ in range(2))
+    np.testing.assert_array_equal(first.load(3).images, again.load(3).images)
+    assert first.load(3).info == again.info(3)
+    shorter = GeneratedScenes(Preprocess(32), num_frames=3, streams=("rgb",)).load(3).images
+    np.testing.assert_array_equal(shorter[:, 0], first.load(3).images[:3, 0])
+    other = GeneratedScenes(Preprocess(32), seed=1, streams=ALL)
+    assert (other.load(3).images != first.load(3).images).any()
+    assert (first.load(4).images != first.load(3).images).any()
+
+
+@pytest.mark.parametrize("resolution", [16, 33, 64])
+def test_shapes_names_and_describe(resolution) -> None:
+    source = GeneratedScenes(Preprocess(resolution), num_scenes=5, num_frames=2, streams=ALL)
+    scene = source.load(4)
+    assert scene.images.shape == (2, len(ALL), resolution, resolution, 3)
+    assert scene.images.dtype == np.uint8
+    assert scene.failures == ()
+    assert scene.info == source.info(4)
+    assert scene.info.key == scene.info.group == "generated-0-000004"
+    assert scene.info.class_name in source.classes == tuple(sorted(CLASSES))
+    assert source.stream_sets == (ALL,)
+    assert json.loads(json.dumps(source.describe())) == source.describe()
+    with pytest.raises(IndexError):
+        source.load(5)
+
+
+def test_streams_agree_with_one_another() -> None:
+    source = GeneratedScenes(Preprocess(64), num_frames=4, streams=ALL)
+    top_to_bottom = np.linspace(*BACKGROUND_DEPTH, 64)[:, None]
+    step = (source.streams["depth"].far - source.streams["depth"].near) / 254
+    for index in range(6):
+        maps = parsed(source, index)
+        for t in range(4):
+            ids, depth = maps["segmentation"][t], maps["depth"][t]
+            plane = np.abs(depth - top_to_bottom) < step
+            np.testing.assert_array_equal(ids == 0, plane)
+            assert (depth[ids > 0] < 5.5).all()
+            # Where the class changes there is an edge.
+            change = ids[:, 1:] != ids[:, :-1]
+            assert np.maximum(maps["edges"][t][:, 1:], maps["edges"][t][:, :-1])[change].min() > 0.8
+            flat = (maps["normals"][t] * [0, -0.5, 0.75**0.5]).sum(-1) > 0.999
+            assert flat[ids == 0].all()
+            boxed = np.zeros((64, 64), bool)
+            for box in maps["boxes"][t]:
+                boxed[box.y0 : box.y1, box.x0 : box.x1] = True
+            assert boxed[ids > 0].all()
+
+
+def test_the_front_shape_gives_the_class_and_is_never_covered() -> None:
+    scene = sample_scene(np.random.default_rng(0))
+    depths = [shape.depth for shape in scene.shapes]
+    assert depths == sorted(depths, reverse=True)
+    alone = type(scene)(scene.shapes[-1:], scene.background)
+    whole = render(scene, 4, 48, ())["front"] == len(scene.shapes)
+    np.testing.assert_array_equal(whole, render(alone, 4, 48, ())["front"] == 1)
+    info = GeneratedScenes(Preprocess(48)).info(0)
+    first = sample_scene(np.random.default_rng([0, 0]))
+    assert info.class_name == CLASSES[first.shapes[-1].class_id]
+
+
+def test_rgb_shows_the_same_scene_at_every_resolution() -> None:
+    fine = GeneratedScenes(Preprocess(128), num_frames=1, streams=("rgb",)).load(2).images[0, 0].astype(float)
+    coarse = GeneratedScenes(Preprocess(32), num_frames=1, streams=("rgb",)).load(2).images[0, 0]
+    pooled = fine.reshape(32, 4, 32, 4, 3).mean((1, 3))
+    assert np.abs(pooled - coarse).mean() < 3
+
+
+def test_statistics_of_the_scenes() -> None:
+    source = GeneratedScenes(Preprocess(64), num_frames=8, streams=("rgb", "segmentation"))
+    scenes = [source.load(i) for i in range(120)]
+    foreground = np.mean([scene.images[:, 1].any(-1).mean() for scene in scenes])
+    assert 0.2 <= foreground <= 0.25
+    assert {scene.info.class_name for scene in scenes} == set(CLASSES)
+    for scene in scenes:  # something moves, but most pixels stay as they are
+        change = np.abs(np.diff(scene.images[:, 0].astype(int), axis=0)).max(-1) > 16
+        assert 0.005 < change.mean() < 0.5
+
+
+def test_every_class_with_every_texture_is_seen_and_bounded() -> None:
+    rng = np.random.default_rng(1)
+    seen = {(s.class_id, s.texture.pattern) for _ in range(300) for s in sample_scene(rng).shapes}
+    assert len(seen) == len(CLASSES) * len(TEXTURES)
+
+
+def test_rendering_is_fast_enough_to_feed_training() -> None:
+    source = GeneratedScenes(Preprocess(64))
+    source.load(0)
+
+    def seconds(index: int) -> float:
+        start = time.perf_counter()
+        source.load(index)
+        return time.perf_counter() - start
+
+    # The quickest of many: other processes on the machine only ever add.
+    assert min(seconds(i) for i in range(1, 30)) < 0.008
+
+
+def test_demo_config_opens() -> None:
+    source = open_source(str(DEMO), Preprocess(64))
+    assert len(source) == 1500
+    assert tuple(source.streams) == ("rgb", "segmentation", "depth", "edges")
+    assert len(open_source(str(DEMO), Preprocess(64), {"num_scenes": 7})) == 7
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"num_scenes": 0}, r"generated\.num_scenes: 0 is too small"),
+        ({"num_frames": 2.0}, r"generated\.num_frames: 2\.0 is a float, wanted int"),
+        ({"streams": ("rgb", "flow")}, "expected some of rgb, segmentation"),
+        ({"streams": ()}, "expected some of"),
+        ({"streams": ("rgb", "rgb")}, "each once"),
+        ({"colour": 3}, r"generated\.colour: no such key"),
+    ],
+)
+def test_bad_parameters_are_named(parameters, message) -> None:
+    with pytest.raises(UserError, match=message):
+        GeneratedScenes(Preprocess(16), **parameters)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config():\n    return {'kind': 'flow'}", "kind is 'flow'; it must be one of generated"),
+        ("def get_config():\n    return {}", "kind is None"),
+        ("def get_config():\n    return 3", "returns a ConfigDict"),
+        ("x = 1", "get_config"),
+        ("x = ", "SyntaxError"),
+        ("def get_config():\n    return {'kind': 'generated', 'seeds': 1}", "seeds: no such key"),
+    ],
+)
+def test_bad_config_files_are_named(tmp_path, text, message) -> None:
+    path = tmp_path / "scenes.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        open_source(str(path), Preprocess(16))
+    assert str(path) in str(error.value)

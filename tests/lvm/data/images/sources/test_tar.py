@@ -1,0 +1,212 @@
+"""Tar files as scenes: names, streams, what is refused, and the index beside them."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import pickle
+import tarfile
+import tempfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources import open_source
+from lvm.data.images.sources import tar as tar_source
+from lvm.data.streams.codecs import Palette
+from tests.picture_files import BAD, ODD, check_pictures, encoded, photo
+
+small = Preprocess(16)
+RGB = encoded(photo(), "JPEG")
+IDS = encoded(np.full((32, 48), 3, np.uint8))
+
+
+def write_tar(path: pathlib.Path, members: list[tuple[str, bytes]]) -> pathlib.Path:
+    """A tar of these files, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+def failures(source) -> dict[str, str]:
+    return {failure.key: failure.reason for failure in source.skipped}
+
+
+def test_members_of_one_key_are_streams_and_keys_name_their_tar(tmp_path) -> None:
+    members = [
+        ("a/7.jpg", RGB),
+        ("a/7.segmentation.png", IDS),
+        ("a/7.cls", b"cat\n"),
+        ("8.x.jpg", RGB),
+        ("8.jpg", RGB),
+    ]
+    for name in ("part-10.tar", "part-2.tar"):
+        write_tar(tmp_path / name, members)
+    source = open_source(str(tmp_path), small)
+    infos = [source.info(i) for i in range(len(source))]
+    assert [i.key for i in infos] == ["part-2.tar/a/7", "part-2.tar/8", "part-10.tar/a/7", "part-10.tar/8"]
+    assert [i.group for i in infos] == [i.key for i in infos]
+    assert [i.class_name for i in infos] == ["cat", "", "cat", ""]
+    assert source.classes == ("cat",)
+    assert source.stream_sets == (("rgb",), ("rgb", "segmentation"))
+    scene = source.load(0)
+    assert scene.images.shape == (1, 2, 16, 16, 3)
+    assert (source.streams["segmentation"].parse(scene.images[0, 1]) == 3).all()
+    assert failures(source) == {
+        "part-2.tar": "1 members, .x.jpg: of no stream",
+        "part-10.tar": "1 members, .x.jpg: of no stream",
+    }
+
+
+def test_suffixes_can_be_named(tmp_path) -> None:
+    write_tar(
+        tmp_path / "t" / "a.tar",
+        [("1.photo.webp", encoded(photo(), "WEBP")), ("1.ids.png", IDS), ("1.txt", b"x")],
+    )
+    (tmp_path / "t" / "classes.json").write_text('{"3": "cat"}')
+    config = tmp_path / "source.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict(dict(kind='tar', path='{tmp_path}/t/*.tar', derived=('gray',),\n"
+        "        streams=dict(rgb='photo.jpg;photo.webp', segmentation='ids.png')))\n"
+    )
+    source = open_source(str(config), small)
+    assert source.info(0).streams == ("rgb", "segmentation", "gray")
+    assert source.streams["segmentation"] == Palette(("background", "", "", "cat"), background=0)
+    with pytest.raises(UserError, match="lack rgb"):
+        open_source(str(config), small, {"streams": {"depth": "png"}})
+
+
+def test_bad_pictures_are_listed_and_odd_ones_read(tmp_path) -> None:
+    files = {f"a.tar/{name.split('.')[0]}": name for name in BAD | ODD}
+    members = [(name, content) for name, (content, _) in (BAD | ODD).items()]
+    check_pictures(open_source(str(write_tar(tmp_path / "a.tar", members)), small), files.__getitem__)
+
+
+def test_names_that_leave_the_archive_duplicates_and_others_are_listed(tmp_path) -> None:
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("../evil.jpg", RGB),
+            ("/abs.jpg", RGB),
+            ("1.jpg", RGB),
+            ("1.png", RGB),
+            ("1.jpg", b""),
+            ("2.depth.png", IDS),
+        ],
+    )
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("3.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    source = open_source(str(path), small)
+    assert [source.info(i).key for i in range(len(source))] == ["a.tar/1"]
+    assert source.load(0).failures == ()  # the first of the duplicates
+    assert failures(source) == {
+        "a.tar/../evil.jpg": "its name leaves the archive",
+        "a.tar//abs.jpg": "its name leaves the archive",
+        "a.tar/1.png": "its key and stream are those of 1.jpg, which is used",
+        "a.tar/1.jpg": "its key and stream are those of 1.jpg, which is used",
+        "a.tar/2": "has depth but no rgb",
+        "a.tar/3.jpg": "not a plain file",
+    }
+    assert not list(tmp_path.parent.glob("evil*"))
+
+
+NAMES = st.text("ab./\\jpgncls ", min_size=1, max_size=12).filter(lambda name: not name.endswith("/"))
+
+
+@given(st.lists(NAMES, max_size=12))
+def test_every_member_is_used_or_listed(names) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tar(
+            pathlib.Path(folder) / "a.tar", [("first.jpg", RGB), *((name, RGB) for name in names)]
+        )
+        source = open_source(str(path), small)
+        used = sum(len(source.info(i).streams) for i in range(len(source)))
+        used += sum(bool(source.info(i).class_name) for i in range(len(source)))
+        counted = [int(f.reason.split()[0]) for f in source.skipped if "of no stream" in f.reason]
+        listed = [f for f in source.skipped if "of no stream" not in f.reason]
+        assert used + sum(counted) <= len(names) + 1 <= used + sum(counted) + len(listed) * 2
+        assert all(len(source.load(i).failures) == 0 for i in range(len(source)))
+
+
+@pytest.mark.parametrize("where", ["data", "header", "end"])
+def test_a_tar_that_is_cut_short_is_read_as_far_as_it_goes(tmp_path, where) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", RGB) for i in range(4)])
+    block = 512 + (len(RGB) + 511) // 512 * 512
+    length = {"data": 2 * block + 700, "header": 2 * block + 100, "end": 2 * block}[where]
+    path.write_bytes(path.read_bytes()[:length])
+    write_tar(tmp_path / "b.tar", [("9.jpg", RGB)])
+    source = open_source(str(tmp_path), small)
+    assert [source.info(i).key for i in range(len(source))] == ["a.tar/0", "a.tar/1", "b.tar/9"]
+    assert len(failures(source)) >= 1
+    assert all(key.startswith("a.tar") for key in failures(source))
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", RGB) for i in range(4)])
+    block = 512 + (len(RGB) + 511) // 512 * 512
+    data = bytearray(path.read_bytes())
+    data[block + 5] ^= 255
+    path.write_bytes(data)
+    source = open_source(str(path), small)
+    assert len(source) == 1
+    assert failures(source) == {"a.tar": f"damaged: no header at byte {block}; what follows is not used"}
+
+
+def test_a_tar_that_is_not_there_and_a_name_that_is_not_utf8_are_listed(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", [("1.png", encoded(photo())), ("caf\udce9.png", encoded(photo()))])
+    (tmp_path / "b.tar").symlink_to(tmp_path / "nowhere")
+    source = open_source(str(tmp_path), small)
+    assert len(source) == 1
+    assert failures(source) == {
+        "a.tar/caf\\udce9.png": "its name is not UTF-8",
+        "b.tar": "can't be read: No such file or directory",
+    }
+
+
+def test_compressed_tars_and_tars_without_pictures_are_refused(tmp_path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("1.jpg"))
+    with pytest.raises(UserError, match="is compressed"):
+        open_source(str(tmp_path / "a.tar"), small)
+    with pytest.raises(UserError, match=r"no member of its tars is of stream rgb .*1 members, .txt"):
+        open_source(str(write_tar(tmp_path / "b" / "b.tar", [("1.txt", b"x")])), small)
+
+
+def test_the_index_beside_a_tar_is_that_of_the_tar_as_it_is(tmp_path, monkeypatch) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", RGB)])
+    first = open_source(str(path), small)
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_source, "_scan", lambda *_: pytest.fail("the index was not used"))
+        assert open_source(str(path), small).describe() == first.describe()
+    write_tar(path, [("1.jpg", RGB), ("2.jpg", RGB)])
+    again = open_source(str(path), small)
+    assert len(again) == 2
+    assert again.describe() != first.describe()
+    (tmp_path / "a.tar.index.json").write_text("{")
+    assert len(open_source(str(path), small)) == 2
+    assert len(open_source(str(tmp_path), small)) == 2  # the index is no file of the source
+
+
+def test_sources_go_to_worker_processes_and_lie_anywhere(tmp_path) -> None:
+    for place in ("here", "there"):
+        write_tar(tmp_path / place / "a.tar", [("1.jpg", RGB)])
+    here, there = (open_source(str(tmp_path / place), small) for place in ("here", "there"))
+    assert here.describe() == there.describe()
+    copy = pickle.loads(pickle.dumps(here))
+    np.testing.assert_array_equal(copy.load(0).images, here.load(0).images)
+    with pytest.raises(IndexError):
+        here.info(1)

@@ -1,0 +1,196 @@
+"""Video files as clips: which frames at which rate, and files that end early or hold none."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import pickle
+import struct
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+
+from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources import open_source
+from lvm.data.images.sources.video import VideoSource
+from tests.picture_files import encoded, photo
+
+small = Preprocess(16)
+
+
+def write_video(
+    path: pathlib.Path, frames: int = 40, rate: int = 10, keyframes: int = 12, codec: str = "mpeg4"
+) -> pathlib.Path:
+    """A video whose frame number n has the mean grey level 30 + 4 n."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grain = np.random.default_rng(0).integers(-25, 26, (48, 64, 1))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options={"g": str(keyframes), "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        for number in range(frames):
+            pixels = np.repeat(30 + 4 * number + grain - round(grain.mean()), 3, axis=2).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(images: np.ndarray) -> list[int]:
+    """Which frames of `write_video` these are."""
+    return np.rint((images.mean((1, 2, 3, 4)) - 30) / 4).astype(int).tolist()
+
+
+def all_numbers(source) -> list[list[int]]:
+    return [numbers(source.load(index).images) for index in range(len(source))]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
+def test_a_video_is_cut_into_clips_of_all_its_frames(tmp_path, suffix) -> None:
+    path = write_video(tmp_path / f"v.{suffix}")
+    source = open_source(str(path), small)
+    infos = [source.info(i) for i in range(len(source))]
+    assert [i.key for i in infos] == [f"v.{suffix}/clip-{clip:04d}" for clip in range(3)]
+    assert {i.group for i in infos} == {f"v.{suffix}"}
+    assert [i.num_frames for i in infos] == [16, 16, 8]
+    assert all_numbers(source) == [list(range(16)), list(range(16, 32)), list(range(32, 40))]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "frames"),
+    [
+        ({"rate": 5.0}, list(range(0, 40, 2))),
+        ({"rate": 2.5}, list(range(0, 40, 4))),
+        ({"stride": 3}, list(range(0, 40, 3))),
+        ({"rate": 5.0, "stride": 3}, list(range(0, 40, 6))),
+        ({"rate": 60.0}, list(range(40))),
+        ({"rate": 4.0}, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 30, 32, 35, 37]),
+    ],
+)
+def test_rate_and_stride_choose_frames(tmp_path, parameters, frames) -> None:
+    source = VideoSource(small, path=str(write_video(tmp_path / "v.mp4")), clip_frames=7, **parameters)
+    found = all_numbers(source)
+    assert list(itertools.chain(*found)) == frames
+    assert {len(clip) for clip in found[:-1]} <= {7}
+
+
+def test_the_frames_of_a_clip_do_not_hang_on_where_it_is_sought_from(tmp_path) -> None:
+    path = write_video(tmp_path / "v.mp4", keyframes=100)
+    one_by_one = VideoSource(small, path=str(path), clip_frames=1)
+    at_once = VideoSource(small, path=str(path), clip_frames=40)
+    separate = np.concatenate([one_by_one.load(i).images for i in range(40)])
+    np.testing.assert_array_equal(separate, at_once.load(0).images)
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mkv"])
+def test_a_video_that_ends_early_gives_what_it_has_and_lists_the_rest(tmp_path, suffix) -> None:
+    path = write_video(tmp_path / f"v.{suffix}")
+    whole = open_source(str(path), small)
+    expected = [whole.load(i).images for i in range(len(whole))]
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    source = open_source(str(path), small)
+    scenes = [source.load(i) for i in range(len(source))]
+    kept = sum(len(scene.images) for scene in scenes)
+    assert 0 < kept < 40
+    np.testing.assert_array_equal(
+        np.concatenate([scene.images for scene in scenes]), np.concatenate(expected)[:kept]
+    )
+    for scene, info in zip(scenes, [source.info(i) for i in range(len(source))], strict=True):
+        assert scene.info.num_frames == len(scene.images)
+        assert len(scene.failures) == (len(scene.images) < info.num_frames)
+    last = scenes[-1]
+    assert last.images.shape == (0, 1, 16, 16, 3)
+    assert last.failures[0].key == f"v.{suffix}/clip-0002"
+    assert f"v.{suffix}: 8 of 8 frames are missing" in last.failures[0].reason
+
+
+def test_what_is_no_video_is_listed(tmp_path) -> None:
+    write_video(tmp_path / "class" / "a.mp4", frames=3)
+    (tmp_path / "b.mp4").write_bytes(b"")
+    (tmp_path / "c.mp4").write_bytes(b"no video" * 100)
+    data = (tmp_path / "class" / "a.mp4").read_bytes()
+    (tmp_path / "d.mp4").write_bytes(data[: len(data) // 2])
+    other = write_video(tmp_path / "f.mkv", frames=3)
+    other.write_bytes(other.read_bytes().replace(b"V_MPEG4/ISO/ASP", b"V_OTHER/THAN/IT"))
+    with av.open(str(tmp_path / "e.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+    (tmp_path / "notes.txt").write_text("x")
+    source = open_source(str(tmp_path), small)
+    assert [source.info(i).key for i in range(len(source))] == ["class/a.mp4/clip-0000"]
+    reasons = {failure.key: failure.reason for failure in source.skipped}
+    assert set(reasons) == {"b.mp4", "c.mp4", "d.mp4", "e.mkv", "f.mkv", "notes.txt"}
+    assert reasons["f.mkv"] == "there is no decoder of its codec"
+    assert reasons["e.mkv"] == "holds no video"
+    assert "can't be opened" in reasons["c.mp4"]
+    with pytest.raises(UserError, match=r"no video can be opened; the last, c.mp4: can't be opened"):
+        open_source(str(tmp_path / "c.mp4"), small)
+
+
+def test_a_header_that_promises_more_frames_than_bytes_is_refused(tmp_path) -> None:
+    path = write_video(tmp_path / "v.mp4", frames=3)
+    data = bytearray(path.read_bytes())
+    sizes = data.index(b"stsz") + 12  # the number of frames
+    data[sizes : sizes + 4] = struct.pack(">I", 2**30)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="no video can be opened"):
+        open_source(str(path), small)
+
+
+def test_an_animation_is_a_video(tmp_path) -> None:
+    frames = [photo(seed=i) for i in range(3)]
+    pictures = [PIL.Image.fromarray(frame) for frame in frames]
+    (tmp_path / "a.gif").write_bytes(
+        encoded(pictures[0], "GIF", save_all=True, append_images=pictures[1:], duration=100)
+    )
+    source = open_source(str(tmp_path / "a.gif"), small)
+    assert source.load(0).images.shape == (3, 1, 16, 16, 3)
+
+
+def test_sources_are_equal_wherever_they_lie(tmp_path) -> None:
+    for place in ("here", "there"):
+        write_video(tmp_path / place / "v.mp4", frames=4)
+    here, there = (open_source(str(tmp_path / place), small) for place in ("here", "there"))
+    assert here.describe() == there.describe()
+    assert here.describe()["clip_frames"] == 16
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [({"rate": -1.0}, "negative"), ({"stride": 0}, "stride: 0 is too small"), ({"clips": 1}, "no such key")],
+)
+def test_bad_parameters_are_named(tmp_path, parameters, message) -> None:
+    with pytest.raises(UserError, match=message):
+        VideoSource(small, path=str(tmp_path), **parameters)
+
+
+def test_a_recorded_rotation_is_applied(tmp_path) -> None:
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        pixels[:, :32] = 255
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    plain = open_source(str(path), small).load(0).images[0, 0]
+    assert plain[:, :6].min() > 200  # bright at the left
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # of a track's header: rows of 16.16 fixed point, here (0, 1), (−1, 0)
+    data[matrix : matrix + 20] = struct.pack(">iiiii", 0, 1 << 16, 0, -1 << 16, 0)
+    path.write_bytes(data)
+    turned = open_source(str(path), small).load(0).images[0, 0]
+    assert turned[:6].min() > 200  # a quarter clockwise: bright at the top
+    assert turned[-6:].max() < 50
+
+
+def test_a_video_goes_to_worker_processes(tmp_path) -> None:
+    source = open_source(str(write_video(tmp_path / "v.mp4", frames=3)), small, {"derived": ("noisy",)})
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy.load(0).images, source.load(0).images)

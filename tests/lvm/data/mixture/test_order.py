@@ -1,0 +1,320 @@
+"""The order of data is a function of (config, seed, step): at any size, by any number of processes and workers."""
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvm.common.errors import UserError
+from lvm.data.mixture import epochs, permutation
+from lvm.data.mixture.loader import batches
+from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Category, Pairs, Single, Video
+from lvm.data.mixture.rows import Rows
+from lvm.data.store.format import INDEX
+from lvm.data.store.reader import Store
+from lvm.model.vocabulary import Vocabulary
+from tests.commands import ROOT, run
+
+HUGE = 2_000_000_000
+
+
+class HugeStore:
+    """Two billion scenes of one image that nobody has: the codes of a grid tell its scene's number."""
+
+    path, stream_sets, classes, codes_per_image, num_codes = "huge", (("rgb",),), (), 4, 2**16
+    manifest = {"tokenizer": {"weights": "", "hash": "", "grid": [2, 2], "num_codes": 2**16}}  # noqa: RUF012
+
+    def __init__(self, length):
+        self.indexes = [np.broadcast_to(np.array((0, 1, 0, 0, -1, 2**63), INDEX), (length,))]
+
+    def entries(self, numbers):
+        found = np.array(self.indexes[0][numbers])
+        found["group"] = numbers
+        return found
+
+    def heldout(self, fraction, entries):
+        return np.zeros(len(entries), bool)
+
+    def grids(self, entries, frames, columns):
+        return entries["group"].astype("<i8").view("<u2").reshape(-1, 4)
+
+    def identity(self):
+        return "huge"
+
+
+class EveryScene(epochs.Selection):
+    """All scenes, without looking at each: what a selection holds is tested by itself."""
+
+    def __init__(self, parts, keep):
+        self._total = sum(map(len, parts))
+        self._starts = np.array([0, self._total])
+
+
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+@pytest.mark.parametrize("shuffle", permutation.SHUFFLES)
+def test_two_billion_sentences_take_no_memory_and_no_time(monkeypatch, packing, shuffle):
+    monkeypatch.setattr(epochs, "Selection", EveryScene)
+    monkeypatch.setattr(epochs, "chunks", lambda parts: ())
+    monkeypatch.setattr(
+        "lvm.data.mixture.mixture._open_stores", lambda config, parts: ({"huge": HugeStore(HUGE)}, {})
+    )
+    monkeypatch.setattr("lvm.data.mixture.mixture._without_streams", lambda *arguments: {})
+    tracemalloc.start()
+    start = time.perf_counter()
+    config = MixtureConfig({"single": SourceConfig(Single())}, "huge", 0.0, packing=packing, shuffle=shuffle)
+    rows = Rows(Mixture(config, 0), Vocabulary.for_codes(2**16), context=24, batch_size=64)
+    assert rows.mixture.sources[0].per_epoch == HUGE
+    sentences = {}
+    for row in (0, 2**31, HUGE // 4 - 4096):  # 4 sentences of 6 tokens a row
+        tokens = rows.batch(row // 64)["tokens"]
+        if packing == "whole":
+            codes = tokens[:, :24].reshape(-1, 6)[:, 1:5]
+            scenes = np.ascontiguousarray(codes.astype("<u2")).view("<i8").ravel()
+            assert (tokens[:, :24:6] == 2**16).all()
+            assert scenes.min() >= 0
+            assert scenes.max() < HUGE
+            sentences[row] = set(scenes.tolist())
+            assert len(sentences[row]) == 256
+    assert time.perf_counter() - start < 15
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+    if packing == "whole":
+        assert not sentences[0] & sentences[HUGE // 4 - 4096]  # the same epoch
+
+
+@given(n=st.integers(1, 9000), seed=st.integers(0, 2**40), page=st.integers(1, 70), pages=st.integers(1, 9))
+def test_pages_are_permuted_as_a_bijection(n, seed, page, pages):
+    found = permutation.permute_pages(np.arange(n), n, seed, page, page * pages)
+    assert sorted(found.tolist()) == list(range(n))
+    some = np.arange(0, n, 7)
+    np.testing.assert_array_equal(permutation.permute_pages(some, n, seed, page, page * pages), found[some])
+
+
+def test_blocks_keep_neighbours_together_and_mix_all_the_same():
+    n = 100_000
+    found = permutation.order(np.arange(n), n, 3, "blocks")
+    window = found[: permutation.WINDOW]
+    assert len(np.unique(window // permutation.PAGE)) <= 2 * 65  # 64 pages, each over two of the aligned ones
+    assert np.abs(np.diff(window)).mean() > n / 10
+    assert (
+        len(np.unique(permutation.order(np.arange(n), n, 3, "all")[: permutation.WINDOW] // permutation.PAGE))
+        > 1000
+    )
+    assert not np.array_equal(found, permutation.order(np.arange(n), n, 4, "blocks"))
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5), seed=st.integers(0, 2**32))
+def test_many_permutations_at_once_are_bijections(sizes, seed):
+    places = np.repeat(np.arange(len(sizes)), sizes)
+    indices = np.concatenate([np.arange(size) for size in sizes])
+    found = permutation.permute_each(indices, np.array(sizes)[places], seed, places)
+    for place, size in enumerate(sizes):
+        assert sorted(found[places == place].tolist()) == list(range(size))
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=200), max_size=4))
+def test_a_selection_finds_what_a_condition_keeps(parts):
+    arrays = [np.array(part, bool) for part in parts]
+    selection = epochs.Selection(arrays, lambda entries: entries)
+    wanted = np.flatnonzero(np.concatenate([np.zeros(0, bool), *arrays]))
+    assert len(selection) == len(wanted)
+    np.testing.assert_array_equal(selection.find(np.arange(len(wanted))), wanted)
+
+
+@pytest.mark.parametrize("shuffle", permutation.SHUFFLES)
+def test_a_category_is_of_one_class_and_an_epoch_takes_each_scene_once(make_store, new_scenes, shuffle):
+    path = make_store(new_scenes([(1, 0)] * 41))  # classes −1, 0, 1 in turn
+    config = MixtureConfig({"category": SourceConfig(Category(images=3))}, path, 0.0, shuffle=shuffle)
+    source = Mixture(config, 0).sources[0]
+    store = Store(path)
+    assert source.per_epoch == 4 + 4
+    for epoch in range(2):
+        numbers = np.arange(8) + 8 * epoch
+        scenes = source.choose(numbers)[0]
+        classes = store.index["class_id"][scenes]
+        assert (classes == classes[:, :1]).all()
+        assert (classes >= 0).all()
+        assert len(np.unique(scenes)) == 24
+    assert not np.array_equal(source.choose(np.arange(8))[0], scenes)
+    assert source.left_out == 14  # those without a class
+
+
+def test_a_class_with_too_few_scenes_is_left_out_and_counted(make_store, new_scenes):
+    path = make_store(new_scenes([(1, 0)] * 5))  # class 0 has two scenes, class 1 has one
+    made = Mixture(MixtureConfig({"category": SourceConfig(Category(images=2))}, path, 0.0), 0).sources[0]
+    assert (made.per_epoch, made.num_scenes, made.left_out) == (1, 2, 3)
+    with pytest.raises(UserError, match=r"no class has 3 train scenes in .* the largest has 2"):
+        Mixture(MixtureConfig({"category": SourceConfig(Category(images=3))}, path, 0.0), 0)
+
+
+def test_repetitions_count_copies_and_stop_at_their_cap(make_store, new_scenes):
+    path = make_store(new_scenes([(1, 0)] * 12, groups=[f"group {i // 3}" for i in range(12)]))
+    sources = {"single": SourceConfig(Single(), max_repetitions=6.0)}
+    rows = Rows(Mixture(MixtureConfig(sources, path, 0.0), 0), Vocabulary.for_codes(16), 6, 4)
+    source = rows.mixture.sources[0]
+    assert source.copies == 3
+    assert source.repetitions(24) == 6
+    rows.batch(4)  # sentences 16 to 20, and a token of the next
+    with pytest.raises(
+        UserError, match=r"single\.max_repetitions: 29 sentences are 2\.417 epochs .* 7\.25 times"
+    ):
+        rows.batch(6)
+    with pytest.raises(UserError, match=r"max_repetitions: 256 sentences"):
+        rows.check_repetitions(50)
+
+
+def test_weights_may_be_shares_of_the_codes(make_store):
+    path = make_store([(3, 0)] * 12)
+    sources = {"single": SourceConfig(Single()), "video": SourceConfig(Video(frames=3, strides=(1,)))}
+    mixture = Mixture(MixtureConfig(sources, path, 0.0, weigh_by="codes"), 0)
+    np.testing.assert_allclose(mixture.shares, [0.75, 0.25])
+    assert mixture.identity() != Mixture(MixtureConfig(sources, path, 0.0), 0).identity()
+
+
+def test_a_mixture_is_known_by_what_decides_its_order(make_store):
+    path = make_store([(3, 0)] * 12)
+
+    def identity(seed=0, **options):
+        return Mixture(MixtureConfig({"single": SourceConfig(Single())}, path, **options), seed).identity()
+
+    assert identity() == identity(allow_missing=True)
+    changed = [{"seed": 1}, {"packing": "whole"}, {"shuffle": "blocks"}, {"heldout_fraction": 0.3}]
+    assert len({identity(), *(identity(**change) for change in changed)}) == 5
+
+
+def test_missing_stores_are_reported_together_or_left_out(make_store, tmp_path, capsys):
+    sources = {
+        "gone": SourceConfig(Single(), store=str(tmp_path / "gone")),
+        "here": SourceConfig(Single(), store=make_store([(1, 0)] * 9)),
+        "unset": SourceConfig(Single()),
+    }
+    with pytest.raises(UserError, match=r"made: gone \(.*/gone doesn't exist.*; unset \(no store given"):
+        Mixture(MixtureConfig(sources), 0)
+    made = Mixture(MixtureConfig(sources, allow_missing=True), 0)
+    assert ([source.name for source in made.sources], made.shares.tolist()) == (["here"], [1.0])
+    assert "left out of the mixture: gone" in capsys.readouterr().out
+
+
+# What follows runs real processes: the same hash whoever reads.
+ARGUMENTS = ("--config=tests/configs/tiny_lvm.py", "--config.batch_size=8", "--config.model.context=40")
+
+
+@pytest.fixture
+def store_flag(make_store):
+    return f"--config.data.store={make_store([(4, 1)] * 20 + [(6, 2)] * 20)}"
+
+
+@pytest.fixture
+def flags(store_flag):
+    off = [f"--config.data.sources.{name}.weight=0" for name in ("depth", "edges")]
+    return [*ARGUMENTS, store_flag, *off, "--config.data.sources.single.weight=1"]
+
+
+def fingerprint(flags, processes=1, **options):
+    """The last line of `lvm.fingerprint` on so many processes; all must print it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "lvm.fingerprint",
+        *flags,
+        *(f"--{k}={v}" for k, v in options.items()),
+    ]
+    started = []
+    for number in range(processes):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        if processes > 1:
+            environment |= {"LVM_COORDINATOR": f"localhost:{port}", "LVM_NUM_PROCESSES": str(processes)}
+            environment["LVM_PROCESS_ID"] = str(number)
+        started.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, outputs
+    (last,) = {output.splitlines()[-1] for output in outputs}
+    return last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+def test_the_first_200_batches_have_one_hash(flags, packing, tmp_path):
+    flags = [*flags, f"--config.data.packing={packing}"]
+    whole = fingerprint(flags, batches=200)
+    assert whole == fingerprint(flags, processes=2, batches=200, workers=1)
+    assert whole == fingerprint(flags, processes=4, batches=200)
+    assert whole == fingerprint(flags, batches=200, workers=2)
+    # Stopped after 57 steps on one process, then on two, then on four.
+    first, second = tmp_path / "first", tmp_path / "second"
+    fingerprint(flags, batches=57, out=first)
+    rest = fingerprint(flags, processes=2, start=57, batches=143, out=second)
+    assert rest == fingerprint(flags, processes=4, start=57, batches=143, workers=1)
+    assert hashlib.sha256(second.read_bytes()).hexdigest() == rest
+    assert hashlib.sha256(first.read_bytes() + second.read_bytes()).hexdigest() == whole
+
+
+def test_the_fingerprint_is_of_the_tokens(flags, store_flag):
+    rows = Rows(
+        Mixture(
+            MixtureConfig(
+                {
+                    "segmentation": SourceConfig(Pairs(shots=3), 0.30),
+                    "single": SourceConfig(Single()),
+                    "video": SourceConfig(Video(frames=4, strides=(1,)), 0.40),
+                },
+                store_flag.partition("=")[2],
+                heldout_fraction=0.25,
+            ),
+            seed=0,
+        ),
+        Vocabulary.for_codes(16),
+        40,
+        8,
+    )
+    wanted = hashlib.sha256(
+        b"".join(rows.batch(step)["tokens"].astype("<i4").tobytes() for step in (2, 3, 4))
+    )
+    assert fingerprint(flags, start=2, batches=3) == wanted.hexdigest()
+
+
+def test_bad_numbers_are_bad_input(flags):
+    assert "--batches: 0 is too small" in run("lvm.fingerprint", *flags, "--batches=0", code=2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_gives_the_steps_in_order(make_store, workers):
+    path = make_store([(1, 0)] * 30)
+    mixture = Mixture(MixtureConfig({"single": SourceConfig(Single())}, path), 0)
+    rows = Rows(mixture, Vocabulary.for_codes(16), 24, 4)
+    read = list(batches(rows.batch, 3, 9, workers))
+    assert len(read) == 6
+    for step, batch in enumerate(read, 3):
+        for name, values in rows.batch(step).items():
+            np.testing.assert_array_equal(batch[name], values)
+
+
+def test_errors_of_reading_come_through_the_loader(make_store):
+    path = make_store([(1, 0)] * 30)
+    sources = {"single": SourceConfig(Single(), max_repetitions=1.0)}
+    rows = Rows(Mixture(MixtureConfig(sources, path, 0.0), 0), Vocabulary.for_codes(16), 24, 4)
+    with pytest.raises(UserError, match="max_repetitions"):
+        list(batches(rows.batch, 0, 9))
+    with pytest.raises(UserError, match="workers: -1 is negative"):
+        next(batches(rows.batch, 0, 1, workers=-1))

@@ -1,0 +1,249 @@
+"""`whole` rows hold whole sentences, each once; both packings know what bears loss."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvm.common.errors import UserError
+from lvm.data.mixture.mixture import BLOCK, PERIOD, Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.packing import best_fit
+from lvm.data.mixture.recipes import Pairs, Single, Video
+from lvm.data.mixture.rows import Rows
+from lvm.model.vocabulary import Vocabulary
+
+OURS = Vocabulary.for_codes(16)
+SOURCES = {
+    "pairs": SourceConfig(Pairs(shots=2), 0.5),
+    "single": SourceConfig(Single(), 1.0),
+    "video": SourceConfig(Video(frames=3, strides=(1,)), 1.5),
+}
+
+
+@pytest.fixture
+def make_rows(make_store):
+    path = make_store([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
+
+    def make(sources=SOURCES, context=24, batch_size=3, seed=0, vocabulary=OURS, packing="whole", **options):
+        config = MixtureConfig(sources, path, 0.0, packing=packing, **options)
+        return Rows(Mixture(config, seed), vocabulary, context, batch_size)
+
+    return make
+
+
+def segments_of(batch):
+    """(tokens, source) of every sentence in a batch, row after row."""
+    found = []
+    for tokens, segments, sources in zip(
+        batch["tokens"], batch["segment_ids"], batch["source_ids"], strict=True
+    ):
+        for segment in range(1, segments.max() + 1):
+            (inside,) = np.nonzero(segments == segment)
+            end = inside[-1] + 1  # where the next token is, if the sentence goes on to the row's end
+            last = end == len(segments) and sources[-1] >= 0
+            found.append((tokens[inside[0] : end + last], int(sources[inside[0]])))
+    return found
+
+
+def test_a_block_is_packed_whole_and_once(make_rows):
+    rows = make_rows(batch_size=1)
+    count = next(row for row in range(10**6) if rows.packing.block(row) == 1)
+    found = [sentence for row in range(count) for sentence in segments_of(rows.batch(row))]
+    ids, numbers = rows.mixture.block(0)
+    wanted = [
+        [OURS.bos, *rows.mixture.sources[source].sentence(int(number)).ravel(), OURS.eos]
+        for source, number in zip(ids, numbers, strict=True)
+    ]
+    assert sorted(tokens.tolist() for tokens, _ in found) == sorted(wanted)
+    assert len(found) == BLOCK
+    assert np.bincount([source for _, source in found]).tolist() == np.bincount(ids).tolist()
+
+
+def test_positions_restart_and_what_follows_no_context_bears_no_loss(make_rows):
+    batch = make_rows(batch_size=40).batch(2)
+    tokens, segments, mask = batch["tokens"], batch["segment_ids"], batch["loss_mask"]
+    positions = batch["positions"]
+    starts = (tokens[:, :-1] == OURS.bos) & (segments > 0)
+    assert starts[:, 0].all()
+    assert (positions[starts] == 0).all()
+    going_on = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    assert (np.diff(positions, axis=1)[going_on] == 1).all()
+    assert (positions[segments == 0] == 0).all()
+    targets = tokens[:, 1:]
+    np.testing.assert_array_equal(mask, (targets != OURS.bos) & (targets != OURS.pad))
+    assert (segments == 0).any()
+    assert (batch["source_ids"][targets == OURS.pad] == -1).all()
+    assert (tokens[:, :-1][segments == 0] == OURS.pad).all()
+
+
+def test_over_one_epoch_of_one_source_no_token_is_lost_or_repeated(make_rows):
+    # 11 scenes of one image or more; one epoch of singles of 6 tokens in both packings.
+    for packing in ("concat", "whole"):
+        rows = make_rows({"single": SOURCES["single"]}, packing=packing, batch_size=1)
+        source = rows.mixture.sources[0]
+        stream = np.concatenate(
+            [
+                [OURS.bos, *source.sentence(n).ravel(), OURS.eos]
+                for n in sorted(rows.mixture.block(0)[1][: source.per_epoch])
+            ]
+        )
+        assert rows.notes() == [
+            f"single: {source.per_epoch} sentences an epoch, by themselves "
+            + (
+                f"{(len(stream) - 1) // 24} rows and {(len(stream) - 1) % 24} tokens"
+                if packing == "concat"
+                else f"{source.per_epoch // 4} rows of 4 and {source.per_epoch % 4} sentences"
+            )
+        ]
+        if packing == "concat":
+            _, numbers = rows.mixture.block(0)
+            full = (len(stream) - 1) // 24
+            found = np.concatenate([rows.batch(row)["tokens"][0, 1:] for row in range(full)])
+            laid = np.concatenate([[OURS.bos, *source.sentence(int(n)).ravel(), OURS.eos] for n in numbers])
+            np.testing.assert_array_equal(found, laid[1 : full * 24 + 1])
+
+
+def test_the_first_epoch_is_the_first_sentences(make_rows):
+    rows = make_rows({"single": SOURCES["single"]}, batch_size=1)
+    _, numbers = rows.mixture.block(0)
+    assert sorted(numbers.tolist()) == list(range(BLOCK))
+
+
+@pytest.mark.parametrize("context", [13, 14, 200])
+def test_a_sentence_may_take_every_token_of_a_row(make_rows, context):
+    rows = make_rows({"video": SOURCES["video"]}, context=context, batch_size=8)
+    batch = rows.batch(0)
+    if context == 13:  # BOS, 12 codes, EOS: one for each of the row's tokens
+        assert (batch["tokens"][:, 0] == OURS.bos).all()
+        assert (batch["tokens"][:, -1] == OURS.eos).all()
+        assert batch["loss_mask"].all()
+    assert OURS.eos in batch["tokens"]
+    assert "lose their EOS" not in rows.notes()[0]
+
+
+def test_one_token_too_many_costs_the_eos_alone_and_is_said(make_rows):
+    rows = make_rows({"video": SOURCES["video"]}, context=12, batch_size=8)
+    batch = rows.batch(0)
+    assert (batch["tokens"][:, 0] == OURS.bos).all()
+    assert (batch["tokens"][:, 1:] < 16).all()
+    assert batch["loss_mask"].all()
+    assert "all 5 lose their EOS: they have 14 tokens, a row 13" in rows.notes()[0]
+
+
+def test_longer_sentences_are_refused_by_their_recipe(make_rows):
+    message = (
+        r"sources\.video: a sentence of its recipe \(video, 3 grids\) has 14 tokens, .* takes 13 at most"
+    )
+    with pytest.raises(UserError, match=message):
+        make_rows({"video": SOURCES["video"]}, context=11)
+
+
+def test_without_eos_nothing_can_be_lost(make_rows):
+    bare = Vocabulary(16, 32, bos=None, eos=None, pad=16)
+    assert make_rows({"video": SOURCES["video"]}, context=11, vocabulary=bare).lengths.tolist() == [12]
+    with pytest.raises(UserError, match=r"has 12 tokens, .* takes 11 at most"):
+        make_rows({"video": SOURCES["video"]}, context=10, vocabulary=bare)
+    with pytest.raises(UserError, match=r"config\.data\.packing: 'whole' fills rows with PAD"):
+        make_rows(vocabulary=Vocabulary(16, 32, None, None, None))
+
+
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+def test_answers_alone_may_bear_loss(make_rows, packing):
+    sources = {name: SOURCES[name] for name in ("pairs", "video")}
+    rows = make_rows(sources, packing=packing, loss="answers", batch_size=30)
+    batch = rows.batch(0)
+    everything = make_rows(sources, packing=packing, batch_size=30).batch(0)
+    np.testing.assert_array_equal(batch["tokens"], everything["tokens"])
+    flat = batch["loss_mask"] & everything["loss_mask"]
+    np.testing.assert_array_equal(flat, batch["loss_mask"])
+    assert (batch["tokens"][:, 1:][batch["loss_mask"]] < 16).all()
+    if packing == "whole":
+        for source, learned in (
+            (0, [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [0]),
+            (1, [0] * 4 + [1] * 8 + [0]),
+        ):
+            row, start = next(
+                zip(*np.nonzero((batch["positions"] == 0) & (batch["source_ids"] == source)), strict=True)
+            )
+            assert batch["loss_mask"][row, start : start + len(learned)].tolist() == [
+                bool(x) for x in learned
+            ]
+
+
+def test_what_answers_nothing_can_not_be_learned_by_answers(make_rows):
+    with pytest.raises(
+        UserError, match=r"config\.data\.loss: 'answers', but the sentences of single are one image"
+    ):
+        make_rows(loss="answers")
+
+
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+@given(data=st.data())
+def test_rows_of_a_batch_are_read_by_themselves(make_rows_once, packing, data):
+    rows = make_rows_once(packing)
+    wanted = data.draw(st.lists(st.integers(0, 8), max_size=9, unique=True))
+    batch, part = rows.batch(4), rows.batch(4, np.array(wanted, np.int64))
+    for name, values in part.items():
+        np.testing.assert_array_equal(values, batch[name][wanted])
+        assert values.dtype == rows.batch_spec[name].dtype
+
+
+@pytest.fixture(scope="session")
+def make_rows_once(tmp_path_factory):
+    """`make_rows` whose results hypothesis may share between examples."""
+    made = {}
+
+    def make(packing):
+        if packing not in made:
+            from lvm.data.store import writer
+            from tests.lvm.conftest import NUM_CODES, header, make_scenes
+
+            folder = tmp_path_factory.mktemp(packing)
+            scenes = make_scenes([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
+            writer.write_shard(folder, 0, 1, scenes, NUM_CODES)
+            assert not writer.write_manifest(folder, header(), 1)
+            config = MixtureConfig(SOURCES, str(folder), 0.0, packing=packing)
+            made[packing] = Rows(Mixture(config, 0), OURS, 24, 9)
+        return made[packing]
+
+    return make
+
+
+def test_rows_outside_of_the_batch_are_refused(make_rows):
+    with pytest.raises(ValueError, match="rows 3…3 are not in a batch of 3"):
+        make_rows().batch(0, np.array([3]))
+
+
+def test_a_distant_row_is_there_at_once_and_counts_go_round(make_rows):
+    rows = make_rows()
+    period = rows.packing._count_rows(2**62)[-1]
+    assert rows.packing.block(period) == PERIOD
+    assert rows.packing.block(period * 5 + 3) == rows.packing.block(3) + 5 * PERIOD
+    np.testing.assert_array_equal(rows.batch(10**12)["tokens"], make_rows().batch(10**12)["tokens"])
+
+
+def test_counts_of_many_blocks_are_those_of_each(make_rows):
+    mixture = make_rows().mixture
+    for first in (0, 77_777, PERIOD - 3):
+        counts = mixture.counts(first, first + 3)
+        for i in range(3):
+            before, after = mixture.before(first + i), mixture.before(first + i + 1)
+            assert counts[i].tolist() == [b - a for a, b in zip(before, after, strict=True)]
+    with pytest.raises(ValueError, match="beyond the period"):
+        mixture.counts(PERIOD, PERIOD + 1)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.integers(1, 30)), min_size=1, max_size=4, unique_by=lambda x: x[1]
+    )
+)
+def test_packing_holds_everything_once_and_overfills_nothing(kinds):
+    counts, lengths = zip(*kinds, strict=True)
+    bins = best_fit(counts, lengths, 30)
+    found = [sum(bin.count(kind) for bin in bins) for kind in range(len(kinds))]
+    assert found == list(counts)
+    sizes = [sum(lengths[kind] for kind in bin) for bin in bins]
+    assert all(0 < size <= 30 for size in sizes)
+    total = sum(count * length for count, length in kinds)
+    assert len(bins) <= 1 + 2 * total / 30  # no two bins would fit into one

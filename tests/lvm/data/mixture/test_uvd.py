@@ -1,0 +1,48 @@
+"""The paper's mixture: every source has a recipe, a share and an origin; what isn't there is reported together."""
+
+import numpy as np
+import pytest
+
+from configs import data_uvd_v1
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
+from lvm.data.mixture.mixture import Mixture
+from lvm.train import TrainConfig
+
+
+@pytest.fixture
+def config():
+    return data_uvd_v1.get_config()
+
+
+def test_families_have_the_papers_shares(config):
+    data = from_config_dict(TrainConfig, config).data
+    assert data.weigh_by == "codes"
+    found = dict.fromkeys(data_uvd_v1.SHARES, 0.0)
+    for family, name, recipe in data_uvd_v1.SOURCES:
+        found[family] += data.sources[name].weight
+        assert data.sources[name].recipe == recipe
+    assert found == pytest.approx(data_uvd_v1.SHARES)
+    assert sum(found.values()) == pytest.approx(1, abs=1e-3)
+    assert len(data.sources) == len(data_uvd_v1.SOURCES)
+    assert all(data_uvd_v1.SOURCES.values())
+
+
+def test_all_that_is_missing_is_named(config):
+    with pytest.raises(UserError) as error:
+        Mixture(from_config_dict(TrainConfig, config).data, 0)
+    for _, name, _ in data_uvd_v1.SOURCES:
+        assert f"{name} (no store given" in str(error.value)
+
+
+def test_what_is_there_is_trained_on_alone(config, make_store):
+    config.data.sources.laion.store = make_store([(1, 0)] * 40)
+    config.data.sources.coco_segmentation.store = make_store([(1, 1)] * 40, "coco")
+    config.data.allow_missing = True
+    mixture = Mixture(from_config_dict(TrainConfig, config).data, 0)
+    assert [source.name for source in mixture.sources] == ["coco_segmentation", "laion"]
+    assert sum(mixture.shares) == 1
+    in_codes = mixture.shares * [16, 1]
+    annotated = sum(family == "annotated_images" for family, *_ in data_uvd_v1.SOURCES)
+    wanted = np.array([0.072 / annotated, 0.885])
+    np.testing.assert_allclose(in_codes / in_codes.sum(), wanted / wanted.sum(), rtol=1e-4)

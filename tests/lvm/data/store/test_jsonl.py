@@ -1,0 +1,146 @@
+"""LVM's JSONL files are trained on as they are, and ours come back from them."""
+
+import base64
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvm.common.errors import UserError
+from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Single, Video
+from lvm.data.mixture.rows import Rows
+from lvm.data.store.jsonl import JsonlFormat, JsonlStore, from_line, to_line
+from lvm.export import sentences
+from lvm.model.vocabulary import Vocabulary
+from tests.commands import run
+
+SMALL = JsonlFormat(num_codes=16, grid=(2, 2))
+
+
+def write(path, lengths, end="\n"):
+    """A file of sentences of so many grids; returns them."""
+    rng = np.random.default_rng(0)
+    made = [rng.integers(0, 16, (length, 4)) for length in lengths]
+    path.write_text("".join(to_line(codes) for codes in made).rstrip("\n") + end)
+    return made
+
+
+@given(st.lists(st.integers(0, 2**16 - 1), min_size=1))
+def test_a_line_comes_back(codes):
+    line = to_line(np.array([codes]))
+    assert from_line(line.encode()).tolist() == codes
+    # The format itself: base64 of int32, little-endian.
+    assert base64.b64decode(json.loads(line)["tokens"]) == np.array(codes, "<i4").tobytes()
+
+
+@pytest.mark.parametrize("end", ["\n", "", "\n\n"])
+def test_lines_are_sentences_again(tmp_path, end):
+    made = write(tmp_path / "a.jsonl", [3] * 20, end)
+    sources = {"lines": SourceConfig(Video(frames=3, strides=(1,)))}
+    mixture = Mixture(MixtureConfig(sources, str(tmp_path / "a.jsonl"), 0.0, jsonl=SMALL), 0)
+    source = mixture.sources[0]
+    assert source.per_epoch == 20
+    found = sorted(source.sentence(number).tolist() for number in range(20))
+    assert found == sorted(codes.tolist() for codes in made)
+    batch = Rows(mixture, Vocabulary.for_codes(16), 24, 3).batch(2)
+    assert batch["tokens"].max() == 17
+
+
+def test_every_recipe_of_one_stream_may_cut_lines_of_any_length(tmp_path):
+    made = write(tmp_path / "a.jsonl", [1, 2, 5, 3])
+    path = str(tmp_path / "a.jsonl")
+    video = SourceConfig(Video(frames=3, strides=(1,)))
+    made_of = Mixture(MixtureConfig({"video": video}, path, 0.0, jsonl=SMALL), 0).sources[0]
+    assert (made_of.per_epoch, made_of.left_out) == (2, 2)
+    singles = Mixture(MixtureConfig({"single": SourceConfig(Single())}, path, 0.0, jsonl=SMALL), 0)
+    grids = {grid.tobytes() for codes in made for grid in codes.astype(np.int32)}
+    assert {singles.sources[0].sentence(n).tobytes() for n in range(40)} <= grids
+
+
+def test_the_index_is_made_once_and_anew_for_another_file(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    write(path, [3] * 4)
+    first = JsonlStore(path, SMALL)
+    assert "reading through it once" in capsys.readouterr().out
+    again = pickle.loads(pickle.dumps(first))
+    assert capsys.readouterr().out == ""
+    assert again.identity() == first.identity()
+    write(path, [3] * 5)
+    other = JsonlStore(path, SMALL)
+    assert (len(first), len(other)) == (4, 5)
+    assert other.identity() != first.identity()
+
+
+def test_equal_lines_are_on_one_side(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write(path, [1] * 30)
+    path.write_text(path.read_text() * 2)
+    store = JsonlStore(path, SMALL)
+    mask = store.heldout(0.5)
+    np.testing.assert_array_equal(mask[:30], mask[30:])
+    assert 0 < mask.sum() < 60
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "sentence 2: not {'tokens': base64}"),
+        ('{"text": "a"}', "sentence 2: not {'tokens': base64}"),
+        ('{"tokens": "****"}', "sentence 2: not {'tokens': base64}"),
+        ('{"tokens": ""}', "sentence 2: 0 tokens are no whole number of images of 4 codes"),
+        (to_line(np.zeros((1, 5))), "sentence 2: 5 tokens are no whole number"),
+        (to_line(np.full((1, 4), 16)), r"sentence 2: codes lie in \[16, 16\], expected \[0, 16\)"),
+        (to_line(np.full((1, 4), -1)), r"sentence 2: codes lie in \[-1, -1\]"),
+    ],
+)
+def test_what_is_no_sentence_is_refused_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(to_line(np.zeros((1, 4))) + line)
+    with pytest.raises(UserError, match=rf"a\.jsonl, {message}"):
+        JsonlStore(path, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"num_codes": 0}, "^num_codes: 0"), ({"grid": (4,)}, "^grid: "), ({"grid": (0, 4)}, "^grid: ")],
+)
+def test_impossible_formats_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        JsonlFormat(**fields)
+
+
+def test_an_empty_file_has_no_sentences(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"lines \(.* has no scene of ≥ 1 frames of rgb"):
+        Mixture(MixtureConfig({"lines": SourceConfig(Single())}, str(tmp_path / "a.jsonl"), jsonl=SMALL), 0)
+
+
+def test_another_codebook_does_not_mix(tmp_path, make_store):
+    write(tmp_path / "a.jsonl", [1] * 9)
+    sources = {
+        "lines": SourceConfig(Single(), store=str(tmp_path / "a.jsonl")),
+        "ours": SourceConfig(Single(), store=make_store([(1, 0)] * 9)),
+    }
+    assert len(Mixture(MixtureConfig(sources, jsonl=SMALL), 0).sources) == 2
+    (tmp_path / "a.jsonl").write_text(to_line(np.zeros((1, 4))))
+    with pytest.raises(UserError, match=r"different tokenizers .*a\.jsonl: unknown, grid 2×2, 15 codes"):
+        Mixture(MixtureConfig(sources, jsonl=JsonlFormat(15, (2, 2))), 0)
+
+
+def test_the_export_is_the_order_of_training(make_store, tmp_path):
+    store = make_store([(4, 0)] * 20)
+    out = tmp_path / "out.jsonl"
+    off = [f"--config.data.sources.{name}.weight=0" for name in ("segmentation", "depth", "edges")]
+    flags = ("--config=tests/configs/tiny_lvm.py", f"--config.data.store={store}", *off)
+    run("lvm.export", *flags, f"--out={out}", "--sentences=300")
+    sources = {"video": SourceConfig(Video(frames=4, strides=(1,)), 0.4)}
+    wanted = sentences(Mixture(MixtureConfig(sources, store, heldout_fraction=0.25), 0))
+    lines = out.read_bytes().splitlines()
+    assert len(lines) == 300
+    for line in lines:
+        assert from_line(line).tolist() == next(wanted).ravel().tolist()
+    assert "doesn't end in .jsonl" in run("lvm.export", *flags, "--out=out.txt", code=2)

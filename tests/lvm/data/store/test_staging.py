@@ -1,0 +1,112 @@
+"""Shards on gs:// or elsewhere come to local disk once, checked, and only those that are asked for."""
+
+import pathlib
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from etils import epath
+
+from lvm import inspect
+from lvm.common import files
+from lvm.common.errors import UserError
+from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Single
+from lvm.data.store.reader import Store
+
+SHAPES = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(2, 2), (1, 0)]
+
+
+def upload(folder, bucket):
+    for file in pathlib.Path(folder).iterdir():
+        files.put(file, f"{bucket}/store/{file.name}")
+    return f"{bucket}/store"
+
+
+def names(folder):
+    return sorted(path.name for path in pathlib.Path(folder).rglob("shard-*"))
+
+
+def test_a_store_on_gs_is_read_from_its_staged_shards(gcs, make_store, tmp_path):
+    local = make_store(SHAPES, num_shards=3)
+    found = Store(upload(local, gcs), str(tmp_path / "staged"))
+    assert len(found) == len(SHAPES)
+    assert not (tmp_path / "staged").exists()  # nothing was asked for
+    np.testing.assert_array_equal(found.scene(0).codes, Store(local).scene(0).codes)
+    assert names(tmp_path / "staged") == [
+        f"shard-00000-of-00003{suffix}" for suffix in (".array_record", ".index")
+    ]
+    for i in range(len(found)):
+        np.testing.assert_array_equal(found.scene(i).codes, Store(local).scene(i).codes)
+    assert len(names(tmp_path / "staged")) == 6
+    for child in epath.Path(f"{gcs}/store").iterdir():
+        if child.name != "manifest.json":
+            child.unlink()
+    again = pickle.loads(pickle.dumps(found))  # as to a worker: what is staged stays
+    np.testing.assert_array_equal(again.scene(5).codes, Store(local).scene(5).codes)
+
+
+def test_without_a_folder_to_stage_to_it_says_so(gcs, make_store):
+    found = Store(upload(make_store(SHAPES), gcs))
+    with pytest.raises(
+        UserError, match=r"gs://bucket/store: shards are read from local disk; name a folder .*stage_to"
+    ):
+        found.scene(0)
+
+
+def test_a_copy_that_is_not_what_the_manifest_lists_is_refused(make_store, tmp_path):
+    folder = pathlib.Path(make_store(SHAPES, num_shards=1))
+    file = folder / "shard-00000-of-00001.array_record"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    found = Store(folder, str(tmp_path / "staged"))
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=rf"{file}: {len(data)} bytes of checksum .* damaged there or on its way"
+        ):
+            found.scene(0)
+    assert names(tmp_path / "staged") == ["shard-00000-of-00001.index"]
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{file}: is missing, the manifest lists it"):
+        found.scene(0)
+
+
+def test_two_stores_in_one_folder_are_kept_apart(make_store, new_scenes, tmp_path):
+    first = Store(make_store(new_scenes(SHAPES, seed=1), "a"), str(tmp_path / "staged"))
+    other = Store(make_store(new_scenes(SHAPES, seed=2), "b"), str(tmp_path / "staged"))
+    assert (first.scene(0).codes != other.scene(0).codes).any()
+
+
+def test_a_mixture_reads_what_it_staged(gcs, make_store, tmp_path):
+    local = make_store(SHAPES)
+    remote = upload(local, gcs)
+    shutil.copytree(local, tmp_path / "copy")
+
+    def sentences(path, **options):
+        config = MixtureConfig({"single": SourceConfig(Single())}, path, 0.0, **options)
+        return Mixture(config, 0).sources[0].sentences(np.arange(40))
+
+    wanted = sentences(local)
+    np.testing.assert_array_equal(sentences(remote, stage_to=str(tmp_path / "staged")), wanted)
+
+
+def test_a_store_on_gs_is_inspected(gcs, tmp_path, manifest_header, new_scenes):
+    from lvm.data.store import writer
+
+    path = f"{gcs}/written"
+    writer.begin(path, manifest_header(), 2)
+    for shard in range(2):
+        assert writer.read_entry(path, shard, 2) is None
+        writer.write_shard(path, shard, 2, new_scenes(SHAPES, seed=shard)[:40], 16)
+        assert writer.read_entry(path, shard, 2) is not None
+    assert writer.finish(path) == []
+    assert list(inspect.problems(Store(path, str(tmp_path / "staged")))) == []
+    size = epath.Path(f"{path}/shard-00001-of-00002.index").stat().length
+    epath.Path(f"{path}/shard-00001-of-00002.index").unlink()
+    assert writer.read_entry(path, 1, 2) is None
+    found = list(inspect.problems(Store(path, str(tmp_path / "other"))))
+    assert any(
+        f"shard-00001-of-00002.index: is missing, the manifest says {size}" in problem for problem in found
+    )

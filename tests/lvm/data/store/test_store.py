@@ -1,0 +1,298 @@
+"""A store gives back every scene, is equal bytes when written again, and says what is wrong with it."""
+
+import errno
+import json
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvm.common import files
+from lvm.common.errors import UserError
+from lvm.data.mixture import split
+from lvm.data.store import reader, records, writer
+from lvm.data.store.format import PAGE, DamagedError, Scene
+from lvm.data.store.reader import Store
+from lvm.data.store.writer import GroupedScene, Unread
+from lvm.data.streams.codecs import Image
+
+MIXED = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(1, 0)] * 5 + [(2, 2), (1, 0)]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_single_images_and_longer_scenes_come_back_from_one_store(make_store, new_scenes):
+    scenes = new_scenes(MIXED)
+    found = Store(make_store(scenes, num_shards=3))
+    assert len(found) == len(scenes)
+    read = {}
+    for number, entry in enumerate(found.index):
+        scene = found.scene(number)
+        read[scene.key] = (scene, entry)
+    assert len(read) == len(scenes)
+    for item in scenes:
+        scene, entry = read[item.scene.key]
+        np.testing.assert_array_equal(scene.codes, item.scene.codes)
+        assert (scene.class_id, scene.stream_set) == (item.scene.class_id, item.scene.stream_set)
+        assert (entry["frames"], entry["stream_set"]) == (len(scene.codes), scene.stream_set)
+        assert (entry["class_id"], entry["group"]) == (scene.class_id, split.group_hash(item.group))
+
+
+def test_single_images_share_records_and_longer_scenes_have_their_own(make_store):
+    index = Store(make_store(MIXED, num_shards=1)).index
+    single = (index["frames"] == 1) & (index["stream_set"] == 0)
+    assert np.count_nonzero(single) == 76
+    assert np.bincount(index["record"][single]).max() == PAGE
+    assert len(np.unique(index["record"])) == 2 + 3
+    assert index["slot"].max() == PAGE - 1
+
+
+def test_the_manifest_tells_streams_classes_and_codes(make_store):
+    found = Store(make_store(MIXED))
+    assert found.stream_sets == [("rgb",), ("rgb", "segmentation"), ("edges", "rgb")]
+    assert found.streams["segmentation"].names == ("nothing", "thing")
+    assert (found.classes, found.codes_per_image, found.num_codes) == (["cat", "dog"], 4, 16)
+
+
+def test_entries_count_scenes_images_and_codes(make_store, new_scenes):
+    scenes = new_scenes(MIXED)
+    manifest = Store(make_store(scenes)).manifest
+    assert sum(entry["scenes"] for entry in manifest["shards"]) == len(MIXED)
+    assert sum(entry["images"] for entry in manifest["shards"]) == 76 + 3 + 2 + 4
+    counts = np.bincount(np.concatenate([item.scene.codes.ravel() for item in scenes]), minlength=16)
+    np.testing.assert_array_equal(manifest["histogram"], counts)
+    assert (manifest["scenes"], manifest["images"]) == (len(MIXED), 85)
+    assert manifest["images_by_stream"] == {"rgb": 76 + 3 + 1 + 2, "segmentation": 1, "edges": 2}
+
+
+def test_entries_hold_checksums_and_failures(tmp_path, new_scenes):
+    unread = Unread()
+
+    def content():
+        yield from new_scenes([(1, 0)])
+        # Known only once the source has been read.
+        unread.failures.append({"key": "broken", "reason": "cut off"})
+        unread.groups.append(7)
+
+    entry = writer.write_shard(tmp_path, 0, 1, content(), 16, unread, {"jax": "0.10"})
+    assert entry["failures"] == [{"key": "broken", "reason": "cut off"}]
+    assert entry["group_hashes"] == [7, split.group_hash("group 0")]  # the split knows what couldn't be read
+    assert entry["versions"] == {"jax": "0.10"}
+    assert writer.read_entry(tmp_path, 0, 1) == entry
+    for name, file in entry["files"].items():
+        assert file == {"bytes": os.path.getsize(tmp_path / name), "sha256": files.sha256(tmp_path / name)}
+
+
+def test_writing_it_twice_gives_equal_bytes(make_store):
+    first, again = make_store(MIXED, "first"), make_store(MIXED, "again")
+    assert contents(first) == contents(again)
+    assert Store(first).identity() == Store(again).identity()
+
+
+def test_one_code_more_or_less_is_another_identity(make_store, new_scenes):
+    other = new_scenes(MIXED)
+    other[0].scene.codes[0, 0, 0] ^= 1
+    assert Store(make_store(MIXED, "a")).identity() != Store(make_store(other, "b")).identity()
+
+
+def test_the_manifest_waits_for_all_entries_and_does_not_change(tmp_path, new_scenes, manifest_header):
+    for shard in (2, 0):
+        writer.write_shard(tmp_path, shard, 3, new_scenes([(1, 0)], seed=shard), 16)
+        assert writer.write_manifest(tmp_path, manifest_header(), 3)
+        assert not (tmp_path / reader.MANIFEST).exists()
+    writer.write_shard(tmp_path, 1, 3, [], 16)
+    assert not writer.write_manifest(tmp_path, manifest_header(), 3)
+    before = contents(tmp_path)
+    assert not writer.write_manifest(tmp_path, manifest_header(), 3)
+    assert contents(tmp_path) == before
+    assert [len(Store(tmp_path).scene(i).codes) for i in range(2)] == [1, 1]  # an empty shard is no obstacle
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path, new_scenes):
+    def content():
+        yield from new_scenes([(2, 0), (1, 0)])
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError, match="the source broke"):
+        writer.write_shard(tmp_path, 0, 1, content(), 16)
+    assert os.listdir(tmp_path) == []
+    assert writer.read_entry(tmp_path, 0, 1) is None
+
+
+def test_a_folder_without_a_manifest_is_no_store(tmp_path):
+    with pytest.raises(UserError, match=rf"{tmp_path}: not a finished store \(manifest\.json is missing\)"):
+        Store(tmp_path)
+
+
+def test_another_version_is_refused(make_store):
+    folder = make_store([(1, 0)])
+    manifest = files.read_json(f"{folder}/manifest.json")
+    files.write_json(f"{folder}/manifest.json", {**manifest, "version": 1})
+    with pytest.raises(UserError, match=r"manifest\.json: version 1, this reads version 3; encode it again"):
+        Store(folder)
+
+
+def test_shards_of_another_version_are_not_finished(tmp_path, new_scenes, manifest_header):
+    writer.begin(tmp_path, manifest_header(), 1)
+    writer.write_shard(tmp_path, 0, 1, new_scenes(MIXED), 16)
+    header = files.read_json(tmp_path / "header.json")
+    assert header["version"] == reader.VERSION
+    del header["version"]  # as versions 1 and 2 wrote it
+    files.write_json(tmp_path / "header.json", header)
+    with pytest.raises(
+        UserError, match=r"header\.json: version None, this writes version 3; encode it again"
+    ):
+        writer.finish(tmp_path)
+    with pytest.raises(UserError, match=r"holds codes made otherwise \(changed: version: None → 3\)"):
+        writer.begin(tmp_path, manifest_header(), 1)
+    assert not (tmp_path / reader.MANIFEST).exists()
+
+
+@pytest.mark.parametrize("suffix", ["index", "array_record"])
+def test_a_missing_or_cut_off_file_is_named_when_it_is_read(make_store, suffix):
+    folder = make_store(MIXED)
+    file = Path(folder) / f"shard-00001-of-00002.{suffix}"
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    Store(folder).scene(0)  # of the other shard
+    with pytest.raises(UserError, match=rf"{file.name}: has {size - 1} bytes, the manifest says {size}"):
+        Store(folder).scene(len(MIXED) - 1)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{file.name}: is missing, the manifest says {size}"):
+        Store(folder).scene(len(MIXED) - 1)
+
+
+def test_opening_a_store_opens_its_manifest_alone(make_store):
+    folder = make_store(MIXED)
+    for file in Path(folder).iterdir():
+        if file.name != reader.MANIFEST:
+            file.unlink()
+    assert len(Store(folder)) == len(MIXED)
+
+
+def test_a_damaged_record_is_named_when_it_is_read(make_store, new_scenes):
+    scenes = new_scenes([(3, 0), (3, 0)])
+    folder = make_store(scenes, num_shards=1)
+    file = Path(folder) / "shard-00000-of-00001.array_record"
+    data = file.read_bytes()
+    at = data.index(scenes[1].scene.codes.tobytes())
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    found = Store(folder)
+    np.testing.assert_array_equal(found.scene(0).codes, scenes[0].scene.codes)
+    with pytest.raises(UserError, match=r"shard-00000-of-00001\.array_record, record 1: "):
+        found.scene(1)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A store of full grids, over many of the 64 KiB that ArrayRecord marks, and all of its codes."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("large")
+    shapes = [(1, 1)] * 130 + [(40, 1), (3, 2), (1, 1), (200, 1), (1, 2)] + [(1, 1)] * 70
+    codes = [rng.integers(0, 8192, (*shape, 256), dtype=np.uint16) for shape in shapes]
+    content = [
+        GroupedScene(Scene(f"scene {i}", i, 1 if x.shape[1] == 2 else 0, x), str(i))
+        for i, x in enumerate(codes)
+    ]
+    for shard, part in enumerate((content[:150], content[150:])):
+        writer.write_shard(folder, shard, 2, part, 8192)
+    header = {
+        "tokenizer": {"weights": "", "hash": "", "grid": [16, 16], "num_codes": 8192},
+        "streams": {"rgb": Image().to_json(), "depth": Image().to_json()},
+        "stream_sets": [["rgb"], ["rgb", "depth"]],
+        "classes": [],
+    }
+    assert not writer.write_manifest(folder, header, 2)
+    found = Store(folder)
+    by_number = found.entries(np.arange(len(found)))["class_id"]
+    return found, [codes[i] for i in by_number]
+
+
+@given(st.data())
+def test_single_grids_are_those_of_their_scenes_in_any_order(large, data):
+    found, codes = large
+    numbers = np.array(data.draw(st.lists(st.integers(0, len(codes) - 1), min_size=1, max_size=40)))
+    frames = np.array([data.draw(st.integers(0, len(codes[i]) - 1)) for i in numbers])
+    columns = np.array([data.draw(st.integers(0, codes[i].shape[1] - 1)) for i in numbers])
+    read = found.grids(found.entries(numbers), frames, columns)
+    wanted = [codes[i][t, s] for i, t, s in zip(numbers, frames, columns, strict=True)]
+    np.testing.assert_array_equal(read, wanted)
+
+
+def test_all_grids_of_a_store_are_read_alike_by_place_and_by_record(large):
+    found, codes = large
+    for number, wanted in enumerate(codes):
+        frames, columns = (x.ravel() for x in np.indices(wanted.shape[:2]))
+        entries = found.entries(np.full(len(frames), number))
+        np.testing.assert_array_equal(found.grids(entries, frames, columns), wanted.reshape(-1, 256))
+        np.testing.assert_array_equal(found.scene(number).codes, wanted)
+
+
+def test_a_grid_that_is_not_there_is_refused(large):
+    found, _ = large
+    entry = found.entries(np.array([0]))
+    assert found.grids(entry[:0], np.zeros(0, int), np.zeros(0, int)).shape == (0, 256)
+    with pytest.raises(DamagedError, match=r"record 0: damaged"):
+        found.grids(entry, np.array([64]), np.array([0]))
+
+
+def test_shards_have_as_many_files_open_as_the_system_allows(make_store, new_scenes, monkeypatch):
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (20, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: limits.append(wanted))
+    records._allow_files.cache_clear()
+    folder = make_store(MIXED)
+    found = Store(folder)
+    assert limits == [(4096, 4096)]
+
+    def none_left(*arguments, **options):
+        raise OSError(errno.EMFILE, "Too many open files", "shard")
+
+    monkeypatch.setattr(files, "sha256", none_left)
+    with pytest.raises(
+        UserError, match=r"shard: Too many open files: each shard takes two, .* have 20 \(ulimit"
+    ):
+        found.entries(np.array([0]))
+    records._allow_files.cache_clear()
+
+
+def test_damage_costs_the_four_grids_around_it_alone(make_store, new_scenes):
+    scenes = new_scenes([(16, 0)])
+    folder = make_store(scenes, num_shards=1)
+    file = Path(folder) / "shard-00000-of-00001.array_record"
+    data = bytearray(file.read_bytes())
+    data[data.index(scenes[0].scene.codes[5, 0].tobytes())] ^= 1
+    file.write_bytes(data)
+    found = Store(folder)
+    for frame in range(16):
+        arguments = found.entries(np.array([0])), np.array([frame]), np.array([0])
+        if 4 <= frame < 8:
+            with pytest.raises(DamagedError, match=r"array_record, record 0: can't be read: .*mismatch"):
+                found.grids(*arguments)
+        else:
+            np.testing.assert_array_equal(found.grids(*arguments)[0], scenes[0].scene.codes[frame, 0])
+
+
+@pytest.mark.parametrize(("scenes", "frames"), [(20_000, 1), (2_000, 16)])
+def test_beside_codes_and_keys_a_shard_is_two_percent(tmp_path, scenes, frames):
+    codes = np.random.default_rng(0).integers(0, 8192, (frames, 1, 256), dtype=np.uint16)
+    content = [GroupedScene(Scene(f"scene-{i:06d}", -1, 0, codes), "") for i in range(scenes)]
+    entry = writer.write_shard(tmp_path, 0, 1, content, 8192)
+    codes_and_keys = scenes * (512 * frames + len("scene-000000"))
+    size = entry["files"]["shard-00000-of-00001.array_record"]["bytes"]
+    padding = 2 * 65536  # array_record fills up its footer and its last block, however many records there are
+    assert codes_and_keys < size <= 1.02 * codes_and_keys + padding
+
+
+def test_nothing_in_a_store_tells_a_time_or_a_folder(make_store):
+    folder = make_store(MIXED)
+    manifest = json.loads((Path(folder) / "manifest.json").read_text())
+    header = {"tokenizer", "streams", "stream_sets", "classes"}
+    totals = {"scenes", "images", "images_by_stream", "histogram", "group_hashes", "versions"}
+    assert set(manifest) == {"version", "shards"} | header | totals
+    assert all(folder.encode() not in data for data in contents(folder).values())

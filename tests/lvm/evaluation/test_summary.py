@@ -1,0 +1,169 @@
+"""The page's figures are those of the results, in words."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Pairs, Single, Video
+from lvm.evaluation import prompted, summary
+from lvm.evaluation.report import Section
+
+RESULTS = {
+    "request": {},
+    "heldout_scenes": 12,
+    "tokenizer": {
+        "psnr": {"rgb": 23.456, "depth": 30.0},
+        "round_trip_pixel_accuracy": 0.987,
+        "round_trip_foreground_iou": 0.9123,
+        "codes_counted": 123456,
+        "codebook_usage": 0.5,
+        "codebook_perplexity": 321.4,
+    },
+    "likelihood": {
+        "mixture": {
+            "loss": 3.21,
+            "unigram_entropy": 6.42,
+            "below_unigram": 0.5,
+            "by_source": {"video": 3.21},
+        },
+        "perplexity_by_image": {"video": {"of_mean": [30.0, 20.0, 10.0], "mean_of": [31.0, 21.0, 11.0]}},
+        "video": {
+            "loss_first_image": 4.0,
+            "loss_images_3_on": 2.5,
+            "conditional_entropy": 3.125,
+            "conditional_entropy_plug_in": 3.0,
+            "transitions_counted": 12345,
+            "below_conditional": 0.2,
+            "perplexity_ratio": 0.22,
+        },
+    },
+    "prompted": {
+        "segmentation": {
+            "queries": 64,
+            "psnr": 18.0,
+            "psnr_copying": 9.0,
+            "pixel_accuracy": 0.9,
+            "pixel_accuracy_copying": 0.6,
+            "class_miou": 0.7,
+            "class_miou_chance": 0.25,
+            "foreground_iou": 0.8,
+            "foreground_iou_95": [0.75, 0.85],
+            "foreground_iou_everything": 0.3,
+            "foreground_iou_copying": 0.2,
+        },
+        "depth": {
+            "queries": 64,
+            "psnr": 17.0,
+            "psnr_copying": 8.0,
+            "rmse": 0.5,
+            "abs_rel": 0.123,
+            "delta1": 0.9,
+        },
+    },
+    "task_following": {
+        "by_codes": {"all": 0.95, "segmentation": 0.9, "depth": 1.0},
+        "by_pixels": {"all": 0.7, "segmentation": 0.5, "depth": 0.9},
+        "judge_accuracy": 0.99,
+    },
+}
+
+
+def lines(results=RESULTS):
+    return [" | ".join(row) for row in summary.table(results)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "PSNR, rgb | 23.5 dB | reconstruction",
+        "segmentation round trip | 98.7% | pixels of the right class after decoding",
+        "segmentation round trip | 0.912 | foreground IoU after decoding",
+        "codebook usage | 50.0% | of 123,456 codes",
+        "codebook perplexity | 321 | of the same codes",
+        "next-code loss | 3.210 nats | 50.0% below the unigram entropy of the same codes, 6.420",
+        "video loss, images 3 on | 2.500 nats | 20.0% below the entropy given the same place of the frame "
+        "before, 3.125 (of 12,345 codes; plug-in 3.000)",
+        "perplexity, images 3 on | 0.22× | that of the first image",
+        "segmentation by prompt | 0.800 | foreground IoU of 64 queries, 95 % in 0.750 to 0.850; everything "
+        "0.300, copying an example 0.200",
+        "segmentation by prompt | 0.700 | class mIoU; classes by lot 0.250",
+        "segmentation by prompt | 90.0% | pixels of the right class; copying an example 60.0%",
+        "segmentation by prompt | 18.0 dB | PSNR; copying an example 9.0 dB",
+        "depth by prompt | 0.123 | AbsRel; δ1 90.0%, RMSE 0.5",
+        "task following | 95.0% | answers of the stream that the examples show, by their codes (segmentation 90%, "
+        "depth 100%); this judge is right on 99.0% of true images",
+        " | 70.0% | answers nearest, in pixels, to the query's true image of that stream",
+    ],
+)
+def test_the_table_says_each_figure_with_its_unit_and_what_it_stands_beside(line):
+    assert line in lines()
+
+
+def test_what_was_not_measured_is_not_in_the_table():
+    tokenizer = {"psnr": {}, "codes_counted": 0, "codebook_usage": 0.0, "codebook_perplexity": 1.0}
+    rows = lines({"tokenizer": tokenizer, "likelihood": {}, "prompted": {}})
+    assert [row.split(" | ")[0] for row in rows] == ["codebook usage", "codebook perplexity"]
+
+
+def test_the_folder_holds_the_page_the_pictures_and_the_results(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    picture = np.full((3, 4, 3), 9, np.uint8)
+    sections = [Section("Video, continued", "frames", picture)]
+    out = tmp_path / "out"
+    summary.write(out, RESULTS, sections, str(tmp_path / "model"), str(tmp_path / "no tokenizer"))
+    np.testing.assert_array_equal(PIL.Image.open(out / "pictures" / "video-continued.png"), picture)
+    assert json.loads((out / "results.json").read_text()) == RESULTS
+    page = (out / "index.html").read_text()
+    for text in ("12 held-out scenes", "23.5 dB", "Perplexity against context", "Loss of the model"):
+        assert text in page
+    assert "Loss of the tokenizer" not in page
+
+
+class Repeats:
+    """A model that answers with the last image of the prompt."""
+
+    def generate(self, grids, num_images, temperature):
+        assert temperature == 0
+        return np.repeat(np.asarray(grids)[:, -1:], num_images, axis=1)
+
+
+class Shown:
+    """As much of `Heldout` as the pictures ask for."""
+
+    codecs = {"rgb": None, "segmentation": None, "depth": None}  # noqa: RUF012
+
+    def __init__(self, scenes):
+        self.scenes = scenes
+
+    def with_streams(self, streams):
+        return [scene for scene in self.scenes if set(streams) <= set(scene.info.streams)]
+
+
+def test_the_pictures_are_videos_tasks_and_reconstructions(make_heldout_scenes, exact_codec):
+    scenes, (_, decode) = make_heldout_scenes(4), exact_codec
+    queries = prompted.make_queries(scenes, 12, 2, seed=0)
+    asked = [prompted.ask(queries, "rgb", "segmentation", lambda prompts, n: prompts[:, -1:], decode)]
+    sources = {
+        "clips": SourceConfig(Video(frames=2, strides=(1,))),
+        "pairs": SourceConfig(Pairs()),
+        "single": SourceConfig(Single()),
+        "unseen": SourceConfig(Video()),
+    }
+    clips = np.stack([scene.codes[:, 0] for scene in scenes])
+    sections = summary.pictures(
+        Repeats(),
+        MixtureConfig(sources),
+        Shown(scenes),
+        decode,
+        asked,
+        {"clips": clips, "single": clips[:, :1]},
+    )
+    titles = [section.title for section in sections]
+    assert titles == ["Video, continued", "Segmentation, by example", "Reconstructions"]
+    assert "first 1 frames" in sections[0].text
+    assert "2 example pairs" in sections[1].text
+    assert all(section.picture.dtype == np.uint8 and section.picture.ndim == 3 for section in sections)

@@ -1,0 +1,140 @@
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvm.common import files
+from lvm.common.errors import UserError
+from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Single
+from lvm.hardware.compiler_options import COST, DETERMINISTIC, OPTIONS, compiler_options, refused
+from lvm.hardware.sharding import MeshConfig
+from lvm.model.transformer import ModelConfig
+from lvm.train import TrainConfig, train
+from lvm.training.loop import LoopConfig
+from lvm.training.optimizer import OptimizerConfig
+from lvm.training.step import Step
+from tests import small_step
+
+
+@pytest.mark.parametrize("table", [OPTIONS, DETERMINISTIC])
+def test_every_option_has_a_reason(table):
+    assert set(table) == {"tpu", "gpu", "cpu"} == set(COST)
+    for options in table.values():
+        assert all(reason and name.startswith("xla_") for name, (_, reason) in options.items())
+
+
+def test_overrides_stand_over_the_table():
+    name = "xla_tpu_enable_latency_hiding_scheduler"
+    assert compiler_options("tpu")[name] is True
+    assert compiler_options("tpu", f"{name}=false xla_tpu_a=3 xla_tpu_b=0.5 xla_tpu_c=fast") == {
+        **compiler_options("tpu"),
+        name: False,
+        "xla_tpu_a": 3,
+        "xla_tpu_b": 0.5,
+        "xla_tpu_c": "fast",
+    }
+    assert name not in compiler_options("tpu", f"{name}=")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("xla_a", r"config\.flags: 'xla_a'; wanted name=value"),
+        ("=3", r"config\.flags: '=3'; wanted name=value"),
+        ("xla_a=1 xla_a=2", r"config\.flags: xla_a stands there twice"),
+    ],
+)
+def test_overrides_that_say_nothing_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        compiler_options("cpu", overrides)
+
+
+def test_deterministic_adds_to_gpus_alone():
+    assert compiler_options("gpu", deterministic=True)["xla_gpu_deterministic_ops"] is True
+    assert (
+        compiler_options("gpu", "xla_gpu_deterministic_ops=false", deterministic=True)[
+            "xla_gpu_deterministic_ops"
+        ]
+        is False
+    )
+    assert compiler_options("tpu", deterministic=True) == compiler_options("tpu")
+    assert compiler_options("cpu", deterministic=True) == {}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_compiler_knows_what_gpus_are_asked_for(deterministic):
+    # The options of all platforms but TPU are one list to the compiler.
+    program = jax.jit(lambda x: x + 1).lower(jnp.ones(2))
+    compiled = program.compile(compiler_options("gpu", deterministic=deterministic))
+    np.testing.assert_array_equal(compiled(jnp.ones(2)), [2, 2])  # an unknown option would have been refused
+
+
+def step_with(options):
+    made = small_step.make_step(MeshConfig(fsdp=2))
+    return Step(made.trainable, made.mesh, 0, compiler_options=options)
+
+
+def test_a_step_takes_its_platforms_options():
+    assert small_step.make_step(None).compiler_options == compiler_options("cpu") == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"xla_nothing": True},
+            r"^config\.flags: xla_nothing: this version of the compiler has no such option$",
+        ),
+        (
+            {"xla_cpu_enable_fast_math": "perhaps"},
+            r"^config\.flags: xla_cpu_enable_fast_math=perhaps: .*'perhaps' is not a valid bool",
+        ),
+    ],
+)
+def test_a_step_refuses_what_the_compiler_does_not_know(options, message):
+    with pytest.raises(UserError, match=message):
+        step_with(options).compile()
+
+
+def test_other_complaints_of_the_compiler_are_not_taken_for_options():
+    assert refused("RESOURCE_EXHAUSTED: xla_a", {"xla_a": 1}) is None
+
+
+@pytest.mark.slow
+def test_a_run_records_what_it_was_compiled_with_and_goes_on_with_other_options(make_store, tmp_path):
+    store = make_store([(1, 0)] * 40)
+    manifest = pathlib.Path(store, "manifest.json")
+    files.write_json(manifest, files.read_json(manifest) | {"source": {}})
+    config = TrainConfig(
+        batch_size=jax.device_count(),
+        model=ModelConfig(
+            hidden_size=16,
+            mlp_size=16,
+            num_layers=1,
+            num_heads=2,
+            context=8,
+            dtype="float32",
+            attention="xla",
+        ),
+        data=MixtureConfig({"images": SourceConfig(Single())}, store=store, heldout_fraction=0.0),
+        optimizer=OptimizerConfig(warmup_steps=1),
+        mesh=MeshConfig(data=jax.device_count()),
+        loop=LoopConfig(total_steps=2, log_every=1),
+        flags="xla_cpu_enable_fast_math=false",
+    )
+    train(config, str(tmp_path / "run"))
+    record = files.read_json(tmp_path / "run" / "config.json")
+    assert record["compiler_options"] == {"xla_cpu_enable_fast_math": False}
+    more = dataclasses.replace(config.loop, total_steps=3)
+    train(dataclasses.replace(config, flags="", deterministic=True, loop=more), str(tmp_path / "run"))
+    assert files.read_json(tmp_path / "run" / "config.json")["compiler_options"] == {}
+    more = dataclasses.replace(config.loop, total_steps=4)
+    wrong = dataclasses.replace(config, flags="xla_nothing=1", loop=more)
+    with pytest.raises(
+        UserError, match=r"config\.flags: xla_nothing: this version of the compiler has no such"
+    ):
+        train(wrong, str(tmp_path / "run"))

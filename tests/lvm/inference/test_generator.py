@@ -1,0 +1,246 @@
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lvm.common.errors import UserError
+from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.inference.generator import Generator, Sampling, Window
+from lvm.model.nnx_utils import abstract, init_params, merge
+from lvm.model.transformer import ModelConfig, Transformer
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+V, CODES, N, BOS, CONTEXT = (
+    40,
+    32,
+    6,
+    32,
+    33,
+)  # 5 grids of 6 codes fit after BOS; so does a place that no grid fills
+CONFIG = ModelConfig(
+    hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, vocabulary_size=V, context=CONTEXT,
+    dtype="float32", init_std=0.3,
+)  # fmt: skip
+GREEDY = Sampling(temperature=0.0)
+WINDOW = Window(N, BOS)
+
+
+def make(rngs):
+    return Transformer(CONFIG, rngs)
+
+
+@functools.cache
+def params():
+    return init_params(make, jax.random.key(0))
+
+
+@functools.cache
+def generator(mesh=None):
+    return Generator(CONFIG, params(), None if mesh is None else make_mesh(mesh))
+
+
+@functools.cache
+def whole_forward():
+    graphdef = abstract(make)[0]
+    positions = jnp.arange(64)[None]
+    return jax.jit(lambda row: merge(graphdef, params())(row, positions, "xla")[0])
+
+
+def logits(tokens):
+    """Of the token after the last, by one forward over all of them."""
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(tokens)] = tokens
+    return np.asarray(whole_forward()(row)[len(tokens) - 1])
+
+
+def write(prompts, length, sampling, seeds, mesh=None, **options):
+    """Two candidates a prompt, codes alone, so that most tests run the same programs."""
+    options = {"candidates": 2, "num_allowed": CODES, **options}
+    return generator(mesh)(prompts, length, sampling, seeds, **options)
+
+
+def check_greedy(prompt, answer, window=None):
+    """Every token is what recomputing the window gives; returns after a tie, where the two may part."""
+    tokens = list(prompt)
+    for token in answer.tolist():
+        if window is not None and len(tokens) == 1 + 5 * N:
+            tokens = [BOS, *tokens[1 + window.drop * N :]]
+        scores = logits(tokens)[:CODES]
+        second, best = np.sort(scores)[-2:]
+        if token != int(np.argmax(scores)):
+            assert best - second < 1e-4
+            return
+        tokens.append(token)
+
+
+def prompt(length, seed=0):
+    return np.random.default_rng(seed).integers(0, CODES, length).astype(np.int32)
+
+
+def grids(count, seed=0):
+    return np.append(BOS, prompt(count * N, seed)).astype(np.int32)
+
+
+def test_the_cache_equals_recomputing_at_every_length_and_in_unequal_batches():
+    prompts = [prompt(1), prompt(13)]
+    together = write(prompts, 20, GREEDY, [0, 0])
+    for row, answer in zip(prompts, together, strict=True):
+        check_greedy(row, answer[0])
+        np.testing.assert_array_equal(answer[0], answer[1])
+    alone = write(prompts[1:], 20, GREEDY, [0], candidates=1)
+    np.testing.assert_array_equal(alone[0, 0], together[1, 0])
+
+
+@pytest.mark.parametrize("drop", [1, 2, 4])
+def test_after_a_slide_the_cache_equals_recomputing_the_window(drop):
+    window = Window(N, BOS, drop)
+    prompts = [grids(1), grids(4, seed=1)]
+    answers = write(prompts, 7 * N, GREEDY, [0, 0], window=window)
+    for row, answer in zip(prompts, answers, strict=True):
+        check_greedy(row, answer[0], window)
+    alone = write(prompts[1:], 7 * N, GREEDY, [0], window=window, candidates=1)
+    np.testing.assert_array_equal(alone[0, 0], answers[1, 0])
+
+
+def test_after_a_slide_there_is_room_for_rows_of_any_length():
+    """The longer row slides when the shorter one has just outgrown the padded length that both began with."""
+    config = dataclasses.replace(CONFIG, context=185, num_layers=1)
+    one_layer = Generator(config, init_params(lambda rngs: Transformer(config, rngs), jax.random.key(0)))
+    options = {"num_allowed": CODES, "window": Window(16, BOS, 8)}
+    prompts = [np.append(BOS, prompt(count * 16, seed=count)).astype(np.int32) for count in (7, 5)]
+    together = one_layer(prompts, 82, GREEDY, [0, 0], **options)
+    alone = one_layer(prompts[1:], 82, GREEDY, [0], **options)
+    np.testing.assert_array_equal(alone[0], together[1])
+
+
+def test_half_of_the_grids_that_fit_are_dropped_by_default():
+    half, default, one = (
+        write([grids(4)], 3 * N, GREEDY, [0], window=Window(N, BOS, drop)) for drop in (2, 0, 1)
+    )
+    np.testing.assert_array_equal(half, default)
+    np.testing.assert_array_equal(one[..., :N], default[..., :N])
+    assert (one != default).any()
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+        pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=4, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=["all axes", "data", "tensor"],
+)
+def test_eight_devices_write_what_one_writes(mesh):
+    prompts, samplings = [grids(1), grids(3, seed=1)], [GREEDY, Sampling(1.0, top_p=0.9)]
+    one, eight = (
+        write(prompts, 5 * N, samplings, [1, 2], window=WINDOW, mesh=devices) for devices in (None, mesh)
+    )
+    np.testing.assert_array_equal(one, eight)
+
+
+@given(st.data())
+@settings(max_examples=4)
+def test_a_row_depends_on_its_own_request_alone(data):
+    some = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2**40)), min_size=2, max_size=2))
+    prompts = [grids(count, seed=count) for count, _ in some]
+    samplings = [Sampling(1.0, top_k=9), Sampling(0.8, top_p=0.95)]
+    seeds = [seed for _, seed in some]
+    together = write(prompts, 3 * N, samplings, seeds, window=WINDOW)
+    for i in range(2):
+        alone = write(prompts[i : i + 1], 3 * N, samplings[i], seeds[i : i + 1], window=WINDOW)
+        np.testing.assert_array_equal(alone[0], together[i])
+
+
+def test_seeds_and_candidates_differ():
+    rows = write([prompt(4), prompt(4)], 18, Sampling(), [7, 8])
+    assert (rows[0] != rows[1]).any()
+    assert (rows[0, 0] != rows[0, 1]).any()
+
+
+def test_what_is_seen_while_it_is_written_is_the_beginning_of_the_answer():
+    options = {"num_allowed": CODES, "window": WINDOW, "candidates": 2}
+    whole = generator()([grids(4)], 2 * N, Sampling(), [3], **options)
+    seen = list(generator().stream([grids(4)], 2 * N, Sampling(), [3], **options, every=4))
+    assert [part.shape[-1] for part in seen] == [4, 6, 10, 12]  # the window slides after 6
+    for part in seen:
+        np.testing.assert_array_equal(part, whole[..., : part.shape[-1]])
+
+
+def test_only_allowed_ids_are_drawn():
+    hot = Sampling(temperature=5.0)
+    assert write([prompt(5)], 20, hot, [0]).max() >= 10
+    assert write([prompt(5)], 20, hot, [0], num_allowed=10).max() < 10
+
+
+def test_first_codes_follow_the_softmax():
+    """χ² of 2000 candidates' first codes against the model's own probabilities, those of few expected pooled."""
+    drawn = generator()([grids(2)], 1, Sampling(), [0], candidates=2000, num_allowed=CODES)[0, :, 0]
+    scores = logits(grids(2))[:CODES].astype(np.float64)
+    shares = np.exp(scores - scores.max())
+    assert chi_square(drawn, shares / shares.sum()) < 0.999
+
+
+def chi_square(drawn, shares):
+    """How far out the χ² of drawn ids lies: a share of its distribution."""
+    from scipy import stats
+
+    wanted, counts = shares * len(drawn), np.bincount(drawn, minlength=len(shares))
+    often = wanted >= 5
+    cells = [*zip(counts[often], wanted[often], strict=True), (counts[~often].sum(), wanted[~often].sum())]
+    statistic = sum((count - want) ** 2 / want for count, want in cells if want > 0)
+    return stats.chi2.cdf(statistic, len([want for _, want in cells if want > 0]) - 1)
+
+
+def test_bfloat16_writes_codes():
+    half = Generator(ModelConfig(**{**vars(CONFIG), "dtype": "bfloat16"}), params())
+    answer = half([grids(2)], 2 * N, GREEDY, [0], num_allowed=CODES)
+    assert answer.shape == (1, 1, 2 * N)
+    assert answer.max() < CODES
+
+
+def test_a_prompt_is_read_once_for_its_candidates(monkeypatch):
+    from lvm.inference import decode
+
+    seen = collections.Counter()
+    begin = decode.begin
+    monkeypatch.setattr(
+        decode,
+        "begin",
+        lambda weights, rows, *a, **k: seen.update([rows.shape]) or begin(weights, rows, *a, **k),
+    )
+    assert write([prompt(4)], 18, Sampling(), [7]).shape == (1, 2, 18)
+    assert seen == {(1, 128): 1}
+
+
+def test_without_a_window_prompt_and_answer_must_fit_the_context():
+    assert write([prompt(14)], 20, GREEDY, [0]).shape == (1, 2, 20)
+    with pytest.raises(UserError, match="need a context of 34; the model has 33"):
+        write([prompt(14)], 21, GREEDY, [0])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([prompt(0)], {}, "a prompt is empty"),
+        ([], {}, "no prompt was given"),
+        ([prompt(3)], {"length": 0}, "length: 0 new tokens"),
+        ([prompt(3)], {"seeds": [1, 2]}, "1 prompts, 1 ways of sampling and 2 seeds"),
+        ([grids(5)], {"window": WINDOW}, "a prompt of 31 tokens and 6 new ones need a context of 36"),
+        (
+            [grids(1)],
+            {"window": Window(N, BOS, 5)},
+            "drop: 5 grids of the 5 that fit the context; wanted 1 to 4",
+        ),
+    ],
+)
+def test_impossible_requests_are_named(prompts, options, words):
+    with pytest.raises(UserError, match=words):
+        generator()(prompts, **{"length": 4, "sampling": GREEDY, "seeds": [0] * len(prompts), **options})

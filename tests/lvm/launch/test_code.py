@@ -1,0 +1,37 @@
+"""What is shipped is a commit, and what isn't committed is refused or recorded."""
+
+import subprocess
+
+import pytest
+
+from lvm.common.errors import UserError
+from lvm.launch import code
+
+
+def test_changes_that_are_not_committed_are_refused_or_shipped_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+
+    def git(*arguments):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    for key, value in (("user.name", "Nobody"), ("user.email", "nobody@example.com")):
+        git("config", key, value)
+    (tmp_path / "a.txt").write_text("old\n")
+    git("add", "a.txt")
+    git("commit", "-m", "first")
+    clean = code.commit("", ship_changes=False)
+    assert code.changes(clean) == ""
+    (tmp_path / "a.txt").write_text("new\n")
+    (tmp_path / "b.txt").write_text("untracked\n")
+    with pytest.raises(UserError, match=r"2 files aren't committed \(a\.txt, b\.txt\)"):
+        code.commit("", ship_changes=False)
+    shipped = code.commit("", ship_changes=True)
+    assert shipped != clean
+    assert "+new" in code.changes(shipped)
+    assert code.commit("HEAD", ship_changes=False) == clean
+    subprocess.run(code.archive_command(shipped, tmp_path / "code.tar.gz"), check=True)
+    content = subprocess.run(
+        ["tar", "-xzOf", tmp_path / "code.tar.gz", "a.txt"], capture_output=True, check=True
+    )
+    assert content.stdout == b"new\n"

@@ -1,0 +1,135 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvm.common.errors import UserError
+from lvm.model.nnx_utils import abstract, count_params, init_params, merge, split
+from lvm.model.transformer import SIZES, ModelConfig, Transformer, rotary_turns, rotate
+
+PUBLISHED = {  # parameters with a vocabulary of 8292
+    "100m": 116_974_720,
+    "300m": 290_968_576,
+    "600m": 648_396_288,
+    "1b": 1_147_119_616,
+    "3b": 3_274_742_400,
+    "7b": 6_544_199_680,
+}
+TINY = ModelConfig(
+    hidden_size=32, mlp_size=48, num_layers=3, num_heads=4, vocabulary_size=50, context=64, dtype="float32"
+)
+
+
+def build(config, seed=0):
+    make = lambda rngs: Transformer(config, rngs)  # noqa: E731
+    graphdef, _ = abstract(make)
+    return graphdef, init_params(make, jax.random.key(seed))
+
+
+def positions(tokens):
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_named_sizes_have_the_published_parameter_counts(size):
+    config = dataclasses.replace(SIZES[size], vocabulary_size=8292)
+    _, params = abstract(lambda rngs: Transformer(config, rngs))
+    assert count_params(params) == PUBLISHED[size]
+
+
+def test_a_later_token_changes_no_earlier_logit():
+    graphdef, params = build(TINY)
+    tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 50)
+    changed = tokens.at[:, 12].set((tokens[:, 12] + 1) % 50)
+    before, after = (merge(graphdef, params)(t, positions(t), "xla") for t in (tokens, changed))
+    np.testing.assert_array_equal(before[:, :12], after[:, :12])
+    assert jnp.abs(before[:, 12:] - after[:, 12:]).max() > 1e-4
+
+
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
+def test_remat_changes_no_gradient(remat):
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
+
+    def gradient(config):
+        graphdef, params = build(config)
+        loss = lambda p: jnp.sum(merge(graphdef, p)(tokens, positions(tokens), "xla") ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
+
+    plain, recomputed = gradient(TINY), gradient(dataclasses.replace(TINY, remat=remat))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_tied_embeddings_have_no_head_and_fewer_parameters():
+    _, untied = abstract(lambda rngs: Transformer(TINY, rngs))
+    tied_config = dataclasses.replace(TINY, tie_embeddings=True)
+    graphdef, tied = build(tied_config)
+    assert "head" not in tied
+    assert count_params(untied) - count_params(tied) == 50 * 32
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    assert merge(graphdef, tied)(tokens, positions(tokens), "xla").shape == (1, 4, 50)
+
+
+def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values():
+    grouped_graph, grouped = build(dataclasses.replace(TINY, num_kv_heads=2))
+    full_graph, full = build(TINY)
+    full = {**grouped, "layers": {**grouped["layers"], "attention": dict(grouped["layers"]["attention"])}}
+    for name in ("key", "value"):
+        full["layers"]["attention"][name] = jnp.repeat(grouped["layers"]["attention"][name], 2, axis=2)
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
+    a, b = (
+        merge(g, p)(tokens, positions(tokens), "xla")
+        for g, p in ((grouped_graph, grouped), (full_graph, full))
+    )
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_rotation_depends_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def score(i, j):
+        turn = lambda x, at: rotate(x, rotary_turns(jnp.array([[at]]), 16, 10000.0))[0, 0, 0]  # noqa: E731
+        return turn(q, i) @ turn(k, j)
+
+    assert float(score(7, 3)) == pytest.approx(float(score(3007, 3003)), abs=1e-3)
+    assert abs(score(7, 3) - score(9, 3)) > 1e-3
+
+
+def test_rotation_turns_first_half_into_second():
+    x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
+    turned = rotate(x, rotary_turns(jnp.array([[1]]), 4, 10000.0))[0, 0, 0]
+    np.testing.assert_allclose(turned, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
+
+
+def test_bfloat16_compute_stays_near_float32():
+    graphdef, params = build(TINY)
+    half_graph, _ = build(dataclasses.replace(TINY, dtype="bfloat16"))
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
+    exact, half = (merge(g, params)(tokens, positions(tokens), "xla") for g in (graphdef, half_graph))
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(exact, half, atol=0.02)
+
+
+def test_split_and_merge_are_inverse():
+    graphdef, params = build(TINY)
+    again_graph, again = split(merge(graphdef, params))
+    assert jax.tree.structure(params) == jax.tree.structure(again)
+    assert graphdef == again_graph
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_heads": 5}, "num_heads: 5 heads don't divide hidden_size 32"),
+        ({"num_kv_heads": 3}, "num_kv_heads: 3 doesn't divide num_heads 4"),
+        ({"dtype": "float16"}, "dtype: 'float16' is not float32 or bfloat16"),
+        ({"remat": "some"}, "remat: 'some' is not one of auto, none, dots, attention, full"),
+        ({"attention": "magic"}, "attention: 'magic' is not one of"),
+        ({"num_layers": 0}, "num_layers: 0 is not positive"),
+    ],
+)
+def test_impossible_values_are_named(change, words):
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(TINY, **change)

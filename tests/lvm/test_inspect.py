@@ -1,0 +1,246 @@
+"""A whole store passes; a changed byte anywhere is found, and records are named as training names them."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvm import inspect
+from lvm.common import files
+from lvm.common.errors import UserError
+from lvm.data.images.augment import Augment
+from lvm.data.images.sources import open_source
+from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.recipes import Single, Video
+from lvm.data.mixture.rows import Rows
+from lvm.data.store import writer
+from lvm.data.store.format import DamagedError
+from lvm.data.store.reader import Store
+from lvm.model.vocabulary import Vocabulary
+from tests.commands import run
+from tests.tokenizer.networks import random_weights, small
+from tokenizer import Tokenizer, weights
+from tokenizer.encoding import Encoder
+
+SHAPES = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(1, 0)] * 5 + [(2, 2), (1, 0)]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The path of a store as the command writes it, header and all."""
+    from tests.lvm.conftest import NUM_CODES, header, make_scenes
+
+    folder = tmp_path_factory.mktemp("stores") / "whole"
+    scenes = make_scenes(SHAPES)
+    writer.begin(folder, header(), 2)
+    for shard, part in enumerate((scenes[:60], scenes[60:])):
+        writer.write_shard(folder, shard, 2, part, NUM_CODES)
+    assert writer.finish(folder) == []
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return pathlib.Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+def problems(folder):
+    return list(inspect.problems(Store(folder)))
+
+
+def test_a_whole_store_has_no_problem(whole):
+    assert problems(whole) == []
+
+
+@given(st.data())
+def test_a_changed_byte_is_found_wherever_it_is(whole, tmp_path_factory, data):
+    folder = pathlib.Path(shutil.copytree(whole, tmp_path_factory.mktemp("flip") / "store"))
+    names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    file = folder / data.draw(st.sampled_from(names))
+    flip(file, data.draw(st.integers(0, file.stat().st_size - 1)))
+    assert any(str(folder) in problem for problem in problems(folder))
+    shutil.rmtree(folder)
+
+
+def test_a_damaged_record_is_named_in_the_words_that_training_uses(copy):
+    file, store = copy / "shard-00000-of-00002.array_record", Store(copy)
+    codes = store.scene(7).codes.tobytes()
+    flip(file, file.read_bytes().index(codes))
+    found = problems(copy)
+    with pytest.raises(DamagedError) as refused:
+        Store(copy).scene(7)
+    assert found[0] == str(refused.value)
+    assert found[0].startswith(f"{file}, record 0: ")
+    assert found[1:] == [f"{file}: damaged: its checksum is not the manifest's"]
+
+
+def test_a_changed_index_is_refused_as_it_is_named(copy):
+    file = copy / "shard-00001-of-00002.index"
+    flip(file, 4)  # frames of the first
+    with pytest.raises(UserError) as refused:
+        Store(copy).entries(np.array([60]))
+    assert problems(copy) == [str(refused.value)] == [f"{file}: damaged: its checksum is not the manifest's"]
+
+
+def test_a_changed_copy_of_an_index_is_named(copy, tmp_path):
+    staged = Store(copy, stage_to=str(tmp_path / "staged"))
+    staged.entries(np.arange(len(staged)))
+    (file,) = (tmp_path / "staged").rglob("shard-00001-of-00002.index")
+    flip(file, 4)
+    found = list(inspect.problems(Store(copy, stage_to=str(tmp_path / "staged"))))
+    assert found == [f"{file}: damaged: its checksum is not the manifest's"]
+
+
+def test_an_index_that_told_of_another_scene_from_the_start_is_named_with_its_record(copy):
+    name = "shard-00001-of-00002"
+    flip(copy / f"{name}.index", 4)  # frames of the first
+    entry = files.read_json(copy / f"{name}.json")
+    entry["files"][f"{name}.index"]["sha256"] = files.sha256(copy / f"{name}.index")
+    files.write_json(copy / f"{name}.json", entry)
+    writer.finish(copy)
+    found = problems(copy)
+    with pytest.raises(DamagedError) as refused:
+        Store(copy).scene(60)
+    assert found[0] == str(refused.value)
+    assert "record 0: the index beside it is damaged: it tells of another scene" in found[0]
+
+
+def test_a_shard_whose_records_can_not_be_found_is_named_once(copy):
+    file = copy / "shard-00000-of-00002.array_record"
+    for at in range(file.stat().st_size - 65536, file.stat().st_size - 65536 + 64):
+        flip(file, at)
+    found = [problem for problem in problems(copy) if "checksum" not in problem]
+    with pytest.raises(DamagedError) as refused:
+        Store(copy).scene(0)
+    assert found == [str(refused.value)]
+
+
+def test_missing_and_cut_off_files_are_named(copy):
+    (copy / "shard-00000-of-00002.index").unlink()
+    file = copy / "shard-00001-of-00002.array_record"
+    file.write_bytes(file.read_bytes()[:-100])
+    found = "\n".join(problems(copy))
+    assert "shard-00000-of-00002.index: is missing, the manifest says" in found
+    assert f"{file}: has {file.stat().st_size} bytes, the manifest says" in found
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("scenes", 3), ("histogram", [1]), ("images_by_stream", {}), ("classes", ["cow"])]
+)
+def test_a_manifest_that_says_something_else_is_named(copy, key, value):
+    manifest = files.read_json(copy / "manifest.json")
+    files.write_json(copy / "manifest.json", manifest | {key: value})
+    assert any(f"{key} is not that of header.json" in problem for problem in problems(copy))
+
+
+def test_counts_that_were_wrong_from_the_start_are_found(tmp_path, new_scenes, manifest_header):
+    """Entries that agree with the manifest, and with nothing else."""
+    writer.begin(tmp_path, manifest_header(), 1)
+    scenes = new_scenes([(1, 0)] * 5)
+    writer.write_shard(tmp_path, 0, 1, [*scenes, scenes[0]], 16)
+    entry = files.read_json(tmp_path / "shard-00000-of-00001.json")
+    entry |= {"scenes": 7, "histogram": [1] * 16, "images_by_stream_set": {"1": 14}}
+    files.write_json(tmp_path / "shard-00000-of-00001.json", entry)
+    writer.finish(tmp_path)
+    found = problems(tmp_path)
+    assert any("holds 6 scenes and 6 images, the manifest says 7 and 6" in problem for problem in found)
+    assert any("1 keys are there twice" in problem for problem in found)
+    assert any("the histogram is not that of the codes" in problem for problem in found)
+    assert any("{'rgb': 6} images are there, it says {'rgb': 7, 'segmentation': 7}" in p for p in found)
+
+
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+def test_training_refuses_a_damaged_record_or_skips_it_and_counts(copy, packing, capsys):
+    file, store = copy / "shard-00000-of-00002.array_record", Store(copy)
+    vocabulary = Vocabulary.for_codes(16)
+
+    def rows(skip):
+        sources = {"single": SourceConfig(Single()), "video": SourceConfig(Video(frames=2, strides=(1,)))}
+        config = MixtureConfig(sources, str(copy), 0.0, packing=packing, skip_damaged=skip)
+        return Rows(Mixture(config, 0), vocabulary, 40, 4)
+
+    before = [rows(False).batch(step) for step in range(4)]
+    # Of a page of half of the single images, four blocks of four.
+    for codes in [store.scene(damaged).codes.tobytes() for damaged in (0, 9, 20, 30)]:
+        flip(file, file.read_bytes().index(codes))
+    with pytest.raises(DamagedError, match=rf"{file}, record 0: "):
+        [rows(False).batch(step) for step in range(4)]
+    skipping = rows(True)
+    after = [skipping.batch(step) for step in range(4)]
+    (reason,) = skipping.skipped
+    assert reason == problems(copy)[0]
+    assert 1 < len(skipping.skipped[reason]) < 17
+    assert capsys.readouterr().out.count(f"skipped: {reason} (1 damaged records, 1 sentences until now)") == 1
+    lost = 0
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old["source_ids"], new["source_ids"])
+        kept = new["loss_mask"]
+        assert not (kept & ~old["loss_mask"]).any()
+        np.testing.assert_array_equal(new["tokens"][:, 1:][kept], old["tokens"][:, 1:][kept])
+        gone = old["loss_mask"] & ~kept
+        assert (new["tokens"][:, 1:][gone] == vocabulary.pad).all()
+        lost += gone.sum()
+    assert lost > 0
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A folder of a tokenizer, the config of a source, and a store of the one's codes of the other."""
+    folder = tmp_path_factory.mktemp("encoded")
+    network = small("maskgit", resolution=32, channel_multipliers=(1, 2))
+    weights.write(folder / "tokenizer", random_weights(network), "orbax")
+    config = "dict(kind='generated', num_scenes=10, num_frames=2)"
+    (folder / "scenes.py").write_text(f"def get_config():\n    return {config}\n")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    source = open_source(str(folder / "scenes.py"), tokenizer.preprocess)
+    Encoder(tokenizer, source, folder / "store", 2, 8, Augment(0, tokenizer.preprocess), 0).run()
+    assert writer.finish(folder / "store") == []
+    return folder
+
+
+def test_the_command_prints_verifies_and_draws(encoded, tmp_path, copy):
+    store = encoded / "store"
+    options = [f"--tokenizer={encoded / 'tokenizer'}", f"--source={encoded / 'scenes.py'}", "--sample=3"]
+    output = run("lvm.inspect", store, *options, f"--sheet={tmp_path / 'a.png'}")
+    assert "10 scenes, 80 images: depth 20, edges 20, rgb 20, segmentation 20" in output
+    assert output.endswith("all checksums, records and counts are right; 3 scenes encoded again\n")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    file = copy / "shard-00000-of-00002.array_record"
+    flip(file, file.read_bytes().index(Store(copy).scene(0).codes.tobytes()))
+    found = json.loads(run("lvm.inspect", copy, "--json", code=1))
+    assert found["problems"][0].startswith(f"{file}, record 0: ")
+    assert (found["scenes"], found["codes_used"], found["num_shards"]) == (79, 16, 2)
+
+
+def test_what_is_asked_for_wrongly_is_refused(whole, tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    run("lvm.inspect", tmp_path, code=1)
+    output = run("lvm.inspect", whole, "--sheet=x.png", code=2)
+    assert "--source and --sheet need --tokenizer" in output
+    output = run("lvm.inspect", whole, "--sheet=x.txt", "--tokenizer=nowhere", code=2)
+    assert "--sheet: x.txt is not a name of a picture; wanted one that ends in .png" in output
+
+
+def test_codes_that_are_not_those_of_the_source_are_found(encoded, monkeypatch):
+    store, tokenizer, source = (
+        Store(encoded / "store"),
+        Tokenizer.load(encoded / "tokenizer"),
+        encoded / "scenes.py",
+    )
+    assert inspect.encode_again(store, str(source), tokenizer, 2) == []
+    monkeypatch.setattr(tokenizer, "encode", lambda images, size: np.full((len(images), 256), 5))
+    found = inspect.encode_again(store, str(source), tokenizer, 2)
+    assert len(found) == 2
+    assert "generated-0-000000: encoded again, " in found[0]
+    with pytest.raises(UserError, match="is not the source of"):
+        inspect.encode_again(store, "configs/demo_scenes.py", tokenizer, 2)

@@ -1,0 +1,378 @@
+"""A run is one run: cut off and resumed anywhere, it gives the bits of an unbroken one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import PIL.Image
+import pytest
+from absl import flags
+
+from lvm.common import cli
+from lvm.common.errors import DivergedError, UserError
+from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.training import metrics
+from lvm.training.checkpoint import Checkpoints, newest_step
+from lvm.training.loop import Loop, LoopConfig, is_finished
+from lvm.training.step import Step
+from lvm.training.task import make_update, no_skipped
+from lvm.training.workdir import Workdir
+from tests.commands import ROOT
+
+TRUTH = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
+TIMES = {"step_seconds", "input_wait", "tokens_per_second", "goodput"}  # no two runs share these
+
+
+class Regression:
+    """Linear regression with noise from the step's key, so that a wrong key or batch changes the bits."""
+
+    logical_axes = {"kernel": ("embed",)}  # noqa: RUF012
+    batch_spec = {  # noqa: RUF012
+        "x": jax.ShapeDtypeStruct((8, 8), jnp.float32),
+        "y": jax.ShapeDtypeStruct((8,), jnp.float32),
+    }
+
+    def __init__(self):
+        self.optimizer = optax.adam(0.05)
+        self.update = make_update(self._loss, self.optimizer, optax.constant_schedule(0.05))
+        self.evaluated = []
+
+    def init(self, rng):
+        params = {"kernel": jax.random.normal(rng, 8)}
+        return {
+            "step": jnp.int32(0),
+            "params": params,
+            "training": {"optimizer": self.optimizer.init(params), "skipped": no_skipped()},
+        }
+
+    def _loss(self, params, batch, rng):
+        noise = 0.01 * jax.random.normal(rng, batch["y"].shape)
+        losses = (batch["x"] @ params["kernel"] - batch["y"] + noise) ** 2
+        # The second source is never there.
+        total, count = losses.sum(), jnp.float32(len(losses))
+        nothing = jnp.float32(0)
+        return total, {"loss": (total, count), "loss/here": (total, count), "loss/absent": (nothing, nothing)}
+
+    def evaluate(self, state, stopping):
+        self.evaluated.append(int(state["step"]))
+        return {"heldout_loss": float(jnp.sum(state["params"]["kernel"] ** 2))}
+
+    def pictures(self, state):
+        return {"answers": np.full((2, 3, 3), int(state["step"]) % 256, np.uint8)}
+
+
+def read_batch(step):
+    x = np.random.default_rng([7, step]).normal(size=(8, 8)).astype(np.float32)
+    return {"x": x, "y": x[:, :4] @ TRUTH}
+
+
+def nan_from(first):
+    def read(step):
+        batch = read_batch(step)
+        return {**batch, "y": batch["y"] * np.float32("nan" if step >= first else 1)}
+
+    return read
+
+
+def broken_at(step):
+    """Batches, of which that of `step` can't be read."""
+
+    def read(number):
+        if number == step:
+            raise RuntimeError("the disk is gone")
+        return read_batch(number)
+
+    return read
+
+
+def stopping_at(step, read=read_batch):
+    """Batches, the process asked to end while it reads that of `step`."""
+
+    def stopping(number):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(number)
+
+    return stopping
+
+
+def release(folder):
+    """What the end of a process would do: the error that ended a run here still holds it, and so its lock."""
+    (folder / ".lock").unlink()
+
+
+def train(folder, total=6, read=read_batch, trainable=None, tokens_per_step=0, seed=0, **options):
+    options = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 0, "picture_every": 0, **options}
+    place = Workdir(folder, "lvm", {"config": {}})
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    config = LoopConfig(total_steps=total, **options)
+    trainable = trainable or Regression()
+    rows = lambda number, own: {name: x[own] for name, x in read(number).items()}  # noqa: E731
+    return Loop(Step(trainable, mesh, seed), rows, config, place, tokens_per_step).run()
+
+
+def bits(state):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def timeless(folder):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(folder)]
+
+
+def test_a_resumed_run_has_the_bits_and_the_metrics_of_an_unbroken_one(tmp_path):
+    whole = train(tmp_path / "whole", total=6)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", total=6, read=stopping_at(3))
+    release(tmp_path / "parts")
+    parts = train(tmp_path / "parts", total=6)
+    assert bits(parts) == bits(whole)
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+    assert [line["step"] for line in metrics.read(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_lost_stretch_logged_is_logged_again_once(tmp_path):
+    train(tmp_path / "whole", total=6)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train(tmp_path / "cut", total=6, read=broken_at(5))
+    assert newest_step(tmp_path / "cut") == 4
+    release(tmp_path / "cut")
+    train(tmp_path / "cut", total=6)
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+
+
+def test_another_seed_is_another_run(tmp_path):
+    assert bits(train(tmp_path / "a", total=1, seed=0)) != bits(train(tmp_path / "b", total=1, seed=1))
+
+
+def test_every_step_has_its_own_key(tmp_path):
+    class Recorder(Regression):
+        def _loss(self, params, batch, rng):
+            loss, found = super()._loss(params, batch, rng)
+            return loss, {**found, "drawn": (jax.random.uniform(rng), jnp.float32(1))}
+
+    train(tmp_path, total=10, trainable=Recorder(), checkpoint_every=0)
+    assert len({line["drawn"] for line in metrics.read(tmp_path)}) == 10
+
+
+def test_batches_arrive_in_their_order_each_once(tmp_path):
+    class Recorder(Regression):
+        batch_spec = {**Regression.batch_spec, "number": jax.ShapeDtypeStruct((8,), jnp.float32)}  # noqa: RUF012
+
+        def _loss(self, params, batch, rng):
+            loss, found = super()._loss(params, batch, rng)
+            return loss, {**found, "seen": (batch["number"].sum(), jnp.float32(8))}
+
+    def read(step):
+        return {**read_batch(step), "number": np.full(8, step, np.float32)}
+
+    train(tmp_path, total=30, read=read, trainable=Recorder(), checkpoint_every=0)
+    assert [line["seen"] for line in metrics.read(tmp_path)] == list(range(30))
+
+
+def test_it_learns(tmp_path):
+    state = train(tmp_path, total=400, log_every=100, checkpoint_every=0)
+    np.testing.assert_allclose(state["params"]["kernel"][:4], TRUTH, atol=0.05)
+
+
+def test_metrics_come_when_due_and_at_the_end(tmp_path):
+    trainable = Regression()
+    train(tmp_path, total=7, trainable=trainable, log_every=3, evaluate_every=2, tokens_per_step=80)
+    lines = {line["step"]: line for line in metrics.read(tmp_path)}
+    assert {step for step, line in lines.items() if "loss" in line} == {3, 6, 7}
+    assert {step for step, line in lines.items() if "heldout_loss" in line} == {2, 4, 6, 7}
+    assert trainable.evaluated == [2, 4, 6, 7]
+    last = lines[7]
+    assert last["tokens"] == 7 * 80
+    np.testing.assert_allclose(last["perplexity"], np.exp(last["loss"]))
+    np.testing.assert_allclose(last["tokens_per_second"], 80 / last["step_seconds"])
+    assert 0 <= last["input_wait"] <= 1
+    assert {"loss/here", "grad_norm", "param_norm", "learning_rate"} <= set(last)
+    assert "loss/absent" not in last
+    assert json.dumps(lines, allow_nan=False)
+
+
+def test_pictures_come_when_due_and_at_the_end(tmp_path):
+    train(tmp_path, total=5, picture_every=2)
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == [f"answers-{step:07d}.png" for step in (2, 4, 5)]
+    picture = np.asarray(PIL.Image.open(tmp_path / "pictures" / names[1]))
+    np.testing.assert_array_equal(picture, np.full((2, 3, 3), 4))
+
+
+def test_a_finished_run_is_known_and_does_nothing(tmp_path, capsys):
+    first = train(tmp_path, total=3)
+    place = Workdir(tmp_path, "lvm", {"config": {}})
+    assert is_finished(place, LoopConfig(total_steps=3))
+    assert f"{tmp_path}: training is complete at step 3" in capsys.readouterr().out
+    assert not is_finished(place, LoopConfig(total_steps=4))
+    del place  # and its lock
+    assert bits(train(tmp_path, total=3)) == bits(first)
+    assert len(metrics.read(tmp_path)) == 3
+
+
+def test_a_fresh_workdir_is_not_finished(tmp_path):
+    assert not is_finished(Workdir(tmp_path, "lvm", {}), LoopConfig(total_steps=1))
+
+
+def test_a_gradient_that_is_no_number_changes_nothing_but_the_count(tmp_path, capsys):
+    def nan_at_third(step):
+        return nan_from(2)(step) if step == 2 else read_batch(step)
+
+    skipped = train(tmp_path / "skipped", total=3, read=nan_at_third)
+    before = train(tmp_path / "before", total=2)
+    assert bits(skipped["params"]) == bits(before["params"])
+    assert bits(skipped["training"]["optimizer"]) == bits(before["training"]["optimizer"])
+    assert "step 3: the gradient is not finite; skipped, 1 in a row" in capsys.readouterr().out
+    after = train(tmp_path / "skipped", total=6, read=nan_at_third)
+    assert {name: int(x) for name, x in after["training"]["skipped"].items()} == {
+        "skipped_steps": 1,
+        "skipped_in_row": 0,
+    }
+    assert np.isfinite(after["params"]["kernel"]).all()
+
+
+def test_a_device_out_of_memory_is_one_line_with_advice(tmp_path):
+    class Full(Step):
+        def __call__(self, state, batch):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n 99 bytes")
+
+    place = Workdir(tmp_path, "lvm", {"config": {}})
+    step = Full(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), 0)
+    rows = lambda number, own: {name: x[own] for name, x in read_batch(number).items()}  # noqa: E731
+    loop = Loop(step, rows, LoopConfig(total_steps=2), place, memory_advice=lambda: "take less")
+    with pytest.raises(UserError) as error:
+        loop.run()
+    assert str(error.value) == (
+        "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes; take less"
+    )
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_too_many_of_them_in_a_row_end_the_run_and_name_their_batches(tmp_path, log_every):
+    with pytest.raises(DivergedError, match=rf"{tmp_path}: no finite gradient in 3 steps, the last was 7"):
+        train(tmp_path, total=99, read=nan_from(4), max_skipped=3, checkpoint_every=2, log_every=log_every)
+    state, _ = restored(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    batches = json.loads((tmp_path / "diverged.json").read_text())["batches"]
+    assert list(batches) == ["4", "5", "6"]
+    assert all(len(digest) == 64 for digest in batches.values())
+
+
+def restored(folder):
+    """The newest state that a run saved."""
+    step = Step(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), 0)
+    checkpoints = Checkpoints(folder, read_only=True)
+    found = checkpoints.restore(checkpoints.latest(), step.state)
+    checkpoints.close()
+    return found
+
+
+def test_a_trace_is_written_of_the_chosen_steps_and_on_request(tmp_path):
+    train(tmp_path, total=4, profile=(2, 3))
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    release(tmp_path)
+    (tmp_path / "profile.request").touch()
+    train(tmp_path, total=8)
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 2
+    assert not (tmp_path / "profile.request").exists()
+
+
+def test_tensorboard_has_what_the_lines_have(tmp_path):
+    train(tmp_path, total=3, tokens_per_step=80)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    line = metrics.read(tmp_path)[-1]
+    assert 0 < line["goodput"] <= 1
+    assert line["skipped_steps"] == 0
+
+
+def test_goodput_counts_only_what_was_kept(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "time", lambda: now[0])
+    first = metrics.Goodput()
+    now[0] += 100
+    assert first.add(80) == pytest.approx(0.8)
+    saved = first.to_json()
+    first.add(50)  # lost: not in the checkpoint
+    now[0] += 100
+    assert metrics.Goodput.of(saved).add(20) == pytest.approx(0.5)
+
+
+def test_a_signal_while_a_step_is_reported_saves_that_step(tmp_path):
+    class Interrupted(Regression):
+        def evaluate(self, state, stopping):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().evaluate(state, stopping)
+
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, total=9, trainable=Interrupted(), evaluate_every=3, checkpoint_every=0)
+    assert ended.value.code == 75
+    assert newest_step(tmp_path) == 3
+
+
+def test_a_run_that_is_stopped_saves_without_evaluating_first(tmp_path):
+    trainable = Regression()
+    with pytest.raises(SystemExit):
+        train(tmp_path, total=99, trainable=trainable, read=stopping_at(10), checkpoint_every=0)
+    assert trainable.evaluated == []
+    assert newest_step(tmp_path) > 0
+
+
+def test_the_signals_old_handler_is_back_after_the_run(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    train(tmp_path, total=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_saves_exits_75_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
+    command = [sys.executable, __file__, f"--workdir={tmp_path / 'stopped'}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    stopped = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    saved = newest_step(tmp_path / "stopped")
+    assert stopped.returncode == 75, stopped.stderr
+    assert f"SIGTERM: saved at step {saved}, which took" in stopped.stdout
+    assert 0 < saved < 40
+    assert [line["step"] for line in metrics.read(tmp_path / "stopped")] == list(range(1, saved + 1))
+    resumed = train(tmp_path / "stopped", total=40, checkpoint_every=0)
+    assert bits(resumed) == bits(train(tmp_path / "whole", total=40, checkpoint_every=0))
+    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("log_every", 0, "not positive"),
+        ("keep", 0, "not positive"),
+        ("evaluate_every", -1, "negative"),
+        ("picture_every", -1, "negative"),
+        ("checkpoint_every", -1, "negative"),
+    ],
+)
+def test_impossible_lengths_are_refused_by_key(key, value, problem):
+    with pytest.raises(UserError, match=f"^{key}: {value} is {problem}"):
+        LoopConfig(**{key: value})
+
+
+if __name__ == "__main__":  # the run that the test above stops
+    jax.config.update("jax_num_cpu_devices", 8)
+    workdir = flags.DEFINE_string("workdir", None, "where the run lives")
+    cli.run(lambda: train(workdir.value, total=40, read=stopping_at(20), checkpoint_every=0))
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (5, 100), (-1, 0), (0, -1)])
+def test_a_length_is_given_once(lengths):
+    with pytest.raises(UserError, match=r"total_steps: .* and total_tokens: .*; one of them is positive"):
+        LoopConfig(total_steps=lengths[0], total_tokens=lengths[1])
+
+
+def test_a_length_in_tokens_is_rounded_up_to_steps():
+    config = LoopConfig(total_steps=0, total_tokens=1001)
+    assert config.in_steps(100).total_steps == 11
+    assert LoopConfig(total_steps=7).in_steps(100).total_steps == 7
+    with pytest.raises(UserError, match="there are no tokens here"):
+        config.in_steps(0)

@@ -1,0 +1,220 @@
+"""The loss of next-code prediction, against the same sums in numpy."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from scipy.special import log_softmax, logsumexp
+
+from lvm.common.errors import UserError
+from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.model.nnx_utils import merge
+from lvm.model.transformer import ModelConfig
+from lvm.training.next_token import NextCode, ObjectiveConfig
+from lvm.training.task import means
+
+CONFIG = ModelConfig(
+    hidden_size=8, mlp_size=16, num_layers=2, num_heads=2, vocabulary_size=20, context=6,
+    init_std=0.5, dtype="float32", attention="xla",
+)  # fmt: skip
+B, C = 3, 6
+
+
+@functools.cache
+def objective(heldout=0):
+    spec = {
+        "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
+        "loss_mask": jax.ShapeDtypeStruct((B, C), np.bool_),
+        "positions": jax.ShapeDtypeStruct((B, C), np.int32),
+        "source_ids": jax.ShapeDtypeStruct((B, C), np.int16),
+    }
+    schedule = optax.constant_schedule(0.01)
+    batches = [batch(seed) for seed in range(100, 100 + heldout)]
+    return NextCode(CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, heldout=batches)
+
+
+@functools.cache
+def compiled(name):
+    return jax.jit(getattr(objective(), name))
+
+
+@functools.cache
+def state(seed=0):
+    return compiled("init")(jax.random.key(seed, impl="rbg"))  # compiles faster than the default
+
+
+def batch(seed=0, mask=True):
+    rng = np.random.default_rng(seed)
+    return {
+        "tokens": rng.integers(0, 20, (B, C + 1), dtype=np.int32),
+        "loss_mask": rng.random((B, C)) < 0.6 if mask else np.ones((B, C), bool),
+        "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
+        "source_ids": rng.integers(0, 2, (B, C), dtype=np.int16),  # never owls
+    }
+
+
+@jax.jit
+def _logits(params, tokens, positions):
+    return merge(objective().graphdef, params)(tokens, positions, "xla")
+
+
+def losses_in_numpy(made):
+    logits = _logits(state()["params"], made["tokens"][:, :-1], made["positions"])
+    likelihoods = log_softmax(np.asarray(logits, np.float64), axis=-1)
+    return -np.take_along_axis(likelihoods, made["tokens"][:, 1:, None], -1)[..., 0]
+
+
+@jax.jit
+def _means(params, made):
+    return means(objective()._loss(params, made, jax.random.key(0))[1])
+
+
+def loss_of(made):
+    metrics = {name: float(value) for name, value in _means(state()["params"], made).items()}
+    return metrics.pop("loss"), metrics
+
+
+def test_the_loss_is_the_mean_over_the_targets_that_count():
+    made = batch()
+    wanted = losses_in_numpy(made)[made["loss_mask"]].mean()
+    np.testing.assert_allclose(loss_of(made)[0], wanted, rtol=1e-5)
+
+
+def test_each_sources_loss_is_the_mean_over_its_targets():
+    made = batch()
+    losses, metrics = losses_in_numpy(made), loss_of(made)[1]
+    assert set(metrics) == {"loss/cats", "loss/dogs", "loss/owls"}
+    for number, name in enumerate(("cats", "dogs")):
+        mine = made["loss_mask"] & (made["source_ids"] == number)
+        np.testing.assert_allclose(metrics[f"loss/{name}"], losses[mine].mean(), rtol=1e-5)
+    assert np.isnan(metrics["loss/owls"])
+
+
+def test_masked_targets_do_not_count():
+    made = batch()
+    row, place = np.argwhere(~made["loss_mask"] & (np.arange(C) == C - 1))[0]  # the last: no input sees it
+    other = {**made, "tokens": made["tokens"].copy()}
+    other["tokens"][row, place + 1] = (other["tokens"][row, place + 1] + 1) % 20
+    np.testing.assert_equal(loss_of(other), loss_of(made))
+    other["loss_mask"] = made["loss_mask"].copy()
+    other["loss_mask"][row, place] = True
+    assert loss_of(other)[0] != loss_of(made)[0]
+
+
+def test_a_batch_without_targets_costs_nothing():
+    made = batch()
+    made["loss_mask"] = np.zeros((B, C), bool)
+    assert loss_of(made)[0] == 0
+
+
+def test_an_update_descends_and_counts_its_step():
+    made, update = batch(mask=False), compiled("update")
+    current, losses = state(), []
+    for _ in range(5):
+        current, metrics = update(current, made, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 5
+    assert int(current["step"]) == 5
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01)
+
+
+def test_the_norms_are_those_of_all_gradients_and_parameters():
+    made, before = batch(), state()["params"]
+    after, metrics = compiled("update")(state(), made, jax.random.key(0))
+    norm = lambda tree: np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))  # noqa: E731
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, after["params"])
+    np.testing.assert_allclose(metrics["grad_norm"], norm(moved) / 0.01, rtol=1e-3)  # plain gradient descent
+    np.testing.assert_allclose(metrics["param_norm"], norm(after["params"]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_heldout_loss_is_the_mean_over_the_targets_of_all_batches(parts):
+    made = [batch(seed) for seed in (100, 101)]
+    wanted = np.concatenate([losses_in_numpy(x)[x["loss_mask"]] for x in made]).mean()
+    trainable = dataclasses.replace(objective(heldout=2), objective=ObjectiveConfig(accumulate_steps=parts))
+    assert trainable.evaluate(state()) == {"heldout_loss": pytest.approx(wanted, rel=1e-5)}
+    assert trainable.evaluate(state(), stopping=lambda: True) == {}
+    assert objective().evaluate(state()) == {}
+
+
+def test_fresh_parameters_follow_the_key():
+    again = compiled("init")(jax.random.key(0, impl="rbg"))
+    np.testing.assert_array_equal(again["params"]["head"], state()["params"]["head"])
+    assert not np.array_equal(state(seed=1)["params"]["head"], state()["params"]["head"])
+
+
+def test_pictures_are_what_draw_makes():
+    assert objective().pictures(state()) == {}
+    drawn = dataclasses.replace(objective(), draw=lambda state: {"step": state["step"]})
+    assert drawn.pictures(state()) == {"step": 0}
+
+
+def test_a_kernel_that_can_not_run_here_is_refused_at_once():
+    with pytest.raises(UserError, match="attention: cudnn needs a GPU, this is cpu"):
+        dataclasses.replace(objective(), config=dataclasses.replace(CONFIG, attention="cudnn"))
+
+
+def test_the_squared_normaliser_is_added_to_what_is_minimised():
+    made = batch()
+    weighted = dataclasses.replace(objective(), objective=ObjectiveConfig(z_loss=0.1))
+    total, sums = jax.jit(weighted._loss)(state()["params"], made, jax.random.key(0))
+    logits = np.asarray(_logits(state()["params"], made["tokens"][:, :-1], made["positions"]), np.float64)
+    log_z = logsumexp(logits, axis=-1)[made["loss_mask"]]
+    np.testing.assert_allclose(total, sums["loss"][0] + 0.1 * np.sum(log_z**2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [3])
+def test_accumulated_gradients_are_those_of_the_whole_batch(steps):
+    # Masks differ between the parts, so that a mean of means would show.
+    made = batch()
+    parts = dataclasses.replace(objective(), objective=ObjectiveConfig(accumulate_steps=steps))
+    whole_state, whole = compiled("update")(state(), made, jax.random.key(0))
+    parts_state, metrics = jax.jit(parts.update)(state(), made, jax.random.key(0))
+    for a, b in zip(
+        jax.tree.leaves(parts_state["params"]), jax.tree.leaves(whole_state["params"]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for name, value in whole.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+
+
+def test_sentences_of_one_row_do_not_see_each_other():
+    # Two sentences in a row give what each gives alone.
+    spec = {**objective().batch_spec, "segment_ids": jax.ShapeDtypeStruct((B, C), np.int32)}
+    segmented = dataclasses.replace(objective(), batch_spec=spec)
+    made = batch(mask=False)
+    made["positions"] = np.tile(np.array([0, 1, 2, 0, 1, 2], np.int32), (B, 1))
+    made["segment_ids"] = np.tile(np.array([1, 1, 1, 2, 2, 2], np.int32), (B, 1))
+    total, _ = jax.jit(segmented._loss)(state()["params"], made, jax.random.key(0))
+    halves = 0.0
+    for half in (slice(0, 3), slice(3, 6)):
+        logits = _logits(state()["params"], made["tokens"][:, :-1][:, half], made["positions"][:, half])
+        likelihoods = log_softmax(np.asarray(logits, np.float64), axis=-1)
+        halves -= np.take_along_axis(likelihoods, made["tokens"][:, 1:][:, half, None], -1).sum()
+    np.testing.assert_allclose(total, halves, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "message"),
+    [
+        (MeshConfig(fsdp=2, sequence=4), {"accumulate_steps": 2}, "batch_size: 6 .* = 1 × 2 × 2"),
+        (MeshConfig(data=2, sequence=4), {}, "sequence: 4 doesn't divide the context of 6"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_batch_is_refused_at_once(mesh, options, message):
+    spec = {
+        name: jax.ShapeDtypeStruct((6, *x.shape[1:]), x.dtype) for name, x in objective().batch_spec.items()
+    }
+    changes = {"batch_spec": spec, "mesh": make_mesh(mesh), "objective": ObjectiveConfig(**options)}
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(objective(), **changes)
+
+
+@pytest.mark.parametrize("change", [{"z_loss": -1.0}, {"logits_chunk": 0}, {"accumulate_steps": 0}])
+def test_impossible_objectives_are_named(change):
+    with pytest.raises(UserError, match=f"{next(iter(change))}: "):
+        ObjectiveConfig(**change)

@@ -1,0 +1,201 @@
+"""The step compiled for TPUs that aren't there: what its program gathers, multiplies, donates and keeps."""
+
+import dataclasses
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.model.nnx_utils import count_params
+from lvm.model.transformer import SIZES, ModelConfig
+from lvm.training.next_token import NextCode, ObjectiveConfig
+from lvm.training.optimizer import OptimizerConfig, build
+from lvm.training.step import Step
+
+pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: requirements-plan.txt")
+MIB = 2**20
+
+
+def devices(topology, **options):
+    """The devices of a topology that is only described."""
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    }
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # other tests may run at the same time
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+
+
+def make_step(config, mesh, batch_size, chunk, zero1=False, accumulate_steps=1):
+    C = config.context
+    spec = {
+        "tokens": jax.ShapeDtypeStruct((batch_size, C + 1), np.int32),
+        "loss_mask": jax.ShapeDtypeStruct((batch_size, C), np.bool_),
+        "positions": jax.ShapeDtypeStruct((batch_size, C), np.int32),
+        "source_ids": jax.ShapeDtypeStruct((batch_size, C), np.int16),
+    }
+    tx, schedule = build(OptimizerConfig(), 100_000)
+    objective = ObjectiveConfig(logits_chunk=chunk, accumulate_steps=accumulate_steps)
+    return Step(NextCode(config, spec, ["all"], tx, schedule, mesh, objective), mesh, seed=0, zero1=zero1)
+
+
+SMALL = ModelConfig(
+    hidden_size=512, mlp_size=1024, num_layers=6, num_heads=4, vocabulary_size=1024, context=1024, remat="dots"
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A small step over four chips of v5e."""
+    step = make_step(SMALL, make_mesh(MeshConfig(data=1, fsdp=4), devices("v5e:2x2")), 4, 256)
+    assert step.trainable.kernel == "splash"
+    return step, step.compile().as_text()
+
+
+def definitions(text):
+    """Name → (dtype, shape, operation, operands) of every array that the program defines."""
+    pattern = re.compile(r"%([\w.\-]+) = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(([^)]*)\)")
+    found = {}
+    for name, dtype, shape, operation, operands in pattern.findall(text):
+        dimensions = tuple(int(d) for d in shape.split(",") if d)
+        found[name] = dtype, dimensions, operation, re.findall(r"%([\w.\-]+)", operands)
+    return found
+
+
+def moved(text):
+    """(dtype, number of elements) of every array that is gathered or sent on, in whatever way."""
+    lines = [
+        line for line in text.splitlines() if re.search(r" (all-gather|collective-permute)(-start)?\(", line)
+    ]
+    assert lines
+    shapes = [re.findall(r"(bf16|f32)\[([\d,]+)\]", line.split(" = ")[1].split("(%")[0]) for line in lines]
+    return [
+        (dtype, np.prod([int(d) for d in shape.split(",")])) for found in shapes for dtype, shape in found
+    ]
+
+
+def test_weights_are_gathered_in_bfloat16_a_layer_at_a_time(compiled):
+    _, text = compiled
+    largest_kernel = max(SMALL.hidden_size * SMALL.mlp_size, SMALL.hidden_size * SMALL.vocabulary_size)
+    for dtype, size in moved(text):
+        assert size <= largest_kernel  # a stack of layers has six times as many
+        assert dtype == "bf16" or size <= SMALL.hidden_size
+
+
+def test_matrices_are_multiplied_in_bfloat16_and_summed_in_float32(compiled):
+    _, text = compiled
+    found = definitions(text)
+    products = [entry for entry in found.values() if entry[2] in ("convolution", "dot")]
+    assert len(products) > 10
+    for _, shape, _, operands in products:
+        assert {found[name][0] for name in operands if name in found} <= {"bf16"}, shape
+    # The unit that multiplies them sums in float32; the logits are kept so.
+    logits = [dtype for dtype, shape, _, _ in products if shape[-2:] == (256, SMALL.vocabulary_size)]
+    assert logits
+    assert set(logits) == {"f32"}
+
+
+def test_the_state_is_donated(compiled):
+    step, _ = compiled
+    memory = step.compile().memory_analysis()
+    state = sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(step.state)
+    )
+    assert memory.alias_size_in_bytes >= state
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < MIB
+
+
+@pytest.mark.slow
+def test_parts_that_add_up_and_zero1_compile_and_send_no_moments():
+    # Accumulation with fsdp is what XLA for TPU failed on; moments that don't nest in gradients would be sent around.
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices("v5e:2x2"))
+    step = make_step(SMALL, mesh, 8, 256, zero1=True, accumulate_steps=2)
+    text = step.compile().as_text()
+    permuted = [line for line in text.splitlines() if re.search(r" collective-permute(-start)?\(", line)]
+    assert not [line for line in permuted if "= f32[" in line or "= (f32[" in line]
+    moments = [x for x in jax.tree.leaves(step.state["training"]["optimizer"]) if x.ndim == 3]
+    assert moments
+    assert all(np.prod(x.sharding.shard_shape(x.shape)) * 4 == x.size for x in moments)
+
+
+@pytest.mark.slow
+def test_over_slices_each_chip_sends_its_part_of_the_gradients_alone():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4), devices("v5e:2x2", num_slices=2))
+    text = make_step(SMALL, mesh, 8, 256).compile().as_text()
+    sent = re.findall(r"= \((\w+)\[([\d,]*)\]\S*, .* send\(", text)
+    assert sent
+    whole = SMALL.hidden_size * SMALL.vocabulary_size
+    assert max(np.prod([int(d) for d in shape.split(",")]) for dtype, shape in sent if shape) < whole
+
+
+@pytest.mark.parametrize(
+    ("topology", "config"),
+    [
+        ("v6e:16x16", MeshConfig(data=2, fsdp=128)),
+        ("v5p:4x4x8", MeshConfig(data=2, fsdp=64)),
+        ("v5p:4x4x8", MeshConfig(data=1, fsdp=64, tensor=2)),
+        ("v5e:16x16", MeshConfig(data=4, fsdp=64)),
+    ],
+)
+def test_common_meshes_fit_every_kind_of_pod(topology, config):
+    chips = devices(topology)
+    mesh = make_mesh(config, chips)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in chips}
+    assert mesh.devices.shape == (config.data, config.fsdp, 1, config.tensor)
+
+
+def test_slices_are_told_apart_by_data_alone():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=8), devices("v5e:2x4", num_slices=2))
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert mesh.devices.shape == (2, 8, 1, 1)
+    assert set(slices[0].ravel()) == {0}
+    assert set(slices[1].ravel()) == {1}
+
+
+def test_data_that_does_not_cover_the_slices_is_refused():
+    with pytest.raises(Exception, match=r"config\.mesh\.data: 1 is not a multiple of the 2 slices"):
+        make_mesh(MeshConfig(data=1, fsdp=16), devices("v5e:2x4", num_slices=2))
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("dots", 3), pytest.param("full", 4, marks=pytest.mark.slow)])
+def test_only_full_remat_runs_attention_forward_twice(compiled, remat, kernels):
+    # Its forward, and its backward for the queries and for the keys and values, each in the loop over layers.
+    text = compiled[1]
+    if remat != SMALL.remat:
+        config = dataclasses.replace(SMALL, remat=remat)
+        text = make_step(config, compiled[0].mesh, 4, 256).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels
+
+
+@pytest.mark.slow
+def test_temporaries_of_the_1b_step_are_those_of_the_formula():
+    """At most 1.25 × the following, for one row of T = 4096 tokens on each of 16 chips of v5e, remat `dots`.
+
+    With D hidden, F MLP, V vocabulary, L layers, c tokens of logits at a time, 2 bytes a number if not said:
+
+    - scan carries: L · T · D;
+    - residuals that `dots` keeps: L · (query, key, value, attention's result and its projection, 5 · T · D; gate
+      and up, 2 · T · F), and attention's statistics, 4 bytes · T for each head;
+    - logits: 3 · c · V (they, their exponentials, their gradient), 4 bytes;
+    - one layer's gathered weights, and its gradients before they are summed over the chips: 2 · (4 · D² + 3 · D · F);
+    - embedding and head: gathered, V · D each, and wide for their gradients' sums, 4 bytes · 2 · V · D each.
+    """
+    config = dataclasses.replace(SIZES["1b"], vocabulary_size=8448, remat="dots")
+    step = make_step(config, make_mesh(MeshConfig(data=1, fsdp=16), devices("v5e:4x4")), 16, 1024)
+    T, D, F, L, V, c = 4096, config.hidden_size, config.mlp_size, config.num_layers, 8448, 1024
+    carries = 2 * L * T * D
+    residuals = L * (2 * (5 * T * D + 2 * T * F) + 4 * T * config.num_heads)
+    logits = 4 * 3 * c * V
+    layer = 2 * 2 * (4 * D * D + 3 * D * F)
+    ends = 2 * (2 * V * D + 4 * 2 * V * D)
+    wanted = carries + residuals + logits + layer + ends
+    found = step.compile().memory_analysis().temp_size_in_bytes
+    print(f"temporaries {found / MIB:.0f} MiB, formula {wanted / MIB:.0f} MiB, ratio {found / wanted:.3f}")
+    assert count_params(step.trainable.params_shape) == 1_147_119_616 + 2 * (8448 - 8292) * D
+    assert 0.8 * wanted < found <= 1.25 * wanted

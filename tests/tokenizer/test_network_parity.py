@@ -1,0 +1,138 @@
+"""The three networks against torch: diffusers has the released one, `scripts.peer_torch_vqgan` the others.
+
+Random weights at reduced widths, and the released one at its own: what is compared is the arithmetic, the layout of the
+parameters, and the files between the two.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lvm.model import nnx_utils
+from tests.tokenizer.networks import random_weights, same_bits, small
+from tokenizer import weights
+from tokenizer.network import VARIANTS, VQGAN
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+safetensors = pytest.importorskip("safetensors.torch")
+peers = pytest.importorskip("scripts.peer_torch_vqgan")
+
+_FILES = {"torch": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors"}
+
+
+def in_jax(found, images):
+    graphdef, _ = nnx_utils.abstract(lambda rngs: VQGAN(found.config, rngs))
+
+    @jax.jit
+    def run(params, images):
+        model = nnx_utils.merge(graphdef, params)
+        latents = model.encode_latents(images)
+        codes = model.quantize(latents)
+        return latents, codes, model.decode_float(codes)
+
+    return [np.asarray(x) for x in run(found.params, images)]
+
+
+def spread_codebook(found, images):
+    """A codebook with the latents' mean and scale in each channel: else one code would be nearest to all."""
+    latents, _, _ = in_jax(found, images)
+    rng = np.random.default_rng(1)
+    shape = found.params["codebook"].shape
+    rows = latents.mean((0, 1, 2)) + latents.std((0, 1, 2)) * rng.standard_normal(shape)
+    return dataclasses.replace(found, params=found.params | {"codebook": rows.astype(np.float32)})
+
+
+def check_agreement(found, theirs, images, different=5):
+    """That ours and torch's network give the same latents, codes (but for near ties) and images."""
+    ours, codes, decoded = in_jax(found, images)
+    with torch.no_grad():
+        latents = theirs.latents(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+        their_codes = theirs.codes(latents).numpy()
+        reference = theirs.decode(torch.from_numpy(codes.copy()).long()).numpy().transpose(0, 2, 3, 1)
+    latents = latents.numpy().transpose(0, 2, 3, 1)  # [B, h, w, C]
+    np.testing.assert_allclose(ours, latents, atol=1e-4, rtol=0)
+
+    rows = np.asarray(found.params["codebook"], np.float64)
+    flat = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
+    distances = np.square(flat).sum(-1)[:, None] - 2 * flat @ rows.T + np.square(rows).sum(-1)  # [B·N, K]
+    nearest_two = np.partition(distances, 1, axis=-1)[:, :2]
+    clear = (nearest_two[:, 1] - nearest_two[:, 0] > 1e-3).reshape(codes.shape)
+    assert clear.mean() > 0.9
+    assert len(np.unique(codes)) > different
+    np.testing.assert_array_equal(codes[clear], distances.argmin(-1).reshape(codes.shape)[clear])
+    np.testing.assert_array_equal(codes[clear], their_codes[clear])
+
+    np.testing.assert_allclose(decoded, reference, atol=1e-4, rtol=0)
+    assert decoded.std() > 0.05
+
+
+def pixels(count=3, side=64):
+    return np.random.default_rng(2).random((count, side, side, 3), np.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ours_to_torch(variant, tmp_path):
+    """What `convert` writes is loaded by torch's network, strictly, and does the same."""
+    found = spread_codebook(random_weights(small(variant)), pixels())
+    kind = "diffusers" if variant == "lvm" else "torch"
+    weights.write(tmp_path / "out", found, kind)
+    theirs = peers.NETWORKS[variant](found.config).eval()
+    state = safetensors.load_file(tmp_path / "out" / _FILES[kind])
+    (theirs.model if variant == "lvm" else theirs).load_state_dict(state, strict=True)
+    check_agreement(found, theirs, pixels())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_torch_to_ours(variant, tmp_path):
+    """What torch wrote, also as its pickle, is read as the same numbers and does the same."""
+    config = small(variant)
+    torch.manual_seed(0)
+    theirs = peers.NETWORKS[variant](config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    folder = tmp_path / "in"
+    if variant == "lvm":
+        theirs.model.save_pretrained(folder)
+        found = weights.read(folder)
+    else:
+        folder.mkdir()
+        torch.save(theirs.state_dict(), folder / "xh_ckpt.pth")
+        fields = {"variant": variant, "resolution": 64, "channels": 32}
+        weights.files.write_json(folder / "config.json", fields | {"codebook_size": 128, "codebook_dim": 8})
+        found = weights.read(folder)
+    assert found.config == config
+    found = spread_codebook(found, pixels())
+    name = {"maskgit": "quantize", "lvm_old": "quantizer", "lvm": "model.quantize"}[variant]
+    codebook = theirs.get_parameter(f"{name}.embedding.weight")
+    codebook.data = torch.from_numpy(np.array(found.params["codebook"]))
+    check_agreement(found, theirs, pixels())
+
+
+def test_diffusers_itself_opens_and_writes_our_folder(tmp_path):
+    found = spread_codebook(random_weights(small("lvm")), pixels())
+    weights.write(tmp_path / "ours", found, "diffusers")
+    theirs = diffusers.VQModel.from_pretrained(tmp_path / "ours")
+    check_agreement(found, peers.ReleasedLVM(theirs.eval()), pixels())
+    theirs.save_pretrained(tmp_path / "theirs", safe_serialization=False)  # a pickle of torch
+    assert not list((tmp_path / "theirs").glob("*.safetensors"))
+    again = weights.read(tmp_path / "theirs")
+    assert again.config == found.config
+    same_bits(again.params, found.params)
+
+
+def test_the_released_network_at_its_own_size():
+    config = dataclasses.replace(VARIANTS["lvm"], resolution=32)  # fewer pixels, all parameters
+    images = pixels(3, side=32)
+    found = spread_codebook(random_weights(config), images)
+    state = {
+        name: torch.from_numpy(array)
+        for name, array in weights.arrays(found, weights.layouts.layout("lvm", "diffusers")).items()
+    }
+    theirs = peers.released(config)
+    theirs.model.load_state_dict(state, strict=True)
+    check_agreement(found, theirs, images)
