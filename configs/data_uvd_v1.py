@@ -3,7 +3,7 @@
 Every source names its family's share of the paper's tokens and where its images are had from. Encode each with
 `tokenizer.encode` and give the stores at the command line or here:
 
-    --config.data.sources.kinetics.store=STORES/kinetics
+    --config.data.components.kinetics.store=STORES/kinetics
 
 Sources without a store are reported together; with `--config.data.allow_missing=true` they are left out, and the
 weights of the others are shares of what is left. The paper gives shares of families; within one we weigh sources
@@ -23,7 +23,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from lvm.common.config import to_config_dict
-from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import (
     Category,
     Interleaved,
@@ -104,7 +104,8 @@ def mixture() -> MixtureConfig:
     """Weights are shares of the codes; rows are cut from one stream of sentences, as in the paper."""
     sizes = {family: sum(part == family for part, *_ in SOURCES) for family in SHARES}
     sources = {
-        name: SourceConfig(recipe, weight=SHARES[family] / sizes[family]) for family, name, recipe in SOURCES
+        name: ComponentConfig(recipe, weight=SHARES[family] / sizes[family])
+        for family, name, recipe in SOURCES
     }
     return MixtureConfig(sources, weigh_by="codes", heldout_fraction=0.001)
 

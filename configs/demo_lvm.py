@@ -8,7 +8,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from lvm.common.config import to_config_dict
-from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.model.transformer import ModelConfig
 from lvm.train import TrainConfig
@@ -29,15 +29,15 @@ def get_config() -> ConfigDict:
         remat="dots",
     )
     sources = {
-        "video": SourceConfig(Video(frames=8, strides=(1,)), weight=0.40),
-        "segmentation": SourceConfig(Pairs(target="segmentation", shots=4), weight=0.30),
-        "depth": SourceConfig(Pairs(target="depth", shots=4), weight=0.15),
-        "edges": SourceConfig(Pairs(target="edges", shots=4), weight=0.15),
+        "video": ComponentConfig(Video(frames=8, strides=(1,)), weight=0.40),
+        "segmentation": ComponentConfig(Pairs(target="segmentation", shots=4), weight=0.30),
+        "depth": ComponentConfig(Pairs(target="depth", shots=4), weight=0.15),
+        "edges": ComponentConfig(Pairs(target="edges", shots=4), weight=0.15),
         # What other images than the generated scenes may have; `make demo IMAGES=…` sets the weights.
-        "normals": SourceConfig(Pairs(target="normals", shots=4), weight=0.0),
-        "boxes": SourceConfig(Pairs(target="boxes", shots=4), weight=0.0),
-        "pose": SourceConfig(Pairs(target="pose", shots=4), weight=0.0),
-        "single": SourceConfig(Single(), weight=0.0),
+        "normals": ComponentConfig(Pairs(target="normals", shots=4), weight=0.0),
+        "boxes": ComponentConfig(Pairs(target="boxes", shots=4), weight=0.0),
+        "pose": ComponentConfig(Pairs(target="pose", shots=4), weight=0.0),
+        "single": ComponentConfig(Single(), weight=0.0),
     }
     return to_config_dict(
         TrainConfig(

@@ -18,10 +18,10 @@ from absl import flags
 
 from lvm.common import cli, files
 from lvm.common.errors import EXIT_ERROR, UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.interop import card, models
 from lvm.interop.compare import compare
-from lvm.interop.lazy_checkpoint import DTYPES, Stored, with_dtype, with_vocabulary
+from lvm.interop.lazy_checkpoint import DTYPES, LazyCheckpoint, with_dtype, with_vocabulary
 from tokenizer import Tokenizer, weights
 
 
@@ -34,7 +34,7 @@ def convert(
     vocabulary: int | None = None,
     tokenizer: str = "",
     max_shard: int = models.MAX_SHARD,
-) -> Stored:
+) -> LazyCheckpoint:
     """Reads a model and writes it into a new folder; returns what was written.
 
     Args:
@@ -65,7 +65,7 @@ def convert(
     return stored
 
 
-def _describe(folder: pathlib.Path, stored: Stored, tokenizer: str) -> None:
+def _describe(folder: pathlib.Path, stored: LazyCheckpoint, tokenizer: str) -> None:
     """Writes the model card; the tokenizer and the example too, where one is given."""
     identity: Mapping[str, Any] | None = stored.record["tokenizer"]
     if tokenizer:
@@ -78,7 +78,9 @@ def _describe(folder: pathlib.Path, stored: Stored, tokenizer: str) -> None:
             raise UserError(f"--tokenizer: {tokenizer}: {error}") from None
         files.write_atomically(folder / card.EXAMPLE, card.example(found.preprocess).encode())
     else:
-        say(f"no {card.TOKENIZER}/ and no {card.EXAMPLE}: --tokenizer=FOLDER puts a published kind there")
+        log_info(
+            f"no {card.TOKENIZER}/ and no {card.EXAMPLE}: --tokenizer=FOLDER puts a published kind there"
+        )
     readme = card.readme(stored, identity, bool(tokenizer))
     files.write_atomically(folder / card.README, readme.encode())
 
@@ -86,9 +88,9 @@ def _describe(folder: pathlib.Path, stored: Stored, tokenizer: str) -> None:
 def check(first: str, second: str, rows: int, tolerance: float) -> bool:
     """Prints how two checkpoints differ; returns whether their logits agree."""
     found = compare(models.read(first), models.read(second), rows)
-    say(f"{first} and {second} on {rows} rows of {len(found.largest)} random codes, in float32")
+    log_info(f"{first} and {second} on {rows} rows of {len(found.largest)} random codes, in float32")
     for line in found.lines():
-        say(line)
+        log_info(line)
     return bool(found.largest.max() <= tolerance)
 
 
@@ -114,7 +116,7 @@ def main() -> None:
     )
     count = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in written.tensors.values())
     vocabulary = written.vocabulary
-    say(
+    log_info(
         f"{_DST.value}: {count:,} parameters in {written.dtype}, {vocabulary.num_codes} codes of "
         f"{vocabulary.size} ids, step {written.step}"
     )
@@ -142,5 +144,5 @@ if __name__ == "__main__":
     )
     _ROWS = flags.DEFINE_integer("rows", 2, "random rows that --check runs", lower_bound=1)
     _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "largest difference of a logit that --check passes")
-    sys.argv = cli.name_positions(sys.argv, ("src", "dst"))
+    sys.argv = cli.positionals_to_flags(sys.argv, ("src", "dst"))
     cli.run(main)

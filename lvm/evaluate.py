@@ -18,9 +18,9 @@ from ml_collections import config_flags
 from lvm.common import cli, files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.sources import Source, open_source
-from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Video
 from lvm.data.store.reader import MANIFEST, Store
 from lvm.evaluation import likelihood, prompted, summary
@@ -91,7 +91,7 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     if results_path.exists() and (epath.Path(out) / "index.html").exists():
         earlier = files.read_json(results_path)
         if earlier.get("request") == request:
-            say(f"{results_path}: this evaluation is there already")
+            log_info(f"{results_path}: this evaluation is there already")
             return earlier
     epath.Path(out).mkdir(parents=True, exist_ok=True)
 
@@ -100,17 +100,17 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     _check_source(config, source, model)
     fraction = None if config.unseen else mixture.heldout_fraction
     heldout = Heldout(source, fraction, config.max_scenes, encode)
-    say(f"{len(heldout.scenes)} held-out scenes of {source.name}")
+    log_info(f"{len(heldout.scenes)} held-out scenes of {source.name}")
     results: dict[str, Any] = {"request": request, "heldout_scenes": len(heldout.scenes)}
     results["tokenizer"] = reconstruction_figures(heldout, decode, tokenizer.config.codebook_size)
     sentences = {
         name: made
-        for number, (name, part) in enumerate(mixture.sources.items())
+        for number, (name, part) in enumerate(mixture.components.items())
         if part.weight > 0
         and _fits(part.recipe.num_grids, model, tokenizer)
         and (made := heldout.sentences(part.recipe, config.sentences, config.seed + number)) is not None
     }
-    say(f"likelihood of {config.sentences} sentences each of {', '.join(sentences) or 'nothing'}")
+    log_info(f"likelihood of {config.sentences} sentences each of {', '.join(sentences) or 'nothing'}")
     losses = {name: likelihood.grid_losses(model, made) for name, made in sentences.items()}
     results["likelihood"] = _likelihood(model, mixture, heldout, losses, sentences)
     asked = _ask(config, model, mixture, heldout, decode)
@@ -119,7 +119,7 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     }
     if len(asked) > 1:
         results["task_following"] = prompted.task_following(asked, heldout, model.vocabulary.num_codes)
-    say("writing the page")
+    log_info("writing the page")
     pictures = summary.pictures(model, mixture, heldout, decode, asked, sentences)
     summary.write(out, results, pictures, model_folder, tokenizer_folder)
     return results
@@ -130,9 +130,9 @@ def _mixture(config: EvalConfig, model: LVM, folder: str) -> MixtureConfig:
     told = model.record.get("config", {}).get("data")
     if told is not None:
         return from_config_dict(MixtureConfig, told, f"{folder}: config.data")
-    if not config.data.sources:
+    if not config.data.components:
         raise UserError(
-            f"config.data.sources: empty, and {folder} doesn't tell what it was trained on; name sources with the "
+            f"config.data.components: empty, and {folder} doesn't tell what it was trained on; name sources with the "
             "recipes to ask"
         )
     return config.data
@@ -159,7 +159,7 @@ def _check_source(config: EvalConfig, source: Source, model: LVM) -> None:
 def _fits(num_grids: int, model: LVM, tokenizer: Tokenizer) -> bool:
     fits = num_grids <= model.images_that_fit(tokenizer.codes_per_image)
     if not fits:
-        say(
+        log_info(
             f"no likelihood of sentences of {num_grids} images: longer than the context of {model.config.context}"
         )
     return fits
@@ -175,10 +175,10 @@ def _likelihood(
     if not losses:
         return {}
     num_codes = model.vocabulary.num_codes
-    weights = {name: part.weight for name, part in mixture.sources.items()}
+    weights = {name: part.weight for name, part in mixture.components.items()}
     figures: dict[str, Any] = {"mixture": likelihood.mixture_loss(losses, sentences, weights, num_codes)}
     figures["perplexity_by_image"] = {name: likelihood.perplexity_by_image(x) for name, x in losses.items()}
-    for name, part in mixture.sources.items():
+    for name, part in mixture.components.items():
         if isinstance(part.recipe, Video) and name in losses and losses[name].shape[1] > 2:
             videos = _videos(part, mixture.store, heldout, model.record["stores"])
             figures["video"] = likelihood.video_figures(
@@ -187,7 +187,9 @@ def _likelihood(
     return figures
 
 
-def _videos(part: SourceConfig, default_store: str, heldout: Heldout, stores: list[str]) -> list[np.ndarray]:
+def _videos(
+    part: ComponentConfig, default_store: str, heldout: Heldout, stores: list[str]
+) -> list[np.ndarray]:
     """Codes int [T, N] of the videos that the conditional entropy is counted on.
 
     Those of the store that the model was trained from, if it is there: an entropy of pairs of codes counted on
@@ -197,14 +199,16 @@ def _videos(part: SourceConfig, default_store: str, heldout: Heldout, stores: li
     assert isinstance(recipe, Video)
     if (path / MANIFEST).exists() and (store := Store(path)).identity() in stores:
         return store.videos(recipe.stream, recipe.min_frames, _COUNTED_VIDEOS)
-    say(f"{path}: not the store that the model was trained from; the entropy is counted on held-out videos")
+    log_info(
+        f"{path}: not the store that the model was trained from; the entropy is counted on held-out videos"
+    )
     scenes = heldout.with_streams([recipe.stream], recipe.min_frames)
     return [scene.codes[:, scene.info.streams.index(recipe.stream)] for scene in scenes]
 
 
 def _ask(config: EvalConfig, model: LVM, mixture: MixtureConfig, heldout: Heldout, decode: Any) -> list:
     """Every pairs task of the mixture, on the same queries where the scenes have all streams."""
-    tasks = [p.recipe for p in mixture.sources.values() if isinstance(p.recipe, Pairs) and p.weight > 0]
+    tasks = [p.recipe for p in mixture.components.values() if isinstance(p.recipe, Pairs) and p.weight > 0]
     tasks = [task for task in tasks if heldout.with_streams(task.streams)]
     streams = sorted({stream for task in tasks for stream in task.streams})
     queries = prompted.make_queries(heldout.with_streams(streams), config.queries, config.shots, config.seed)
@@ -227,7 +231,7 @@ def _ask(config: EvalConfig, model: LVM, mixture: MixtureConfig, heldout: Heldou
 
     asked = []
     for task in tasks:
-        say(f"{task.target} by {config.shots} examples, {len(queries)} queries")
+        log_info(f"{task.target} by {config.shots} examples, {len(queries)} queries")
         asked.append(prompted.ask(queries, task.source, task.target, answer, decode))
     return asked
 

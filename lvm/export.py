@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from lvm.common import cli
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.mixture.mixture import Mixture
 from lvm.data.store.jsonl import SUFFIX, to_line
 from lvm.train import TrainConfig
@@ -28,11 +28,11 @@ def sentences(mixture: Mixture) -> Iterator[np.ndarray]:
     for block in itertools.count():
         ids, numbers = mixture.block(block)
         read = {
-            int(source): iter(mixture.sources[source].sentences(numbers[ids == source]))
-            for source in np.unique(ids)
+            int(component): iter(mixture.components[component].sentences(numbers[ids == component]))
+            for component in np.unique(ids)
         }
-        for source in ids.tolist():
-            yield next(read[source])
+        for component in ids.tolist():
+            yield next(read[component])
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    say(f"{out}: {count} sentences")
+    log_info(f"{out}: {count} sentences")
 
 
 if __name__ == "__main__":

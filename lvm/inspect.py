@@ -21,9 +21,9 @@ from PIL import Image
 
 from lvm.common import cli, errors, files
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
-from lvm.data.images.batches import Chunks
+from lvm.data.images.batches import ImageBatcher
 from lvm.data.images.sources import Source, open_source
 from lvm.data.mixture.split import content_hash
 from lvm.data.store import writer
@@ -191,7 +191,7 @@ def _images(source: Source, slices: range, augment: Augment, key: str) -> np.nda
     index = next((i for i in slices if source.info(i).key == original), None)
     if index is None:
         return None
-    chunk, before = Chunks(source, [(index, index + 1)], augment)(0), 0
+    chunk, before = ImageBatcher(source, [(index, index + 1)], augment)(0), 0
     for read in chunk["scenes"]:
         if read.num_images and read.info.key == key:
             return chunk["images"][before : before + read.num_images]
@@ -262,12 +262,12 @@ def main() -> None:
         raise UserError(f"--sample: {_SAMPLE.value} is not positive")
     found = facts(store)
     if not _JSON.value:
-        say("\n".join([str(store.path), *describe(found)]))
+        log_info("\n".join([str(store.path), *describe(found)]))
     wrong = []
     for problem in problems(store) if _VERIFY.value else ():
         wrong.append(problem)
         if not _JSON.value:
-            say(problem)
+            log_info(problem)
     again = _with_tokenizer(store) if _TOKENIZER.value else []
     if _JSON.value:
         print(
@@ -279,9 +279,9 @@ def main() -> None:
         done = "all checksums, records and counts are right" if _VERIFY.value else "not verified"
         encoded = f"; {_SAMPLE.value} scenes encoded again" if _SOURCE.value else ""
         for problem in again:
-            say(problem)
+            log_info(problem)
         bad = len(wrong) + len(again)
-        say(f"{bad} problem{'s' * (bad > 1)}" if bad else done + encoded)
+        log_info(f"{bad} problem{'s' * (bad > 1)}" if bad else done + encoded)
     if wrong or again:
         sys.exit(errors.EXIT_ERROR)
 
@@ -315,5 +315,5 @@ if __name__ == "__main__":
     _SAMPLE = flags.DEFINE_integer("sample", 8, "how many scenes are encoded again, and drawn")
     _SHEET = flags.DEFINE_string("sheet", "", "a PNG file for decoded scenes")
     _STAGE_TO = flags.DEFINE_string("stage_to", "", "a local folder that shards are copied to first")
-    sys.argv = cli.name_positions(sys.argv, ("store",))
+    sys.argv = cli.positionals_to_flags(sys.argv, ("store",))
     cli.run(main)

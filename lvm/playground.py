@@ -18,7 +18,7 @@ from PIL import Image
 
 from lvm.common import cli
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.sources.generated import GeneratedScenes
 from lvm.inference.contact_sheet import Cell, sheet
 from lvm.inference.generator import Sampling
@@ -41,7 +41,7 @@ Paths = list[str] | None
 Answers = list[tuple[np.ndarray, str]]  # images with captions, as a gallery takes them
 
 
-class Desk:
+class PlaygroundSession:
     """What stands behind the page: reads files, asks the model, and shows what is written so far."""
 
     def __init__(self, model: LVM, tokenizer: Tokenizer):
@@ -142,7 +142,7 @@ def write_examples(folder: pathlib.Path, tokenizer: Tokenizer, fit: int) -> dict
     return examples | {"video": [frames]}
 
 
-def build(desk: Desk, examples: dict[str, list[list[str]]]) -> Any:
+def build(desk: PlaygroundSession, examples: dict[str, list[list[str]]]) -> Any:
     """The page."""
     import gradio as gr
 
@@ -221,7 +221,7 @@ def main() -> None:
         raise UserError("gradio isn't installed: pip install -r requirements-playground.txt") from error
     tokenizer, model = Tokenizer.load(_TOKENIZER.value), LVM.load(_MODEL.value)
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), _TOKENIZER.value)
-    desk = Desk(model, tokenizer)
+    desk = PlaygroundSession(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         page = build(desk, write_examples(pathlib.Path(folder), tokenizer, desk.fit))
         theme = gr.themes.Soft(
@@ -240,7 +240,7 @@ def main() -> None:
             )
         except OSError as error:
             raise UserError(f"--port: {_PORT.value} can't be had: {error}") from error
-        say(f"open {address}")
+        log_info(f"open {address}")
         page.block_thread()
 
 

@@ -1,9 +1,9 @@
 """Rows as pictures: `python -m lvm.preview --config=configs/demo_lvm.py --out=FOLDER`.
 
 Draws the first rows of a step, one file each: every grid with the name of its stream, a bar in the colour of its
-source, and a black edge where a sentence begins. What bears no loss is pale, what the row cuts off is grey. With a
+component, and a black edge where a sentence begins. What bears no loss is pale, what the row cuts off is grey. With a
 tokenizer (`--config.tokenizer=…`) grids are decoded; without one every code is a colour. Also prints what the
-configuration's whole run reads: tokens by source, how full rows are, how often sources repeat.
+configuration's whole run reads: tokens by component, how full rows are, how often components repeat.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from lvm.common import cli
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
-from lvm.common.logging import say
-from lvm.data.mixture.draws import mix
-from lvm.data.mixture.packing import Pieces
+from lvm.common.logging import log_info
+from lvm.data.mixture.draws import splitmix64
+from lvm.data.mixture.packing import Spans
 from lvm.data.mixture.rows import Rows
 from lvm.data.streams.codecs import PALETTE
 from lvm.fingerprint import make_rows
@@ -37,11 +37,11 @@ Decode = Callable[[np.ndarray], np.ndarray]  # codes int [B, N] → images uint8
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One grid of a row: image uint8 [H, W, 3], the name of its stream, its source, whether a sentence begins."""
+    """One grid of a row: image uint8 [H, W, 3], the name of its stream, its component, whether a sentence begins."""
 
     image: np.ndarray
     stream: str
-    source: int
+    component: int
     begins: bool
 
 
@@ -52,19 +52,17 @@ def row_cells(rows: Rows, step: int, place: int, decode: Decode) -> list[Cell]:
     pieces = rows.pieces(step * rows.batch_spec["tokens"].shape[0] + place)
     ends = np.cumsum(pieces.lengths)
     cells: list[Cell] = []
-    for i in np.flatnonzero(pieces.sources >= 0):
+    for i in np.flatnonzero(pieces.components >= 0):
         mine = learned[ends[i] - pieces.lengths[i] : ends[i]]
         cells += _sentence_cells(rows, pieces, int(i), mine, decode)
     return cells
 
 
-def _sentence_cells(
-    rows: Rows, pieces: Pieces, i: int, learned: np.ndarray, decode: Decode
-) -> Iterator[Cell]:
-    source = rows.mixture.sources[pieces.sources[i]]
+def _sentence_cells(rows: Rows, pieces: Spans, i: int, learned: np.ndarray, decode: Decode) -> Iterator[Cell]:
+    component = rows.mixture.components[pieces.components[i]]
     numbers = pieces.numbers[i : i + 1]
-    codes, grids = source.sentences(numbers)[0].astype(np.int32), source.choose(numbers)[1]
-    height, width = source.store.manifest["tokenizer"]["grid"]
+    codes, grids = component.sentences(numbers)[0].astype(np.int32), component.choose(numbers)[1]
+    height, width = component.store.manifest["tokenizer"]["grid"]
     before = int(rows.vocabulary.bos is not None)
     state = np.zeros(before + codes.size + 1, np.uint8)  # by token: cut off 0, pale 1, learned 2
     first = int(pieces.firsts[i])
@@ -77,24 +75,24 @@ def _sentence_cells(
             pixels = shown.repeat(side[0], 0).repeat(side[1], 1)[..., None]  # [H, W, 1]
             pale = (image // 4 + 191).astype(np.uint8)
             drawn = np.where(pixels == 2, image, np.where(pixels == 1, pale, np.uint8(_CUT_OFF)))
-            stream = source.recipe.streams[grids.streams[0, g]]
-            yield Cell(drawn, stream, int(pieces.sources[i]), begins=g == 0)
+            stream = component.recipe.streams[grids.streams[0, g]]
+            yield Cell(drawn, stream, int(pieces.components[i]), begins=g == 0)
 
 
 def draw_row(cells: list[Cell], names: list[str], title: str) -> np.ndarray:
-    """Cells as one picture, uint8 [H, W, 3], with a legend of the sources."""
+    """Cells as one picture, uint8 [H, W, 3], with a legend of the components."""
     across, down = _SIDE + _GAP, _SIDE + _GAP + _LABEL + _BAR
     lines = max(1, -(-len(cells) // _A_LINE))
     paper = Image.new("RGB", (_A_LINE * across + _GAP, lines * down + 2 * _LABEL), "white")
     draw, font = ImageDraw.Draw(paper), ImageFont.load_default(11)
-    legend = "   ".join(dict.fromkeys(names[cell.source] for cell in cells))
+    legend = "   ".join(dict.fromkeys(names[cell.component] for cell in cells))
     draw.text((_GAP, 2), f"{title}: {legend}", "black", font)
     for place, cell in enumerate(cells):
         left = _GAP + place % _A_LINE * across
         top = 2 * _LABEL + place // _A_LINE * down
-        label = f"{names[cell.source]}: {cell.stream}" if cell.begins else cell.stream
+        label = f"{names[cell.component]}: {cell.stream}" if cell.begins else cell.stream
         draw.text((left, top - _LABEL + _BAR), label[:17], "black", font)
-        colour = tuple(PALETTE[cell.source % 254 + 2].tolist())
+        colour = tuple(PALETTE[cell.component % 254 + 2].tolist())
         draw.rectangle((left, top + _BAR, left + _SIDE - 1, top + 2 * _BAR - 1), colour)
         image = Image.fromarray(cell.image).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
         paper.paste(image, (left, top + 2 * _BAR))
@@ -107,7 +105,9 @@ def colours(grid: tuple[int, int]) -> Decode:
     """Draws codes as colours: equal codes, equal colours."""
 
     def decode(codes: np.ndarray) -> np.ndarray:
-        channels = mix(codes.astype(np.uint64)[..., None] + np.arange(3, dtype=np.uint64) * np.uint64(2**32))
+        channels = splitmix64(
+            codes.astype(np.uint64)[..., None] + np.arange(3, dtype=np.uint64) * np.uint64(2**32)
+        )
         return (channels % np.uint64(256)).astype(np.uint8).reshape(len(codes), *grid, 3)
 
     return decode
@@ -116,23 +116,23 @@ def colours(grid: tuple[int, int]) -> Decode:
 def report(rows: Rows, steps: int, batches: int) -> list[str]:
     """Lines: what `steps` steps read, and how full the rows of the first `batches` are."""
     lines = rows.notes()
-    names = [source.name for source in rows.mixture.sources]
+    names = [component.name for component in rows.mixture.components]
     counts, filled, learned, total = np.zeros(len(names), np.int64), 0, 0, 0
     for step in range(batches):
         batch = rows.batch(step)
-        ids = batch["source_ids"]
+        ids = batch["component_ids"]
         counts += np.bincount(ids[ids >= 0], minlength=len(names))
         filled, total = filled + int(np.count_nonzero(ids >= 0)), total + ids.size
         learned += int(np.count_nonzero(batch["loss_mask"]))
     shares = ", ".join(
         f"{name} {count:,} ({count / max(1, filled):.1%})" for name, count in zip(names, counts, strict=True)
     )
-    lines.append(f"tokens of the first {batches} batches by source: {shares}")
+    lines.append(f"tokens of the first {batches} batches by component: {shares}")
     lines.append(f"rows are {filled / total:.2%} full; {learned / total:.2%} of their targets bear loss")
-    for source, count in zip(rows.mixture.sources, rows.sentences_read(steps), strict=True):
+    for component, count in zip(rows.mixture.components, rows.sentences_read(steps), strict=True):
         lines.append(
-            f"{source.name} after {steps} steps: {count:,} sentences, {count / source.per_epoch:.3g} epochs, "
-            f"an original {source.repetitions(count):.3g} times"
+            f"{component.name} after {steps} steps: {count:,} sentences, {count / component.per_epoch:.3g} epochs, "
+            f"an original {component.repetitions(count):.3g} times"
         )
     return lines
 
@@ -148,7 +148,7 @@ def main() -> None:
     rows = make_rows(config)
     tokens = config.batch_size * config.model.context
     for line in report(rows, config.loop.in_steps(tokens).total_steps, _BATCHES.value):
-        say(line)
+        log_info(line)
     header = rows.mixture.stores[0].manifest["tokenizer"]
     if config.tokenizer:
         tokenizer = Tokenizer.load(config.tokenizer)
@@ -156,16 +156,16 @@ def main() -> None:
             raise UserError(f"config.tokenizer: {config.tokenizer} is not what made the store's codes")
         decode: Decode = tokenizer.decode
     else:
-        say("no config.tokenizer: every code is drawn as a colour")
+        log_info("no config.tokenizer: every code is drawn as a colour")
         decode = colours(tuple(header["grid"]))
     folder = pathlib.Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
-    names = [source.name for source in rows.mixture.sources]
+    names = [component.name for component in rows.mixture.components]
     for place in range(_ROWS.value):
         cells = row_cells(rows, _STEP.value, place, decode)
         picture = draw_row(cells, names, f"step {_STEP.value}, row {place}")
         Image.fromarray(picture).save(folder / f"step-{_STEP.value:07d}-row-{place:04d}.png")
-    say(f"{_ROWS.value} rows drawn in {folder}")
+    log_info(f"{_ROWS.value} rows drawn in {folder}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from etils import epath
 
 from lvm.common import cli, files
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.sources.listing import VIDEO_SUFFIXES
 from lvm.evaluation.report import png
 from lvm.hardware.sharding import MeshConfig, make_mesh
@@ -121,7 +121,7 @@ def main() -> None:
     )
     images = tokenizer.decode(codes.reshape(_CANDIDATES.value * num_images, -1))
     write(out, prompt, images.reshape(-1, num_images, *images.shape[1:]), bool(_SEQUENCE.value))
-    say(f"{out}")
+    log_info(f"{out}")
 
 
 if __name__ == "__main__":

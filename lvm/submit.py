@@ -21,7 +21,7 @@ from lvm.common import cli
 from lvm.common.errors import UserError
 from lvm.hardware.accelerators import resolve
 from lvm.launch import backends
-from lvm.launch.request import CAPACITIES, Request, Site, check_run, pairs, read_site, sweep_of
+from lvm.launch.request import CAPACITIES, ClusterConfig, Request, check_run, pairs, read_site, sweep_of
 
 VERBS = ("watch", "logs", "status", "cancel", "list")
 
@@ -75,7 +75,7 @@ for _name, _help in (
     flags.DEFINE_string(_name, None, _help)
 flags.DEFINE_integer("nodes", None, "of a run on GPUs under Slurm")
 flags.DEFINE_integer("gpus_per_node", None, "under Slurm")
-SITE_KEYS = tuple(field.name for field in dataclasses.fields(Site))
+SITE_KEYS = tuple(field.name for field in dataclasses.fields(ClusterConfig))
 # What a run is submitted with, and looking after one would ignore.
 _SUBMITTING = (
     _ACCELERATOR, _SLICES, _PROCESSES, _GRACE, _MAX_RESTARTS, _SPOT, _RESERVED, _QUEUED, _ENV, _SECRET, _SWEEP,
@@ -93,9 +93,7 @@ def main(verb: str, job: tuple[str, ...]) -> int:
         if job:
             raise UserError(f"{job[0]}: {verb} takes no configuration")
         _refuse(verb, *_SUBMITTING)
-        return backends.look_after(
-            verb, on, backends.find(on, run, site, folder, _WORKDIR.value), _POLL.value
-        )
+        return backends.manage(verb, on, backends.find(on, run, site, folder, _WORKDIR.value), _POLL.value)
     if not any(argument.partition("=")[0] == "--config" for argument in job):
         raise UserError("--config: not given; it names the experiment's file")
     if not _WORKDIR.value:
@@ -130,7 +128,7 @@ def main(verb: str, job: tuple[str, ...]) -> int:
     _refuse(f"--on={on}", _PROCESSES, _GRACE, *([] if on == "slurm" else [_SWEEP]))
     if request.slice is not None:
         _refuse(f"--accelerator={_ACCELERATOR.value}", flags.FLAGS["nodes"], flags.FLAGS["gpus_per_node"])
-    options = backends.Options(_COMMIT.value, _SHIP_CHANGES.value, _PLAN.value, _DRY_RUN.value)
+    options = backends.SubmitOptions(_COMMIT.value, _SHIP_CHANGES.value, _PLAN.value, _DRY_RUN.value)
     backends.submit(on, request, folder, options)
     return 0
 
@@ -155,7 +153,7 @@ def _capacity() -> str:
     return chosen[0] if chosen else CAPACITIES[0]
 
 
-def _site() -> Site:
+def _site() -> ClusterConfig:
     given = {name: flags.FLAGS[name].value for name in SITE_KEYS}
     return read_site(_SITE.value, {name: value for name, value in given.items() if value is not None})
 

@@ -15,7 +15,7 @@ from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.mixture.mixture import Mixture, MixtureConfig
 from lvm.data.mixture.rows import Rows
 from lvm.hardware.compiler_options import COST, compiler_options
@@ -23,7 +23,7 @@ from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.inference.contact_sheet import completion
 from lvm.inference.generator import Generator, Sampling
 from lvm.interop.init_from import StepFrom, first_model
-from lvm.interop.lazy_checkpoint import Stored
+from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.model.flops import CONVENTIONS, train_flops_per_token
 from lvm.model.nnx_utils import count_params
 from lvm.model.transformer import ModelConfig
@@ -32,7 +32,7 @@ from lvm.training import optimizer
 from lvm.training.checkpoint import newest_step
 from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.memory import advice, fitting_step
-from lvm.training.next_token import NextCode, ObjectiveConfig
+from lvm.training.next_token import NextTokenTask, ObjectiveConfig
 from lvm.training.programs import cache_programs
 from lvm.training.step import Step
 from lvm.training.task import State
@@ -113,11 +113,11 @@ def train(config: TrainConfig, workdir: str) -> None:
     rows.check_repetitions(loop.total_steps)
     mesh = make_mesh(config.mesh)
     if config.deterministic:
-        say(f"deterministic, which costs {COST[jax.default_backend()]}")
-    trainable = NextCode(
+        log_info(f"deterministic, which costs {COST[jax.default_backend()]}")
+    trainable = NextTokenTask(
         model,
         rows.batch_spec,
-        [source.name for source in mixture.sources],
+        [source.name for source in mixture.components],
         tx,
         schedule,
         mesh,
@@ -127,10 +127,10 @@ def train(config: TrainConfig, workdir: str) -> None:
     if config.tokenizer:
         trainable.draw = _pictures(config, trainable, vocabulary)
     elif loop.picture_every:
-        say("no config.tokenizer: no pictures of answers are drawn")
-    say(f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}")
+        log_info("no config.tokenizer: no pictures of answers are drawn")
+    log_info(f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}")
     for line in rows.notes():
-        say(line)
+        log_info(line)
     cache_programs(loop.compilation_cache, place.path)
     # The peak that MFU is a share of is that of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
@@ -140,7 +140,7 @@ def train(config: TrainConfig, workdir: str) -> None:
 
 
 def _step(
-    config: TrainConfig, trainable: NextCode, mesh: Mesh, first: Stored | None
+    config: TrainConfig, trainable: NextTokenTask, mesh: Mesh, first: LazyCheckpoint | None
 ) -> tuple[Step, Callable[[], str]]:
     """The step that fits, and what to say should it run out of memory all the same."""
 
@@ -157,7 +157,7 @@ def _step(
     parts = trainable.objective.accumulate_steps
     step = fitting_step(make, trainable.config.remat, parts)
     chosen = step.trainable
-    assert isinstance(chosen, NextCode)  # as `make` made it; "auto" is resolved there
+    assert isinstance(chosen, NextTokenTask)  # as `make` made it; "auto" is resolved there
     return step, lambda: advice(make, step, chosen.config.remat, parts)
 
 
@@ -177,7 +177,9 @@ def _heldout_batches(config: TrainConfig, vocabulary: Vocabulary, context: int) 
     return [rows.batch(step) for step in range(config.heldout_batches)]
 
 
-def _pictures(config: TrainConfig, trainable: NextCode, vocabulary: Vocabulary) -> Callable[[State], dict]:
+def _pictures(
+    config: TrainConfig, trainable: NextTokenTask, vocabulary: Vocabulary
+) -> Callable[[State], dict]:
     """Answers to a held-out sentence of each source, decoded: what the loop shows of a state."""
     tokenizer = Tokenizer.load(config.tokenizer)
     side = "heldout" if config.data.heldout_fraction else "train"
@@ -186,10 +188,10 @@ def _pictures(config: TrainConfig, trainable: NextCode, vocabulary: Vocabulary) 
         raise UserError(
             f"config.tokenizer: {config.tokenizer} is not the tokenizer that made the store's codes"
         )
-    sentences = {source.name: source.sentence(0) for source in mixture.sources}
+    sentences = {source.name: source.sentence(0) for source in mixture.components}
     fitting = {name: codes for name, codes in sentences.items() if codes.size <= trainable.config.context}
     if len(fitting) < len(sentences):
-        say(f"no pictures of {', '.join(sentences.keys() - fitting.keys())}: longer than the context")
+        log_info(f"no pictures of {', '.join(sentences.keys() - fitting.keys())}: longer than the context")
 
     def draw(state: State) -> dict[str, np.ndarray]:
         generator = Generator(trainable.config, state["params"], trainable.mesh)

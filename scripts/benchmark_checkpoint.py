@@ -18,7 +18,7 @@ from absl import flags
 
 from lvm.common import cli
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.model.transformer import SIZES
 from lvm.training.checkpoint import Checkpoints
 from lvm.training.task import State
@@ -64,14 +64,14 @@ def measure(folder: pathlib.Path) -> None:
         jax.block_until_ready(checkpoints.restore(number, step.state))
         rows.append((waited, written, compared, time.perf_counter() - began))
     checkpoints.close()
-    say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {os.cpu_count()} cores")
-    say(f"{_SIZE.value}: a state of {size / 1e9:.2f} GB, medians of {_REPEATS.value}")
+    log_info(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {os.cpu_count()} cores")
+    log_info(f"{_SIZE.value}: a state of {size / 1e9:.2f} GB, medians of {_REPEATS.value}")
     names = ["a step waits", "written, with checksums", "checksums compared", "restored"]
     for name, values in zip(names, zip(*rows, strict=True), strict=True):
         middle = sorted(values)[len(values) // 2]
-        say(f"{name:<24} {middle:8.2f} s {size / 1e9 / middle:8.2f} GB/s")
+        log_info(f"{name:<24} {middle:8.2f} s {size / 1e9 / middle:8.2f} GB/s")
     share = sorted(row[0] for row in rows)[len(rows) // 2] / (_EVERY.value * _STEP_SECONDS.value)
-    say(f"every {_EVERY.value} steps of {_STEP_SECONDS.value} s, waiting is {share:.3%} of the time")
+    log_info(f"every {_EVERY.value} steps of {_STEP_SECONDS.value} s, waiting is {share:.3%} of the time")
 
 
 def _trained(state: State) -> State:

@@ -22,9 +22,9 @@ from absl import flags
 
 from lvm.common import cli
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.mixture import loader
-from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Category, MultiAnnotation, Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
 from lvm.data.store import jsonl
@@ -44,7 +44,9 @@ def main() -> None:
     """The command."""
     if _WORKERS.value < 0 or min(_SECONDS.value, _CONTEXT.value, _BATCH_SIZE.value, _SCENES.value) <= 0:
         raise UserError("--workers must not be negative, the other numbers must be positive")
-    say(f"load before: {_load()}; {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} of them allowed")
+    log_info(
+        f"load before: {_load()}; {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} of them allowed"
+    )
     with tempfile.TemporaryDirectory(dir=_FOLDER.value) as folder:
         make_stores(pathlib.Path(folder), _SCENES.value)
         lines = write_lines(pathlib.Path(folder), _CONTEXT.value)
@@ -57,13 +59,13 @@ def main() -> None:
         }
         rate = measure(lambda: read_like_lvm(lines, _BATCH_SIZE.value, _CONTEXT.value))
         strict = measure(lambda: read_with_numpy(lines, _BATCH_SIZE.value, _CONTEXT.value))
-        say(
+        log_info(
             f"JSONL as LVM's loader reads it: {rate:,.0f} tokens/s; with numpy from the line on: {strict:,.0f}"
         )
         for name, tokens in ours.items():
-            say(f"  {name}: {tokens / rate:.1f} × LVM's loader, {tokens / strict:.1f} × numpy's")
+            log_info(f"  {name}: {tokens / rate:.1f} × LVM's loader, {tokens / strict:.1f} × numpy's")
         _memory(folder)
-    say(f"load after: {_load()}")
+    log_info(f"load after: {_load()}")
 
 
 def make_stores(folder: pathlib.Path, scale: float) -> None:
@@ -96,11 +98,11 @@ def make_rows(folder: str, packing: str, shuffle: str = "all") -> Rows:
     images, annotated, videos = (os.path.join(folder, name) for name, *_ in STORES)
     # 15 images and what is around them are 3842 tokens: whole sentences leave room for a single image beside.
     sources = {
-        "single": SourceConfig(Single(), store=images),
-        "category": SourceConfig(Category(images=15), store=images),
-        "pairs": SourceConfig(Pairs(target="depth", shots=7), store=annotated),
-        "multi_annotation": SourceConfig(MultiAnnotation(chosen=5, shots=3), store=annotated),
-        "video": SourceConfig(Video(frames=15), store=videos),
+        "single": ComponentConfig(Single(), store=images),
+        "category": ComponentConfig(Category(images=15), store=images),
+        "pairs": ComponentConfig(Pairs(target="depth", shots=7), store=annotated),
+        "multi_annotation": ComponentConfig(MultiAnnotation(chosen=5, shots=3), store=annotated),
+        "video": ComponentConfig(Video(frames=15), store=videos),
     }
     mixture = Mixture(MixtureConfig(sources, weigh_by="codes", packing=packing, shuffle=shuffle), seed=0)
     return Rows(mixture, VOCABULARY, _CONTEXT.value, _BATCH_SIZE.value)
@@ -163,13 +165,13 @@ def _inputs(rows: Rows, start: int = 0) -> Iterator[np.ndarray]:
 def _ours(folder: str, packing: str, shuffle: str) -> float:
     rows = make_rows(folder, packing, shuffle)
     rate = measure(functools.partial(_inputs, rows))
-    say(
+    log_info(
         f"{packing}, shuffle {shuffle}, {_WORKERS.value} workers, context {_CONTEXT.value}, "
         f"{_BATCH_SIZE.value} rows: {rate:,.0f} tokens/s"
     )
     if packing == "whole":
         batch = rows.batch(0)
-        say(f"  of which {np.mean(batch['segment_ids'] > 0):.1%} are not PAD")
+        log_info(f"  of which {np.mean(batch['segment_ids'] > 0):.1%} are not PAD")
     return rate
 
 
@@ -177,14 +179,14 @@ def _first_batches(folder: str, packing: str) -> None:
     for step in (0, 10**6):
         start = time.perf_counter()
         next(_inputs(make_rows(folder, packing), step))
-        say(
+        log_info(
             f"{packing}: first batch at step {step}: {time.perf_counter() - start:.2f} s, stores opened again"
         )
 
 
 def _memory(folder: str) -> None:
     """Reads sentences one epoch after the other; says how much memory the process has at each tenth."""
-    source = make_rows(folder, "concat").mixture.sources
+    source = make_rows(folder, "concat").mixture.components
     single = next(part for part in source if part.name == "single")
     count, used = max(10_000, int(1_000_000 * min(1.0, _SCENES.value))), []
     for tenth in range(11):
@@ -192,7 +194,7 @@ def _memory(folder: str) -> None:
             for first in range((tenth - 1) * count // 10, tenth * count // 10, 1000):
                 single.sentences(np.arange(first, first + 1000))
         used.append(f"{_resident() / 2**20:.0f}")
-    say(f"MiB resident over {count:,} sentences of one image, by tenths: {', '.join(used)}")
+    log_info(f"MiB resident over {count:,} sentences of one image, by tenths: {', '.join(used)}")
 
 
 def _resident() -> int:

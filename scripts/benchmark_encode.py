@@ -24,9 +24,9 @@ from PIL import Image
 
 from lvm.common import cli
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
-from lvm.data.images.batches import Chunks
+from lvm.data.images.batches import ImageBatcher
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.mixture import loader
@@ -67,7 +67,7 @@ def host(job: Job, report: Report) -> None:
     for resizer, decode in (("pillow", "full"), ("swscale", "full"), ("swscale", "reduced")):
         preprocess = Preprocess(job["resolution"], decode=decode, resizer=resizer)
         source = open_source(job["folder"], preprocess)
-        chunks = Chunks(source, [(0, len(source))], Augment(0, preprocess))
+        chunks = ImageBatcher(source, [(0, len(source))], Augment(0, preprocess))
         read = loader.batches(chunks, 0, len(chunks), job["workers"])
         next(iter(read))
         clock = Clock()
@@ -190,15 +190,15 @@ def main() -> None:
         raise UserError(f"--network: {_NETWORK.value!r} is not one of {', '.join(NETWORKS)}")
     if _IMAGES.value < 256:
         raise UserError(f"--images: {_IMAGES.value} are too few to time; at least 256")
-    say(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    log_info(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             photos = pathlib.Path(folder, "photos")
             held = make_photos(photos, size, _IMAGES.value)
             title = f"{_IMAGES.value} JPEGs of {size[0]}×{size[1]}, {held / 1024:.0f} KiB each"
-            say(f"\n{title}, network {_NETWORK.value}, {_WORKERS.value} worker processes")
-            say("\n".join(table(compare(photos, size), _WORKERS.value)))
-    say(f"\nload after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+            log_info(f"\n{title}, network {_NETWORK.value}, {_WORKERS.value} worker processes")
+            log_info("\n".join(table(compare(photos, size), _WORKERS.value)))
+    log_info(f"\nload after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from absl import flags
 
 from lvm.common import cli, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.hardware import accelerators
 from lvm.inference.generator import Generator, Sampling
 from lvm.interop import models, tensors
-from lvm.interop.lazy_checkpoint import NO_RECORD, Stored, shapes
+from lvm.interop.lazy_checkpoint import NO_RECORD, LazyCheckpoint, shapes
 from lvm.model.transformer import SIZES, ModelConfig
 from lvm.model.vocabulary import Vocabulary
 from scripts.contenders import Report, contend, cpu_name, run_job
@@ -69,7 +69,7 @@ def main() -> None:
             if name != "ours" and machine is None:
                 records.append({"contender": name, "failed": "not run: ours didn't start"})
                 continue
-            say(f"== {_SIZE.value}, {name}")
+            log_info(f"== {_SIZE.value}, {name}")
             job = {
                 "contender": name,
                 "folder": f"{folder}/model",
@@ -84,10 +84,10 @@ def main() -> None:
             limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
             found = contend("scripts.benchmark_generate", job, limit)
             records += [{"contender": name, **record} for record in found]
-    say("\n" + "\n".join(_about(records, load)))
-    say("\n" + table(records))
+    log_info("\n" + "\n".join(_about(records, load)))
+    log_info("\n" + table(records))
     for line in verdicts(records):
-        say(line)
+        log_info(line)
     ours = {record["rows"] for record in records if record["contender"] == "ours" and "rows" in record}
     if ours != {int(size) for size in _BATCH_SIZES.value}:
         sys.exit(errors.EXIT_ERROR)
@@ -105,7 +105,7 @@ def write_weights(folder: pathlib.Path, size: str) -> None:
         return config.init_std * rng.standard_normal(shape, dtype=np.float32)
 
     drawn = {name: tensors.of_array(draw(name, shape)) for name, shape in shapes(config).items()}
-    models.write(folder, Stored(config, vocabulary, drawn, NO_RECORD, 0, str(folder)), "hf")
+    models.write(folder, LazyCheckpoint(config, vocabulary, drawn, NO_RECORD, 0, str(folder)), "hf")
 
 
 def prompts(rows: int, cached: int) -> np.ndarray:
@@ -132,7 +132,7 @@ def measure(variant: str, job: dict[str, Any], rows: int, write: Write) -> dict[
             first - start - (early - 1) * steps[-1]
         )  # the first token comes with the prompt's reading
     step = statistics.median(steps)
-    say(f"{variant}, {rows} rows: {1000 * step:.2f} ms a token")
+    log_info(f"{variant}, {rows} rows: {1000 * step:.2f} ms a token")
     return {
         "variant": variant,
         "rows": rows,

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from lvm.common import cli
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.store.format import Scene
 from lvm.data.store.reader import Store
 from lvm.data.store.records import RECORDS
@@ -115,19 +115,19 @@ def _resident(field: str) -> float:
 def main() -> None:
     """The command; with `--memory_of`, one row of its memory."""
     if _MEMORY_OF.value:
-        say(json.dumps(memory(_MEMORY_OF.value, _READS.value)))
+        log_info(json.dumps(memory(_MEMORY_OF.value, _READS.value)))
         return
     scale, reads = _SCALE.value, max(100, int(_READS.value * _SCALE.value))
-    say(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    log_info(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
     with tempfile.TemporaryDirectory(dir=_FOLDER.value or None) as folder:
         store = make_store(pathlib.Path(folder, "rates"), int(RATE_SCENES * scale), RATE_FRAMES)
         held = sum(shard["files"][shard["name"] + RECORDS]["bytes"] for shard in store.manifest["shards"])
         plain = len(store) * (512 * RATE_FRAMES + len("scene-000000000"))
-        say(
+        log_info(
             f"{len(store):,} scenes of {RATE_FRAMES} grids: {held / plain - 1:.2%} over 512 bytes a grid and the keys"
         )
-        say("\n" + "\n".join(rates(store, reads)))
-        say(f"\n{'MiB resident':<32} {'before':>8} {'opened':>8} {'read':>8} {'of it own':>10}")
+        log_info("\n" + "\n".join(rates(store, reads)))
+        log_info(f"\n{'MiB resident':<32} {'before':>8} {'opened':>8} {'read':>8} {'of it own':>10}")
         for number, (scenes, frames) in enumerate(MEMORY):
             place = pathlib.Path(folder, f"memory-{number}")
             count = len(make_store(place, int(scenes * scale), frames))
@@ -142,10 +142,10 @@ def main() -> None:
             columns = (
                 f"{found['before']:>8.0f} {found['opened']:>8.0f} {found['read']:>8.0f} {found['own']:>10.0f}"
             )
-            say(f"{f'{count:,} scenes of {frames}':<32} {columns}")
+            log_info(f"{f'{count:,} scenes of {frames}':<32} {columns}")
             for file in place.iterdir():
                 file.unlink()
-    say(f"load after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    log_info(f"load after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from absl import flags
 
 from lvm.common import cli, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.generated import GeneratedScenes
 from lvm.hardware import accelerators
@@ -60,7 +60,7 @@ def main() -> None:
     if _SPEED.value:
         _compare()
     for network in _NETWORK.value if _FLIPS.value else ():  # last: this process takes the accelerator here
-        say(flips(network, _FLIPS.value))
+        log_info(flips(network, _FLIPS.value))
 
 
 def _compare() -> None:
@@ -70,15 +70,15 @@ def _compare() -> None:
     ]
     records: list[dict[str, Any]] = []
     for number, (network, name) in enumerate(contenders):
-        say(f"\n== {network}, {name}")
+        log_info(f"\n== {network}, {name}")
         machine = next((r for r in records if r["network"] == network and "platform" in r), {})
         if name == "torch" and not machine:
             records.append({"network": network, "contender": name, "failed": "not run: ours didn't start"})
             continue
         limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
         records += _contend(network, name, limit, machine)
-    say("\n" + "\n".join(_machine_lines(records, load)))
-    say("\n" + table(records))
+    log_info("\n" + "\n".join(_machine_lines(records, load)))
+    log_info("\n" + table(records))
     done = {r["network"] for r in records if r["contender"] == "ours" and "milliseconds" in r}
     if done != set(_NETWORK.value):
         sys.exit(errors.EXIT_ERROR)
@@ -179,7 +179,7 @@ def measure(variant: str, work: str, job: Job, call: Callable[[], None]) -> dict
         seconds()
     timed = [seconds() for _ in range(job["steps"])]
     median = statistics.median(timed)
-    say(
+    log_info(
         f"{work} {variant}: {1000 * median:.1f} ms a call of {job['batch_size']} "
         f"({1000 * min(timed):.1f} to {1000 * max(timed):.1f}), {job['batch_size'] / median:.2f} images/s"
     )

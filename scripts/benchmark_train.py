@@ -29,14 +29,14 @@ from absl import flags
 
 from lvm.common import cli, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.hardware import accelerators
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model import nnx_utils
 from lvm.model.flops import CONVENTIONS, train_flops_per_token
 from lvm.model.transformer import REMAT, SIZES, ModelConfig, Transformer
 from lvm.training import optimizer
-from lvm.training.next_token import NextCode
+from lvm.training.next_token import NextTokenTask
 from lvm.training.step import Step
 from scripts.contenders import Report, contend, cpu_name, one_line, run_job
 from scripts.step_profile import profile
@@ -57,17 +57,17 @@ def main() -> None:
     contenders = [(size, name) for size in _SIZE.value for name in ("ours", _PEER.value) if name != "none"]
     records: list[dict[str, Any]] = []
     for number, (size, name) in enumerate(contenders):
-        say(f"\n== {size}, {name}")
+        log_info(f"\n== {size}, {name}")
         machine = next((r for r in records if r["size"] == size and "batch_size" in r), None)
         if name == "torch" and machine is None:
             records.append({"size": size, "contender": name, "failed": "not run: ours didn't start"})
             continue
         limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
         records += _contend(size, name, limit, machine or {})
-    say("\n" + "\n".join(_machine_lines(records, load)))
-    say("\n" + table(records))
+    log_info("\n" + "\n".join(_machine_lines(records, load)))
+    log_info("\n" + table(records))
     for size in _SIZE.value:
-        say(_verdict([r for r in records if r["size"] == size], size))
+        log_info(_verdict([r for r in records if r["size"] == size], size))
     done = {r["size"] for r in records if r["contender"] == "ours" and "tokens_per_second" in r}
     if done != set(_SIZE.value):
         sys.exit(errors.EXIT_ERROR)
@@ -135,14 +135,14 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
             start = time.perf_counter()
             step = make_step(dataclasses.replace(config, remat=remat), job["batch_size"])
             needed = step.memory_bytes()  # compiles
-            say(f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {needed / _GIB:.1f} GiB")
+            log_info(f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {needed / _GIB:.1f} GiB")
             if memory and needed > memory:
                 raise MemoryError(f"needs {needed / _GIB:.1f} of {memory / _GIB:.1f} GiB")
             variant += f", {step.trainable.kernel} attention"  # type: ignore[attr-defined]
             # The stepper gets no name: its state must be gone before the next one makes its own.
             measured = measure(variant, job, _stepper(step, job), needed)
         except Exception as error:  # the next one may do
-            say(f"{variant}: {one_line(str(error))}")
+            log_info(f"{variant}: {one_line(str(error))}")
             report({"variant": variant, "failed": one_line(str(error))})
             continue
         report(measured)
@@ -150,7 +150,7 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
             fastest = measured["tokens_per_second"], step
     if fastest and job["profile"]:
         folder = pathlib.Path(job["profile"], job["size"])
-        say(f"profiling into {folder}")
+        log_info(f"profiling into {folder}")
         report({"profile": profile(fastest[1], _batch(0, job), folder)})
 
 
@@ -179,11 +179,11 @@ def make_step(config: ModelConfig, batch_size: int) -> Step:
         "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
         "loss_mask": jax.ShapeDtypeStruct((B, C), np.bool_),
         "positions": jax.ShapeDtypeStruct((B, C), np.int32),
-        "source_ids": jax.ShapeDtypeStruct((B, C), np.int16),
+        "component_ids": jax.ShapeDtypeStruct((B, C), np.int16),
     }
     tx, schedule = optimizer.build(optimizer.OptimizerConfig(), _LONG_RUN)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return Step(NextCode(config, spec, ["random"], tx, schedule, mesh), mesh, seed=0)
+    return Step(NextTokenTask(config, spec, ["random"], tx, schedule, mesh), mesh, seed=0)
 
 
 def _stepper(step: Step, job: dict[str, Any]) -> Callable[[int], tuple[float, float]]:
@@ -209,7 +209,7 @@ def _batch(number: int, job: dict[str, Any]) -> dict[str, np.ndarray]:
         "tokens": random_tokens(number, B, C),
         "loss_mask": np.ones((B, C), np.bool_),
         "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
-        "source_ids": np.zeros((B, C), np.int16),
+        "component_ids": np.zeros((B, C), np.int16),
     }
 
 
@@ -224,7 +224,7 @@ def measure(
         raise FloatingPointError(f"losses {losses}")
     median = statistics.median(seconds)
     rate = job["batch_size"] * job["context"] / median
-    say(
+    log_info(
         f"{variant}: {1000 * median:.1f} ms a step ({1000 * min(seconds):.1f} to {1000 * max(seconds):.1f}), "
         f"{rate:,.0f} tokens/s, loss {losses[0]:.3f} to {losses[-1]:.3f}"
     )

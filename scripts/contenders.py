@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lvm.common import cli
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -49,7 +49,7 @@ def contend(
                 failed = f"stopped after its {limit:.0f} s; --minutes allows more"
         records = [json.loads(line) for line in results.read_text().splitlines()]
     if failed:
-        say(failed)
+        log_info(failed)
         records.append({"failed": one_line(failed)})
     return records
 
@@ -63,7 +63,7 @@ def run_job(job: dict[str, Any], ours: Callable[[dict[str, Any], Report], None],
     try:
         module = importlib.import_module(peer)
     except ImportError as error:
-        say(f"{error}")
+        log_info(f"{error}")
         report({"failed": f"{error.name or error} isn't installed"})
         return
     module.run(job, report)

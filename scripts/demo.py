@@ -25,7 +25,7 @@ from absl import flags
 from PIL import Image
 
 from lvm.common import cli, files
-from lvm.common.logging import duration, say
+from lvm.common.logging import duration, log_info
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.mixture import split
@@ -52,14 +52,14 @@ _MADE = (
 def stage(title: str, module: str, *arguments: str) -> None:
     """Runs one command of the project; ends the demo with its exit code if it fails."""
     command = [sys.executable, "-m", module, *arguments]
-    say(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}")
+    log_info(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}")
     start = time.monotonic()
     # A stage that outlived a killed demo would hold its workdir against the next one.
     environment = {"JAX_PLATFORMS": "cpu", **os.environ, cli.PARENT: str(os.getpid())}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         sys.exit(code if code > 0 else 128 - code)
-    say(f"({duration(time.monotonic() - start)})")
+    log_info(f"({duration(time.monotonic() - start)})")
 
 
 def output_folder(images: str) -> pathlib.Path:
@@ -79,7 +79,7 @@ def mixture_flags(store: Store) -> list[str]:
     weights |= {name: (1 - weights.get("video", 0.0)) / len(annotations) for name in annotations}
     weights = weights or {"single": 1.0}
     listed = ["video", "segmentation", "depth", "edges", "normals", "boxes", "pose", "single"]
-    flags = [f"--config.data.sources.{name}.weight={weights.get(name, 0.0)}" for name in listed]
+    flags = [f"--config.data.components.{name}.weight={weights.get(name, 0.0)}" for name in listed]
     return [*flags, "--config.data.allow_missing=true"]
 
 
@@ -124,7 +124,7 @@ def remove_what_a_demo_made(folder: pathlib.Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    say(f"removed what an earlier demo made in {folder}")
+    log_info(f"removed what an earlier demo made in {folder}")
 
 
 def _lock(folder: pathlib.Path) -> object:
@@ -133,7 +133,7 @@ def _lock(folder: pathlib.Path) -> object:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say(f"another demo is at work in {folder}; waiting for it to end ...")
+        log_info(f"another demo is at work in {folder}; waiting for it to end ...")
         fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 
@@ -186,7 +186,7 @@ def main() -> None:
     resolution = files.read_json(out / "tokenizer" / "config.json")["config"]["model"]["resolution"]
     answer, fit = out / "answer.png", min(images_that_fit(out / "lvm"), _FRAMES)
     if answer.exists() and answer.stat().st_mtime >= (out / "results.json").stat().st_mtime:
-        say(f"\n{answer} is there already")
+        log_info(f"\n{answer} is there already")
     elif prompt := write_prompt(source, resolution, out / "prompt", fit // 2):
         stage(
             "5/5 A prompt of images, answered",
@@ -198,16 +198,16 @@ def main() -> None:
             f"--out={answer}",
         )
     else:
-        say("\nno held-out video is long enough for a prompt of frames")
+        log_info("\nno held-out video is long enough for a prompt of frames")
     del lock
     _print_figures(out)
-    say(f"\nin {duration(time.monotonic() - start)}; the page:\n{out / 'index.html'}")
+    log_info(f"\nin {duration(time.monotonic() - start)}; the page:\n{out / 'index.html'}")
 
 
 def _print_figures(out: pathlib.Path) -> None:
-    say("")
+    log_info("")
     for name, value, meaning in table(files.read_json(out / "results.json")):
-        say(f"{name:26} {value:>11}  {meaning}")
+        log_info(f"{name:26} {value:>11}  {meaning}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from scripts.benchmark_generate import Marks, Write, measure
 from scripts.contenders import Report, one_line
 
@@ -39,7 +39,7 @@ def run(job: dict[str, Any], report: Report) -> None:
             try:
                 report(measure(f"{cache} cache", job, rows, _writer(model, cache, device)))
             except Exception as error:  # the next one may do
-                say(f"{cache}, {rows}: {one_line(str(error))}")
+                log_info(f"{cache}, {rows}: {one_line(str(error))}")
                 report({"failed": f"{cache} cache, {rows} rows: {one_line(str(error))}"})
 
 

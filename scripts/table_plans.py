@@ -21,10 +21,10 @@ from absl import flags
 from lvm.common import cli, files
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.hardware.accelerators import GIB, resolve
 from lvm.hardware.sharding import AXES
-from lvm.planning.collectives import BETWEEN_SLICES, PADDING, theory
+from lvm.planning.collectives import BETWEEN_SLICES, PADDING, ideal_collective_bytes
 from lvm.train import TrainConfig
 
 SIZES = ("100m", "300m", "600m", "1b", "3b", "7b")
@@ -57,7 +57,7 @@ def planned(size: str, topology: str, slices: int, folder: pathlib.Path) -> dict
     if not path.exists():
         command = [sys.executable, "-m", "lvm.plan", f"--config=configs/lvm_{size}.py", "--json"]
         command += [f"--topology={topology}", f"--slices={slices}"]
-        say(f"planning {size} on {slices} × {topology}")
+        log_info(f"planning {size} on {slices} × {topology}")
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
         )
@@ -76,7 +76,7 @@ def row(size: str, found: dict[str, Any]) -> list[str]:
     )
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     parts = config.objective.accumulate_steps
-    wanted = theory(config.model, config.batch_size, sizes, slices, parts)
+    wanted = ideal_collective_bytes(config.model, config.batch_size, sizes, slices, parts)
     wanted.pop(BETWEEN_SLICES, None)
     sent = {collective["kind"]: collective["bytes"] for collective in found["collectives"]}
     padding, between = sent.pop(PADDING, 0.0), sent.pop(BETWEEN_SLICES, 0.0)

@@ -10,7 +10,7 @@ import optax
 from lvm.common import distributed
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model.transformer import ModelConfig
-from lvm.training.next_token import NextCode, ObjectiveConfig
+from lvm.training.next_token import NextTokenTask, ObjectiveConfig
 from lvm.training.optimizer import OptimizerConfig, build
 from lvm.training.step import Step
 
@@ -28,7 +28,7 @@ def batch(seed):
         "tokens": rng.integers(0, 64, (B, C + 1), dtype=np.int32),
         "loss_mask": rng.random((B, C)) < 0.8,
         "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
-        "source_ids": rng.integers(0, 2, (B, C), dtype=np.int16),
+        "component_ids": rng.integers(0, 2, (B, C), dtype=np.int16),
     }
 
 
@@ -46,7 +46,7 @@ def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
     mesh = make_mesh(mesh or MeshConfig(), devices)
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(0).items()}
     tx, schedule = optimizer or OPTIMIZERS["adamw"]()
-    trainable = NextCode(
+    trainable = NextTokenTask(
         config, spec, ["cats", "dogs"], tx, schedule, mesh, ObjectiveConfig(logits_chunk=4, **objective)
     )
     return Step(trainable, mesh, seed=3, zero1=zero1)
@@ -65,7 +65,7 @@ def main(address, count, number, mesh):
         state, metrics = step(state, step.place({name: x[step.rows] for name, x in batch(seed).items()}))
         losses.append(float(metrics["loss"]))
         norms = norms or {name: float(metrics[name]) for name in ("grad_norm", "param_norm")}
-    agreed = [distributed.agree(2**40 + 5 if jax.process_index() == 0 else 7), distributed.agree(-1)]
+    agreed = [distributed.broadcast(2**40 + 5 if jax.process_index() == 0 else 7), distributed.broadcast(-1)]
     print(json.dumps({"losses": losses, **norms, "devices": jax.device_count(), "agreed": agreed}))
 
 

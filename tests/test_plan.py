@@ -166,18 +166,20 @@ def test_theory_of_fully_sharded_training_by_hand():
     D, F, L, V = 256, 512, 3, 512
     layer, ends = 4 * D * D + 3 * D * F, 2 * V * D
     mesh = {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
-    found = collectives.theory(SMALL, 8, mesh)
+    found = collectives.ideal_collective_bytes(SMALL, 8, mesh)
     assert found == {
         "all-gather": 2 * (2 * L * layer + ends) * 3 / 4,
         "reduce-scatter": 2 * (L * layer + ends) * 3 / 4,
         "all-reduce": 2 * 2 * (L * layer + ends) / 4 * 1 / 2,
     }
     # Over two slices `data` goes between them.
-    between = collectives.theory(SMALL, 8, mesh, slices=2)
+    between = collectives.ideal_collective_bytes(SMALL, 8, mesh, slices=2)
     assert between["between slices"] == found["all-reduce"]
     assert "all-reduce" not in between
     # Activations: queries, keys, values and results of 512 tokens are exchanged, 2 in each direction summed.
-    split = collectives.theory(SMALL, 8, mesh | {"fsdp": 1, "sequence": 2, "tensor": 2, "data": 2})
+    split = collectives.ideal_collective_bytes(
+        SMALL, 8, mesh | {"fsdp": 1, "sequence": 2, "tensor": 2, "data": 2}
+    )
     tokens = 8 * 256 / 4
     assert split["all-to-all"] == L * 2 * (4 * 2 * tokens * D / 2) / 2
     assert (

@@ -13,7 +13,7 @@ import sys
 from absl import flags
 
 from lvm.common import cli
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.model.nnx_utils import count_params
 from tokenizer import weights
 
@@ -23,7 +23,7 @@ def main() -> None:
     found = weights.read(_SRC.value)
     weights.write(_DST.value, found, _TO.value)
     config = found.config
-    say(
+    log_info(
         f"{_DST.value}: {count_params(found.params):,} parameters, {config.codebook_size} codes of "
         f"{config.codebook_dim}, {config.num_codes_per_image} an image of {config.resolution}×{config.resolution}, "
         f"{found.preprocess.mode}"
@@ -36,5 +36,5 @@ if __name__ == "__main__":
     )
     _DST = flags.DEFINE_string("dst", None, "the folder to write; the second argument", required=True)
     _TO = flags.DEFINE_enum("to", None, weights.KINDS, "what is written", required=True)
-    sys.argv = cli.name_positions(sys.argv, ("src", "dst"))
+    sys.argv = cli.positionals_to_flags(sys.argv, ("src", "dst"))
     cli.run(main)

@@ -24,7 +24,7 @@ from absl import flags
 from lvm.common import cli, distributed
 from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import Source, open_images_or_codes
@@ -64,12 +64,12 @@ def finish(folder: str, wait: bool) -> None:
     while missing := writer.finish(folder):
         if not wait:
             listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-            say(
+            log_info(
                 f"{len(missing)} shards aren't there yet ({listed}); whoever writes the last one ends the store"
             )
             return
         time.sleep(_POLL)
-    say(report(folder))
+    log_info(report(folder))
 
 
 def encode() -> None:
@@ -83,7 +83,7 @@ def encode() -> None:
     part, parts = parse_part(_SHARD.value) if _SHARD.value else (jax.process_index(), jax.process_count())
     writer = _writer()
     if parts > (shards := writer.num_shards):
-        say(
+        log_info(
             f"{shards} shards leave {parts - shards} of {parts} processes without work; --num_shards makes more"
         )
     writer.run(part, parts)
@@ -96,7 +96,7 @@ def _writer() -> ShardWriter:
     augment = Augment(_AUGMENT.value, tokenizer.preprocess if tokenizer else Preprocess(256))
     source = open_images_or_codes(_SOURCE.value, augment.source_preprocess)
     for skipped in source.skipped:
-        say(f"skipped {skipped.key}: {skipped.reason}")
+        log_info(f"skipped {skipped.key}: {skipped.reason}")
     num_shards = min(_SHARDS.value, len(source))
     if not isinstance(source, Source):
         if augment.copies:
@@ -119,7 +119,7 @@ def main() -> None:
     elif missing := writer.finish(_OUT.value):
         raise UserError(f"{_OUT.value}: {len(missing)} shards are missing: {', '.join(missing[:10])}")
     else:
-        say(report(_OUT.value))
+        log_info(report(_OUT.value))
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ import PIL.features
 from etils import epath
 
 from lvm.common.errors import UserError
-from lvm.common.logging import duration, say
+from lvm.common.logging import duration, log_info
 from lvm.data.images.augment import Augment
-from lvm.data.images.batches import Chunks, ReadScene
+from lvm.data.images.batches import DecodedScene, ImageBatcher
 from lvm.data.images.sources import CodeSource, SceneInfo, Source
 from lvm.data.mixture import loader, split
 from lvm.data.store import writer
 from lvm.data.store.format import Scene
-from lvm.data.store.writer import GroupedScene, Unread
+from lvm.data.store.writer import GroupedScene, SkippedItems
 from tokenizer.pretrained import Tokenizer
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class _Call:
     """
 
     shard: int
-    scenes: list[ReadScene]
+    scenes: list[DecodedScene]
     codes: jax.Array | None
     count: int
 
@@ -103,7 +103,7 @@ class ShardWriter(abc.ABC):
         mine = range(part, self.num_shards, parts)
         missing = [s for s in mine if writer.read_entry(self._folder, s, self.num_shards) is None]
         if len(missing) < len(mine):
-            say(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
+            log_info(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
         slices = [self._slice(shard) for shard in missing]
         meter = Meter(sum(last - first for first, last in slices))
         for place, scenes, unread in self._contents(slices, meter) if missing else ():
@@ -112,12 +112,14 @@ class ShardWriter(abc.ABC):
                 self._folder, missing[place], self.num_shards, scenes, num_codes, unread, software()
             )
             for failure in unread.failures:
-                say(f"skipped {failure['key']}: {failure['reason']}")
-            say(f"shard {missing[place] + 1}/{self.num_shards}: {meter.line()}")
+                log_info(f"skipped {failure['key']}: {failure['reason']}")
+            log_info(f"shard {missing[place] + 1}/{self.num_shards}: {meter.line()}")
 
     @abc.abstractmethod
-    def _contents(self, slices: Slices, meter: Meter) -> Iterator[tuple[int, Iterator[GroupedScene], Unread]]:
-        """The scenes of each slice, to be exhausted before the next is asked for; `Unread` is filled meanwhile."""
+    def _contents(
+        self, slices: Slices, meter: Meter
+    ) -> Iterator[tuple[int, Iterator[GroupedScene], SkippedItems]]:
+        """The scenes of each slice, to be exhausted before the next is asked for; fills `SkippedItems`."""
 
     def _slice(self, shard: int) -> tuple[int, int]:
         scenes, shards = len(self._listing), self.num_shards
@@ -150,12 +152,14 @@ class ReadyCodes(ShardWriter):
         super().__init__(identity, source, folder, num_shards)
         self._source = source
 
-    def _contents(self, slices: Slices, meter: Meter) -> Iterator[tuple[int, Iterator[GroupedScene], Unread]]:
+    def _contents(
+        self, slices: Slices, meter: Meter
+    ) -> Iterator[tuple[int, Iterator[GroupedScene], SkippedItems]]:
         for place, (first, last) in enumerate(slices):
-            unread = Unread()
+            unread = SkippedItems()
             yield place, self._copied(first, last, unread, meter), unread
 
-    def _copied(self, first: int, last: int, unread: Unread, meter: Meter) -> Iterator[GroupedScene]:
+    def _copied(self, first: int, last: int, unread: SkippedItems, meter: Meter) -> Iterator[GroupedScene]:
         for index in range(first, last):
             with meter.waiting("host"):
                 found = self._source.load_codes(index)
@@ -202,13 +206,15 @@ class Encoder(ShardWriter):
             "augment": self._augment.copies,
         }
 
-    def _contents(self, slices: Slices, meter: Meter) -> Iterator[tuple[int, Iterator[GroupedScene], Unread]]:
-        chunks = Chunks(self._source, slices, self._augment)
+    def _contents(
+        self, slices: Slices, meter: Meter
+    ) -> Iterator[tuple[int, Iterator[GroupedScene], SkippedItems]]:
+        chunks = ImageBatcher(self._source, slices, self._augment)
         for place, calls in itertools.groupby(self._calls(chunks, meter), key=lambda call: call.shard):
-            unread = Unread()
+            unread = SkippedItems()
             yield place, self._scenes(calls, unread, meter), unread
 
-    def _calls(self, chunks: Chunks, meter: Meter) -> Iterator[_Call]:
+    def _calls(self, chunks: ImageBatcher, meter: Meter) -> Iterator[_Call]:
         """All batches in order, each handed out when others are under way behind it, over the ends of shards too."""
         waiting: collections.deque[_Call] = collections.deque()
         read = meter.waiting_for_each(iter(loader.batches(chunks, 0, len(chunks), self._workers)))
@@ -222,11 +228,11 @@ class Encoder(ShardWriter):
                     yield waiting.popleft()
         yield from waiting
 
-    def _batched(self, chunks: Iterator[Any]) -> Iterator[tuple[np.ndarray, int, list[ReadScene]]]:
+    def _batched(self, chunks: Iterator[Any]) -> Iterator[tuple[np.ndarray, int, list[DecodedScene]]]:
         """Batches uint8 [B, R, R, 3] of one shard's images: how many there are, and the scenes up to there."""
         size, R = self._batch_size * self._tokenizer.num_devices, self._augment.preprocess.resolution
         batch, count = np.zeros((size, R, R, 3), np.uint8), 0
-        scenes: list[ReadScene] = []
+        scenes: list[DecodedScene] = []
         for chunk in chunks:
             scenes += chunk["scenes"].tolist()
             images = chunk["images"]
@@ -241,9 +247,9 @@ class Encoder(ShardWriter):
         if count or scenes:
             yield batch, count, scenes
 
-    def _scenes(self, calls: Iterator[_Call], unread: Unread, meter: Meter) -> Iterator[GroupedScene]:
+    def _scenes(self, calls: Iterator[_Call], unread: SkippedItems, meter: Meter) -> Iterator[GroupedScene]:
         """The scenes of one shard, as their last codes come from the devices."""
-        waiting: collections.deque[ReadScene] = collections.deque()
+        waiting: collections.deque[DecodedScene] = collections.deque()
         ready = np.zeros((0, self._tokenizer.codes_per_image), np.uint16)  # [images, N]
         for call in calls:
             waiting += call.scenes
@@ -301,7 +307,7 @@ class Meter:
             self._done + scenes,
         )
         if time.monotonic() - self._since > _SAY_EVERY:
-            say(self.line())
+            log_info(self.line())
 
     def line(self) -> str:
         """`120/400 scenes (30 %), 41.2 images/s, 1m32s left, host-bound: …`, of the time since the line before."""

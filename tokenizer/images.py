@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.common.logging import Progress, say
+from lvm.common.logging import Progress, log_info
 from lvm.data.images.sources import Failure, Source
 from lvm.data.mixture import split
 from lvm.data.mixture.permutation import permute
@@ -75,9 +75,9 @@ class ImagePool:
                 for column, stream in enumerate(scene.info.streams):
                     by_stream.setdefault(stream, []).append(scene.images[:, column])
                 if done % 250 == 0:
-                    say(f"reading images: {progress.line(done)}")
+                    log_info(f"reading images: {progress.line(done)}")
         for failure in failures:
-            say(f"skipped {failure.key}: {failure.reason}")
+            log_info(f"skipped {failure.key}: {failure.reason}")
         self.images = {stream: np.concatenate(parts) for stream, parts in by_stream.items()}
 
 

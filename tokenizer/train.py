@@ -14,7 +14,7 @@ from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.hardware.sharding import MeshConfig, make_mesh
@@ -170,7 +170,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     if is_finished(place, loop):
         return
     for skipped in source.skipped:
-        say(f"skipped {skipped.key}: {skipped.reason}")
+        log_info(f"skipped {skipped.key}: {skipped.reason}")
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps)
     trainable = TokenizerTrainable(
         config.model,
@@ -187,7 +187,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     if len(heldout):
         images = ImagePool(source, heldout, side, limit).images
         trainable.heldout = {s: x[:: -(-len(x) // _HELDOUT_IMAGES)] for s, x in images.items() if len(x)}
-    say(f"{len(training)} scenes to train on, {len(heldout)} held out; " + _count(pool))
+    log_info(f"{len(training)} scenes to train on, {len(heldout)} held out; " + _count(pool))
     batches = TrainingImages(pool, config.data.rgb_share, config.batch_size, config.seed)
     cache_programs(loop.compilation_cache, place.path)
     make = StepFrom if config.init_from else Step

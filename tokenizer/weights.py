@@ -22,7 +22,7 @@ from etils import epath
 from lvm.common import files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.preprocess import Preprocess
 from lvm.interop import tensors as interop
 from lvm.interop.tensors import LazyTensor
@@ -144,7 +144,7 @@ def _check_dtypes(found: Mapping[str, LazyTensor], file: epath.Path) -> None:
         names = [f"{name} {tensor.dtype}" for name, tensor in found.items() if tensor.dtype in refused]
         raise UserError(f"{file}: {'; '.join(names[:8])}; expected float32, or half precision to be widened")
     for dtype in sorted(map(str, dtypes)):
-        say(f"{file}: tensors in {dtype} are widened to float32")
+        log_info(f"{file}: tensors in {dtype} are widened to float32")
 
 
 def _layout_of(fields: Mapping[str, Any], content: str, where: str) -> Layout:

@@ -58,7 +58,7 @@ def spread_list_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     return spread
 
 
-def name_positions(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+def positionals_to_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     """`A B --to=c` → `--src=A --dst=B --to=c`, for the names src and dst: commands take flags alone.
 
     Flags must be defined: one that isn't a switch may have its value as the next argument.

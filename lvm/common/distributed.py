@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 
 T = TypeVar("T")
 # What a launcher of ours tells each process; the first alone, as "auto", is where JAX finds the others by itself.
@@ -63,7 +63,7 @@ def join(config: DistributedConfig) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)
-    say(f"{jax.process_count()} processes, {jax.device_count()} devices")
+    log_info(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
 
 def _in_cluster() -> bool:
@@ -83,7 +83,7 @@ def _num_processes() -> int:
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
-def agree(number: int) -> int:
+def broadcast(number: int) -> int:
     """The first process's number (below 2⁶²), on all processes."""
     if _num_processes() == 1:
         return number
@@ -92,7 +92,7 @@ def agree(number: int) -> int:
     return (int(high) << 31) + int(low)
 
 
-def together(function: Callable[[], T]) -> T | None:
+def on_process_zero(function: Callable[[], T]) -> T | None:
     """Calls `function` on the first process alone; where that fails, all processes fail.
 
     Returns:
@@ -107,7 +107,7 @@ def together(function: Callable[[], T]) -> T | None:
             found = function()
         except UserError as error:
             problem = error
-    if agree(int(problem is not None)):
+    if broadcast(int(problem is not None)):
         raise problem or UserError("the first process refused to go on: its message says why")
     return found
 

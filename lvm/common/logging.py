@@ -7,7 +7,7 @@ import time
 import jax
 
 
-def say(text: str) -> None:
+def log_info(text: str) -> None:
     """Prints one line, from the first process alone."""
     # Asking for the process index of a single process would take hold of its accelerator.
     if not jax.distributed.is_initialized() or jax.process_index() == 0:

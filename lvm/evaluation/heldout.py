@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.images.sources import Failure, SceneInfo, Source
 from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Recipe
@@ -72,7 +72,7 @@ class Heldout:
                 codes = encode(flat).reshape(*loaded.images.shape[:2], -1)  # [T, S, N]
                 self.scenes.append(HeldoutScene(loaded.info, loaded.images, codes))
         for failure in self.failures:
-            say(f"skipped {failure.key}: {failure.reason}")
+            log_info(f"skipped {failure.key}: {failure.reason}")
         if not self.scenes:
             raise UserError("no held-out scene can be read; heldout_fraction must be the training's, above 0")
 

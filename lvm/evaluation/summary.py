@@ -36,7 +36,7 @@ def pictures(
     """The pictures of an evaluation, prompts' answers first."""
     videos = [
         _video(model, sentences[name], decode)
-        for name, part in mixture.sources.items()
+        for name, part in mixture.components.items()
         if isinstance(part.recipe, Video) and name in sentences
     ]
     tasks = [_task(answers) for answers in asked]

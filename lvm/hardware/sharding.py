@@ -181,7 +181,7 @@ def split_over_data(tree: Any, mesh: Mesh, placed: Any) -> Any:
         for dimension in sorted(range(leaf.ndim), key=lambda i: -leaf.shape[i]):
             entry = entries[dimension]
             axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-            if data > 1 and leaf.shape[dimension] % (data * _ways(mesh, axes)) == 0:
+            if data > 1 and leaf.shape[dimension] % (data * axis_size(mesh, axes)) == 0:
                 entries[dimension] = (*axes, "data")  # within the parameter's own part, so that parts nest
                 return NamedSharding(mesh, PartitionSpec(*entries))
         return sharding
@@ -189,7 +189,7 @@ def split_over_data(tree: Any, mesh: Mesh, placed: Any) -> Any:
     return jax.tree.map(split, tree, placed)
 
 
-def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
+def axis_size(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -201,7 +201,7 @@ def _divisible(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, names: Sequence[str]
 ) -> PartitionSpec:
     for size, axis in zip(shape, axes, strict=True):
-        ways = _ways(mesh, RULES.get(axis or "", ()))
+        ways = axis_size(mesh, RULES.get(axis or "", ()))
         if size % ways:
             raise UserError(
                 f"config.mesh: {'/'.join(names)} has a dimension of {size}, not divisible by {ways}"

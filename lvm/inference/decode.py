@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from lvm.hardware import sharding
 from lvm.inference.decode_params import module
-from lvm.inference.sampling import Draws, draw
+from lvm.inference.sampling import SamplingParams, sample_token
 from lvm.model.nnx_utils import Params
-from lvm.model.transformer import CACHE_AXES, Cache, ModelConfig, Place
+from lvm.model.transformer import CACHE_AXES, Cache, DecodePosition, ModelConfig
 
 _STATIC = ("config", "mesh")
 
@@ -30,14 +30,14 @@ class State(NamedTuple):
     """
 
     caches: list[Cache]
-    place: Place
+    place: DecodePosition
     token: jax.Array
     number: jax.Array
     written: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "kernel", "size", "candidates", "room"))
-def begin(
+def prefill(
     weights: Params,
     prompts: jax.Array,
     lengths: jax.Array,
@@ -65,10 +65,10 @@ def begin(
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "num_allowed"), donate_argnames="state")
-def write(
+def decode(
     weights: Params,
     state: State,
-    draws: Draws,
+    draws: SamplingParams,
     steps: jax.Array,
     *,
     config: ModelConfig,
@@ -81,12 +81,12 @@ def write(
         def advance(state: State) -> State:
             model = module(weights, config)  # inside of the loop, or its views would be copies
             position, slot, visible = state.place
-            place = Place(position, slot, visible | (jnp.arange(visible.shape[1]) == slot))
+            place = DecodePosition(position, slot, visible | (jnp.arange(visible.shape[1]) == slot))
             hidden, caches = model.extend(state.token, place, state.caches)
             logits = model.logits(hidden)[:, :num_allowed]  # [R, allowed]
-            token = draw(logits, draws, state.number)
+            token = sample_token(logits, draws, state.number)
             written = jax.lax.dynamic_update_slice(state.written, token[:, None], (0, state.number))
-            place = Place(position + 1, slot + 1, place.visible)
+            place = DecodePosition(position + 1, slot + 1, place.visible)
             return State(caches, place, token, state.number + 1, written)
 
         end = state.number + steps
@@ -94,7 +94,7 @@ def write(
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "kernel"), donate_argnames="state")
-def slide(
+def re_prefill(
     weights: Params,
     state: State,
     windows: jax.Array,
@@ -119,7 +119,7 @@ def _read(
     kernel: str,
     size: int,
     candidates: int,
-) -> tuple[list[Cache], Place]:
+) -> tuple[list[Cache], DecodePosition]:
     """Caches of `size` places that hold rows [B, T], and where the last token of each goes."""
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -132,5 +132,5 @@ def _read(
         return sharding.constrain(x, *CACHE_AXES[-x.ndim :])
 
     last = jnp.repeat(lengths - 1, candidates)  # [R]
-    place = Place(last, jnp.int32(T), jnp.arange(size) < last[:, None])
+    place = DecodePosition(last, jnp.int32(T), jnp.arange(size) < last[:, None])
     return jax.tree.map(hold, caches), place

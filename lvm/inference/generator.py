@@ -138,7 +138,7 @@ class Generator:
         longest = int(fill.max())
         # A slide reads rows of any length below the limit anew, and its padding goes to the next multiple.
         places = _round_up(longest) + length if longest + length <= limit else limit + _MULTIPLE
-        state = decode.begin(
+        state = decode.prefill(
             self._weights,
             *_padded(prompts),
             size=_round_up(places),
@@ -152,7 +152,7 @@ class Generator:
             if window is not None and (fill == limit).any():
                 state, fill = self._slide(state, prompts, done, fill, limit, window)
             steps = min(length - done, int(limit - fill.max()), every or length)
-            state = decode.write(
+            state = decode.decode(
                 self._weights,
                 state,
                 rules,
@@ -181,7 +181,7 @@ class Generator:
             history = np.concatenate([prompts[row // candidates], written[row]])
             newest = history[len(history) - (size - len(window.front)) :]
             windows.append(np.concatenate([window.front, newest]))
-        state = decode.slide(self._weights, state, *_padded(windows), kernel=self._kernel, **self._where)
+        state = decode.re_prefill(self._weights, state, *_padded(windows), kernel=self._kernel, **self._where)
         return state, fill
 
     def _checked_lengths(

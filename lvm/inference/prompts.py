@@ -13,7 +13,7 @@ from PIL import Image
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.listing import VIDEO_SUFFIXES, natural
+from lvm.data.images.sources.listing import VIDEO_SUFFIXES, natural_key
 from lvm.data.images.sources.pictures import SUFFIXES
 from lvm.data.images.sources.video import VideoSource
 from lvm.inference.contact_sheet import Cell, sheet
@@ -146,7 +146,7 @@ class Files:
         files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
         if not files:
             raise UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
-        return sorted(files, key=lambda file: natural(file.name))[: self._frames or None]
+        return sorted(files, key=lambda file: natural_key(file.name))[: self._frames or None]
 
 
 def contact_sheet(prompt: Prompt, answers: np.ndarray, side: int) -> np.ndarray:

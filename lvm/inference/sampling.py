@@ -36,7 +36,7 @@ class Sampling:
             raise UserError(f"top_p: {self.top_p} is not in (0, 1]")
 
 
-class Draws(NamedTuple):
+class SamplingParams(NamedTuple):
     """How each row draws: keys [R], temperature and top_p float32 [R], top_k int32 [R]."""
 
     keys: jax.Array
@@ -45,18 +45,20 @@ class Draws(NamedTuple):
     top_p: jax.Array
 
 
-def draws(samplings: Sequence[Sampling], seeds: Sequence[int], candidates: int) -> Draws:
-    """The `Draws` of B requests with as many candidates each: rows [B · candidates], a request's side by side."""
+def draws(samplings: Sequence[Sampling], seeds: Sequence[int], candidates: int) -> SamplingParams:
+    """`SamplingParams` of B requests with `candidates` each: rows [B · candidates], a request's side by side."""
     keys = jnp.stack([jax.random.key(int(seed) % 2**32) for seed in seeds])  # [B]
     of_candidates = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     keys = of_candidates(keys, jnp.arange(candidates)).reshape(-1)  # [R]
     fields = [(s.temperature, s.top_k, s.top_p) for s in samplings for _ in range(candidates)]
     columns = zip(*fields, strict=True)
     types = (jnp.float32, jnp.int32, jnp.float32)
-    return Draws(keys, *(jnp.array(column, dtype) for column, dtype in zip(columns, types, strict=True)))
+    return SamplingParams(
+        keys, *(jnp.array(column, dtype) for column, dtype in zip(columns, types, strict=True))
+    )
 
 
-def draw(logits: jax.Array, draws: Draws, number: jax.Array) -> jax.Array:
+def sample_token(logits: jax.Array, draws: SamplingParams, number: jax.Array) -> jax.Array:
     """The `number`-th new token of every row: logits float32 [R, V] → int32 [R]."""
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # [R]
     warm = draws.temperature > 0  # [R]

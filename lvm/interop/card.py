@@ -11,7 +11,7 @@ from typing import Any
 
 from lvm.common.config import to_json
 from lvm.data.images.preprocess import Preprocess
-from lvm.interop.lazy_checkpoint import Stored
+from lvm.interop.lazy_checkpoint import LazyCheckpoint
 
 README, EXAMPLE = "README.md", "example.py"
 TOKENIZER = "tokenizer"  # the folder of the export that holds it
@@ -42,7 +42,7 @@ _CROP = """    side = min(picture.size)
 _EXAMPLE = pathlib.Path(__file__).with_name("example.py.in")
 
 
-def readme(stored: Stored, identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
+def readme(stored: LazyCheckpoint, identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
     """The model card.
 
     Args:
@@ -67,7 +67,7 @@ query as example pairs before it do.
 """
 
 
-def _sizes(stored: Stored) -> str:
+def _sizes(stored: LazyCheckpoint) -> str:
     config, vocabulary = stored.config, stored.vocabulary
     count = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
     specials = {name: getattr(vocabulary, name) for name in ("bos", "eos", "pad")}
@@ -103,7 +103,7 @@ def _tokenizer(identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
     )
 
 
-def _prompting(stored: Stored, has_tokenizer: bool) -> str:
+def _prompting(stored: LazyCheckpoint, has_tokenizer: bool) -> str:
     vocabulary = stored.vocabulary
     first = "the" if vocabulary.bos is None else f"{vocabulary.bos} (BOS), then the"
     run = (
@@ -121,7 +121,7 @@ def _prompting(stored: Stored, has_tokenizer: bool) -> str:
     )
 
 
-def _training(stored: Stored) -> str:
+def _training(stored: LazyCheckpoint) -> str:
     config = stored.record.get("config", {})
     told = {name: value for name, value in config.items() if name != "model"}
     if not told:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.interop.lazy_checkpoint import Stored
+from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.model.nnx_utils import Params, abstract, merge
-from lvm.model.transformer import Layer, ModelConfig, RMSNorm, Turns, rotary_turns
+from lvm.model.transformer import Layer, ModelConfig, RMSNorm, RopeCosSin, rope_cos_sin
 
 _AT_ONCE = 256  # positions whose logits are in memory together
 _SHOWN = (0, 1, 10, 100, 1000)  # positions of the report, and the last one
@@ -54,7 +54,7 @@ class Comparison:
         )
 
 
-def compare(first: Stored, second: Stored, rows: int = 2, seed: int = 0) -> Comparison:
+def compare(first: LazyCheckpoint, second: LazyCheckpoint, rows: int = 2, seed: int = 0) -> Comparison:
     """Runs both models on the same random codes, as many as both contexts hold; logits of codes alone count.
 
     Args:
@@ -94,7 +94,7 @@ def compare(first: Stored, second: Stored, rows: int = 2, seed: int = 0) -> Comp
     return Comparison(apart, (squares / (rows * T)) ** 0.5, np.concatenate(kl), differs, size)
 
 
-def _check_comparable(first: Stored, second: Stored) -> None:
+def _check_comparable(first: LazyCheckpoint, second: LazyCheckpoint) -> None:
     different = [
         f"{name}: {getattr(first.config, name)}, there {getattr(second.config, name)}"
         for name in ("hidden_size", "num_layers")
@@ -107,10 +107,10 @@ def _check_comparable(first: Stored, second: Stored) -> None:
         raise UserError(f"{first.where} and {second.where}: not one model ({'; '.join(different)})")
 
 
-def _layer(model: Stored, number: int, x: jax.Array) -> jax.Array:
+def _layer(model: LazyCheckpoint, number: int, x: jax.Array) -> jax.Array:
     """x [B, T, D] → [B, T, D]; one layer of the model is in memory."""
     config = dataclasses.replace(model.config, dtype="float32")
-    turns = rotary_turns(jnp.arange(x.shape[1])[None], config.head_dim, config.rope_theta)
+    turns = rope_cos_sin(jnp.arange(x.shape[1])[None], config.head_dim, config.rope_theta)
     return _program(config)(model.layer(number), x, turns)
 
 
@@ -119,20 +119,20 @@ def _program(config: ModelConfig) -> Any:
     graphdef, _ = abstract(lambda rngs: Layer(config, rngs))
 
     @jax.jit
-    def run(params: Params, x: jax.Array, turns: Turns) -> jax.Array:
+    def run(params: Params, x: jax.Array, turns: RopeCosSin) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             return merge(graphdef, params)(x, turns, "xla")
 
     return run
 
 
-def _normed(model: Stored, x: jax.Array) -> jax.Array:
+def _normed(model: LazyCheckpoint, x: jax.Array) -> jax.Array:
     graphdef, _ = abstract(lambda rngs: RMSNorm(model.config.hidden_size, model.config.norm_epsilon))
     scale = jnp.asarray(model.tensors["norm.scale"].read(), jnp.float32)
     return merge(graphdef, {"scale": scale})(x)
 
 
-def _head(model: Stored) -> jax.Array:
+def _head(model: LazyCheckpoint) -> jax.Array:
     tied = model.config.tie_embeddings
     array = model.tensors["embedding" if tied else "head"].read().astype(np.float32)
     return jnp.asarray(array.T if tied else array)  # [D, V]

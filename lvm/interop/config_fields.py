@@ -15,7 +15,7 @@ from etils import epath
 from lvm.common import files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.interop.lazy_checkpoint import NO_RECORD, Stored
+from lvm.interop.lazy_checkpoint import NO_RECORD, LazyCheckpoint
 from lvm.model.transformer import ModelConfig
 
 RECORD = "lvm.json"  # what the training said of itself, beside weights in another format
@@ -122,7 +122,7 @@ def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
     return found[0] if found else _DEFAULTS["rope_theta"]
 
 
-def save_beside(folder: pathlib.Path, stored: Stored) -> None:
+def save_beside(folder: pathlib.Path, stored: LazyCheckpoint) -> None:
     """Writes the vocabulary, and what the training said of itself."""
     stored.vocabulary.save(folder)
     record = dict(stored.record)

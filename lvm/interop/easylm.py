@@ -10,13 +10,13 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.interop import tensors as interop
 from lvm.interop.config_fields import EASYLM as FAMILY
 from lvm.interop.config_fields import LLAMA, config_of, record_of, save_beside
 from lvm.interop.hugging_face import computed_as_stored
 from lvm.interop.layouts import EASYLM
-from lvm.interop.lazy_checkpoint import Stored, read_whole, vocabulary_of
+from lvm.interop.lazy_checkpoint import LazyCheckpoint, read_whole, vocabulary_of
 from lvm.interop.stream import Key, read_stream, write_stream
 from lvm.interop.tensors import LazyTensor
 from lvm.training.workdir import CONFIG
@@ -31,7 +31,7 @@ def streams(names: Sequence[str]) -> list[str]:
     return sorted(name for name in names if name.startswith(_PREFIXES) or name.endswith(_SUFFIXES))
 
 
-def read(folder: epath.Path, file: epath.Path) -> Stored:
+def read(folder: epath.Path, file: epath.Path) -> LazyCheckpoint:
     """The model of a stream, `streaming_params` or `streaming_train_state` under any name, in its folder.
 
     Raises:
@@ -51,7 +51,7 @@ def read(folder: epath.Path, file: epath.Path) -> Stored:
     interop.check(found, EASYLM.shapes(config), os.fspath(file))
     tensors = EASYLM.ours(found, config)
     read_whole(tensors, config, file)
-    stored = Stored(config, vocabulary, tensors, record, step, os.fspath(file))
+    stored = LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(file))
     return stored if "model" in record.get("config", {}) else computed_as_stored(stored)
 
 
@@ -69,16 +69,16 @@ def _parameters(file: epath.Path) -> dict[str, LazyTensor]:
     return {".".join(key): value for key, value in mine.items() if value is not None}
 
 
-def write(folder: pathlib.Path, stored: Stored) -> None:
+def write(folder: pathlib.Path, stored: LazyCheckpoint) -> None:
     """Writes such a folder's files."""
     if stored.config.kv_heads != stored.config.num_heads:
-        say("EasyLM has no grouped key-value heads: its own code can't load this, ours can")
+        log_info("EasyLM has no grouped key-value heads: its own code can't load this, ours can")
     tensors = EASYLM.theirs(stored.tensors)
     write_stream(folder / PARAMS, ((tuple(name.split(".")), tensor) for name, tensor in tensors.items()))
     files.write_json(folder / CONFIG, _config(stored))
     save_beside(folder, stored)
 
 
-def _config(stored: Stored) -> dict[str, object]:
+def _config(stored: LazyCheckpoint) -> dict[str, object]:
     specials = {f"{name}_token_id": getattr(stored.vocabulary, name) for name in ("bos", "eos", "pad")}
     return {**FAMILY.fields(stored.config), "rope_theta": stored.config.rope_theta, **specials}

@@ -16,7 +16,7 @@ from lvm.common.errors import UserError
 from lvm.interop import tensors as interop
 from lvm.interop.config_fields import LLAMA, config_of, record_of, save_beside
 from lvm.interop.layouts import HUGGING_FACE
-from lvm.interop.lazy_checkpoint import Stored, read_whole, vocabulary_of
+from lvm.interop.lazy_checkpoint import LazyCheckpoint, read_whole, vocabulary_of
 from lvm.interop.tensors import LazyTensor
 from lvm.interop.torch_reader import read_state_dict
 from lvm.model.vocabulary import Vocabulary
@@ -36,7 +36,7 @@ def is_one(names: Sequence[str]) -> bool:
     return any(_WEIGHTS.fullmatch(name) for name in names)
 
 
-def read(folder: epath.Path) -> Stored:
+def read(folder: epath.Path) -> LazyCheckpoint:
     """The model of such a folder.
 
     Raises:
@@ -53,11 +53,11 @@ def read(folder: epath.Path) -> Stored:
     interop.check(found, HUGGING_FACE.shapes(config), os.fspath(folder))
     tensors = HUGGING_FACE.ours(found, config)
     read_whole(tensors, config, folder)
-    stored = Stored(config, vocabulary, tensors, record, step, os.fspath(folder))
+    stored = LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(folder))
     return stored if "model" in record.get("config", {}) else computed_as_stored(stored)
 
 
-def computed_as_stored(stored: Stored) -> Stored:
+def computed_as_stored(stored: LazyCheckpoint) -> LazyCheckpoint:
     """With the compute type of its tensors, where nothing else tells; float16 isn't one of ours."""
     dtype = "bfloat16" if stored.dtype == "bfloat16" else "float32"
     return dataclasses.replace(stored, config=dataclasses.replace(stored.config, dtype=dtype))
@@ -92,7 +92,7 @@ def _sharded(index: epath.Path, read_file: Any) -> dict[str, LazyTensor]:
     return {tensor: shards[place][tensor] for tensor, place in places.items()}
 
 
-def write(folder: pathlib.Path, stored: Stored, max_shard: int) -> None:
+def write(folder: pathlib.Path, stored: LazyCheckpoint, max_shard: int) -> None:
     """Writes such a folder's files, weights in shards of at most `max_shard` bytes each (or one tensor)."""
     tensors = HUGGING_FACE.theirs(stored.tensors)
     shards = list(_shards(tensors, max_shard))
@@ -127,7 +127,7 @@ def _specials(vocabulary: Vocabulary) -> dict[str, int | None]:
     return {f"{name}_token_id": getattr(vocabulary, name) for name in ("bos", "eos", "pad")}
 
 
-def _config(stored: Stored) -> dict[str, Any]:
+def _config(stored: LazyCheckpoint) -> dict[str, Any]:
     config = stored.config
     return {
         "architectures": ["LlamaForCausalLM"],

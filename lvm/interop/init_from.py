@@ -10,9 +10,9 @@ import numpy as np
 from etils import epath
 
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.interop import models
-from lvm.interop.lazy_checkpoint import Stored, with_dtype, with_vocabulary
+from lvm.interop.lazy_checkpoint import LazyCheckpoint, with_dtype, with_vocabulary
 from lvm.interop.tensors import LazyTensor
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
@@ -34,7 +34,7 @@ _SAME = (
 
 def first_model(
     folder: epath.PathLike, config: ModelConfig, vocabulary: Vocabulary, tokenizer: Mapping[str, Any]
-) -> Stored:
+) -> LazyCheckpoint:
     """The model in a folder, float32, with as many ids as the training's vocabulary.
 
     Args:
@@ -60,14 +60,14 @@ def first_model(
     if known and known["hash"] != tokenizer.get("hash"):
         raise UserError(f"config.init_from: {folder}: a model of another tokenizer's codes than the store's")
     if found.vocabulary != vocabulary:
-        say(f"{folder}: its vocabulary becomes ours: {found.vocabulary} → {vocabulary}")
+        log_info(f"{folder}: its vocabulary becomes ours: {found.vocabulary} → {vocabulary}")
     return with_dtype(with_vocabulary(found, vocabulary.size), "float32")
 
 
 class StepFrom(Step):
     """A step whose first state has a stored model's weights; its optimizer's state is a fresh one."""
 
-    def __init__(self, model: Stored, *arguments: Any):
+    def __init__(self, model: LazyCheckpoint, *arguments: Any):
         super().__init__(*arguments)
         self._model = model
 

@@ -36,7 +36,7 @@ NO_RECORD: dict[str, Any] = {"version": 1, "kind": "lvm", "tokenizer": None, "st
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class LazyCheckpoint:
     """A transformer at rest.
 
     Attributes:
@@ -165,7 +165,7 @@ def vocabulary_of(folder: epath.Path, size: int) -> Vocabulary:
     return _UNDECLARED[size]
 
 
-def with_dtype(stored: Stored, dtype: str) -> Stored:
+def with_dtype(stored: LazyCheckpoint, dtype: str) -> LazyCheckpoint:
     """The same in another floating-point type."""
     tensors = {
         name: interop.cast(tensor, DTYPES[dtype], f"{stored.where}: {name}")
@@ -174,7 +174,7 @@ def with_dtype(stored: Stored, dtype: str) -> Stored:
     return dataclasses.replace(stored, tensors=tensors, whole={})
 
 
-def with_vocabulary(stored: Stored, size: int) -> Stored:
+def with_vocabulary(stored: LazyCheckpoint, size: int) -> LazyCheckpoint:
     """The same with a vocabulary of `size` ids.
 
     Ids keep their rows, bit for bit, and specials their ids; each new id gets the mean of all rows, in the embedding

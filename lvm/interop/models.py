@@ -10,9 +10,9 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.interop import easylm, hugging_face, workdirs
-from lvm.interop.lazy_checkpoint import Stored
+from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.model.vocabulary import Vocabulary
 from lvm.training.workdir import CONFIG
 
@@ -20,7 +20,7 @@ KINDS = ("hf", "orbax", "easylm")
 MAX_SHARD = 2 * 10**9  # bytes
 
 
-def read(folder: epath.PathLike, step: int | None = None) -> Stored:
+def read(folder: epath.PathLike, step: int | None = None) -> LazyCheckpoint:
     """The model in a folder of any kind, or in a stream whose file is given and has its config.json beside it.
 
     Args:
@@ -73,7 +73,7 @@ def _kind(path: epath.Path) -> tuple[str, epath.Path | None]:
 
 def write(
     folder: epath.PathLike,
-    stored: Stored,
+    stored: LazyCheckpoint,
     kind: str,
     max_shard: int = MAX_SHARD,
     finish: Callable[[pathlib.Path], None] = lambda folder: None,
@@ -125,4 +125,4 @@ def check_tokenizer(
             f"{folder}: a tokenizer of {identity['num_codes']} codes, the model has {vocabulary.num_codes}"
         )
     if not known:
-        say(f"{folder}: the model doesn't tell its tokenizer; this one is taken on trust")
+        log_info(f"{folder}: the model doesn't tell its tokenizer; this one is taken on trust")

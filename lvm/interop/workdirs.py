@@ -18,7 +18,7 @@ from etils import epath
 from lvm.common import files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.interop.lazy_checkpoint import Stored, layer_names, read_whole, shapes, stacked_shapes
+from lvm.interop.lazy_checkpoint import LazyCheckpoint, layer_names, read_whole, shapes, stacked_shapes
 from lvm.interop.tensors import LazyTensor
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
@@ -29,7 +29,7 @@ from lvm.training.workdir import CONFIG, read_record
 _CACHE = 2**28  # bytes of chunks that stay in memory, for those that hold several small layers
 
 
-def read(folder: epath.Path, step: int | None = None) -> Stored:
+def read(folder: epath.Path, step: int | None = None) -> LazyCheckpoint:
     """The model of a workdir's newest checkpoint, or that of `step`.
 
     Raises:
@@ -43,7 +43,7 @@ def read(folder: epath.Path, step: int | None = None) -> Stored:
     place = folder / FOLDER / str(step)
     tensors, whole = _tensors(place / "params", config)
     read_whole(tensors, config, place)
-    return Stored(config, vocabulary, tensors, record, step, os.fspath(folder), whole)
+    return LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(folder), whole)
 
 
 def _tensors(folder: epath.Path, config: ModelConfig) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
@@ -108,7 +108,7 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
             await array.write(value.read())
 
 
-def write(folder: pathlib.Path, stored: Stored) -> None:
+def write(folder: pathlib.Path, stored: LazyCheckpoint) -> None:
     """Writes a workdir with one checkpoint, of parameters alone: training can't go on in it, but begin with it."""
     tensors = dataclasses.replace(stored, whole={}).stacked()
     registry = ocp.type_handlers.create_type_handler_registry((LazyTensor, _OneByOne()))

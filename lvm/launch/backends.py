@@ -12,10 +12,10 @@ from typing import Any
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.launch import code, gke, local, shell, slurm, tpu_vm
 from lvm.launch.local import Supervisor
-from lvm.launch.request import Request, Site, Submitted
+from lvm.launch.request import ClusterConfig, Request, Submitted
 from lvm.launch.shell import CommandError
 
 LOCAL = "local"
@@ -28,7 +28,7 @@ _RECORD = "submitted.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class SubmitOptions:
     """How a run is submitted.
 
     Attributes:
@@ -44,7 +44,7 @@ class Options:
     dry_run: bool = False
 
 
-def submit(on: str, request: Request, folder: Path, options: Options) -> None:
+def submit(on: str, request: Request, folder: Path, options: SubmitOptions) -> None:
     """Writes a run's files into `folder`, and sends it off.
 
     Raises:
@@ -75,7 +75,7 @@ def submit(on: str, request: Request, folder: Path, options: Options) -> None:
         else:
             shell.run(command, folder)
     if not options.dry_run:
-        say(
+        log_info(
             f"{request.run}: submitted; `python -m lvm.submit status --on={on} --run={request.run}` asks for it"
         )
 
@@ -91,7 +91,7 @@ def run_here(request: Request, folder: Path, processes: int, grace: float, dry_r
         return 0
     secrets = {name: os.environ[where] for name, where in request.secrets.items()}
     environment = {**request.environment, **secrets}
-    place = local.Place(folder)  # whose lock is held while it lives
+    place = local.LocalRun(folder)  # whose lock is held while it lives
     with place.hold() as log:
         files.write_json(folder / _RECORD, {"on": LOCAL, "workdir": request.workdir})
         run = Supervisor(request.command, processes, request.max_restarts, grace, environment, log)
@@ -109,13 +109,13 @@ def _check_secrets(request: Request) -> None:
 def _plan(request: Request) -> None:
     """Refuses what doesn't fit: as `lvm.plan` says it, with the nearest that does."""
     if request.slice is None:
-        say("no plan: without --accelerator nobody knows the memory")
+        log_info("no plan: without --accelerator nobody knows the memory")
         return
     for arguments in request.sweep or ((),):
         name = request.slice.libtpu_name or request.slice.name
         where = [f"--topology={name}", f"--slices={request.slices}"]
         command = [sys.executable, "-m", "lvm.plan", *request.job, *arguments, *where]
-        say(f"planning: {shell.show(command)}")
+        log_info(f"planning: {shell.show(command)}")
         try:
             shell.run(command, Path.cwd())
         except CommandError as error:
@@ -125,7 +125,7 @@ def _plan(request: Request) -> None:
             raise UserError(said[-1].removeprefix("error: ")) from error
 
 
-def find(on: str, run: str, given: Site, folder: Path, workdir: str) -> Submitted:
+def find(on: str, run: str, given: ClusterConfig, folder: Path, workdir: str) -> Submitted:
     """A run as it was submitted from here; what is not known here is what was given."""
     folder.mkdir(parents=True, exist_ok=True)
     site = given
@@ -133,13 +133,13 @@ def find(on: str, run: str, given: Site, folder: Path, workdir: str) -> Submitte
         record = files.read_json(folder / _RECORD)
         if record["on"] != on:
             raise UserError(f"--on: {on}, but {run} was submitted to {record['on']} ({folder})")
-        if given == Site() and on != LOCAL:
-            site = Site(**record["site"])
+        if given == ClusterConfig() and on != LOCAL:
+            site = ClusterConfig(**record["site"])
         workdir = workdir or record["workdir"]
     return Submitted(run, site, folder, workdir)
 
 
-def look_after(verb: str, on: str, run: Submitted, poll: float) -> int:
+def manage(verb: str, on: str, run: Submitted, poll: float) -> int:
     """`status`, `logs`, `cancel`, `list` or `watch`; returns the exit code."""
     if on == LOCAL:
         return _look_after_local(verb, run, poll)
@@ -159,9 +159,9 @@ def look_after(verb: str, on: str, run: Submitted, poll: float) -> int:
 def _look_after_local(verb: str, run: Submitted, poll: float) -> int:
     if verb == "list":
         for folder in sorted(run.folder.glob("*/log.txt")):
-            print(f"{folder.parent.name}: {_state(local.Place(folder.parent))}")
+            print(f"{folder.parent.name}: {_state(local.LocalRun(folder.parent))}")
         return 0
-    place = local.Place(run.folder)
+    place = local.LocalRun(run.folder)
     if not place.log.exists():
         raise UserError(f"{run.run}: no run of this name was submitted to this machine ({run.folder})")
     if verb == "logs":
@@ -181,6 +181,6 @@ def _look_after_local(verb: str, run: Submitted, poll: float) -> int:
     return 0
 
 
-def _state(place: local.Place) -> str:
+def _state(place: local.LocalRun) -> str:
     pid = place.pid()
     return "has ended" if pid is None else f"running, process {pid}"

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 
 ROOT = Path(__file__).parents[2]
 _NAMED = 5  # changed files that are named
@@ -35,7 +35,7 @@ def commit(wanted: str, ship_changes: bool) -> str:
             "name what to run with --commit"
         )
     if untracked:
-        say(f"not shipped, since git doesn't know them: {', '.join(untracked)}")
+        log_info(f"not shipped, since git doesn't know them: {', '.join(untracked)}")
     return (_git("stash", "create") if tracked else "") or _git("rev-parse", "HEAD")
 
 

@@ -10,9 +10,9 @@ import yaml
 
 from lvm.common import distributed, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.launch import shell
-from lvm.launch.request import Request, Site, Submitted
+from lvm.launch.request import ClusterConfig, Request, Submitted
 from lvm.launch.shell import Command
 
 SITE_KEYS = ("project", "zone", "cluster", "namespace", "image", "queue", "service_account")
@@ -102,7 +102,7 @@ def watch(run: Submitted, poll: float) -> int:
         found = json.loads(shell.run(state, run.folder, quiet=True)).get("status", {})
         now = f"{found.get('terminalState') or 'running'}, {found.get('restarts', 0)} restarts"
         if now != shown:
-            say(f"{run.run}: {now}")
+            log_info(f"{run.run}: {now}")
         shown = now
         if found.get("terminalState"):
             return 0 if found["terminalState"] == "Completed" else 1
@@ -229,14 +229,14 @@ def _literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _credentials(site: Site) -> Command:
+def _credentials(site: ClusterConfig) -> Command:
     return [
         "gcloud", "container", "clusters", "get-credentials", site.cluster,
         f"--project={site.project}", f"--location={site.zone}",
     ]  # fmt: skip
 
 
-def _kubectl(site: Site) -> list[str]:
+def _kubectl(site: ClusterConfig) -> list[str]:
     site.need("project", "zone", "cluster")
     return [
         "kubectl",

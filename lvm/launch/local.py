@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from lvm.common import cli, distributed, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 
 _POLL = 0.1  # seconds
 
@@ -58,13 +58,13 @@ class Supervisor:
             if self._ending or code in errors.FINAL or not self._max_restarts:
                 return code
             if code == errors.EXIT_PREEMPTED:  # which is no failure
-                say(f"restart after exit code {code}")
+                log_info(f"restart after exit code {code}")
                 continue
             failures += 1
             if failures > self._max_restarts:
-                say(f"given up after {self._max_restarts} restarts")
+                log_info(f"given up after {self._max_restarts} restarts")
                 return code
-            say(f"restart {failures} of {self._max_restarts} after exit code {code}")
+            log_info(f"restart {failures} of {self._max_restarts} after exit code {code}")
 
     def _run_once(self) -> int:
         port = _free_port()
@@ -77,7 +77,7 @@ class Supervisor:
         ]
         for printer in printers:
             printer.start()
-        say("processes " + ", ".join(str(rank.pid) for rank in self._ranks))
+        log_info("processes " + ", ".join(str(rank.pid) for rank in self._ranks))
         if self._ending:  # SIGTERM came while they were being started
             self._signal(signal.SIGTERM)
         code = self._watch()
@@ -112,7 +112,7 @@ class Supervisor:
                 number, rank = failed[0]
                 code = _exit_code(rank)
                 if self._processes > 1:
-                    say(f"process {number} of {self._processes} ended with exit code {code}")
+                    log_info(f"process {number} of {self._processes} ended with exit code {code}")
                 self._end_all()
                 return code
             time.sleep(_POLL)
@@ -155,7 +155,7 @@ def _print(prefix: str, stream: IO[bytes] | None, log: IO[str] | None) -> None:
             output.flush()
 
 
-class Place:
+class LocalRun:
     """A folder that a run on this machine is found by: its supervisor's number and its log.
 
     Args:

@@ -21,7 +21,7 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class ClusterConfig:
     """Where runs go, apart from what a run is: the same keys as flags and in a `--site` file (YAML).
 
     Attributes:
@@ -73,7 +73,7 @@ class Site:
             raise UserError(f"{', '.join(missing)}: not given, neither as a flag nor in the --site file")
 
 
-def read_site(path: epath.PathLike | None, given: Mapping[str, Any]) -> Site:
+def read_site(path: epath.PathLike | None, given: Mapping[str, Any]) -> ClusterConfig:
     """The site of a file, with what was `given` as flags over it.
 
     Raises:
@@ -87,7 +87,7 @@ def read_site(path: epath.PathLike | None, given: Mapping[str, Any]) -> Site:
             raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
         except OSError as error:
             raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
-    names = [field.name for field in dataclasses.fields(Site)]
+    names = [field.name for field in dataclasses.fields(ClusterConfig)]
     if not isinstance(values, dict) or not set(values) <= set(names):
         found = (
             ", ".join(sorted(map(str, set(values) - set(names))))
@@ -95,7 +95,7 @@ def read_site(path: epath.PathLike | None, given: Mapping[str, Any]) -> Site:
             else repr(values)
         )
         raise UserError(f"{path}: {found}: no key of a site; there are {', '.join(names)}")
-    return Site(**{**values, **given})
+    return ClusterConfig(**{**values, **given})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Request:
       secrets: variable → where its value is kept; the value itself is never read here.
       max_restarts: how often a run that ended by 1, 76 or a signal is started again; after 75 it always is. 0 is never.
       sweep: arguments of each of several runs, beside `job`; () is one run.
-      site: see `Site`.
+      site: see `ClusterConfig`.
 
     Raises:
       UserError: a name that a cloud would refuse.
@@ -131,7 +131,7 @@ class Request:
     secrets: Mapping[str, str] = dataclasses.field(default_factory=dict)
     max_restarts: int = 3
     sweep: tuple[tuple[str, ...], ...] = ()
-    site: Site = dataclasses.field(default_factory=Site)
+    site: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         check_run(self.run)
@@ -210,12 +210,12 @@ class Submitted:
 
     Attributes:
       run: its name; "" for all of a site.
-      site: see `Site`.
+      site: see `ClusterConfig`.
       folder: where its files are on this machine; it exists.
       workdir: where it lives.
     """
 
     run: str
-    site: Site
+    site: ClusterConfig
     folder: Path
     workdir: str = ""

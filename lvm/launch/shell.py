@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 
 Command = Sequence[str]
 _FAILURES = 5  # in a row, that end a watch
@@ -95,7 +95,7 @@ def watch(look: Callable[[], int | None], poll: float) -> int:
             failures += 1
             if failures == _FAILURES:
                 raise
-            say(f"{error}; asking again")
+            log_info(f"{error}; asking again")
             code = None
         if code is not None:
             return code

@@ -6,7 +6,7 @@ import shlex
 
 from lvm.common import errors
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.launch import shell
 from lvm.launch.request import VARIABLE, Request, Submitted
 from lvm.launch.shell import Command
@@ -93,7 +93,7 @@ def watch(run: Submitted, poll: float) -> int:
             ended = shell.run([*status(run)[:-1], "--noheader", "--format=State"], run.folder, quiet=True)
             return 0 if set(ended.split()) <= {"COMPLETED"} else 1
         if now != shown:
-            say(f"{run.run}: {now}")
+            log_info(f"{run.run}: {now}")
         shown = now
         return None
 

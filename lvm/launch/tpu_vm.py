@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from lvm.common import distributed, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.launch import shell
-from lvm.launch.request import Request, Site, Submitted
+from lvm.launch.request import ClusterConfig, Request, Submitted
 from lvm.launch.shell import Command, CommandError
 
 SITE_KEYS = ("project", "zone", "runtime_version", "service_account")
@@ -118,18 +118,18 @@ def watch(run: Submitted, poll: float) -> int:
         nonlocal shown
         code = _exit_code(run)
         if code is not None:
-            say(f"{run.run}: ended with exit code {code}; giving its hosts back")
+            log_info(f"{run.run}: ended with exit code {code}; giving its hosts back")
             shell.run(cancel(run), run.folder)
             return code
         state = _state(run)
         if state != shown:
-            say(f"{run.run}: {state}")
+            log_info(f"{run.run}: {state}")
             shown = state
         if state in _GONE:
             shell.run(cancel(run), run.folder)
             state = "deleted"
         if state == "deleted":
-            say(f"{run.run}: asking for its hosts again")
+            log_info(f"{run.run}: asking for its hosts again")
             shell.run(again, run.folder)
             shown = ""
         return None
@@ -165,11 +165,11 @@ def _folder(run: Submitted) -> str:
     return f"{run.workdir.rstrip('/')}/launch/{run.run}"
 
 
-def _resources(site: Site, verb: str, run: str) -> list[str]:
+def _resources(site: ClusterConfig, verb: str, run: str) -> list[str]:
     return ["gcloud", "compute", "tpus", "queued-resources", verb, run, *_where(site)]
 
 
-def _where(site: Site) -> list[str]:
+def _where(site: ClusterConfig) -> list[str]:
     site.need("project", "zone")
     return [f"--project={site.project}", f"--zone={site.zone}"]
 

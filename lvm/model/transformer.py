@@ -148,12 +148,12 @@ class Attention(nnx.Module):
         residual = jax.nn.initializers.normal(config.residual_std)
         self.out = nnx.Param(residual(rngs.params(), (H, size, D)), axes=("heads", "head_dim", "embed"))
 
-    def project(self, x: jax.Array, turns: Turns) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, turns: RopeCosSin) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] → query [B, T, H, d], key and value [B, T, K, d], the first two rotated."""
         query = _to_heads(x, self.query[...], "heads")
         key = _to_heads(x, self.key[...], "kv_heads")
         value = _to_heads(x, self.value[...], "kv_heads")
-        return rotate(query, turns), rotate(key, turns), value
+        return apply_rope(query, turns), apply_rope(key, turns), value
 
     def project_out(self, heads: jax.Array) -> jax.Array:
         """[B, T, H, d] → [B, T, D]."""
@@ -194,13 +194,13 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x: jax.Array, turns: Turns, kernel: str, segment_ids: jax.Array | None = None
+        self, x: jax.Array, turns: RopeCosSin, kernel: str, segment_ids: jax.Array | None = None
     ) -> jax.Array:
         """x [B, T, D], segment_ids int32 [B, T] → [B, T, D]."""
         return self.read(x, turns, kernel, segment_ids)[0]
 
     def read(
-        self, x: jax.Array, turns: Turns, kernel: str, segment_ids: jax.Array | None = None
+        self, x: jax.Array, turns: RopeCosSin, kernel: str, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
         """The same, and the keys and values [B, K, T, d] that a cache keeps of it."""
         query, key, value = self.attention.project(self.attention_norm(x), turns)
@@ -208,7 +208,9 @@ class Layer(nnx.Module):
         x = sharding.constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
         return x, (key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
 
-    def extend(self, x: jax.Array, turns: Turns, place: Place, cache: Cache) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, x: jax.Array, turns: RopeCosSin, place: DecodePosition, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
         """The same over one new token a row, x [B, 1, D], written into the cache first."""
         query, key, value = self.attention.project(self.attention_norm(x), turns)  # [B, 1, H or K, d]
         keys, values = (_put(held, new, place.slot) for held, new in zip(cache, (key, value), strict=True))
@@ -217,7 +219,7 @@ class Layer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), (keys, values)
 
 
-class Place(NamedTuple):
+class DecodePosition(NamedTuple):
     """Where a new token of each row goes.
 
     Attributes:
@@ -231,7 +233,7 @@ class Place(NamedTuple):
     visible: jax.Array
 
 
-Turns = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary angles, float32 [B, T, 1, d/2]
+RopeCosSin = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary angles, float32 [B, T, 1, d/2]
 Cache = tuple[
     jax.Array, jax.Array
 ]  # keys and values of a layer, each [B, K, S, d], or [K, S, d] for a lone row
@@ -301,7 +303,9 @@ class Transformer(nnx.Module):
             caches.append(cache)
         return x, caches
 
-    def extend(self, tokens: jax.Array, place: Place, caches: list[Cache]) -> tuple[jax.Array, list[Cache]]:
+    def extend(
+        self, tokens: jax.Array, place: DecodePosition, caches: list[Cache]
+    ) -> tuple[jax.Array, list[Cache]]:
         """One new token a row, int32 [B] → hidden [B, D], and the caches with its keys and values."""
         x, turns, extended = self._embed(tokens[:, None]), self._turns(place.position[:, None]), []
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -317,8 +321,8 @@ class Transformer(nnx.Module):
         """The output projection, float32 [D, V]."""
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
-    def _turns(self, positions: jax.Array) -> Turns:
-        return rotary_turns(positions, self.config.head_dim, self.config.rope_theta)
+    def _turns(self, positions: jax.Array) -> RopeCosSin:
+        return rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         table = sharding.constrain(self.embedding[...].astype(self.config.dtype), "vocabulary", None)
@@ -336,7 +340,7 @@ def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Layer:
     return make(rngs)
 
 
-def rotary_turns(positions: jax.Array, head_dim: int, theta: float) -> Turns:
+def rope_cos_sin(positions: jax.Array, head_dim: int, theta: float) -> RopeCosSin:
     """Cosines and sines of the rotary angles, float32 [B, T, 1, d/2] each.
 
     Args:
@@ -350,7 +354,7 @@ def rotary_turns(positions: jax.Array, head_dim: int, theta: float) -> Turns:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, turns: Turns) -> jax.Array:
+def apply_rope(x: jax.Array, turns: RopeCosSin) -> jax.Array:
     """Rotary position embedding by half rotation (the Hugging Face convention), in float32: x [B, T, H, d]."""
     cos, sin = turns
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, H, d/2]

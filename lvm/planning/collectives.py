@@ -37,7 +37,7 @@ class Collective:
     overlapped: float = 0.0
 
 
-def moved(program: Program, weights: Iterable[Sequence[int]], chips: int) -> list[Collective]:
+def collective_bytes(program: Program, weights: Iterable[Sequence[int]], chips: int) -> list[Collective]:
     """The collectives of a compiled step by kind.
 
     A chip of a group of g receives (g−1)/g of what a gather gives, of what a reduce-scatter or an all-to-all takes,
@@ -209,7 +209,7 @@ def _overlaps(run: Run) -> bool:
     return False
 
 
-def theory(
+def ideal_collective_bytes(
     model: ModelConfig, rows: int, mesh: Mapping[str, int], slices: int = 1, parts: int = 1
 ) -> dict[str, float]:
     """Bytes that a chip receives in one step of fully sharded training, by kind, in the compute dtype.

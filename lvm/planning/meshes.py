@@ -16,7 +16,7 @@ def resolved(asked: MeshConfig, chips: int) -> MeshConfig:
     return dataclasses.replace(asked, **{a: max(1, chips // fixed) for a in AXES if getattr(asked, a) == -1})
 
 
-def that_divide(
+def valid_meshes(
     model: ModelConfig, asked: MeshConfig, chips: int, slices: int, rows: int = 0, parts: int = 1
 ) -> list[MeshConfig]:
     """Meshes with the `sequence` and `tensor` that are asked for, which divide the model and the chips.
@@ -58,7 +58,7 @@ def checked(
       UserError: it doesn't divide the chips, the model or the batch; names the nearest that does.
     """
     wanted = resolved(asked, chips)
-    if wanted in that_divide(model, wanted, chips, slices, rows, parts):
+    if wanted in valid_meshes(model, wanted, chips, slices, rows, parts):
         return wanted
     said = " × ".join(f"{axis} {getattr(wanted, axis)}" for axis in AXES)
     problem = f"config.mesh: {said} doesn't divide {chips} chips{_in(slices)}, {rows} rows"
@@ -66,10 +66,10 @@ def checked(
     problem += f", a hidden size of {model.hidden_size} and {model.num_heads} heads"
     plain = dataclasses.replace(wanted, sequence=1, tensor=1)
     for shape in (wanted, plain):
-        possible = that_divide(model, shape, chips, slices, rows, parts)
+        possible = valid_meshes(model, shape, chips, slices, rows, parts)
         if possible:
             return _refuse(problem, _nearest(possible, wanted))
-    possible = that_divide(model, wanted, chips, slices) or that_divide(model, plain, chips, slices)
+    possible = valid_meshes(model, wanted, chips, slices) or valid_meshes(model, plain, chips, slices)
     if not possible:
         raise UserError(f"{problem}; no mesh of so many chips does")
     mesh = _nearest(possible, wanted)

@@ -22,7 +22,7 @@ from lvm.planning.estimate import Memory, Shape, count_parameters
 from lvm.planning.hlo import Program
 from lvm.training import optimizer
 from lvm.training.memory import USABLE, bytes_needed, state_bytes
-from lvm.training.next_token import NextCode
+from lvm.training.next_token import NextTokenTask
 from lvm.training.step import Step
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def compiled(config: TrainConfig, target: Target, memory: Memory) -> Plan:
         return dataclasses.replace(guess, total_bytes=total, compile_seconds=took, notes=refused)
     executable = step.compile()
     program = Program(executable.as_text())
-    sent = collectives.moved(program, collectives.weights_of(config.model), target.chips)
+    sent = collectives.collective_bytes(program, collectives.weights_of(config.model), target.chips)
     temporary = int(executable.memory_analysis().temp_size_in_bytes)
     memory.learn(shape_of(config), temporary)
     notes = [f"loops whose rounds aren't known are counted once: {', '.join(program.uncounted_loops)}"]
@@ -217,7 +217,9 @@ def make_step(config: TrainConfig, target: Target) -> Step:
     tx, schedule = optimizer.build(config.optimizer, config.loop.in_steps(tokens).total_steps, tokens)
     spec = batch_spec(config.batch_size, config.model.context, config.data.packing == "whole")
     mesh = make_mesh(config.mesh, target.devices)
-    trainable = NextCode(config.model, spec, list(config.data.sources), tx, schedule, mesh, config.objective)
+    trainable = NextTokenTask(
+        config.model, spec, list(config.data.components), tx, schedule, mesh, config.objective
+    )
     options = compiler_options.compiler_options(
         target.described.accelerator.platform, config.flags, config.deterministic
     )
@@ -250,7 +252,7 @@ def _plan(
 def _theory(config: TrainConfig, target: Target) -> dict[str, float]:
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     parts = config.objective.accumulate_steps
-    return collectives.theory(config.model, config.batch_size, sizes, target.slices, parts)
+    return collectives.ideal_collective_bytes(config.model, config.batch_size, sizes, target.slices, parts)
 
 
 def _guessed_total(config: TrainConfig, target: Target, memory: Memory) -> float:
@@ -263,7 +265,7 @@ def _state_bytes(config: TrainConfig) -> tuple[int, int]:
     tx, schedule = optimizer.build(config.optimizer, config.loop.in_steps(tokens).total_steps, tokens)
     model: ModelConfig = dataclasses.replace(config.model, attention="xla")
     spec = batch_spec(1, model.context, False)
-    trainable = NextCode(model, spec, [], tx, schedule, None, config.objective)
+    trainable = NextTokenTask(model, spec, [], tx, schedule, None, config.objective)
     state = jax.eval_shape(trainable.init, jax.random.key(0))
     ways = config.mesh.fsdp * config.mesh.tensor
 

@@ -56,7 +56,7 @@ def _fastest(config: TrainConfig, target: Target, memory: Memory, tried: list[Pl
 
 def _candidates(config: TrainConfig, target: Target, memory: Memory) -> list[Plan]:
     found = []
-    for mesh in meshes.that_divide(config.model, config.mesh, target.chips, target.slices):
+    for mesh in meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices):
         for remat in REMAT:
             for rows in (1, 2, 4, 8, _MOST_ROWS):
                 choice = with_choice(config, remat, mesh, rows * mesh.data * mesh.fsdp, 1)
@@ -106,7 +106,7 @@ def _easier(plan: Plan) -> list[TrainConfig]:
     policies, rows, parts = list(REMAT), config.batch_size, config.objective.accumulate_steps
     heavier = policies[policies.index(config.model.remat) + 1 :]
     found = [with_choice(config, remat, config.mesh, rows, parts) for remat in heavier]
-    possible = meshes.that_divide(config.model, config.mesh, target.chips, target.slices, rows)
+    possible = meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices, rows)
     for mesh in sorted(possible, key=lambda mesh: mesh.fsdp):
         if mesh.fsdp < config.mesh.fsdp:
             continue
@@ -124,7 +124,7 @@ def _larger(plan: Plan, memory: Memory) -> tuple[str, Slice] | None:
         if larger.chips <= described.chips:
             continue
         target = dataclasses.replace(plan.target, described=larger, devices=())
-        possible = meshes.that_divide(config.model, config.mesh, target.chips, target.slices)
+        possible = meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices)
         for mesh in possible:
             ways = mesh.data * mesh.fsdp
             choice = with_choice(config, "full", mesh, -(-config.batch_size // ways) * ways, 1)

@@ -22,7 +22,7 @@ from etils import epath
 
 from lvm.common import distributed, files
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.training import checksums
 from lvm.training.task import State
 
@@ -126,7 +126,7 @@ class Checkpoints:
           UserError: there are checkpoints, but all are damaged.
           OSError: files can't be read; nothing is decided on that.
         """
-        found = distributed.agree(distributed.together(self._newest_sound) or 0)
+        found = distributed.broadcast(distributed.on_process_zero(self._newest_sound) or 0)
         self._manager.reload()
         return None if found < 0 else found
 
@@ -147,7 +147,7 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
         for step, problem in damaged.items():
-            say(f"damaged checkpoint: {problem}; going back to step {used}")
+            log_info(f"damaged checkpoint: {problem}; going back to step {used}")
             aside = self._workdir / DAMAGED
             aside.mkdir(exist_ok=True)
             target = next(p for n in range(10_000) if not (p := aside / f"{step}-{n}").exists())
@@ -159,7 +159,7 @@ class Checkpoints:
         record = self._record(step)
         if not record.exists():
             # A kill between the last rename and the checksums leaves a whole checkpoint.
-            say(f"{self._manager.directory / str(step)}: has no checksums, so it is used as it is")
+            log_info(f"{self._manager.directory / str(step)}: has no checksums, so it is used as it is")
             return None
         return checksums.problem(self._manager.directory / str(step), record, under)
 

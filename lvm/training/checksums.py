@@ -15,7 +15,7 @@ import google_crc32c
 from etils import epath
 
 from lvm.common import files
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 
 T = TypeVar("T")
 _CHUNK = 2**24  # bytes read at a time
@@ -50,7 +50,7 @@ def problem(folder: epath.Path, record: epath.Path, under: str = "") -> str | No
     """
     wanted = {name: entry for name, entry in files.read_json(record).items() if name.startswith(under)}
 
-    there = patiently(lambda: files.objects(folder)) if files.is_remote(folder) else None
+    there = retry_io(lambda: files.objects(folder)) if files.is_remote(folder) else None
 
     def check(name: str) -> str | None:
         path = folder / name
@@ -63,7 +63,7 @@ def problem(folder: epath.Path, record: epath.Path, under: str = "") -> str | No
         return None if found == wanted[name] else f"{path}: its checksum is not that of what was written"
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return next(filter(None, pool.map(lambda name: patiently(lambda: check(name)), wanted)), None)
+        return next(filter(None, pool.map(lambda name: retry_io(lambda: check(name)), wanted)), None)
 
 
 def _describe(path: epath.Path) -> dict[str, Any]:
@@ -75,12 +75,12 @@ def _describe(path: epath.Path) -> dict[str, Any]:
     return {"size": size, "crc32c": checksum.hexdigest().decode()}
 
 
-def patiently(function: Callable[[], T]) -> T:
+def retry_io(function: Callable[[], T]) -> T:
     """Calls `function`; tries an input or output error again after a while, a few times."""
     for wait in _WAITS:
         try:
             return function()
         except OSError as error:
-            say(f"{error}; trying again in {wait:.0f} s")
+            log_info(f"{error}; trying again in {wait:.0f} s")
             time.sleep(wait)
     return function()

@@ -19,7 +19,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 
 from lvm.common import errors
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 
 STALE = 120.0  # seconds after which a lease that wasn't renewed is anybody's
 _RENEWED = 30.0  # seconds between renewals
@@ -61,7 +61,7 @@ class Lease:
         try:
             self._bucket.blob(self._name).delete(if_generation_match=self._generation)
         except (exceptions.GoogleAPIError, requests.RequestException) as error:
-            say(f"{self._path}: not given back ({error}); it is free in {self._stale:.0f} s")
+            log_info(f"{self._path}: not given back ({error}); it is free in {self._stale:.0f} s")
 
     def _take(self) -> int:
         seen, since = self._generation_there(), time.monotonic()
@@ -75,7 +75,7 @@ class Lease:
                         return self._generation
                     raise self._held() from None
             if not waited:
-                say(
+                log_info(
                     f"{self._path}: another run holds it or was killed; waiting {self._stale:.0f} s for a sign of it"
                 )
                 waited = True

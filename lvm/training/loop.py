@@ -20,13 +20,13 @@ from PIL import Image
 from lvm.common import distributed, files
 from lvm.common.distributed import Preemption
 from lvm.common.errors import EXIT_PREEMPTED, DivergedError, UserError
-from lvm.common.logging import duration, say
+from lvm.common.logging import duration, log_info
 from lvm.data.mixture import loader
 from lvm.hardware.accelerators import of_device
 from lvm.training.checkpoint import Checkpoints, newest_step
 from lvm.training.metrics import Goodput, MetricsWriter
 from lvm.training.programs import Tracer
-from lvm.training.spikes import LeftOut, LossWatch, SpikeConfig, SpikeError
+from lvm.training.spikes import LossWatch, SkippedBatches, SpikeConfig, SpikeError
 from lvm.training.step import Step
 from lvm.training.task import Batch, Metrics, State
 from lvm.training.watchdog import Watchdog, WatchdogConfig
@@ -100,7 +100,7 @@ def is_finished(workdir: Workdir, config: LoopConfig) -> bool:
     step = newest_step(workdir.path)
     if step is None or step < config.total_steps:
         return False
-    say(f"{workdir.path}: training is complete at step {step}")
+    log_info(f"{workdir.path}: training is complete at step {step}")
     return True
 
 
@@ -138,7 +138,7 @@ class Loop:
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
         self._tracer = Tracer(self._path, config.profile)
         self._goodput, self._losses = Goodput(), LossWatch(config.spike)
-        self._left_out = LeftOut.of(self._path)
+        self._left_out = SkippedBatches.of(self._path)
 
     def run(self) -> State:
         """Trains to `total_steps` and returns the state.
@@ -180,7 +180,7 @@ class Loop:
             self._goodput = self._goodput.afresh()
             self._losses = LossWatch(self._config.spike)
             return self._step.init(), 0
-        say(f"{self._path}: going on from step {step}")
+        log_info(f"{self._path}: going on from step {step}")
         state, meta = self._checkpoints.restore(step, self._step.state)
         self._goodput = Goodput.of(meta)
         self._losses = LossWatch(self._config.spike, meta.get("losses", ()))
@@ -206,7 +206,7 @@ class Loop:
             self._left_out.add(first, batch)
             if distributed.is_first():
                 self._left_out.save(self._path)
-            say(f"{spike}; batches {first} to {batch} are left out, rewind {self._left_out.rewinds}")
+            log_info(f"{spike}; batches {first} to {batch} are left out, rewind {self._left_out.rewinds}")
             return self._start()
 
     def _train(self, state: State, start: int, total: int) -> State:
@@ -231,7 +231,7 @@ class Loop:
                 began = time.monotonic()
                 with self._watchdog.pausing("the last checkpoint"):
                     self._checkpoints.wait()
-                say(f"SIGTERM: saved at step {step}, which took {time.monotonic() - began:.1f} s more")
+                log_info(f"SIGTERM: saved at step {step}, which took {time.monotonic() - began:.1f} s more")
                 raise SystemExit(EXIT_PREEMPTED)
         return state
 
@@ -255,7 +255,7 @@ class Loop:
             in_row = int(metrics["skipped_in_row"])
             self._watchdog.step_ended()
             if in_row:
-                say(f"step {step}: the gradient is not finite; skipped, {in_row} in a row")
+                log_info(f"step {step}: the gradient is not finite; skipped, {in_row} in a row")
             if in_row >= self._config.max_skipped:
                 self._write_diverged([self._left_out.batch(n) for n in range(step - in_row, step)])
                 raise DivergedError(
@@ -277,12 +277,12 @@ class Loop:
             values |= self._measure(step, metrics, clock)
             seconds, left = values["step_seconds"], self._config.total_steps - step
             rate = f"{1 / seconds:.3g} steps/s, {duration(left * seconds)} left"
-            say(f"step {step}/{self._config.total_steps}, {rate}, loss {values['loss']:.4f}")
+            log_info(f"step {step}/{self._config.total_steps}, {rate}, loss {values['loss']:.4f}")
         if last or _due(step, self._config.evaluate_every):
             with clock.paused(state), self._watchdog.pausing("an evaluation"):
                 heldout = self._trainable.evaluate(state, self._preemption.noticed)
             if heldout:
-                say("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
+                log_info("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
             values |= heldout
         if values:
             self._metrics.write(step, values)
@@ -358,7 +358,9 @@ def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[st
     return {name: flops / (accelerator.peak_flops * mesh.size) for name, flops in flops_per_step.items()}
 
 
-def _read_own(read: ReadBatch, rows: np.ndarray, left_out: LeftOut, step: int) -> Mapping[str, np.ndarray]:
+def _read_own(
+    read: ReadBatch, rows: np.ndarray, left_out: SkippedBatches, step: int
+) -> Mapping[str, np.ndarray]:
     return read(left_out.batch(step), rows)  # not a method of the loop: it may be sent to another process
 
 

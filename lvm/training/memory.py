@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from lvm.common import distributed
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.hardware import accelerators
 from lvm.model.transformer import REMAT
 from lvm.training.step import Step
@@ -51,7 +51,7 @@ def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
         limit, needed = known, bytes_needed(step)
         if needed is not None and needed <= limit:
             if policy == "auto":
-                say(f"remat {name}: {needed / _GIB:.2f} of {limit / _GIB:.1f} GiB a device")
+                log_info(f"remat {name}: {needed / _GIB:.2f} of {limit / _GIB:.1f} GiB a device")
             return step
         tried.append(f"{name} {'too much for the compiler' if needed is None else f'{needed / _GIB:.2f}'}")
     raise UserError(
@@ -131,4 +131,4 @@ def memory_limit(mesh: Mesh) -> int | None:
     limit = accelerators.memory_bytes(device)
     if limit is None and device.platform == "cpu":
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, len(mine))
-    return None if limit is None else int(USABLE * distributed.agree(limit))
+    return None if limit is None else int(USABLE * distributed.broadcast(limit))

@@ -44,13 +44,13 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass
-class NextCode:
+class NextTokenTask:
     """A transformer that learns the next token of every row.
 
     Attributes:
       config: the model, its vocabulary size set.
       batch_spec: of the batches (`lvm.data.mixture.rows`).
-      source_names: what `source_ids` count; metrics name each source's loss after it.
+      component_names: what `component_ids` count; metrics name each component's loss after it.
       optimizer, schedule: of `lvm.training.optimizer`.
       mesh: the devices that activations are split over; None for one device.
       objective: see `ObjectiveConfig`.
@@ -65,7 +65,7 @@ class NextCode:
 
     config: ModelConfig
     batch_spec: Mapping[str, jax.ShapeDtypeStruct]
-    source_names: Sequence[str]
+    component_names: Sequence[str]
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     mesh: Mesh | None = None
@@ -141,7 +141,7 @@ class NextCode:
             )  # [B, C]
         counted = batch["loss_mask"].astype(jnp.float32)  # [B, C]
         sums = {"loss": (jnp.sum(losses * counted), jnp.sum(counted))}
-        for number, name in enumerate(self.source_names):
-            mine = counted * (batch["source_ids"] == number)
+        for number, name in enumerate(self.component_names):
+            mine = counted * (batch["component_ids"] == number)
             sums[f"loss/{name}"] = jnp.sum(losses * mine), jnp.sum(mine)
         return jnp.sum((losses + self.objective.z_loss * log_z**2) * counted), sums

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 
 from lvm.common import distributed, files
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 
 REQUEST = "profile.request"
 _REQUESTED_STEPS = 3
@@ -42,9 +42,9 @@ _listening = False
 
 def _say_cache(event: str, **_: object) -> None:
     if event == "/jax/compilation_cache/cache_hits":
-        say("compiled program found in the cache")
+        log_info("compiled program found in the cache")
     if event == "/jax/compilation_cache/cache_misses":
-        say("compiled program put into the cache, where it was missing")
+        log_info("compiled program put into the cache, where it was missing")
 
 
 class Tracer:
@@ -71,7 +71,7 @@ class Tracer:
             folder = self._workdir / "profile"
             self._local = tempfile.mkdtemp() if files.is_remote(folder) else os.fspath(folder)
             jax.profiler.start_trace(self._local)
-            say(f"tracing steps {self._first} to {self._last} into {folder}")
+            log_info(f"tracing steps {self._first} to {self._last} into {folder}")
             self._tracing = True
 
     def stop(self) -> None:

@@ -92,7 +92,7 @@ class LossWatch:
         self._losses.append(loss)
 
 
-class LeftOut:
+class SkippedBatches:
     """The batches that a run leaves out: stretches of batch numbers, in order and apart.
 
     Attributes:
@@ -105,7 +105,7 @@ class LeftOut:
         self.stretches = [(int(first), int(last)) for first, last in stretches]
 
     @classmethod
-    def of(cls, workdir: epath.PathLike) -> LeftOut:
+    def of(cls, workdir: epath.PathLike) -> SkippedBatches:
         """As a workdir has it.
 
         Raises:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lvm.common.errors import UserError
 from lvm.data.mixture import loader
 from lvm.hardware import compiler_options, sharding
-from lvm.training.task import Batch, Metrics, State, Trainable
+from lvm.training.task import Batch, Metrics, State, TrainTask
 
 
 class Step:
@@ -37,7 +37,7 @@ class Step:
 
     def __init__(
         self,
-        trainable: Trainable,
+        trainable: TrainTask,
         mesh: Mesh,
         seed: int,
         zero1: bool = False,

@@ -15,7 +15,7 @@ Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 
 
-class Trainable(Protocol):
+class TrainTask(Protocol):
     """What the loop runs: a model with its objective and optimizer, as pure functions over `State`.
 
     Attributes:

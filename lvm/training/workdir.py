@@ -11,7 +11,7 @@ from etils import epath
 from lvm.common import distributed, files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.training.lease import Lease
 
 CONFIG = "config.json"
@@ -75,7 +75,7 @@ class Workdir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; --workdir wants a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        distributed.together(self._hold)
+        distributed.on_process_zero(self._hold)
         record = files.as_json({"version": 1, "kind": kind, **record})
         if not (self.path / CONFIG).exists() and self._has_checkpoints():
             raise UserError(
@@ -114,7 +114,7 @@ class Workdir:
                 continue
             change = f"{key}: {before.get(key)!r} → {after.get(key)!r}"
             if key.startswith(self._free):
-                say(f"resuming with a changed {change}")
+                log_info(f"resuming with a changed {change}")
             else:
                 refused.append(change)
         if refused:

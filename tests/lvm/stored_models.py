@@ -3,7 +3,7 @@
 import numpy as np
 
 from lvm.interop import tensors
-from lvm.interop.lazy_checkpoint import DTYPES, NO_RECORD, Stored, shapes
+from lvm.interop.lazy_checkpoint import DTYPES, NO_RECORD, LazyCheckpoint, shapes
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
 
@@ -26,7 +26,7 @@ def small_model(vocabulary=SMALL, dtype="float32", seed=0, step=7, spread=0.15, 
     for name, shape in shapes(config).items():
         array = np.float32(name.endswith("scale")) + spread * rng.standard_normal(shape, np.float32)
         found[name] = tensors.of_array(array.astype(DTYPES[dtype]))
-    return Stored(config, vocabulary, found, NO_RECORD, step, "a small model")
+    return LazyCheckpoint(config, vocabulary, found, NO_RECORD, step, "a small model")
 
 
 def same_tensors(found, wanted):

@@ -216,7 +216,7 @@ def test_an_export_is_asked_and_evaluated_like_its_run(demo, tmp_path):
     run("lvm.evaluate", *common, f"--model={tmp_path / 'hf'}", f"--out={tmp_path / 'told'}")
     (tmp_path / "hf" / "lvm.json").unlink()
     untold = [*common, f"--model={tmp_path / 'hf'}", f"--out={tmp_path / 'untold'}", "--config.unseen=true"]
-    assert "config.data.sources: empty, and" in run("lvm.evaluate", *untold, code=2)
+    assert "config.data.components: empty, and" in run("lvm.evaluate", *untold, code=2)
     assert "taken on trust" in run("lvm.prompt", *shared, "--sequence", image, image)
 
 

@@ -14,7 +14,7 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.images.augment import Augment
 from lvm.data.images.sources import open_source
-from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single, Video
 from lvm.data.mixture.rows import Rows
 from lvm.data.store import writer
@@ -165,7 +165,10 @@ def test_training_refuses_a_damaged_record_or_skips_it_and_counts(copy, packing,
     vocabulary = Vocabulary.for_codes(16)
 
     def rows(skip):
-        sources = {"single": SourceConfig(Single()), "video": SourceConfig(Video(frames=2, strides=(1,)))}
+        sources = {
+            "single": ComponentConfig(Single()),
+            "video": ComponentConfig(Video(frames=2, strides=(1,))),
+        }
         config = MixtureConfig(sources, str(copy), 0.0, packing=packing, skip_damaged=skip)
         return Rows(Mixture(config, 0), vocabulary, 40, 4)
 
@@ -183,7 +186,7 @@ def test_training_refuses_a_damaged_record_or_skips_it_and_counts(copy, packing,
     assert capsys.readouterr().out.count(f"skipped: {reason} (1 damaged records, 1 sentences until now)") == 1
     lost = 0
     for old, new in zip(before, after, strict=True):
-        np.testing.assert_array_equal(old["source_ids"], new["source_ids"])
+        np.testing.assert_array_equal(old["component_ids"], new["component_ids"])
         kept = new["loss_mask"]
         assert not (kept & ~old["loss_mask"]).any()
         np.testing.assert_array_equal(new["tokens"][:, 1:][kept], old["tokens"][:, 1:][kept])

@@ -11,7 +11,7 @@ from lvm import playground
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.inference.generator import Sampling
-from lvm.playground import Desk, write_examples
+from lvm.playground import PlaygroundSession, write_examples
 
 SIDE, GRID = 16, (2, 2)
 
@@ -51,7 +51,7 @@ class FakeModel:
 
 @pytest.fixture
 def desk():
-    return Desk(FakeModel(), FakeTokenizer())
+    return PlaygroundSession(FakeModel(), FakeTokenizer())
 
 
 @pytest.fixture

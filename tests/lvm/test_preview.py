@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single
 from lvm.data.mixture.rows import Rows
 from lvm.model.vocabulary import Vocabulary
@@ -17,7 +17,7 @@ def make_rows(make_store):
     path = make_store([(1, 0)] * 6 + [(1, 1)] * 8)
 
     def make(context=24, **options):
-        sources = {"pairs": SourceConfig(Pairs(shots=2)), "single": SourceConfig(Single())}
+        sources = {"pairs": ComponentConfig(Pairs(shots=2)), "single": ComponentConfig(Single())}
         return Rows(
             Mixture(MixtureConfig(sources, path, 0.0, **options), 0), Vocabulary.for_codes(16), context, 4
         )
@@ -42,7 +42,7 @@ def test_all_codes_of_a_row_are_shown(make_rows, packing):
 
 def test_what_bears_no_loss_is_pale(make_rows):
     rows = make_rows(packing="whole", context=30)
-    rows.mixture.config.sources.pop("single")
+    rows.mixture.config.components.pop("single")
     cells = row_cells(rows, 0, 0, colours((2, 2)))
     assert all(cell.image.max() > 15 for cell in cells)
     picture = draw_row(cells, ["pairs", "single"], "a row")
@@ -59,7 +59,7 @@ def test_the_report_counts_tokens_and_repetitions(make_rows):
 
 def test_the_command_writes_pictures(make_store, tmp_path):
     flags = ["--config=tests/configs/tiny_lvm.py", f"--config.data.store={make_store([(4, 1)] * 20)}"]
-    flags += [f"--config.data.sources.{name}.weight=0" for name in ("depth", "edges")]
+    flags += [f"--config.data.components.{name}.weight=0" for name in ("depth", "edges")]
     output = run("lvm.preview", *flags, f"--out={tmp_path / 'pictures'}", "--rows=2")
     assert "every code is drawn as a colour" in output
     files = sorted((tmp_path / "pictures").iterdir())

@@ -15,7 +15,7 @@ _LOOKED_AT = 8  # scenes of a slice, for how many images one has: photos may com
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadScene:
+class DecodedScene:
     """A scene whose images are in the same chunk.
 
     Attributes:
@@ -31,7 +31,7 @@ class ReadScene:
     last: bool
 
 
-class Chunks:
+class ImageBatcher:
     """Slices of a source in chunks of whole scenes, by number. May be sent to another process.
 
     Args:
@@ -56,12 +56,12 @@ class Chunks:
 
         Returns:
           slice: int64 [], which slice it belongs to; images: uint8 [n, R, R, 3] of its scenes, one after the other,
-          frame-major; scenes: `ReadScene` [scenes], as objects.
+          frame-major; scenes: `DecodedScene` [scenes], as objects.
         """
         place = int(np.searchsorted(self._starts, number, side="right")) - 1
         first, last = self._slices[place]
         first += (number - int(self._starts[place])) * self._sizes[place]
-        scenes: list[ReadScene] = []
+        scenes: list[DecodedScene] = []
         R = self._augment.preprocess.resolution
         images = [np.zeros((0, R, R, 3), np.uint8)]
         for index in range(first, min(first + self._sizes[place], last)):
@@ -71,11 +71,11 @@ class Chunks:
             if not readable and not failures:
                 failures = (Failure(loaded.info.key, "it holds no frame"),)
             if failures:
-                scenes.append(ReadScene(loaded.info, 0, failures, last=not readable))
+                scenes.append(DecodedScene(loaded.info, 0, failures, last=not readable))
             copies = list(self._augment(loaded, self._source.streams)) if readable else []
             for number, copy in enumerate(copies, 1):
                 images.append(copy.images.reshape(-1, R, R, 3))
-                scenes.append(ReadScene(copy.info, len(images[-1]), (), last=number == len(copies)))
+                scenes.append(DecodedScene(copy.info, len(images[-1]), (), last=number == len(copies)))
         listed = np.empty(len(scenes), object)
         listed[:] = scenes
         return {"slice": np.array(place), "images": np.concatenate(images), "scenes": listed}

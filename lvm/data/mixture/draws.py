@@ -7,14 +7,14 @@ import numpy as np
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64, uint64 to uint64 of any shape: every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # arrays wrap around without a warning
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-class Draws:
+class CounterRng:
     """A stream of random numbers for each of n places, a pure function of (seed, place).
 
     Args:
@@ -23,15 +23,15 @@ class Draws:
     """
 
     def __init__(self, seed: int, places: np.ndarray):
-        start = mix(np.array([seed % 2**64], np.uint64))
-        self._keys = mix(start + np.asarray(places, np.uint64) * _STEP)  # [n]
+        start = splitmix64(np.array([seed % 2**64], np.uint64))
+        self._keys = splitmix64(start + np.asarray(places, np.uint64) * _STEP)  # [n]
         self._drawn = 0
 
     def bits(self, count: int) -> np.ndarray:
         """The next `count` numbers of every stream: uint64 [n, count]."""
         steps = np.arange(self._drawn + 1, self._drawn + count + 1, dtype=np.uint64) * _STEP
         self._drawn += count
-        return mix(self._keys[:, None] + steps)
+        return splitmix64(self._keys[:, None] + steps)
 
     def below(self, highs: np.ndarray) -> np.ndarray:
         """Uniform numbers in [0, high): int64, shaped as `highs`, int [n] or [n, m] in [1, 2^31)."""

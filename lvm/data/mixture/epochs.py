@@ -12,7 +12,7 @@ _WORD = 64
 _CHUNK = 2**20  # scenes whose index is looked at at once
 
 
-class Selection:
+class RankIndex:
     """The scenes that fulfil a condition, found by rank; a quarter of a byte a scene is all that it keeps.
 
     Args:
@@ -55,7 +55,7 @@ def chunks(parts: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
             yield part[start : start + _CHUNK]
 
 
-class AnyScenes:
+class SceneSampler:
     """Sentences of k scenes each, whatever their classes.
 
     Args:
@@ -70,7 +70,7 @@ class AnyScenes:
 
     left_out = 0
 
-    def __init__(self, scenes: Selection, num_scenes: int, seed: int, shuffle: str):
+    def __init__(self, scenes: RankIndex, num_scenes: int, seed: int, shuffle: str):
         self._scenes, self._k, self._seed, self._shuffle = scenes, num_scenes, seed, shuffle
         self.per_epoch = len(scenes) // num_scenes
 
@@ -80,17 +80,17 @@ class AnyScenes:
         return self._scenes.find(order(each, len(self._scenes), self._seed + epoch, self._shuffle))
 
 
-class OneClass:
+class ClassSampler:
     """Sentences of k scenes of one class each. Classes of fewer than k are left out.
 
-    Keeps 8 bytes a scene, since a class may lie anywhere. Args, attributes: as `AnyScenes`, and
+    Keeps 8 bytes a scene, since a class may lie anywhere. Args, attributes: as `SceneSampler`, and
 
       classes_of: scene numbers [n] → class ids [n].
     """
 
     def __init__(
         self,
-        scenes: Selection,
+        scenes: RankIndex,
         classes_of: Callable[[np.ndarray], np.ndarray],
         num_scenes: int,
         seed: int,

@@ -1,6 +1,6 @@
 """Mixtures: which sentence comes n-th, by random access.
 
-Sentences come in blocks of `BLOCK`. Each block holds every source in proportion to its weight, so the number
+Sentences come in blocks of `BLOCK`. Each block holds every component in proportion to its weight, so the number
 of sentences (and of tokens) before any block has a closed form: the n-th sentence is found without counting
 through those before it.
 """
@@ -21,19 +21,19 @@ from etils import epath
 
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.mixture import split
 from lvm.data.mixture.permutation import SHUFFLES
-from lvm.data.mixture.sentences import AnyStore, SourceConfig, SourceSentences, usable
+from lvm.data.mixture.sentences import AnyStore, ComponentConfig, ComponentSentences, usable
 from lvm.data.store import jsonl
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore
 from lvm.data.store.reader import Store
 
-__all__ = ["BLOCK", "PERIOD", "Mixture", "MixtureConfig", "SourceConfig", "SourceSentences"]
+__all__ = ["BLOCK", "PERIOD", "ComponentConfig", "ComponentSentences", "Mixture", "MixtureConfig"]
 
 BLOCK = 256
 _SCALE = 2**32  # cumulative weights are integers over this, so that sums are exact
-PERIOD = _SCALE // BLOCK  # blocks after which the number of each source's sentences in a block repeats
+PERIOD = _SCALE // BLOCK  # blocks after which the number of each component's sentences in a block repeats
 
 ORDER = 2  # version of the rules by which (config, seed, n) tell the n-th sentence
 PACKINGS = ("concat", "whole")
@@ -46,7 +46,7 @@ class MixtureConfig:
     """Where sentences come from, and how they become rows.
 
     Attributes:
-      sources: name → part.
+      components: name → part.
       store: the scene store of the parts that name none.
       heldout_fraction: share of the groups that training never sees.
       allow_missing: leave out parts whose store isn't there or lacks their streams or scenes, and say so,
@@ -54,7 +54,7 @@ class MixtureConfig:
       weigh_by: what weights are shares of, "sentences" or "codes". (The paper's are of tokens, so of codes.)
       packing: "concat" cuts one stream of all sentences into rows; "whole" puts whole sentences into them.
       loss: what is learned, "all" tokens or the codes of the "answers" of each recipe alone.
-      shuffle: "all" mixes a source's scenes over all of its store; "blocks" takes neighbours together, for
+      shuffle: "all" mixes a component's scenes over all of its store; "blocks" takes neighbours together, for
         storage where random reads are slow (`lvm.data.mixture.permutation.permute_pages`).
       jsonl: what stores that are JSONL files don't tell.
       stage_to: a local folder that shards are copied to, checked, when they are first read; needed for stores on
@@ -63,7 +63,7 @@ class MixtureConfig:
         counted, instead of ending the run. Which sentences come when doesn't change.
     """
 
-    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    components: dict[str, ComponentConfig] = dataclasses.field(default_factory=dict)
     store: str = ""
     heldout_fraction: float = 0.05
     allow_missing: bool = False
@@ -89,13 +89,13 @@ class Mixture:
     Args:
       config: the parts.
       seed: the order's seed.
-      side: "train" or "heldout". Where a source has too few held-out scenes for a sentence, the held-out side
+      side: "train" or "heldout". Where a component has too few held-out scenes for a sentence, the held-out side
         does without it, and says so; the training side does with `allow_missing` alone.
 
     Attributes:
-      sources: the parts that are there, in the order of their names.
+      components: the parts that are there, in the order of their names.
       stores: theirs.
-      shares: float64 [sources], of the sentences.
+      shares: float64 [components], of the sentences.
       seed: of the order within blocks.
 
     Raises:
@@ -104,19 +104,19 @@ class Mixture:
     """
 
     def __init__(self, config: MixtureConfig, seed: int, side: str = "train"):
-        if not config.sources:
-            raise UserError("config.data.sources: empty; name at least one source")
+        if not config.components:
+            raise UserError("config.data.components: empty; name at least one component")
         # The order of names decides nothing.
-        parts = {name: part for name, part in sorted(config.sources.items()) if part.weight > 0}
+        parts = {name: part for name, part in sorted(config.components.items()) if part.weight > 0}
         if not parts:
-            raise UserError("config.data.sources: the weights sum to zero; at least one must be positive")
+            raise UserError("config.data.components: the weights sum to zero; at least one must be positive")
         stores, missing = _open_stores(config, parts)
         self.stores = list(stores.values())
         _check_one_tokenizer(stores)
         present = {name: part for name, part in parts.items() if name not in missing}
         missing |= _without_streams(config, present, stores)
         made = [
-            SourceSentences(
+            ComponentSentences(
                 name,
                 part,
                 stores[part.store or config.store],
@@ -129,22 +129,22 @@ class Mixture:
                 (name, part) for name, part in parts.items() if name not in missing
             )
         ]
-        short = {source.name: source.shortage() for source in made if not source.per_epoch}
-        self.sources = [source for source in made if source.per_epoch]
-        refused = missing if side == "heldout" and self.sources else missing | short
-        _report(refused, missing | short, may_miss=config.allow_missing and bool(self.sources))
+        short = {component.name: component.shortage() for component in made if not component.per_epoch}
+        self.components = [component for component in made if component.per_epoch]
+        refused = missing if side == "heldout" and self.components else missing | short
+        _report(refused, missing | short, may_miss=config.allow_missing and bool(self.components))
         self.config, self._given_seed = config, seed
-        self.seed = _seed(seed, len(self.sources), side)
-        self._bounds = _bounds(config.weigh_by, self.sources)
+        self.seed = _seed(seed, len(self.components), side)
+        self._bounds = _bounds(config.weigh_by, self.components)
         self.shares = np.diff(self._bounds) / _SCALE
 
     def before(self, block: int) -> list[int]:
-        """How many sentences of each source lie before `block`."""
+        """How many sentences of each component lie before `block`."""
         reached = [block * BLOCK * bound // _SCALE for bound in self._bounds]
         return [high - low for low, high in itertools.pairwise(reached)]
 
     def counts(self, first: int, last: int) -> np.ndarray:
-        """How many sentences of each source lie in each of the blocks [first, last): int64 [blocks, sources]."""
+        """How many sentences of each component lie in each of the blocks [first, last): int64 [blocks, components]."""
         # Below PERIOD nothing overflows, and counts repeat after it.
         edges = np.arange(first, last + 1, dtype=np.uint64)[:, None] * np.uint64(BLOCK)
         if last > PERIOD:
@@ -158,31 +158,31 @@ class Mixture:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (a mixture lives as long as its process)
     def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The block's sentences: source ids int16 [BLOCK] and numbers within their source int64 [BLOCK]."""
+        """The block's sentences: component ids int16 [BLOCK] and numbers within their component int64 [BLOCK]."""
         first, last = self.before(block), self.before(block + 1)
         counts = [after - before for before, after in zip(first, last, strict=True)]
         ids = np.repeat(np.arange(len(counts)), counts)
         ids = ids[np.random.default_rng([self.seed, block]).permutation(BLOCK)]
         numbers = np.zeros(BLOCK, np.int64)
-        for source, start in enumerate(first):
-            mine = ids == source
+        for component, start in enumerate(first):
+            mine = ids == component
             numbers[mine] = start + np.arange(np.count_nonzero(mine))
         return ids.astype(np.int16), numbers
 
     def record(self) -> dict[str, Any]:
         """All that decides which sentence comes n-th and how it is learned, as JSON: what a run must keep."""
-        sources = {
-            source.name: {
-                "recipe": to_json(source.recipe),
+        components = {
+            component.name: {
+                "recipe": to_json(component.recipe),
                 "share": float(share),
-                "sentences": source.per_epoch,
-                "store": source.store.identity(),
+                "sentences": component.per_epoch,
+                "store": component.store.identity(),
             }
-            for source, share in zip(self.sources, self.shares, strict=True)
+            for component, share in zip(self.components, self.shares, strict=True)
         }
         fields = ("heldout_fraction", "packing", "loss", "shuffle")
         chosen = {name: getattr(self.config, name) for name in fields}
-        return {"order": ORDER, "seed": self._given_seed, **chosen, "sources": sources}
+        return {"order": ORDER, "seed": self._given_seed, **chosen, "components": components}
 
     def identity(self) -> str:
         """A hash of `record`."""
@@ -190,7 +190,7 @@ class Mixture:
 
 
 def _open_stores(
-    config: MixtureConfig, parts: Mapping[str, SourceConfig]
+    config: MixtureConfig, parts: Mapping[str, ComponentConfig]
 ) -> tuple[dict[str, AnyStore], dict[str, str]]:
     """The stores that are there, by path, and what is wrong with the parts whose isn't."""
     stores: dict[str, AnyStore] = {}
@@ -198,7 +198,7 @@ def _open_stores(
     for name, part in parts.items():
         path = part.store or config.store
         if not path:
-            missing[name] = f"no store given: set config.data.sources.{name}.store or config.data.store"
+            missing[name] = f"no store given: set config.data.components.{name}.store or config.data.store"
         elif not epath.Path(path).exists():
             missing[name] = f"{path} doesn't exist; tokenizer.encode writes a store"
         elif path not in stores:
@@ -221,7 +221,7 @@ def _check_one_tokenizer(stores: Mapping[str, AnyStore]) -> None:
 
 
 def _without_streams(
-    config: MixtureConfig, parts: Mapping[str, SourceConfig], stores: Mapping[str, AnyStore]
+    config: MixtureConfig, parts: Mapping[str, ComponentConfig], stores: Mapping[str, AnyStore]
 ) -> dict[str, str]:
     """What is wrong with the parts whose store has not one scene for them."""
     missing = {}
@@ -238,21 +238,23 @@ def _without_streams(
 def _report(refused: Mapping[str, str], left_out: Mapping[str, str], may_miss: bool) -> None:
     if refused and not may_miss:
         listed = "; ".join(f"{name} ({reason})" for name, reason in sorted(refused.items()))
-        raise UserError(f"config.data.sources: can't be made: {listed}")
+        raise UserError(f"config.data.components: can't be made: {listed}")
     for name, reason in sorted(left_out.items()):
-        say(f"left out of the mixture: {name} ({reason})")
+        log_info(f"left out of the mixture: {name} ({reason})")
 
 
-def _bounds(weigh_by: str, sources: list[SourceSentences]) -> list[int]:
+def _bounds(weigh_by: str, components: list[ComponentSentences]) -> list[int]:
     """Cumulative shares of the sentences, over `_SCALE`: [0, …, _SCALE]."""
-    grids = [source.recipe.num_grids if weigh_by == "codes" else 1 for source in sources]
-    weights = [Fraction(source.config.weight) / size for source, size in zip(sources, grids, strict=True)]
+    grids = [component.recipe.num_grids if weigh_by == "codes" else 1 for component in components]
+    weights = [
+        Fraction(component.config.weight) / size for component, size in zip(components, grids, strict=True)
+    ]
     bounds = [0] + [int(part / sum(weights) * _SCALE) for part in itertools.accumulate(weights)]
-    for source, low, high in zip(sources, bounds[:-1], bounds[1:], strict=True):
+    for component, low, high in zip(components, bounds[:-1], bounds[1:], strict=True):
         if low == high:
             raise UserError(
-                f"config.data.sources.{source.name}.weight: {source.config.weight:g} is under 1/{_SCALE} of all; "
-                "0 leaves the source out"
+                f"config.data.components.{component.name}.weight: {component.config.weight:g} is under 1/{_SCALE} of "
+                "all; 0 leaves the component out"
             )
     return bounds
 

@@ -15,40 +15,40 @@ _STRIDE = 4096  # blocks between two places whose row is remembered
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class Spans:
     """Parts of sentences, and PAD, one after the other.
 
     Attributes:
-      sources: int16 [p], −1 for PAD.
-      numbers: int64 [p], the sentence within its source.
+      components: int16 [p], −1 for PAD.
+      numbers: int64 [p], the sentence within its component.
       firsts: int64 [p], the first token taken of it.
       lengths: int64 [p], tokens taken.
       segments: int32 [p], the place of the sentence in its row, from 1 on; 0 for PAD and in `concat`.
     """
 
-    sources: np.ndarray
+    components: np.ndarray
     numbers: np.ndarray
     firsts: np.ndarray
     lengths: np.ndarray
     segments: np.ndarray
 
-    def take(self, part: slice) -> Pieces:
+    def take(self, part: slice) -> Spans:
         """Some of them that follow each other."""
-        return Pieces(*(getattr(self, field.name)[part] for field in dataclasses.fields(self)))
+        return Spans(*(getattr(self, field.name)[part] for field in dataclasses.fields(self)))
 
     @classmethod
-    def join(cls, parts: Sequence[Pieces]) -> Pieces:
+    def join(cls, parts: Sequence[Spans]) -> Spans:
         """Those of all parts, in order."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-class Concat:
+class ConcatPacker:
     """Row r is tokens r·C … r·C+C of the stream of all sentences.
 
     Args:
       mixture: the sentences.
-      lengths: int64 [sources], tokens of a sentence.
+      lengths: int64 [components], tokens of a sentence.
       context: C.
 
     Attributes:
@@ -59,26 +59,26 @@ class Concat:
         self._mixture, self._lengths, self.stride = mixture, lengths, context
         self._block_tokens = float(mixture.shares @ lengths) * BLOCK  # on average
 
-    def pieces(self, first: int, count: int) -> Pieces:
+    def pieces(self, first: int, count: int) -> Spans:
         """What the rows [first, first + count) are made of: together count · C + 1 tokens."""
         start, stop = first * self.stride, (first + count) * self.stride + 1
         blocks = range(self.block(first), self._find(stop - 1) + 1)
         made = [self._mixture.block(block) for block in blocks]
-        sources, numbers = (np.concatenate(parts) for parts in zip(*made, strict=True))
-        ends = np.cumsum(self._lengths[sources]) + self._tokens_before(blocks[0])
+        components, numbers = (np.concatenate(parts) for parts in zip(*made, strict=True))
+        ends = np.cumsum(self._lengths[components]) + self._tokens_before(blocks[0])
         low, high = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left") + 1
-        sources, numbers, ends = sources[low:high], numbers[low:high], ends[low:high]
-        starts = ends - self._lengths[sources]
+        components, numbers, ends = components[low:high], numbers[low:high], ends[low:high]
+        starts = ends - self._lengths[components]
         firsts = np.maximum(start - starts, 0)
         lengths = np.minimum(ends, stop) - starts - firsts
-        return Pieces(sources, numbers, firsts, lengths, np.zeros(len(sources), np.int32))
+        return Spans(components, numbers, firsts, lengths, np.zeros(len(components), np.int32))
 
     def block(self, row: int) -> int:
         """The block of the sentence that a row begins in."""
         return self._find(row * self.stride)
 
     def _find(self, token: int) -> int:
-        # No source is ever a sentence away from its share, so the guess is off by a few blocks at most.
+        # No component is ever a sentence away from its share, so the guess is off by a few blocks at most.
         block = int(token / self._block_tokens)
         while self._tokens_before(block) > token:
             block -= 1
@@ -91,7 +91,7 @@ class Concat:
         return sum(count * int(length) for count, length in zip(counts, self._lengths, strict=True))
 
 
-class Whole:
+class BestFitPacker:
     """Rows of whole sentences: each block of the mixture is packed by itself, so that a row is found without the
     rows before it being made.
 
@@ -99,15 +99,15 @@ class Whole:
     after `PERIOD` blocks; up to there they are counted when they are first asked for, at some million blocks a
     second, and every `_STRIDE`-th is kept.
 
-    Args, attributes: as `Concat`, a row being C + 1 tokens by itself; no length is above C + 1.
+    Args, attributes: as `ConcatPacker`, a row being C + 1 tokens by itself; no length is above C + 1.
     """
 
     def __init__(self, mixture: Mixture, lengths: np.ndarray, context: int):
         self._mixture, self._capacity, self.stride = mixture, context + 1, context + 1
-        self._lengths, self._kinds = np.unique(lengths, return_inverse=True)  # [kinds], [sources]
+        self._lengths, self._kinds = np.unique(lengths, return_inverse=True)  # [kinds], [components]
         self._rows_before = [0]  # of the blocks 0, _STRIDE, 2 · _STRIDE …
 
-    def pieces(self, first: int, count: int) -> Pieces:
+    def pieces(self, first: int, count: int) -> Spans:
         """What the rows [first, first + count) are made of: together count · (C + 1) tokens."""
         parts = []
         while count:
@@ -116,7 +116,7 @@ class Whole:
             rows = min(count, len(starts) - 1 - row)
             parts.append(made.take(slice(starts[row], starts[row + rows])))
             first, count = first + rows, count - rows
-        return Pieces.join(parts)
+        return Spans.join(parts)
 
     def block(self, row: int) -> int:
         """The block that a row belongs to."""
@@ -159,10 +159,10 @@ class Whole:
         return best_fit(counts, tuple(self._lengths.tolist()), self._capacity)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
-    def _block(self, block: int) -> tuple[Pieces, np.ndarray]:
+    def _block(self, block: int) -> tuple[Spans, np.ndarray]:
         """What the rows of a block are made of, in a seeded order; the first piece of each, int64 [rows + 1]."""
-        sources, numbers = self._mixture.block(block)
-        kinds = self._kinds[sources]
+        components, numbers = self._mixture.block(block)
+        kinds = self._kinds[components]
         waiting = [np.flatnonzero(kinds == kind).tolist() for kind in range(len(self._lengths))]
         bins = self._bins(tuple(len(places) for places in waiting))
         rows = [[waiting[kind].pop() for kind in bin] for bin in bins]
@@ -176,8 +176,8 @@ class Whole:
         lengths = self._lengths[kinds[places]]
         lengths[is_pad] = [rest[i] for i in order if rest[i] > 0]
         segments = np.arange(1, len(places) + 1) - np.repeat(starts[:-1], np.diff(starts))
-        return Pieces(
-            np.where(is_pad, -1, sources[places]).astype(np.int16),
+        return Spans(
+            np.where(is_pad, -1, components[places]).astype(np.int16),
             np.where(is_pad, 0, numbers[places]),
             np.zeros(len(places), np.int64),
             lengths,

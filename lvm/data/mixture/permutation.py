@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lvm.data.mixture.draws import Draws, mix
+from lvm.data.mixture.draws import CounterRng, splitmix64
 
 SHUFFLES = ("all", "blocks")
 PAGE = 64  # neighbours that stay together in the first step of "blocks": a record holds as many single images
@@ -73,7 +73,7 @@ def permute_each(indices: np.ndarray, sizes: np.ndarray, seed: int, places: np.n
     sizes = np.asarray(sizes, np.uint64)
     high = np.ceil(np.sqrt(sizes)).astype(np.uint64)
     low = (sizes + high - np.uint64(1)) // high
-    keys = Draws(seed, places).bits(_ROUNDS).T  # [rounds, k]
+    keys = CounterRng(seed, places).bits(_ROUNDS).T  # [rounds, k]
     result = _feistel(np.asarray(indices, np.uint64), keys, high, low)
     while (outside := np.flatnonzero(result >= sizes)).size:
         result[outside] = _feistel(result[outside], keys[:, outside], high[outside], low[outside])
@@ -105,7 +105,7 @@ def permute_pages(
 
 
 def _combined(seed: int, part: int) -> int:
-    return int(mix(mix(np.array([seed % 2**64], np.uint64)) ^ np.uint64(part % 2**64))[0])
+    return int(splitmix64(splitmix64(np.array([seed % 2**64], np.uint64)) ^ np.uint64(part % 2**64))[0])
 
 
 def _feistel(x: np.ndarray, keys: np.ndarray, high: Any, low: Any) -> np.ndarray:
@@ -116,7 +116,9 @@ def _feistel(x: np.ndarray, keys: np.ndarray, high: Any, low: Any) -> np.ndarray
     left, right = np.divmod(x, low)
     for number, key in enumerate(keys):
         if number % 2:
-            right = (right + (mix(left + key) >> _ONE)) % low  # a bit less, so that the sum doesn't wrap
+            right = (
+                right + (splitmix64(left + key) >> _ONE)
+            ) % low  # a bit less, so that the sum doesn't wrap
         else:
-            left = (left + (mix(right + key) >> _ONE)) % high
+            left = (left + (splitmix64(right + key) >> _ONE)) % high
     return left * low + right

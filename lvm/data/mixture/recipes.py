@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.data.mixture.draws import Draws
+from lvm.data.mixture.draws import CounterRng
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Recipe(abc.ABC):
         return np.arange(self.num_grids) > 0
 
     @abc.abstractmethod
-    def choose_many(self, lengths: np.ndarray, draws: Draws) -> Grids:
+    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
         """The grids of n sentences.
 
         Args:
@@ -84,7 +84,7 @@ class Recipe(abc.ABC):
 
     def choose(self, num_frames: Sequence[int], rng: np.random.Generator) -> list[Grid]:
         """The grids of one sentence, from scenes of `num_frames` frames; takes one number of `rng`."""
-        draws = Draws(int(rng.integers(2**63)), np.zeros(1, np.int64))
+        draws = CounterRng(int(rng.integers(2**63)), np.zeros(1, np.int64))
         grids = self.choose_many(np.array([num_frames], np.int64), draws)
         places = zip(
             grids.scenes[0].tolist(), grids.frames[0].tolist(), grids.streams[0].tolist(), strict=True
@@ -123,7 +123,7 @@ class Single(Recipe):
     def streams(self) -> tuple[str, ...]:
         return (self.stream,)
 
-    def choose_many(self, lengths: np.ndarray, draws: Draws) -> Grids:
+    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
         return _grids(lengths, 0, draws.below(lengths), 0)
 
 
@@ -142,7 +142,7 @@ class _Strided(Recipe):
     def min_frames(self) -> int:
         return (self.frames - 1) * min(self.strides) + 1
 
-    def _frames(self, lengths: np.ndarray, draws: Draws) -> np.ndarray:
+    def _frames(self, lengths: np.ndarray, draws: CounterRng) -> np.ndarray:
         """int64 [n, frames]: every stride that fits is as likely, then every start."""
         length, strides = lengths[:, 0], np.array(self.strides)
         fits = (self.frames - 1) * strides < length[:, None]  # [n, strides]
@@ -175,7 +175,7 @@ class Video(_Strided):
     def streams(self) -> tuple[str, ...]:
         return (self.stream,)
 
-    def choose_many(self, lengths: np.ndarray, draws: Draws) -> Grids:
+    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
         frames = self._frames(lengths, draws)
         return _grids(frames, 0, frames, 0)
 
@@ -209,7 +209,7 @@ class Rotation(Recipe):
     def streams(self) -> tuple[str, ...]:
         return (self.stream,)
 
-    def choose_many(self, lengths: np.ndarray, draws: Draws) -> Grids:
+    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
         frames = (draws.below(lengths) + np.arange(self.views) * self.step) % lengths
         return _grids(frames, 0, frames, 0)
 
@@ -242,7 +242,7 @@ class Category(Recipe):
     def streams(self) -> tuple[str, ...]:
         return (self.stream,)
 
-    def choose_many(self, lengths: np.ndarray, draws: Draws) -> Grids:
+    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
         return _grids(lengths, np.arange(self.images), draws.below(lengths), 0)
 
 
@@ -280,7 +280,7 @@ class Pairs(Recipe):
     def answers(self) -> np.ndarray:
         return np.tile([False, True], self.shots)
 
-    def choose_many(self, lengths: np.ndarray, draws: Draws) -> Grids:
+    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
         frames = np.repeat(draws.below(lengths), 2, axis=1)
         places = np.arange(self.num_grids)
         return _grids(frames, places // 2, frames, places % 2)
@@ -330,7 +330,7 @@ class MultiAnnotation(Recipe):
     def answers(self) -> np.ndarray:
         return np.arange(self.num_grids) % self.chosen > 0
 
-    def choose_many(self, lengths: np.ndarray, draws: Draws) -> Grids:
+    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
         frames = np.repeat(draws.below(lengths), self.chosen, axis=1)
         shown = draws.shuffled(len(self.streams))[:, : self.chosen]
         places = np.arange(self.num_grids)
@@ -372,7 +372,7 @@ class Interleaved(_AnnotatedVideo):
     def answers(self) -> np.ndarray:
         return np.tile([False, True], self.frames)
 
-    def choose_many(self, lengths: np.ndarray, draws: Draws) -> Grids:
+    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
         frames = np.repeat(self._frames(lengths, draws), 2, axis=1)
         return _grids(frames, 0, frames, np.arange(self.num_grids) % 2)
 
@@ -387,6 +387,6 @@ class Separated(_AnnotatedVideo):
     def answers(self) -> np.ndarray:
         return np.repeat([False, True], self.frames)
 
-    def choose_many(self, lengths: np.ndarray, draws: Draws) -> Grids:
+    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
         frames = np.tile(self._frames(lengths, draws), (1, 2))
         return _grids(frames, 0, frames, np.arange(self.num_grids) // self.frames)

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.mixture.mixture import Mixture
-from lvm.data.mixture.packing import Concat, Pieces, Whole
+from lvm.data.mixture.packing import BestFitPacker, ConcatPacker, Spans
 from lvm.data.store.format import DamagedError
 from lvm.model.vocabulary import Vocabulary
 
@@ -39,7 +39,7 @@ def batch_spec(batch_size: int, context: int, whole: bool) -> dict[str, jax.Shap
         "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
         "loss_mask": jax.ShapeDtypeStruct((B, C), np.bool_),
         "positions": jax.ShapeDtypeStruct((B, C), np.int32),
-        "source_ids": jax.ShapeDtypeStruct((B, C), np.int16),
+        "component_ids": jax.ShapeDtypeStruct((B, C), np.int16),
     }
     return spec | ({"segment_ids": jax.ShapeDtypeStruct((B, C), np.int32)} if whole else {})
 
@@ -55,13 +55,13 @@ class Rows:
 
     Attributes:
       mixture, vocabulary, context: as given.
-      lengths: int64 [sources], tokens of a sentence.
+      lengths: int64 [components], tokens of a sentence.
       packing: where sentences lie in rows.
-      skipped: damaged record, as its error names it → the (source, number) of the sentences that were skipped for it.
+      skipped: damaged record, as its error names it → (component, number) of the sentences skipped for it.
 
     Raises:
       UserError: `whole` with sentences that are longer than a row or a vocabulary without PAD; a loss on
-        answers alone with a source that has none.
+        answers alone with a component that has none.
     """
 
     def __init__(self, mixture: Mixture, vocabulary: Vocabulary, context: int, batch_size: int):
@@ -73,12 +73,14 @@ class Rows:
         self._whole = mixture.config.packing == "whole"
         specials = (vocabulary.bos is not None) + (vocabulary.eos is not None)
         N = mixture.stores[0].codes_per_image
-        self.lengths = np.array([s.recipe.num_grids * N + specials for s in mixture.sources], np.int64)
+        self.lengths = np.array([s.recipe.num_grids * N + specials for s in mixture.components], np.int64)
         _check_answers(mixture)
         if self._whole:
             _check_pad(vocabulary)
             self.lengths = _shortened(mixture, self.lengths, vocabulary, context)
-        self.packing: Concat | Whole = (Whole if self._whole else Concat)(mixture, self.lengths, context)
+        self.packing: ConcatPacker | BestFitPacker = (BestFitPacker if self._whole else ConcatPacker)(
+            mixture, self.lengths, context
+        )
 
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -88,7 +90,7 @@ class Rows:
     def batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The global batch at `step`: rows step·B … step·B + B − 1, by `batch_spec`.
 
-        `source_ids` tells each target's source, −1 for PAD.
+        `component_ids` tells each target's component, −1 for PAD.
 
         Args:
           step: from 0 on.
@@ -107,24 +109,24 @@ class Rows:
             else {name: np.concatenate([part[name] for part in made]) for name in made[0]}
         )
 
-    def pieces(self, row: int) -> Pieces:
+    def pieces(self, row: int) -> Spans:
         """What row `number` is made of."""
         return self.packing.pieces(row, 1)
 
     def sentences_read(self, steps: int) -> list[int]:
-        """How many sentences of each source the first `steps` batches read, to the end of a block."""
+        """How many sentences of each component the first `steps` batches read, to the end of a block."""
         return self.mixture.before(self.packing.block(max(0, steps * self._batch_size - 1)) + 1)
 
     def check_repetitions(self, steps: int) -> None:
-        """Raises UserError where so many batches repeat a source more often than its `max_repetitions`."""
-        for source, count in zip(self.mixture.sources, self.sentences_read(steps), strict=True):
-            source.check_repetitions(count)
+        """Raises UserError where so many batches repeat a component more often than its `max_repetitions`."""
+        for component, count in zip(self.mixture.components, self.sentences_read(steps), strict=True):
+            component.check_repetitions(count)
 
     def notes(self) -> list[str]:
-        """What a user should know of each source: an epoch in rows, and what is lost, a line each."""
+        """What a user should know of each component: an epoch in rows, and what is lost, a line each."""
         N, lines = self.mixture.stores[0].codes_per_image, []
-        for source, length in zip(self.mixture.sources, self.lengths.tolist(), strict=True):
-            tokens, sentences = source.per_epoch * length, source.per_epoch
+        for component, length in zip(self.mixture.components, self.lengths.tolist(), strict=True):
+            tokens, sentences = component.per_epoch * length, component.per_epoch
             if self._whole:
                 a_row = (self.context + 1) // length
                 rows, rest = divmod(sentences, a_row)
@@ -132,12 +134,12 @@ class Rows:
             else:
                 rows, rest = divmod(tokens - 1, self.context)
                 line = f"{rows} rows and {rest} tokens"
-            line = f"{source.name}: {sentences} sentences an epoch, by themselves {line}"
-            full = source.recipe.num_grids * N + len(self._specials())
+            line = f"{component.name}: {sentences} sentences an epoch, by themselves {line}"
+            full = component.recipe.num_grids * N + len(self._specials())
             if length < full:
                 line += f"; all {sentences} lose their EOS: they have {full} tokens, a row {self.context + 1}"
-            if source.left_out:
-                line += f"; {source.left_out} scenes left out: too short, without its streams, or of a small class"
+            if component.left_out:
+                line += f"; {component.left_out} scenes left out: too short, without its streams, or of a small class"
             lines.append(line)
         return lines
 
@@ -158,7 +160,7 @@ class Rows:
         batch = {
             "tokens": cut(tokens).copy(),
             "loss_mask": cut(learned)[:, 1:].copy(),
-            "source_ids": spread(pieces.sources)[:, 1:].copy(),
+            "component_ids": spread(pieces.components)[:, 1:].copy(),
         }
         if not self._whole:
             return batch | {"positions": np.broadcast_to(np.arange(C, dtype=np.int32), (count, C))}
@@ -172,17 +174,17 @@ class Rows:
             "positions": cut(positions)[:, :C].copy(),
         }
 
-    def _lay(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+    def _lay(self, pieces: Spans) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of pieces, int32 [n], and which of them are learned, bool [n]."""
         ends = np.cumsum(pieces.lengths)
         pad = self.vocabulary.pad or 0
         tokens = np.full(ends[-1], pad, np.int32)
         learned = np.zeros(len(tokens), bool)
-        for source in np.unique(pieces.sources[pieces.sources >= 0]).tolist():
-            mine = np.flatnonzero(pieces.sources == source)
+        for component in np.unique(pieces.components[pieces.components >= 0]).tolist():
+            mine = np.flatnonzero(pieces.components == component)
             numbers, which = np.unique(pieces.numbers[mine], return_inverse=True)
-            sentences, damaged = self._readable(source, numbers)
-            template = self._learned(source)
+            sentences, damaged = self._readable(component, numbers)
+            template = self._learned(component)
             stops, lengths = ends[mine].tolist(), pieces.lengths[mine].tolist()
             for i, stop, length, first in zip(
                 which, stops, lengths, pieces.firsts[mine].tolist(), strict=True
@@ -193,26 +195,26 @@ class Rows:
                 learned[stop - length : stop] = template[first : first + length]
         return tokens, learned
 
-    def _readable(self, source: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32 [n, length] of a source's sentences, and which of these are damaged and to be skipped, bool [n].
+    def _readable(self, component: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 [n, length] of a component's sentences, and bool [n]: damaged, to be skipped.
 
         Raises:
           DamagedError: a record is damaged, and `skip_damaged` isn't set.
         """
         try:
-            return self._sentences(source, numbers), np.zeros(len(numbers), bool)
+            return self._sentences(component, numbers), np.zeros(len(numbers), bool)
         except DamagedError:
             if not self.mixture.config.skip_damaged:
                 raise
-        tokens = np.zeros((len(numbers), self.lengths[source] + 1), np.int32)
+        tokens = np.zeros((len(numbers), self.lengths[component] + 1), np.int32)
         damaged = np.zeros(len(numbers), bool)
         for place, number in enumerate(numbers):
             try:
-                found = self._sentences(source, numbers[place : place + 1])[0]
+                found = self._sentences(component, numbers[place : place + 1])[0]
                 tokens[place, : len(found)] = found[: tokens.shape[1]]
             except DamagedError as error:
                 damaged[place] = True
-                self._skip(str(error), (source, int(number)))
+                self._skip(str(error), (component, int(number)))
         return tokens, damaged
 
     def _skip(self, reason: str, sentence: tuple[int, int]) -> None:
@@ -220,19 +222,19 @@ class Rows:
         self.skipped.setdefault(reason, set()).add(sentence)
         if first:
             count = len(set().union(*self.skipped.values()))
-            say(f"skipped: {reason} ({len(self.skipped)} damaged records, {count} sentences until now)")
+            log_info(f"skipped: {reason} ({len(self.skipped)} damaged records, {count} sentences until now)")
 
-    def _sentences(self, source: int, numbers: np.ndarray) -> np.ndarray:
-        """Tokens int32 [n, length] of a source's sentences at `numbers`."""
-        part = self.mixture.sources[source]
+    def _sentences(self, component: int, numbers: np.ndarray) -> np.ndarray:
+        """Tokens int32 [n, length] of a component's sentences at `numbers`."""
+        part = self.mixture.components[component]
         part.check_repetitions(int(numbers.max()) + 1)
         return to_tokens(part.sentences(numbers), self.vocabulary)
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (it lives as long as its process)
-    def _learned(self, source: int) -> np.ndarray:
-        """bool [length]: the tokens of a source's sentences that are learned."""
-        recipe, N = self.mixture.sources[source].recipe, self.mixture.stores[0].codes_per_image
-        learned = np.ones(self.lengths[source], bool)
+    def _learned(self, component: int) -> np.ndarray:
+        """bool [length]: the tokens of a component's sentences that are learned."""
+        recipe, N = self.mixture.components[component].recipe, self.mixture.stores[0].codes_per_image
+        learned = np.ones(self.lengths[component], bool)
         if self.mixture.config.loss == "answers":
             before = self.vocabulary.bos is not None
             learned = np.pad(np.repeat(recipe.answers, N), (before, 1))[: len(learned)]
@@ -242,7 +244,7 @@ class Rows:
 
 
 def _check_answers(mixture: Mixture) -> None:
-    without = [source.name for source in mixture.sources if not source.recipe.answers.any()]
+    without = [component.name for component in mixture.components if not component.recipe.answers.any()]
     if mixture.config.loss == "answers" and without:
         raise UserError(
             f"config.data.loss: 'answers', but the sentences of {', '.join(without)} are one image and answer nothing; "
@@ -258,11 +260,11 @@ def _check_pad(vocabulary: Vocabulary) -> None:
 def _shortened(mixture: Mixture, lengths: np.ndarray, vocabulary: Vocabulary, context: int) -> np.ndarray:
     """The lengths of sentences in rows: one token too many costs the EOS, more are an error."""
     room = context + 1 + (vocabulary.eos is not None)
-    for source, length in zip(mixture.sources, lengths.tolist(), strict=True):
+    for component, length in zip(mixture.components, lengths.tolist(), strict=True):
         if length > room:
             raise UserError(
-                f"config.data.sources.{source.name}: a sentence of its recipe ({source.recipe.kind}, "
-                f"{source.recipe.num_grids} grids) has {length} tokens, a row of config.model.context {context} takes "
+                f"config.data.components.{component.name}: a sentence of its recipe ({component.recipe.kind}, "
+                f"{component.recipe.num_grids} grids) has {length} tokens, a row of config.model.context {context} has "
                 f"{room} at most; shorten the recipe, or choose config.data.packing 'concat'"
             )
     return np.minimum(lengths, context + 1)

@@ -1,4 +1,4 @@
-"""The sentences of one source: scenes in a new order each epoch, cut by the recipe."""
+"""The sentences of one component: scenes in a new order each epoch, cut by the recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lvm.common.errors import UserError
 from lvm.data.mixture import epochs
-from lvm.data.mixture.draws import Draws
+from lvm.data.mixture.draws import CounterRng
 from lvm.data.mixture.recipes import Grids, Recipe
 from lvm.data.store.jsonl import JsonlStore
 from lvm.data.store.reader import Store
@@ -20,7 +20,7 @@ _COUNTED = 2**22  # groups that are counted one by one; of more, a part is
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceConfig:
+class ComponentConfig:
     """One part of a mixture.
 
     Attributes:
@@ -43,8 +43,8 @@ class SourceConfig:
             raise UserError(f"max_repetitions: {self.max_repetitions} is not a number from 0 on")
 
 
-class SourceSentences:
-    """The sentences of one source.
+class ComponentSentences:
+    """The sentences of one component.
 
     Args:
       name: in the mixture.
@@ -62,7 +62,7 @@ class SourceSentences:
     def __init__(
         self,
         name: str,
-        config: SourceConfig,
+        config: ComponentConfig,
         store: AnyStore,
         heldout_fraction: float,
         side: str,
@@ -71,16 +71,16 @@ class SourceSentences:
     ):
         self.name, self.recipe, self.config, self.store = name, config.recipe, config, store
         self._seed, self._heldout_fraction, self._side = seed, heldout_fraction, side
-        selection = epochs.Selection(store.indexes, lambda entries: self._keep(entries))
+        selection = epochs.RankIndex(store.indexes, lambda entries: self._keep(entries))
         on_side = sum(int(self._on_side(entries).sum()) for entries in epochs.chunks(store.indexes))
         k = config.recipe.num_scenes
-        self._order: epochs.AnyScenes | epochs.OneClass
+        self._order: epochs.SceneSampler | epochs.ClassSampler
         if config.recipe.same_class:
-            self._order = epochs.OneClass(
+            self._order = epochs.ClassSampler(
                 selection, lambda numbers: _class_ids(store, numbers), k, seed, shuffle
             )
         else:
-            self._order = epochs.AnyScenes(selection, k, seed, shuffle)
+            self._order = epochs.SceneSampler(selection, k, seed, shuffle)
         self.num_scenes = len(selection) - self._order.left_out
         self.left_out = on_side - self.num_scenes
         self.per_epoch = self._order.per_epoch
@@ -96,7 +96,7 @@ class SourceSentences:
         if self.per_epoch:
             return ""
         k = self.recipe.num_scenes
-        if isinstance(self._order, epochs.OneClass):
+        if isinstance(self._order, epochs.ClassSampler):
             return (
                 f"no class has {k} {self._side} scenes in {self.store.path} with the streams and frames for it, "
                 f"the largest has {self._order.largest}"
@@ -107,7 +107,7 @@ class SourceSentences:
         )
 
     def sentence(self, number: int) -> np.ndarray:
-        """The codes of the source's sentence at `number`: int32 [grids, N]."""
+        """The codes of the component's sentence at `number`: int32 [grids, N]."""
         return self.sentences(np.array([number]))[0].astype(np.int32)
 
     def sentences(self, numbers: np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ class SourceSentences:
             mine = epoch_of == epoch
             scenes[mine] = self._order.scenes(places[mine], int(epoch))
         entries = self.store.entries(scenes.ravel()).reshape(scenes.shape)
-        grids = self.recipe.choose_many(entries["frames"].astype(np.int64), Draws(self._seed, numbers))
+        grids = self.recipe.choose_many(entries["frames"].astype(np.int64), CounterRng(self._seed, numbers))
         return scenes, grids, np.take_along_axis(entries, grids.scenes, axis=1)
 
     @functools.cached_property
@@ -156,7 +156,7 @@ class SourceSentences:
         limit = self.config.max_repetitions
         if limit and self.repetitions(count) > limit:
             raise UserError(
-                f"config.data.sources.{self.name}.max_repetitions: {count} sentences are "
+                f"config.data.components.{self.name}.max_repetitions: {count} sentences are "
                 f"{count / self.per_epoch:.4g} epochs of it and show an original {self.repetitions(count):.4g} "
                 f"times, more than {limit:g}; "
                 "a smaller weight, fewer steps or more scenes would do"

@@ -21,7 +21,7 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.common.logging import say
+from lvm.common.logging import log_info
 from lvm.data.mixture import split
 
 SUFFIX = ".jsonl"
@@ -173,13 +173,13 @@ class JsonlStore:
                 index_path.stat().length == found["sentences"] * _INDEX.itemsize
             ):
                 return np.memmap(index_path, _INDEX, mode="r") if found["sentences"] else np.zeros(0, _INDEX)
-        say(f"{self.path}: reading through it once, for an index")
+        log_info(f"{self.path}: reading through it once, for an index")
         index = np.array(list(self._scan()), _INDEX)
         try:
             files.write_atomically(index_path, index.tobytes())
             files.write_json(stamp_path, {**stamp, "sentences": len(index)})
         except OSError as error:
-            say(
+            log_info(
                 f"{index_path}: can't be written ({error.strerror}); every process will read the file through"
             )
         return index

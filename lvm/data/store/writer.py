@@ -39,7 +39,7 @@ class GroupedScene:
 
 
 @dataclasses.dataclass
-class Unread:
+class SkippedItems:
     """What of a shard's slice of the source is not in the shard; grows while the slice is read.
 
     Attributes:
@@ -61,7 +61,7 @@ def write_shard(
     num_shards: int,
     content: Iterable[GroupedScene],
     num_codes: int,
-    unread: Unread | None = None,
+    unread: SkippedItems | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes one shard, its index and, last, its entry; returns the entry.
@@ -77,7 +77,7 @@ def write_shard(
     Raises:
       UserError: another process of this machine is writing the shard.
     """
-    unread, folder = unread or Unread(), epath.Path(folder)
+    unread, folder = unread or SkippedItems(), epath.Path(folder)
     name = shard_name(shard, num_shards)
     with _beside(folder) as place, _alone(place / f".{name}{RECORDS}.tmp"):
         temporary = {suffix: place / f".{name}{suffix}.tmp" for suffix in (RECORDS, INDEXES)}

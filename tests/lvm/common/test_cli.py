@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvm.common.cli import name_positions, spread_list_flags
+from lvm.common.cli import positionals_to_flags, spread_list_flags
 from tests.commands import ROOT
 
 SCRIPT = """
@@ -115,8 +115,8 @@ def test_a_wrong_flag_is_one_line_that_names_it(arguments, named):
 )
 def test_positions_may_stand_anywhere(argv):
     """Flags of absl itself: `v` takes a value, `only_check_args` is a switch."""
-    named = name_positions(["convert", *argv], ("src", "dst"))
+    named = positionals_to_flags(["convert", *argv], ("src", "dst"))
     others = ("--v", "2", "--v=2", "--only_check_args")
     assert [a for a in named if a not in others] == ["convert", "--src=A", "--dst=B"]
-    left = name_positions(["convert", "A", "B", "C"], ("src", "dst"))
+    left = positionals_to_flags(["convert", "A", "B", "C"], ("src", "dst"))
     assert left[-1] == "C"  # for the parser to refuse

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from lvm.common.config import from_config_dict, to_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Video
 
 
@@ -74,7 +74,10 @@ def test_a_config_comes_back_equal_from_json(drawing):
 
 
 def test_a_mixture_comes_back_equal():
-    sources = {"a": SourceConfig(Video(strides=(3, 4)), 2.0), "b": SourceConfig(Pairs(), store="elsewhere")}
+    sources = {
+        "a": ComponentConfig(Video(strides=(3, 4)), 2.0),
+        "b": ComponentConfig(Pairs(), store="elsewhere"),
+    }
     mixture = MixtureConfig(sources, "store")
     assert from_config_dict(MixtureConfig, to_config_dict(mixture)) == mixture
 
@@ -117,4 +120,4 @@ def test_what_is_wrong_is_refused_by_its_full_key(values, message):
 
 def test_a_key_without_a_default_must_be_given():
     with pytest.raises(UserError, match=r"^config\.a: .*missing.*'recipe'"):
-        from_config_dict(SourceConfig, ConfigDict({"weight": 1.0}), "config.a")
+        from_config_dict(ComponentConfig, ConfigDict({"weight": 1.0}), "config.a")

@@ -34,5 +34,5 @@ def test_progress_without_progress_promises_nothing():
 
 
 def test_the_first_process_says_it(capsys):
-    logging.say("hello")
+    logging.log_info("hello")
     assert capsys.readouterr().out == "hello\n"

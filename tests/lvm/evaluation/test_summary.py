@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.evaluation import prompted, summary
 from lvm.evaluation.report import Section
@@ -148,10 +148,10 @@ def test_the_pictures_are_videos_tasks_and_reconstructions(make_heldout_scenes, 
     queries = prompted.make_queries(scenes, 12, 2, seed=0)
     asked = [prompted.ask(queries, "rgb", "segmentation", lambda prompts, n: prompts[:, -1:], decode)]
     sources = {
-        "clips": SourceConfig(Video(frames=2, strides=(1,))),
-        "pairs": SourceConfig(Pairs()),
-        "single": SourceConfig(Single()),
-        "unseen": SourceConfig(Video()),
+        "clips": ComponentConfig(Video(frames=2, strides=(1,))),
+        "pairs": ComponentConfig(Pairs()),
+        "single": ComponentConfig(Single()),
+        "unseen": ComponentConfig(Video()),
     }
     clips = np.stack([scene.codes[:, 0] for scene in scenes])
     sections = summary.pictures(

@@ -8,7 +8,7 @@ import pytest
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.data.mixture.mixture import MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Single
 from lvm.hardware.compiler_options import COST, DETERMINISTIC, OPTIONS, compiler_options, refused
 from lvm.hardware.sharding import MeshConfig
@@ -120,7 +120,7 @@ def test_a_run_records_what_it_was_compiled_with_and_goes_on_with_other_options(
             dtype="float32",
             attention="xla",
         ),
-        data=MixtureConfig({"images": SourceConfig(Single())}, store=store, heldout_fraction=0.0),
+        data=MixtureConfig({"images": ComponentConfig(Single())}, store=store, heldout_fraction=0.0),
         optimizer=OptimizerConfig(warmup_steps=1),
         mesh=MeshConfig(data=jax.device_count()),
         loop=LoopConfig(total_steps=2, log_every=1),

@@ -210,7 +210,7 @@ def test_a_prompt_is_read_once_for_its_candidates(monkeypatch):
     from lvm.inference import decode
 
     seen = collections.Counter()
-    begin = decode.begin
+    begin = decode.prefill
     monkeypatch.setattr(
         decode,
         "begin",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lvm.common.errors import UserError
-from lvm.inference.sampling import Sampling, draw, draws
+from lvm.inference.sampling import Sampling, draws, sample_token
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -19,7 +19,7 @@ def drawn(*samplings, shares=SHARES, count=COUNT):
     """Ids [samplings, count]: one batch whose rows draw by their own rules."""
     rules = draws(samplings, list(range(len(samplings))), count)
     rows = jnp.tile(jnp.log(jnp.float32(shares)), (len(samplings) * count, 1))
-    return np.asarray(jax.jit(draw)(rows, rules, jnp.int32(0))).reshape(len(samplings), count)
+    return np.asarray(jax.jit(sample_token)(rows, rules, jnp.int32(0))).reshape(len(samplings), count)
 
 
 def check(ids, shares):
@@ -64,10 +64,10 @@ def test_more_than_the_vocabulary_is_all_of_it():
 def test_a_seed_is_its_rows_alone():
     rules = draws([Sampling()] * 2, [5, 5], 3)
     logits = jnp.zeros((6, 1000))
-    ids = draw(logits, rules, jnp.int32(4)).reshape(2, 3)
+    ids = sample_token(logits, rules, jnp.int32(4)).reshape(2, 3)
     np.testing.assert_array_equal(ids[0], ids[1])
     assert len(set(ids[0].tolist())) == 3
-    assert (draw(logits, rules, jnp.int32(5)).reshape(2, 3) != ids).any()
+    assert (sample_token(logits, rules, jnp.int32(5)).reshape(2, 3) != ids).any()
 
 
 @pytest.mark.parametrize(

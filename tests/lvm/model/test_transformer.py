@@ -7,7 +7,7 @@ import pytest
 
 from lvm.common.errors import UserError
 from lvm.model.nnx_utils import abstract, count_params, init_params, merge, split
-from lvm.model.transformer import SIZES, ModelConfig, Transformer, rotary_turns, rotate
+from lvm.model.transformer import SIZES, ModelConfig, Transformer, apply_rope, rope_cos_sin
 
 PUBLISHED = {  # parameters with a vocabulary of 8292
     "100m": 116_974_720,
@@ -90,7 +90,7 @@ def test_rotation_depends_on_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(i, j):
-        turn = lambda x, at: rotate(x, rotary_turns(jnp.array([[at]]), 16, 10000.0))[0, 0, 0]  # noqa: E731
+        turn = lambda x, at: apply_rope(x, rope_cos_sin(jnp.array([[at]]), 16, 10000.0))[0, 0, 0]  # noqa: E731
         return turn(q, i) @ turn(k, j)
 
     assert float(score(7, 3)) == pytest.approx(float(score(3007, 3003)), abs=1e-3)
@@ -99,7 +99,7 @@ def test_rotation_depends_on_distance_alone():
 
 def test_rotation_turns_first_half_into_second():
     x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
-    turned = rotate(x, rotary_turns(jnp.array([[1]]), 4, 10000.0))[0, 0, 0]
+    turned = apply_rope(x, rope_cos_sin(jnp.array([[1]]), 4, 10000.0))[0, 0, 0]
     np.testing.assert_allclose(turned, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lvm.planning.collectives import PADDING, moved
+from lvm.planning.collectives import PADDING, collective_bytes
 from lvm.planning.hlo import Array, Program
 from lvm.planning.roofline import hbm_bytes
 
@@ -100,7 +100,10 @@ def test_instructions_are_read_with_their_parts():
 
 
 def test_collectives_are_counted_once_a_round_by_what_they_move():
-    found = {c.kind: c for c in moved(Program(LOOP.replace("FIRST", "0")), [(32, 32), (64, 32)], chips=8)}
+    found = {
+        c.kind: c
+        for c in collective_bytes(Program(LOOP.replace("FIRST", "0")), [(32, 32), (64, 32)], chips=8)
+    }
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
     gather, scatter, reduce = found["all-gather"], found["reduce-scatter"], found["all-reduce"]
     # One gather a round, though it stands in two fusions; compute runs beside it.
@@ -118,7 +121,7 @@ def test_padded_shards_and_what_moves_them_back_are_padding():
     # 4 chips share 60 rows: 15 each, padded to 16.
     permute = "%moved = bf16[16,32]{1,0} collective-permute(%part), source_target_pairs={{0,1},{1,0}}"
     text = LOOP.replace("FIRST", "0").replace("  ROOT %out = (s32[]", f"  {permute}\n  ROOT %out = (s32[]")
-    found = {c.kind: c for c in moved(Program(text), [(60, 32)], chips=8)}
+    found = {c.kind: c for c in collective_bytes(Program(text), [(60, 32)], chips=8)}
     assert found["reduce-scatter"].bytes == 6 * 2 * 60 * 32 * 3 / 4
     assert found[PADDING].bytes == 6 * (2 * 4 * 32 * 3 / 4 + 2 * 16 * 32)
     assert found[PADDING].count == 6  # permutes; the padded scatters are counted as scatters
@@ -139,7 +142,9 @@ def test_permutes_of_true_shards_count_as_what_they_replace(sent, kind):
     )
     plain = LOOP.replace("FIRST", "0")
     text = plain.replace("  ROOT %out = (s32[]", f"  {permute}\n  ROOT %out = (s32[]")
-    without, found = ({c.kind: c for c in moved(Program(t), [(64, 32)], chips=8)} for t in (plain, text))
+    without, found = (
+        {c.kind: c for c in collective_bytes(Program(t), [(64, 32)], chips=8)} for t in (plain, text)
+    )
     assert found[kind].count == without[kind].count + 6
     assert found[kind].bytes == without[kind].bytes + 6 * 2 * 16 * 32
 

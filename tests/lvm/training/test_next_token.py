@@ -13,7 +13,7 @@ from lvm.common.errors import UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model.nnx_utils import merge
 from lvm.model.transformer import ModelConfig
-from lvm.training.next_token import NextCode, ObjectiveConfig
+from lvm.training.next_token import NextTokenTask, ObjectiveConfig
 from lvm.training.task import means
 
 CONFIG = ModelConfig(
@@ -29,11 +29,13 @@ def objective(heldout=0):
         "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
         "loss_mask": jax.ShapeDtypeStruct((B, C), np.bool_),
         "positions": jax.ShapeDtypeStruct((B, C), np.int32),
-        "source_ids": jax.ShapeDtypeStruct((B, C), np.int16),
+        "component_ids": jax.ShapeDtypeStruct((B, C), np.int16),
     }
     schedule = optax.constant_schedule(0.01)
     batches = [batch(seed) for seed in range(100, 100 + heldout)]
-    return NextCode(CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, heldout=batches)
+    return NextTokenTask(
+        CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, heldout=batches
+    )
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def batch(seed=0, mask=True):
         "tokens": rng.integers(0, 20, (B, C + 1), dtype=np.int32),
         "loss_mask": rng.random((B, C)) < 0.6 if mask else np.ones((B, C), bool),
         "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
-        "source_ids": rng.integers(0, 2, (B, C), dtype=np.int16),  # never owls
+        "component_ids": rng.integers(0, 2, (B, C), dtype=np.int16),  # never owls
     }
 
 
@@ -88,7 +90,7 @@ def test_each_sources_loss_is_the_mean_over_its_targets():
     losses, metrics = losses_in_numpy(made), loss_of(made)[1]
     assert set(metrics) == {"loss/cats", "loss/dogs", "loss/owls"}
     for number, name in enumerate(("cats", "dogs")):
-        mine = made["loss_mask"] & (made["source_ids"] == number)
+        mine = made["loss_mask"] & (made["component_ids"] == number)
         np.testing.assert_allclose(metrics[f"loss/{name}"], losses[mine].mean(), rtol=1e-5)
     assert np.isnan(metrics["loss/owls"])
 

@@ -13,7 +13,7 @@ from tests.lvm.test_training_loop import bits, read_batch, release, stopping_at,
 from lvm.common.errors import DivergedError, UserError
 from lvm.training import metrics
 from lvm.training.checkpoint import Checkpoints
-from lvm.training.spikes import FILENAME, LeftOut, LossWatch, SpikeConfig, SpikeError
+from lvm.training.spikes import FILENAME, LossWatch, SkippedBatches, SpikeConfig, SpikeError
 
 SPIKE = SpikeConfig(deviations=8.0, window=4, before=1)
 stretches = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=8)
@@ -31,7 +31,7 @@ def spiking_at(*numbers, read=read_batch):
 
 @given(stretches)
 def test_batches_come_in_order_and_none_that_is_left_out(found):
-    left_out = LeftOut()
+    left_out = SkippedBatches()
     for first, more in found:
         left_out.add(first, first + more)
     gone = {number for first, more in found for number in range(first, first + more + 1)}
@@ -41,15 +41,15 @@ def test_batches_come_in_order_and_none_that_is_left_out(found):
 
 
 def test_what_is_left_out_is_kept_in_the_workdir(tmp_path):
-    assert LeftOut.of(tmp_path).stretches == []
-    left_out = LeftOut()
+    assert SkippedBatches.of(tmp_path).stretches == []
+    left_out = SkippedBatches()
     left_out.add(7, 9)
     left_out.save(tmp_path)
-    again = LeftOut.of(tmp_path)
+    again = SkippedBatches.of(tmp_path)
     assert (again.rewinds, again.stretches) == (1, [(7, 9)])
     (tmp_path / FILENAME).write_text("[3]")
     with pytest.raises(UserError, match=f"{FILENAME}: not a list of batches"):
-        LeftOut.of(tmp_path)
+        SkippedBatches.of(tmp_path)
 
 
 def test_only_a_full_window_knows_a_spike():

@@ -11,7 +11,7 @@ import pytest
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model.nnx_utils import count_params
 from lvm.model.transformer import SIZES, ModelConfig
-from lvm.training.next_token import NextCode, ObjectiveConfig
+from lvm.training.next_token import NextTokenTask, ObjectiveConfig
 from lvm.training.optimizer import OptimizerConfig, build
 from lvm.training.step import Step
 
@@ -38,11 +38,13 @@ def make_step(config, mesh, batch_size, chunk, zero1=False, accumulate_steps=1):
         "tokens": jax.ShapeDtypeStruct((batch_size, C + 1), np.int32),
         "loss_mask": jax.ShapeDtypeStruct((batch_size, C), np.bool_),
         "positions": jax.ShapeDtypeStruct((batch_size, C), np.int32),
-        "source_ids": jax.ShapeDtypeStruct((batch_size, C), np.int16),
+        "component_ids": jax.ShapeDtypeStruct((batch_size, C), np.int16),
     }
     tx, schedule = build(OptimizerConfig(), 100_000)
     objective = ObjectiveConfig(logits_chunk=chunk, accumulate_steps=accumulate_steps)
-    return Step(NextCode(config, spec, ["all"], tx, schedule, mesh, objective), mesh, seed=0, zero1=zero1)
+    return Step(
+        NextTokenTask(config, spec, ["all"], tx, schedule, mesh, objective), mesh, seed=0, zero1=zero1
+    )
 
 
 SMALL = ModelConfig(

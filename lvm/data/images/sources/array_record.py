@@ -14,7 +14,7 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import below, check_index, files_hash, find_files
+from lvm.data.images.sources.listing import check_index, files_hash, find_files, relative_to
 from lvm.data.images.sources.pictures import Blob, UnreadableError
 from lvm.data.images.sources.readers import FrameReader, make_readers
 from lvm.data.streams.codecs import Codec
@@ -65,7 +65,7 @@ class ArrayRecordSource:
             except OSError as error:
                 skipped.append(Failure(file, f"can't be read: {error.strerror}"))
             except (UnreadableError, ValueError, RuntimeError) as error:
-                skipped.append(Failure(file, f"not used: {below(self._root, error)}"))
+                skipped.append(Failure(file, f"not used: {relative_to(self._root, error)}"))
         self._starts = np.cumsum([0, *counts])
         if not len(self):
             reason = skipped[0].reason if skipped else "they are empty"
@@ -108,7 +108,7 @@ class ArrayRecordSource:
         try:
             return self._reader(file).read(record, record + 1)[0]
         except (IndexError, ValueError, RuntimeError) as error:
-            raise UnreadableError(f"the record can't be read: {below(self._root, error)}") from error
+            raise UnreadableError(f"the record can't be read: {relative_to(self._root, error)}") from error
 
     def _reader(self, file: str) -> Any:
         if file not in self._readers:

@@ -13,7 +13,7 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import SETTINGS, check_index, natural, size_and_end, walk
+from lvm.data.images.sources.listing import SETTINGS, check_index, natural_key, size_and_end, walk
 from lvm.data.images.sources.pictures import SUFFIXES, Blob, UnreadableError, open_picture
 from lvm.data.images.sources.readers import STREAMS, FrameReader, declared_streams, make_readers
 from lvm.data.streams.codecs import Codec
@@ -204,7 +204,7 @@ class _Listing:
         return files
 
     def _skip_siblings(self, trees: dict[str, str]) -> None:
-        for entry in sorted(self._root.iterdir(), key=lambda entry: natural(entry.name)):
+        for entry in sorted(self._root.iterdir(), key=lambda entry: natural_key(entry.name)):
             if entry.name.startswith(".") or entry.name in trees or entry.name in SETTINGS:
                 continue
             if entry.is_dir():

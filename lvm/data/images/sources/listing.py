@@ -19,12 +19,12 @@ NOT_UTF8 = "its name is not UTF-8"
 _ENDS = ".index.json"  # what a source leaves beside its files
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
+def natural_key(name: str) -> tuple[list[str | int], str]:
     """A sort key that puts frame 2 before frame 10; of 2 and 02, which are one number, the order is always the same."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))], name
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name as it can be printed and stored: another one where its bytes are not UTF-8."""
     return name.encode(errors="backslashreplace").decode()
 
@@ -51,9 +51,9 @@ def walk(top: pathlib.Path, skip: Callable[[pathlib.Path, str], None]) -> Iterat
         seen.add(real)
         relative = pathlib.PurePath(folder).relative_to(top).as_posix().removeprefix(".")
         for entries in (subfolders, names):
-            entries[:] = sorted((entry for entry in entries if not entry.startswith(".")), key=natural)
-            for entry in [entry for entry in entries if shown(entry) != entry]:
-                skip(pathlib.Path(folder, shown(entry)), NOT_UTF8)
+            entries[:] = sorted((entry for entry in entries if not entry.startswith(".")), key=natural_key)
+            for entry in [entry for entry in entries if printable(entry) != entry]:
+                skip(pathlib.Path(folder, printable(entry)), NOT_UTF8)
                 entries.remove(entry)
         for name in names:
             yield relative, name
@@ -100,7 +100,7 @@ def _glob(path: str) -> tuple[pathlib.Path, list[str]]:
     plain = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts) - 1)
     root = pathlib.Path(*parts[:plain]) if plain else pathlib.Path()
     found = (file for file in root.glob("/".join(parts[plain:])) if file.is_file())
-    return root, sorted((file.relative_to(root).as_posix() for file in found), key=natural)
+    return root, sorted((file.relative_to(root).as_posix() for file in found), key=natural_key)
 
 
 def size_and_end(path: pathlib.Path, most: int = 256) -> tuple[int, bytes]:
@@ -143,6 +143,6 @@ def read_range(path: pathlib.Path, offset: int, size: int) -> bytes:
     return data
 
 
-def below(root: pathlib.Path, error: Exception) -> str:
+def relative_to(root: pathlib.Path, error: Exception) -> str:
     """An error's text with the paths below `root` as they are there: a store tells no folder of the machine."""
     return str(error).replace(f"{root}{os.sep}", "")

@@ -17,7 +17,7 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import below, check_index, files_hash, find_files
+from lvm.data.images.sources.listing import check_index, files_hash, find_files, relative_to
 from lvm.data.images.sources.pictures import Blob, UnreadableError
 from lvm.data.images.sources.readers import STREAMS, FrameReader, declared_streams, make_readers
 from lvm.data.streams.codecs import Codec
@@ -83,7 +83,9 @@ class ParquetSource:
                 # What was listed of it goes: the next file gets its number.
                 keys.difference_update(info.key for info, *_ in self._rows[before:])
                 del self._rows[before:]
-                skipped.append(Failure(file, f"no Parquet that can be read: {below(self._root, error)}"))
+                skipped.append(
+                    Failure(file, f"no Parquet that can be read: {relative_to(self._root, error)}")
+                )
         if not self._rows:
             reason = skipped[0].reason if skipped else "they are empty"
             raise UserError(f"{self.config.path}: no rows to use in its files: {reason}")
@@ -197,7 +199,7 @@ class ParquetSource:
         try:
             value = self._group(file, group).column(column)[row].as_py()
         except (OSError, pyarrow.ArrowException) as error:
-            raise UnreadableError(f"the row group can't be read: {below(self._root, error)}") from error
+            raise UnreadableError(f"the row group can't be read: {relative_to(self._root, error)}") from error
         value = value["bytes"] if isinstance(value, dict) else value
         if value is None:
             raise UnreadableError(f"column {column!r} is null")

@@ -18,7 +18,14 @@ from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import NOT_UTF8, check_index, files_hash, find_files, read_range, shown
+from lvm.data.images.sources.listing import (
+    NOT_UTF8,
+    check_index,
+    files_hash,
+    find_files,
+    printable,
+    read_range,
+)
 from lvm.data.images.sources.pictures import SUFFIXES, Blob
 from lvm.data.images.sources.readers import STREAMS, FrameReader, declared_streams, make_readers
 from lvm.data.streams.codecs import Codec
@@ -226,7 +233,7 @@ def _scan(path: pathlib.Path, size: int) -> tuple[list[Member], list[tuple[str, 
             while (header := _next(tar, problems)) is not None:
                 reason = _refusal(header, size)
                 if reason:
-                    problems.append((shown(header.name), reason))
+                    problems.append((printable(header.name), reason))
                 elif header.isfile():
                     members.append(Member(header.name.removeprefix("./"), header.offset_data, header.size))
                 vars(tar)["members"].clear()  # or it keeps all headers
@@ -263,7 +270,7 @@ def _refusal(header: tarfile.TarInfo, size: int) -> str:
     """Why a member is not used, or ""."""
     if header.name.startswith("/") or ".." in re.split(r"[/\\]", header.name):
         return "its name leaves the archive"
-    if shown(header.name) != header.name:
+    if printable(header.name) != header.name:
         return NOT_UTF8
     if header.isdir():
         return ""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
-from lvm.data.mixture.mixture import BLOCK, Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import BLOCK, ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.store.reader import Store
 
@@ -19,7 +19,7 @@ SCENES = [(1, 0)] * 12 + [(3, 0)] * 9 + [(1, 1)] * 8
 
 def weighted(**weights):
     recipes = {"single": Single(), "video": VIDEO, "pairs": PAIRS}
-    return {name: SourceConfig(recipes[name], weight) for name, weight in weights.items()}
+    return {name: ComponentConfig(recipes[name], weight) for name, weight in weights.items()}
 
 
 def mixture(store, sources, seed=0, side="train", heldout=0.2, **options):
@@ -38,7 +38,7 @@ def scenes_of(source, sentences):
 
 def test_sources_come_in_the_order_of_their_names(store):
     sources = weighted(video=1.0, single=2.0, pairs=1.0)
-    assert [source.name for source in mixture(store, sources).sources] == ["pairs", "single", "video"]
+    assert [source.name for source in mixture(store, sources).components] == ["pairs", "single", "video"]
     shuffled = dict(reversed(sources.items()))
     np.testing.assert_array_equal(mixture(store, sources).block(3), mixture(store, shuffled).block(3))
 
@@ -85,8 +85,10 @@ def test_the_order_within_a_block_is_mixed_and_follows_seed_and_block(store):
 
 @pytest.mark.parametrize("side", ["train", "heldout"])
 def test_every_scene_comes_once_an_epoch_in_another_order(store, side):
-    sources = {"video": SourceConfig(Video(frames=3, strides=(1,)))}  # all of the scene: it tells which it is
-    source = mixture(store, sources, side=side, heldout=0.4).sources[0]
+    sources = {
+        "video": ComponentConfig(Video(frames=3, strides=(1,)))
+    }  # all of the scene: it tells which it is
+    source = mixture(store, sources, side=side, heldout=0.4).components[0]
     n = source.per_epoch
     assert n > 1
     epochs = [scenes_of(source, range(epoch * n, (epoch + 1) * n)) for epoch in range(8)]
@@ -102,7 +104,7 @@ def test_the_sides_share_no_group_and_together_are_all(make_store, new_scenes):
     group_of = {found.scene(i).codes.tobytes(): int(found.index["group"][i]) for i in range(30)}
     sides = []
     for side in ("train", "heldout"):
-        source = mixture(store, weighted(single=1.0), side=side).sources[0]
+        source = mixture(store, weighted(single=1.0), side=side).components[0]
         codes = {source.sentence(i).astype(np.uint16).tobytes() for i in range(source.per_epoch)}
         sides.append({group_of[x] for x in codes})
     assert not sides[0] & sides[1]
@@ -114,7 +116,7 @@ def test_a_sentence_holds_the_codes_that_its_recipe_chose(store, new_scenes):
     for item in new_scenes(SCENES):
         if item.scene.stream_set == 1:
             by_rgb[item.scene.codes[0, 0].tobytes()] = item.scene.codes[0, 1]
-    source = mixture(store, weighted(pairs=1.0)).sources[0]
+    source = mixture(store, weighted(pairs=1.0)).components[0]
     for number in range(2 * source.per_epoch):
         sentence = source.sentence(number)
         assert (sentence.shape, sentence.dtype) == ((4, 4), np.int32)
@@ -126,14 +128,15 @@ def test_a_sentence_holds_the_codes_that_its_recipe_chose(store, new_scenes):
 def test_a_sentence_is_a_function_of_seed_and_number(store):
     sources, numbers = weighted(video=1.0), (0, 5, 10**10)
     first, again, other = (
-        [mixture(store, sources, seed).sources[0].sentence(n).tolist() for n in numbers] for seed in (4, 4, 5)
+        [mixture(store, sources, seed).components[0].sentence(n).tolist() for n in numbers]
+        for seed in (4, 4, 5)
     )
     assert first == again
     assert first != other
 
 
 def test_scenes_too_short_are_left_out_and_counted(store):
-    source = mixture(store, weighted(video=1.0), heldout=0.0).sources[0]
+    source = mixture(store, weighted(video=1.0), heldout=0.0).components[0]
     assert (source.per_epoch, source.left_out) == (9, 20)
 
 
@@ -141,15 +144,15 @@ def test_columns_are_found_by_name_whatever_the_stream_set(make_store, new_scene
     scenes = new_scenes([(1, 0), (1, 1), (1, 2)])
     columns = {0: 0, 1: 0, 2: 1}  # of rgb in each stream set
     wanted = {item.scene.codes[0, columns[item.scene.stream_set]].tobytes() for item in scenes}
-    source = mixture(make_store(scenes), weighted(single=1.0), heldout=0.0).sources[0]
+    source = mixture(make_store(scenes), weighted(single=1.0), heldout=0.0).components[0]
     assert {source.sentence(i).astype(np.uint16).tobytes() for i in range(3)} == wanted
 
 
 def test_all_missing_streams_are_reported_together(store):
     sources = {
-        "a": SourceConfig(Single("depth")),
-        "b": SourceConfig(Video(frames=9, strides=(1,))),
-        "c": SourceConfig(Single()),
+        "a": ComponentConfig(Single("depth")),
+        "b": ComponentConfig(Video(frames=9, strides=(1,))),
+        "c": ComponentConfig(Single()),
     }
     with pytest.raises(UserError) as error:
         mixture(store, sources)
@@ -161,30 +164,30 @@ def test_all_missing_streams_are_reported_together(store):
 
 
 def test_missing_sources_may_be_allowed_and_are_said(store, capsys):
-    sources = {"a": SourceConfig(Single("depth")), "c": SourceConfig(Single())}
+    sources = {"a": ComponentConfig(Single("depth")), "c": ComponentConfig(Single())}
     made = mixture(store, sources, allow_missing=True)
-    assert [source.name for source in made.sources] == ["c"]
+    assert [source.name for source in made.components] == ["c"]
     assert np.bincount(made.block(0)[0]).tolist() == [BLOCK]
     assert "left out of the mixture: a (" in capsys.readouterr().out
 
 
 def test_missing_sources_can_not_be_all(store):
-    with pytest.raises(UserError, match=r"config\.data\.sources: can't be made: a \("):
-        mixture(store, {"a": SourceConfig(Single("depth"))}, allow_missing=True)
+    with pytest.raises(UserError, match=r"config\.data\.components: can't be made: a \("):
+        mixture(store, {"a": ComponentConfig(Single("depth"))}, allow_missing=True)
 
 
 def test_a_source_of_weight_0_is_not_there_and_needs_no_store(store):
-    sources = {"a": SourceConfig(Single(), 0.0, store="nowhere"), "c": SourceConfig(Single())}
-    assert [source.name for source in mixture(store, sources).sources] == ["c"]
+    sources = {"a": ComponentConfig(Single(), 0.0, store="nowhere"), "c": ComponentConfig(Single())}
+    assert [source.name for source in mixture(store, sources).components] == ["c"]
 
 
 def test_parts_may_have_their_own_stores(store, make_store, new_scenes):
     other = make_store(new_scenes([(1, 2)] * 5, seed=9), "other")
-    sources = {"here": SourceConfig(Single()), "there": SourceConfig(Single("edges"), store=other)}
+    sources = {"here": ComponentConfig(Single()), "there": ComponentConfig(Single("edges"), store=other)}
     made = mixture(store, sources, heldout=0.0)
     assert {str(store.path) for store in made.stores} == {store, other}
     edges = {Store(other).scene(i).codes[0, 0].tobytes() for i in range(5)}
-    assert {made.sources[1].sentence(i).astype(np.uint16).tobytes() for i in range(5)} == edges
+    assert {made.components[1].sentence(i).astype(np.uint16).tobytes() for i in range(5)} == edges
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_parts_may_have_their_own_stores(store, make_store, new_scenes):
 )
 def test_codes_of_different_tokenizers_are_refused(store, make_store, options, named):
     other = make_store(SCENES, "other", **options)
-    sources = {"a": SourceConfig(Single()), "b": SourceConfig(Single(), store=other)}
+    sources = {"a": ComponentConfig(Single()), "b": ComponentConfig(Single(), store=other)}
     with pytest.raises(UserError, match=rf"codes of different tokenizers \(.*{named}"):
         mixture(store, sources)
 
@@ -201,18 +204,18 @@ def test_codes_of_different_tokenizers_are_refused(store, make_store, options, n
 def test_too_few_scenes_are_counted(make_store):
     store = make_store([(1, 1)] * 3)
     with pytest.raises(UserError, match=r"made: pairs \(3 train scenes in .*, 4 are needed for a sentence"):
-        mixture(store, {"pairs": SourceConfig(Pairs(shots=4))}, heldout=0.0)
+        mixture(store, {"pairs": ComponentConfig(Pairs(shots=4))}, heldout=0.0)
 
 
 @pytest.mark.parametrize(
     ("sources", "store_given", "message"),
     [
-        ({}, True, r"config\.data\.sources: empty"),
-        ({"a": SourceConfig(Single(), 0.0)}, True, r"config\.data\.sources: the weights sum to zero"),
+        ({}, True, r"config\.data\.components: empty"),
+        ({"a": ComponentConfig(Single(), 0.0)}, True, r"config\.data\.components: the weights sum to zero"),
         (
-            {"a": SourceConfig(Single())},
+            {"a": ComponentConfig(Single())},
             False,
-            r"made: a \(no store given: set config\.data\.sources\.a\.store",
+            r"made: a \(no store given: set config\.data\.components\.a\.store",
         ),
     ],
 )
@@ -224,4 +227,4 @@ def test_a_mixture_of_nothing_is_refused(store, sources, store_given, message):
 @given(st.floats(max_value=-1e-9) | st.sampled_from([float("nan"), float("inf")]))
 def test_a_weight_that_is_no_share_is_refused(weight):
     with pytest.raises(UserError, match=r"^weight: "):
-        SourceConfig(Single(), weight)
+        ComponentConfig(Single(), weight)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lvm.common.errors import UserError
 from lvm.data.mixture import epochs, permutation
 from lvm.data.mixture.loader import batches
-from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Category, Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
 from lvm.data.store.format import INDEX
@@ -51,7 +51,7 @@ class HugeStore:
         return "huge"
 
 
-class EveryScene(epochs.Selection):
+class EveryScene(epochs.RankIndex):
     """All scenes, without looking at each: what a selection holds is tested by itself."""
 
     def __init__(self, parts, keep):
@@ -70,9 +70,11 @@ def test_two_billion_sentences_take_no_memory_and_no_time(monkeypatch, packing, 
     monkeypatch.setattr("lvm.data.mixture.mixture._without_streams", lambda *arguments: {})
     tracemalloc.start()
     start = time.perf_counter()
-    config = MixtureConfig({"single": SourceConfig(Single())}, "huge", 0.0, packing=packing, shuffle=shuffle)
+    config = MixtureConfig(
+        {"single": ComponentConfig(Single())}, "huge", 0.0, packing=packing, shuffle=shuffle
+    )
     rows = Rows(Mixture(config, 0), Vocabulary.for_codes(2**16), context=24, batch_size=64)
-    assert rows.mixture.sources[0].per_epoch == HUGE
+    assert rows.mixture.components[0].per_epoch == HUGE
     sentences = {}
     for row in (0, 2**31, HUGE // 4 - 4096):  # 4 sentences of 6 tokens a row
         tokens = rows.batch(row // 64)["tokens"]
@@ -124,7 +126,7 @@ def test_many_permutations_at_once_are_bijections(sizes, seed):
 @given(st.lists(st.lists(st.booleans(), max_size=200), max_size=4))
 def test_a_selection_finds_what_a_condition_keeps(parts):
     arrays = [np.array(part, bool) for part in parts]
-    selection = epochs.Selection(arrays, lambda entries: entries)
+    selection = epochs.RankIndex(arrays, lambda entries: entries)
     wanted = np.flatnonzero(np.concatenate([np.zeros(0, bool), *arrays]))
     assert len(selection) == len(wanted)
     np.testing.assert_array_equal(selection.find(np.arange(len(wanted))), wanted)
@@ -133,8 +135,8 @@ def test_a_selection_finds_what_a_condition_keeps(parts):
 @pytest.mark.parametrize("shuffle", permutation.SHUFFLES)
 def test_a_category_is_of_one_class_and_an_epoch_takes_each_scene_once(make_store, new_scenes, shuffle):
     path = make_store(new_scenes([(1, 0)] * 41))  # classes −1, 0, 1 in turn
-    config = MixtureConfig({"category": SourceConfig(Category(images=3))}, path, 0.0, shuffle=shuffle)
-    source = Mixture(config, 0).sources[0]
+    config = MixtureConfig({"category": ComponentConfig(Category(images=3))}, path, 0.0, shuffle=shuffle)
+    source = Mixture(config, 0).components[0]
     store = Store(path)
     assert source.per_epoch == 4 + 4
     for epoch in range(2):
@@ -150,17 +152,19 @@ def test_a_category_is_of_one_class_and_an_epoch_takes_each_scene_once(make_stor
 
 def test_a_class_with_too_few_scenes_is_left_out_and_counted(make_store, new_scenes):
     path = make_store(new_scenes([(1, 0)] * 5))  # class 0 has two scenes, class 1 has one
-    made = Mixture(MixtureConfig({"category": SourceConfig(Category(images=2))}, path, 0.0), 0).sources[0]
+    made = Mixture(MixtureConfig({"category": ComponentConfig(Category(images=2))}, path, 0.0), 0).components[
+        0
+    ]
     assert (made.per_epoch, made.num_scenes, made.left_out) == (1, 2, 3)
     with pytest.raises(UserError, match=r"no class has 3 train scenes in .* the largest has 2"):
-        Mixture(MixtureConfig({"category": SourceConfig(Category(images=3))}, path, 0.0), 0)
+        Mixture(MixtureConfig({"category": ComponentConfig(Category(images=3))}, path, 0.0), 0)
 
 
 def test_repetitions_count_copies_and_stop_at_their_cap(make_store, new_scenes):
     path = make_store(new_scenes([(1, 0)] * 12, groups=[f"group {i // 3}" for i in range(12)]))
-    sources = {"single": SourceConfig(Single(), max_repetitions=6.0)}
+    sources = {"single": ComponentConfig(Single(), max_repetitions=6.0)}
     rows = Rows(Mixture(MixtureConfig(sources, path, 0.0), 0), Vocabulary.for_codes(16), 6, 4)
-    source = rows.mixture.sources[0]
+    source = rows.mixture.components[0]
     assert source.copies == 3
     assert source.repetitions(24) == 6
     rows.batch(4)  # sentences 16 to 20, and a token of the next
@@ -174,7 +178,7 @@ def test_repetitions_count_copies_and_stop_at_their_cap(make_store, new_scenes):
 
 def test_weights_may_be_shares_of_the_codes(make_store):
     path = make_store([(3, 0)] * 12)
-    sources = {"single": SourceConfig(Single()), "video": SourceConfig(Video(frames=3, strides=(1,)))}
+    sources = {"single": ComponentConfig(Single()), "video": ComponentConfig(Video(frames=3, strides=(1,)))}
     mixture = Mixture(MixtureConfig(sources, path, 0.0, weigh_by="codes"), 0)
     np.testing.assert_allclose(mixture.shares, [0.75, 0.25])
     assert mixture.identity() != Mixture(MixtureConfig(sources, path, 0.0), 0).identity()
@@ -184,7 +188,7 @@ def test_a_mixture_is_known_by_what_decides_its_order(make_store):
     path = make_store([(3, 0)] * 12)
 
     def identity(seed=0, **options):
-        return Mixture(MixtureConfig({"single": SourceConfig(Single())}, path, **options), seed).identity()
+        return Mixture(MixtureConfig({"single": ComponentConfig(Single())}, path, **options), seed).identity()
 
     assert identity() == identity(allow_missing=True)
     changed = [{"seed": 1}, {"packing": "whole"}, {"shuffle": "blocks"}, {"heldout_fraction": 0.3}]
@@ -193,14 +197,14 @@ def test_a_mixture_is_known_by_what_decides_its_order(make_store):
 
 def test_missing_stores_are_reported_together_or_left_out(make_store, tmp_path, capsys):
     sources = {
-        "gone": SourceConfig(Single(), store=str(tmp_path / "gone")),
-        "here": SourceConfig(Single(), store=make_store([(1, 0)] * 9)),
-        "unset": SourceConfig(Single()),
+        "gone": ComponentConfig(Single(), store=str(tmp_path / "gone")),
+        "here": ComponentConfig(Single(), store=make_store([(1, 0)] * 9)),
+        "unset": ComponentConfig(Single()),
     }
     with pytest.raises(UserError, match=r"made: gone \(.*/gone doesn't exist.*; unset \(no store given"):
         Mixture(MixtureConfig(sources), 0)
     made = Mixture(MixtureConfig(sources, allow_missing=True), 0)
-    assert ([source.name for source in made.sources], made.shares.tolist()) == (["here"], [1.0])
+    assert ([source.name for source in made.components], made.shares.tolist()) == (["here"], [1.0])
     assert "left out of the mixture: gone" in capsys.readouterr().out
 
 
@@ -215,8 +219,8 @@ def store_flag(make_store):
 
 @pytest.fixture
 def flags(store_flag):
-    off = [f"--config.data.sources.{name}.weight=0" for name in ("depth", "edges")]
-    return [*ARGUMENTS, store_flag, *off, "--config.data.sources.single.weight=1"]
+    off = [f"--config.data.components.{name}.weight=0" for name in ("depth", "edges")]
+    return [*ARGUMENTS, store_flag, *off, "--config.data.components.single.weight=1"]
 
 
 def fingerprint(flags, processes=1, **options):
@@ -275,9 +279,9 @@ def test_the_fingerprint_is_of_the_tokens(flags, store_flag):
         Mixture(
             MixtureConfig(
                 {
-                    "segmentation": SourceConfig(Pairs(shots=3), 0.30),
-                    "single": SourceConfig(Single()),
-                    "video": SourceConfig(Video(frames=4, strides=(1,)), 0.40),
+                    "segmentation": ComponentConfig(Pairs(shots=3), 0.30),
+                    "single": ComponentConfig(Single()),
+                    "video": ComponentConfig(Video(frames=4, strides=(1,)), 0.40),
                 },
                 store_flag.partition("=")[2],
                 heldout_fraction=0.25,
@@ -301,7 +305,7 @@ def test_bad_numbers_are_bad_input(flags):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_gives_the_steps_in_order(make_store, workers):
     path = make_store([(1, 0)] * 30)
-    mixture = Mixture(MixtureConfig({"single": SourceConfig(Single())}, path), 0)
+    mixture = Mixture(MixtureConfig({"single": ComponentConfig(Single())}, path), 0)
     rows = Rows(mixture, Vocabulary.for_codes(16), 24, 4)
     read = list(batches(rows.batch, 3, 9, workers))
     assert len(read) == 6
@@ -312,7 +316,7 @@ def test_the_loader_gives_the_steps_in_order(make_store, workers):
 
 def test_errors_of_reading_come_through_the_loader(make_store):
     path = make_store([(1, 0)] * 30)
-    sources = {"single": SourceConfig(Single(), max_repetitions=1.0)}
+    sources = {"single": ComponentConfig(Single(), max_repetitions=1.0)}
     rows = Rows(Mixture(MixtureConfig(sources, path, 0.0), 0), Vocabulary.for_codes(16), 24, 4)
     with pytest.raises(UserError, match="max_repetitions"):
         list(batches(rows.batch, 0, 9))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
-from lvm.data.mixture.mixture import BLOCK, PERIOD, Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import BLOCK, PERIOD, ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.packing import best_fit
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
@@ -14,9 +14,9 @@ from lvm.model.vocabulary import Vocabulary
 
 OURS = Vocabulary.for_codes(16)
 SOURCES = {
-    "pairs": SourceConfig(Pairs(shots=2), 0.5),
-    "single": SourceConfig(Single(), 1.0),
-    "video": SourceConfig(Video(frames=3, strides=(1,)), 1.5),
+    "pairs": ComponentConfig(Pairs(shots=2), 0.5),
+    "single": ComponentConfig(Single(), 1.0),
+    "video": ComponentConfig(Video(frames=3, strides=(1,)), 1.5),
 }
 
 
@@ -35,7 +35,7 @@ def segments_of(batch):
     """(tokens, source) of every sentence in a batch, row after row."""
     found = []
     for tokens, segments, sources in zip(
-        batch["tokens"], batch["segment_ids"], batch["source_ids"], strict=True
+        batch["tokens"], batch["segment_ids"], batch["component_ids"], strict=True
     ):
         for segment in range(1, segments.max() + 1):
             (inside,) = np.nonzero(segments == segment)
@@ -51,7 +51,7 @@ def test_a_block_is_packed_whole_and_once(make_rows):
     found = [sentence for row in range(count) for sentence in segments_of(rows.batch(row))]
     ids, numbers = rows.mixture.block(0)
     wanted = [
-        [OURS.bos, *rows.mixture.sources[source].sentence(int(number)).ravel(), OURS.eos]
+        [OURS.bos, *rows.mixture.components[source].sentence(int(number)).ravel(), OURS.eos]
         for source, number in zip(ids, numbers, strict=True)
     ]
     assert sorted(tokens.tolist() for tokens, _ in found) == sorted(wanted)
@@ -72,7 +72,7 @@ def test_positions_restart_and_what_follows_no_context_bears_no_loss(make_rows):
     targets = tokens[:, 1:]
     np.testing.assert_array_equal(mask, (targets != OURS.bos) & (targets != OURS.pad))
     assert (segments == 0).any()
-    assert (batch["source_ids"][targets == OURS.pad] == -1).all()
+    assert (batch["component_ids"][targets == OURS.pad] == -1).all()
     assert (tokens[:, :-1][segments == 0] == OURS.pad).all()
 
 
@@ -80,7 +80,7 @@ def test_over_one_epoch_of_one_source_no_token_is_lost_or_repeated(make_rows):
     # 11 scenes of one image or more; one epoch of singles of 6 tokens in both packings.
     for packing in ("concat", "whole"):
         rows = make_rows({"single": SOURCES["single"]}, packing=packing, batch_size=1)
-        source = rows.mixture.sources[0]
+        source = rows.mixture.components[0]
         stream = np.concatenate(
             [
                 [OURS.bos, *source.sentence(n).ravel(), OURS.eos]
@@ -163,7 +163,7 @@ def test_answers_alone_may_bear_loss(make_rows, packing):
             (1, [0] * 4 + [1] * 8 + [0]),
         ):
             row, start = next(
-                zip(*np.nonzero((batch["positions"] == 0) & (batch["source_ids"] == source)), strict=True)
+                zip(*np.nonzero((batch["positions"] == 0) & (batch["component_ids"] == source)), strict=True)
             )
             assert batch["loss_mask"][row, start : start + len(learned)].tolist() == [
                 bool(x) for x in learned

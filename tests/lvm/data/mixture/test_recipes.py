@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
-from lvm.data.mixture.draws import Draws
+from lvm.data.mixture.draws import CounterRng
 from lvm.data.mixture.recipes import (
     Category,
     Grid,
@@ -74,9 +74,9 @@ def test_a_sentence_is_a_function_of_its_generator(drawn, seed):
 def test_many_sentences_are_each_what_it_is_alone(drawn, seed, count):
     recipe, lengths = drawn
     places = np.arange(count)
-    together = recipe.choose_many(np.tile(lengths, (count, 1)), Draws(seed, places))
+    together = recipe.choose_many(np.tile(lengths, (count, 1)), CounterRng(seed, places))
     for place in range(count):
-        alone = recipe.choose_many(np.array([lengths]), Draws(seed, places[place : place + 1]))
+        alone = recipe.choose_many(np.array([lengths]), CounterRng(seed, places[place : place + 1]))
         for name in ("scenes", "frames", "streams"):
             assert getattr(together, name)[place].tolist() == getattr(alone, name)[0].tolist()
 
@@ -123,9 +123,9 @@ def test_annotated_videos_lay_frames_and_annotations_in_turn_or_one_after_the_ot
 
 
 def test_draws_are_even():
-    counts = np.bincount(Draws(3, np.arange(9000)).below(np.full(9000, 9)), minlength=9)
+    counts = np.bincount(CounterRng(3, np.arange(9000)).below(np.full(9000, 9)), minlength=9)
     assert abs(counts - 1000).max() < 150  # standard deviation 30
-    orders = {tuple(order) for order in Draws(5, np.arange(300)).shuffled(3).tolist()}
+    orders = {tuple(order) for order in CounterRng(5, np.arange(300)).shuffled(3).tolist()}
     assert len(orders) == 6
 
 

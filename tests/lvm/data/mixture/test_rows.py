@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lvm.common.errors import UserError
-from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.mixture.rows import Rows, to_tokens
 from lvm.model.vocabulary import Vocabulary
@@ -15,9 +15,9 @@ from lvm.model.vocabulary import Vocabulary
 OURS = Vocabulary.for_codes(16)
 BARE = Vocabulary(16, 32, bos=None, eos=None, pad=16)
 SOURCES = {
-    "pairs": SourceConfig(Pairs(shots=2), 0.5),
-    "single": SourceConfig(Single(), 1.0),
-    "video": SourceConfig(Video(frames=3, strides=(1,)), 1.5),
+    "pairs": ComponentConfig(Pairs(shots=2), 0.5),
+    "single": ComponentConfig(Single(), 1.0),
+    "video": ComponentConfig(Video(frames=3, strides=(1,)), 1.5),
 }
 
 
@@ -34,7 +34,7 @@ def make_rows(make_store):
 def row(rows, number):
     """Tokens [C+1] of a row, and the source of each target [C]."""
     batch = Rows(rows.mixture, rows.vocabulary, rows.context, 1).batch(number)
-    return batch["tokens"][0], batch["source_ids"][0]
+    return batch["tokens"][0], batch["component_ids"][0]
 
 
 def naive_stream(mixture, vocabulary, blocks):
@@ -42,7 +42,7 @@ def naive_stream(mixture, vocabulary, blocks):
     tokens, sources = [], []
     for block in range(blocks):
         for source, number in zip(*mixture.block(block), strict=True):
-            sentence = mixture.sources[source].sentence(int(number)).ravel().tolist()
+            sentence = mixture.components[source].sentence(int(number)).ravel().tolist()
             specials = vocabulary.bos is not None
             sentence = [vocabulary.bos] * specials + sentence + [vocabulary.eos] * specials
             tokens += sentence
@@ -92,12 +92,12 @@ def test_a_batch_has_its_shapes_and_follows_on_the_one_before(make_rows):
         assert batch["loss_mask"].all()
 
 
-def test_source_ids_are_those_of_the_targets(make_rows):
+def test_component_ids_are_those_of_the_targets(make_rows):
     rows = make_rows(batch_size=5)
     stream, sources = naive_stream(rows.mixture, OURS, blocks=1)
     batch = rows.batch(0)
     np.testing.assert_array_equal(batch["tokens"][:, 1:].ravel(), stream[1 : 5 * 24 + 1])
-    np.testing.assert_array_equal(batch["source_ids"].ravel(), sources[1 : 5 * 24 + 1])
+    np.testing.assert_array_equal(batch["component_ids"].ravel(), sources[1 : 5 * 24 + 1])
 
 
 @pytest.mark.parametrize("step", [0, 1, 12345])

@@ -20,11 +20,11 @@ def test_families_have_the_papers_shares(config):
     assert data.weigh_by == "codes"
     found = dict.fromkeys(data_uvd_v1.SHARES, 0.0)
     for family, name, recipe in data_uvd_v1.SOURCES:
-        found[family] += data.sources[name].weight
-        assert data.sources[name].recipe == recipe
+        found[family] += data.components[name].weight
+        assert data.components[name].recipe == recipe
     assert found == pytest.approx(data_uvd_v1.SHARES)
     assert sum(found.values()) == pytest.approx(1, abs=1e-3)
-    assert len(data.sources) == len(data_uvd_v1.SOURCES)
+    assert len(data.components) == len(data_uvd_v1.SOURCES)
     assert all(data_uvd_v1.SOURCES.values())
 
 
@@ -36,11 +36,11 @@ def test_all_that_is_missing_is_named(config):
 
 
 def test_what_is_there_is_trained_on_alone(config, make_store):
-    config.data.sources.laion.store = make_store([(1, 0)] * 40)
-    config.data.sources.coco_segmentation.store = make_store([(1, 1)] * 40, "coco")
+    config.data.components.laion.store = make_store([(1, 0)] * 40)
+    config.data.components.coco_segmentation.store = make_store([(1, 1)] * 40, "coco")
     config.data.allow_missing = True
     mixture = Mixture(from_config_dict(TrainConfig, config).data, 0)
-    assert [source.name for source in mixture.sources] == ["coco_segmentation", "laion"]
+    assert [source.name for source in mixture.components] == ["coco_segmentation", "laion"]
     assert sum(mixture.shares) == 1
     in_codes = mixture.shares * [16, 1]
     annotated = sum(family == "annotated_images" for family, *_ in data_uvd_v1.SOURCES)

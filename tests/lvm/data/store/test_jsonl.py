@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
-from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single, Video
 from lvm.data.mixture.rows import Rows
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore, from_line, to_line
@@ -40,9 +40,9 @@ def test_a_line_comes_back(codes):
 @pytest.mark.parametrize("end", ["\n", "", "\n\n"])
 def test_lines_are_sentences_again(tmp_path, end):
     made = write(tmp_path / "a.jsonl", [3] * 20, end)
-    sources = {"lines": SourceConfig(Video(frames=3, strides=(1,)))}
+    sources = {"lines": ComponentConfig(Video(frames=3, strides=(1,)))}
     mixture = Mixture(MixtureConfig(sources, str(tmp_path / "a.jsonl"), 0.0, jsonl=SMALL), 0)
-    source = mixture.sources[0]
+    source = mixture.components[0]
     assert source.per_epoch == 20
     found = sorted(source.sentence(number).tolist() for number in range(20))
     assert found == sorted(codes.tolist() for codes in made)
@@ -53,12 +53,12 @@ def test_lines_are_sentences_again(tmp_path, end):
 def test_every_recipe_of_one_stream_may_cut_lines_of_any_length(tmp_path):
     made = write(tmp_path / "a.jsonl", [1, 2, 5, 3])
     path = str(tmp_path / "a.jsonl")
-    video = SourceConfig(Video(frames=3, strides=(1,)))
-    made_of = Mixture(MixtureConfig({"video": video}, path, 0.0, jsonl=SMALL), 0).sources[0]
+    video = ComponentConfig(Video(frames=3, strides=(1,)))
+    made_of = Mixture(MixtureConfig({"video": video}, path, 0.0, jsonl=SMALL), 0).components[0]
     assert (made_of.per_epoch, made_of.left_out) == (2, 2)
-    singles = Mixture(MixtureConfig({"single": SourceConfig(Single())}, path, 0.0, jsonl=SMALL), 0)
+    singles = Mixture(MixtureConfig({"single": ComponentConfig(Single())}, path, 0.0, jsonl=SMALL), 0)
     grids = {grid.tobytes() for codes in made for grid in codes.astype(np.int32)}
-    assert {singles.sources[0].sentence(n).tobytes() for n in range(40)} <= grids
+    assert {singles.components[0].sentence(n).tobytes() for n in range(40)} <= grids
 
 
 def test_the_index_is_made_once_and_anew_for_another_file(tmp_path, capsys):
@@ -116,16 +116,18 @@ def test_impossible_formats_are_refused(fields, message):
 def test_an_empty_file_has_no_sentences(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(UserError, match=r"lines \(.* has no scene of ≥ 1 frames of rgb"):
-        Mixture(MixtureConfig({"lines": SourceConfig(Single())}, str(tmp_path / "a.jsonl"), jsonl=SMALL), 0)
+        Mixture(
+            MixtureConfig({"lines": ComponentConfig(Single())}, str(tmp_path / "a.jsonl"), jsonl=SMALL), 0
+        )
 
 
 def test_another_codebook_does_not_mix(tmp_path, make_store):
     write(tmp_path / "a.jsonl", [1] * 9)
     sources = {
-        "lines": SourceConfig(Single(), store=str(tmp_path / "a.jsonl")),
-        "ours": SourceConfig(Single(), store=make_store([(1, 0)] * 9)),
+        "lines": ComponentConfig(Single(), store=str(tmp_path / "a.jsonl")),
+        "ours": ComponentConfig(Single(), store=make_store([(1, 0)] * 9)),
     }
-    assert len(Mixture(MixtureConfig(sources, jsonl=SMALL), 0).sources) == 2
+    assert len(Mixture(MixtureConfig(sources, jsonl=SMALL), 0).components) == 2
     (tmp_path / "a.jsonl").write_text(to_line(np.zeros((1, 4))))
     with pytest.raises(UserError, match=r"different tokenizers .*a\.jsonl: unknown, grid 2×2, 15 codes"):
         Mixture(MixtureConfig(sources, jsonl=JsonlFormat(15, (2, 2))), 0)
@@ -134,10 +136,10 @@ def test_another_codebook_does_not_mix(tmp_path, make_store):
 def test_the_export_is_the_order_of_training(make_store, tmp_path):
     store = make_store([(4, 0)] * 20)
     out = tmp_path / "out.jsonl"
-    off = [f"--config.data.sources.{name}.weight=0" for name in ("segmentation", "depth", "edges")]
+    off = [f"--config.data.components.{name}.weight=0" for name in ("segmentation", "depth", "edges")]
     flags = ("--config=tests/configs/tiny_lvm.py", f"--config.data.store={store}", *off)
     run("lvm.export", *flags, f"--out={out}", "--sentences=300")
-    sources = {"video": SourceConfig(Video(frames=4, strides=(1,)), 0.4)}
+    sources = {"video": ComponentConfig(Video(frames=4, strides=(1,)), 0.4)}
     wanted = sentences(Mixture(MixtureConfig(sources, store, heldout_fraction=0.25), 0))
     lines = out.read_bytes().splitlines()
     assert len(lines) == 300

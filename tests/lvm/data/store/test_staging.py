@@ -11,7 +11,7 @@ from etils import epath
 from lvm import inspect
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.data.mixture.mixture import Mixture, MixtureConfig, SourceConfig
+from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single
 from lvm.data.store.reader import Store
 
@@ -85,8 +85,8 @@ def test_a_mixture_reads_what_it_staged(gcs, make_store, tmp_path):
     shutil.copytree(local, tmp_path / "copy")
 
     def sentences(path, **options):
-        config = MixtureConfig({"single": SourceConfig(Single())}, path, 0.0, **options)
-        return Mixture(config, 0).sources[0].sentences(np.arange(40))
+        config = MixtureConfig({"single": ComponentConfig(Single())}, path, 0.0, **options)
+        return Mixture(config, 0).components[0].sentences(np.arange(40))
 
     wanted = sentences(local)
     np.testing.assert_array_equal(sentences(remote, stage_to=str(tmp_path / "staged")), wanted)

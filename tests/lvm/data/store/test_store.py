@@ -17,7 +17,7 @@ from lvm.data.mixture import split
 from lvm.data.store import reader, records, writer
 from lvm.data.store.format import PAGE, DamagedError, Scene
 from lvm.data.store.reader import Store
-from lvm.data.store.writer import GroupedScene, Unread
+from lvm.data.store.writer import GroupedScene, SkippedItems
 from lvm.data.streams.codecs import Image
 
 MIXED = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(1, 0)] * 5 + [(2, 2), (1, 0)]
@@ -72,7 +72,7 @@ def test_entries_count_scenes_images_and_codes(make_store, new_scenes):
 
 
 def test_entries_hold_checksums_and_failures(tmp_path, new_scenes):
-    unread = Unread()
+    unread = SkippedItems()
 
     def content():
         yield from new_scenes([(1, 0)])
