@@ -37,7 +37,7 @@ from lvm.data.mixture.recipes import (
 )
 from lvm.hardware.sharding import MeshConfig
 from lvm.model.transformer import SIZES
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig
 

@@ -11,7 +11,7 @@ from lvm.common.config import to_config_dict
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.model.transformer import ModelConfig
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig
 

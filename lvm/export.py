@@ -6,7 +6,6 @@ Writes the first `--sentences` sentences of the mixture, in the order of trainin
 from __future__ import annotations
 
 import itertools
-import os
 import pathlib
 from collections.abc import Iterator
 
@@ -14,13 +13,13 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from lvm.common import cli
+from lvm.common import cli, files
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.mixture.mixture import Mixture
 from lvm.data.store.jsonl import SUFFIX, to_line
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 
 
 def sentences(mixture: Mixture) -> Iterator[np.ndarray]:
@@ -43,16 +42,9 @@ def main() -> None:
     if out.suffix != SUFFIX:
         raise UserError(f"--out: {out} doesn't end in {SUFFIX}, by which such files are told")
     config = from_config_dict(TrainConfig, _CONFIG.value)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            for codes in itertools.islice(sentences(Mixture(config.data, config.seed)), count):
-                file.write(to_line(codes))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.atomic_file(out) as file:
+        for codes in itertools.islice(sentences(Mixture(config.data, config.seed)), count):
+            file.write(to_line(codes).encode())
     log_info(f"{out}: {count} sentences")
 
 

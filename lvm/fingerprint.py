@@ -27,7 +27,7 @@ from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.rows import Rows
 from lvm.hardware import sharding
 from lvm.model.vocabulary import Vocabulary
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 
 
 def make_rows(config: TrainConfig, side: str = "train") -> Rows:

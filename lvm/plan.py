@@ -21,7 +21,7 @@ from lvm.hardware.accelerators import GIB, resolve
 from lvm.planning import report, search, topology
 from lvm.planning.estimate import Memory
 from lvm.planning.plan import Plan, Target, make_plan, resolve_config
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 
 
 def target_of(name: str, slices: int = 1, hbm_gib: float = 0.0) -> Target:

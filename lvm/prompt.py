@@ -23,8 +23,8 @@ from etils import epath
 from lvm.common import cli, files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
+from lvm.common.png import encode_png
 from lvm.data.images.sources.listing import VIDEO_SUFFIXES
-from lvm.evaluation.report import png
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.inference import prompts
 from lvm.inference.pretrained import LVM
@@ -77,12 +77,12 @@ def write(out: epath.Path, prompt: prompts.Prompt, answers: np.ndarray, is_seque
             old.unlink()
     for number, candidate in enumerate(answers, 1):
         for place, image in enumerate(candidate, 1):
-            files.write_atomically(folder / f"candidate-{number}-image-{place}.png", png(image))
+            files.write_atomically(folder / f"candidate-{number}-image-{place}.png", encode_png(image))
         if is_sequence:
             moving = prompts.video(np.concatenate([prompt.images, candidate]))
             files.write_atomically(folder / f"candidate-{number}.mp4", moving)
     side = max(_SHEET_SIDE, prompt.images.shape[1])
-    files.write_atomically(out, png(prompts.contact_sheet(prompt, answers, side)))
+    files.write_atomically(out, encode_png(prompts.contact_sheet(prompt, answers, side)))
 
 
 def main() -> None:

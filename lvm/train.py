@@ -13,13 +13,12 @@ from ml_collections import config_flags
 
 from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
-from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
-from lvm.data.mixture.mixture import Mixture, MixtureConfig
+from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.rows import Rows
 from lvm.hardware.compiler_options import COST, compiler_options
-from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.hardware.sharding import make_mesh
 from lvm.inference.contact_sheet import completion
 from lvm.inference.generator import Generator, Sampling
 from lvm.interop.init_from import StepFrom, first_model
@@ -30,53 +29,15 @@ from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
 from lvm.training import optimizer
 from lvm.training.checkpoint import newest_step
-from lvm.training.loop import Loop, LoopConfig, is_finished
+from lvm.training.config import TrainConfig
+from lvm.training.loop import Loop, is_finished
 from lvm.training.memory import advice, fitting_step
-from lvm.training.next_token import NextTokenTask, ObjectiveConfig
+from lvm.training.next_token import NextTokenTask
 from lvm.training.programs import cache_programs
 from lvm.training.step import Step
 from lvm.training.task import State
 from lvm.training.workdir import Workdir, check_trainable
 from tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A transformer's training.
-
-    Attributes:
-      seed: everything random follows from it and the step.
-      batch_size: rows a step.
-      heldout_batches: batches of held-out sentences that the held-out loss averages over.
-      tokenizer: a tokenizer's folder, to show pictures of answers while training; "" shows none.
-      accept_changed_mixture: goes on with a run whose mixture was another one until now.
-      flags: compiler options over those of `lvm.hardware.compiler_options`, "name=value name=value"; "name=" removes
-        one.
-      deterministic: compiles to what gives the same bits at every run; on GPUs that costs speed.
-      init_from: a model's folder, as `LVM.load` takes it, whose weights the training begins with; empty for random
-        ones. It needs the same sizes and codes; a vocabulary of another size is resized.
-    """
-
-    seed: int = 0
-    batch_size: int = 128
-    heldout_batches: int = 4
-    tokenizer: str = ""
-    accept_changed_mixture: bool = False
-    flags: str = ""
-    deterministic: bool = False
-    init_from: str = ""
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
-    optimizer: optimizer.OptimizerConfig = dataclasses.field(default_factory=optimizer.OptimizerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
-    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed: {self.seed} is negative")
-
 
 # What a changed mixture changes of a run's record.
 _MIXTURE = ("config.data.", "mixture.", "stores", "sources")

@@ -9,7 +9,6 @@ it at any moment and start it once more.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -129,12 +128,10 @@ def remove_what_a_demo_made(folder: pathlib.Path) -> None:
 
 def _lock(folder: pathlib.Path) -> object:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the process ends)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    lock = files.lock_file(folder / ".lock")
+    if lock is None:
         log_info(f"another demo is at work in {folder}; waiting for it to end ...")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = files.lock_file(folder / ".lock", wait=True)
     return lock
 
 

@@ -25,7 +25,7 @@ from lvm.common.logging import log_info
 from lvm.hardware.accelerators import GIB, resolve
 from lvm.hardware.sharding import AXES
 from lvm.planning.collectives import BETWEEN_SLICES, PADDING, ideal_collective_bytes
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 
 SIZES = ("100m", "300m", "600m", "1b", "3b", "7b")
 TARGETS = (("v5e:16x16", 1), ("v4:4x4x8", 1), ("v5p:4x4x8", 1), ("v6e:16x16", 1))

@@ -14,7 +14,7 @@ from lvm.model.nnx_utils import abstract, count_params
 from lvm.model.transformer import SIZES, Transformer
 from lvm.planning.estimate import Memory, count_parameters
 from lvm.planning.plan import Target, estimated, resolve_config
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 from tests.commands import ROOT
 from tokenizer.network import VQGAN
 from tokenizer.train import TokenizerConfig

@@ -18,7 +18,7 @@ from lvm.planning.collectives import PADDING
 from lvm.planning.estimate import Memory, Shape, count_parameters, temporaries
 from lvm.planning.plan import Target, estimated, make_plan, resolve_config, shape_of
 from lvm.planning.report import lines, of_theory
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.next_token import ObjectiveConfig
 from tests.commands import run

@@ -8,7 +8,7 @@ from lvm.common.config import from_config_dict
 from lvm.hardware.accelerators import resolve
 from lvm.planning.estimate import Memory
 from lvm.planning.plan import Target, estimated, resolve_config
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 from scripts import table_plans
 from tests.commands import ROOT
 from tests.test_configs import config_of

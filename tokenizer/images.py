@@ -9,6 +9,7 @@ import numpy as np
 
 from lvm.common.errors import UserError
 from lvm.common.logging import Progress, log_info
+from lvm.common.seeding import derive_seed
 from lvm.data.images.sources import Failure, Source
 from lvm.data.mixture import split
 from lvm.data.mixture.permutation import permute
@@ -107,10 +108,5 @@ class TrainingImages:
             places = np.arange(step * share, (step + 1) * share)
             for epoch in np.unique(places // len(images)):
                 mine = places[places // len(images) == epoch] % len(images)
-                rows.append(images[permute(mine, len(images), hash_seed(self._seed, part, int(epoch)))])
+                rows.append(images[permute(mine, len(images), derive_seed(self._seed, part, int(epoch)))])
         return {"images": np.concatenate(rows)}
-
-
-def hash_seed(*numbers: int) -> int:
-    """One 64-bit seed of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -34,7 +34,9 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array, chunk: int = 2048) ->
     rows = jnp.pad(codebook, ((0, chunks * chunk - K), (0, 0))).reshape(chunks, chunk, C)
     valid = (jnp.arange(chunks * chunk) < K).reshape(chunks, chunk)
 
-    def best_of_chunk(best: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]):
+    def best_of_chunk(
+        best: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         best_score, best_code = best
         first, rows, valid = inputs
         scores = jnp.where(valid, _scores(latents, rows), -jnp.inf)  # [..., chunk]

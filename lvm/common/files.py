@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 import fsspec
 from etils import epath
@@ -86,17 +87,48 @@ def write_atomically(path: epath.PathLike, data: bytes) -> None:
         filesystem, name = _filesystem(path)
         filesystem.pipe_file(name, data)
         return
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: epath.PathLike) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside a local `path` for writing; it is flushed and renamed to `path` on success.
+
+    On any error the temporary file is removed and `path` keeps its former content.
+    """
+    path = epath.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
     sync_folder(path.parent)
+
+
+def lock_file(path: epath.PathLike, *, shared: bool = False, wait: bool = False) -> IO[str] | None:
+    """Locks a local file, made if it isn't there, for this process (`flock`).
+
+    Returns:
+      The open file, which holds the lock until it is closed; None where another process holds it and `wait` is False.
+    """
+    file = open(path, "a+")  # noqa: SIM115 (returned open)
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def flush(path: epath.PathLike) -> None:

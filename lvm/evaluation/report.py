@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot
-from PIL import Image
+
+from lvm.common.png import encode_png
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fafaf8; margin: 0 auto; padding: 2rem 1rem 4rem;
@@ -85,17 +86,10 @@ def curves(
     return buffer.getvalue()
 
 
-def png(picture: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] as PNG bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
 def training_curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) of the lines of a `metrics.jsonl` that have the key."""
     return [(line["step"], line[key]) for line in lines if key in line]
 
 
 def _png64(picture: np.ndarray | bytes) -> str:
-    return base64.b64encode(picture if isinstance(picture, bytes) else png(picture)).decode()
+    return base64.b64encode(picture if isinstance(picture, bytes) else encode_png(picture)).decode()

@@ -11,6 +11,7 @@ from etils import epath
 from PIL import Image
 
 from lvm.common import files
+from lvm.common.png import encode_png
 from lvm.data.mixture.mixture import MixtureConfig
 from lvm.data.mixture.recipes import Video
 from lvm.evaluation import report
@@ -99,7 +100,7 @@ def write(
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for section in sections:
         name = section.title.lower().replace(",", "").replace(" ", "-")
-        data = section.picture if isinstance(section.picture, bytes) else report.png(section.picture)
+        data = section.picture if isinstance(section.picture, bytes) else encode_png(section.picture)
         files.write_atomically(folder / "pictures" / f"{name}.png", data)
     answered = sections[:-1] or sections  # the last one shows reconstructions
     drawn = [section.picture for section in answered if isinstance(section.picture, np.ndarray)]

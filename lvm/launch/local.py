@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
@@ -14,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lvm.common import cli, distributed, errors
+from lvm.common import cli, distributed, errors, files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 
@@ -173,13 +172,10 @@ class LocalRun:
           UserError: another process has it.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._folder / "supervisor", "a+")  # noqa: SIM115 (held while this lives)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self._folder.name}: a run of this name is going on (process {self.pid()})"
-            ) from None
+        lock = files.lock_file(self._folder / "supervisor")
+        if lock is None:
+            raise UserError(f"{self._folder.name}: a run of this name is going on (process {self.pid()})")
+        self._lock = lock  # held while this lives
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -190,9 +186,7 @@ class LocalRun:
         path = self._folder / "supervisor"
         if not path.exists():
             return None
-        with open(path) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(file.read() or 0) or None
-        return None
+        if lock := files.lock_file(path, shared=True):
+            lock.close()
+            return None
+        return int(path.read_text() or 0) or None

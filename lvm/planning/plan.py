@@ -26,7 +26,7 @@ from lvm.training.next_token import NextTokenTask
 from lvm.training.step import Step
 
 if TYPE_CHECKING:
-    from lvm.train import TrainConfig
+    from lvm.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

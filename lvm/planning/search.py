@@ -14,7 +14,7 @@ from lvm.planning.estimate import Memory
 from lvm.planning.plan import Plan, Target, estimated, make_plan, with_choice
 
 if TYPE_CHECKING:
-    from lvm.train import TrainConfig
+    from lvm.training.config import TrainConfig
 
 MOST_COMPILES = 4  # that the formula is fitted to
 _MOST_ROWS = 16  # on one chip

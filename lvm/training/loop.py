@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import math
 import time
 from collections import deque
@@ -15,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from lvm.common import distributed, files
 from lvm.common.distributed import Preemption
 from lvm.common.errors import EXIT_PREEMPTED, DivergedError, UserError
 from lvm.common.logging import duration, log_info
+from lvm.common.png import encode_png
 from lvm.data.mixture import loader
 from lvm.hardware.accelerators import of_device
 from lvm.training.checkpoint import Checkpoints, newest_step
@@ -311,10 +310,9 @@ class Loop:
     def _draw(self, step: int, state: State) -> None:
         pictures = self._trainable.pictures(state)  # all processes draw, one writes
         for name, picture in pictures.items() if distributed.is_first() else ():
-            folder, png = self._path / "pictures", io.BytesIO()
+            folder = self._path / "pictures"
             folder.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(png, "PNG")
-            files.write_atomically(folder / f"{name}-{step:07d}.png", png.getvalue())
+            files.write_atomically(folder / f"{name}-{step:07d}.png", encode_png(picture))
 
 
 class _Clock:

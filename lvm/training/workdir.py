@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,11 +96,9 @@ class Workdir:
         if files.is_remote(self.path):
             self._lease = Lease(self.path / ".lease")
             return
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held while this lives)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another run is using this workdir") from None
+        self._lock = files.lock_file(self.path / ".lock")  # held while this lives
+        if self._lock is None:
+            raise UserError(f"{self.path}: another run is using this workdir")
 
     def _has_checkpoints(self) -> bool:
         return any((self.path / "checkpoints").glob("[0-9]*"))

@@ -19,7 +19,8 @@ from lvm.common.errors import UserError
 from lvm.interop import models, workdirs
 from lvm.interop.init_from import first_model
 from lvm.model.vocabulary import Vocabulary
-from lvm.train import TrainConfig, train
+from lvm.train import train
+from lvm.training.config import TrainConfig
 from tests.commands import run, start
 from tests.configs import tiny_lvm
 from tests.lvm.stored_models import OURS, PUBLISHED, same_tensors, small_config, small_model

@@ -22,6 +22,7 @@ from etils import epath
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
+from lvm.common.seeding import derive_seed
 from lvm.data.mixture import split
 from lvm.data.mixture.permutation import SHUFFLES
 from lvm.data.mixture.sentences import AnyStore, ComponentConfig, ComponentSentences, usable
@@ -260,4 +261,4 @@ def _bounds(weigh_by: str, components: list[ComponentSentences]) -> list[int]:
 
 
 def _seed(seed: int, number: int, side: str) -> int:
-    return int(np.random.SeedSequence([seed, number, side == "heldout"]).generate_state(1, np.uint64)[0] >> 1)
+    return derive_seed(seed, number, side == "heldout") >> 1

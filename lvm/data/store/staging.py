@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,8 +26,7 @@ def stage(file: epath.Path, listed: Mapping[str, Any], folder: epath.Path) -> ep
     if copy.exists():
         return copy
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{file.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with files.lock_file(folder / f".{file.name}.lock", wait=True):  # type: ignore[union-attr]  # it waits
         if copy.exists():
             return copy
         temporary = folder / f".{file.name}.tmp"

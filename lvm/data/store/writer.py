@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import tempfile
@@ -123,13 +122,10 @@ def _beside(folder: epath.Path) -> Iterator[epath.Path]:
 @contextlib.contextmanager
 def _alone(file: epath.Path) -> Iterator[None]:
     """Refuses to write what another process is writing: the one's checksum would be of the other's half."""
-    with open(file, "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{file}: another process is writing this shard; give each its own --shard"
-            ) from None
+    lock = files.lock_file(file)
+    if lock is None:
+        raise UserError(f"{file}: another process is writing this shard; give each its own --shard")
+    with lock:
         yield
 
 

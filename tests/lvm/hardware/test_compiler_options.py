@@ -13,7 +13,8 @@ from lvm.data.mixture.recipes import Single
 from lvm.hardware.compiler_options import COST, DETERMINISTIC, OPTIONS, compiler_options, refused
 from lvm.hardware.sharding import MeshConfig
 from lvm.model.transformer import ModelConfig
-from lvm.train import TrainConfig, train
+from lvm.train import train
+from lvm.training.config import TrainConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig
 from lvm.training.step import Step

@@ -7,7 +7,7 @@ from configs import data_uvd_v1
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import Mixture
-from lvm.train import TrainConfig
+from lvm.training.config import TrainConfig
 
 
 @pytest.fixture
