@@ -82,7 +82,7 @@ def decode(
             model = module(weights, config)  # inside of the loop, or its views would be copies
             position, slot, visible = state.place
             place = DecodePosition(position, slot, visible | (jnp.arange(visible.shape[1]) == slot))
-            hidden, caches = model.extend(state.token, place, state.caches)
+            hidden, caches = model.decode_step(state.token, place, state.caches)
             logits = model.logits(hidden)[:, :num_allowed]  # [R, allowed]
             token = sample_token(logits, draws, state.number)
             written = jax.lax.dynamic_update_slice(state.written, token[:, None], (0, state.number))
@@ -123,7 +123,7 @@ def _read(
     """Caches of `size` places that hold rows [B, T], and where the last token of each goes."""
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    _, caches = module(weights, config).read(tokens, positions, kernel)  # each [B, K, T, d]
+    _, caches = module(weights, config).prefill(tokens, positions, kernel)  # each [B, K, T, d]
 
     def hold(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, size - T), (0, 0)))

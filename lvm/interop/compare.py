@@ -110,8 +110,8 @@ def _check_comparable(first: LazyCheckpoint, second: LazyCheckpoint) -> None:
 def _layer(model: LazyCheckpoint, number: int, x: jax.Array) -> jax.Array:
     """x [B, T, D] → [B, T, D]; one layer of the model is in memory."""
     config = dataclasses.replace(model.config, dtype="float32")
-    turns = rope_cos_sin(jnp.arange(x.shape[1])[None], config.head_dim, config.rope_theta)
-    return _program(config)(model.layer(number), x, turns)
+    rope = rope_cos_sin(jnp.arange(x.shape[1])[None], config.head_dim, config.rope_theta)
+    return _program(config)(model.layer(number), x, rope)
 
 
 @functools.lru_cache(maxsize=4)
@@ -119,9 +119,9 @@ def _program(config: ModelConfig) -> Any:
     graphdef, _ = abstract(lambda rngs: Layer(config, rngs))
 
     @jax.jit
-    def run(params: Params, x: jax.Array, turns: RopeCosSin) -> jax.Array:
+    def run(params: Params, x: jax.Array, rope: RopeCosSin) -> jax.Array:
         with jax.default_matmul_precision("highest"):
-            return merge(graphdef, params)(x, turns, "xla")
+            return merge(graphdef, params)(x, rope, "xla")
 
     return run
 

@@ -148,12 +148,12 @@ class Attention(nnx.Module):
         residual = jax.nn.initializers.normal(config.residual_std)
         self.out = nnx.Param(residual(rngs.params(), (H, size, D)), axes=("heads", "head_dim", "embed"))
 
-    def project(self, x: jax.Array, turns: RopeCosSin) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, rope: RopeCosSin) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] → query [B, T, H, d], key and value [B, T, K, d], the first two rotated."""
         query = _to_heads(x, self.query[...], "heads")
         key = _to_heads(x, self.key[...], "kv_heads")
         value = _to_heads(x, self.value[...], "kv_heads")
-        return apply_rope(query, turns), apply_rope(key, turns), value
+        return apply_rope(query, rope), apply_rope(key, rope), value
 
     def project_out(self, heads: jax.Array) -> jax.Array:
         """[B, T, H, d] → [B, T, D]."""
@@ -194,27 +194,29 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x: jax.Array, turns: RopeCosSin, kernel: str, segment_ids: jax.Array | None = None
+        self, x: jax.Array, rope: RopeCosSin, kernel: str, segment_ids: jax.Array | None = None
     ) -> jax.Array:
         """x [B, T, D], segment_ids int32 [B, T] → [B, T, D]."""
-        return self.read(x, turns, kernel, segment_ids)[0]
+        return self.prefill(x, rope, kernel, segment_ids)[0]
 
-    def read(
-        self, x: jax.Array, turns: RopeCosSin, kernel: str, segment_ids: jax.Array | None = None
+    def prefill(
+        self, x: jax.Array, rope: RopeCosSin, kernel: str, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
         """The same, and the keys and values [B, K, T, d] that a cache keeps of it."""
-        query, key, value = self.attention.project(self.attention_norm(x), turns)
+        query, key, value = self.attention.project(self.attention_norm(x), rope)
         x = x + self.attention.project_out(attention.attend(query, key, value, kernel, segment_ids))
         x = sharding.constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
         return x, (key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
 
-    def extend(
-        self, x: jax.Array, turns: RopeCosSin, place: DecodePosition, cache: Cache
+    def decode_step(
+        self, x: jax.Array, rope: RopeCosSin, position: DecodePosition, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """The same over one new token a row, x [B, 1, D], written into the cache first."""
-        query, key, value = self.attention.project(self.attention_norm(x), turns)  # [B, 1, H or K, d]
-        keys, values = (_put(held, new, place.slot) for held, new in zip(cache, (key, value), strict=True))
-        heads = attention.attend_cache(query[:, 0], keys, values, place.visible)  # [B, H, d]
+        query, key, value = self.attention.project(self.attention_norm(x), rope)  # [B, 1, H or K, d]
+        keys, values = (
+            _update_cache(old, new, position.slot) for old, new in zip(cache, (key, value), strict=True)
+        )
+        heads = attention.attend_cache(query[:, 0], keys, values, position.visible)  # [B, H, d]
         x = x + self.attention.project_out(heads[:, None])
         return x + self.mlp(self.mlp_norm(x)), (keys, values)
 
@@ -240,11 +242,11 @@ Cache = tuple[
 CACHE_AXES = ("batch", "kv_heads", None, None)
 
 
-def _put(held: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """A cache with new keys or values [B, 1, K, d] at one place."""
-    new = new.reshape(*held.shape[:-2], 1, held.shape[-1])  # [(B,) K, 1, d]
-    held = jax.lax.dynamic_update_slice_in_dim(held, new, slot, axis=held.ndim - 2)
-    return sharding.constrain(held, *CACHE_AXES[-held.ndim :])
+def _update_cache(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """A cache with new keys or values [B, 1, K, d] in one slot."""
+    new = new.reshape(*cache.shape[:-2], 1, cache.shape[-1])  # [(B,) K, 1, d]
+    cache = jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=cache.ndim - 2)
+    return sharding.constrain(cache, *CACHE_AXES[-cache.ndim :])
 
 
 class Transformer(nnx.Module):
@@ -253,7 +255,7 @@ class Transformer(nnx.Module):
     Args:
       config: its shape.
       rngs: of the first parameters.
-      stacked: whether layers are stacked (`__call__`, `hidden`) or one by one (`read`, `extend`).
+      stacked: whether layers are stacked (`__call__`, `hidden`) or one by one (`prefill`, `decode_step`).
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stacked: bool = True):
@@ -282,10 +284,10 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """The same up to what `logits` takes: [B, T, D] in the compute dtype."""
         graphdef, layers = nnx.split(self.layers)
-        turns = self._turns(positions)
+        rope = self._rope(positions)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x, turns, kernel, segment_ids), None
+            return nnx.merge(graphdef, layer)(x, rope, kernel, segment_ids), None
 
         if self.config.remat not in (
             "none",
@@ -295,23 +297,23 @@ class Transformer(nnx.Module):
         x, _ = jax.lax.scan(body, self._embed(tokens), layers)  # [B, T, D]
         return x
 
-    def read(self, tokens: jax.Array, positions: jax.Array, kernel: str) -> tuple[jax.Array, list[Cache]]:
+    def prefill(self, tokens: jax.Array, positions: jax.Array, kernel: str) -> tuple[jax.Array, list[Cache]]:
         """Whole rows int32 [B, T] → hidden [B, T, D], and what each layer's cache keeps of them [B, K, T, d]."""
-        x, turns, caches = self._embed(tokens), self._turns(positions), []
+        x, rope, caches = self._embed(tokens), self._rope(positions), []
         for layer in self.layers:
-            x, cache = layer.read(x, turns, kernel)
+            x, cache = layer.prefill(x, rope, kernel)
             caches.append(cache)
         return x, caches
 
-    def extend(
-        self, tokens: jax.Array, place: DecodePosition, caches: list[Cache]
+    def decode_step(
+        self, tokens: jax.Array, position: DecodePosition, caches: list[Cache]
     ) -> tuple[jax.Array, list[Cache]]:
         """One new token a row, int32 [B] → hidden [B, D], and the caches with its keys and values."""
-        x, turns, extended = self._embed(tokens[:, None]), self._turns(place.position[:, None]), []
+        x, rope, new_caches = self._embed(tokens[:, None]), self._rope(position.position[:, None]), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.extend(x, turns, place, cache)
-            extended.append(cache)
-        return x[:, 0], extended
+            x, cache = layer.decode_step(x, rope, position, cache)
+            new_caches.append(cache)
+        return x[:, 0], new_caches
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden [..., D] → logits float32 [..., V]: inputs in the compute dtype, sums in float32."""
@@ -321,7 +323,7 @@ class Transformer(nnx.Module):
         """The output projection, float32 [D, V]."""
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
-    def _turns(self, positions: jax.Array) -> RopeCosSin:
+    def _rope(self, positions: jax.Array) -> RopeCosSin:
         return rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
@@ -354,8 +356,8 @@ def rope_cos_sin(positions: jax.Array, head_dim: int, theta: float) -> RopeCosSi
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: jax.Array, turns: RopeCosSin) -> jax.Array:
+def apply_rope(x: jax.Array, rope: RopeCosSin) -> jax.Array:
     """Rotary position embedding by half rotation (the Hugging Face convention), in float32: x [B, T, H, d]."""
-    cos, sin = turns
+    cos, sin = rope
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, H, d/2]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
