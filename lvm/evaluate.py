@@ -19,7 +19,7 @@ from lvm.common import cli, files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
-from lvm.data.images.sources import Source, open_source
+from lvm.data.images.sources import ImageSource, open_source
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Video
 from lvm.data.store.reader import MANIFEST, Store
@@ -138,7 +138,7 @@ def _mixture(config: EvalConfig, model: LVM, folder: str) -> MixtureConfig:
     return config.data
 
 
-def _check_source(config: EvalConfig, source: Source, model: LVM) -> None:
+def _check_source(config: EvalConfig, source: ImageSource, model: LVM) -> None:
     """Refuses what would count images of training as held out, or a source that isn't what it is said to be."""
     described = files.as_json(source.describe())
 

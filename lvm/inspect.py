@@ -24,7 +24,7 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.batches import ImageBatcher
-from lvm.data.images.sources import Source, open_source
+from lvm.data.images.sources import ImageSource, open_source
 from lvm.data.mixture.split import content_hash
 from lvm.data.store import writer
 from lvm.data.store.format import DamagedError, Scene
@@ -185,7 +185,7 @@ def encode_again(store: Store, source_spec: str, tokenizer: Tokenizer, count: in
     return found
 
 
-def _images(source: Source, slices: range, augment: Augment, key: str) -> np.ndarray | None:
+def _images(source: ImageSource, slices: range, augment: Augment, key: str) -> np.ndarray | None:
     """The images uint8 [n, R, R, 3] of the scene of this key, which is one of a slice of the source."""
     original = key.rpartition("#")[0] if augment.copies else key
     index = next((i for i in slices if source.info(i).key == original), None)

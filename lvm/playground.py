@@ -19,7 +19,7 @@ from PIL import Image
 from lvm.common import cli
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
-from lvm.data.images.sources.generated import GeneratedScenes
+from lvm.data.images.sources.generated import GeneratedSource
 from lvm.inference.contact_sheet import Cell, sheet
 from lvm.inference.generator import Sampling
 from lvm.inference.pretrained import LVM
@@ -123,7 +123,7 @@ def write_examples(folder: pathlib.Path, tokenizer: Tokenizer, fit: int) -> dict
       For each task [images, answers, [query]], and under "video" [frames].
     """
     shots = max(1, min(4, (fit - 2) // 2))
-    source = GeneratedScenes(
+    source = GeneratedSource(
         tokenizer.preprocess, seed=_SEED, num_scenes=shots + 1, num_frames=8, streams=("rgb", *_TASKS)
     )
     scenes = [source.load(number) for number in range(shots + 1)]

@@ -33,7 +33,7 @@ from lvm.common import cli, errors
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.generated import GeneratedScenes
+from lvm.data.images.sources.generated import GeneratedSource
 from lvm.hardware import accelerators
 from lvm.model import nnx_utils
 from scripts import step_profile
@@ -224,7 +224,7 @@ def flips(network: str, count: int) -> str:
     The codebook is drawn with the mean and scale of the latents, so that many codes are in use.
     """
     exact = random_tokenizer(network, "float32")
-    source = GeneratedScenes(exact.preprocess, num_scenes=count, num_frames=1, streams=("rgb",))
+    source = GeneratedSource(exact.preprocess, num_scenes=count, num_frames=1, streams=("rgb",))
     images = np.concatenate([source.load(i).images[:, 0] for i in range(count)])  # [count, R, R, 3]
     latents = exact.encode_latents(images)  # [count, N, C]
     rng = np.random.default_rng(0)

@@ -27,7 +27,7 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources import Source, open_images_or_codes
+from lvm.data.images.sources import ImageSource, open_any_source
 from lvm.data.store import writer
 from lvm.data.store.reader import Store
 from tokenizer.encoding import Encoder, ReadyCodes, ShardWriter
@@ -94,11 +94,11 @@ def _writer() -> ShardWriter:
     tokenizer = Tokenizer.load(_TOKENIZER.value) if _TOKENIZER.value else None
     # Ready codes need no tokenizer, and are not looked at by the size of its images.
     augment = Augment(_AUGMENT.value, tokenizer.preprocess if tokenizer else Preprocess(256))
-    source = open_images_or_codes(_SOURCE.value, augment.source_preprocess)
+    source = open_any_source(_SOURCE.value, augment.source_preprocess)
     for skipped in source.skipped:
         log_info(f"skipped {skipped.key}: {skipped.reason}")
     num_shards = min(_SHARDS.value, len(source))
-    if not isinstance(source, Source):
+    if not isinstance(source, ImageSource):
         if augment.copies:
             raise UserError("--augment: the source holds ready codes, which can't be cropped")
         return ReadyCodes(tokenizer, source, _OUT.value, num_shards)

@@ -21,7 +21,7 @@ from lvm.common.errors import UserError
 from lvm.common.logging import duration, log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.batches import DecodedScene, ImageBatcher
-from lvm.data.images.sources import CodeSource, SceneInfo, Source
+from lvm.data.images.sources import CodeSource, ImageSource, SceneInfo
 from lvm.data.mixture import loader, split
 from lvm.data.store import writer
 from lvm.data.store.format import Scene
@@ -69,7 +69,7 @@ class ShardWriter(abc.ABC):
     def __init__(
         self,
         tokenizer: Mapping[str, Any],
-        source: Source | CodeSource,
+        source: ImageSource | CodeSource,
         folder: epath.PathLike,
         num_shards: int,
     ):
@@ -186,7 +186,7 @@ class Encoder(ShardWriter):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        source: Source,
+        source: ImageSource,
         folder: epath.PathLike,
         num_shards: int,
         batch_size: int,
@@ -257,7 +257,7 @@ class Encoder(ShardWriter):
                 with meter.waiting("device"):
                     codes = np.asarray(call.codes)[: call.count]
                 ready = np.concatenate([ready, codes])
-            meter.add(call.count, sum(scene.last for scene in call.scenes))
+            meter.add(call.count, sum(scene.is_last for scene in call.scenes))
             while waiting and len(ready) >= waiting[0].num_images:
                 scene = waiting.popleft()
                 unread.failures += [{"key": item.key, "reason": item.reason} for item in scene.failures]

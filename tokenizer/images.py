@@ -10,7 +10,7 @@ import numpy as np
 from lvm.common.errors import UserError
 from lvm.common.logging import Progress, log_info
 from lvm.common.seeding import derive_seed
-from lvm.data.images.sources import Failure, Source
+from lvm.data.images.sources import Failure, ImageSource
 from lvm.data.mixture import split
 from lvm.data.mixture.permutation import permute
 
@@ -41,7 +41,7 @@ class ImagesConfig:
             raise UserError(f"max_scenes: {self.max_scenes} is negative")
 
 
-def sides(source: Source, config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
+def sides(source: ImageSource, config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the scenes to train on, and of those held out."""
     hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
     mask = split.heldout(hashes, config.heldout_fraction)
@@ -59,7 +59,7 @@ class ImagePool:
       UserError: the images need more than `max_gigabytes`.
     """
 
-    def __init__(self, source: Source, numbers: np.ndarray, resolution: int, max_gigabytes: float):
+    def __init__(self, source: ImageSource, numbers: np.ndarray, resolution: int, max_gigabytes: float):
         infos = [source.info(int(i)) for i in numbers]
         gigabytes = sum(info.num_frames * len(info.streams) for info in infos) * resolution**2 * 3 / 1e9
         if gigabytes > max_gigabytes:

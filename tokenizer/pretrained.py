@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.pictures import UnreadableError, read_image
+from lvm.data.images.sources.image_file import UnreadableError, read_image
 from lvm.model.nnx_utils import Params, abstract, merge
 from tokenizer import weights
 from tokenizer.network import VQGAN, VQGANConfig

@@ -9,7 +9,7 @@ import numpy as np
 
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
-from lvm.data.images.sources import Failure, SceneInfo, Source
+from lvm.data.images.sources import Failure, ImageSource, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Recipe
 from lvm.data.streams.codecs import Codec
@@ -50,7 +50,7 @@ class Heldout:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         fraction: float | None,
         max_scenes: int,
         encode: Callable[[np.ndarray], np.ndarray],

@@ -13,8 +13,8 @@ from PIL import Image
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources.image_file import IMAGE_SUFFIXES
 from lvm.data.images.sources.listing import VIDEO_SUFFIXES, natural_key
-from lvm.data.images.sources.pictures import SUFFIXES
 from lvm.data.images.sources.video import VideoSource
 from lvm.inference.contact_sheet import Cell, sheet
 
@@ -143,9 +143,11 @@ class Files:
         return lowest
 
     def _listed(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+        files = [
+            file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."
+        ]
         if not files:
-            raise UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
+            raise UserError(f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
         return sorted(files, key=lambda file: natural_key(file.name))[: self._frames or None]
 
 

@@ -64,11 +64,11 @@ class Augment:
             top, left = rng.integers(0, side - R, 2, endpoint=True)
             images = scene.images[:, :, top : top + R, left : left + R]  # [T, S, R, R, 3]
             if rng.random() < 0.5:
-                images = mirrored(images, [codecs[stream] for stream in info.streams])
+                images = mirror_images(images, [codecs[stream] for stream in info.streams])
             yield SceneImages(info, images)
 
 
-def mirrored(images: np.ndarray, codecs: list[Codec]) -> np.ndarray:
+def mirror_images(images: np.ndarray, codecs: list[Codec]) -> np.ndarray:
     """A scene's images uint8 [T, S, R, R, 3], of streams with these codecs, as a mirror shows them."""
     return np.stack(
         [np.stack([codec.mirror(x) for codec, x in zip(codecs, frame, strict=True)]) for frame in images]

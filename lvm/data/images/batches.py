@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lvm.data.images.augment import Augment
-from lvm.data.images.sources.base import Failure, SceneInfo, Source
+from lvm.data.images.sources.base import Failure, ImageSource, SceneInfo
 
 _IMAGES = 64  # about as many in a chunk
 _LOOKED_AT = 8  # scenes of a slice, for how many images one has: photos may come before videos
@@ -22,13 +22,13 @@ class DecodedScene:
       info: with the frames that are there.
       num_images: of all frames and streams; 0 where nothing could be read.
       failures: what could not be read of it.
-      last: of those that one scene of the source became.
+      is_last: of those that one scene of the source became.
     """
 
     info: SceneInfo
     num_images: int
     failures: tuple[Failure, ...]
-    last: bool
+    is_last: bool
 
 
 class ImageBatcher:
@@ -40,7 +40,7 @@ class ImageBatcher:
       augment: what is made of each scene.
     """
 
-    def __init__(self, source: Source, slices: Sequence[tuple[int, int]], augment: Augment):
+    def __init__(self, source: ImageSource, slices: Sequence[tuple[int, int]], augment: Augment):
         self._source, self._slices, self._augment = source, list(slices), augment
         self._sizes = [max(1, _IMAGES // self._images(*ends)) for ends in self._slices]  # in scenes
         counts = [
@@ -71,11 +71,11 @@ class ImageBatcher:
             if not readable and not failures:
                 failures = (Failure(loaded.info.key, "it holds no frame"),)
             if failures:
-                scenes.append(DecodedScene(loaded.info, 0, failures, last=not readable))
+                scenes.append(DecodedScene(loaded.info, 0, failures, is_last=not readable))
             copies = list(self._augment(loaded, self._source.streams)) if readable else []
             for number, copy in enumerate(copies, 1):
                 images.append(copy.images.reshape(-1, R, R, 3))
-                scenes.append(DecodedScene(copy.info, len(images[-1]), (), last=number == len(copies)))
+                scenes.append(DecodedScene(copy.info, len(images[-1]), (), is_last=number == len(copies)))
         listed = np.empty(len(scenes), object)
         listed[:] = scenes
         return {"slice": np.array(place), "images": np.concatenate(images), "scenes": listed}

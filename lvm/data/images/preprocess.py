@@ -113,7 +113,7 @@ class Preprocess:
         # With `box`, Pillow still filters over the pixels outside of it: this is resize, then crop.
         return np.asarray(rgb.resize(size, FILTERS[self.filter], box=box))  # [R, R, 3]
 
-    def labels(self, labels: np.ndarray) -> np.ndarray:
+    def resize_labels(self, labels: np.ndarray) -> np.ndarray:
         """Class ids or depth readings [H, W, ...] of any dtype as [R, R, ...], by the nearest reading.
 
         Raises:
@@ -128,7 +128,7 @@ class Preprocess:
         columns = (left + centres * (right - left)).astype(np.intp)
         return labels[rows[:, None], columns]  # [R, R, ...]
 
-    def points(self, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def map_points(self, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Places (x, y) in a picture, float [..., 2], as places in its image; those cropped away lie outside of it.
 
         A place counts pixels from the picture's upper left corner: the middle of its first pixel is (0.5, 0.5).
@@ -193,14 +193,14 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray(array)
 
 
-def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+def apply_exif_orientation(picture: PIL.Image.Image) -> PIL.Image.Image:
     """The picture turned as its EXIF orientation says; itself where it says nothing, for a copy takes its time."""
     turned = picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
     return PIL.ImageOps.exif_transpose(picture) if turned else picture
 
 
 def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    picture = upright(picture)
+    picture = apply_exif_orientation(picture)
     if picture.mode == "F":
         raise UserError("a picture holds floats (mode F), whose range is unknown; expected 8 or 16 bits")
     if picture.mode.startswith("I"):

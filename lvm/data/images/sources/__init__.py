@@ -10,18 +10,25 @@ from typing import Any
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import CodeSource, Failure, SceneCodes, SceneImages, SceneInfo, Source
+from lvm.data.images.sources.base import CodeSource, Failure, ImageSource, SceneCodes, SceneImages, SceneInfo
 from lvm.data.images.sources.derived import DerivedStreams
-from lvm.data.images.sources.listing import VIDEO_SUFFIXES, walk
-from lvm.data.images.sources.pictures import SUFFIXES
+from lvm.data.images.sources.image_file import IMAGE_SUFFIXES
+from lvm.data.images.sources.listing import VIDEO_SUFFIXES, walk_files
 
 __all__ = [
-    "CodeSource", "Failure", "SceneCodes", "SceneImages", "SceneInfo", "Source", "open_images_or_codes", "open_source",
+    "CodeSource",
+    "Failure",
+    "ImageSource",
+    "SceneCodes",
+    "SceneImages",
+    "SceneInfo",
+    "open_any_source",
+    "open_source",
 ]  # fmt: skip
 
 # Each is imported when it is asked for, with the libraries that it alone needs.
 KINDS = {
-    "generated": "generated.GeneratedScenes",
+    "generated": "generated.GeneratedSource",
     "folder": "folder.FolderSource",
     "video": "video.VideoSource",
     "tar": "tar.TarSource",
@@ -41,7 +48,7 @@ _BY_SUFFIX = dict.fromkeys(VIDEO_SUFFIXES, "video") | {
 }
 
 
-def open_source(spec: str, preprocess: Preprocess, overrides: Mapping[str, Any] | None = None) -> Source:
+def open_source(spec: str, preprocess: Preprocess, overrides: Mapping[str, Any] | None = None) -> ImageSource:
     """Opens what scenes of images come from.
 
     Args:
@@ -55,15 +62,15 @@ def open_source(spec: str, preprocess: Preprocess, overrides: Mapping[str, Any] 
     Raises:
       UserError: when `spec` is none of these, a kind, key or value in it is wrong, or it holds ready codes.
     """
-    source = open_images_or_codes(spec, preprocess, overrides)
-    if not isinstance(source, Source):
+    source = open_any_source(spec, preprocess, overrides)
+    if not isinstance(source, ImageSource):
         raise UserError(f"{spec}: holds ready codes, not images; only tokenizer.encode takes it")
     return source
 
 
-def open_images_or_codes(
+def open_any_source(
     spec: str, preprocess: Preprocess, overrides: Mapping[str, Any] | None = None
-) -> Source | CodeSource:
+) -> ImageSource | CodeSource:
     """As `open_source`, but for sources of ready codes too, which have `load_codes` in the place of `load`."""
     path, parameters = pathlib.Path(spec), dict(overrides or {})
     if path.is_dir():
@@ -89,7 +96,7 @@ def open_images_or_codes(
         raise UserError(f"{spec}: {error}") from error
 
 
-def _open(kind: str, preprocess: Preprocess, parameters: dict[str, Any]) -> Source | CodeSource:
+def _open(kind: str, preprocess: Preprocess, parameters: dict[str, Any]) -> ImageSource | CodeSource:
     if kind not in _WITHOUT_PATH and not parameters.get("path"):
         raise UserError(f"path: is missing; a source of kind {kind!r} needs to know where its files lie")
     derived, seed = parameters.pop("derived", ()), parameters.pop("derived_seed", 0)
@@ -99,16 +106,16 @@ def _open(kind: str, preprocess: Preprocess, parameters: dict[str, Any]) -> Sour
     )
     if not derived:
         return source
-    if not isinstance(source, Source):
+    if not isinstance(source, ImageSource):
         raise UserError("derived: streams are computed from images, and this source holds ready codes")
     return DerivedStreams(source, derived, seed)
 
 
 def _kind_of_folder(folder: pathlib.Path) -> str:
     """The kind of the first file, in natural order, that is of any; pictures are a folder's own."""
-    for _, name in walk(folder, lambda folder, reason: None):
+    for _, name in walk_files(folder, lambda folder, reason: None):
         suffix = pathlib.PurePath(name).suffix.lower()
-        if suffix in SUFFIXES:
+        if suffix in IMAGE_SUFFIXES:
             return "folder"
         if suffix in _BY_SUFFIX:
             return _BY_SUFFIX[suffix]

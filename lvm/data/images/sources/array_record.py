@@ -14,8 +14,8 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import check_index, files_hash, find_files, relative_to
-from lvm.data.images.sources.pictures import Blob, UnreadableError
+from lvm.data.images.sources.image_file import ImageFile, UnreadableError
+from lvm.data.images.sources.listing import check_index, find_files, hash_files, relative_to
 from lvm.data.images.sources.readers import FrameReader, make_readers
 from lvm.data.streams.codecs import Codec
 
@@ -33,7 +33,7 @@ class ArrayRecordConfig:
 
 
 class ArrayRecordSource:
-    """A `Source` of ArrayRecord files whose records are picture files: JPEG, PNG and what else Pillow decodes.
+    """An `ImageSource` of ArrayRecord files whose records are picture files: JPEG, PNG and what else Pillow decodes.
 
     Record 12 of photos.array_record is the scene "photos.array_record/12", one frame of rgb, its own group.
 
@@ -82,21 +82,21 @@ class ArrayRecordSource:
         return self.__dict__ | {"_readers": {}}
 
     def info(self, index: int) -> SceneInfo:
-        """See `Source.info`."""
+        """See `ImageSource.info`."""
         file, record = self._place(index)
         key = f"{file}/{record}"
         return SceneInfo(key, key, "", 1, ("rgb",))
 
     def load(self, index: int) -> SceneImages:
-        """See `Source.load`."""
+        """See `ImageSource.load`."""
         file, record = self._place(index)
         return self._frames.load(
-            self.info(index), [{"rgb": Blob(f"{file}/{record}", lambda: self._read(file, record))}]
+            self.info(index), [{"rgb": ImageFile(f"{file}/{record}", lambda: self._read(file, record))}]
         )
 
     def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
-        listing = files_hash(self._root, self._files)
+        """See `ImageSource.describe`."""
+        listing = hash_files(self._root, self._files)
         return {"kind": self.config.kind, "num_scenes": len(self), "listing": listing}
 
     def _place(self, index: int) -> tuple[str, int]:

@@ -104,7 +104,7 @@ class Listing(Protocol):
 
 
 @runtime_checkable
-class Source(Listing, Protocol):
+class ImageSource(Listing, Protocol):
     """Scenes of images. Loading a scene is a pure function of the source and the number."""
 
     def load(self, index: int) -> SceneImages:

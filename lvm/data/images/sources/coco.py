@@ -17,8 +17,8 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import check_index, files_hash
-from lvm.data.images.sources.pictures import UnreadableError, decode_for
+from lvm.data.images.sources.image_file import UnreadableError, decode_for
+from lvm.data.images.sources.listing import check_index, hash_files
 from lvm.data.images.sources.readers import same_aspect
 from lvm.data.streams.codecs import Box, Boxes, Codec, Image, Palette, Pose
 
@@ -58,7 +58,7 @@ class CocoConfig:
 
 
 class CocoSource:
-    """A `Source` of the images that a COCO-style JSON lists.
+    """An `ImageSource` of the images that a COCO-style JSON lists.
 
     Each is a scene of one frame; its key and its group are its file name. It has the streams that there are
     annotations of it for. Classes have the colour of their category's id, if all ids lie in [1, 255], else of their
@@ -106,12 +106,12 @@ class CocoSource:
         return len(self._infos)
 
     def info(self, index: int) -> SceneInfo:
-        """See `Source.info`."""
+        """See `ImageSource.info`."""
         check_index(index, len(self))
         return self._infos[index]
 
     def load(self, index: int) -> SceneImages:
-        """See `Source.load`."""
+        """See `ImageSource.load`."""
         info = self.info(index)
         image = self._images[index]
         try:
@@ -130,13 +130,13 @@ class CocoSource:
         return SceneImages(info, np.stack(drawn)[None])  # [1, S, R, R, 3]
 
     def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
+        """See `ImageSource.describe`."""
         return {
             "kind": self.config.kind,
             "streams": {stream: codec.to_json() for stream, codec in self.streams.items()},
             "num_scenes": len(self),
             "annotations": self._digest,
-            "listing": files_hash(self._root, (info.key for info in self._infos), most=256),
+            "listing": hash_files(self._root, (info.key for info in self._infos), most=256),
         }
 
     def _by_image(
@@ -191,7 +191,7 @@ class CocoSource:
         R = self._preprocess.resolution
         if isinstance(segmentation, list):
             parts = [np.array(part, np.float64).reshape(-1, 2) for part in segmentation]
-            moved = [self._preprocess.points(part, size).ravel().tolist() for part in parts]
+            moved = [self._preprocess.map_points(part, size).ravel().tolist() for part in parts]
             return pycocotools.mask.decode(_merged(moved, R, R)).astype(bool)
         if tuple(segmentation["size"]) != size:
             raise ValueError(
@@ -200,13 +200,13 @@ class CocoSource:
         encoded = segmentation
         if isinstance(segmentation["counts"], list):
             encoded = pycocotools.mask.frPyObjects(segmentation, *size)
-        return self._preprocess.labels(pycocotools.mask.decode(encoded)).astype(bool)
+        return self._preprocess.resize_labels(pycocotools.mask.decode(encoded)).astype(bool)
 
     def _box(self, bbox: Sequence[float], class_id: int, size: tuple[int, int]) -> list[Box]:
         """The box in the image; none where it was cropped away."""
         x, y, width, height = bbox
         R = self._preprocess.resolution
-        corners = self._preprocess.points(np.array([[x, y], [x + width, y + height]]), size)
+        corners = self._preprocess.map_points(np.array([[x, y], [x + width, y + height]]), size)
         (x0, y0), (x1, y1) = np.rint(corners).astype(int).clip(0, R).tolist()
         return [Box(class_id, x0, y0, x1, y1)] if x0 < x1 and y0 < y1 else []
 
@@ -214,7 +214,7 @@ class CocoSource:
         """Places [J, 2] in the image, NaN for what is not labelled."""
         joints = np.array(keypoints, np.float64).reshape(-1, 3)
         # COCO counts pixels: the middle of pixel 0 is at 0.5.
-        places = self._preprocess.points(joints[:, :2] + 0.5, size)
+        places = self._preprocess.map_points(joints[:, :2] + 0.5, size)
         return np.where(joints[:, 2:] > 0, places, np.nan)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo, Source
+from lvm.data.images.sources.base import Failure, ImageSource, SceneImages, SceneInfo
 from lvm.data.streams.codecs import Codec
 from lvm.data.streams.derived import DERIVED, derive
 
 
 class DerivedStreams:
-    """A `Source` whose scenes have derived streams after those of another source.
+    """An `ImageSource` whose scenes have derived streams after those of another source.
 
     Args:
       source: has rgb in all scenes.
@@ -26,7 +26,7 @@ class DerivedStreams:
       UserError: an unknown name, one that is there twice or in the source already, or scenes without rgb.
     """
 
-    def __init__(self, source: Source, derived: Sequence[str], seed: int = 0) -> None:
+    def __init__(self, source: ImageSource, derived: Sequence[str], seed: int = 0) -> None:
         for number, stream in enumerate(derived):
             if stream not in DERIVED:
                 raise UserError(f"derived: {stream!r} is none; expected some of {', '.join(DERIVED)}")
@@ -45,11 +45,11 @@ class DerivedStreams:
         return len(self._source)
 
     def info(self, index: int) -> SceneInfo:
-        """See `Source.info`."""
+        """See `ImageSource.info`."""
         return self._with_streams(self._source.info(index))
 
     def load(self, index: int) -> SceneImages:
-        """See `Source.load`."""
+        """See `ImageSource.load`."""
         scene = self._source.load(index)
         rgb = scene.images[:, scene.info.streams.index("rgb")]  # [T, R, R, 3]
         more = [derive(stream, rgb, scene.info.key, self._seed) for stream in self._derived]
@@ -57,7 +57,7 @@ class DerivedStreams:
         return SceneImages(self._with_streams(scene.info), images, scene.failures)
 
     def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
+        """See `ImageSource.describe`."""
         return self._source.describe() | {"derived": list(self._derived), "derived_seed": self._seed}
 
     def _with_streams(self, info: SceneInfo) -> SceneInfo:

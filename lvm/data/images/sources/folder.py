@@ -13,13 +13,19 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import SETTINGS, check_index, natural_key, size_and_end, walk
-from lvm.data.images.sources.pictures import SUFFIXES, Blob, UnreadableError, open_picture
+from lvm.data.images.sources.image_file import IMAGE_SUFFIXES, ImageFile, UnreadableError, open_image
+from lvm.data.images.sources.listing import (
+    SETTINGS_FILES,
+    check_index,
+    natural_key,
+    size_and_tail,
+    walk_files,
+)
 from lvm.data.images.sources.readers import STREAMS, FrameReader, declared_streams, make_readers
 from lvm.data.streams.codecs import Codec
 
 _EXPECTED = (
-    f"expected a folder of photos ({', '.join(SUFFIXES)}), of videos (folders of frames), or with a folder "
+    f"expected a folder of photos ({', '.join(IMAGE_SUFFIXES)}), of videos (folders of frames), or with a folder "
     f"for each stream: rgb/ and any of {', '.join(STREAMS[1:])}"
 )
 
@@ -43,7 +49,7 @@ class FolderConfig:
 
 
 class FolderSource:
-    """A `Source` of the files in a folder.
+    """An `ImageSource` of the files in a folder.
 
     Layouts: photos directly in the folder are scenes of one frame, grouped by their path. A subfolder,
     however deep, is a video: its files in natural order (2 before 10) are cut into clips with the keys
@@ -89,16 +95,16 @@ class FolderSource:
         return len(self._scenes)
 
     def info(self, index: int) -> SceneInfo:
-        """See `Source.info`."""
+        """See `ImageSource.info`."""
         return self._scene(index)[0]
 
     def load(self, index: int) -> SceneImages:
-        """See `Source.load`. A failure's key is the scene's; its reason begins with the file."""
+        """See `ImageSource.load`. A failure's key is the scene's; its reason begins with the file."""
         info, clip = self._scene(index)
         return self._frames.load(info, ({s: self._blob(file) for s, file in frame.items()} for frame in clip))
 
     def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
+        """See `ImageSource.describe`."""
         return {
             "kind": self.config.kind,
             "clip_frames": self.config.clip_frames,
@@ -114,7 +120,7 @@ class FolderSource:
         for _, clip in self._scenes:
             for frame in clip:
                 for stream, file in sorted(frame.items()):
-                    size, end = size_and_end(self._root / file)
+                    size, end = size_and_tail(self._root / file)
                     digest.update(f"{stream} {file} {size}\n".encode() + end)
         return digest.hexdigest()
 
@@ -122,10 +128,10 @@ class FolderSource:
         check_index(index, len(self))
         return self._scenes[index]
 
-    def _blob(self, file: str) -> Blob:
-        return Blob(file, self._root / file)
+    def _blob(self, file: str) -> ImageFile:
+        return ImageFile(file, self._root / file)
 
-    def _blobs(self, stream: str) -> Iterator[Blob]:
+    def _blobs(self, stream: str) -> Iterator[ImageFile]:
         return (self._blob(frame[stream]) for _, clip in self._scenes for frame in clip if stream in frame)
 
     def _check_usable(self) -> None:
@@ -133,7 +139,7 @@ class FolderSource:
         for _, clip in self._scenes:
             for frame in clip:
                 try:
-                    open_picture(self._root / frame["rgb"]).close()
+                    open_image(self._root / frame["rgb"]).close()
                     return
                 except UnreadableError as error:
                     reason = f"none of its image files can be opened; the last, {frame['rgb']}: {error}"
@@ -189,11 +195,11 @@ class _Listing:
     def _images(self, tree: str, aligned: bool) -> dict[tuple[str, str], str]:
         """The image files under root/tree by (folder, stem) or, if no others go with them, (folder, name)."""
         files: dict[tuple[str, str], str] = {}
-        for folder, name in walk(self._root / tree, self._skip_folder):
+        for folder, name in walk_files(self._root / tree, self._skip_folder):
             file = "/".join(filter(None, (tree, folder, name)))
             place = (folder, pathlib.PurePath(name).stem if aligned else name)
-            if pathlib.PurePath(name).suffix.lower() not in SUFFIXES:
-                if file not in SETTINGS:
+            if pathlib.PurePath(name).suffix.lower() not in IMAGE_SUFFIXES:
+                if file not in SETTINGS_FILES:
                     self._skip(file, "not an image file")
             elif not tree and folder.split("/")[0] in STREAMS:
                 self._skip(file, "an annotation without rgb; the photos belong in a folder rgb/")
@@ -205,7 +211,7 @@ class _Listing:
 
     def _skip_siblings(self, trees: dict[str, str]) -> None:
         for entry in sorted(self._root.iterdir(), key=lambda entry: natural_key(entry.name)):
-            if entry.name.startswith(".") or entry.name in trees or entry.name in SETTINGS:
+            if entry.name.startswith(".") or entry.name in trees or entry.name in SETTINGS_FILES:
                 continue
             if entry.is_dir():
                 self._skip(entry.name, f"not the name of a stream ({', '.join(self.streams)})")

@@ -54,8 +54,8 @@ class GeneratedConfig:
             raise UserError(f"streams: {self.streams}; expected some of {', '.join(CODECS)}, each once")
 
 
-class GeneratedScenes:
-    """A `Source` of generated scenes. A scene's class is that of its front shape, its group is its key.
+class GeneratedSource:
+    """An `ImageSource` of generated scenes. A scene's class is that of its front shape, its group is its key.
 
     Args:
       preprocess: gives the resolution; scenes are drawn at it, so nothing is resized.
@@ -78,18 +78,18 @@ class GeneratedScenes:
         return self.config.num_scenes
 
     def info(self, index: int) -> SceneInfo:
-        """See `Source.info`."""
+        """See `ImageSource.info`."""
         return self._info(index, self._sample(index))
 
     def load(self, index: int) -> SceneImages:
-        """See `Source.load`."""
+        """See `ImageSource.load`."""
         scene = self._sample(index)
         maps = render(scene, self.config.num_frames, self.resolution, self.config.streams)
         images = np.stack([self._draw(stream, maps, scene) for stream in self.config.streams], axis=1)
         return SceneImages(self._info(index, scene), images)  # [T, S, R, R, 3]
 
     def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
+        """See `ImageSource.describe`."""
         return to_json(self.config) | {"streams": list(self.config.streams)}
 
     def _sample(self, index: int) -> Scene:

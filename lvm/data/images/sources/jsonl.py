@@ -13,7 +13,7 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneCodes, SceneInfo
-from lvm.data.images.sources.listing import check_index, files_hash, find_files, read_range
+from lvm.data.images.sources.listing import check_index, find_files, hash_files, read_range
 from lvm.data.mixture import split
 from lvm.data.store import jsonl
 from lvm.data.streams.codecs import Codec, Image
@@ -91,7 +91,7 @@ class JsonlSource:
             "num_codes": self.num_codes,
             "grid": list(self.grid),
             "num_scenes": len(self),
-            "listing": files_hash(self._root, self._files),
+            "listing": hash_files(self._root, self._files),
         }
 
     def _list(self, file: str, skipped: list[Failure]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from lvm.common.errors import UserError
 from lvm.data.images.sources.base import Failure
 
-SETTINGS = ("classes.json", "streams.json")
+SETTINGS_FILES = ("classes.json", "streams.json")
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif",
 )  # fmt: skip
@@ -29,7 +29,7 @@ def printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def walk(top: pathlib.Path, skip: Callable[[pathlib.Path, str], None]) -> Iterator[tuple[str, str]]:
+def walk_files(top: pathlib.Path, skip: Callable[[pathlib.Path, str], None]) -> Iterator[tuple[str, str]]:
     """All files under `top` but hidden ones as (folder, name), in natural order; links are followed.
 
     Args:
@@ -81,14 +81,14 @@ def find_files(path: str, suffixes: Sequence[str], skipped: list[Failure]) -> tu
         return root.parent, [root.name]
     if root.is_dir():
         skip = lambda folder, reason: skipped.append(Failure(folder.relative_to(root).as_posix(), reason))  # noqa: E731
-        found = ["/".join(filter(None, place)) for place in walk(root, skip)]
+        found = ["/".join(filter(None, place)) for place in walk_files(root, skip)]
     else:
         root, found = _glob(path)
     files = []
     for file in found:
         if file.lower().endswith(tuple(suffixes)):
             files.append(file)
-        elif pathlib.PurePath(file).name not in SETTINGS and not file.endswith(_ENDS):
+        elif pathlib.PurePath(file).name not in SETTINGS_FILES and not file.endswith(_ENDS):
             skipped.append(Failure(file, f"does not end in {', '.join(suffixes)}"))
     if not files:
         raise UserError(f"{path}: found {'none' if found else 'nothing'} there; {expected}")
@@ -103,7 +103,7 @@ def _glob(path: str) -> tuple[pathlib.Path, list[str]]:
     return root, sorted((file.relative_to(root).as_posix() for file in found), key=natural_key)
 
 
-def size_and_end(path: pathlib.Path, most: int = 256) -> tuple[int, bytes]:
+def size_and_tail(path: pathlib.Path, most: int = 256) -> tuple[int, bytes]:
     """A file's size and its last bytes, which in compressed files depend on all before; unreadable: none."""
     try:
         with open(path, "rb") as file:
@@ -114,11 +114,11 @@ def size_and_end(path: pathlib.Path, most: int = 256) -> tuple[int, bytes]:
         return 0, b""
 
 
-def files_hash(root: pathlib.Path, files: Iterable[str], most: int = 65536) -> str:
+def hash_files(root: pathlib.Path, files: Iterable[str], most: int = 65536) -> str:
     """A hash of files' names, sizes and last bytes; these hold the index of all formats that have one."""
     digest = hashlib.sha256()
     for file in files:
-        size, end = size_and_end(root / file, most)
+        size, end = size_and_tail(root / file, most)
         digest.update(f"{file} {size}\n".encode() + end)
     return digest.hexdigest()
 

@@ -17,8 +17,8 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import check_index, files_hash, find_files, relative_to
-from lvm.data.images.sources.pictures import Blob, UnreadableError
+from lvm.data.images.sources.image_file import ImageFile, UnreadableError
+from lvm.data.images.sources.listing import check_index, find_files, hash_files, relative_to
 from lvm.data.images.sources.readers import STREAMS, FrameReader, declared_streams, make_readers
 from lvm.data.streams.codecs import Codec
 
@@ -53,7 +53,7 @@ class ParquetConfig:
 
 
 class ParquetSource:
-    """A `Source` of Parquet files whose columns hold picture files. A row is a scene of one frame.
+    """An `ImageSource` of Parquet files whose columns hold picture files. A row is a scene of one frame.
 
     A stream whose column is null in a row is not of that scene; a row without rgb is passed over. Rows are read a
     row group at a time, so files with small row groups are read best.
@@ -109,23 +109,23 @@ class ParquetSource:
         self._reset()
 
     def info(self, index: int) -> SceneInfo:
-        """See `Source.info`."""
+        """See `ImageSource.info`."""
         check_index(index, len(self))
         return self._rows[index][0]
 
     def load(self, index: int) -> SceneImages:
-        """See `Source.load`."""
+        """See `ImageSource.load`."""
         info = self.info(index)
         return self._frames.load(info, [{stream: self._blob(index, stream) for stream in info.streams}])
 
     def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
+        """See `ImageSource.describe`."""
         return {
             "kind": self.config.kind,
             "columns": self._columns,
             "streams": {stream: codec.to_json() for stream, codec in self.streams.items()},
             "num_scenes": len(self),
-            "listing": files_hash(self._root, self._files),
+            "listing": hash_files(self._root, self._files),
         }
 
     def _reset(self) -> None:
@@ -187,12 +187,12 @@ class ParquetSource:
             )
         return named if "rgb" in named else {"rgb": others[0], **named}
 
-    def _blob(self, index: int, stream: str) -> Blob:
+    def _blob(self, index: int, stream: str) -> ImageFile:
         _, file, group, row = self._rows[index]
         name = f"{self._files[file]}, row {row} of group {group}"
-        return Blob(name, functools.partial(self._read, file, group, row, self._columns[stream]))
+        return ImageFile(name, functools.partial(self._read, file, group, row, self._columns[stream]))
 
-    def _blobs(self, stream: str) -> Iterator[Blob]:
+    def _blobs(self, stream: str) -> Iterator[ImageFile]:
         return (self._blob(index, stream) for index, row in enumerate(self._rows) if stream in row[0].streams)
 
     def _read(self, file: int, group: int, row: int, column: str) -> bytes:

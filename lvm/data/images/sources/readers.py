@@ -13,7 +13,13 @@ import numpy as np
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.pictures import Blob, Picture, UnreadableError, decode_for, decode_picture
+from lvm.data.images.sources.image_file import (
+    DecodedImage,
+    ImageFile,
+    UnreadableError,
+    decode_for,
+    decode_image,
+)
 from lvm.data.streams.codecs import (
     PALETTE,
     Boxes,
@@ -38,11 +44,11 @@ class Reader(Protocol):
     exact: bool  # whether it reads numbers of pixels, which no decoder may round
     codec: Codec
 
-    def read(self, picture: Picture, preprocess: Preprocess) -> np.ndarray:
+    def read(self, picture: DecodedImage, preprocess: Preprocess) -> np.ndarray:
         """A decoded picture as the stream's image, uint8 [R, R, 3]. Raises UnreadableError or UserError."""
 
 
-class DrawnReader:
+class RenderedReader:
     """Pictures that are images of their stream already."""
 
     exact = False
@@ -50,7 +56,7 @@ class DrawnReader:
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
 
-    def read(self, picture: Picture, preprocess: Preprocess) -> np.ndarray:
+    def read(self, picture: DecodedImage, preprocess: Preprocess) -> np.ndarray:
         """See `Reader.read`."""
         return preprocess(picture.pixels, picture.extent)
 
@@ -63,9 +69,11 @@ class DepthReader:
     def __init__(self, codec: Depth) -> None:
         self.codec: Codec = codec
 
-    def read(self, picture: Picture, preprocess: Preprocess) -> np.ndarray:
+    def read(self, picture: DecodedImage, preprocess: Preprocess) -> np.ndarray:
         """See `Reader.read`."""
-        readings = preprocess.labels(np.asarray(picture.pixels))  # [R, R]; a mean of readings is no reading
+        readings = preprocess.resize_labels(
+            np.asarray(picture.pixels)
+        )  # [R, R]; a mean of readings is no reading
         mode = picture.pixels.mode
         if mode == "L":
             return np.repeat(readings[..., None], 3, axis=-1)  # [R, R, 3]
@@ -93,18 +101,18 @@ class SegmentationReader:
         self._colours = np.array(sorted(packed), np.int64)  # [K]
         self._ids = np.array([packed[colour] for colour in sorted(packed)], np.uint8)  # [K]
 
-    def read(self, picture: Picture, preprocess: Preprocess) -> np.ndarray:
+    def read(self, picture: DecodedImage, preprocess: Preprocess) -> np.ndarray:
         """See `Reader.read`."""
         if picture.format == "JPEG":
             raise UnreadableError("a JPEG file does not keep class ids exactly; store segmentation as PNG")
         pixels, mode = np.asarray(picture.pixels), picture.pixels.mode
         if mode == "RGB":
-            return self.codec.draw(self._look_up(preprocess.labels(pixels)))
+            return self.codec.draw(self._look_up(preprocess.resize_labels(pixels)))
         if mode not in ("1", "L", "P") and not mode.startswith("I"):
             raise UnreadableError(f"mode {mode}; segmentation is class ids (1, L, P, 16-bit) or RGB colours")
         if self._is_mask and mode == "L" and is_mask(pixels):
             pixels = pixels > 0
-        return self.codec.draw(preprocess.labels(pixels).astype(np.int64))  # [R, R, 3]
+        return self.codec.draw(preprocess.resize_labels(pixels).astype(np.int64))  # [R, R, 3]
 
     def _look_up(self, rgb: np.ndarray) -> np.ndarray:
         packed = _pack(rgb)  # [R, R]
@@ -136,8 +144,8 @@ class FrameReader:
         self._readers, self._preprocess = readers, preprocess
         self.streams: Mapping[str, Codec] = {stream: reader.codec for stream, reader in readers.items()}
 
-    def load(self, info: SceneInfo, frames: Iterable[Mapping[str, Blob]]) -> SceneImages:
-        """The scene `info` with the images of its frames; as `Source.load` tells.
+    def load(self, info: SceneInfo, frames: Iterable[Mapping[str, ImageFile]]) -> SceneImages:
+        """The scene `info` with the images of its frames; as `ImageSource.load` tells.
 
         A failure's key is the scene's; its reason begins with the file.
         """
@@ -152,14 +160,14 @@ class FrameReader:
         info = dataclasses.replace(info, num_frames=len(images))
         return SceneImages(info, stacked, tuple(failures))  # [T, S, R, R, 3]
 
-    def _read(self, frame: Mapping[str, Blob], streams: tuple[str, ...]) -> np.ndarray:
+    def _read(self, frame: Mapping[str, ImageFile], streams: tuple[str, ...]) -> np.ndarray:
         """The images of one frame, uint8 [S, R, R, 3]. Raises UnreadableError, naming the file."""
         images: list[np.ndarray] = []
         first: tuple[int, int] | None = None
         for stream in streams:
             reader, blob = self._readers[stream], frame[stream]
             try:
-                decode = decode_picture if reader.exact else lambda it: decode_for(it, self._preprocess)
+                decode = decode_image if reader.exact else lambda it: decode_for(it, self._preprocess)
                 picture = decode(blob.content)
                 first = first or picture.size
                 if not same_aspect(picture.size, first):
@@ -193,7 +201,7 @@ def declared_streams(folder: pathlib.Path) -> tuple[str, ...]:
     return names
 
 
-def make_readers(folder: pathlib.Path, files: Mapping[str, Iterable[Blob]]) -> dict[str, Reader]:
+def make_readers(folder: pathlib.Path, files: Mapping[str, Iterable[ImageFile]]) -> dict[str, Reader]:
     """The reader of each stream.
 
     Args:
@@ -212,20 +220,20 @@ def make_readers(folder: pathlib.Path, files: Mapping[str, Iterable[Blob]]) -> d
         codec = _override(default, fields.get(stream, {}), folder / "streams.json", stream)
         if isinstance(codec, Palette):
             where = "classes.json" if colours else "the palette of stream codecs"
-            readers[stream] = SegmentationReader(codec, colours or palette_colours(codec), where)
+            readers[stream] = SegmentationReader(codec, colours or palette_colors(codec), where)
         elif isinstance(codec, Depth):
             readers[stream] = DepthReader(codec)
         else:
-            readers[stream] = DrawnReader(codec)
+            readers[stream] = RenderedReader(codec)
     return readers
 
 
-def palette_colours(codec: Palette) -> dict[int, tuple[int, ...]]:
+def palette_colors(codec: Palette) -> dict[int, tuple[int, ...]]:
     """The colour of each class id, as the codec draws it."""
     return {int(i): tuple(PALETTE[i].tolist()) for i in codec.used_ids}
 
 
-def _default_codec(stream: str, classes: Palette | None, blobs: Iterable[Blob]) -> Codec:
+def _default_codec(stream: str, classes: Palette | None, blobs: Iterable[ImageFile]) -> Codec:
     if stream == "segmentation":
         return classes or _guess_classes(blobs)
     if stream == "boxes" and classes:
@@ -238,12 +246,12 @@ def _default_codec(stream: str, classes: Palette | None, blobs: Iterable[Blob]) 
     return codecs.get(stream, Image())
 
 
-def _guess_classes(blobs: Iterable[Blob]) -> Palette:
+def _guess_classes(blobs: Iterable[ImageFile]) -> Palette:
     """Without a classes.json: foreground and background if the first file that says so is a mask."""
     mask = Palette(("background", "foreground"), background=0)
     for blob in blobs:
         try:
-            picture = decode_picture(blob.content).pixels
+            picture = decode_image(blob.content).pixels
         except UnreadableError:
             continue  # reported when its scene is loaded
         pixels = np.asarray(picture)

@@ -18,15 +18,15 @@ from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
+from lvm.data.images.sources.image_file import IMAGE_SUFFIXES, ImageFile
 from lvm.data.images.sources.listing import (
     NOT_UTF8,
     check_index,
-    files_hash,
     find_files,
+    hash_files,
     printable,
     read_range,
 )
-from lvm.data.images.sources.pictures import SUFFIXES, Blob
 from lvm.data.images.sources.readers import STREAMS, FrameReader, declared_streams, make_readers
 from lvm.data.streams.codecs import Codec
 
@@ -72,7 +72,7 @@ class TarConfig:
 
 
 class TarSource:
-    """A `Source` of uncompressed tar files, read by random access: nothing is unpacked.
+    """An `ImageSource` of uncompressed tar files, read by random access: nothing is unpacked.
 
     A member's key is its path up to the first dot of its name, and what follows is its suffix: "a/7.jpg",
     "a/7.depth.png" and "a/7.cls" are the rgb, the depth and the class name of the scene "TAR/a/7", where TAR is the
@@ -116,18 +116,18 @@ class TarSource:
         return len(self._samples)
 
     def info(self, index: int) -> SceneInfo:
-        """See `Source.info`."""
+        """See `ImageSource.info`."""
         check_index(index, len(self))
         return self._samples[index].info
 
     def load(self, index: int) -> SceneImages:
-        """See `Source.load`."""
+        """See `ImageSource.load`."""
         info = self.info(index)
         sample = self._samples[index]
         return self._frames.load(info, [{stream: self._blob(sample, stream) for stream in info.streams}])
 
     def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
+        """See `ImageSource.describe`."""
         members = hashlib.sha256()
         for sample in self._samples:
             members.update(f"{sample.info} {sorted(sample.members.items())}\n".encode())
@@ -136,16 +136,16 @@ class TarSource:
             "streams": {stream: codec.to_json() for stream, codec in self.streams.items()},
             "suffixes": to_json(self.config.streams),
             "num_scenes": len(self),
-            "listing": files_hash(self._root, self._tars),
+            "listing": hash_files(self._root, self._tars),
             "members": members.hexdigest(),
         }
 
-    def _blob(self, sample: Sample, stream: str) -> Blob:
+    def _blob(self, sample: Sample, stream: str) -> ImageFile:
         member = sample.members[stream]
         read = functools.partial(read_range, self._root / sample.tar, member.offset, member.size)
-        return Blob(f"{sample.tar}/{member.name}", read)
+        return ImageFile(f"{sample.tar}/{member.name}", read)
 
-    def _blobs(self, stream: str) -> Iterator[Blob]:
+    def _blobs(self, stream: str) -> Iterator[ImageFile]:
         return (self._blob(sample, stream) for sample in self._samples if stream in sample.members)
 
     def _group(self, tar: str, skipped: list[Failure]) -> Iterator[Sample]:
@@ -185,7 +185,7 @@ class TarSource:
             fits = (name for name, wanted in self.config.streams.items() if suffix in wanted.split(";"))
             return next(fits, None)
         stream, _, picture = suffix.rpartition(".")
-        if f".{picture}" not in SUFFIXES or (stream and stream not in self._streams):
+        if f".{picture}" not in IMAGE_SUFFIXES or (stream and stream not in self._streams):
             return None
         return stream or "rgb"
 

@@ -14,15 +14,15 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
+from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.listing import check_index
-from lvm.data.images.sources.pictures import Blob, UnreadableError
 from lvm.data.images.sources.readers import (
     STREAMS,
     FrameReader,
     Reader,
     SegmentationReader,
     make_readers,
-    palette_colours,
+    palette_colors,
 )
 from lvm.data.streams.codecs import Codec, Palette
 
@@ -65,7 +65,7 @@ class TfdsConfig:
 
 
 class TfdsSource:
-    """A `Source` of a dataset that was prepared with `file_format="array_record"`, by `as_data_source`.
+    """An `ImageSource` of a dataset that was prepared with `file_format="array_record"`, by `as_data_source`.
 
     Example 12 of split train of the dataset pets is the scene "pets/train/12": of one frame for features of pictures,
     of all frames for videos and sequences of pictures. Pictures are decoded by this project, as all others are; the
@@ -114,19 +114,19 @@ class TfdsSource:
         return len(self._examples)
 
     def info(self, index: int) -> SceneInfo:
-        """See `Source.info`. Reads the example, for its class and its frames."""
+        """See `ImageSource.info`. Reads the example, for its class and its frames."""
         check_index(index, len(self))
         return self._info(index, self._examples[index])
 
     def load(self, index: int) -> SceneImages:
-        """See `Source.load`."""
+        """See `ImageSource.load`."""
         check_index(index, len(self))
         example = self._examples[index]
         info = self._info(index, example)
         files = {stream: _files(example, path) for stream, path in self._columns.items()}
         frames = (
             {
-                stream: Blob(f"{stream} {frame}", functools.partial(_at, files[stream], frame))
+                stream: ImageFile(f"{stream} {frame}", functools.partial(_at, files[stream], frame))
                 for stream in files
             }
             for frame in range(info.num_frames)
@@ -134,7 +134,7 @@ class TfdsSource:
         return self._frames.load(info, frames)
 
     def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
+        """See `ImageSource.describe`."""
         return {
             "kind": self.config.kind,
             "name": self.name,
@@ -190,15 +190,13 @@ class TfdsSource:
         readers = make_readers(folder, {s: () if s in named else self._blobs(s) for s in self._columns})
         for stream, names in named.items():
             codec = Palette(names, background=0 if names[0].lower() == "background" else None)
-            readers[stream] = SegmentationReader(
-                codec, palette_colours(codec), "the palette of stream codecs"
-            )
+            readers[stream] = SegmentationReader(codec, palette_colors(codec), "the palette of stream codecs")
         return readers
 
-    def _blobs(self, stream: str) -> Iterator[Blob]:
+    def _blobs(self, stream: str) -> Iterator[ImageFile]:
         path = self._columns[stream]
         files = (file for index in range(len(self)) for file in _files(self._examples[index], path))
-        return (Blob(path, functools.partial(bytes, file)) for file in files)
+        return (ImageFile(path, functools.partial(bytes, file)) for file in files)
 
     def _info(self, index: int, example: Mapping[str, Any]) -> SceneInfo:
         key = f"{self.name}/{self.config.split}/{index}"

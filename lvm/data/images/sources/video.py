@@ -18,8 +18,8 @@ from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import VIDEO_SUFFIXES, check_index, files_hash, find_files
-from lvm.data.images.sources.pictures import MAX_PIXELS, UnreadableError
+from lvm.data.images.sources.image_file import MAX_PIXELS, UnreadableError
+from lvm.data.images.sources.listing import VIDEO_SUFFIXES, check_index, find_files, hash_files
 from lvm.data.streams.codecs import Codec, Image
 
 _WORTH_SEEKING = fractions.Fraction(1)  # seconds; below, a video is decoded from its start
@@ -70,7 +70,7 @@ class Video(NamedTuple):
 
 
 class VideoSource:
-    """A `Source` of video files, decoded by FFmpeg from the keyframe before a clip on.
+    """An `ImageSource` of video files, decoded by FFmpeg from the keyframe before a clip on.
 
     A clip is the scene "FILE/clip-0000", of one stream, rgb, in the group FILE. Its frames are those that are shown at
     equal steps of time, so one rate holds for all videos, whatever their own. Frames that a file ends before, or that
@@ -111,12 +111,12 @@ class VideoSource:
         return len(self._clips)
 
     def info(self, index: int) -> SceneInfo:
-        """See `Source.info`."""
+        """See `ImageSource.info`."""
         check_index(index, len(self))
         return self._clips[index][0]
 
     def load(self, index: int) -> SceneImages:
-        """See `Source.load`."""
+        """See `ImageSource.load`."""
         info = self.info(index)
         _, video, first = self._clips[index]
         step = self._step(video)
@@ -138,10 +138,10 @@ class VideoSource:
         )  # [T, 1, R, R, 3]
 
     def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
+        """See `ImageSource.describe`."""
         files = dict.fromkeys(video.file for _, video, _ in self._clips)
         fields = {key: value for key, value in to_json(self.config).items() if key != "path"}
-        return fields | {"num_scenes": len(self), "listing": files_hash(self._root, files)}
+        return fields | {"num_scenes": len(self), "listing": hash_files(self._root, files)}
 
     def _step(self, video: Video) -> fractions.Fraction:
         """Seconds between two frames that are taken."""

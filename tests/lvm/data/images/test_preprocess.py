@@ -17,8 +17,8 @@ from lvm.data.images.preprocess import FILTERS, Preprocess
 def test_labels_go_where_images_go(mode, size) -> None:
     ids = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
     preprocess = Preprocess(16, mode, "nearest")
-    assert preprocess.labels(ids).shape == (16, 16)
-    np.testing.assert_array_equal(preprocess.labels(ids), preprocess(ids)[..., 0])
+    assert preprocess.resize_labels(ids).shape == (16, 16)
+    np.testing.assert_array_equal(preprocess.resize_labels(ids), preprocess(ids)[..., 0])
 
 
 def test_center_crop_is_resize_then_crop() -> None:
@@ -102,10 +102,10 @@ def test_labels_and_places_go_where_swscale_crops() -> None:
     preprocess = Preprocess(16, "center_crop", resizer="swscale")
     ids = np.zeros((16, 33), np.uint8)
     ids[:, 8:24] = np.arange(16)  # the crop of 8.5 … 24.5 begins at 8
-    np.testing.assert_array_equal(preprocess.labels(ids), np.tile(np.arange(16), (16, 1)))
-    assert preprocess.points(np.array([8.0, 0.0]), (16, 33)).tolist() == [0, 0]
+    np.testing.assert_array_equal(preprocess.resize_labels(ids), np.tile(np.arange(16), (16, 1)))
+    assert preprocess.map_points(np.array([8.0, 0.0]), (16, 33)).tolist() == [0, 0]
     picture = np.repeat(ids[..., None], 3, 2)
-    np.testing.assert_array_equal(preprocess(picture)[..., 0], preprocess.labels(ids))
+    np.testing.assert_array_equal(preprocess(picture)[..., 0], preprocess.resize_labels(ids))
 
 
 def test_a_resizer_is_part_of_the_identity_where_it_is_not_pillow() -> None:
@@ -148,7 +148,7 @@ def test_preprocess_json_round_trip_and_bad_arrays() -> None:
         with pytest.raises(UserError, match="expected uint8"):
             preprocess(array)
     with pytest.raises(UserError, match="not empty"):
-        preprocess.labels(np.zeros((0, 4)))
+        preprocess.resize_labels(np.zeros((0, 4)))
 
 
 @given(
@@ -160,12 +160,12 @@ def test_preprocess_json_round_trip_and_bad_arrays() -> None:
 def test_points_go_where_their_pixels_go(size, mode, resolution, data) -> None:
     preprocess = Preprocess(resolution, mode)
     ids = np.arange(size[0] * size[1]).reshape(size)
-    image = preprocess.labels(ids)
+    image = preprocess.resize_labels(ids)
     row, column = (data.draw(st.integers(0, resolution - 1)) for _ in range(2))
     taken_row, taken_column = np.argwhere(ids == image[row, column])[0]
     # The picture's pixel that an image's pixel was taken from covers the middle of that one.
     corners = np.array([[taken_column, taken_row], [taken_column + 1, taken_row + 1]], float)
-    (x0, y0), (x1, y1) = preprocess.points(corners, size)
+    (x0, y0), (x1, y1) = preprocess.map_points(corners, size)
     assert x0 - 1e-6 <= column + 0.5 <= x1 + 1e-6
     assert y0 - 1e-6 <= row + 0.5 <= y1 + 1e-6
 
@@ -173,8 +173,8 @@ def test_points_go_where_their_pixels_go(size, mode, resolution, data) -> None:
 def test_points_by_hand() -> None:
     corners = np.array([[0, 0], [80, 40], [40, 20]])
     np.testing.assert_array_equal(
-        Preprocess(20, "squash").points(corners, (40, 80)), [[0, 0], [20, 20], [10, 10]]
+        Preprocess(20, "squash").map_points(corners, (40, 80)), [[0, 0], [20, 20], [10, 10]]
     )
     np.testing.assert_array_equal(
-        Preprocess(20, "center_crop").points(corners, (40, 80)), [[-10, 0], [30, 20], [10, 10]]
+        Preprocess(20, "center_crop").map_points(corners, (40, 80)), [[-10, 0], [30, 20], [10, 10]]
     )

@@ -11,11 +11,11 @@ from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.images.sources.derived import DerivedStreams
-from lvm.data.images.sources.generated import GeneratedScenes
+from lvm.data.images.sources.generated import GeneratedSource
 from lvm.data.mixture.recipes import Pairs
 from lvm.data.streams.codecs import codec_from_json, mirror_scene
 from lvm.data.streams.derived import DERIVED, derive
-from tests.picture_files import encoded, photo
+from tests.image_files import encode_image, photo
 
 IMAGES = np.stack([photo(256, 256, seed) for seed in range(3)])
 
@@ -127,8 +127,8 @@ def test_rotated_is_a_quarter_turn_or_more() -> None:
 
 def test_any_source_can_have_them(tmp_path) -> None:
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(encoded(photo()))
-    (tmp_path / "broken.png").write_bytes(encoded(photo())[:50])
+        (tmp_path / name).write_bytes(encode_image(photo()))
+    (tmp_path / "broken.png").write_bytes(encode_image(photo())[:50])
     plain = open_source(str(tmp_path), Preprocess(32))
     source = open_source(str(tmp_path), Preprocess(32), {"derived": ("gray", "masked"), "derived_seed": 3})
     assert source.stream_sets == (("rgb", "gray", "masked"),)
@@ -150,7 +150,7 @@ def test_any_source_can_have_them(tmp_path) -> None:
 
 
 def test_a_stream_that_is_there_already_or_unknown_is_refused() -> None:
-    scenes = GeneratedScenes(Preprocess(16), num_scenes=2, num_frames=1)
+    scenes = GeneratedSource(Preprocess(16), num_scenes=2, num_frames=1)
     for derived, message in (
         (("blur",), "'blur' is none; expected some of edges, gray"),
         (("edges",), "'edges' is a stream of the source already"),
@@ -159,11 +159,11 @@ def test_a_stream_that_is_there_already_or_unknown_is_refused() -> None:
         with pytest.raises(UserError, match=message):
             DerivedStreams(scenes, derived)
     with pytest.raises(UserError, match="computed from rgb"):
-        DerivedStreams(GeneratedScenes(Preprocess(16), streams=("depth",)), ("gray",))
+        DerivedStreams(GeneratedSource(Preprocess(16), streams=("depth",)), ("gray",))
 
 
 def test_stream_sets_stay_sorted() -> None:
-    class TwoSets(GeneratedScenes):
+    class TwoSets(GeneratedSource):
         """Scenes of which some have depth."""
 
         def __init__(self) -> None:

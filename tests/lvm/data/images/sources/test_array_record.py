@@ -14,14 +14,14 @@ from array_record.python import array_record_module
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources import open_images_or_codes, open_source
+from lvm.data.images.sources import open_any_source, open_source
 from lvm.data.images.sources.parquet import ParquetSource
 from lvm.data.store import jsonl
-from tests.picture_files import BAD, ODD, check_pictures, encoded, photo
+from tests.image_files import BAD, ODD, check_image_files, encode_image, photo
 
 small = Preprocess(16)
 FILES = {name: content for name, (content, _) in (BAD | ODD).items()}
-IDS = encoded(np.full((32, 48), 3, np.uint8))
+IDS = encode_image(np.full((32, 48), 3, np.uint8))
 
 
 def write_records(path: pathlib.Path, records: list[bytes]) -> pathlib.Path:
@@ -49,13 +49,13 @@ def check_copies(source) -> None:
 def test_records_are_pictures(tmp_path) -> None:
     write_records(tmp_path / "a.array_record", list(FILES.values()))
     source = open_source(str(tmp_path / "a.array_record"), small)
-    check_pictures(source, lambda key: list(FILES)[int(key.removeprefix("a.array_record/"))])
+    check_image_files(source, lambda key: list(FILES)[int(key.removeprefix("a.array_record/"))])
     assert source.stream_sets == (("rgb",),)
 
 
 def test_several_files_of_records_and_one_that_is_none(tmp_path) -> None:
     for name in ("a-10.array_record", "a-2.array_record"):
-        write_records(tmp_path / name, [encoded(photo(seed=i)) for i in range(3)])
+        write_records(tmp_path / name, [encode_image(photo(seed=i)) for i in range(3)])
     (tmp_path / "a-3.array_record").write_bytes(b"")
     (tmp_path / "a-4.array_record").write_bytes(b"no records" * 1000)
     (tmp_path / "a-5.array_record").symlink_to(tmp_path / "nowhere")
@@ -81,13 +81,13 @@ def test_rows_are_pictures(tmp_path) -> None:
     table = pa.table({"image": list(FILES.values()), "name": list(FILES)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     source = ParquetSource(small, path=str(tmp_path / "a.parquet"), key="name")
-    check_pictures(source)
+    check_image_files(source)
     check_copies(ParquetSource(small, path=str(tmp_path), streams={"rgb": "image"}))
 
 
 def test_of_a_file_that_is_damaged_in_its_midst_no_row_is_used(tmp_path) -> None:
     for name, shade in (("a", 10), ("b", 200)):
-        images = [encoded(np.full((8, 8, 3), shade, np.uint8))] * 4
+        images = [encode_image(np.full((8, 8, 3), shade, np.uint8))] * 4
         table = pa.table({"image": images, "id": [f"{name}{number}" * 50 for number in range(4)]})
         pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
     damaged = tmp_path / "a.parquet"
@@ -102,7 +102,7 @@ def test_of_a_file_that_is_damaged_in_its_midst_no_row_is_used(tmp_path) -> None
 
 
 def test_columns_of_structs_streams_keys_groups_and_classes(tmp_path) -> None:
-    rgb = {"bytes": encoded(photo()), "path": "x.png"}
+    rgb = {"bytes": encode_image(photo()), "path": "x.png"}
     table = pa.table(
         {
             "image": pa.array(
@@ -150,7 +150,7 @@ def test_columns_that_do_not_fit_are_named(tmp_path, columns, parameters, messag
 
 def test_a_file_that_is_no_parquet_is_listed(tmp_path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    pq.write_table(pa.table({"image": [encoded(photo())]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"image": [encode_image(photo())]}), tmp_path / "b.parquet")
     (tmp_path / "notes.txt").write_text("x")
     source = ParquetSource(small, path=str(tmp_path))
     assert [failure.key for failure in source.skipped] == ["notes.txt", "a.parquet"]
@@ -169,7 +169,7 @@ def test_lines_are_scenes_of_codes(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text(
         jsonl.to_line(sentences[0]) + "".join(bad) + jsonl.to_line(sentences[1])
     )
-    source = open_images_or_codes(str(tmp_path / "a.jsonl"), small, {"num_codes": 16, "grid": (2, 2)})
+    source = open_any_source(str(tmp_path / "a.jsonl"), small, {"num_codes": 16, "grid": (2, 2)})
     assert [source.info(i).key for i in range(len(source))] == ["a.jsonl/1", "a.jsonl/6"]
     assert [source.info(i).num_frames for i in range(2)] == [3, 1]
     for index, codes in enumerate(sentences):
@@ -187,7 +187,7 @@ def test_equal_lines_are_of_one_group_and_changed_ones_are_failures(tmp_path) ->
     line = jsonl.to_line(np.zeros((2, 4)))
     path = tmp_path / "a.jsonl"
     path.write_text(line * 2)
-    source = open_images_or_codes(str(path), small, {"num_codes": 16, "grid": (2, 2)})
+    source = open_any_source(str(path), small, {"num_codes": 16, "grid": (2, 2)})
     assert source.info(0).group == source.info(1).group
     assert source.info(0).key != source.info(1).key
     path.write_text("x" * len(line) * 2)
@@ -201,7 +201,7 @@ def test_codes_are_no_images(tmp_path) -> None:
     with pytest.raises(UserError, match="holds ready codes, not images"):
         open_source(str(tmp_path / "a.jsonl"), small)
     with pytest.raises(UserError, match="derived: streams are computed from images"):
-        open_images_or_codes(str(tmp_path / "a.jsonl"), small, {"derived": ("gray",)})
+        open_any_source(str(tmp_path / "a.jsonl"), small, {"derived": ("gray",)})
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"no line of its files is a sentence of codes; a\.jsonl/1: not"):
-        open_images_or_codes(str(tmp_path / "a.jsonl"), small)
+        open_any_source(str(tmp_path / "a.jsonl"), small)

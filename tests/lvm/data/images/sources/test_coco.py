@@ -15,7 +15,7 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.images.sources.coco import CocoSource
 from lvm.data.streams.codecs import PALETTE, Box
-from tests.picture_files import encoded, photo
+from tests.image_files import encode_image, photo
 
 WIDTH, HEIGHT = 80, 40
 CATEGORIES = [
@@ -35,7 +35,7 @@ def annotation(number: int, category: int = 7, image: int = 1, **fields) -> dict
 def write(folder: pathlib.Path, annotations: list[dict], images=None, categories=None) -> dict[str, str]:
     """A dataset of one photo a.png with these annotations; the parameters of its source."""
     (folder / "images").mkdir(exist_ok=True)
-    (folder / "images" / "a.png").write_bytes(encoded(photo(WIDTH, HEIGHT)))
+    (folder / "images" / "a.png").write_bytes(encode_image(photo(WIDTH, HEIGHT)))
     images = images or [{"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}]
     content = {"images": images, "annotations": annotations, "categories": categories or CATEGORIES}
     (folder / "a.json").write_text(json.dumps(content))
@@ -67,7 +67,7 @@ def test_boxes_are_drawn_in_place_after_the_resize(tmp_path) -> None:
 def test_a_smaller_copy_of_an_image_has_the_same_annotations(tmp_path) -> None:
     where = write(tmp_path, [annotation(1, bbox=[8, 4, 16, 8], segmentation=[square(8, 4, 16)])])
     whole = CocoSource(Preprocess(20), **where).load(0).images
-    (tmp_path / "images" / "a.png").write_bytes(encoded(photo(WIDTH // 2, HEIGHT // 2)))
+    (tmp_path / "images" / "a.png").write_bytes(encode_image(photo(WIDTH // 2, HEIGHT // 2)))
     np.testing.assert_array_equal(CocoSource(Preprocess(20), **where).load(0).images[:, 1:], whole[:, 1:])
 
 
@@ -115,7 +115,7 @@ def test_a_scene_has_the_streams_it_has_annotations_for(tmp_path) -> None:
     ]
     drawn = [annotation(1, 1, bbox=[1, 1, 9, 9], segmentation=[square(1, 1, 9)], keypoints=[5, 5, 2] * 3)]
     where = write(tmp_path, drawn, images)
-    (tmp_path / "images" / "b.png").write_bytes(encoded(photo(WIDTH, HEIGHT)))
+    (tmp_path / "images" / "b.png").write_bytes(encode_image(photo(WIDTH, HEIGHT)))
     source = CocoSource(Preprocess(32), **where)
     assert source.stream_sets == (("rgb",), ("rgb", "segmentation", "boxes", "pose"))
     assert source.load(0).images.shape == (1, 4, 32, 32, 3)
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_listed(tmp_path) -> None:
         {"id": 5, "file_name": "other.png", "width": HEIGHT, "height": WIDTH},
     ]
     where = write(tmp_path, [annotation(1, image=99, bbox=[0, 0, 1, 1])], images)
-    (tmp_path / "images" / "other.png").write_bytes(encoded(photo(WIDTH, HEIGHT)))
+    (tmp_path / "images" / "other.png").write_bytes(encode_image(photo(WIDTH, HEIGHT)))
     source = CocoSource(Preprocess(16), **where)
     assert {failure.key: failure.reason for failure in source.skipped} == {
         "b.png": "its id 1 or its file is that of an earlier image",

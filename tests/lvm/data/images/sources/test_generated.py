@@ -11,7 +11,7 @@ import pytest
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
-from lvm.data.images.sources.generated import CODECS, GeneratedScenes
+from lvm.data.images.sources.generated import CODECS, GeneratedSource
 from lvm.data.images.sources.shapes import BACKGROUND_DEPTH, CLASSES, TEXTURES, render, sample_scene
 from tests.commands import ROOT
 
@@ -19,7 +19,7 @@ ALL = tuple(CODECS)
 DEMO = ROOT / "configs" / "demo_scenes.py"
 
 
-def parsed(source: GeneratedScenes, index: int) -> dict[str, list]:
+def parsed(source: GeneratedSource, index: int) -> dict[str, list]:
     """Each stream's annotations, read back frame by frame."""
     images = source.load(index).images
     streams = source.config.streams
@@ -27,19 +27,19 @@ def parsed(source: GeneratedScenes, index: int) -> dict[str, list]:
 
 
 def test_a_scene_is_a_pure_function_of_seed_and_index() -> None:
-    first, again = (GeneratedScenes(Preprocess(32), num_scenes=9, streams=ALL) for _ in range(2))
+    first, again = (GeneratedSource(Preprocess(32), num_scenes=9, streams=ALL) for _ in range(2))
     np.testing.assert_array_equal(first.load(3).images, again.load(3).images)
     assert first.load(3).info == again.info(3)
-    shorter = GeneratedScenes(Preprocess(32), num_frames=3, streams=("rgb",)).load(3).images
+    shorter = GeneratedSource(Preprocess(32), num_frames=3, streams=("rgb",)).load(3).images
     np.testing.assert_array_equal(shorter[:, 0], first.load(3).images[:3, 0])
-    other = GeneratedScenes(Preprocess(32), seed=1, streams=ALL)
+    other = GeneratedSource(Preprocess(32), seed=1, streams=ALL)
     assert (other.load(3).images != first.load(3).images).any()
     assert (first.load(4).images != first.load(3).images).any()
 
 
 @pytest.mark.parametrize("resolution", [16, 33, 64])
 def test_shapes_names_and_describe(resolution) -> None:
-    source = GeneratedScenes(Preprocess(resolution), num_scenes=5, num_frames=2, streams=ALL)
+    source = GeneratedSource(Preprocess(resolution), num_scenes=5, num_frames=2, streams=ALL)
     scene = source.load(4)
     assert scene.images.shape == (2, len(ALL), resolution, resolution, 3)
     assert scene.images.dtype == np.uint8
@@ -54,7 +54,7 @@ def test_shapes_names_and_describe(resolution) -> None:
 
 
 def test_streams_agree_with_one_another() -> None:
-    source = GeneratedScenes(Preprocess(64), num_frames=4, streams=ALL)
+    source = GeneratedSource(Preprocess(64), num_frames=4, streams=ALL)
     top_to_bottom = np.linspace(*BACKGROUND_DEPTH, 64)[:, None]
     step = (source.streams["depth"].far - source.streams["depth"].near) / 254
     for index in range(6):
@@ -82,20 +82,20 @@ def test_the_front_shape_gives_the_class_and_is_never_covered() -> None:
     alone = type(scene)(scene.shapes[-1:], scene.background)
     whole = render(scene, 4, 48, ())["front"] == len(scene.shapes)
     np.testing.assert_array_equal(whole, render(alone, 4, 48, ())["front"] == 1)
-    info = GeneratedScenes(Preprocess(48)).info(0)
+    info = GeneratedSource(Preprocess(48)).info(0)
     first = sample_scene(np.random.default_rng([0, 0]))
     assert info.class_name == CLASSES[first.shapes[-1].class_id]
 
 
 def test_rgb_shows_the_same_scene_at_every_resolution() -> None:
-    fine = GeneratedScenes(Preprocess(128), num_frames=1, streams=("rgb",)).load(2).images[0, 0].astype(float)
-    coarse = GeneratedScenes(Preprocess(32), num_frames=1, streams=("rgb",)).load(2).images[0, 0]
+    fine = GeneratedSource(Preprocess(128), num_frames=1, streams=("rgb",)).load(2).images[0, 0].astype(float)
+    coarse = GeneratedSource(Preprocess(32), num_frames=1, streams=("rgb",)).load(2).images[0, 0]
     pooled = fine.reshape(32, 4, 32, 4, 3).mean((1, 3))
     assert np.abs(pooled - coarse).mean() < 3
 
 
 def test_statistics_of_the_scenes() -> None:
-    source = GeneratedScenes(Preprocess(64), num_frames=8, streams=("rgb", "segmentation"))
+    source = GeneratedSource(Preprocess(64), num_frames=8, streams=("rgb", "segmentation"))
     scenes = [source.load(i) for i in range(120)]
     foreground = np.mean([scene.images[:, 1].any(-1).mean() for scene in scenes])
     assert 0.2 <= foreground <= 0.25
@@ -112,7 +112,7 @@ def test_every_class_with_every_texture_is_seen_and_bounded() -> None:
 
 
 def test_rendering_is_fast_enough_to_feed_training() -> None:
-    source = GeneratedScenes(Preprocess(64))
+    source = GeneratedSource(Preprocess(64))
     source.load(0)
 
     def seconds(index: int) -> float:
@@ -144,7 +144,7 @@ def test_demo_config_opens() -> None:
 )
 def test_bad_parameters_are_named(parameters, message) -> None:
     with pytest.raises(UserError, match=message):
-        GeneratedScenes(Preprocess(16), **parameters)
+        GeneratedSource(Preprocess(16), **parameters)
 
 
 @pytest.mark.parametrize(

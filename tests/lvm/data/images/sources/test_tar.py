@@ -18,11 +18,11 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.images.sources import tar as tar_source
 from lvm.data.streams.codecs import Palette
-from tests.picture_files import BAD, ODD, check_pictures, encoded, photo
+from tests.image_files import BAD, ODD, check_image_files, encode_image, photo
 
 small = Preprocess(16)
-RGB = encoded(photo(), "JPEG")
-IDS = encoded(np.full((32, 48), 3, np.uint8))
+RGB = encode_image(photo(), "JPEG")
+IDS = encode_image(np.full((32, 48), 3, np.uint8))
 
 
 def write_tar(path: pathlib.Path, members: list[tuple[str, bytes]]) -> pathlib.Path:
@@ -69,7 +69,7 @@ def test_members_of_one_key_are_streams_and_keys_name_their_tar(tmp_path) -> Non
 def test_suffixes_can_be_named(tmp_path) -> None:
     write_tar(
         tmp_path / "t" / "a.tar",
-        [("1.photo.webp", encoded(photo(), "WEBP")), ("1.ids.png", IDS), ("1.txt", b"x")],
+        [("1.photo.webp", encode_image(photo(), "WEBP")), ("1.ids.png", IDS), ("1.txt", b"x")],
     )
     (tmp_path / "t" / "classes.json").write_text('{"3": "cat"}')
     config = tmp_path / "source.py"
@@ -88,7 +88,7 @@ def test_suffixes_can_be_named(tmp_path) -> None:
 def test_bad_pictures_are_listed_and_odd_ones_read(tmp_path) -> None:
     files = {f"a.tar/{name.split('.')[0]}": name for name in BAD | ODD}
     members = [(name, content) for name, (content, _) in (BAD | ODD).items()]
-    check_pictures(open_source(str(write_tar(tmp_path / "a.tar", members)), small), files.__getitem__)
+    check_image_files(open_source(str(write_tar(tmp_path / "a.tar", members)), small), files.__getitem__)
 
 
 def test_names_that_leave_the_archive_duplicates_and_others_are_listed(tmp_path) -> None:
@@ -167,7 +167,9 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path) -> None:
 
 
 def test_a_tar_that_is_not_there_and_a_name_that_is_not_utf8_are_listed(tmp_path) -> None:
-    write_tar(tmp_path / "a.tar", [("1.png", encoded(photo())), ("caf\udce9.png", encoded(photo()))])
+    write_tar(
+        tmp_path / "a.tar", [("1.png", encode_image(photo())), ("caf\udce9.png", encode_image(photo()))]
+    )
     (tmp_path / "b.tar").symlink_to(tmp_path / "nowhere")
     source = open_source(str(tmp_path), small)
     assert len(source) == 1

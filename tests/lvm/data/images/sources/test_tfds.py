@@ -16,7 +16,7 @@ from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.tfds import TfdsSource
 from lvm.data.streams.codecs import Depth, Palette
-from tests.picture_files import BAD, ODD, check_pictures, encoded, photo
+from tests.image_files import BAD, ODD, check_image_files, encode_image, photo
 
 small = Preprocess(16)
 Image, Text, Sequence = tfds.features.Image, tfds.features.Text, tfds.features.Sequence
@@ -61,9 +61,9 @@ PETS = {
 def pets(tmp_path_factory) -> dict[str, str]:
     examples = [
         {
-            "image": file(encoded(photo(seed=i))),
-            "mask": file(encoded(np.full((32, 48), i, np.uint8))),
-            "depth": file(encoded(np.full((32, 48), 1000 + i, np.uint16))),
+            "image": file(encode_image(photo(seed=i))),
+            "mask": file(encode_image(np.full((32, 48), i, np.uint8))),
+            "depth": file(encode_image(np.full((32, 48), 1000 + i, np.uint16))),
             "label": i % 2,
             "owner": "ann" if i < 2 else "bob",
         }
@@ -111,8 +111,8 @@ def test_sequences_of_pictures_are_videos(tmp_path) -> None:
     examples = [
         {
             "clip": {
-                "frames": [file(encoded(photo(seed=i))) for i in range(frames)],
-                "masks": [file(encoded(np.full((32, 48), 255, np.uint8))) for _ in range(frames)],
+                "frames": [file(encode_image(photo(seed=i))) for i in range(frames)],
+                "masks": [file(encode_image(np.full((32, 48), 255, np.uint8))) for _ in range(frames)],
             }
         }
         for frames in (3, 1)
@@ -133,7 +133,7 @@ def test_bad_pictures_are_listed_and_odd_ones_read(tmp_path) -> None:
     files = {name: content for name, (content, _) in (BAD | ODD).items()}
     examples = [{"image": file(content)} for content in files.values()]
     source = TfdsSource(small, **prepare(tmp_path, {"image": Image(shape=(None, None, 3))}, examples))
-    check_pictures(source, lambda key: list(files)[int(key.rpartition("/")[2])])
+    check_image_files(source, lambda key: list(files)[int(key.rpartition("/")[2])])
 
 
 @pytest.mark.parametrize(

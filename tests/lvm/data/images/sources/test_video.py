@@ -16,7 +16,7 @@ from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.images.sources.video import VideoSource
-from tests.picture_files import encoded, photo
+from tests.image_files import encode_image, photo
 
 small = Preprocess(16)
 
@@ -146,7 +146,7 @@ def test_an_animation_is_a_video(tmp_path) -> None:
     frames = [photo(seed=i) for i in range(3)]
     pictures = [PIL.Image.fromarray(frame) for frame in frames]
     (tmp_path / "a.gif").write_bytes(
-        encoded(pictures[0], "GIF", save_all=True, append_images=pictures[1:], duration=100)
+        encode_image(pictures[0], "GIF", save_all=True, append_images=pictures[1:], duration=100)
     )
     source = open_source(str(tmp_path / "a.gif"), small)
     assert source.load(0).images.shape == (3, 1, 16, 16, 3)

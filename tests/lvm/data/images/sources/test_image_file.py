@@ -13,10 +13,10 @@ import pytest
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import KINDS, _open, open_source
-from lvm.data.images.sources.pictures import decode_picture, read_image
+from lvm.data.images.sources.image_file import decode_image, read_image
 from lvm.data.streams.derived import DERIVED
 from tests.commands import ROOT
-from tests.picture_files import BAD, ODD, check_pictures, encoded, photo
+from tests.image_files import BAD, ODD, check_image_files, encode_image, photo
 
 small = Preprocess(16)
 
@@ -32,7 +32,7 @@ def pictures(tmp_path):
 
 @pytest.mark.parametrize("decode", ["full", "reduced"])
 def test_a_folder_lists_bad_pictures_and_reads_odd_ones(pictures, decode) -> None:
-    check_pictures(open_source(str(pictures), Preprocess(16, decode=decode)))
+    check_image_files(open_source(str(pictures), Preprocess(16, decode=decode)))
 
 
 def test_a_file_that_can_not_be_read_is_listed(pictures) -> None:
@@ -54,7 +54,7 @@ def test_what_bad_and_odd_pictures_become_does_not_hang_on_the_order(pictures) -
 @pytest.mark.parametrize("mode", ["squash", "center_crop"])
 def test_reduced_decoding_looks_alike_and_stays_in_place(tmp_path, size, mode) -> None:
     path = tmp_path / "photo.jpg"
-    path.write_bytes(encoded(photo(*size, seed=1), "JPEG", quality=95))
+    path.write_bytes(encode_image(photo(*size, seed=1), "JPEG", quality=95))
     full = read_image(path, Preprocess(64, mode)).astype(int)
     reduced = read_image(path, Preprocess(64, mode, decode="reduced")).astype(int)
     assert np.abs(full - reduced).mean() < 1
@@ -62,20 +62,20 @@ def test_reduced_decoding_looks_alike_and_stays_in_place(tmp_path, size, mode) -
 
 def test_reduced_decoding_is_never_smaller_than_the_image(tmp_path) -> None:
     path = tmp_path / "photo.jpg"
-    path.write_bytes(encoded(photo(640, 513), "JPEG"))
-    assert decode_picture(path, 128).pixels.size == (160, 129)
-    assert decode_picture(path, 128).extent == (160, 128.25)
-    assert decode_picture(path, 257).pixels.size == (640, 513)
-    assert decode_picture(path).pixels.size == (640, 513)
-    assert decode_picture(path, 128).size == (640, 513)
+    path.write_bytes(encode_image(photo(640, 513), "JPEG"))
+    assert decode_image(path, 128).pixels.size == (160, 129)
+    assert decode_image(path, 128).extent == (160, 128.25)
+    assert decode_image(path, 257).pixels.size == (640, 513)
+    assert decode_image(path).pixels.size == (640, 513)
+    assert decode_image(path, 128).size == (640, 513)
 
 
 def test_annotations_are_never_reduced(tmp_path) -> None:
     for stream in ("rgb", "segmentation"):
         (tmp_path / stream).mkdir()
     ids = np.random.default_rng(0).integers(0, 4, (256, 256), dtype=np.uint8)
-    (tmp_path / "rgb" / "a.jpg").write_bytes(encoded(photo(256, 256), "JPEG"))
-    (tmp_path / "segmentation" / "a.png").write_bytes(encoded(ids))
+    (tmp_path / "rgb" / "a.jpg").write_bytes(encode_image(photo(256, 256), "JPEG"))
+    (tmp_path / "segmentation" / "a.png").write_bytes(encode_image(ids))
     images = {}
     for decode in ("full", "reduced"):
         images[decode] = open_source(str(tmp_path), Preprocess(32, decode=decode)).load(0).images[0, 1]
@@ -95,15 +95,15 @@ def test_a_turned_photo_of_many_pixels_keeps_its_extent(tmp_path) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "turned.jpg"
-    path.write_bytes(encoded(photo(641, 402), "JPEG", exif=exif))
-    picture = decode_picture(path, 100)
+    path.write_bytes(encode_image(photo(641, 402), "JPEG", exif=exif))
+    picture = decode_image(path, 100)
     assert (picture.size, picture.extent) == ((402, 641), (100.5, 160.25))
 
 
 def test_streams_of_other_names_are_declared(tmp_path) -> None:
     for stream in ("rgb", "rain"):
         (tmp_path / stream).mkdir()
-        (tmp_path / stream / "a.png").write_bytes(encoded(photo()))
+        (tmp_path / stream / "a.png").write_bytes(encode_image(photo()))
     assert open_source(str(tmp_path), small).stream_sets == (("rgb",),)
     (tmp_path / "streams.json").write_text('{"rain": {"kind": "image"}}')
     source = open_source(str(tmp_path), small)
@@ -134,7 +134,7 @@ def test_a_folder_is_of_the_kind_of_its_first_file(tmp_path) -> None:
     (tmp_path / "b.tar").write_bytes(b"no tar")
     with pytest.raises(UserError, match="no member of its tars"):
         open_source(str(tmp_path), small)
-    (tmp_path / "a.png").write_bytes(encoded(photo()))
+    (tmp_path / "a.png").write_bytes(encode_image(photo()))
     source = open_source(str(tmp_path), small)
     assert [(failure.key, failure.reason) for failure in source.skipped] == [("b.tar", "not an image file")]
 

@@ -11,9 +11,9 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 
-from lvm.data.images.preprocess import Preprocess, upright
+from lvm.data.images.preprocess import Preprocess, apply_exif_orientation
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MAX_PIXELS = 64_000_000
 # Further pictures of other formats (MPO, TIFF) are previews and pages.
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
@@ -24,7 +24,7 @@ class UnreadableError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Blob:
+class ImageFile:
     """A picture file.
 
     Attributes:
@@ -37,7 +37,7 @@ class Blob:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """A decoded picture.
 
     Attributes:
@@ -53,7 +53,7 @@ class Picture:
     format: str
 
 
-def open_picture(content: pathlib.Path | Callable[[], bytes]) -> PIL.Image.Image:
+def open_image(content: pathlib.Path | Callable[[], bytes]) -> PIL.Image.Image:
     """Opens a picture by its header, without decoding. Raises UnreadableError."""
     try:
         file: pathlib.Path | io.BytesIO
@@ -80,7 +80,7 @@ def open_picture(content: pathlib.Path | Callable[[], bytes]) -> PIL.Image.Image
     return picture
 
 
-def decode_picture(content: pathlib.Path | Callable[[], bytes], at_least: int = 0) -> Picture:
+def decode_image(content: pathlib.Path | Callable[[], bytes], at_least: int = 0) -> DecodedImage:
     """Decodes a picture.
 
     Args:
@@ -91,7 +91,7 @@ def decode_picture(content: pathlib.Path | Callable[[], bytes], at_least: int = 
     Raises:
       UnreadableError: it can't be decoded to its end.
     """
-    with open_picture(content) as opened:
+    with open_image(content) as opened:
         size, extent, file_format = (
             opened.size,
             (float(opened.width), float(opened.height)),
@@ -101,7 +101,7 @@ def decode_picture(content: pathlib.Path | Callable[[], bytes], at_least: int = 
             if at_least and (drafted := opened.draft(None, (at_least, at_least))):
                 extent = drafted[1][2:]
             opened.load()
-            turned = upright(opened)
+            turned = apply_exif_orientation(opened)
         except MemoryError:
             raise
         # Pillow's decoders raise whatever a corrupt file makes them stumble over.
@@ -110,7 +110,7 @@ def decode_picture(content: pathlib.Path | Callable[[], bytes], at_least: int = 
             raise UnreadableError("truncated" if truncated else f"corrupt: {error}") from error
         if turned is not opened and _sideways(opened):
             size, extent = size[::-1], extent[::-1]
-        return Picture(turned, size, extent, file_format)
+        return DecodedImage(turned, size, extent, file_format)
 
 
 def read_image(content: pathlib.Path | Callable[[], bytes], preprocess: Preprocess) -> np.ndarray:
@@ -119,9 +119,9 @@ def read_image(content: pathlib.Path | Callable[[], bytes], preprocess: Preproce
     return preprocess(picture.pixels, picture.extent)
 
 
-def decode_for(content: pathlib.Path | Callable[[], bytes], preprocess: Preprocess) -> Picture:
+def decode_for(content: pathlib.Path | Callable[[], bytes], preprocess: Preprocess) -> DecodedImage:
     """Decodes what `preprocess` will make an image of, by its rule. Raises UnreadableError."""
-    return decode_picture(content, preprocess.resolution if preprocess.decode == "reduced" else 0)
+    return decode_image(content, preprocess.resolution if preprocess.decode == "reduced" else 0)
 
 
 def _sideways(picture: PIL.Image.Image) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import PIL.Image
 
-from lvm.data.images.sources import Source
+from lvm.data.images.sources import ImageSource
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -21,7 +21,7 @@ def photo(width: int = 48, height: int = 32, seed: int = 0) -> np.ndarray:
     return np.asarray(PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC))
 
 
-def encoded(pixels: np.ndarray | PIL.Image.Image, format: str = "PNG", **options) -> bytes:
+def encode_image(pixels: np.ndarray | PIL.Image.Image, format: str = "PNG", **options) -> bytes:
     """A picture file."""
     file = io.BytesIO()
     picture = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(pixels)
@@ -51,37 +51,37 @@ def _turned() -> bytes:
     upright.paste(RED, (0, 0, 32, 32))
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    return encoded(
+    return encode_image(
         upright.transpose(PIL.Image.Transpose.ROTATE_90), "JPEG", quality=100, subsampling=0, exif=exif
     )
 
 
 # name → (content, a part of the reason)
 BAD = {
-    "truncated.jpg": (encoded(photo(64, 64), "JPEG")[:-200], "truncated"),
+    "truncated.jpg": (encode_image(photo(64, 64), "JPEG")[:-200], "truncated"),
     "empty.jpg": (b"", "the file is empty (0 bytes)"),
     "text.png": (b"no picture at all", "not a picture that can be decoded"),
     "bomb.png": (_bomb(), "exceeds limit"),
     "animated.gif": (
-        encoded(photo(), "GIF", save_all=True, append_images=[PIL.Image.fromarray(photo(seed=1))]),
+        encode_image(photo(), "GIF", save_all=True, append_images=[PIL.Image.fromarray(photo(seed=1))]),
         "an animation of 2 frames",
     ),
 }
 # name → (content, what its pixel at the left is)
 ODD = {
-    "cmyk.jpg": (encoded(PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), RED),
-    "grey16.png": (encoded(np.full((8, 8), 100 * 257, np.uint16)), (100, 100, 100)),
-    "palette.png": (encoded(_palette()), GREEN),
-    "still.gif": (encoded(_palette(), "GIF"), GREEN),
+    "cmyk.jpg": (encode_image(PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), RED),
+    "grey16.png": (encode_image(np.full((8, 8), 100 * 257, np.uint16)), (100, 100, 100)),
+    "palette.png": (encode_image(_palette()), GREEN),
+    "still.gif": (encode_image(_palette(), "GIF"), GREEN),
     "turned.jpg": (_turned(), RED),
-    "one.png": (encoded(PIL.Image.new("RGB", (1, 1), RED)), RED),
-    "alpha.png": (encoded(PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0))), (0, 0, 0)),
-    "wide.bmp": (encoded(PIL.Image.new("RGB", (300, 2), RED), "BMP"), RED),
-    "pages.tiff": (encoded(PIL.Image.new("RGB", (8, 8), RED), "TIFF"), RED),
+    "one.png": (encode_image(PIL.Image.new("RGB", (1, 1), RED)), RED),
+    "alpha.png": (encode_image(PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0))), (0, 0, 0)),
+    "wide.bmp": (encode_image(PIL.Image.new("RGB", (300, 2), RED), "BMP"), RED),
+    "pages.tiff": (encode_image(PIL.Image.new("RGB", (8, 8), RED), "TIFF"), RED),
 }
 
 
-def check_pictures(source: Source, name_of: Callable[[str], str] = lambda key: key) -> None:
+def check_image_files(source: ImageSource, name_of: Callable[[str], str] = lambda key: key) -> None:
     """That a source of `BAD` and `ODD` at 16 × 16 lists the ones and reads the others; `name_of` a key is the file."""
     names = [name_of(source.info(index).key) for index in range(len(source))]
     assert sorted(names) == sorted(BAD | ODD)
