@@ -47,7 +47,7 @@ class PlaygroundSession:
     def __init__(self, model: LVM, tokenizer: Tokenizer):
         self._model, self._tokenizer = model, tokenizer
         check = lambda count: model.check_fits(count, tokenizer.codes_per_image)  # noqa: E731
-        self._files = Files(tokenizer.read, tokenizer.preprocess, check=check)
+        self._files = Files(tokenizer.read_image, tokenizer.preprocess, check=check)
         self.fit = model.images_that_fit(tokenizer.codes_per_image)
 
     def pairs(self, xs: Paths, ys: Paths, query: str | None) -> Prompt:

@@ -17,7 +17,7 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.rows import Rows
-from lvm.hardware.compiler_options import COST, compiler_options
+from lvm.hardware.compiler_options import DETERMINISM_COST, compiler_options
 from lvm.hardware.sharding import make_mesh
 from lvm.inference.contact_sheet import completion
 from lvm.inference.generator import Generator, Sampling
@@ -74,7 +74,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     rows.check_repetitions(loop.total_steps)
     mesh = make_mesh(config.mesh)
     if config.deterministic:
-        log_info(f"deterministic, which costs {COST[jax.default_backend()]}")
+        log_info(f"deterministic, which costs {DETERMINISM_COST[jax.default_backend()]}")
     trainable = NextTokenTask(
         model,
         rows.batch_spec,

@@ -198,7 +198,7 @@ def _about(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
 
 def _bandwidth(records: list[dict[str, Any]]) -> float:
     device = next((record["device"] for record in records if "device" in record), "")
-    chip = accelerators.of_device(SimpleNamespace(device_kind=device))
+    chip = accelerators.accelerator_of(SimpleNamespace(device_kind=device))
     return chip.hbm_bandwidth if chip else 0.0
 
 

@@ -39,7 +39,7 @@ from lvm.model import nnx_utils
 from scripts import step_profile
 from scripts.contenders import Report, contend, cpu_name, reporter
 from tokenizer.network import VARIANTS, VQGAN
-from tokenizer.pretrained import OnDevices, Tokenizer
+from tokenizer.pretrained import DataParallel, Tokenizer
 
 Job = dict[str, Any]
 WORKS = ("encode", "decode")
@@ -163,7 +163,7 @@ def run_ours(job: Job, report: Report) -> None:
             report({"work": work, "profile": profile(call, lowered.compile().as_text() or "", folder)})
 
 
-def _wait_for(function: OnDevices, rows: jax.Array) -> None:
+def _wait_for(function: DataParallel, rows: jax.Array) -> None:
     jax.block_until_ready(function(rows, 1))
 
 
@@ -287,7 +287,7 @@ def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> li
         lines.append(f"{name}, {os.cpu_count()} cores, load before the run {before} (1, 5, 15 minutes)")
     else:
         chip = (
-            accelerators.of_device(SimpleNamespace(device_kind=machine["device"]))
+            accelerators.accelerator_of(SimpleNamespace(device_kind=machine["device"]))
             if machine["dtype"] == "bfloat16"
             else None
         )

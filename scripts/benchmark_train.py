@@ -34,7 +34,7 @@ from lvm.hardware import accelerators
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model import nnx_utils
 from lvm.model.flops import CONVENTIONS, train_flops_per_token
-from lvm.model.transformer import REMAT, SIZES, ModelConfig, Transformer
+from lvm.model.transformer import REMAT_POLICIES, SIZES, ModelConfig, Transformer
 from lvm.training import optimizer
 from lvm.training.next_token import NextTokenTask
 from lvm.training.step import Step
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _check_flags() -> None:
-    for flag, known in ((_SIZE, SIZES), (_REMAT, REMAT)):
+    for flag, known in ((_SIZE, SIZES), (_REMAT, REMAT_POLICIES)):
         for value in flag.value:
             if value not in known:
                 raise UserError(f"--{flag.name}: {value!r} is not one of {', '.join(known)}")
@@ -166,7 +166,7 @@ def rows_that_fit(config: ModelConfig, memory: int | None) -> int:
     """Rows a batch by rule of thumb: weights, moments and gradients, and what a step keeps of every token."""
     if memory is None:
         return 1
-    _, shapes = nnx_utils.abstract(lambda rngs: Transformer(config, rngs))
+    _, shapes = nnx_utils.abstract_module(lambda rngs: Transformer(config, rngs))
     weights = 18 * nnx_utils.count_params(shapes)
     row = config.context * 34 * config.hidden_size * config.num_layers
     return next((rows for rows in (16, 8, 4, 2) if weights + rows * row < 0.85 * memory), 1)
@@ -287,7 +287,7 @@ def _machine(records: list[dict[str, Any]], size: str) -> dict[str, Any]:
 
 
 def _chip(machine: dict[str, Any]) -> accelerators.Accelerator | None:
-    return accelerators.of_device(SimpleNamespace(device_kind=machine["device"]))
+    return accelerators.accelerator_of(SimpleNamespace(device_kind=machine["device"]))
 
 
 def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
@@ -334,7 +334,9 @@ if __name__ == "__main__":
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "rows; 0: what the memory suggests", lower_bound=0)
     _STEPS = flags.DEFINE_integer("steps", 8, "steps that are timed", lower_bound=1)
     _WARMUP = flags.DEFINE_integer("warmup", 3, "steps before them", lower_bound=1)
-    _REMAT = flags.DEFINE_list("remat", ["dots", "none"], f"policies tried in turn, of {', '.join(REMAT)}")
+    _REMAT = flags.DEFINE_list(
+        "remat", ["dots", "none"], f"policies tried in turn, of {', '.join(REMAT_POLICIES)}"
+    )
     _PEER = flags.DEFINE_enum("peer", "torch", ["torch", "none"], "what stands beside ours")
     _DTYPE = flags.DEFINE_enum(
         "dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone"

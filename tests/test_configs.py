@@ -10,7 +10,7 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.evaluate import EvalConfig
 from lvm.hardware.accelerators import resolve
-from lvm.model.nnx_utils import abstract, count_params
+from lvm.model.nnx_utils import abstract_module, count_params
 from lvm.model.transformer import SIZES, Transformer
 from lvm.planning.estimate import Memory, count_parameters
 from lvm.planning.plan import Target, estimated, resolve_config
@@ -41,11 +41,11 @@ def test_every_config_builds_and_has_shapes(path, monkeypatch):
     if "objective" in values:
         config = from_config_dict(TrainConfig, values)
         model = dataclasses.replace(config.model, vocabulary_size=config.model.vocabulary_size or 8448)
-        shapes = abstract(lambda rngs: Transformer(model, rngs))[1]
+        shapes = abstract_module(lambda rngs: Transformer(model, rngs))[1]
         assert count_params(shapes) == count_parameters(model)
     elif "loss" in values:
         config = from_config_dict(TokenizerConfig, values)
-        assert count_params(abstract(lambda rngs: VQGAN(config.model, rngs))[1]) > 0
+        assert count_params(abstract_module(lambda rngs: VQGAN(config.model, rngs))[1]) > 0
     elif "queries" in values:
         assert from_config_dict(EvalConfig, values).queries > 0
     else:

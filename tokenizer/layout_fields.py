@@ -17,7 +17,7 @@ from tokenizer.network import VARIANTS, VQGANConfig
 Fields = Mapping[str, Any]  # of a config.json
 
 # What may differ from the published network and still be the same variant.
-SIZES = (
+SIZE_FIELDS = (
     "resolution", "channels", "channel_multipliers", "encoder_blocks", "decoder_blocks", "middle_blocks",
     "codebook_size", "codebook_dim", "norm_groups",
 )  # fmt: skip
@@ -26,7 +26,7 @@ SIZES = (
 def variant_of(config: VQGANConfig) -> str | None:
     """Which of `VARIANTS` a network is, whatever its sizes; None for one of our own."""
     of_kind = {
-        name: value for name, value in to_json(config).items() if name not in (*SIZES, "compute_dtype")
+        name: value for name, value in to_json(config).items() if name not in (*SIZE_FIELDS, "compute_dtype")
     }
     for variant, published in VARIANTS.items():
         if of_kind.items() <= to_json(published).items():
@@ -36,7 +36,7 @@ def variant_of(config: VQGANConfig) -> str | None:
 
 def to_variant_fields(config: VQGANConfig) -> dict[str, Any]:
     """Our small config.json beside a bare weights file."""
-    return {"variant": variant_of(config)} | {name: to_json(getattr(config, name)) for name in SIZES}
+    return {"variant": variant_of(config)} | {name: to_json(getattr(config, name)) for name in SIZE_FIELDS}
 
 
 def from_variant_fields(fields: Fields, where: str) -> VQGANConfig:
@@ -45,8 +45,10 @@ def from_variant_fields(fields: Fields, where: str) -> VQGANConfig:
     if fields.get("variant") not in VARIANTS:
         raise UserError(f"{where}: variant: {fields.get('variant')!r}, expected one of {', '.join(VARIANTS)}")
     for name in sizes:
-        if name not in SIZES:
-            raise UserError(f"{where}: {name}: no such key; expected variant and any of {', '.join(SIZES)}")
+        if name not in SIZE_FIELDS:
+            raise UserError(
+                f"{where}: {name}: no such key; expected variant and any of {', '.join(SIZE_FIELDS)}"
+            )
     published = to_json(VARIANTS[fields["variant"]])
     return from_config_dict(VQGANConfig, published | sizes, where)
 

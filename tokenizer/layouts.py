@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lvm.model.nnx_utils import Params, abstract
+from lvm.model.nnx_utils import Params, abstract_module
 from tokenizer.layout_fields import (
     Fields,
     from_diffusers,
@@ -55,7 +55,7 @@ class Layout:
         """Each tensor's name → the path of our parameter, and the shape that it has in the file."""
         return {
             self._name(path, config): (path, tuple(leaf.shape[i] for i in self.axes(leaf.ndim)))
-            for path, leaf in flatten(shapes_of(config)).items()
+            for path, leaf in flatten(param_shapes(config)).items()
         }
 
     def axes(self, ndim: int) -> tuple[int, ...]:
@@ -71,9 +71,9 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=8)
-def shapes_of(config: VQGANConfig) -> Params:
+def param_shapes(config: VQGANConfig) -> Params:
     """The shapes and dtypes of a network's parameters."""
-    return abstract(lambda rngs: VQGAN(config, rngs))[1]
+    return abstract_module(lambda rngs: VQGAN(config, rngs))[1]
 
 
 def flatten(tree: Params, prefix: Path = ()) -> dict[Path, Any]:
@@ -97,12 +97,12 @@ def unflatten(flat: Mapping[Path, Any]) -> Params:
     return tree
 
 
-def layout(variant: str | None, kind: str) -> Layout | None:
+def find_layout(variant: str | None, kind: str) -> Layout | None:
     """The layout of that kind, or None where there is none."""
     return next((item for item in LAYOUTS if (item.variant, item.kind) == (variant, kind)), None)
 
 
-def kinds(variant: str | None) -> list[str]:
+def layout_kinds(variant: str | None) -> list[str]:
     """The kinds of layout that a variant has beside our own."""
     return [item.kind for item in LAYOUTS if item.variant == variant]
 

@@ -281,7 +281,7 @@ class VQGAN(nnx.Module):
         self.quant_conv = Conv(dim, dim, 1, config, rngs) if config.quant_convs else None
         self.post_quant_conv = Conv(dim, dim, 1, config, rngs) if config.quant_convs else None
         rows = jax.random.normal(rngs.params(), (config.codebook_size, dim))
-        self.codebook = nnx.Param(quantizers.unit_length(rows), axes=(None, None))
+        self.codebook = nnx.Param(quantizers.normalize(rows), axes=(None, None))
 
     def encode_latents(self, images: jax.Array) -> jax.Array:
         """Images float [B, H, W, 3] in [0, 1] → latents float32 [B, h, w, C], as the quantizer compares them.
@@ -292,7 +292,7 @@ class VQGAN(nnx.Module):
         if self.quant_conv is not None:
             latents = self.quant_conv(latents)
         latents = latents.astype(jnp.float32)
-        return quantizers.unit_length(latents) if self.config.l2_normalize else latents
+        return quantizers.normalize(latents) if self.config.l2_normalize else latents
 
     def quantize(self, latents: jax.Array) -> jax.Array:
         """Latents float32 [B, h, w, C] → codes int32 [B, h·w] in raster order."""
@@ -312,7 +312,7 @@ class VQGAN(nnx.Module):
     def decode_float(self, codes: jax.Array) -> jax.Array:
         """Codes int32 [B, N] of square grids → images float32 [B, H, W, 3], not yet clipped to [0, 1]."""
         B, _ = codes.shape
-        quantized = quantizers.look_up(codes, self.codebook[...])  # [B, N, C]
+        quantized = quantizers.lookup(codes, self.codebook[...])  # [B, N, C]
         return self.decode_latents(quantized.reshape(B, *self.config.grid, -1))
 
 

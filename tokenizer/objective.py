@@ -70,7 +70,7 @@ class TokenizerObjective:
         # A codebook that is there from the start is never seeded.
         self.seed_step = -1 if has_codebook else loss.autoencoder_steps
         self.batch_size = batch_size
-        self.graphdef, _ = nnx_utils.abstract(self._make)
+        self.graphdef, _ = nnx_utils.abstract_module(self._make)
         self.logical_axes = nnx_utils.logical_axes(self._make)
 
     def _make(self, rngs: nnx.Rngs) -> VQGAN:
@@ -134,11 +134,11 @@ class TokenizerObjective:
         rows = jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1]))  # [N, C]
         codebook = jax.lax.cond(
             step == self.seed_step,
-            lambda: quantizers.random_latents(rows, self.config.codebook_size, rng),
+            lambda: quantizers.sample_latents(rows, self.config.codebook_size, rng),
             lambda: codebook,
         )
         codes = quantizers.nearest_codes(rows, codebook)  # [N]
-        quantized = quantizers.look_up(codes, codebook).reshape(latents.shape)
+        quantized = quantizers.lookup(codes, codebook).reshape(latents.shape)
 
         has_codebook = step >= self.seed_step
         decoded = model.decode_latents(

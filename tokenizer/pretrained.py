@@ -21,12 +21,14 @@ from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.image_file import UnreadableError, read_image
-from lvm.model.nnx_utils import Params, abstract, merge
+from lvm.model.nnx_utils import Params, abstract_module, merge
 from tokenizer import weights
 from tokenizer.network import VQGAN, VQGANConfig
 from tokenizer.objective import to_float, to_uint8
 
-BATCH = 8  # images a device; every call has this many, padded, so codes can't depend on how many came
+BATCH_PER_DEVICE = (
+    8  # images a device; every call has this many, padded, so codes can't depend on how many came
+)
 
 Rows = Any  # an array [B, ...]
 _ENCODING, _DECODING = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")  # parts of the network
@@ -40,13 +42,13 @@ class Tokenizer:
       preprocess: how any picture becomes an image of its size; part of what the codes mean.
       params: the weights, a nested dict.
       step: the training step of the weights.
-      encoder: `OnDevices` of images uint8 [B, R, R, 3] → codes uint16 [B, N].
-      decoder: `OnDevices` of codes int32 [B, N] → images float32 [B, R, R, 3].
+      encoder: `DataParallel` of images uint8 [B, R, R, 3] → codes uint16 [B, N].
+      decoder: `DataParallel` of codes int32 [B, N] → images float32 [B, R, R, 3].
     """
 
     def __init__(self, config: VQGANConfig, preprocess: Preprocess, params: Params, step: int = 0):
         self.config, self.preprocess, self.params, self.step = config, preprocess, params, step
-        graphdef, shapes = abstract(lambda rngs: VQGAN(config, rngs))
+        graphdef, shapes = abstract_module(lambda rngs: VQGAN(config, rngs))
 
         def network(part: Params) -> VQGAN:
             # Whoever encodes has no use for the decoder's weights: what isn't given is never looked at.
@@ -54,10 +56,10 @@ class Tokenizer:
             zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), missing)
             return merge(graphdef, {**zeros, **part})
 
-        def on_devices(function: Callable[[VQGAN, Rows], Rows], unused: Sequence[str]) -> OnDevices:
+        def on_devices(function: Callable[[VQGAN, Rows], Rows], unused: Sequence[str]) -> DataParallel:
             part = {name: tree for name, tree in params.items() if name not in unused}
             deterministic = unused is _DECODING
-            return OnDevices(lambda part, rows: function(network(part), rows), part, deterministic)
+            return DataParallel(lambda part, rows: function(network(part), rows), part, deterministic)
 
         self.encoder = on_devices(lambda net, x: net.encode(to_float(x)).astype(jnp.uint16), _DECODING)
         self._latents = on_devices(lambda net, x: net.encode_latents(x), _DECODING)
@@ -102,7 +104,7 @@ class Tokenizer:
         }
         return identity | {"hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
 
-    def encode(self, images: Any, batch_size: int = BATCH) -> np.ndarray:
+    def encode(self, images: Any, batch_size: int = BATCH_PER_DEVICE) -> np.ndarray:
         """Images uint8 [B, R, R, 3] → codes int32 [B, N] in raster order.
 
         Args:
@@ -115,7 +117,7 @@ class Tokenizer:
         images = self._checked(images)
         return self.encoder.in_batches(images, batch_size).astype(np.int32)
 
-    def encode_latents(self, images: Any, batch_size: int = BATCH) -> np.ndarray:
+    def encode_latents(self, images: Any, batch_size: int = BATCH_PER_DEVICE) -> np.ndarray:
         """Images uint8, or float in [0, 1], [B, R, R, 3] → latents float32 [B, N, C] before quantization."""
         images = np.asarray(images)
         if not np.issubdtype(images.dtype, np.floating):
@@ -125,7 +127,7 @@ class Tokenizer:
         latents = self._latents.in_batches(images, batch_size)
         return latents.reshape(len(images), self.codes_per_image, -1)
 
-    def decode_float(self, codes: Any, batch_size: int = BATCH) -> np.ndarray:
+    def decode_float(self, codes: Any, batch_size: int = BATCH_PER_DEVICE) -> np.ndarray:
         """Codes int [B, N] → float32 [B, R, R, 3], not clipped.
 
         Raises:
@@ -138,7 +140,7 @@ class Tokenizer:
             raise UserError(f"codes: from {codes.min()} to {codes.max()}, the codebook has 0..{K - 1}")
         return self.decoder.in_batches(codes.astype(np.int32), batch_size)
 
-    def decode(self, codes: Any, batch_size: int = BATCH) -> np.ndarray:
+    def decode(self, codes: Any, batch_size: int = BATCH_PER_DEVICE) -> np.ndarray:
         """Codes int [B, N] → images uint8 [B, R, R, 3]: round(255·clip(x, 0, 1))."""
         return np.asarray(to_uint8(jnp.asarray(self.decode_float(codes, batch_size))))
 
@@ -154,7 +156,7 @@ class Tokenizer:
         """
         return self.encoder(images, self.num_devices)
 
-    def read(self, path: epath.PathLike) -> np.ndarray:
+    def read_image(self, path: epath.PathLike) -> np.ndarray:
         """A picture file as an image of the tokenizer's size, uint8 [R, R, 3].
 
         Raises:
@@ -181,7 +183,7 @@ class Tokenizer:
             )
 
 
-class OnDevices:
+class DataParallel:
     """A function of rows, compiled for one device and for all: the program that each of them runs is the same.
 
     Args:

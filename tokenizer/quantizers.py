@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lvm.model.nnx_utils import Params
 
 
-def unit_length(vectors: jax.Array) -> jax.Array:
+def normalize(vectors: jax.Array) -> jax.Array:
     """Vectors float32 [..., C], each divided by its Euclidean length."""
     squares = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
     return vectors * jax.lax.rsqrt(squares + 1e-12)
@@ -56,7 +56,7 @@ def _scores(latents: jax.Array, rows: jax.Array) -> jax.Array:
     return products - 0.5 * jnp.sum(jnp.square(rows), axis=-1)
 
 
-def look_up(codes: jax.Array, codebook: jax.Array) -> jax.Array:
+def lookup(codes: jax.Array, codebook: jax.Array) -> jax.Array:
     """Codes int32 [...], codebook [K, C] → its rows, [..., C]; a code outside [0, K) counts as 0 or K − 1."""
     return jnp.take(codebook, codes, axis=0, mode="clip")
 
@@ -90,12 +90,12 @@ def update_codebook(
 
     dead = counts < dead_below  # [K]
     counts = jnp.where(dead, 1.0, counts)
-    sums = jnp.where(dead[:, None], random_latents(latents, K, rng), sums)
+    sums = jnp.where(dead[:, None], sample_latents(latents, K, rng), sums)
     codebook = sums / counts[:, None]
-    return {"counts": counts, "sums": sums}, unit_length(codebook) if l2_normalize else codebook
+    return {"counts": counts, "sums": sums}, normalize(codebook) if l2_normalize else codebook
 
 
-def random_latents(latents: jax.Array, count: int, rng: jax.Array) -> jax.Array:
+def sample_latents(latents: jax.Array, count: int, rng: jax.Array) -> jax.Array:
     """`count` rows of latents [N, C], drawn without replacement as long as there are enough."""
     rows = latents.shape[0]
     shuffled = jax.random.permutation(rng, rows)  # [N]

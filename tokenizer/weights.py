@@ -79,7 +79,7 @@ def read(folder: epath.PathLike) -> Weights:
     record = read_record(path, "tokenizer", ("config", "preprocess"))
     config = from_config_dict(VQGANConfig, record["config"]["model"], f"{path / CONFIG}: config.model")
     preprocess = Preprocess.from_json(record["preprocess"])
-    params, step = load_params(path, layouts.shapes_of(config))
+    params, step = load_params(path, layouts.param_shapes(config))
     return Weights(config, preprocess, params, step)
 
 
@@ -150,7 +150,7 @@ def _check_dtypes(found: Mapping[str, LazyTensor], file: epath.Path) -> None:
 def _layout_of(fields: Mapping[str, Any], content: str, where: str) -> Layout:
     if "variant" in fields:
         kind = "maskgit" if content == "msgpack" else "torch"
-        layout = layouts.layout(fields["variant"], kind)
+        layout = layouts.find_layout(fields["variant"], kind)
         if layout is None:
             raise UserError(
                 f"{where}: variant: {fields['variant']!r} beside a {content} file; expected one of "
@@ -158,7 +158,7 @@ def _layout_of(fields: Mapping[str, Any], content: str, where: str) -> Layout:
             )
         return dataclasses.replace(layout, from_fields=from_variant_fields)
     known = _KINDS_OF_CLASS.get(fields.get("_class_name", ""))
-    layout = layouts.layout("lvm", known) if known else None
+    layout = layouts.find_layout("lvm", known) if known else None
     if layout is None:
         raise UserError(
             f"{where}: not a tokenizer's: it has {', '.join(sorted(fields)) or 'nothing'}; expected kind (a workdir), "
@@ -221,9 +221,9 @@ def _open(file: epath.Path, content: str) -> dict[str, LazyTensor]:
 
 def _layout_for(config: VQGANConfig, kind: str) -> Layout:
     variant = variant_of(config)
-    layout = layouts.layout(variant, kind)
+    layout = layouts.find_layout(variant, kind)
     if layout is None:
-        known = ", ".join(["orbax", *layouts.kinds(variant)])
+        known = ", ".join(["orbax", *layouts.layout_kinds(variant)])
         what = f"variant {variant}" if variant else "a network of our own"
         raise UserError(f"{what} has no layout {kind!r}; it can be written as {known}")
     told = to_json(layout.from_fields(files.as_json(layout.to_fields(config)), f"{kind} layout"))
@@ -238,7 +238,7 @@ def _layout_for(config: VQGANConfig, kind: str) -> Layout:
     return layout
 
 
-def arrays(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
+def to_layout(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
     """Every tensor as the layout names it and lays it out."""
     flat = layouts.flatten(weights.params)
     found = {}
@@ -249,7 +249,7 @@ def arrays(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
 
 
 def _write_published(folder: pathlib.Path, weights: Weights, layout: Layout) -> None:
-    tensors, file = arrays(weights, layout), folder / _NAMES[layout.kind]
+    tensors, file = to_layout(weights, layout), folder / _NAMES[layout.kind]
     if layout.kind == "maskgit":
         tree = layouts.unflatten({tuple(name.split(".")): array for name, array in tensors.items()})
         files.write_atomically(file, flax.serialization.msgpack_serialize({"params": tree}))

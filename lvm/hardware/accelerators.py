@@ -23,35 +23,35 @@ class Pod:
     """What slices a generation of TPUs is had in.
 
     Attributes:
-      google_name: of a slice, before the hyphen.
-      cores_counted: cores of a chip where a name's number counts cores, 1 where it counts chips.
-      gke: value of the node label `cloud.google.com/gke-tpu-accelerator`.
-      dimensions: of the torus.
-      most_chips: of one slice.
+      accelerator_type_prefix: of a slice, before the hyphen.
+      cores_per_chip: cores of a chip where a name's number counts cores, 1 where it counts chips.
+      gke_accelerator: value of the node label `cloud.google.com/gke-tpu-accelerator`.
+      torus_dimensions: of the torus.
+      max_chips: of one slice.
       chips_per_host: in slices of more than one host.
       chip_config: libtpu's name of how a chip's cores are used; "" is its default.
     """
 
-    google_name: str
-    cores_counted: int
-    gke: str
-    dimensions: int
-    most_chips: int
+    accelerator_type_prefix: str
+    cores_per_chip: int
+    gke_accelerator: str
+    torus_dimensions: int
+    max_chips: int
     chips_per_host: int = 4
     chip_config: str = ""
 
     def topologies(self) -> list[tuple[int, ...]]:
         """Every slice, by its chips along each dimension, from small to large."""
         found: list[tuple[int, ...]]
-        if self.dimensions == 2:
+        if self.torus_dimensions == 2:
             flat = [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32)]
             # The chips of v2 and v3 come by fours, 4 × 2 of them not alone.
-            found = [shape for shape in flat if self.cores_counted == 1 or shape not in ((1, 1), (2, 4))]
+            found = [shape for shape in flat if self.cores_per_chip == 1 or shape not in ((1, 1), (2, 4))]
         else:
             # Below one cube of 64 chips a few shapes, above it whole cubes side by side.
             cubes = itertools.combinations_with_replacement(range(4, 25, 4), 3)
             found = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *cubes]
-        return sorted((s for s in found if math.prod(s) <= self.most_chips), key=lambda s: (math.prod(s), s))
+        return sorted((s for s in found if math.prod(s) <= self.max_chips), key=lambda s: (math.prod(s), s))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,16 +164,16 @@ class Slice:
         return f"{self.generation}:{self.topology}" if self.shape else ""
 
     @property
-    def google_name(self) -> str:
+    def accelerator_type(self) -> str:
         """`v5litepod-256`, as `gcloud` takes it; "" for GPUs."""
         pod = self.accelerator.pod
-        return f"{pod.google_name}-{self.chips * pod.cores_counted}" if pod else ""
+        return f"{pod.accelerator_type_prefix}-{self.chips * pod.cores_per_chip}" if pod else ""
 
     @property
     def name(self) -> str:
         """`v5e-256`: the generation, and what Google counts in its names (cores on v2, v3, v4 and v5p)."""
         pod = self.accelerator.pod
-        return f"{self.generation}-{self.chips * (pod.cores_counted if pod else 1)}"
+        return f"{self.generation}-{self.chips * (pod.cores_per_chip if pod else 1)}"
 
 
 def resolve(name: str) -> Slice:
@@ -183,7 +183,7 @@ def resolve(name: str) -> Slice:
       UserError: an unknown kind of chip, or a slice that doesn't exist; says the nearest that does.
     """
     kind, mark, size = re.fullmatch(r"(.*?)(?:(:|-)([\dx]+))?", name.strip().lower()).groups()  # type: ignore[union-attr]
-    found = [a for a in ACCELERATORS if kind in (a.name, a.pod.google_name if a.pod else a.name)]
+    found = [a for a in ACCELERATORS if kind in (a.name, a.pod.accelerator_type_prefix if a.pod else a.name)]
     if not found:
         kinds = ", ".join(a.name for a in ACCELERATORS)
         raise UserError(
@@ -198,7 +198,7 @@ def resolve(name: str) -> Slice:
         shape = tuple(map(int, size.split("x")))
         wanted = math.prod(shape)
     elif mark == "-" and size.isdigit():
-        wanted = int(size) / accelerator.pod.cores_counted
+        wanted = int(size) / accelerator.pod.cores_per_chip
     else:
         example = _slice(accelerator, accelerator.pod.topologies()[-1])
         raise UserError(f"{name}: how many chips? as in {example.name} or {example.libtpu_name}")
@@ -225,7 +225,7 @@ def _find(accelerator: Accelerator, name: str, shape: tuple[int, ...] | None, wa
             return candidate
     nearest = min(known, key=lambda s: abs(math.log(s.chips / max(wanted, 0.5))))
     counted = (
-        " (the number counts cores, two a chip)" if accelerator.pod.cores_counted == 2 and not shape else ""
+        " (the number counts cores, two a chip)" if accelerator.pod.cores_per_chip == 2 and not shape else ""
     )
     raise UserError(
         f"{name}: no such slice{counted}; the nearest is {nearest.name} = {nearest.libtpu_name}, {nearest.chips} chips"
@@ -236,7 +236,7 @@ def _slice(accelerator: Accelerator, shape: tuple[int, ...]) -> Slice:
     pod, chips = accelerator.pod, math.prod(shape)
     assert pod is not None
     # Eight chips of v5e and v6e are one host; larger slices have hosts of four.
-    alone = 8 if pod.cores_counted == 1 else pod.chips_per_host
+    alone = 8 if pod.cores_per_chip == 1 else pod.chips_per_host
     chips_per_host = chips if chips <= alone else pod.chips_per_host
     return Slice(accelerator, chips, chips // chips_per_host, chips_per_host, shape)
 
@@ -254,7 +254,7 @@ def _gpus(accelerator: Accelerator, name: str, mark: str | None, size: str | Non
     return Slice(accelerator, count, count // per_host, per_host)
 
 
-def of_device(device: Any) -> Accelerator | None:
+def accelerator_of(device: Any) -> Accelerator | None:
     """The accelerator that a JAX device is, or None for one that isn't listed (a CPU, say)."""
     for accelerator in ACCELERATORS:
         if device.device_kind.startswith(accelerator.device_kinds):
@@ -268,5 +268,5 @@ def memory_bytes(device: Any) -> int | None:
         limit = (device.memory_stats() or {}).get("bytes_limit")
     except Exception:  # a device that isn't there (a topology's) raises its own runtime's error
         limit = None
-    accelerator = of_device(device)
+    accelerator = accelerator_of(device)
     return limit or (accelerator.hbm_bytes if accelerator else None)

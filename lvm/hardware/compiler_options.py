@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from lvm.common.errors import UserError
 
-Value = bool | int | float | str
+OptionValue = bool | int | float | str
 
 # platform → option → (value, reason)
-OPTIONS: dict[str, dict[str, tuple[Value, str]]] = {
+DEFAULT_OPTIONS: dict[str, dict[str, tuple[OptionValue, str]]] = {
     "tpu": {
         "xla_tpu_enable_latency_hiding_scheduler": (
             True,
@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, tuple[Value, str]]] = {
 }
 
 # What `deterministic` adds: without it two runs of one program may differ in their last bits.
-DETERMINISTIC: dict[str, dict[str, tuple[Value, str]]] = {
+DETERMINISTIC_OPTIONS: dict[str, dict[str, tuple[OptionValue, str]]] = {
     "tpu": {},  # its programs give the same bits every time
     "gpu": {
         "xla_gpu_deterministic_ops": (
@@ -58,26 +58,28 @@ DETERMINISTIC: dict[str, dict[str, tuple[Value, str]]] = {
     },
     "cpu": {},
 }
-COST = {
+DETERMINISM_COST = {
     "tpu": "nothing: programs there are deterministic",
     "gpu": "speed: slower scatters and attention gradients, and matrix products with untuned kernels",
     "cpu": "nothing: programs there are deterministic",
 }
 
 
-def compiler_options(platform: str, overrides: str = "", deterministic: bool = False) -> dict[str, Value]:
+def compiler_options(
+    platform: str, overrides: str = "", deterministic: bool = False
+) -> dict[str, OptionValue]:
     """The options that programs of a platform are compiled with.
 
     Args:
       platform: "tpu", "gpu" or "cpu".
       overrides: `name=value name=value …`, set over the table or beside it; `name=` leaves the compiler its own
         default. Names that the compiler doesn't know are refused when it compiles.
-      deterministic: adds what makes two runs equal to the bit; `COST` says what for.
+      deterministic: adds what makes two runs equal to the bit; `DETERMINISM_COST` says what for.
 
     Raises:
       UserError: an override that isn't `name=value`, or one name twice.
     """
-    table = OPTIONS[platform] | (DETERMINISTIC[platform] if deterministic else {})
+    table = DEFAULT_OPTIONS[platform] | (DETERMINISTIC_OPTIONS[platform] if deterministic else {})
     options = {name: value for name, (value, _) in table.items()}
     for name, value in _parse(overrides).items():
         if value == "":
@@ -87,7 +89,7 @@ def compiler_options(platform: str, overrides: str = "", deterministic: bool = F
     return options
 
 
-def refused(error: str, options: Mapping[str, Value]) -> str | None:
+def option_error(error: str, options: Mapping[str, OptionValue]) -> str | None:
     """A compiler's complaint about one of `options` as a line for the user; None if it's about something else."""
     for name, value in options.items():
         if f"No such compile option: '{name}'" in error:
@@ -109,7 +111,7 @@ def _parse(overrides: str) -> dict[str, str]:
     return found
 
 
-def _typed(value: str) -> Value:
+def _typed(value: str) -> OptionValue:
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     for kind in (int, float):

@@ -95,14 +95,14 @@ def _num_slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
-def use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """While a function is traced under this, `current` is the mesh; with None or one device nothing is split."""
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """While a function is traced under this, `current_mesh` is the mesh; with None or one device nothing is split."""
     if mesh is None or mesh.size == 1:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def current() -> AbstractMesh | None:
+def current_mesh() -> AbstractMesh | None:
     """The mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
@@ -110,10 +110,10 @@ def current() -> AbstractMesh | None:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` split by its logical axes over the mesh in use."""
-    return x if current() is None else jax.lax.with_sharding_constraint(x, spec(axes))
+    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def spec(axes: Sequence[str | None]) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """The partition of an array with these logical axes, by `RULES`.
 
     Raises:
@@ -166,10 +166,10 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
         raise UserError(
             f"config.batch_size: {batch_size} is not divisible by the mesh's data × fsdp = {ways}"
         )
-    return NamedSharding(mesh, spec(("batch",)))
+    return NamedSharding(mesh, partition_spec(("batch",)))
 
 
-def split_over_data(tree: Any, mesh: Mesh, placed: Any) -> Any:
+def zero1_shardings(tree: Any, mesh: Mesh, placed: Any) -> Any:
     """ZeRO-1: the shardings `placed` of `tree`, with `data` added to the largest dimension that it divides evenly.
 
     Arrays without such a dimension (scalars, small norms) stay as they were.
@@ -206,4 +206,4 @@ def _divisible(
             raise UserError(
                 f"config.mesh: {'/'.join(names)} has a dimension of {size}, not divisible by {ways}"
             )
-    return spec(axes)
+    return partition_spec(axes)

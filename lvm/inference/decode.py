@@ -57,7 +57,7 @@ def prefill(
       candidates: rows a prompt.
       room: tokens that can be written, A.
     """
-    with sharding.use(mesh):
+    with sharding.use_mesh(mesh):
         caches, place = _read(weights, prompts, lengths, config, kernel, size, candidates)
         last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]  # [B]
         token = jnp.repeat(last, candidates)  # [R]
@@ -76,7 +76,7 @@ def decode(
     num_allowed: int,
 ) -> State:
     """Writes as many tokens as `steps` says, in one loop; ids from `num_allowed` on are never drawn."""
-    with sharding.use(mesh):
+    with sharding.use_mesh(mesh):
 
         def advance(state: State) -> State:
             model = module(weights, config)  # inside of the loop, or its views would be copies
@@ -105,7 +105,7 @@ def re_prefill(
     kernel: str,
 ) -> State:
     """Reads new windows [R, T] of `lengths` [R], padded, each with the row's newest token last, in place of the old."""
-    with sharding.use(mesh):
+    with sharding.use_mesh(mesh):
         size = state.place.visible.shape[1]
         caches, place = _read(weights, windows, lengths, config, kernel, size, candidates=1)
         return state._replace(caches=caches, place=place)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from lvm.hardware import sharding
-from lvm.model.nnx_utils import Params, abstract, logical_axes, merge
+from lvm.model.nnx_utils import Params, abstract_module, logical_axes, merge
 from lvm.model.transformer import ModelConfig, Transformer
 
 _AS_THEY_ARE = ("embedding", "scale")
@@ -73,7 +73,7 @@ def _laid_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
 
 @functools.lru_cache(maxsize=16)
 def _one_by_one(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
-    return abstract(lambda rngs: Transformer(config, rngs, stacked=False))
+    return abstract_module(lambda rngs: Transformer(config, rngs, stacked=False))
 
 
 def _num_inputs(path: Any) -> int:

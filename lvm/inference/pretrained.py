@@ -17,7 +17,7 @@ from lvm.common.errors import UserError
 from lvm.inference.generator import Generator, Sampling, Window
 from lvm.interop import models
 from lvm.model.attention import choose_kernel
-from lvm.model.nnx_utils import Params, abstract, merge
+from lvm.model.nnx_utils import Params, abstract_module, merge
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import Vocabulary
 
@@ -45,7 +45,7 @@ class LVM:
     ):
         self.config, self.vocabulary, self.record, self.step = config, vocabulary, record, step
         self._params, self._mesh = params, mesh
-        self._graphdef, _ = abstract(lambda rngs: Transformer(config, rngs))
+        self._graphdef, _ = abstract_module(lambda rngs: Transformer(config, rngs))
         kernel = choose_kernel(config.attention, jax.default_backend(), config.dtype)
 
         @jax.jit

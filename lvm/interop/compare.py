@@ -13,7 +13,7 @@ import numpy as np
 
 from lvm.common.errors import UserError
 from lvm.interop.lazy_checkpoint import LazyCheckpoint
-from lvm.model.nnx_utils import Params, abstract, merge
+from lvm.model.nnx_utils import Params, abstract_module, merge
 from lvm.model.transformer import Layer, ModelConfig, RMSNorm, RopeCosSin, rope_cos_sin
 
 _AT_ONCE = 256  # positions whose logits are in memory together
@@ -116,7 +116,7 @@ def _layer(model: LazyCheckpoint, number: int, x: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=4)
 def _program(config: ModelConfig) -> Any:
-    graphdef, _ = abstract(lambda rngs: Layer(config, rngs))
+    graphdef, _ = abstract_module(lambda rngs: Layer(config, rngs))
 
     @jax.jit
     def run(params: Params, x: jax.Array, rope: RopeCosSin) -> jax.Array:
@@ -127,7 +127,7 @@ def _program(config: ModelConfig) -> Any:
 
 
 def _normed(model: LazyCheckpoint, x: jax.Array) -> jax.Array:
-    graphdef, _ = abstract(lambda rngs: RMSNorm(model.config.hidden_size, model.config.norm_epsilon))
+    graphdef, _ = abstract_module(lambda rngs: RMSNorm(model.config.hidden_size, model.config.norm_epsilon))
     scale = jnp.asarray(model.tensors["norm.scale"].read(), jnp.float32)
     return merge(graphdef, {"scale": scale})(x)
 

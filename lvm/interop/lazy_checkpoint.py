@@ -19,7 +19,7 @@ from etils import epath
 from lvm.common.errors import UserError
 from lvm.interop import tensors as interop
 from lvm.interop.tensors import LazyTensor, Tensors
-from lvm.model.nnx_utils import Params, abstract
+from lvm.model.nnx_utils import Params, abstract_module
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import FILENAME, Vocabulary
 
@@ -114,7 +114,7 @@ def stacked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for key, value in tree.items():
             walk(value, f"{name}.{key}" if name else key)
 
-    walk(abstract(lambda rngs: Transformer(config, rngs))[1], "")
+    walk(abstract_module(lambda rngs: Transformer(config, rngs))[1], "")
     return flat
 
 

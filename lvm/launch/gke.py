@@ -45,7 +45,7 @@ def check(request: Request) -> None:
     if request.capacity == "queued" and not request.site.queue:
         raise UserError("--queued: on GKE it is Kueue that queues; name its --queue")
     pod = request.slice.accelerator.pod
-    if pod is not None and not pod.gke:
+    if pod is not None and not pod.gke_accelerator:
         raise UserError(f"--accelerator: GKE has no {request.slice.generation}")
     if request.slice.accelerator.platform == "gpu":
         if request.slices > 1:
@@ -162,7 +162,7 @@ def _pod(request: Request) -> dict[str, Any]:
     resource = "google.com/tpu" if tpu else "nvidia.com/gpu"
     selector = {}
     if tpu and slice_.accelerator.pod:
-        selector["cloud.google.com/gke-tpu-accelerator"] = slice_.accelerator.pod.gke
+        selector["cloud.google.com/gke-tpu-accelerator"] = slice_.accelerator.pod.gke_accelerator
         selector["cloud.google.com/gke-tpu-topology"] = slice_.topology
     else:
         selector["cloud.google.com/gke-accelerator"] = _GPU_LABELS[slice_.generation]

@@ -68,7 +68,7 @@ def _create(request: Request) -> list[str]:
     return [
         *_resources(site, "create", request.run),
         *(one if request.slices == 1 else several),
-        f"--accelerator-type={request.slice.google_name}",
+        f"--accelerator-type={request.slice.accelerator_type}",
         f"--runtime-version={site.runtime_version or _RUNTIMES[generation]}",
         f"--metadata-from-file=startup-script={SCRIPT}",
         "--labels=made-by=lvm",

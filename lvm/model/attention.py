@@ -20,7 +20,7 @@ from lvm.common.errors import UserError
 from lvm.hardware import sharding
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
-SAVED = "attention"  # the name under which a kernel's results are known to rematerialisation
+CHECKPOINT_NAME = "attention"  # the name under which a kernel's results are known to rematerialisation
 _BLOCK = 128  # queries of the plain kernel at a time
 _SPLASH_LANES = 128  # splash takes rows and heads in multiples of it
 _SPLASH_BLOCKS = (512, 256, 128)  # queries, and keys, of one splash step: the largest that fits
@@ -105,9 +105,9 @@ def attend(
             if kernel == "cudnn"
             else _attend_xla(query, key, value, segments)
         )
-        return checkpoint_name(attended, SAVED)
+        return checkpoint_name(attended, CHECKPOINT_NAME)
 
-    mesh = sharding.current()
+    mesh = sharding.current_mesh()
     if mesh is None:
         return local(query, key, value, segment_ids)
     ways = mesh.shape["sequence"]
@@ -115,8 +115,8 @@ def attend(
         raise UserError(
             f"config.mesh: sequence × tensor = {ways} × {mesh.shape['tensor']} doesn't divide {query.shape[2]} heads"
         )
-    heads = sharding.spec(("batch", "length", "heads", "head_dim"))
-    rows = None if segment_ids is None else sharding.spec(("batch", "length"))
+    heads = sharding.partition_spec(("batch", "length", "heads", "head_dim"))
+    rows = None if segment_ids is None else sharding.partition_spec(("batch", "length"))
     return jax.shard_map(
         lambda *arrays: _whole_rows(local, ways, *arrays),
         in_specs=(heads, heads, heads, rows),
@@ -168,7 +168,7 @@ def _attend_splash(query: Any, key: Any, value: Any, segments: Any, interpret: b
         ),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=SAVED,
+        residual_checkpoint_name=CHECKPOINT_NAME,
         interpret=interpret,
     )
     if segments is not None:

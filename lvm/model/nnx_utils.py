@@ -31,7 +31,7 @@ def init_params(make_module: Callable[[nnx.Rngs], nnx.Module], rng: jax.Array) -
     return split(make_module(nnx.Rngs(params=rng)))[1]
 
 
-def abstract(make_module: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+def abstract_module(make_module: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
     """The graph and the parameters' shapes, without allocating anything."""
     module = nnx.eval_shape(lambda: make_module(nnx.Rngs(params=jax.random.key(0))))
     return split(module)

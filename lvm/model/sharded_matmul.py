@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from lvm.hardware import sharding
 
 
-def project(x: jax.Array, kernel: jax.Array, axes: tuple[str, str]) -> jax.Array:
+def sharded_matmul(x: jax.Array, kernel: jax.Array, axes: tuple[str, str]) -> jax.Array:
     """x [B, T, K] @ kernel [K, N] → [B, T, N] in the dtype of `x`.
 
     Under a mesh the kernel is gathered over `fsdp` in that dtype, and its gradient is summed over devices in it. What
@@ -24,12 +24,12 @@ def project(x: jax.Array, kernel: jax.Array, axes: tuple[str, str]) -> jax.Array
       axes: its logical axes, of which one is "embed".
     """
     kernel = kernel.astype(x.dtype)
-    mesh = sharding.current()
-    rows = sharding.spec(("batch", "length"))
+    mesh = sharding.current_mesh()
+    rows = sharding.partition_spec(("batch", "length"))
     if mesh is None or _undivided(x, mesh):
         return x @ kernel
     inward = axes[0] == "embed"
-    inner = sharding.spec((axes[1] if inward else axes[0],))[0]
+    inner = sharding.partition_spec((axes[1] if inward else axes[0],))[0]
 
     def on_each_device(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # Said to differ between devices before it is gathered: its gradient is then cut into each device's part
@@ -42,7 +42,7 @@ def project(x: jax.Array, kernel: jax.Array, axes: tuple[str, str]) -> jax.Array
 
     return jax.shard_map(
         on_each_device,
-        in_specs=(PartitionSpec(*rows, None if inward else inner), sharding.spec(axes)),
+        in_specs=(PartitionSpec(*rows, None if inward else inner), sharding.partition_spec(axes)),
         out_specs=PartitionSpec(*rows, inner if inward else None),
     )(x, kernel)
 

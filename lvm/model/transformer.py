@@ -18,19 +18,19 @@ from flax import nnx
 from lvm.common.errors import UserError
 from lvm.hardware import sharding
 from lvm.model import attention
-from lvm.model.sharded_matmul import project
+from lvm.model.sharded_matmul import sharded_matmul
 
 
 def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     """Whether an operation gives the attention kernel's result, or the statistics that its backward pass needs."""
     # cuDNN's forward pass gives both at once and names neither.
-    named = params.get("name") == attention.SAVED
+    named = params.get("name") == attention.CHECKPOINT_NAME
     return named or primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 _policies = jax.checkpoint_policies
 # What the backward pass doesn't recompute, from most memory to least.
-REMAT = {
+REMAT_POLICIES = {
     "none": _policies.everything_saveable,
     "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _is_attention),
     "attention": _is_attention,
@@ -89,8 +89,8 @@ class ModelConfig:
             raise UserError(f"num_kv_heads: {self.num_kv_heads} doesn't divide num_heads {self.num_heads}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype: {self.dtype!r} is not float32 or bfloat16")
-        if self.remat not in ("auto", *REMAT):
-            raise UserError(f"remat: {self.remat!r} is not one of auto, {', '.join(REMAT)}")
+        if self.remat not in ("auto", *REMAT_POLICIES):
+            raise UserError(f"remat: {self.remat!r} is not one of auto, {', '.join(REMAT_POLICIES)}")
         if self.attention not in attention.KERNELS:
             raise UserError(f"attention: {self.attention!r} is not one of {', '.join(attention.KERNELS)}")
 
@@ -148,7 +148,7 @@ class Attention(nnx.Module):
         residual = jax.nn.initializers.normal(config.residual_std)
         self.out = nnx.Param(residual(rngs.params(), (H, size, D)), axes=("heads", "head_dim", "embed"))
 
-    def project(self, x: jax.Array, rope: RopeCosSin) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project_qkv(self, x: jax.Array, rope: RopeCosSin) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] → query [B, T, H, d], key and value [B, T, K, d], the first two rotated."""
         query = _to_heads(x, self.query[...], "heads")
         key = _to_heads(x, self.key[...], "kv_heads")
@@ -158,13 +158,13 @@ class Attention(nnx.Module):
     def project_out(self, heads: jax.Array) -> jax.Array:
         """[B, T, H, d] → [B, T, D]."""
         out = self.out[...].reshape(-1, self.out.shape[-1])  # [H·d, D]
-        return project(heads.reshape(*heads.shape[:2], -1), out, ("heads", "embed"))
+        return sharded_matmul(heads.reshape(*heads.shape[:2], -1), out, ("heads", "embed"))
 
 
 def _to_heads(x: jax.Array, kernel: jax.Array, heads: str) -> jax.Array:
     """x [B, T, D], kernel [D, H, d] → [B, T, H, d]."""
     D, H, size = kernel.shape
-    return project(x, kernel.reshape(D, H * size), ("embed", heads)).reshape(*x.shape[:2], H, size)
+    return sharded_matmul(x, kernel.reshape(D, H * size), ("embed", heads)).reshape(*x.shape[:2], H, size)
 
 
 class MLP(nnx.Module):
@@ -179,9 +179,9 @@ class MLP(nnx.Module):
         self.down = nnx.Param(residual(rngs.params(), (F, D)), axes=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = project(x, self.gate[...], ("embed", "mlp"))  # [B, T, F]
-        up = project(x, self.up[...], ("embed", "mlp"))  # [B, T, F]
-        return project(jax.nn.silu(gate) * up, self.down[...], ("mlp", "embed"))  # [B, T, D]
+        gate = sharded_matmul(x, self.gate[...], ("embed", "mlp"))  # [B, T, F]
+        up = sharded_matmul(x, self.up[...], ("embed", "mlp"))  # [B, T, F]
+        return sharded_matmul(jax.nn.silu(gate) * up, self.down[...], ("mlp", "embed"))  # [B, T, D]
 
 
 class Layer(nnx.Module):
@@ -203,7 +203,7 @@ class Layer(nnx.Module):
         self, x: jax.Array, rope: RopeCosSin, kernel: str, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
         """The same, and the keys and values [B, K, T, d] that a cache keeps of it."""
-        query, key, value = self.attention.project(self.attention_norm(x), rope)
+        query, key, value = self.attention.project_qkv(self.attention_norm(x), rope)
         x = x + self.attention.project_out(attention.attend(query, key, value, kernel, segment_ids))
         x = sharding.constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
         return x, (key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
@@ -212,7 +212,7 @@ class Layer(nnx.Module):
         self, x: jax.Array, rope: RopeCosSin, position: DecodePosition, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """The same over one new token a row, x [B, 1, D], written into the cache first."""
-        query, key, value = self.attention.project(self.attention_norm(x), rope)  # [B, 1, H or K, d]
+        query, key, value = self.attention.project_qkv(self.attention_norm(x), rope)  # [B, 1, H or K, d]
         keys, values = (
             _update_cache(old, new, position.slot) for old, new in zip(cache, (key, value), strict=True)
         )
@@ -293,7 +293,7 @@ class Transformer(nnx.Module):
             "none",
             "auto",
         ):  # `auto` is resolved before training; elsewhere it's none
-            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.config.remat])
+            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
         x, _ = jax.lax.scan(body, self._embed(tokens), layers)  # [B, T, D]
         return x
 
@@ -317,9 +317,11 @@ class Transformer(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden [..., D] → logits float32 [..., V]: inputs in the compute dtype, sums in float32."""
-        return jnp.matmul(self.norm(x), self.projection().astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(
+            self.norm(x), self.output_projection().astype(x.dtype), preferred_element_type=jnp.float32
+        )
 
-    def projection(self) -> jax.Array:
+    def output_projection(self) -> jax.Array:
         """The output projection, float32 [D, V]."""
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 

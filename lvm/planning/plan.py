@@ -14,7 +14,7 @@ from lvm.hardware import compiler_options
 from lvm.hardware.accelerators import Slice
 from lvm.hardware.sharding import AXES, MeshConfig, make_mesh
 from lvm.model.flops import train_flops_per_token
-from lvm.model.transformer import REMAT, ModelConfig
+from lvm.model.transformer import REMAT_POLICIES, ModelConfig
 from lvm.model.vocabulary import Vocabulary
 from lvm.planning import collectives, meshes, roofline
 from lvm.planning.collectives import Collective
@@ -160,7 +160,7 @@ def make_plan(config: TrainConfig, target: Target, memory: Memory) -> Plan:
       target: see `Target`.
       memory: the formula; learns what was compiled.
     """
-    policies = list(REMAT) if config.model.remat == "auto" else [config.model.remat]
+    policies = list(REMAT_POLICIES) if config.model.remat == "auto" else [config.model.remat]
     for policy in policies:
         model = dataclasses.replace(config.model, remat=policy)
         tried = dataclasses.replace(config, model=model)

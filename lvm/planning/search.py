@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lvm.hardware import accelerators
 from lvm.hardware.accelerators import Slice
-from lvm.model.transformer import REMAT
+from lvm.model.transformer import REMAT_POLICIES
 from lvm.planning import meshes
 from lvm.planning.estimate import Memory
 from lvm.planning.plan import Plan, Target, estimated, make_plan, with_choice
@@ -57,7 +57,7 @@ def _fastest(config: TrainConfig, target: Target, memory: Memory, tried: list[Pl
 def _candidates(config: TrainConfig, target: Target, memory: Memory) -> list[Plan]:
     found = []
     for mesh in meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices):
-        for remat in REMAT:
+        for remat in REMAT_POLICIES:
             for rows in (1, 2, 4, 8, _MOST_ROWS):
                 choice = with_choice(config, remat, mesh, rows * mesh.data * mesh.fsdp, 1)
                 found.append(estimated(choice, target, memory))
@@ -78,7 +78,7 @@ def _per_row(plan: Plan) -> float:
 def _order(least: float) -> Callable[[Plan], tuple[float, int, int, int]]:
     def key(plan: Plan) -> tuple[float, int, int, int]:
         slower = _per_row(plan) / least
-        policy = list(REMAT).index(plan.config.model.remat)
+        policy = list(REMAT_POLICIES).index(plan.config.model.remat)
         # Within a hundredth all are alike.
         return (0.0 if slower < 1.01 else slower, policy, -plan.config.batch_size, plan.config.mesh.fsdp)
 
@@ -103,7 +103,7 @@ def nearest(plan: Plan, memory: Memory) -> tuple[str, Plan | Slice] | None:
 
 def _easier(plan: Plan) -> list[TrainConfig]:
     config, target = plan.config, plan.target
-    policies, rows, parts = list(REMAT), config.batch_size, config.objective.accumulate_steps
+    policies, rows, parts = list(REMAT_POLICIES), config.batch_size, config.objective.accumulate_steps
     heavier = policies[policies.index(config.model.remat) + 1 :]
     found = [with_choice(config, remat, config.mesh, rows, parts) for remat in heavier]
     possible = meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices, rows)

@@ -21,7 +21,7 @@ from lvm.common.errors import EXIT_PREEMPTED, DivergedError, UserError
 from lvm.common.logging import duration, log_info
 from lvm.common.png import encode_png
 from lvm.data.mixture import loader
-from lvm.hardware.accelerators import of_device
+from lvm.hardware.accelerators import accelerator_of
 from lvm.training.checkpoint import Checkpoints, newest_step
 from lvm.training.metrics import Goodput, MetricsWriter
 from lvm.training.programs import Tracer
@@ -350,7 +350,7 @@ class _Clock:
 
 def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[str, float]:
     """Seconds that a step would take at the devices' peak, by convention; nothing where the peak isn't known."""
-    accelerator = of_device(mesh.devices.flat[0])
+    accelerator = accelerator_of(mesh.devices.flat[0])
     if accelerator is None:
         return {}
     return {name: flops / (accelerator.peak_flops * mesh.size) for name, flops in flops_per_step.items()}

@@ -31,14 +31,14 @@ def token_losses(
     Returns:
       Negative log-likelihoods and log-normalisers (the log of the sum of exponentiated logits), float32 [B, T].
     """
-    if sharding.current() is None:
+    if sharding.current_mesh() is None:
         return _by_chunks(
             hidden, projection.astype(hidden.dtype).astype(jnp.float32), targets, chunk, _normalise
         )
-    rows = sharding.spec(("batch", "length"))
+    rows = sharding.partition_spec(("batch", "length"))
     return jax.shard_map(
         functools.partial(_on_each_device, chunk=chunk),
-        in_specs=(PartitionSpec(*rows, None), sharding.spec(("embed", "vocabulary")), rows),
+        in_specs=(PartitionSpec(*rows, None), sharding.partition_spec(("embed", "vocabulary")), rows),
         out_specs=(rows, rows),
     )(hidden, projection, targets)
 

@@ -14,7 +14,7 @@ from lvm.common import distributed
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.hardware import accelerators
-from lvm.model.transformer import REMAT
+from lvm.model.transformer import REMAT_POLICIES
 from lvm.training.step import Step
 
 _GIB = 2**30
@@ -28,7 +28,7 @@ def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
 
     Args:
       make_step: see `MakeStep`.
-      policy: of `lvm.model.transformer.REMAT`, or "auto".
+      policy: of `lvm.model.transformer.REMAT_POLICIES`, or "auto".
       parts: `accumulate_steps`.
 
     Raises:
@@ -36,7 +36,7 @@ def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
     """
     tried: list[str] = []
     limit = 0
-    for name in REMAT if policy == "auto" else (policy,):
+    for name in REMAT_POLICIES if policy == "auto" else (policy,):
         step = make_step(name, parts)
         known = memory_limit(step.mesh)
         if known is None:
@@ -76,7 +76,7 @@ def advice(make_step: MakeStep, step: Step, policy: str, parts: int) -> str:
 
 def _nearest(make_step: MakeStep, policy: str, parts: int, limit: int) -> str:
     """What would fit: a heavier policy first, then smaller parts of a batch with the heaviest."""
-    names = list(REMAT)
+    names = list(REMAT_POLICIES)
     heavier = [] if policy == "auto" else names[names.index(policy) + 1 :]
     smaller = [parts * 2**power for power in range(1, 7) if parts * 2**power <= _MOST_PARTS]
     for name, count in [(name, parts) for name in heavier] + [(names[-1], count) for count in smaller]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lvm.common.errors import UserError
 from lvm.hardware import sharding
 from lvm.model.attention import choose_kernel
-from lvm.model.nnx_utils import abstract, init_params, logical_axes, merge
+from lvm.model.nnx_utils import abstract_module, init_params, logical_axes, merge
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.training.losses import token_losses
 from lvm.training.task import Batch, State, Sums, make_update, no_skipped
@@ -84,7 +84,7 @@ class NextTokenTask:
         )
         self._check_mesh()
         self._make = lambda rngs: Transformer(self.config, rngs)
-        self.graphdef, self.params_shape = abstract(self._make)
+        self.graphdef, self.params_shape = abstract_module(self._make)
         self.logical_axes = logical_axes(self._make)
         self.update = make_update(self._loss, self.optimizer, self.schedule, self.objective.accumulate_steps)
         self._sums = jax.jit(lambda params, batch: self._loss(params, batch, jax.random.key(0))[1]["loss"])
@@ -129,7 +129,7 @@ class NextTokenTask:
         return self.draw(state)
 
     def _loss(self, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
-        with sharding.use(self.mesh):
+        with sharding.use_mesh(self.mesh):
             arrays = {name: sharding.constrain(x, "batch", None) for name, x in batch.items()}
             inputs, targets = arrays["tokens"][:, :-1], arrays["tokens"][:, 1:]  # [B, C]
             model: Transformer = merge(self.graphdef, params)
@@ -137,7 +137,7 @@ class NextTokenTask:
                 inputs, arrays["positions"], self.kernel, arrays.get("segment_ids")
             )  # [B, C, D]
             losses, log_z = token_losses(
-                model.norm(hidden), model.projection(), targets, self.objective.logits_chunk
+                model.norm(hidden), model.output_projection(), targets, self.objective.logits_chunk
             )  # [B, C]
         counted = batch["loss_mask"].astype(jnp.float32)  # [B, C]
         sums = {"loss": (jnp.sum(losses * counted), jnp.sum(counted))}

@@ -41,7 +41,7 @@ class Step:
         mesh: Mesh,
         seed: int,
         zero1: bool = False,
-        options: Mapping[str, compiler_options.Value] | None = None,
+        options: Mapping[str, compiler_options.OptionValue] | None = None,
     ):
         self.trainable, self.mesh = trainable, mesh
         if options is None:
@@ -52,7 +52,7 @@ class Step:
         self._shardings = sharding.shardings(mesh, shapes, trainable.logical_axes)
         if zero1:
             training = shapes["training"]
-            self._shardings["training"] = sharding.split_over_data(
+            self._shardings["training"] = sharding.zero1_shardings(
                 training, mesh, self._shardings["training"]
             )
         self.state = jax.tree.map(_with_sharding, shapes, self._shardings)
@@ -106,7 +106,7 @@ class Step:
             try:
                 self._compiled = self.lower().compile(self.compiler_options or None)
             except jax.errors.JaxRuntimeError as error:
-                complaint = compiler_options.refused(str(error), self.compiler_options)
+                complaint = compiler_options.option_error(str(error), self.compiler_options)
                 if complaint is None:
                     raise
                 raise UserError(complaint) from error

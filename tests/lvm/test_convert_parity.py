@@ -157,7 +157,7 @@ def test_the_example_answers_as_we_do(mode, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    grids = tokenizer.encode(np.stack([tokenizer.read(name) for name in names]))
+    grids = tokenizer.encode(np.stack([tokenizer.read_image(name) for name in names]))
     answer = LVM.load(tmp_path / "hf").generate(grids[None], 1, temperature=0.0)[0]
     wanted = tokenizer.decode(answer)[0].astype(int)
     assert wanted.std() > 5

@@ -20,7 +20,7 @@ def small(variant, **sizes):
 
 def random_weights(config, seed=0, **preprocess):
     """Every number drawn: a tensor that is swapped, turned or left out shows."""
-    _, shapes = nnx_utils.abstract(lambda rngs: VQGAN(config, rngs))
+    _, shapes = nnx_utils.abstract_module(lambda rngs: VQGAN(config, rngs))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

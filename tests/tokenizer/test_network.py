@@ -16,7 +16,7 @@ TINY = VQGANConfig(
 
 
 def build(config):
-    graphdef, params = nnx_utils.abstract(lambda rngs: VQGAN(config, rngs))
+    graphdef, params = nnx_utils.abstract_module(lambda rngs: VQGAN(config, rngs))
     rng = np.random.default_rng(0)  # numpy needs no compile
 
     def fill(path, leaf):
@@ -36,14 +36,14 @@ def images(count, side=16, seed=0):
     ("variant", "count"), [("maskgit", 54_515_587), ("lvm_old", 64_349_219), ("lvm", 146_244_675)]
 )
 def test_published_networks_have_their_parameter_counts(variant, count):
-    _, params = nnx_utils.abstract(lambda rngs: VQGAN(VARIANTS[variant], rngs))
+    _, params = nnx_utils.abstract_module(lambda rngs: VQGAN(VARIANTS[variant], rngs))
     assert nnx_utils.count_params(params) == count
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_published_networks_write_256_codes(variant):
     config = VARIANTS[variant]
-    graphdef, params = nnx_utils.abstract(lambda rngs: VQGAN(config, rngs))
+    graphdef, params = nnx_utils.abstract_module(lambda rngs: VQGAN(config, rngs))
     pixels = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
     codes = jax.eval_shape(lambda p, x: nnx_utils.merge(graphdef, p).encode(x), params, pixels)
     assert (codes.shape, codes.dtype) == ((2, 256), jnp.int32)

@@ -25,7 +25,7 @@ _FILES = {"torch": "model.safetensors", "diffusers": "diffusion_pytorch_model.sa
 
 
 def in_jax(found, images):
-    graphdef, _ = nnx_utils.abstract(lambda rngs: VQGAN(found.config, rngs))
+    graphdef, _ = nnx_utils.abstract_module(lambda rngs: VQGAN(found.config, rngs))
 
     @jax.jit
     def run(params, images):
@@ -131,7 +131,7 @@ def test_the_released_network_at_its_own_size():
     found = spread_codebook(random_weights(config), images)
     state = {
         name: torch.from_numpy(array)
-        for name, array in weights.arrays(found, weights.layouts.layout("lvm", "diffusers")).items()
+        for name, array in weights.to_layout(found, weights.layouts.find_layout("lvm", "diffusers")).items()
     }
     theirs = peers.released(config)
     theirs.model.load_state_dict(state, strict=True)

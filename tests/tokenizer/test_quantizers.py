@@ -28,7 +28,7 @@ def test_of_equally_near_codes_the_lowest_wins(chunk):
 def test_look_up_inverts_nearest_codes():
     codebook = jnp.asarray(normal(16, 4))
     codes = jnp.array([[3, 0], [15, 7]])
-    rows = quantizers.look_up(codes, codebook)
+    rows = quantizers.lookup(codes, codebook)
     np.testing.assert_array_equal(rows, np.asarray(codebook)[np.asarray(codes)])
     np.testing.assert_array_equal(quantizers.nearest_codes(rows, codebook), codes)
 
@@ -71,8 +71,8 @@ def test_dead_codes_take_the_place_of_latents():
 
 
 def test_l2_normalized_codebooks_keep_unit_length():
-    latents = quantizers.unit_length(jnp.asarray(normal(32, 3)))
-    codebook = quantizers.random_latents(latents, 8, jax.random.key(0))
+    latents = quantizers.normalize(jnp.asarray(normal(32, 3)))
+    codebook = quantizers.sample_latents(latents, 8, jax.random.key(0))
     _, updated = quantizers.update_codebook(
         quantizers.init_moving_averages(codebook), latents, quantizers.nearest_codes(latents, codebook),
         jax.random.key(1), decay=0.5, dead_below=0.1, l2_normalize=True,
@@ -82,9 +82,9 @@ def test_l2_normalized_codebooks_keep_unit_length():
 
 def test_random_latents_repeat_only_when_there_are_too_few():
     latents = jnp.arange(6.0)[:, None]
-    assert len(np.unique(quantizers.random_latents(latents, 6, jax.random.key(0)))) == 6
-    assert quantizers.random_latents(latents, 15, jax.random.key(0)).shape == (15, 1)
-    assert len(np.unique(quantizers.random_latents(latents, 15, jax.random.key(0)))) == 6
+    assert len(np.unique(quantizers.sample_latents(latents, 6, jax.random.key(0)))) == 6
+    assert quantizers.sample_latents(latents, 15, jax.random.key(0)).shape == (15, 1)
+    assert len(np.unique(quantizers.sample_latents(latents, 15, jax.random.key(0)))) == 6
 
 
 def test_usage_and_perplexity():

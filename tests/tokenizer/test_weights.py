@@ -29,14 +29,14 @@ OWN = VQGANConfig(
 
 
 def kinds_of(variant):
-    return ["orbax", *layouts.kinds(variant)]
+    return ["orbax", *layouts.layout_kinds(variant)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_published_networks_have_the_names_that_their_files_have(variant):
     config = VARIANTS[variant]
-    for kind in layouts.kinds(variant):
-        names = layouts.layout(variant, kind).tensors(config)
+    for kind in layouts.layout_kinds(variant):
+        names = layouts.find_layout(variant, kind).tensors(config)
         assert len(names) == len({path for path, _ in names.values()})
         shapes = {name: shape for name, (_, shape) in names.items()}
         for name, shape in PUBLISHED[variant, kind].items():
@@ -146,7 +146,9 @@ def networks(draw):
 @given(config=networks(), seed=st.integers(0, 99), data=st.data())
 def test_networks_of_any_size_survive_any_chain(config, seed, data):
     wanted = random_weights(config, seed)
-    chain = data.draw(st.lists(st.sampled_from(layouts.kinds(variant_of(config))), min_size=1, max_size=3))
+    chain = data.draw(
+        st.lists(st.sampled_from(layouts.layout_kinds(variant_of(config))), min_size=1, max_size=3)
+    )
     found = wanted
     with tempfile.TemporaryDirectory() as folder:
         for number, kind in enumerate(chain):

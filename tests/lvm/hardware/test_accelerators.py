@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lvm.common.errors import UserError
-from lvm.hardware.accelerators import ACCELERATORS, memory_bytes, of_device, resolve, slices_of
+from lvm.hardware.accelerators import ACCELERATORS, accelerator_of, memory_bytes, resolve, slices_of
 
 
 @dataclasses.dataclass
@@ -35,19 +35,19 @@ class Device:
     ],
 )
 def test_devices_are_known_by_their_kind(kind, name, teraflops):
-    found = of_device(Device(kind))
+    found = accelerator_of(Device(kind))
     assert (found.name, found.peak_flops) == (name, teraflops * 1e12)
 
 
 def test_a_cpu_is_no_accelerator():
-    assert of_device(jax.devices("cpu")[0]) is None
-    assert of_device(Device("TPU v99")) is None
+    assert accelerator_of(jax.devices("cpu")[0]) is None
+    assert accelerator_of(Device("TPU v99")) is None
 
 
 def test_every_kind_finds_its_own_row():
     for accelerator in ACCELERATORS:
         for kind in accelerator.device_kinds:
-            assert of_device(Device(kind)) is accelerator
+            assert accelerator_of(Device(kind)) is accelerator
 
 
 def test_the_runtime_knows_memory_better_than_the_table():
@@ -74,11 +74,11 @@ def test_a_slice_is_found_by_all_of_its_names(names, chips, hosts, per_host, gke
     assert len(set(slices)) == 1
     found = slices[0]
     assert (found.chips, found.hosts, found.chips_per_host) == (chips, hosts, per_host)
-    assert found.accelerator.pod.gke == gke
-    assert {found.name, found.libtpu_name} <= {name.lower() for name in (*names, found.google_name)} | {
+    assert found.accelerator.pod.gke_accelerator == gke
+    assert {found.name, found.libtpu_name} <= {name.lower() for name in (*names, found.accelerator_type)} | {
         found.name
     }
-    assert resolve(found.google_name) == resolve(found.name) == resolve(found.libtpu_name) == found
+    assert resolve(found.accelerator_type) == resolve(found.name) == resolve(found.libtpu_name) == found
 
 
 def test_gpus_are_named_by_kind_and_number():
@@ -119,7 +119,7 @@ def test_what_does_not_exist_is_refused_with_the_nearest(name, message):
 def test_every_slice_is_found_by_its_own_names(name):
     accelerator = next(a for a in ACCELERATORS if a.name == name)
     for found in slices_of(accelerator):
-        assert resolve(found.name) == resolve(found.google_name) == resolve(found.libtpu_name) == found
+        assert resolve(found.name) == resolve(found.accelerator_type) == resolve(found.libtpu_name) == found
         assert found.chips == found.hosts * found.chips_per_host == np.prod(found.shape)
 
 
@@ -132,5 +132,5 @@ def test_libtpu_knows_these_slices(name):
     for described in (found for found in known if found.chips <= 512):
         devices = topology.devices(described)
         assert len(devices) == described.chips, described.name
-        assert of_device(devices[0]) is described.accelerator
+        assert accelerator_of(devices[0]) is described.accelerator
         assert len({device.process_index for device in devices}) == described.hosts, described.name

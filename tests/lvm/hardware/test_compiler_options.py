@@ -10,7 +10,13 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Single
-from lvm.hardware.compiler_options import COST, DETERMINISTIC, OPTIONS, compiler_options, refused
+from lvm.hardware.compiler_options import (
+    DEFAULT_OPTIONS,
+    DETERMINISM_COST,
+    DETERMINISTIC_OPTIONS,
+    compiler_options,
+    option_error,
+)
 from lvm.hardware.sharding import MeshConfig
 from lvm.model.transformer import ModelConfig
 from lvm.train import train
@@ -21,9 +27,9 @@ from lvm.training.step import Step
 from tests import small_step
 
 
-@pytest.mark.parametrize("table", [OPTIONS, DETERMINISTIC])
+@pytest.mark.parametrize("table", [DEFAULT_OPTIONS, DETERMINISTIC_OPTIONS])
 def test_every_option_has_a_reason(table):
-    assert set(table) == {"tpu", "gpu", "cpu"} == set(COST)
+    assert set(table) == {"tpu", "gpu", "cpu"} == set(DETERMINISM_COST)
     for options in table.values():
         assert all(reason and name.startswith("xla_") for name, (_, reason) in options.items())
 
@@ -76,7 +82,7 @@ def test_the_compiler_knows_what_gpus_are_asked_for(deterministic):
 
 def step_with(options):
     made = small_step.make_step(MeshConfig(fsdp=2))
-    return Step(made.trainable, made.mesh, 0, compiler_options=options)
+    return Step(made.trainable, made.mesh, 0, options=options)
 
 
 def test_a_step_takes_its_platforms_options():
@@ -102,7 +108,7 @@ def test_a_step_refuses_what_the_compiler_does_not_know(options, message):
 
 
 def test_other_complaints_of_the_compiler_are_not_taken_for_options():
-    assert refused("RESOURCE_EXHAUSTED: xla_a", {"xla_a": 1}) is None
+    assert option_error("RESOURCE_EXHAUSTED: xla_a", {"xla_a": 1}) is None
 
 
 @pytest.mark.slow

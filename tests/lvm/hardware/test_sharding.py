@@ -51,20 +51,20 @@ def test_axes_that_do_not_fit_the_devices_are_refused(config, message):
 
 
 def test_logical_axes_follow_the_rules():
-    assert sharding.spec(("batch", None)) == PartitionSpec(("data", "fsdp"), None)
-    assert sharding.spec(("vocabulary", "embed")) == PartitionSpec(("tensor",), ("fsdp",))
-    assert sharding.spec(("layers", "head_dim")) == PartitionSpec(None, None)
+    assert sharding.partition_spec(("batch", None)) == PartitionSpec(("data", "fsdp"), None)
+    assert sharding.partition_spec(("vocabulary", "embed")) == PartitionSpec(("tensor",), ("fsdp",))
+    assert sharding.partition_spec(("layers", "head_dim")) == PartitionSpec(None, None)
 
 
 @pytest.mark.parametrize("axes", [("heads", "mlp"), ("embed", "embed"), ("batch", "embed")])
 def test_two_logical_axes_on_one_mesh_axis_collide(axes):
     with pytest.raises(ValueError, match=f"{axes[0]}.*{axes[1]}.*collide"):
-        sharding.spec(axes)
+        sharding.partition_spec(axes)
 
 
 def test_an_unknown_logical_axis_is_named():
     with pytest.raises(ValueError, match="'embde' is not in the rules"):
-        sharding.spec(("embde",))
+        sharding.partition_spec(("embde",))
 
 
 def test_optimizer_moments_lie_where_their_parameter_does():

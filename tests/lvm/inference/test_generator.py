@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lvm.common.errors import UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.inference.generator import Generator, Sampling, Window
-from lvm.model.nnx_utils import abstract, init_params, merge
+from lvm.model.nnx_utils import abstract_module, init_params, merge
 from lvm.model.transformer import ModelConfig, Transformer
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -48,7 +48,7 @@ def generator(mesh=None):
 
 @functools.cache
 def whole_forward():
-    graphdef = abstract(make)[0]
+    graphdef = abstract_module(make)[0]
     positions = jnp.arange(64)[None]
     return jax.jit(lambda row: merge(graphdef, params())(row, positions, "xla")[0])
 

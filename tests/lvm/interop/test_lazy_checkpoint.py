@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lvm.common.errors import UserError
 from lvm.interop import tensors
 from lvm.interop.lazy_checkpoint import DTYPES, layer_names, shapes, with_dtype, with_vocabulary
-from lvm.model.nnx_utils import abstract, count_params
+from lvm.model.nnx_utils import abstract_module, count_params
 from lvm.model.transformer import Transformer
 from lvm.model.vocabulary import Vocabulary
 from tests.lvm.stored_models import OURS, PUBLISHED, SMALL, same_model, small_config, small_model
@@ -18,7 +18,7 @@ from tests.lvm.stored_models import OURS, PUBLISHED, SMALL, same_model, small_co
 @settings(max_examples=10)
 def test_the_tensors_are_those_of_the_transformer(heads, layers, tied):
     stored = small_model(num_heads=heads[0], num_kv_heads=heads[1], num_layers=layers, tie_embeddings=tied)
-    _, wanted = abstract(lambda rngs: Transformer(stored.config, rngs))
+    _, wanted = abstract_module(lambda rngs: Transformer(stored.config, rngs))
     params = stored.params()
     assert count_params(params) == count_params(wanted) == sum(t.read().size for t in stored.tensors.values())
     for name, tensor in stored.tensors.items():

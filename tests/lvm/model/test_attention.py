@@ -10,7 +10,7 @@ from lvm.common.errors import UserError
 from lvm.hardware import sharding
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model.attention import attend, choose_kernel
-from lvm.model.transformer import REMAT
+from lvm.model.transformer import REMAT_POLICIES
 
 
 def plain(query, key, value, segment_ids=None):
@@ -82,7 +82,7 @@ def test_a_split_sequence_changes_nothing(config, kv_heads, segmented):
             jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
             for x in (query, key, value)
         ]
-        with sharding.use(mesh):
+        with sharding.use_mesh(mesh):
             return attend(*placed, "xla", segments)
 
     assert_equal(run, 24, kv_heads, 4, segmented, heads=8)
@@ -91,7 +91,7 @@ def test_a_split_sequence_changes_nothing(config, kv_heads, segmented):
 def test_heads_that_a_split_sequence_does_not_divide_are_refused():
     query, key, value, _, _ = arrays(8, 4)
     with (
-        sharding.use(make_mesh(MeshConfig(data=1, sequence=4, tensor=2))),
+        sharding.use_mesh(make_mesh(MeshConfig(data=1, sequence=4, tensor=2))),
         pytest.raises(UserError, match="sequence × tensor = 4 × 2 doesn't divide 4 heads"),
     ):
         attend(query, key, value, "xla")
@@ -114,9 +114,9 @@ def test_only_full_remat_runs_cudnn_a_second_time(policy, runs, mesh, monkeypatc
     # Traced as if cuDNN were there; running it takes a GPU.
     internal = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(internal, "check_cudnn_version", lambda: 91000)
-    run = jax.checkpoint(lambda x: attend(x * 2, x * 3, x * 4, "cudnn") * 5, policy=REMAT[policy])
+    run = jax.checkpoint(lambda x: attend(x * 2, x * 3, x * 4, "cudnn") * 5, policy=REMAT_POLICIES[policy])
     gradient = jax.grad(lambda x: jnp.sum(run(x).astype(jnp.float32)))
-    with sharding.use(mesh and make_mesh(mesh)):
+    with sharding.use_mesh(mesh and make_mesh(mesh)):
         program = jax.make_jaxpr(gradient)(jnp.zeros((4, 128, 2, 100), jnp.bfloat16)).jaxpr
     assert count(program, "dot_product_attention_fwd_wrapper") == runs
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lvm.model.flops import forward_flops_per_token, train_flops_per_token
-from lvm.model.nnx_utils import abstract, count_params, merge
+from lvm.model.nnx_utils import abstract_module, count_params, merge
 from lvm.model.transformer import SIZES, ModelConfig, Transformer
 
 WITH_VOCABULARY = {name: dataclasses.replace(size, vocabulary_size=8448) for name, size in SIZES.items()}
@@ -14,7 +14,7 @@ WITH_VOCABULARY = {name: dataclasses.replace(size, vocabulary_size=8448) for nam
 @pytest.mark.parametrize("size", ["300m", "1b", "3b", "7b"])
 def test_a_short_row_costs_two_operations_a_weight(size):
     config = WITH_VOCABULARY[size]
-    _, params = abstract(lambda rngs: Transformer(config, rngs))
+    _, params = abstract_module(lambda rngs: Transformer(config, rngs))
     norms = (2 * config.num_layers + 1) * config.hidden_size
     weights = count_params(params) - params["embedding"].size - norms
     assert forward_flops_per_token(config, 1, "causal") == pytest.approx(2 * weights, rel=1e-3)
@@ -39,7 +39,7 @@ def test_the_compiler_counts_the_same_matrix_products():
         vocabulary_size=512,
         dtype="float32",
     )
-    graphdef, params = abstract(lambda rngs: Transformer(config, rngs))
+    graphdef, params = abstract_module(lambda rngs: Transformer(config, rngs))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     run = jax.jit(lambda p, t, at: merge(graphdef, p)(t, at, "xla"))
     counted = run.lower(params, tokens, tokens).compile().cost_analysis()["flops"]

@@ -45,7 +45,7 @@ def test_a_merged_module_computes_what_the_module_did_inside_jit_too():
 
 
 def test_abstract_parameters_have_the_shapes_of_fresh_ones_and_the_same_graph():
-    graphdef, shapes = nnx_utils.abstract(Net)
+    graphdef, shapes = nnx_utils.abstract_module(Net)
     params = nnx_utils.init_params(Net, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
@@ -68,4 +68,4 @@ def test_logical_axes_are_those_declared_and_layers_where_stacked():
 
 
 def test_parameters_are_counted_without_being_made():
-    assert nnx_utils.count_params(nnx_utils.abstract(Net)[1]) == 11 * 12 + 4 + 2 * 12
+    assert nnx_utils.count_params(nnx_utils.abstract_module(Net)[1]) == 11 * 12 + 4 + 2 * 12

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lvm.common.errors import UserError
-from lvm.model.nnx_utils import abstract, count_params, init_params, merge, split
+from lvm.model.nnx_utils import abstract_module, count_params, init_params, merge, split
 from lvm.model.transformer import SIZES, ModelConfig, Transformer, apply_rope, rope_cos_sin
 
 PUBLISHED = {  # parameters with a vocabulary of 8292
@@ -24,7 +24,7 @@ TINY = ModelConfig(
 
 def build(config, seed=0):
     make = lambda rngs: Transformer(config, rngs)  # noqa: E731
-    graphdef, _ = abstract(make)
+    graphdef, _ = abstract_module(make)
     return graphdef, init_params(make, jax.random.key(seed))
 
 
@@ -35,7 +35,7 @@ def positions(tokens):
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_named_sizes_have_the_published_parameter_counts(size):
     config = dataclasses.replace(SIZES[size], vocabulary_size=8292)
-    _, params = abstract(lambda rngs: Transformer(config, rngs))
+    _, params = abstract_module(lambda rngs: Transformer(config, rngs))
     assert count_params(params) == PUBLISHED[size]
 
 
@@ -63,7 +63,7 @@ def test_remat_changes_no_gradient(remat):
 
 
 def test_tied_embeddings_have_no_head_and_fewer_parameters():
-    _, untied = abstract(lambda rngs: Transformer(TINY, rngs))
+    _, untied = abstract_module(lambda rngs: Transformer(TINY, rngs))
     tied_config = dataclasses.replace(TINY, tie_embeddings=True)
     graphdef, tied = build(tied_config)
     assert "head" not in tied

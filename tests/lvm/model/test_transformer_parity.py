@@ -32,7 +32,7 @@ def our_config(kv_heads, tied):
 
 def random_params(config):
     """Parameters large enough that attention picks its keys by their positions; scales away from 1."""
-    _, shapes = nnx_utils.abstract(lambda rngs: Transformer(config, rngs))
+    _, shapes = nnx_utils.abstract_module(lambda rngs: Transformer(config, rngs))
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -97,13 +97,13 @@ def both(kv_heads, tied):
     """Logits and gradients of the mean next-token loss: (ours, theirs), gradients under Llama's names."""
     config = our_config(kv_heads, tied)
     params, rows = random_params(config), tokens()
-    graphdef, _ = nnx_utils.abstract(lambda rngs: Transformer(config, rngs))
+    graphdef, _ = nnx_utils.abstract_module(lambda rngs: Transformer(config, rngs))
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
 
     def loss(params):
         model = nnx_utils.merge(graphdef, params)
         hidden = model.hidden(rows[:, :-1], positions, "xla")
-        losses, _ = token_losses(model.norm(hidden), model.projection(), rows[:, 1:], 512)
+        losses, _ = token_losses(model.norm(hidden), model.output_projection(), rows[:, 1:], 512)
         return jnp.mean(losses), model.logits(hidden)
 
     (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)

@@ -41,7 +41,7 @@ def test_a_mesh_changes_neither_losses_nor_gradients(config):
     mesh = make_mesh(config) if config != MeshConfig() else make_mesh(config, jax.devices()[:4])
 
     def total(hidden, projection, targets, mesh):
-        with sharding.use(mesh):
+        with sharding.use_mesh(mesh):
             losses, log_z = token_losses(hidden, projection, targets, 4)
             return jnp.sum(losses * jnp.arange(T)) + jnp.sum(log_z**2)
 

@@ -15,7 +15,7 @@ from optax import contrib
 from lvm.common.errors import UserError
 from lvm.hardware import sharding
 from lvm.hardware.sharding import MeshConfig, make_mesh
-from lvm.model.nnx_utils import abstract, count_params, init_params, logical_axes, merge
+from lvm.model.nnx_utils import abstract_module, count_params, init_params, logical_axes, merge
 from lvm.model.transformer import SIZES, ModelConfig, Transformer
 from lvm.training import optimizer
 from lvm.training.optimizer import OptimizerConfig
@@ -116,7 +116,7 @@ def test_lengths_in_tokens_are_rounded_up_to_steps():
 
 @functools.cache
 def compiled_loss_and_gradient():
-    graphdef, _ = abstract(make)
+    graphdef, _ = abstract_module(make)
     tokens = np.random.default_rng(0).integers(0, 8, (4, 9))
     positions = np.tile(np.arange(8), (4, 1))
 
@@ -149,7 +149,7 @@ def test_every_optimizer_teaches_a_small_transformer(name, moment_dtype):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_adamw_is_optax_adamw_to_the_bit(steps):
-    _, params = abstract(make)
+    _, params = abstract_module(make)
     params, gradients = random_like(params), [random_like(params, seed) for seed in range(steps)]
     config = dataclasses.replace(CONFIG, clip_norm=1.0)
     _, schedule = optimizer.build(config, 100)
@@ -165,7 +165,7 @@ def test_adamw_is_optax_adamw_to_the_bit(steps):
 @pytest.mark.parametrize("decay", ["matrices", "all"])
 @pytest.mark.parametrize("name", NAMES)
 def test_decay_is_a_share_of_the_learning_rate_in_every_optimizer(name, decay):
-    _, params = abstract(make)
+    _, params = abstract_module(make)
     params = random_like(params)
     config = dataclasses.replace(AT_ONCE, name=name, weight_decay=0.5, decay=decay)
     moved = by_name(changes(config, params, jax.tree.map(jnp.zeros_like, params)))
@@ -194,7 +194,7 @@ def test_gradients_above_the_norm_are_scaled_down(clip_norm, scaled):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_sees_clipped_gradients_alone(name):
-    _, params = abstract(make)
+    _, params = abstract_module(make)
     params, gradients = random_like(params), random_like(params, 1)
     norm = optax.tree.norm(gradients)
 
@@ -218,7 +218,7 @@ def as_matrix(name, layer):
 
 
 def test_muon_of_stacked_kernels_is_muon_of_each_layers_matrix():
-    _, params = abstract(make)
+    _, params = abstract_module(make)
     params, gradients = random_like(params), [random_like(params, seed) for seed in (1, 2)]
     config = dataclasses.replace(AT_ONCE, name="muon", b1=0.8)
     moved = by_name(changes(config, params, *gradients))
@@ -235,7 +235,7 @@ def test_muon_of_stacked_kernels_is_muon_of_each_layers_matrix():
 
 
 def test_what_muon_leaves_moves_by_nesterovs_adamw():
-    _, params = abstract(make)
+    _, params = abstract_module(make)
     params, gradients = random_like(params), [random_like(params, seed) for seed in (1, 2)]
     config = dataclasses.replace(AT_ONCE, name="muon", b1=0.8, b2=0.9, epsilon=0.1, weight_decay=0.5)
     moved = by_name(changes(config, params, *gradients))
@@ -248,7 +248,7 @@ def test_what_muon_leaves_moves_by_nesterovs_adamw():
 
 def test_muon_steps_are_as_long_as_adamw_steps():
     # One learning rate serves both: AdamW's updates have an RMS of 0.2 to 0.4 of it in practice.
-    _, params = abstract(make)
+    _, params = abstract_module(make)
     moved = by_name(
         changes(dataclasses.replace(AT_ONCE, name="muon"), random_like(params), random_like(params, 1))
     )
@@ -269,7 +269,7 @@ def test_muon_without_a_transformers_layers_is_refused():
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 def test_the_first_moment_is_stored_as_asked_and_the_rest_in_float32(name, moment_dtype):
-    _, params = abstract(make)
+    _, params = abstract_module(make)
     tx, _ = optimizer.build(dataclasses.replace(AT_ONCE, name=name, moment_dtype=moment_dtype), 100)
     fresh = jax.eval_shape(tx.init, params)
     moved, after = jax.eval_shape(tx.update, params, fresh, params)
@@ -287,7 +287,7 @@ def test_the_first_moment_is_stored_as_asked_and_the_rest_in_float32(name, momen
 )  # of all sizes, the narrowest heads, and an odd width of heads
 def test_adafactors_state_is_a_small_part_of_the_parameters(size):
     config = dataclasses.replace(SIZES[size], vocabulary_size=8448)
-    _, params = abstract(lambda rngs: Transformer(config, rngs))
+    _, params = abstract_module(lambda rngs: Transformer(config, rngs))
     tx, _ = optimizer.build(dataclasses.replace(AT_ONCE, name="adafactor"), 100)
     state = jax.eval_shape(tx.init, params)
     assert count_params(state) < 0.03 * count_params(params)
@@ -308,7 +308,7 @@ MOMENTS = {  # of each parameter's shape: (of a kernel that Muon moves, of all o
 def test_moments_lie_where_their_parameter_does(name):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     axes = logical_axes(lambda rngs: make(rngs, WIDE))
-    _, params = abstract(lambda rngs: make(rngs, WIDE))
+    _, params = abstract_module(lambda rngs: make(rngs, WIDE))
     tx, _ = optimizer.build(dataclasses.replace(AT_ONCE, name=name, clip_norm=1.0), 100)
     state = jax.eval_shape(tx.init, params)
     wanted, placed = (
