@@ -21,77 +21,79 @@ from lvm.common.errors import EXIT_ERROR, UserError
 from lvm.common.logging import log_info
 from lvm.interop import card, models
 from lvm.interop.compare import compare
-from lvm.interop.lazy_checkpoint import DTYPES, LazyCheckpoint, with_dtype, with_vocabulary
+from lvm.interop.lazy_checkpoint import DTYPES, LazyCheckpoint, resize_vocabulary, with_dtype
 from tokenizer import Tokenizer, weights
 
 
 def convert(
-    source: str,
-    destination: str,
-    kind: str,
+    src: str,
+    dst: str,
+    format: str,
     step: int | None = None,
     dtype: str | None = None,
-    vocabulary: int | None = None,
+    vocabulary_size: int | None = None,
     tokenizer: str = "",
-    max_shard: int = models.MAX_SHARD,
+    max_shard_bytes: int = models.MAX_SHARD_BYTES,
 ) -> LazyCheckpoint:
     """Reads a model and writes it into a new folder; returns what was written.
 
     Args:
-      source, destination: folders.
-      kind: of the destination, one of `lvm.interop.models.KINDS`.
+      src, dst: folders.
+      format: of `dst`, one of `lvm.interop.models.FORMATS`.
       step: of a workdir's checkpoints; the newest by default.
-      dtype: of `lvm.interop.lazy_checkpoint.DTYPES`; as stored by default.
-      vocabulary: ids that the model has afterwards (`lvm.interop.lazy_checkpoint.with_vocabulary`); as many by default.
+      dtype: one of `DTYPES`; as stored by default.
+      vocabulary_size: ids that the model has afterwards (`resize_vocabulary`); as many by default.
       tokenizer: a tokenizer's folder, written beside the weights of "hf".
-      max_shard: bytes of a file of weights of "hf".
+      max_shard_bytes: bytes of a file of weights of "hf".
 
     Raises:
       UserError: see `lvm.interop.models`; or a tokenizer that isn't the model's, or has no layout of diffusers.
     """
-    if tokenizer and kind != "hf":
-        raise UserError(f"--tokenizer: {tokenizer}: goes beside the weights of --to=hf alone, not of {kind}")
-    stored = models.read(source, step)
-    if vocabulary is not None:
-        stored = with_vocabulary(stored, vocabulary)
+    if tokenizer and format != "hf":
+        raise UserError(
+            f"--tokenizer: {tokenizer}: goes beside the weights of --to=hf alone, not of {format}"
+        )
+    checkpoint = models.read(src, step)
+    if vocabulary_size is not None:
+        checkpoint = resize_vocabulary(checkpoint, vocabulary_size)
     if dtype is not None:
-        stored = with_dtype(stored, dtype)
+        checkpoint = with_dtype(checkpoint, dtype)
 
-    def finish(folder: pathlib.Path) -> None:
-        if kind == "hf":
-            _describe(folder, stored, tokenizer)
+    def finalize(folder: pathlib.Path) -> None:
+        if format == "hf":
+            _describe(folder, checkpoint, tokenizer)
 
-    models.write(destination, stored, kind, max_shard, finish)
-    return stored
+    models.write(dst, checkpoint, format, max_shard_bytes, finalize)
+    return checkpoint
 
 
-def _describe(folder: pathlib.Path, stored: LazyCheckpoint, tokenizer: str) -> None:
+def _describe(folder: pathlib.Path, checkpoint: LazyCheckpoint, tokenizer: str) -> None:
     """Writes the model card; the tokenizer and the example too, where one is given."""
-    identity: Mapping[str, Any] | None = stored.record["tokenizer"]
+    identity: Mapping[str, Any] | None = checkpoint.record["tokenizer"]
     if tokenizer:
         found = weights.read(tokenizer)
         identity = Tokenizer(found.config, found.preprocess, found.params).identity()
-        models.check_tokenizer(stored.record["tokenizer"], stored.vocabulary, identity, tokenizer)
+        models.check_tokenizer(checkpoint.record["tokenizer"], checkpoint.vocabulary, identity, tokenizer)
         try:
             weights.write(folder / card.TOKENIZER, found, "diffusers")
         except UserError as error:
             raise UserError(f"--tokenizer: {tokenizer}: {error}") from None
-        files.write_atomically(folder / card.EXAMPLE, card.example(found.preprocess).encode())
+        files.write_atomically(folder / card.EXAMPLE, card.example_script(found.preprocess).encode())
     else:
         log_info(
             f"no {card.TOKENIZER}/ and no {card.EXAMPLE}: --tokenizer=FOLDER puts a published kind there"
         )
-    readme = card.readme(stored, identity, bool(tokenizer))
+    readme = card.model_card(checkpoint, identity, bool(tokenizer))
     files.write_atomically(folder / card.README, readme.encode())
 
 
 def check(first: str, second: str, rows: int, tolerance: float) -> bool:
     """Prints how two checkpoints differ; returns whether their logits agree."""
     found = compare(models.read(first), models.read(second), rows)
-    log_info(f"{first} and {second} on {rows} rows of {len(found.largest)} random codes, in float32")
-    for line in found.lines():
+    log_info(f"{first} and {second} on {rows} rows of {len(found.max_abs_diff)} random codes, in float32")
+    for line in found.report():
         log_info(line)
-    return bool(found.largest.max() <= tolerance)
+    return bool(found.max_abs_diff.max() <= tolerance)
 
 
 def main() -> None:
@@ -101,7 +103,7 @@ def main() -> None:
             sys.exit(EXIT_ERROR)
         return
     if _TO.value is None:
-        raise UserError(f"--to: missing; one of {', '.join(models.KINDS)}")
+        raise UserError(f"--to: missing; one of {', '.join(models.FORMATS)}")
     if _MAX_SHARD.value <= 0:
         raise UserError(f"--max_shard_gigabytes: {_MAX_SHARD.value} is not positive")
     written = convert(
@@ -127,7 +129,7 @@ if __name__ == "__main__":
         "src", None, "a model's folder, or a stream; the first argument", required=True
     )
     _DST = flags.DEFINE_string("dst", None, "the folder to write; the second argument", required=True)
-    _TO = flags.DEFINE_enum("to", None, models.KINDS, "what is written")
+    _TO = flags.DEFINE_enum("to", None, models.FORMATS, "what is written")
     _STEP = flags.DEFINE_integer("step", None, "of a workdir's checkpoints; the newest by default")
     _DTYPE = flags.DEFINE_enum(
         "dtype", None, list(DTYPES), "what weights are stored in; as they are by default"
@@ -137,7 +139,7 @@ if __name__ == "__main__":
     )
     _TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer's folder, to put beside --to=hf")
     _MAX_SHARD = flags.DEFINE_float(
-        "max_shard_gigabytes", models.MAX_SHARD / 1e9, "a file of weights of --to=hf"
+        "max_shard_gigabytes", models.MAX_SHARD_BYTES / 1e9, "a file of weights of --to=hf"
     )
     _CHECK = flags.DEFINE_bool(
         "check", False, "compare two checkpoints instead; exit code 1 where they differ"

@@ -21,7 +21,7 @@ from lvm.hardware.compiler_options import DETERMINISM_COST, compiler_options
 from lvm.hardware.sharding import make_mesh
 from lvm.inference.contact_sheet import completion
 from lvm.inference.generator import Generator, Sampling
-from lvm.interop.init_from import StepFrom, first_model
+from lvm.interop.init_from import WarmStartStep, load_initial_model
 from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.model.flops import CONVENTIONS, train_flops_per_token
 from lvm.model.nnx_utils import count_params
@@ -68,7 +68,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     model = _with_vocabulary(config.model, vocabulary)
     first = None
     if config.init_from and newest_step(place.path) is None:
-        first = first_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
+        first = load_initial_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
     rows.check_repetitions(loop.total_steps)
@@ -110,7 +110,7 @@ def _step(
         objective = dataclasses.replace(trainable.objective, accumulate_steps=parts)
         chosen = dataclasses.replace(trainable, config=model, objective=objective)
         if first is not None:
-            return StepFrom(first, chosen, mesh, config.seed, config.mesh.zero1)
+            return WarmStartStep(first, chosen, mesh, config.seed, config.mesh.zero1)
         platform = mesh.devices.flat[0].platform
         options = compiler_options(platform, config.flags, config.deterministic)
         return Step(chosen, mesh, config.seed, config.mesh.zero1, options)

@@ -33,7 +33,7 @@ from lvm.common.logging import log_info
 from lvm.hardware import accelerators
 from lvm.inference.generator import Generator, Sampling
 from lvm.interop import models, tensors
-from lvm.interop.lazy_checkpoint import NO_RECORD, LazyCheckpoint, shapes
+from lvm.interop.lazy_checkpoint import NO_RECORD, LazyCheckpoint, tensor_shapes
 from lvm.model.transformer import SIZES, ModelConfig
 from lvm.model.vocabulary import Vocabulary
 from scripts.contenders import Report, contend, cpu_name, run_job
@@ -104,7 +104,7 @@ def write_weights(folder: pathlib.Path, size: str) -> None:
             return np.ones(shape, np.float32)
         return config.init_std * rng.standard_normal(shape, dtype=np.float32)
 
-    drawn = {name: tensors.of_array(draw(name, shape)) for name, shape in shapes(config).items()}
+    drawn = {name: tensors.from_array(draw(name, shape)) for name, shape in tensor_shapes(config).items()}
     models.write(folder, LazyCheckpoint(config, vocabulary, drawn, NO_RECORD, 0, str(folder)), "hf")
 
 
@@ -150,9 +150,9 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
     dtype = job["dtype"]
     if dtype == "auto":
         dtype = "float32" if device.platform == "cpu" else "bfloat16"
-    stored = models.read(job["folder"])
-    config = dataclasses.replace(stored.config, dtype=dtype)
-    generator = Generator(config, stored.params())
+    checkpoint = models.read(job["folder"])
+    config = dataclasses.replace(checkpoint.config, dtype=dtype)
+    generator = Generator(config, checkpoint.load_params())
     libraries = f"jax {jax.__version__}"
     report(
         {"platform": device.platform, "device": device.device_kind, "dtype": dtype, "libraries": libraries}
@@ -174,7 +174,7 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
 
 def traffic(config: ModelConfig, rows: int, cached: int) -> int:
     """Bytes that a step of decoding must read at least: every weight once but the embedding, and each row's cache."""
-    sizes = {name: int(np.prod(shape)) for name, shape in shapes(config).items()}
+    sizes = {name: int(np.prod(shape)) for name, shape in tensor_shapes(config).items()}
     weights = sum(sizes.values()) - (0 if config.tie_embeddings else sizes["embedding"])
     cache = rows * cached * 2 * config.num_layers * config.kv_heads * config.head_dim
     return (weights + cache) * (2 if config.dtype == "bfloat16" else 4)

@@ -24,8 +24,14 @@ from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.images.preprocess import Preprocess
-from lvm.interop import tensors as interop
-from lvm.interop.tensors import LazyTensor
+from lvm.interop.tensors import (
+    BFLOAT16,
+    LazyTensor,
+    check_shapes,
+    from_array,
+    read_safetensors,
+    write_safetensors,
+)
 from lvm.interop.torch_reader import read_state_dict
 from lvm.model.nnx_utils import Params
 from lvm.training.checkpoint import Checkpoints, load_params
@@ -45,7 +51,7 @@ _NAMES = {
 }
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", "")
 _KINDS_OF_CLASS = {"VQGANModel": "torch", "VQModel": "diffusers"}
-_WIDENED = (np.dtype(np.float16), interop.BFLOAT16)
+_WIDENED = (np.dtype(np.float16), BFLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +122,7 @@ def _read_published(folder: epath.Path, file: epath.Path | None) -> Weights:
         )
     names = layout.tensors(config)
     found = _open(file, content)
-    interop.check(found, {name: shape for name, (_, shape) in names.items()}, os.fspath(file))
+    check_shapes(found, {name: shape for name, (_, shape) in names.items()}, os.fspath(file))
     _check_dtypes(found, file)
     params = {path: _parameter(found[name], layout) for name, (path, _) in names.items()}
     return Weights(config, preprocess, layouts.unflatten(params))
@@ -206,7 +212,7 @@ def _open(file: epath.Path, content: str) -> dict[str, LazyTensor]:
     if content == "torch":
         return read_state_dict(file)
     if content == "safetensors":
-        return interop.read_safetensors(file)
+        return read_safetensors(file)
     try:
         tree = flax.serialization.msgpack_restore(file.read_bytes())
     except Exception as error:  # msgpack's are of many kinds
@@ -216,7 +222,7 @@ def _open(file: epath.Path, content: str) -> dict[str, LazyTensor]:
     others = [name for name, leaf in flat.items() if not isinstance(leaf, np.ndarray)]
     if others or not flat:
         raise UserError(f"{file}: {', '.join(others[:8]) or 'nothing'}: expected a tree of arrays")
-    return {name: interop.of_array(leaf) for name, leaf in flat.items()}
+    return {name: from_array(leaf) for name, leaf in flat.items()}
 
 
 def _layout_for(config: VQGANConfig, kind: str) -> Layout:
@@ -254,7 +260,7 @@ def _write_published(folder: pathlib.Path, weights: Weights, layout: Layout) -> 
         tree = layouts.unflatten({tuple(name.split(".")): array for name, array in tensors.items()})
         files.write_atomically(file, flax.serialization.msgpack_serialize({"params": tree}))
     else:
-        interop.write_safetensors(file, tensors)
+        write_safetensors(file, tensors)
     files.write_json(folder / CONFIG, layout.to_fields(weights.config))
     files.write_json(folder / PREPROCESS, weights.preprocess.to_json())
 

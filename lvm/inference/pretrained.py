@@ -80,7 +80,7 @@ class LVM:
         found = models.read(folder, step)
         # The kernel that training ran by need not run here.
         config = dataclasses.replace(found.config, dtype=dtype or found.config.dtype, attention="auto")
-        return cls(config, found.vocabulary, found.params(), dict(found.record), found.step, mesh)
+        return cls(config, found.vocabulary, found.load_params(), dict(found.record), found.step, mesh)
 
     @functools.cached_property
     def _generator(self) -> Generator:

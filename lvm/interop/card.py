@@ -17,7 +17,7 @@ README, EXAMPLE = "README.md", "example.py"
 TOKENIZER = "tokenizer"  # the folder of the export that holds it
 
 
-def example(preprocess: Preprocess) -> str:
+def example_script(preprocess: Preprocess) -> str:
     """The text of `example.py`, which prepares pictures as the tokenizer wants them."""
     plain = dataclasses.replace(preprocess, resizer="pillow", decode="full")  # as the example reads pictures
     crop = "left, top, left + side, top + side" if preprocess.mode == "center_crop" else "0, 0, *picture.size"
@@ -42,7 +42,7 @@ _CROP = """    side = min(picture.size)
 _EXAMPLE = pathlib.Path(__file__).with_name("example.py.in")
 
 
-def readme(stored: LazyCheckpoint, identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
+def model_card(checkpoint: LazyCheckpoint, identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
     """The model card.
 
     Args:
@@ -50,8 +50,13 @@ def readme(stored: LazyCheckpoint, identity: Mapping[str, Any] | None, has_token
       identity: of its tokenizer (`Tokenizer.identity`), where it is known.
       has_tokenizer: whether the tokenizer is beside the weights.
     """
-    parts = [_HEAD, _sizes(stored), _tokenizer(identity, has_tokenizer), _prompting(stored, has_tokenizer)]
-    parts.append(_training(stored))
+    parts = [
+        _HEAD,
+        _sizes(checkpoint),
+        _tokenizer(identity, has_tokenizer),
+        _prompting(checkpoint, has_tokenizer),
+    ]
+    parts.append(_training(checkpoint))
     return "\n".join(parts)
 
 
@@ -67,9 +72,9 @@ query as example pairs before it do.
 """
 
 
-def _sizes(stored: LazyCheckpoint) -> str:
-    config, vocabulary = stored.config, stored.vocabulary
-    count = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
+def _sizes(checkpoint: LazyCheckpoint) -> str:
+    config, vocabulary = checkpoint.config, checkpoint.vocabulary
+    count = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     specials = {name: getattr(vocabulary, name) for name in ("bos", "eos", "pad")}
     rows = {
         "parameters": f"{count:,}",
@@ -77,12 +82,12 @@ def _sizes(stored: LazyCheckpoint) -> str:
         "heads, key-value heads": f"{config.num_heads}, {config.kv_heads}",
         "context": f"{config.context} tokens",
         "output projection": "the embedding" if config.tie_embeddings else "its own",
-        "stored in": stored.dtype,
+        "stored in": checkpoint.dtype,
         "vocabulary": f"{vocabulary.size} ids: codes 0–{vocabulary.num_codes - 1}, "
         + ", ".join(
             f"{name.upper()} {'none' if token is None else token}" for name, token in specials.items()
         ),
-        "training step": f"{stored.step:,}" if stored.step else "not told",
+        "training step": f"{checkpoint.step:,}" if checkpoint.step else "not told",
     }
     return "## Sizes\n\n| | |\n|---|---|\n" + "".join(
         f"| {name} | {value} |\n" for name, value in rows.items()
@@ -103,8 +108,8 @@ def _tokenizer(identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
     )
 
 
-def _prompting(stored: LazyCheckpoint, has_tokenizer: bool) -> str:
-    vocabulary = stored.vocabulary
+def _prompting(checkpoint: LazyCheckpoint, has_tokenizer: bool) -> str:
+    vocabulary = checkpoint.vocabulary
     first = "the" if vocabulary.bos is None else f"{vocabulary.bos} (BOS), then the"
     run = (
         "\n```sh\npython example.py x1.png y1.png x2.png y2.png query.png answer.png\n```\n"
@@ -121,10 +126,10 @@ def _prompting(stored: LazyCheckpoint, has_tokenizer: bool) -> str:
     )
 
 
-def _training(stored: LazyCheckpoint) -> str:
-    config = stored.record.get("config", {})
+def _training(checkpoint: LazyCheckpoint) -> str:
+    config = checkpoint.record.get("config", {})
     told = {name: value for name, value in config.items() if name != "model"}
     if not told:
         return "## Training\n\nNot told.\n"
-    whole = json.dumps({**told, "model": to_json(stored.config)}, indent=1, sort_keys=True)
+    whole = json.dumps({**told, "model": to_json(checkpoint.config)}, indent=1, sort_keys=True)
     return f"## Training\n\nThe configuration it was trained with:\n\n```json\n{whole}\n```\n"

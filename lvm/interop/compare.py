@@ -25,41 +25,43 @@ class Comparison:
     """What differs, in float32.
 
     Attributes:
-      largest: float32 [T], the largest difference of a code's logit at each position.
-      spread: the standard deviation of the first model's logits.
+      max_abs_diff: float32 [T], the largest difference of a code's logit at each position.
+      logit_std: the standard deviation of the first model's logits.
       kl: float32 [T], the mean of KL(first ‖ second) over the codes at each position, in nats.
-      first: the first part whose output isn't the same bits, "embedding", "layer 3" …; None if none is.
-      size: by how much it differs there, as a share of the output's root mean square.
+      first_difference: the first part whose output isn't the same bits, "embedding", "layer 3" …; None if none is.
+      relative_difference: by how much it differs there, as a share of the output's root mean square.
     """
 
-    largest: np.ndarray
-    spread: float
+    max_abs_diff: np.ndarray
+    logit_std: float
     kl: np.ndarray
-    first: str | None
-    size: float
+    first_difference: str | None
+    relative_difference: float
 
-    def lines(self) -> Iterator[str]:
+    def report(self) -> Iterator[str]:
         """The report."""
-        worst = int(self.largest.argmax())
+        worst = int(self.max_abs_diff.argmax())
         yield (
-            f"largest difference of a logit: {self.largest[worst]:.3g}, at position {worst}; logits spread over "
-            f"{self.spread:.3g}"
+            f"largest difference of a logit: {self.max_abs_diff[worst]:.3g}, at position {worst}; logits spread over "
+            f"{self.logit_std:.3g}"
         )
         yield f"KL: {self.kl.mean():.3g} nats a code, {self.kl.max():.3g} at the worst position"
-        last = len(self.largest) - 1
+        last = len(self.max_abs_diff) - 1
         shown = [*(position for position in _SHOWN if position < last), last]
-        yield "by position: " + ", ".join(f"{position}: {self.largest[position]:.3g}" for position in shown)
-        yield f"first layer that differs: {self.first or 'none'}" + (
-            f", by {self.size:.3g} of its output" if self.first else ""
+        yield "by position: " + ", ".join(
+            f"{position}: {self.max_abs_diff[position]:.3g}" for position in shown
+        )
+        yield f"first layer that differs: {self.first_difference or 'none'}" + (
+            f", by {self.relative_difference:.3g} of its output" if self.first_difference else ""
         )
 
 
-def compare(first: LazyCheckpoint, second: LazyCheckpoint, rows: int = 2, seed: int = 0) -> Comparison:
+def compare(first: LazyCheckpoint, second: LazyCheckpoint, num_rows: int = 2, seed: int = 0) -> Comparison:
     """Runs both models on the same random codes, as many as both contexts hold; logits of codes alone count.
 
     Args:
       first, second: of equal hidden size, layers and codes.
-      rows: of codes.
+      num_rows: of codes.
       seed: draws them.
 
     Raises:
@@ -67,7 +69,7 @@ def compare(first: LazyCheckpoint, second: LazyCheckpoint, rows: int = 2, seed: 
     """
     _check_comparable(first, second)
     num_codes, T = first.vocabulary.num_codes, min(first.config.context, second.config.context)
-    tokens = np.random.default_rng(seed).integers(0, num_codes, (rows, T))
+    tokens = np.random.default_rng(seed).integers(0, num_codes, (num_rows, T))
     models = (first, second)
     hidden = [
         jnp.asarray(m.tensors["embedding"].read().astype(np.float32)[tokens]) for m in models
@@ -91,7 +93,7 @@ def compare(first: LazyCheckpoint, second: LazyCheckpoint, rows: int = 2, seed: 
     apart = np.concatenate(largest)
     if differs is None and apart.any():
         differs, size = "the output projection", float(apart.max())
-    return Comparison(apart, (squares / (rows * T)) ** 0.5, np.concatenate(kl), differs, size)
+    return Comparison(apart, (squares / (num_rows * T)) ** 0.5, np.concatenate(kl), differs, size)
 
 
 def _check_comparable(first: LazyCheckpoint, second: LazyCheckpoint) -> None:
@@ -104,14 +106,14 @@ def _check_comparable(first: LazyCheckpoint, second: LazyCheckpoint) -> None:
     if codes[0] != codes[1]:
         different.append(f"num_codes: {codes[0]}, there {codes[1]}")
     if different:
-        raise UserError(f"{first.where} and {second.where}: not one model ({'; '.join(different)})")
+        raise UserError(f"{first.path} and {second.path}: not one model ({'; '.join(different)})")
 
 
 def _layer(model: LazyCheckpoint, number: int, x: jax.Array) -> jax.Array:
     """x [B, T, D] → [B, T, D]; one layer of the model is in memory."""
     config = dataclasses.replace(model.config, dtype="float32")
     rope = rope_cos_sin(jnp.arange(x.shape[1])[None], config.head_dim, config.rope_theta)
-    return _program(config)(model.layer(number), x, rope)
+    return _program(config)(model.load_layer(number), x, rope)
 
 
 @functools.lru_cache(maxsize=4)

@@ -50,23 +50,23 @@ _ONLY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class ConfigFormat:
     """Whose config.json it is: the name of the context's field."""
 
-    context: str
+    context_field: str
 
-    def fields(self, config: ModelConfig) -> dict[str, Any]:
+    def to_fields(self, config: ModelConfig) -> dict[str, Any]:
         """The fields that both have, of a model."""
         values = {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()}
-        return values | {"num_key_value_heads": config.kv_heads, self.context: config.context}
+        return values | {"num_key_value_heads": config.kv_heads, self.context_field: config.context}
 
 
-LLAMA = Family("max_position_embeddings")
-EASYLM = Family("max_sequence_length")
+LLAMA = ConfigFormat("max_position_embeddings")
+EASYLM = ConfigFormat("max_sequence_length")
 
 
-def config_of(
-    fields: Mapping[str, Any], family: Family, record: Mapping[str, Any], where: str
+def parse_config(
+    fields: Mapping[str, Any], family: ConfigFormat, record: Mapping[str, Any], where: str
 ) -> ModelConfig:
     """The model of a config.json; what it doesn't tell is as in its training's record, or as by default.
 
@@ -75,7 +75,7 @@ def config_of(
     """
     _check_only(fields, where)
     values: dict[str, Any] = {}
-    for theirs, ours in {**_SIZES, family.context: "context"}.items():
+    for theirs, ours in {**_SIZES, family.context_field: "context"}.items():
         if theirs == "num_key_value_heads":
             heads = fields.get(theirs)
             values[ours] = 0 if heads in (None, fields.get("num_attention_heads")) else heads
@@ -122,16 +122,16 @@ def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
     return found[0] if found else _DEFAULTS["rope_theta"]
 
 
-def save_beside(folder: pathlib.Path, stored: LazyCheckpoint) -> None:
+def write_record(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
     """Writes the vocabulary, and what the training said of itself."""
-    stored.vocabulary.save(folder)
-    record = dict(stored.record)
-    record["config"] = {**record.get("config", {}), "model": to_json(stored.config)}
-    files.write_json(folder / RECORD, {"record": record, "step": stored.step})
+    checkpoint.vocabulary.save(folder)
+    record = dict(checkpoint.record)
+    record["config"] = {**record.get("config", {}), "model": to_json(checkpoint.config)}
+    files.write_json(folder / RECORD, {"record": record, "step": checkpoint.step})
 
 
-def record_of(folder: epath.Path) -> tuple[dict[str, Any], int]:
-    """What `save_beside` wrote of the training, and its step.
+def read_record(folder: epath.Path) -> tuple[dict[str, Any], int]:
+    """What `write_record` wrote of the training, and its step.
 
     Raises:
       UserError: the file is damaged.

@@ -11,14 +11,13 @@ from etils import epath
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
-from lvm.interop import tensors as interop
 from lvm.interop.config_fields import EASYLM as FAMILY
-from lvm.interop.config_fields import LLAMA, config_of, record_of, save_beside
-from lvm.interop.hugging_face import computed_as_stored
+from lvm.interop.config_fields import LLAMA, parse_config, read_record, write_record
+from lvm.interop.easylm_stream import Key, read_stream, write_stream
+from lvm.interop.hugging_face import infer_compute_dtype
 from lvm.interop.layouts import EASYLM
-from lvm.interop.lazy_checkpoint import LazyCheckpoint, read_whole, vocabulary_of
-from lvm.interop.stream import Key, read_stream, write_stream
-from lvm.interop.tensors import LazyTensor
+from lvm.interop.lazy_checkpoint import LazyCheckpoint, check_tensors, load_vocabulary
+from lvm.interop.tensors import LazyTensor, check_shapes
 from lvm.training.workdir import CONFIG
 
 PARAMS = "streaming_params"
@@ -26,7 +25,7 @@ _PREFIXES = ("streaming_params", "streaming_train_state")
 _SUFFIXES = (".msgpack", ".easylm", ".stream")
 
 
-def streams(names: Sequence[str]) -> list[str]:
+def list_streams(names: Sequence[str]) -> list[str]:
     """The files of a folder that are such streams, by their names."""
     return sorted(name for name in names if name.startswith(_PREFIXES) or name.endswith(_SUFFIXES))
 
@@ -43,16 +42,16 @@ def read(folder: epath.Path, file: epath.Path) -> LazyCheckpoint:
             f"{folder}: {CONFIG} is missing; a stream doesn't tell the model's sizes (docs/interop.md)"
         )
     fields = files.read_json(folder / CONFIG)
-    family = LLAMA if LLAMA.context in fields else FAMILY
-    record, step = record_of(folder)
-    config = config_of(fields, family, record, f"{folder / CONFIG}")
-    vocabulary = vocabulary_of(folder, config.vocabulary_size)
+    family = LLAMA if LLAMA.context_field in fields else FAMILY
+    record, step = read_record(folder)
+    config = parse_config(fields, family, record, f"{folder / CONFIG}")
+    vocabulary = load_vocabulary(folder, config.vocabulary_size)
     found = _parameters(file)
-    interop.check(found, EASYLM.shapes(config), os.fspath(file))
-    tensors = EASYLM.ours(found, config)
-    read_whole(tensors, config, file)
-    stored = LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(file))
-    return stored if "model" in record.get("config", {}) else computed_as_stored(stored)
+    check_shapes(found, EASYLM.shapes(config), os.fspath(file))
+    tensors = EASYLM.import_tensors(found, config)
+    check_tensors(tensors, config, file)
+    checkpoint = LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(file))
+    return checkpoint if "model" in record.get("config", {}) else infer_compute_dtype(checkpoint)
 
 
 def _parameters(file: epath.Path) -> dict[str, LazyTensor]:
@@ -69,16 +68,16 @@ def _parameters(file: epath.Path) -> dict[str, LazyTensor]:
     return {".".join(key): value for key, value in mine.items() if value is not None}
 
 
-def write(folder: pathlib.Path, stored: LazyCheckpoint) -> None:
+def write(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
     """Writes such a folder's files."""
-    if stored.config.kv_heads != stored.config.num_heads:
+    if checkpoint.config.kv_heads != checkpoint.config.num_heads:
         log_info("EasyLM has no grouped key-value heads: its own code can't load this, ours can")
-    tensors = EASYLM.theirs(stored.tensors)
+    tensors = EASYLM.export_tensors(checkpoint.tensors)
     write_stream(folder / PARAMS, ((tuple(name.split(".")), tensor) for name, tensor in tensors.items()))
-    files.write_json(folder / CONFIG, _config(stored))
-    save_beside(folder, stored)
+    files.write_json(folder / CONFIG, _config(checkpoint))
+    write_record(folder, checkpoint)
 
 
-def _config(stored: LazyCheckpoint) -> dict[str, object]:
-    specials = {f"{name}_token_id": getattr(stored.vocabulary, name) for name in ("bos", "eos", "pad")}
-    return {**FAMILY.fields(stored.config), "rope_theta": stored.config.rope_theta, **specials}
+def _config(checkpoint: LazyCheckpoint) -> dict[str, object]:
+    specials = {f"{name}_token_id": getattr(checkpoint.vocabulary, name) for name in ("bos", "eos", "pad")}
+    return {**FAMILY.to_fields(checkpoint.config), "rope_theta": checkpoint.config.rope_theta, **specials}

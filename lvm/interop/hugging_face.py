@@ -13,11 +13,10 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.interop import tensors as interop
-from lvm.interop.config_fields import LLAMA, config_of, record_of, save_beside
+from lvm.interop.config_fields import LLAMA, parse_config, read_record, write_record
 from lvm.interop.layouts import HUGGING_FACE
-from lvm.interop.lazy_checkpoint import LazyCheckpoint, read_whole, vocabulary_of
-from lvm.interop.tensors import LazyTensor
+from lvm.interop.lazy_checkpoint import LazyCheckpoint, check_tensors, load_vocabulary
+from lvm.interop.tensors import LazyTensor, check_shapes, read_safetensors, write_safetensors
 from lvm.interop.torch_reader import read_state_dict
 from lvm.model.vocabulary import Vocabulary
 from lvm.training.workdir import CONFIG
@@ -31,7 +30,7 @@ _DERIVED = re.compile(
 )  # of old versions: no parameters
 
 
-def is_one(names: Sequence[str]) -> bool:
+def has_weights(names: Sequence[str]) -> bool:
     """Whether a folder with such files is transformers'."""
     return any(_WEIGHTS.fullmatch(name) for name in names)
 
@@ -44,27 +43,27 @@ def read(folder: epath.Path) -> LazyCheckpoint:
         nothing declares.
     """
     fields = files.read_json(folder / CONFIG)
-    record, step = record_of(folder)
-    config = config_of(fields, LLAMA, record, f"{folder / CONFIG}")
-    vocabulary = vocabulary_of(folder, config.vocabulary_size)
+    record, step = read_record(folder)
+    config = parse_config(fields, LLAMA, record, f"{folder / CONFIG}")
+    vocabulary = load_vocabulary(folder, config.vocabulary_size)
     found = {name: tensor for name, tensor in _tensors(folder).items() if not _DERIVED.fullmatch(name)}
     if config.tie_embeddings:  # which some versions write twice
         found.pop(HUGGING_FACE.name("head"), None)
-    interop.check(found, HUGGING_FACE.shapes(config), os.fspath(folder))
-    tensors = HUGGING_FACE.ours(found, config)
-    read_whole(tensors, config, folder)
-    stored = LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(folder))
-    return stored if "model" in record.get("config", {}) else computed_as_stored(stored)
+    check_shapes(found, HUGGING_FACE.shapes(config), os.fspath(folder))
+    tensors = HUGGING_FACE.import_tensors(found, config)
+    check_tensors(tensors, config, folder)
+    checkpoint = LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(folder))
+    return checkpoint if "model" in record.get("config", {}) else infer_compute_dtype(checkpoint)
 
 
-def computed_as_stored(stored: LazyCheckpoint) -> LazyCheckpoint:
+def infer_compute_dtype(checkpoint: LazyCheckpoint) -> LazyCheckpoint:
     """With the compute type of its tensors, where nothing else tells; float16 isn't one of ours."""
-    dtype = "bfloat16" if stored.dtype == "bfloat16" else "float32"
-    return dataclasses.replace(stored, config=dataclasses.replace(stored.config, dtype=dtype))
+    dtype = "bfloat16" if checkpoint.dtype == "bfloat16" else "float32"
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, dtype=dtype))
 
 
 def _tensors(folder: epath.Path) -> dict[str, LazyTensor]:
-    for name, read_file in ((SAFETENSORS, interop.read_safetensors), (TORCH, read_state_dict)):
+    for name, read_file in ((SAFETENSORS, read_safetensors), (TORCH, read_state_dict)):
         if (folder / name).exists():
             return read_file(folder / name)
         if (folder / f"{name}{INDEX}").exists():
@@ -92,30 +91,30 @@ def _sharded(index: epath.Path, read_file: Any) -> dict[str, LazyTensor]:
     return {tensor: shards[place][tensor] for tensor, place in places.items()}
 
 
-def write(folder: pathlib.Path, stored: LazyCheckpoint, max_shard: int) -> None:
-    """Writes such a folder's files, weights in shards of at most `max_shard` bytes each (or one tensor)."""
-    tensors = HUGGING_FACE.theirs(stored.tensors)
-    shards = list(_shards(tensors, max_shard))
+def write(folder: pathlib.Path, checkpoint: LazyCheckpoint, max_shard_bytes: int) -> None:
+    """Writes such a folder's files, weights in shards of at most `max_shard_bytes` bytes each (or one tensor)."""
+    tensors = HUGGING_FACE.export_tensors(checkpoint.tensors)
+    shards = list(_shards(tensors, max_shard_bytes))
     places: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         single = len(shards) == 1
         file = SAFETENSORS if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        interop.write_safetensors(folder / file, {name: tensors[name].read() for name in names})
+        write_safetensors(folder / file, {name: tensors[name].read() for name in names})
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         files.write_json(folder / f"{SAFETENSORS}{INDEX}", index)
-    files.write_json(folder / CONFIG, _config(stored))
-    files.write_json(folder / GENERATION_CONFIG, _generation_config(stored.vocabulary))
-    save_beside(folder, stored)
+    files.write_json(folder / CONFIG, _config(checkpoint))
+    files.write_json(folder / GENERATION_CONFIG, _generation_config(checkpoint.vocabulary))
+    write_record(folder, checkpoint)
 
 
-def _shards(tensors: Mapping[str, LazyTensor], max_shard: int) -> Iterator[list[str]]:
+def _shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > max_shard:
+        if names and size + tensor.nbytes > max_shard_bytes:
             yield names
             names, size = [], 0
         names.append(name)
@@ -127,12 +126,12 @@ def _specials(vocabulary: Vocabulary) -> dict[str, int | None]:
     return {f"{name}_token_id": getattr(vocabulary, name) for name in ("bos", "eos", "pad")}
 
 
-def _config(stored: LazyCheckpoint) -> dict[str, Any]:
-    config = stored.config
+def _config(checkpoint: LazyCheckpoint) -> dict[str, Any]:
+    config = checkpoint.config
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **LLAMA.fields(config),
+        **LLAMA.to_fields(config),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -143,9 +142,9 @@ def _config(stored: LazyCheckpoint) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "torch_dtype": stored.dtype,
-        "dtype": stored.dtype,
-        **_specials(stored.vocabulary),
+        "torch_dtype": checkpoint.dtype,
+        "dtype": checkpoint.dtype,
+        **_specials(checkpoint.vocabulary),
     }
 
 

@@ -12,7 +12,7 @@ from etils import epath
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.interop import models
-from lvm.interop.lazy_checkpoint import LazyCheckpoint, with_dtype, with_vocabulary
+from lvm.interop.lazy_checkpoint import LazyCheckpoint, resize_vocabulary, with_dtype
 from lvm.interop.tensors import LazyTensor
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
@@ -32,7 +32,7 @@ _SAME = (
 )
 
 
-def first_model(
+def load_initial_model(
     folder: epath.PathLike, config: ModelConfig, vocabulary: Vocabulary, tokenizer: Mapping[str, Any]
 ) -> LazyCheckpoint:
     """The model in a folder, float32, with as many ids as the training's vocabulary.
@@ -61,10 +61,10 @@ def first_model(
         raise UserError(f"config.init_from: {folder}: a model of another tokenizer's codes than the store's")
     if found.vocabulary != vocabulary:
         log_info(f"{folder}: its vocabulary becomes ours: {found.vocabulary} → {vocabulary}")
-    return with_dtype(with_vocabulary(found, vocabulary.size), "float32")
+    return with_dtype(resize_vocabulary(found, vocabulary.size), "float32")
 
 
-class StepFrom(Step):
+class WarmStartStep(Step):
     """A step whose first state has a stored model's weights; its optimizer's state is a fresh one."""
 
     def __init__(self, model: LazyCheckpoint, *arguments: Any):
@@ -74,7 +74,7 @@ class StepFrom(Step):
     def init(self) -> State:
         """See `Step.init`."""
         state = super().init()
-        return state | {"params": _placed(self._model.stacked(), state["params"])}
+        return state | {"params": _placed(self._model.tree(), state["params"])}
 
 
 def _placed(tree: Any, like: Any) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lvm.interop.lazy_checkpoint import shapes
+from lvm.interop.lazy_checkpoint import tensor_shapes
 from lvm.interop.tensors import LazyTensor, Tensors
 from lvm.model.transformer import ModelConfig
 
@@ -43,17 +43,17 @@ class Layout:
 
     def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Their name of every tensor → its shape in their file."""
-        return {self.name(name): self._shape(name, shape) for name, shape in shapes(config).items()}
+        return {self.name(name): self._shape(name, shape) for name, shape in tensor_shapes(config).items()}
 
-    def ours(self, theirs: Tensors, config: ModelConfig) -> dict[str, LazyTensor]:
+    def import_tensors(self, theirs: Tensors, config: ModelConfig) -> dict[str, LazyTensor]:
         """Their tensors under our names, in our layout, as they are read."""
         return {
             name: self._map(theirs[self.name(name)], name, shape, back=True)
-            for name, shape in shapes(config).items()
+            for name, shape in tensor_shapes(config).items()
         }
 
-    def theirs(self, ours: Tensors) -> dict[str, LazyTensor]:
-        """The inverse of `ours`."""
+    def export_tensors(self, ours: Tensors) -> dict[str, LazyTensor]:
+        """The inverse of `import_tensors`."""
         return {
             self.name(name): self._map(t, name, self._shape(name, t.shape), back=False)
             for name, t in ours.items()

@@ -17,15 +17,14 @@ import numpy as np
 from etils import epath
 
 from lvm.common.errors import UserError
-from lvm.interop import tensors as interop
-from lvm.interop.tensors import LazyTensor, Tensors
+from lvm.interop.tensors import BFLOAT16, LazyTensor, Tensors, cast, check_shapes, stack
 from lvm.model.nnx_utils import Params, abstract_module
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import FILENAME, Vocabulary
 
 DTYPES = {
     "float32": np.dtype(np.float32),
-    "bfloat16": interop.BFLOAT16,
+    "bfloat16": BFLOAT16,
     "float16": np.dtype(np.float16),
 }
 _PUBLISHED = Vocabulary(8192, 8292, bos=None, eos=None, pad=8192)  # of LVM's checkpoints
@@ -45,8 +44,8 @@ class LazyCheckpoint:
       tensors: every parameter, one a layer.
       record: what its training said of itself (`lvm.training.workdir`); `NO_RECORD` where nothing tells.
       step: of that training; 0 where nothing tells.
-      where: the folder, for errors.
-      whole: parameters that the file holds stacked, by their dotted names: read at once where all of one is needed.
+      path: the folder, for errors.
+      stacked: parameters that the file holds stacked, by their dotted names: read at once where all of one is needed.
     """
 
     config: ModelConfig
@@ -54,8 +53,8 @@ class LazyCheckpoint:
     tensors: Tensors
     record: Mapping[str, Any]
     step: int
-    where: str
-    whole: Tensors = dataclasses.field(default_factory=dict)
+    path: str
+    stacked: Tensors = dataclasses.field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -65,29 +64,29 @@ class LazyCheckpoint:
             sizes[str(tensor.dtype)] = sizes.get(str(tensor.dtype), 0) + tensor.nbytes
         return max(sizes, key=lambda name: sizes[name])
 
-    def params(self) -> Params:
+    def load_params(self) -> Params:
         """The parameters in memory, in their stored types, stacked as `Transformer` has them."""
-        return _on_device(self.stacked())
+        return _on_device(self.tree())
 
-    def stacked(self) -> dict[str, Any]:
+    def tree(self) -> dict[str, Any]:
         """The tree of `Transformer`'s parameters, of tensors that are read when they are asked for."""
         tree: dict[str, Any] = {}
         for name in stacked_shapes(self.config):
             *path, leaf = name.split(".")
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), path, tree)
-            if name in self.whole:
-                node[leaf] = self.whole[name]
+            if name in self.stacked:
+                node[leaf] = self.stacked[name]
             elif path[:1] == [_STACKED]:
                 layers = [self.tensors[n] for n in layer_names(name, self.config)]
-                node[leaf] = interop.stack(layers, f"{self.where}: {name}")
+                node[leaf] = stack(layers, f"{self.path}: {name}")
             else:
                 node[leaf] = self.tensors[name]
         return tree
 
-    def layer(self, number: int) -> Params:
+    def load_layer(self, index: int) -> Params:
         """One layer's parameters in memory, float32."""
         tree: dict[str, Any] = {}
-        prefix = f"{_STACKED}.{number}."
+        prefix = f"{_STACKED}.{index}."
         for name, tensor in self.tensors.items():
             if name.startswith(prefix):
                 *path, leaf = name.removeprefix(prefix).split(".")
@@ -124,7 +123,7 @@ def layer_names(name: str, config: ModelConfig) -> list[str]:
     return [f"{_STACKED}.{number}.{rest}" for number in range(config.num_layers)]
 
 
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor's shape, one a layer, in the order in which they are used."""
     whole = stacked_shapes(config)
     stacked = {name: shape for name, shape in whole.items() if name.startswith(f"{_STACKED}.")}
@@ -145,7 +144,7 @@ def check_dtypes(tensors: Tensors, where: str) -> None:
         raise UserError(f"{where}: {'; '.join(wrong[:8])}; expected {', '.join(DTYPES)}")
 
 
-def vocabulary_of(folder: epath.Path, size: int) -> Vocabulary:
+def load_vocabulary(folder: epath.Path, size: int) -> Vocabulary:
     """The vocabulary of a folder's model: the declared one, or what two sizes mean undeclared.
 
     Raises:
@@ -165,16 +164,16 @@ def vocabulary_of(folder: epath.Path, size: int) -> Vocabulary:
     return _UNDECLARED[size]
 
 
-def with_dtype(stored: LazyCheckpoint, dtype: str) -> LazyCheckpoint:
+def with_dtype(checkpoint: LazyCheckpoint, dtype: str) -> LazyCheckpoint:
     """The same in another floating-point type."""
     tensors = {
-        name: interop.cast(tensor, DTYPES[dtype], f"{stored.where}: {name}")
-        for name, tensor in stored.tensors.items()
+        name: cast(tensor, DTYPES[dtype], f"{checkpoint.path}: {name}")
+        for name, tensor in checkpoint.tensors.items()
     }
-    return dataclasses.replace(stored, tensors=tensors, whole={})
+    return dataclasses.replace(checkpoint, tensors=tensors, stacked={})
 
 
-def with_vocabulary(stored: LazyCheckpoint, size: int) -> LazyCheckpoint:
+def resize_vocabulary(checkpoint: LazyCheckpoint, size: int) -> LazyCheckpoint:
     """The same with a vocabulary of `size` ids.
 
     Ids keep their rows, bit for bit, and specials their ids; each new id gets the mean of all rows, in the embedding
@@ -184,27 +183,27 @@ def with_vocabulary(stored: LazyCheckpoint, size: int) -> LazyCheckpoint:
     Raises:
       UserError: a code or a special would be cut off.
     """
-    old = stored.vocabulary
+    old = checkpoint.vocabulary
     if size == old.size:
-        return stored
+        return checkpoint
     specials = {name: getattr(old, name) for name in ("bos", "eos", "pad")}
     needed = max([old.num_codes, *(token + 1 for token in specials.values() if token is not None)])
     if size < needed:
         kept = ", ".join(f"{name} {token}" for name, token in specials.items() if token is not None)
         raise UserError(
-            f"{stored.where}: a vocabulary of {size} ids would cut off some of its {old.num_codes} codes and "
+            f"{checkpoint.path}: a vocabulary of {size} ids would cut off some of its {old.num_codes} codes and "
             f"{kept or 'no specials'}; it needs {needed}"
         )
-    tensors = dict(stored.tensors)
+    tensors = dict(checkpoint.tensors)
     for name, axis in (("embedding", 0), ("head", 1)):
         if name in tensors:
             tensors[name] = _resized(tensors[name], axis, size)
     return dataclasses.replace(
-        stored,
-        config=dataclasses.replace(stored.config, vocabulary_size=size),
+        checkpoint,
+        config=dataclasses.replace(checkpoint.config, vocabulary_size=size),
         vocabulary=dataclasses.replace(old, size=size),
         tensors=tensors,
-        whole={name: tensor for name, tensor in stored.whole.items() if name not in tensors},
+        stacked={name: tensor for name, tensor in checkpoint.stacked.items() if name not in tensors},
     )
 
 
@@ -224,11 +223,11 @@ def _resized(tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
     return LazyTensor(shape, tensor.dtype, read)
 
 
-def read_whole(tensors: Tensors, config: ModelConfig, where: str | os.PathLike[str]) -> None:
+def check_tensors(tensors: Tensors, config: ModelConfig, where: str | os.PathLike[str]) -> None:
     """That tensors are those of a model, in floating-point types.
 
     Raises:
       UserError: lists what is missing, unexpected, of another shape or of another type.
     """
-    interop.check(tensors, shapes(config), os.fspath(where))
+    check_shapes(tensors, tensor_shapes(config), os.fspath(where))
     check_dtypes(tensors, os.fspath(where))

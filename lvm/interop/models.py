@@ -16,8 +16,8 @@ from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.model.vocabulary import Vocabulary
 from lvm.training.workdir import CONFIG
 
-KINDS = ("hf", "orbax", "easylm")
-MAX_SHARD = 2 * 10**9  # bytes
+FORMATS = ("hf", "orbax", "easylm")
+MAX_SHARD_BYTES = 2 * 10**9  # bytes
 
 
 def read(folder: epath.PathLike, step: int | None = None) -> LazyCheckpoint:
@@ -31,18 +31,18 @@ def read(folder: epath.PathLike, step: int | None = None) -> LazyCheckpoint:
       UserError: not such a folder, a model that can't be built, or tensors that are not the model's.
     """
     path = epath.Path(folder)
-    kind, file = _kind(path)
-    if kind == "orbax":
+    format, file = _detect_format(path)
+    if format == "orbax":
         return workdirs.read(path, step)
     if step is not None:
         raise UserError(f"{path}: holds one model; a step is chosen of a workdir's checkpoints alone")
     return hugging_face.read(path) if file is None else easylm.read(file.parent, file)
 
 
-def _kind(path: epath.Path) -> tuple[str, epath.Path | None]:
+def _detect_format(path: epath.Path) -> tuple[str, epath.Path | None]:
     """What a folder is, and its stream if it is EasyLM's."""
     if path.is_file():
-        if hugging_face.is_one([path.name]):
+        if hugging_face.has_weights([path.name]):
             raise UserError(f"{path}: a file of weights; give its folder, {path.parent}")
         return "easylm", path
     if not (path / CONFIG).exists():
@@ -60,9 +60,9 @@ def _kind(path: epath.Path) -> tuple[str, epath.Path | None]:
             f"{path / CONFIG}: _class_name: {fields['_class_name']!r}: a tokenizer's, wanted a model's"
         )
     names = [file.name for file in path.iterdir() if file.is_file()]
-    if hugging_face.is_one(names):
+    if hugging_face.has_weights(names):
         return "hf", None
-    found = easylm.streams(names)
+    found = easylm.list_streams(names)
     if len(found) == 1:
         return "easylm", path / found[0]
     raise UserError(
@@ -73,18 +73,18 @@ def _kind(path: epath.Path) -> tuple[str, epath.Path | None]:
 
 def write(
     folder: epath.PathLike,
-    stored: LazyCheckpoint,
-    kind: str,
-    max_shard: int = MAX_SHARD,
-    finish: Callable[[pathlib.Path], None] = lambda folder: None,
+    checkpoint: LazyCheckpoint,
+    format: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    finalize: Callable[[pathlib.Path], None] = lambda folder: None,
 ) -> None:
-    """Writes a new folder of that kind of `KINDS`; it is there as a whole or not at all.
+    """Writes a new folder of that kind of `FORMATS`; it is there as a whole or not at all.
 
     Args:
       folder: to write.
       stored: the model.
-      kind: one of `KINDS`.
-      max_shard: bytes of a file of weights, for "hf".
+      kind: one of `FORMATS`.
+      max_shard_bytes: bytes of a file of weights, for "hf".
       finish: adds files of its own to the folder, before it gets its name.
 
     Raises:
@@ -92,13 +92,13 @@ def write(
       OSError: the disk takes no more.
     """
     with files.clear_disk_errors(folder), files.new_folder(folder) as temporary:
-        if kind == "hf":
-            hugging_face.write(temporary, stored, max_shard)
-        elif kind == "easylm":
-            easylm.write(temporary, stored)
+        if format == "hf":
+            hugging_face.write(temporary, checkpoint, max_shard_bytes)
+        elif format == "easylm":
+            easylm.write(temporary, checkpoint)
         else:
-            workdirs.write(temporary, stored)
-        finish(temporary)
+            workdirs.write(temporary, checkpoint)
+        finalize(temporary)
 
 
 def check_tokenizer(

@@ -44,13 +44,13 @@ class LazyTensor:
       shape: as the file says.
       dtype: as the file says.
       read: the numbers, a new array in C order of this shape and dtype.
-      parts: what it is a stack of, where it is one.
+      slices: what it is a stack of, where it is one.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
-    parts: Sequence[LazyTensor] = ()
+    slices: Sequence[LazyTensor] = ()
 
     @property
     def size(self) -> int:
@@ -64,7 +64,7 @@ class LazyTensor:
 Tensors = Mapping[str, LazyTensor]
 
 
-def of_array(array: np.ndarray) -> LazyTensor:
+def from_array(array: np.ndarray) -> LazyTensor:
     """A tensor that is in memory already."""
     return LazyTensor(array.shape, array.dtype, lambda: np.array(array, order="C"))
 
@@ -148,7 +148,7 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> 
     files.flush(path)
 
 
-def check(tensors: Tensors, shapes: Mapping[str, Sequence[int]], where: str) -> None:
+def check_shapes(tensors: Tensors, shapes: Mapping[str, Sequence[int]], where: str) -> None:
     """That `tensors` are those of `shapes`, no more and no less.
 
     Raises:

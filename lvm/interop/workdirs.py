@@ -18,7 +18,13 @@ from etils import epath
 from lvm.common import files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.interop.lazy_checkpoint import LazyCheckpoint, layer_names, read_whole, shapes, stacked_shapes
+from lvm.interop.lazy_checkpoint import (
+    LazyCheckpoint,
+    check_tensors,
+    layer_names,
+    stacked_shapes,
+    tensor_shapes,
+)
 from lvm.interop.tensors import LazyTensor
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
@@ -42,7 +48,7 @@ def read(folder: epath.Path, step: int | None = None) -> LazyCheckpoint:
     step = sound_step(folder, step)
     place = folder / FOLDER / str(step)
     tensors, whole = _tensors(place / "params", config)
-    read_whole(tensors, config, place)
+    check_tensors(tensors, config, place)
     return LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(folder), whole)
 
 
@@ -61,7 +67,7 @@ def _tensors(folder: epath.Path, config: ModelConfig) -> tuple[dict[str, LazyTen
             raise UserError(f"{folder}: {name} {list(shape)}, expected {config.num_layers} layers")
         for number, layer in enumerate(layer_names(name, config)):
             found[layer] = LazyTensor(shape[1:], dtype, functools.partial(_read, array, number))
-    return {name: found[name] for name in shapes(config)}, whole
+    return {name: found[name] for name in tensor_shapes(config)}, whole
 
 
 def open_arrays(folder: epath.Path, config: ModelConfig) -> dict[str, Any]:
@@ -102,15 +108,15 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
     async def _open_and_write(self, value: LazyTensor, tspec: Any, ts_context: Any) -> None:
         """What Orbax calls of each array, with where it goes."""
         array = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
-        for number, part in enumerate(value.parts):
+        for number, part in enumerate(value.slices):
             await array[number].write(part.read())
-        if not value.parts:
+        if not value.slices:
             await array.write(value.read())
 
 
-def write(folder: pathlib.Path, stored: LazyCheckpoint) -> None:
+def write(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
     """Writes a workdir with one checkpoint, of parameters alone: training can't go on in it, but begin with it."""
-    tensors = dataclasses.replace(stored, whole={}).stacked()
+    tensors = dataclasses.replace(checkpoint, stacked={}).tree()
     registry = ocp.type_handlers.create_type_handler_registry((LazyTensor, _OneByOne()))
     with ocp.CheckpointManager(
         folder / FOLDER,
@@ -123,12 +129,12 @@ def write(folder: pathlib.Path, stored: LazyCheckpoint) -> None:
     ) as manager:
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(tensors, save_args=chunking(tensors)),
-            training=ocp.args.StandardSave({"step": np.int32(stored.step)}),
+            training=ocp.args.StandardSave({"step": np.int32(checkpoint.step)}),
             meta=ocp.args.JsonSave({"converted": True}),
         )
-        manager.save(stored.step, args=items)
+        manager.save(checkpoint.step, args=items)
     place = epath.Path(folder)
-    checksums.write(place / FOLDER / str(stored.step), place / CHECKSUMS / f"{stored.step}.json")
-    stored.vocabulary.save(folder)
-    config = {**stored.record.get("config", {}), "model": to_json(stored.config)}
-    files.write_json(folder / CONFIG, {**stored.record, "config": config, "converted": True})
+    checksums.write(place / FOLDER / str(checkpoint.step), place / CHECKSUMS / f"{checkpoint.step}.json")
+    checkpoint.vocabulary.save(folder)
+    config = {**checkpoint.record.get("config", {}), "model": to_json(checkpoint.config)}
+    files.write_json(folder / CONFIG, {**checkpoint.record, "config": config, "converted": True})

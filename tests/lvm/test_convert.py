@@ -17,13 +17,13 @@ from lvm.common import files
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.interop import models, workdirs
-from lvm.interop.init_from import first_model
+from lvm.interop.init_from import load_initial_model
 from lvm.model.vocabulary import Vocabulary
 from lvm.train import train
 from lvm.training.config import TrainConfig
 from tests.commands import run, start
 from tests.configs import tiny_lvm
-from tests.lvm.stored_models import OURS, PUBLISHED, same_tensors, small_config, small_model
+from tests.lvm.small_models import OURS, PUBLISHED, assert_same_tensors, small_config, small_model
 from tests.tokenizer.networks import check_same, random_weights, small
 from tokenizer import Tokenizer, weights
 
@@ -81,9 +81,9 @@ def trained(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("trained")
     weights.write(tmp_path / "tokenizer", random_weights(TOKENIZER), "torch")
     identity = Tokenizer.load(tmp_path / "tokenizer").identity()
-    stored = small_model(Vocabulary.for_codes(64))
-    record = {**stored.record, "tokenizer": identity, "config": {"seed": 3, "batch_size": 96}}
-    models.write(tmp_path / "run", dataclasses.replace(stored, record=record), "orbax")
+    checkpoint = small_model(Vocabulary.for_codes(64))
+    record = {**checkpoint.record, "tokenizer": identity, "config": {"seed": 3, "batch_size": 96}}
+    models.write(tmp_path / "run", dataclasses.replace(checkpoint, record=record), "orbax")
     return tmp_path
 
 
@@ -148,7 +148,7 @@ def test_a_tokenizer_of_another_network_has_no_layout_for_an_export(trained):
 def test_what_training_can_begin_with(tmp_path):
     models.write(tmp_path / "x", small_model(PUBLISHED, "bfloat16"), "hf")
     config = small_config(OURS)
-    found = first_model(tmp_path / "x", config, OURS, {"hash": "a"})
+    found = load_initial_model(tmp_path / "x", config, OURS, {"hash": "a"})
     assert found.dtype == "float32"
     assert found.tensors["embedding"].shape == (8448, 16)
     for change, words in (
@@ -157,15 +157,15 @@ def test_what_training_can_begin_with(tmp_path):
         ({"tie_embeddings": True}, "config.model.tie_embeddings: True, there False"),
     ):
         with pytest.raises(UserError, match=f"config.init_from: .*another model .*{words}"):
-            first_model(tmp_path / "x", dataclasses.replace(config, **change), OURS, {"hash": "a"})
+            load_initial_model(tmp_path / "x", dataclasses.replace(config, **change), OURS, {"hash": "a"})
     with pytest.raises(UserError, match="codes: 512, there 8192"):
-        first_model(tmp_path / "x", config, Vocabulary.for_codes(512), {"hash": "a"})
+        load_initial_model(tmp_path / "x", config, Vocabulary.for_codes(512), {"hash": "a"})
     told = dataclasses.replace(
         small_model(OURS), record={**small_model(OURS).record, "tokenizer": {"hash": "b"}}
     )
     models.write(tmp_path / "told", told, "easylm")
     with pytest.raises(UserError, match="a model of another tokenizer's codes"):
-        first_model(tmp_path / "told", config, OURS, {"hash": "a"})
+        load_initial_model(tmp_path / "told", config, OURS, {"hash": "a"})
 
 
 @pytest.mark.slow
@@ -179,8 +179,8 @@ def test_training_goes_on_from_any_folder(demo, tmp_path, capsys):
     tiny.mesh.update({"fsdp": 4, "data": 2})
     trained = models.read(demo / "lvm")
     small_vocabulary = trained.vocabulary.num_codes + 100
-    for kind in models.KINDS:
-        convert.convert(str(demo / "lvm"), str(tmp_path / kind), kind, vocabulary=small_vocabulary)
+    for kind in models.FORMATS:
+        convert.convert(str(demo / "lvm"), str(tmp_path / kind), kind, vocabulary_size=small_vocabulary)
         tiny.init_from = str(tmp_path / kind)
         train(from_config_dict(TrainConfig, tiny), str(tmp_path / f"from {kind}"))
         found = models.read(tmp_path / f"from {kind}")
@@ -204,7 +204,7 @@ def test_training_goes_on_from_any_folder(demo, tmp_path, capsys):
 @pytest.mark.slow
 def test_an_export_is_asked_and_evaluated_like_its_run(demo, tmp_path):
     """And resized, and without its record: then evaluation is told what to ask."""
-    convert.convert(str(demo / "lvm"), str(tmp_path / "hf"), "hf", vocabulary=800)
+    convert.convert(str(demo / "lvm"), str(tmp_path / "hf"), "hf", vocabulary_size=800)
     image = tmp_path / "a.png"
     PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(image)
     answers = []
@@ -230,7 +230,7 @@ from lvm import convert, files
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-convert.convert(sys.argv[1], sys.argv[2], sys.argv[3], max_shard=10**8)
+convert.convert(sys.argv[1], sys.argv[2], sys.argv[3], max_shard_bytes=10**8)
 print(peak() - before)
 """
 
@@ -251,4 +251,4 @@ def test_memory_stays_that_of_a_tensor(chain, tmp_path):
     used = int(done.stdout.splitlines()[-1])
     assert used < 5 * 10**8 + 2 * largest
     assert used < total
-    same_tensors(models.read(tmp_path / "out"), models.read(tmp_path / "source"))
+    assert_same_tensors(models.read(tmp_path / "out"), models.read(tmp_path / "source"))

@@ -15,9 +15,9 @@ import pytest
 from lvm.convert import convert
 from lvm.inference.pretrained import LVM
 from lvm.interop import models
-from lvm.interop.lazy_checkpoint import with_vocabulary
+from lvm.interop.lazy_checkpoint import resize_vocabulary
 from lvm.model.vocabulary import Vocabulary
-from tests.lvm.stored_models import OURS, PUBLISHED, same_tensors, small_model
+from tests.lvm.small_models import OURS, PUBLISHED, assert_same_tensors, small_model
 from tests.tokenizer.networks import random_weights, small
 from tokenizer import Tokenizer, weights
 
@@ -34,7 +34,7 @@ grouped = pytest.mark.parametrize("kv_heads", [0, 2], ids=["all heads", "grouped
 
 
 def exported(folder, vocabulary, tied=False, kv_heads=0, **options):
-    stored = small_model(
+    checkpoint = small_model(
         vocabulary,
         hidden_size=64,
         mlp_size=96,
@@ -43,19 +43,19 @@ def exported(folder, vocabulary, tied=False, kv_heads=0, **options):
         tie_embeddings=tied,
         context=T,
     )
-    models.write(folder, stored, "hf", **options)
+    models.write(folder, checkpoint, "hf", **options)
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     assert theirs.dtype == torch.float32
-    return stored, theirs
+    return checkpoint, theirs
 
 
 @vocabularies
 @tied
 @grouped
 def test_logits_agree_at_late_positions(vocabulary, tied, kv_heads, tmp_path):
-    stored, theirs = exported(tmp_path / "hf", vocabulary, tied, kv_heads, max_shard=10**6)
+    checkpoint, theirs = exported(tmp_path / "hf", vocabulary, tied, kv_heads, max_shard_bytes=10**6)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    models.write(tmp_path / "ours", stored, "orbax")
+    models.write(tmp_path / "ours", checkpoint, "orbax")
     tokens = np.random.default_rng(1).integers(0, vocabulary.size, (1, T))
     with torch.no_grad():
         hidden = theirs.model(torch.from_numpy(tokens), use_cache=False).last_hidden_state
@@ -107,24 +107,24 @@ def test_generation_knows_the_true_specials(tmp_path):
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 def test_what_transformers_saves_is_read(theta, tmp_path):
     """Also after transformers wrote it anew, in its own version's fields."""
-    stored = small_model(OURS, num_heads=4, num_kv_heads=2, rope_theta=theta)
-    models.write(tmp_path / "hf", stored, "hf")
+    checkpoint = small_model(OURS, num_heads=4, num_kv_heads=2, rope_theta=theta)
+    models.write(tmp_path / "hf", checkpoint, "hf")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     theirs.save_pretrained(tmp_path / "saved")
     fields = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert ("rope_parameters" in fields) or ("rope_theta" in fields)
     found = models.read(tmp_path / "saved")
-    same_tensors(found, stored)
+    assert_same_tensors(found, checkpoint)
     assert found.vocabulary == OURS
-    assert dataclasses.replace(found.config, attention="xla") == stored.config
+    assert dataclasses.replace(found.config, attention="xla") == checkpoint.config
     torch.save(theirs.state_dict(), tmp_path / "saved" / "pytorch_model.bin")
     (tmp_path / "saved" / "model.safetensors").unlink()
-    same_tensors(models.read(tmp_path / "saved"), stored)
+    assert_same_tensors(models.read(tmp_path / "saved"), checkpoint)
 
 
 def test_a_resized_vocabulary_answers_alike(tmp_path):
-    stored, _ = exported(tmp_path / "hf", PUBLISHED)
-    models.write(tmp_path / "resized", with_vocabulary(stored, 8448), "hf")
+    checkpoint, _ = exported(tmp_path / "hf", PUBLISHED)
+    models.write(tmp_path / "resized", resize_vocabulary(checkpoint, 8448), "hf")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "resized")
     tokens = np.random.default_rng(1).integers(0, 8192, (1, 200))
     with torch.no_grad():
@@ -140,9 +140,9 @@ def test_the_example_answers_as_we_do(mode, tmp_path):
     network = small("lvm", resolution=32, codebook_size=64)
     weights.write(tmp_path / "tokenizer", random_weights(network, mode=mode), "orbax")
     tokenizer = Tokenizer.load(tmp_path / "tokenizer")
-    stored = small_model(Vocabulary.for_codes(64), num_heads=2, context=64)
-    record = {**stored.record, "tokenizer": tokenizer.identity()}
-    models.write(tmp_path / "run", dataclasses.replace(stored, record=record), "orbax")
+    checkpoint = small_model(Vocabulary.for_codes(64), num_heads=2, context=64)
+    record = {**checkpoint.record, "tokenizer": tokenizer.identity()}
+    models.write(tmp_path / "run", dataclasses.replace(checkpoint, record=record), "orbax")
     convert(str(tmp_path / "run"), str(tmp_path / "hf"), "hf", tokenizer=str(tmp_path / "tokenizer"))
     rng = np.random.default_rng(3)
     names = [tmp_path / f"{name}.png" for name in ("x", "y", "query")]

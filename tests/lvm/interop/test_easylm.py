@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lvm.common.errors import UserError
 from lvm.inference.pretrained import LVM
 from lvm.interop import models, tensors
-from lvm.interop.stream import read_stream, write_stream
-from tests.lvm.stored_models import PUBLISHED, SMALL, same_tensors, small_model
+from lvm.interop.easylm_stream import read_stream, write_stream
+from tests.lvm.small_models import PUBLISHED, SMALL, assert_same_tensors, small_model
 
 pytest.importorskip("safetensors")
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -55,18 +55,18 @@ def interleaved_logits(named, config, tokens):
 
 
 def test_an_easylm_stream_answers_as_easylm_computes_it(tmp_path):
-    stored = small_model(num_heads=4, num_kv_heads=2, context=1100, hidden_size=32)
-    models.write(tmp_path / "x", stored, "easylm")
+    checkpoint = small_model(num_heads=4, num_kv_heads=2, context=1100, hidden_size=32)
+    models.write(tmp_path / "x", checkpoint, "easylm")
     named = {".".join(key): value for key, value in read_stream(tmp_path / "x" / "streaming_params").items()}
     tokens = np.random.default_rng(0).integers(0, SMALL.size, 1100)
-    wanted = interleaved_logits(named, stored.config, tokens)
+    wanted = interleaved_logits(named, checkpoint.config, tokens)
     assert wanted.std() > 0.5
     np.testing.assert_allclose(LVM.load(tmp_path / "x").logits(tokens[None])[0], wanted, rtol=0, atol=1e-4)
 
 
-def easylm_folder(folder, stored, prefix=(), name="streaming_params", others=()):
+def easylm_folder(folder, checkpoint, prefix=(), name="streaming_params", others=()):
     """As EasyLM writes it: `prefix` before every key, other objects of a train state among them."""
-    models.write(folder, stored, "easylm")
+    models.write(folder, checkpoint, "easylm")
     stream = folder / "streaming_params"
     entries = [((*prefix, *key), value) for key, value in read_stream(stream).items()]
     entries = [(key, flax.serialization.to_bytes(value.read())) for key, value in entries]
@@ -81,7 +81,7 @@ def easylm_folder(folder, stored, prefix=(), name="streaming_params", others=())
 
 @pytest.mark.parametrize("prefix", [(), ("params",), ("params", "params")])
 def test_streams_with_any_beginning_of_their_keys(prefix, tmp_path):
-    stored = small_model(PUBLISHED, step=0)
+    checkpoint = small_model(PUBLISHED, step=0)
     zeros = flax.serialization.to_bytes(np.zeros(3, np.float32))
     others = []
     if len(prefix) == 2:
@@ -89,11 +89,11 @@ def test_streams_with_any_beginning_of_their_keys(prefix, tmp_path):
             (("step",), flax.serialization.to_bytes(np.int32(5))),
             (("opt_state", "mu", "params", "lm_head", "kernel"), zeros),
         ]
-    folder = easylm_folder(tmp_path / "x", stored, prefix, "streaming_train_state_500", others)
+    folder = easylm_folder(tmp_path / "x", checkpoint, prefix, "streaming_train_state_500", others)
     found = models.read(folder)
-    same_tensors(found, stored)
+    assert_same_tensors(found, checkpoint)
     assert found.vocabulary == PUBLISHED
-    same_tensors(models.read(folder / "streaming_train_state_500"), stored)  # the file itself
+    assert_same_tensors(models.read(folder / "streaming_train_state_500"), checkpoint)  # the file itself
     (folder / "streaming_params").write_bytes(b"")
     with pytest.raises(UserError, match=r"weights: streaming_params, streaming_train_state_500; wanted"):
         models.read(folder)
@@ -110,7 +110,7 @@ def test_easylm_to_ours_to_easylm_is_the_same_file(tmp_path):
 def test_arrays_that_flax_cuts_are_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 64)
     array = np.arange(60, dtype=np.float32).reshape(5, 12)
-    write_stream(tmp_path / "x", [(("a", "b"), tensors.of_array(array))])
+    write_stream(tmp_path / "x", [(("a", "b"), tensors.from_array(array))])
     (found,) = read_stream(tmp_path / "x").values()
     assert (found.shape, found.dtype) == ((5, 12), np.float32)
     np.testing.assert_array_equal(found.read(), array)

@@ -19,12 +19,12 @@ from lvm.interop import models, workdirs
 from lvm.interop.layouts import EASYLM, HUGGING_FACE
 from lvm.interop.lazy_checkpoint import NO_RECORD, with_dtype
 from lvm.model.vocabulary import Vocabulary
-from tests.lvm.stored_models import (
+from tests.lvm.small_models import (
     OURS,
     PUBLISHED,
     SMALL,
-    same_model,
-    same_tensors,
+    assert_same_model,
+    assert_same_tensors,
     small_config,
     small_model,
 )
@@ -35,21 +35,23 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 @settings(max_examples=5)
 @given(
-    chain=st.lists(st.sampled_from(models.KINDS), min_size=1, max_size=3),
+    chain=st.lists(st.sampled_from(models.FORMATS), min_size=1, max_size=3),
     kv_heads=st.sampled_from([0, 1, 2]),
     tied=st.booleans(),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     vocabulary=st.sampled_from([SMALL, Vocabulary(16, 20, None, None, 16)]),
-    max_shard=st.sampled_from([1, 5000, 10**9]),
+    max_shard_bytes=st.sampled_from([1, 5000, 10**9]),
 )
-def test_every_chain_of_formats_gives_the_same_bits(chain, kv_heads, tied, dtype, vocabulary, max_shard):
+def test_every_chain_of_formats_gives_the_same_bits(
+    chain, kv_heads, tied, dtype, vocabulary, max_shard_bytes
+):
     wanted = small_model(vocabulary, dtype, num_heads=4, num_kv_heads=kv_heads, tie_embeddings=tied)
     found = wanted
     with tempfile.TemporaryDirectory() as folder:
         for number, kind in enumerate(chain):
-            models.write(f"{folder}/{number}", found, kind, max_shard)
+            models.write(f"{folder}/{number}", found, kind, max_shard_bytes)
             found = models.read(f"{folder}/{number}")
-        same_model(found, wanted)
+        assert_same_model(found, wanted)
 
 
 def test_the_published_model_has_the_names_that_its_files_have():
@@ -155,7 +157,7 @@ def test_the_fields_of_either_transformers_are_enough(sharded):
         path = sharded / "config.json"
         before = path.read_text()
         edit(path, lambda fields, gone=gone: [fields.pop(name) for name in gone])
-        same_model(models.read(sharded), wanted)
+        assert_same_model(models.read(sharded), wanted)
         path.write_text(before)
 
 
@@ -206,7 +208,7 @@ def test_a_converted_workdir_is_whole_and_checked(tmp_path):
     record = {**NO_RECORD, "config": {"seed": 3}, "tokenizer": {"hash": "a"}, "stores": ["b"]}
     models.write(tmp_path / "x", dataclasses.replace(wanted, record=record), "orbax")
     found = models.read(tmp_path / "x")
-    same_model(found, wanted)
+    assert_same_model(found, wanted)
     assert found.record["tokenizer"] == {"hash": "a"}
     assert found.record["config"]["seed"] == 3
     with pytest.raises(UserError, match="no checkpoint of step 9; it has 7"):
@@ -229,10 +231,10 @@ def test_a_layer_is_read_without_its_neighbours(tmp_path):
 
 
 def test_layers_of_differing_types_ask_for_one(tmp_path):
-    stored = small_model()
-    mixed = dict(stored.tensors)
-    mixed["layers.1.mlp.up"] = with_dtype(stored, "bfloat16").tensors["layers.1.mlp.up"]
-    mixed_model = dataclasses.replace(stored, tensors=mixed)
+    checkpoint = small_model()
+    mixed = dict(checkpoint.tensors)
+    mixed["layers.1.mlp.up"] = with_dtype(checkpoint, "bfloat16").tensors["layers.1.mlp.up"]
+    mixed_model = dataclasses.replace(checkpoint, tensors=mixed)
     with pytest.raises(
         UserError, match=r"layers\.mlp\.up: its layers are stored in bfloat16, float32; .*--dtype"
     ):
@@ -275,30 +277,32 @@ def test_a_damaged_record_is_named(tmp_path):
     with pytest.raises(UserError, match=r"lvm\.json: expected record, .* remove it"):
         models.read(tmp_path / "x")
     (tmp_path / "x" / "lvm.json").unlink()
-    same_tensors(models.read(tmp_path / "x"), small_model())
+    assert_same_tensors(models.read(tmp_path / "x"), small_model())
 
 
 def test_every_folder_is_loaded_alike(tmp_path):
-    stored = small_model(num_heads=4, num_kv_heads=2)
+    checkpoint = small_model(num_heads=4, num_kv_heads=2)
     tokens = np.random.default_rng(0).integers(0, SMALL.size, (2, 32))
     answers = []
-    for kind in models.KINDS:
-        models.write(tmp_path / kind, stored, kind)
+    for kind in models.FORMATS:
+        models.write(tmp_path / kind, checkpoint, kind)
         loaded = LVM.load(tmp_path / kind)
-        config = dataclasses.replace(stored.config, attention="auto")  # training's kernel need not run here
+        config = dataclasses.replace(
+            checkpoint.config, attention="auto"
+        )  # training's kernel need not run here
         assert (loaded.config, loaded.vocabulary, loaded.step) == (config, SMALL, 7)
         answers.append(loaded.logits(tokens))
     np.testing.assert_array_equal(answers[0], answers[1])
     np.testing.assert_array_equal(answers[0], answers[2])
 
 
-@pytest.mark.parametrize(("stored", "computed"), [("bfloat16", "bfloat16"), ("float16", "float32")])
-def test_published_weights_compute_as_they_are_stored(stored, computed, tmp_path):
-    folder = undeclared(tmp_path / "x", PUBLISHED, dtype=stored)
+@pytest.mark.parametrize(("dtype", "computed"), [("bfloat16", "bfloat16"), ("float16", "float32")])
+def test_published_weights_compute_as_they_are_stored(dtype, computed, tmp_path):
+    folder = undeclared(tmp_path / "x", PUBLISHED, dtype=dtype)
     found = LVM.load(folder)
     assert found.config.dtype == computed
     logits = found.logits(np.arange(20)[None])
-    wide = undeclared(tmp_path / "wide", PUBLISHED, dtype=stored)
+    wide = undeclared(tmp_path / "wide", PUBLISHED, dtype=dtype)
     models.write(tmp_path / "wider", with_dtype(models.read(wide), "float32"), "hf")
     np.testing.assert_array_equal(
         LVM.load(tmp_path / "wider", dtype=computed).logits(np.arange(20)[None]), logits

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lvm.interop import tensors
-from lvm.interop.lazy_checkpoint import DTYPES, NO_RECORD, LazyCheckpoint, shapes
+from lvm.interop.lazy_checkpoint import DTYPES, NO_RECORD, LazyCheckpoint, tensor_shapes
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
 
@@ -23,13 +23,13 @@ def small_model(vocabulary=SMALL, dtype="float32", seed=0, step=7, spread=0.15, 
     config = small_config(vocabulary, **changes)
     rng = np.random.default_rng(seed)
     found = {}
-    for name, shape in shapes(config).items():
+    for name, shape in tensor_shapes(config).items():
         array = np.float32(name.endswith("scale")) + spread * rng.standard_normal(shape, np.float32)
-        found[name] = tensors.of_array(array.astype(DTYPES[dtype]))
+        found[name] = tensors.from_array(array.astype(DTYPES[dtype]))
     return LazyCheckpoint(config, vocabulary, found, NO_RECORD, step, "a small model")
 
 
-def same_tensors(found, wanted):
+def assert_same_tensors(found, wanted):
     """That two models hold the same numbers, bit by bit, under the same names."""
     assert list(found.tensors) == list(wanted.tensors)
     for name, tensor in wanted.tensors.items():
@@ -39,7 +39,7 @@ def same_tensors(found, wanted):
         assert read.tobytes() == right.tobytes(), name
 
 
-def same_model(found, wanted):
+def assert_same_model(found, wanted):
     """The same, and that they are the same model otherwise."""
-    same_tensors(found, wanted)
+    assert_same_tensors(found, wanted)
     assert (found.config, found.vocabulary, found.step) == (wanted.config, wanted.vocabulary, wanted.step)
