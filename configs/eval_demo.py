@@ -9,4 +9,4 @@ from lvm.evaluate import EvalConfig
 
 
 def get_config() -> ConfigDict:
-    return to_config_dict(EvalConfig(source="configs/demo_scenes.py", queries=192, sentences=128))
+    return to_config_dict(EvalConfig(source="configs/demo_scenes.py", num_queries=192, num_sentences=128))

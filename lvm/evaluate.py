@@ -25,8 +25,8 @@ from lvm.data.mixture.recipes import Pairs, Video
 from lvm.data.store.reader import MANIFEST, Store
 from lvm.evaluation import likelihood, prompted, summary
 from lvm.evaluation.heldout import Heldout
-from lvm.evaluation.reconstruction import reconstruction_figures
-from lvm.inference.generator import Sampling
+from lvm.evaluation.reconstruction import reconstruction_metrics
+from lvm.inference.generator import SamplingParams
 from lvm.inference.pretrained import LVM
 from lvm.interop.models import check_tokenizer
 from tokenizer import Tokenizer
@@ -44,8 +44,8 @@ class EvalConfig:
         that it held out are asked on.
       unseen: says that the source is another one, none of whose images was in training: all are asked on.
       max_scenes: held-out scenes that are read at most.
-      sentences: of each source of the model's mixture, for the likelihoods.
-      queries: prompted questions of each task.
+      num_sentences: of each component of the model's mixture, for the likelihoods.
+      num_queries: prompted questions of each task.
       shots: example pairs a question.
       data: sources whose recipes are asked of a model that doesn't tell its own, such as a published one.
       temperature, top_k, top_p: how answers are drawn; temperature 0 takes the most likely code.
@@ -55,8 +55,8 @@ class EvalConfig:
     source: str = ""
     unseen: bool = False
     max_scenes: int = 256
-    sentences: int = 128
-    queries: int = 128
+    num_sentences: int = 128
+    num_queries: int = 128
     shots: int = 2
     data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     temperature: float = 0.0
@@ -65,10 +65,10 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_scenes", "sentences", "queries", "shots"):
+        for name in ("max_scenes", "num_sentences", "num_queries", "shots"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
-        Sampling(self.temperature, self.top_k, self.top_p)  # refuses impossible values by their names
+        SamplingParams(self.temperature, self.top_k, self.top_p)  # refuses impossible values by their names
 
 
 def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: str) -> dict[str, Any]:
@@ -102,26 +102,26 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     heldout = Heldout(source, fraction, config.max_scenes, encode)
     log_info(f"{len(heldout.scenes)} held-out scenes of {source.name}")
     results: dict[str, Any] = {"request": request, "heldout_scenes": len(heldout.scenes)}
-    results["tokenizer"] = reconstruction_figures(heldout, decode, tokenizer.config.codebook_size)
+    results["tokenizer"] = reconstruction_metrics(heldout, decode, tokenizer.config.codebook_size)
     sentences = {
         name: made
         for number, (name, part) in enumerate(mixture.components.items())
         if part.weight > 0
         and _fits(part.recipe.num_grids, model, tokenizer)
-        and (made := heldout.sentences(part.recipe, config.sentences, config.seed + number)) is not None
+        and (made := heldout.sentences(part.recipe, config.num_sentences, config.seed + number)) is not None
     }
-    log_info(f"likelihood of {config.sentences} sentences each of {', '.join(sentences) or 'nothing'}")
+    log_info(f"likelihood of {config.num_sentences} sentences each of {', '.join(sentences) or 'nothing'}")
     losses = {name: likelihood.grid_losses(model, made) for name, made in sentences.items()}
     results["likelihood"] = _likelihood(model, mixture, heldout, losses, sentences)
     asked = _ask(config, model, mixture, heldout, decode)
     results["prompted"] = {
-        answers.target: answers.figures(heldout.codecs[answers.target]) for answers in asked
+        answers.target_stream: answers.scores(heldout.codecs[answers.target_stream]) for answers in asked
     }
     if len(asked) > 1:
         results["task_following"] = prompted.task_following(asked, heldout, model.vocabulary.num_codes)
     log_info("writing the page")
-    pictures = summary.pictures(model, mixture, heldout, decode, asked, sentences)
-    summary.write(out, results, pictures, model_folder, tokenizer_folder)
+    pictures = summary.make_sections(model, mixture, heldout, decode, asked, sentences)
+    summary.write_report(out, results, pictures, model_folder, tokenizer_folder)
     return results
 
 
@@ -157,7 +157,7 @@ def _check_source(config: EvalConfig, source: ImageSource, model: LVM) -> None:
 
 
 def _fits(num_grids: int, model: LVM, tokenizer: Tokenizer) -> bool:
-    fits = num_grids <= model.images_that_fit(tokenizer.codes_per_image)
+    fits = num_grids <= model.max_images(tokenizer.codes_per_image)
     if not fits:
         log_info(
             f"no likelihood of sentences of {num_grids} images: longer than the context of {model.config.context}"
@@ -176,12 +176,12 @@ def _likelihood(
         return {}
     num_codes = model.vocabulary.num_codes
     weights = {name: part.weight for name, part in mixture.components.items()}
-    figures: dict[str, Any] = {"mixture": likelihood.mixture_loss(losses, sentences, weights, num_codes)}
+    figures: dict[str, Any] = {"mixture": likelihood.mixture_metrics(losses, sentences, weights, num_codes)}
     figures["perplexity_by_image"] = {name: likelihood.perplexity_by_image(x) for name, x in losses.items()}
     for name, part in mixture.components.items():
         if isinstance(part.recipe, Video) and name in losses and losses[name].shape[1] > 2:
             videos = _videos(part, mixture.store, heldout, model.record["stores"])
-            figures["video"] = likelihood.video_figures(
+            figures["video"] = likelihood.video_metrics(
                 losses[name], videos, min(part.recipe.strides), num_codes
             )
     return figures
@@ -211,7 +211,9 @@ def _ask(config: EvalConfig, model: LVM, mixture: MixtureConfig, heldout: Heldou
     tasks = [p.recipe for p in mixture.components.values() if isinstance(p.recipe, Pairs) and p.weight > 0]
     tasks = [task for task in tasks if heldout.with_streams(task.streams)]
     streams = sorted({stream for task in tasks for stream in task.streams})
-    queries = prompted.make_queries(heldout.with_streams(streams), config.queries, config.shots, config.seed)
+    queries = prompted.make_queries(
+        heldout.with_streams(streams), config.num_queries, config.shots, config.seed
+    )
     if not queries:
         return []
 
@@ -232,7 +234,7 @@ def _ask(config: EvalConfig, model: LVM, mixture: MixtureConfig, heldout: Heldou
     asked = []
     for task in tasks:
         log_info(f"{task.target} by {config.shots} examples, {len(queries)} queries")
-        asked.append(prompted.ask(queries, task.source, task.target, answer, decode))
+        asked.append(prompted.answer_queries(queries, task.source, task.target, answer, decode))
     return asked
 
 

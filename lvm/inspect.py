@@ -30,7 +30,7 @@ from lvm.data.store import writer
 from lvm.data.store.format import DamagedError, Scene
 from lvm.data.store.reader import HEADER, MANIFEST, Store
 from lvm.data.store.records import NOT_THE_MANIFESTS, check_size
-from lvm.inference.contact_sheet import Cell, sheet
+from lvm.inference.contact_sheet import Cell, render_sheet
 from tokenizer import Tokenizer
 
 _ACROSS, _LABEL = 16, 16  # images of a scene on a sheet, and characters of its key
@@ -210,7 +210,7 @@ def draw_sheet(store: Store, tokenizer: Tokenizer, count: int, file: pathlib.Pat
     if not rows:
         raise UserError(f"{store.path}: no scene of it can be read and decoded")
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet(rows)).save(file)
+    Image.fromarray(render_sheet(rows)).save(file)
 
 
 def facts(store: Store) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from lvm.common import cli
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.images.sources.generated import GeneratedSource
-from lvm.inference.contact_sheet import Cell, sheet
-from lvm.inference.generator import Sampling
+from lvm.inference.contact_sheet import Cell, render_sheet
+from lvm.inference.generator import SamplingParams
 from lvm.inference.pretrained import LVM
-from lvm.inference.prompts import Files, Prompt
+from lvm.inference.prompts import Prompt, PromptReader
 from lvm.interop.models import check_tokenizer
 from tokenizer import Tokenizer
 
-MOST_FILES, MOST_BYTES = 32, "8mb"  # of an upload, and of each of its files
+MAX_FILES, MAX_FILE_SIZE = 32, "8mb"  # of an upload, and of each of its files
 _LOOKS = 8  # at an image while it is written
 _UNWRITTEN = 225  # grey
 _SHOWN = 128  # pixels of an image on the page
@@ -47,12 +47,12 @@ class PlaygroundSession:
     def __init__(self, model: LVM, tokenizer: Tokenizer):
         self._model, self._tokenizer = model, tokenizer
         check = lambda count: model.check_fits(count, tokenizer.codes_per_image)  # noqa: E731
-        self._files = Files(tokenizer.read_image, tokenizer.preprocess, check=check)
-        self.fit = model.images_that_fit(tokenizer.codes_per_image)
+        self._files = PromptReader(tokenizer.read_image, tokenizer.preprocess, check=check)
+        self.fit = model.max_images(tokenizer.codes_per_image)
 
     def pairs(self, xs: Paths, ys: Paths, query: str | None) -> Prompt:
         """The prompt of example images, their answers in the same order, and a query."""
-        xs, ys = checked(xs, "example images"), checked(ys, "their answers")
+        xs, ys = check_uploads(xs, "example images"), check_uploads(ys, "their answers")
         if len(xs) != len(ys) or not xs:
             raise UserError(
                 f"{len(xs)} example images and {len(ys)} answers; give as many of each, at least one"
@@ -66,7 +66,7 @@ class PlaygroundSession:
 
     def sequence(self, frames: Paths) -> Prompt:
         """The prompt of a sequence's first frames."""
-        frames = checked(frames, "frames")
+        frames = check_uploads(frames, "frames")
         if not frames:
             raise UserError("no frames; give at least one")
         return self._files.sequence(frames)
@@ -76,14 +76,14 @@ class PlaygroundSession:
         prompt: Prompt,
         num_images: int,
         candidates: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         seed: int,
     ) -> Iterator[tuple[np.ndarray, Answers]]:
         """The prompt as a picture, with the answers as far as they are written."""
         N = self._tokenizer.codes_per_image
         self._model.check_fits(len(prompt.images), N)
         cells = [Cell(image, label) for label, image in zip(prompt.labels, prompt.images, strict=True)]
-        shown = sheet([cells[start : start + 6] for start in range(0, len(cells), 6)], _SHOWN)
+        shown = render_sheet([cells[start : start + 6] for start in range(0, len(cells), 6)], _SHOWN)
         yield shown, []
         grids = self._tokenizer.encode(prompt.images)
         for codes in self._model.stream(
@@ -109,10 +109,10 @@ class PlaygroundSession:
         return answers
 
 
-def checked(paths: Paths, what: str) -> list[str]:
+def check_uploads(paths: Paths, what: str) -> list[str]:
     """The uploaded files. Raises UserError for too many."""
-    if paths and len(paths) > MOST_FILES:
-        raise UserError(f"{len(paths)} {what}; at most {MOST_FILES} at once")
+    if paths and len(paths) > MAX_FILES:
+        raise UserError(f"{len(paths)} {what}; at most {MAX_FILES} at once")
     return list(paths or [])
 
 
@@ -142,7 +142,7 @@ def write_examples(folder: pathlib.Path, tokenizer: Tokenizer, fit: int) -> dict
     return examples | {"video": [frames]}
 
 
-def build(desk: PlaygroundSession, examples: dict[str, list[list[str]]]) -> Any:
+def build_page(desk: PlaygroundSession, examples: dict[str, list[list[str]]]) -> Any:
     """The page."""
     import gradio as gr
 
@@ -150,7 +150,7 @@ def build(desk: PlaygroundSession, examples: dict[str, list[list[str]]]) -> Any:
         def run(*values: Any) -> Iterator[tuple[np.ndarray, Answers]]:
             *files, num_images, candidates, temperature, top_k, top_p, seed = values
             try:
-                sampling = Sampling(float(temperature), int(top_k or 0), float(top_p))
+                sampling = SamplingParams(float(temperature), int(top_k or 0), float(top_p))
                 numbers = int(num_images), int(candidates)
                 yield from desk.answer(make_prompt(*files), *numbers, sampling, int(seed or 0))
             except UserError as error:
@@ -223,7 +223,7 @@ def main() -> None:
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), _TOKENIZER.value)
     desk = PlaygroundSession(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        page = build(desk, write_examples(pathlib.Path(folder), tokenizer, desk.fit))
+        page = build_page(desk, write_examples(pathlib.Path(folder), tokenizer, desk.fit))
         theme = gr.themes.Soft(
             font=["system-ui", "sans-serif"], font_mono=["monospace"]
         )  # none from the network
@@ -231,7 +231,7 @@ def main() -> None:
             _, address, _ = page.launch(
                 server_name="127.0.0.1",
                 server_port=_PORT.value or None,
-                max_file_size=MOST_BYTES,
+                max_file_size=MAX_FILE_SIZE,
                 theme=theme,
                 footer_links=[],
                 quiet=True,

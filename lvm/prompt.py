@@ -31,11 +31,11 @@ from lvm.inference.pretrained import LVM
 from lvm.interop.models import check_tokenizer
 from tokenizer import Tokenizer
 
-_ANSWER = re.compile(r"candidate-\d+(-image-\d+\.png|\.mp4)")  # what `write` puts beside the sheet
+_ANSWER = re.compile(r"candidate-\d+(-image-\d+\.png|\.mp4)")  # what `write_answers` puts beside the sheet
 _SHEET_SIDE = 96  # pixels of an image on the sheet, at least
 
 
-def check_kind(sequence: list[str], pairs: list[str], query: str) -> None:
+def check_prompt_flags(sequence: list[str], pairs: list[str], query: str) -> None:
     """That the flags are one kind of prompt.
 
     Raises:
@@ -49,7 +49,7 @@ def check_kind(sequence: list[str], pairs: list[str], query: str) -> None:
         raise UserError("--pairs needs --query=IMAGE, the image to answer for")
 
 
-def check_use(paths: Sequence[str], rate: float, frames: int) -> None:
+def check_video_flags(paths: Sequence[str], rate: float, frames: int) -> None:
     """That what is said of videos and folders is said where there are some. Raises UserError."""
     has_video = any(pathlib.Path(path).suffix.lower() in VIDEO_SUFFIXES for path in paths)
     if rate and not has_video:
@@ -58,7 +58,7 @@ def check_use(paths: Sequence[str], rate: float, frames: int) -> None:
         raise UserError(f"--frames={frames} is of folders and videos, and the prompt has none")
 
 
-def check_drawing(temperature: float, drawn_by: Mapping[str, bool]) -> None:
+def check_sampling_flags(temperature: float, drawn_by: Mapping[str, bool]) -> None:
     """That nothing is said of drawing where nothing is drawn: flag → whether it was said. Raises UserError."""
     said = [name for name, is_said in drawn_by.items() if is_said]
     if said and not temperature:
@@ -68,7 +68,7 @@ def check_drawing(temperature: float, drawn_by: Mapping[str, bool]) -> None:
         )
 
 
-def write(out: epath.Path, prompt: prompts.Prompt, answers: np.ndarray, is_sequence: bool) -> None:
+def write_answers(out: epath.Path, prompt: prompts.Prompt, answers: np.ndarray, is_sequence: bool) -> None:
     """Writes the sheet, and beside it a folder with each answer of uint8 [C, A, R, R, 3] and videos."""
     folder = out.parent / out.stem
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,22 +79,22 @@ def write(out: epath.Path, prompt: prompts.Prompt, answers: np.ndarray, is_seque
         for place, image in enumerate(candidate, 1):
             files.write_atomically(folder / f"candidate-{number}-image-{place}.png", encode_png(image))
         if is_sequence:
-            moving = prompts.video(np.concatenate([prompt.images, candidate]))
+            moving = prompts.encode_mp4(np.concatenate([prompt.images, candidate]))
             files.write_atomically(folder / f"candidate-{number}.mp4", moving)
     side = max(_SHEET_SIDE, prompt.images.shape[1])
-    files.write_atomically(out, encode_png(prompts.contact_sheet(prompt, answers, side)))
+    files.write_atomically(out, encode_png(prompts.answer_sheet(prompt, answers, side)))
 
 
 def main() -> None:
     """The command."""
-    check_kind(_SEQUENCE.value, _PAIRS.value, _QUERY.value)
+    check_prompt_flags(_SEQUENCE.value, _PAIRS.value, _QUERY.value)
     paths = [part for pair in _PAIRS.value for member in pair.split(":") for part in member.split("+")]
     query = [_QUERY.value] if _QUERY.value else []
-    check_use([*_SEQUENCE.value, *paths, *query], _RATE.value, _FRAMES.value)
+    check_video_flags([*_SEQUENCE.value, *paths, *query], _RATE.value, _FRAMES.value)
     drawn_by = {"candidates": _CANDIDATES.value > 1} | {
         name: bool(flags.FLAGS[name].present) for name in ("top_k", "top_p", "seed")
     }
-    check_drawing(_TEMPERATURE.value, drawn_by)
+    check_sampling_flags(_TEMPERATURE.value, drawn_by)
     out = epath.Path(_OUT.value)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out: {out} is not a name of a picture; wanted one that ends in .png")
@@ -105,7 +105,7 @@ def main() -> None:
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), _TOKENIZER.value)
     N = tokenizer.codes_per_image
     check = lambda count: model.check_fits(count, N)  # noqa: E731
-    reader = prompts.Files(tokenizer.read_image, tokenizer.preprocess, _RATE.value, _FRAMES.value, check)
+    reader = prompts.PromptReader(tokenizer.read_image, tokenizer.preprocess, _RATE.value, _FRAMES.value, check)
     prompt = reader.sequence(_SEQUENCE.value) if _SEQUENCE.value else reader.pairs(_PAIRS.value, _QUERY.value)
     check(len(prompt.images))
     num_images = _NUM_IMAGES.value or prompt.num_answers
@@ -120,7 +120,7 @@ def main() -> None:
         drop=_DROP.value,
     )
     images = tokenizer.decode(codes.reshape(_CANDIDATES.value * num_images, -1))
-    write(out, prompt, images.reshape(-1, num_images, *images.shape[1:]), bool(_SEQUENCE.value))
+    write_answers(out, prompt, images.reshape(-1, num_images, *images.shape[1:]), bool(_SEQUENCE.value))
     log_info(f"{out}")
 
 

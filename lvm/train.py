@@ -19,8 +19,8 @@ from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.rows import Rows
 from lvm.hardware.compiler_options import DETERMINISM_COST, compiler_options
 from lvm.hardware.sharding import make_mesh
-from lvm.inference.contact_sheet import completion
-from lvm.inference.generator import Generator, Sampling
+from lvm.inference.contact_sheet import completion_sheet
+from lvm.inference.generator import Generator, SamplingParams
 from lvm.interop.init_from import WarmStartStep, load_initial_model
 from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.model.flops import CONVENTIONS, train_flops_per_token
@@ -159,12 +159,13 @@ def _pictures(
 
         def answer(prompt: np.ndarray, num_images: int) -> np.ndarray:
             row = np.concatenate([[vocabulary.bos], prompt.ravel()]).astype(np.int32)
-            length, greedy = num_images * prompt.shape[1], Sampling(temperature=0.0)
+            length, greedy = num_images * prompt.shape[1], SamplingParams(temperature=0.0)
             tokens = generator([row], length, greedy, [0], num_allowed=vocabulary.num_codes)
             return tokens.reshape(num_images, prompt.shape[1])
 
         return {
-            f"answers-{name}": completion(codes, answer, tokenizer.decode) for name, codes in fitting.items()
+            f"answers-{name}": completion_sheet(codes, answer, tokenizer.decode)
+            for name, codes in fitting.items()
         }
 
     return draw

@@ -31,7 +31,7 @@ from lvm.common import cli, errors
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.hardware import accelerators
-from lvm.inference.generator import Generator, Sampling
+from lvm.inference.generator import Generator, SamplingParams
 from lvm.interop import models, tensors
 from lvm.interop.lazy_checkpoint import NO_RECORD, LazyCheckpoint, tensor_shapes
 from lvm.model.transformer import SIZES, ModelConfig
@@ -159,7 +159,7 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
     )
 
     def write(given: np.ndarray, tokens: int) -> tuple[np.ndarray, Marks]:
-        greedy, marks = Sampling(temperature=0.0), []
+        greedy, marks = SamplingParams(temperature=0.0), []
         seen = generator.stream(
             list(given), tokens, greedy, [0] * len(given), num_allowed=CODES, every=-(-tokens // _LOOKS)
         )

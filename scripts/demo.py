@@ -29,7 +29,7 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.mixture import split
 from lvm.data.store.reader import Store
-from lvm.evaluation.summary import table
+from lvm.evaluation.summary import metrics_table
 
 _HELDOUT = 0.15
 _VIDEO_SHARE = 0.3  # of the sentences, where there are both videos and annotations
@@ -203,7 +203,7 @@ def main() -> None:
 
 def _print_figures(out: pathlib.Path) -> None:
     log_info("")
-    for name, value, meaning in table(files.read_json(out / "results.json")):
+    for name, value, meaning in metrics_table(files.read_json(out / "results.json")):
         log_info(f"{name:26} {value:>11}  {meaning}")
 
 

@@ -46,8 +46,8 @@ def test_every_config_builds_and_has_shapes(path, monkeypatch):
     elif "loss" in values:
         config = from_config_dict(TokenizerConfig, values)
         assert count_params(abstract_module(lambda rngs: VQGAN(config.model, rngs))[1]) > 0
-    elif "queries" in values:
-        assert from_config_dict(EvalConfig, values).queries > 0
+    elif "num_queries" in values:
+        assert from_config_dict(EvalConfig, values).num_queries > 0
     else:
         source = open_source(str(path), Preprocess(64))
         assert source.load(0).images.dtype == "uint8"

@@ -32,10 +32,10 @@ def test_results_have_every_figure(demo):
     results = json.loads((demo / "results.json").read_text())
     assert set(results["prompted"]) == {"segmentation", "depth", "edges"}
     assert 0 <= results["prompted"]["segmentation"]["foreground_iou"] <= 1
-    assert results["prompted"]["segmentation"]["queries"] == 8
+    assert results["prompted"]["segmentation"]["num_queries"] == 8
     assert set(results["task_following"]["by_codes"]) == {"all", "segmentation", "depth", "edges"}
     assert {"below_conditional", "perplexity_ratio"} <= set(results["likelihood"]["video"])
-    assert results["tokenizer"]["codes_counted"] > 1000
+    assert results["tokenizer"]["num_codes_counted"] > 1000
 
 
 def test_training_writes_metrics_and_pictures(demo):

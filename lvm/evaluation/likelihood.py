@@ -41,7 +41,7 @@ def grid_losses(model: LVM, sentences: np.ndarray) -> np.ndarray:
     return losses.reshape(sentences.shape)
 
 
-def mixture_loss(
+def mixture_metrics(
     losses: Mapping[str, np.ndarray],
     sentences: Mapping[str, np.ndarray],
     weights: Mapping[str, float],
@@ -55,29 +55,29 @@ def mixture_loss(
         counts = np.bincount(sentences[name].ravel(), minlength=num_codes)
         shares += weights[name] / total * counts / counts.sum()
     unigram = metrics.entropy(shares)
-    by_source = {name: float(np.nanmean(losses[name])) for name in losses}
+    by_component = {name: float(np.nanmean(losses[name])) for name in losses}
     return {
         "loss": loss,
         "unigram_entropy": unigram,
         "below_unigram": _below(loss, unigram),
-        "by_source": by_source,
+        "by_component": by_component,
     }
 
 
 def perplexity_by_image(losses: np.ndarray) -> dict[str, list[float]]:
     """Perplexity of the 1st, 2nd … image of a sentence, from losses [count, grids, N].
 
-    `of_mean` is exp of the mean loss; `mean_of` is the mean over sentences of exp of their mean loss, which is
+    `exp_of_mean` is exp of the mean loss; `mean_of_exp` is the mean over sentences of exp of their mean loss, which is
     what LVM reports.
     """
     by_sentence = np.nanmean(losses, axis=2)  # [count, grids]
     return {
-        "of_mean": np.exp(by_sentence.mean(0)).tolist(),
-        "mean_of": np.exp(by_sentence).mean(0).tolist(),
+        "exp_of_mean": np.exp(by_sentence.mean(0)).tolist(),
+        "mean_of_exp": np.exp(by_sentence).mean(0).tolist(),
     }
 
 
-def video_figures(
+def video_metrics(
     losses: np.ndarray, videos: Sequence[np.ndarray], stride: int, num_codes: int
 ) -> dict[str, Any]:
     """Later frames beside the first, and beside H(code | same position of the frame before).
@@ -94,10 +94,10 @@ def video_figures(
     conditional = metrics.conditional_entropy(before, after, num_codes, corrected=True)
     return {
         "loss_first_image": float(np.nanmean(losses[:, 0])),
-        "loss_images_3_on": later,
+        "loss_from_image_3": later,
         "conditional_entropy": conditional,
         "conditional_entropy_plug_in": metrics.conditional_entropy(before, after, num_codes),
-        "transitions_counted": int(after.size),
+        "num_transitions": int(after.size),
         "below_conditional": _below(later, conditional),
         "perplexity_ratio": math.exp(later - float(np.nanmean(losses[:, 0]))),
     }

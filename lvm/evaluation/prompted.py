@@ -12,8 +12,10 @@ from lvm.data.streams.codecs import Depth, Palette
 from lvm.evaluation import metrics
 from lvm.evaluation.heldout import Heldout, HeldoutScene
 
-Answer = Callable[[np.ndarray, int], np.ndarray]  # prompts int [B, K, N], images wanted → int [B, images, N]
-Decode = Callable[[np.ndarray], np.ndarray]  # codes int [B, N] → images uint8 [B, R, R, 3]
+AnswerFn = Callable[
+    [np.ndarray, int], np.ndarray
+]  # prompts int [B, K, N], images wanted → int [B, images, N]
+DecodeFn = Callable[[np.ndarray], np.ndarray]  # codes int [B, N] → images uint8 [B, R, R, 3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +26,12 @@ class Query:
     frame: int
     examples: tuple[tuple[HeldoutScene, int], ...]
 
-    def prompt(self, source: str, target: str) -> np.ndarray:
+    def prompt(self, input_stream: str, target_stream: str) -> np.ndarray:
         """x1 y1 … xn yn xq as grids int [2n+1, N]."""
         grids = []
         for scene, frame in self.examples:
-            grids += [scene.grid(frame, source), scene.grid(frame, target)]
-        return np.stack([*grids, self.scene.grid(self.frame, source)])
+            grids += [scene.grid(frame, input_stream), scene.grid(frame, target_stream)]
+        return np.stack([*grids, self.scene.grid(self.frame, input_stream)])
 
 
 def make_queries(scenes: Sequence[HeldoutScene], count: int, shots: int, seed: int) -> list[Query]:
@@ -57,38 +59,42 @@ class Answers:
     """
 
     queries: list[Query]
-    source: str
-    target: str
+    input_stream: str
+    target_stream: str
     codes: np.ndarray
     images: np.ndarray
     truth: np.ndarray
     copied: np.ndarray
 
-    def figures(self, codec: Any) -> dict[str, Any]:
+    def scores(self, codec: Any) -> dict[str, Any]:
         """What the target's codec allows to score, and PSNR for every target."""
         scores: dict[str, Any] = {
-            "queries": len(self.queries),
+            "num_queries": len(self.queries),
             "psnr": float(metrics.psnr(self.images, self.truth).mean()),
-            "psnr_copying": float(metrics.psnr(self.copied, self.truth).mean()),
+            "psnr_copy_baseline": float(metrics.psnr(self.copied, self.truth).mean()),
         }
         if isinstance(codec, Palette):
-            scores |= segmentation_figures(self.images, self.truth, self.copied, codec)
+            scores |= segmentation_metrics(self.images, self.truth, self.copied, codec)
         if isinstance(codec, Depth):
             answered = np.stack([codec.parse(image) for image in self.images])
             scores |= metrics.depth_errors(answered, np.stack([codec.parse(image) for image in self.truth]))
         return scores
 
 
-def ask(queries: list[Query], source: str, target: str, answer: Answer, decode: Decode) -> Answers:
-    """Asks for every query's `target`, shown by its examples."""
-    prompts = np.stack([query.prompt(source, target) for query in queries])  # [B, 2n+1, N]
+def answer_queries(
+    queries: list[Query], input_stream: str, target_stream: str, answer: AnswerFn, decode: DecodeFn
+) -> Answers:
+    """Asks for every query's `target_stream`, shown by its examples."""
+    prompts = np.stack([query.prompt(input_stream, target_stream) for query in queries])  # [B, 2n+1, N]
     codes = answer(prompts, 1)[:, 0]  # [B, N]
-    truth = np.stack([query.scene.image(query.frame, target) for query in queries])
-    copied = np.stack([query.examples[-1][0].image(query.examples[-1][1], target) for query in queries])
-    return Answers(queries, source, target, codes, decode(codes), truth, copied)
+    truth = np.stack([query.scene.image(query.frame, target_stream) for query in queries])
+    copied = np.stack(
+        [query.examples[-1][0].image(query.examples[-1][1], target_stream) for query in queries]
+    )
+    return Answers(queries, input_stream, target_stream, codes, decode(codes), truth, copied)
 
 
-def segmentation_figures(
+def segmentation_metrics(
     images: np.ndarray, truth: np.ndarray, copied: np.ndarray, codec: Palette
 ) -> dict[str, Any]:
     """Scores of segmentation answers, all uint8 [B, R, R, 3].
@@ -103,7 +109,7 @@ def segmentation_figures(
     leave_out = [] if codec.background is None else [codec.background]
     figures: dict[str, Any] = {
         "pixel_accuracy": float(np.trace(counts) / counts.sum()),
-        "pixel_accuracy_copying": _accuracy(metrics.confusion(other, right, num_classes, codec.ignore)),
+        "pixel_accuracy_copy_baseline": _accuracy(metrics.confusion(other, right, num_classes, codec.ignore)),
         "class_miou": metrics.mean_iou(counts, leave_out),
         "class_miou_chance": _chance(labels, right, codec, leave_out),
     }
@@ -111,11 +117,11 @@ def segmentation_figures(
         masks = metrics.iou(labels != codec.background, right != codec.background)
         figures |= {
             "foreground_iou": float(masks.mean()),
-            "foreground_iou_95": metrics.bootstrap(masks),
-            "foreground_iou_everything": float(
+            "foreground_iou_ci95": metrics.bootstrap(masks),
+            "foreground_iou_all_foreground": float(
                 metrics.iou(np.ones_like(right, bool), right != codec.background).mean()
             ),
-            "foreground_iou_copying": float(
+            "foreground_iou_copy_baseline": float(
                 metrics.iou(other != codec.background, right != codec.background).mean()
             ),
         }
@@ -167,10 +173,10 @@ def task_following(asked: Sequence[Answers], heldout: Heldout, num_codes: int) -
 
     by_codes, by_pixels, right = {}, {}, []
     for answers in asked:
-        wanted = streams.index(answers.target)
-        by_codes[answers.target] = float(np.mean(of_stream(answers.codes) == wanted))
-        by_pixels[answers.target] = float(np.mean(_nearest(answers, streams) == wanted))
-        truth = np.stack([query.scene.grid(query.frame, answers.target) for query in answers.queries])
+        wanted = streams.index(answers.target_stream)
+        by_codes[answers.target_stream] = float(np.mean(of_stream(answers.codes) == wanted))
+        by_pixels[answers.target_stream] = float(np.mean(_nearest(answers, streams) == wanted))
+        truth = np.stack([query.scene.grid(query.frame, answers.target_stream) for query in answers.queries])
         right.append(np.mean(of_stream(truth) == wanted))
     for shares in (by_codes, by_pixels):
         shares["all"] = float(np.mean(list(shares.values())))

@@ -13,7 +13,7 @@ from lvm.evaluation import metrics
 from lvm.evaluation.heldout import Heldout
 
 
-def reconstruction_figures(
+def reconstruction_metrics(
     heldout: Heldout, decode: Callable[[np.ndarray], np.ndarray], num_codes: int
 ) -> dict[str, Any]:
     """PSNR in dB of every stream, the segmentation's round trip, and how much of the codebook is used."""
@@ -32,7 +32,7 @@ def reconstruction_figures(
             if codec.background is not None:
                 masks = metrics.iou(labels != codec.background, truth != codec.background)
                 figures["round_trip_foreground_iou"] = float(masks.mean())
-    figures["codes_counted"] = int(histogram.sum())
+    figures["num_codes_counted"] = int(histogram.sum())
     figures["codebook_usage"] = float(np.count_nonzero(histogram) / num_codes)
     figures["codebook_perplexity"] = math.exp(metrics.entropy(histogram))
     return figures

@@ -40,7 +40,9 @@ class Section:
     picture: np.ndarray | bytes
 
 
-def page(title: str, intro: str, table: Sequence[tuple[str, str, str]], sections: Sequence[Section]) -> str:
+def render_page(
+    title: str, intro: str, table: Sequence[tuple[str, str, str]], sections: Sequence[Section]
+) -> str:
     """The whole page as HTML that needs nothing beside it.
 
     Args:
@@ -63,7 +65,7 @@ def page(title: str, intro: str, table: Sequence[tuple[str, str, str]], sections
     )
 
 
-def curves(
+def plot_curves(
     series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, log: bool = False
 ) -> bytes:
     """A line plot as PNG: name → points (x, y)."""
@@ -86,7 +88,7 @@ def curves(
     return buffer.getvalue()
 
 
-def training_curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+def metric_curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) of the lines of a `metrics.jsonl` that have the key."""
     return [(line["step"], line[key]) for line in lines if key in line]
 

@@ -21,7 +21,7 @@ class Cell:
     is_answer: bool = False
 
 
-def sheet(rows: Sequence[Sequence[Cell | None]], side: int = 96) -> np.ndarray:
+def render_sheet(rows: Sequence[Sequence[Cell | None]], side: int = 96) -> np.ndarray:
     """Rows of labelled cells → uint8 [H, W, 3]; images are shown `side` pixels wide, None leaves a gap."""
     columns = max(len(row) for row in rows)
     width, height = columns * (side + _GAP) + _GAP, len(rows) * (side + _GAP + _LABEL) + _GAP
@@ -46,7 +46,7 @@ def sheet(rows: Sequence[Sequence[Cell | None]], side: int = 96) -> np.ndarray:
     return np.asarray(paper)
 
 
-def first_rows(pictures: Sequence[np.ndarray], rows: int = 2, side: int = 96) -> np.ndarray:
+def crop_rows(pictures: Sequence[np.ndarray], rows: int = 2, side: int = 96) -> np.ndarray:
     """The first rows of several sheets, one below the other: uint8 [H, W, 3]."""
     height = rows * (side + _GAP + _LABEL) + _GAP
     width = max(picture.shape[1] for picture in pictures)
@@ -62,7 +62,7 @@ def answer_row(gap: int, images: Iterable[np.ndarray]) -> list[Cell | None]:
     return [*[None] * gap, *(Cell(image, "answer", True) for image in images)]
 
 
-def completion(
+def completion_sheet(
     codes: np.ndarray,
     answer: Callable[[np.ndarray, int], np.ndarray],
     decode: Callable[[np.ndarray], np.ndarray],
@@ -78,7 +78,7 @@ def completion(
     """
     given = max(1, round(share * len(codes)))
     if given == len(codes):
-        return sheet([[Cell(image, f"{i + 1}") for i, image in enumerate(decode(codes))]])
+        return render_sheet([[Cell(image, f"{i + 1}") for i, image in enumerate(decode(codes))]])
     answers = answer(codes[:given], len(codes) - given)
     truth = [Cell(image, f"{i + 1}") for i, image in enumerate(decode(codes))]
-    return sheet([truth, answer_row(given, decode(answers))])
+    return render_sheet([truth, answer_row(given, decode(answers))])

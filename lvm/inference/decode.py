@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lvm.hardware import sharding
-from lvm.inference.decode_params import module
-from lvm.inference.sampling import SamplingParams, sample_token
+from lvm.inference.decode_params import build_module
+from lvm.inference.sampling import BatchedSampling, sample_token
 from lvm.model.nnx_utils import Params
 from lvm.model.transformer import CACHE_AXES, Cache, DecodePosition, ModelConfig
 
 _STATIC = ("config", "mesh")
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """Rows that are being written.
 
     Attributes:
@@ -48,7 +48,7 @@ def prefill(
     size: int,
     candidates: int,
     room: int,
-) -> State:
+) -> DecodeState:
     """Reads padded prompts [B, T] of `lengths` [B], each once for all its candidates.
 
     Args:
@@ -61,25 +61,25 @@ def prefill(
         caches, place = _read(weights, prompts, lengths, config, kernel, size, candidates)
         last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]  # [B]
         token = jnp.repeat(last, candidates)  # [R]
-        return State(caches, place, token, jnp.int32(0), jnp.zeros((len(token), room), jnp.int32))
+        return DecodeState(caches, place, token, jnp.int32(0), jnp.zeros((len(token), room), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "num_allowed"), donate_argnames="state")
 def decode(
     weights: Params,
-    state: State,
-    draws: SamplingParams,
+    state: DecodeState,
+    draws: BatchedSampling,
     steps: jax.Array,
     *,
     config: ModelConfig,
     mesh: Mesh | None,
     num_allowed: int,
-) -> State:
+) -> DecodeState:
     """Writes as many tokens as `steps` says, in one loop; ids from `num_allowed` on are never drawn."""
     with sharding.use_mesh(mesh):
 
-        def advance(state: State) -> State:
-            model = module(weights, config)  # inside of the loop, or its views would be copies
+        def advance(state: DecodeState) -> DecodeState:
+            model = build_module(weights, config)  # inside of the loop, or its views would be copies
             position, slot, visible = state.place
             place = DecodePosition(position, slot, visible | (jnp.arange(visible.shape[1]) == slot))
             hidden, caches = model.decode_step(state.token, place, state.caches)
@@ -87,7 +87,7 @@ def decode(
             token = sample_token(logits, draws, state.number)
             written = jax.lax.dynamic_update_slice(state.written, token[:, None], (0, state.number))
             place = DecodePosition(position + 1, slot + 1, place.visible)
-            return State(caches, place, token, state.number + 1, written)
+            return DecodeState(caches, place, token, state.number + 1, written)
 
         end = state.number + steps
         return jax.lax.while_loop(lambda state: state.number < end, advance, state)
@@ -96,14 +96,14 @@ def decode(
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "kernel"), donate_argnames="state")
 def re_prefill(
     weights: Params,
-    state: State,
+    state: DecodeState,
     windows: jax.Array,
     lengths: jax.Array,
     *,
     config: ModelConfig,
     mesh: Mesh | None,
     kernel: str,
-) -> State:
+) -> DecodeState:
     """Reads new windows [R, T] of `lengths` [R], padded, each with the row's newest token last, in place of the old."""
     with sharding.use_mesh(mesh):
         size = state.place.visible.shape[1]
@@ -123,7 +123,7 @@ def _read(
     """Caches of `size` places that hold rows [B, T], and where the last token of each goes."""
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    _, caches = module(weights, config).prefill(tokens, positions, kernel)  # each [B, K, T, d]
+    _, caches = build_module(weights, config).prefill(tokens, positions, kernel)  # each [B, K, T, d]
 
     def hold(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, size - T), (0, 0)))

@@ -22,7 +22,7 @@ from lvm.model.transformer import ModelConfig, Transformer
 _AS_THEY_ARE = ("embedding", "scale")
 
 
-def writing_mesh(mesh: Mesh | None) -> Mesh | None:
+def decode_mesh(mesh: Mesh | None) -> Mesh | None:
     """The mesh's devices with `sequence` counted to `data`: a row of one token can't be split along its length."""
     if mesh is None or mesh.shape["sequence"] == 1:
         return mesh
@@ -31,8 +31,8 @@ def writing_mesh(mesh: Mesh | None) -> Mesh | None:
     return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
 
 
-def prepare(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
-    """The weights for `module`, of a `Transformer`'s parameters with stacked layers.
+def prepare_params(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
+    """The weights for `build_module`, of a `Transformer`'s parameters with stacked layers.
 
     Args:
       params: as training has them; they stay as they are.
@@ -51,7 +51,7 @@ def prepare(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
     return _laid_out(params, config, mesh)
 
 
-def module(weights: Params, config: ModelConfig) -> Transformer:
+def build_module(weights: Params, config: ModelConfig) -> Transformer:
     """The `Transformer` with layers one by one around prepared weights; inside `jax.jit`."""
     graphdef, shapes = _one_by_one(config)
     return merge(graphdef, jax.tree.map_with_path(_as_module, weights, shapes))

@@ -13,19 +13,19 @@ from jax.sharding import Mesh
 from lvm.common.distributed import fetch
 from lvm.common.errors import UserError
 from lvm.inference import decode
-from lvm.inference.decode_params import prepare, writing_mesh
-from lvm.inference.sampling import Sampling, draws
+from lvm.inference.decode_params import decode_mesh, prepare_params
+from lvm.inference.sampling import SamplingParams, batch_sampling
 from lvm.model.attention import choose_kernel
 from lvm.model.nnx_utils import Params
 from lvm.model.transformer import ModelConfig
 
-__all__ = ["Generator", "Sampling", "Window"]
+__all__ = ["Generator", "SamplingParams", "SlidingWindow"]
 
 _MULTIPLE = 128  # lengths are padded to multiples of it, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class SlidingWindow:
     """How writing goes on when the context is full: the oldest grids go, the rest is read anew from place 0 on.
 
     Attributes:
@@ -38,7 +38,7 @@ class Window:
     bos: int | None
     drop: int = 0
 
-    def grids_that_fit(self, context: int) -> int:
+    def max_grids(self, context: int) -> int:
         """Grids of a prompt and its answer together; the last code written is never read."""
         return (context + 1 - len(self.front)) // self.codes_per_image
 
@@ -46,13 +46,13 @@ class Window:
     def front(self) -> list[int]:
         return [] if self.bos is None else [self.bos]
 
-    def checked(self, context: int) -> Window:
+    def checked(self, context: int) -> SlidingWindow:
         """With `drop` as a number from 1 on.
 
         Raises:
           UserError: `drop` leaves no grid of those that fit.
         """
-        fit = self.grids_that_fit(context)
+        fit = self.max_grids(context)
         drop = self.drop or max(1, fit // 2)
         if not 0 < drop < max(fit, 2):
             raise UserError(
@@ -76,11 +76,11 @@ class Generator:
     """
 
     def __init__(self, config: ModelConfig, params: Params, mesh: Mesh | None = None):
-        self.config, self._mesh = config, writing_mesh(mesh)
+        self.config, self._mesh = config, decode_mesh(mesh)
         self._ways = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self._kernel = choose_kernel(config.attention, platform, config.dtype, config.head_dim)
-        self._weights = prepare(params, config, self._mesh)
+        self._weights = prepare_params(params, config, self._mesh)
         self._where = {"config": config, "mesh": self._mesh}
 
     def __call__(self, *args: Any, **options: Any) -> np.ndarray:
@@ -92,11 +92,11 @@ class Generator:
         self,
         prompts: Sequence[np.ndarray],
         length: int,
-        sampling: Sampling | Sequence[Sampling],
+        sampling: SamplingParams | Sequence[SamplingParams],
         seeds: Sequence[int],
         candidates: int = 1,
         num_allowed: int | None = None,
-        window: Window | None = None,
+        window: SlidingWindow | None = None,
         every: int = 0,
     ) -> Iterator[np.ndarray]:
         """Continues prompts of equal or unequal length, and shows what is written so far.
@@ -122,19 +122,19 @@ class Generator:
         """
         window = window.checked(self.config.context) if window else None
         lengths = self._checked_lengths(prompts, length, window)  # [B]
-        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         if not len(prompts) == len(samplings) == len(seeds):
             raise UserError(
                 f"{len(prompts)} prompts, {len(samplings)} ways of sampling and {len(seeds)} seeds; one for each prompt"
             )
         B, extra = len(prompts), -len(prompts) % self._ways  # rows that make the batch divisible are left out
         prompts, seeds = _repeat_last(prompts, extra), _repeat_last(seeds, extra)
-        rules = draws(_repeat_last(samplings, extra), seeds, candidates)
+        rules = batch_sampling(_repeat_last(samplings, extra), seeds, candidates)
         fill = np.repeat(_repeat_last(lengths, extra), candidates)  # [R] tokens in each row's window
         # The last new token is never read.
         limit = self.config.context + 1
         if window is not None:
-            limit = len(window.front) + window.grids_that_fit(self.config.context) * window.codes_per_image
+            limit = len(window.front) + window.max_grids(self.config.context) * window.codes_per_image
         longest = int(fill.max())
         # A slide reads rows of any length below the limit anew, and its padding goes to the next multiple.
         places = _round_up(longest) + length if longest + length <= limit else limit + _MULTIPLE
@@ -166,13 +166,13 @@ class Generator:
 
     def _slide(
         self,
-        state: decode.State,
+        state: decode.DecodeState,
         prompts: Sequence[np.ndarray],
         done: int,
         fill: np.ndarray,
         limit: int,
-        window: Window,
-    ) -> tuple[decode.State, np.ndarray]:
+        window: SlidingWindow,
+    ) -> tuple[decode.DecodeState, np.ndarray]:
         """Full rows keep their newest grids; all rows are read anew, so that they go on at one place of the cache."""
         written, candidates = fetch(state.written)[:, :done], len(fill) // len(prompts)
         fill = np.where(fill == limit, fill - window.drop * window.codes_per_image, fill)  # [R]
@@ -185,7 +185,7 @@ class Generator:
         return state, fill
 
     def _checked_lengths(
-        self, prompts: Sequence[np.ndarray], length: int, window: Window | None
+        self, prompts: Sequence[np.ndarray], length: int, window: SlidingWindow | None
     ) -> list[int]:
         if length < 1:
             raise UserError(f"length: {length} new tokens; at least 1")

@@ -14,14 +14,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lvm.common.errors import UserError
-from lvm.inference.generator import Generator, Sampling, Window
+from lvm.inference.generator import Generator, SamplingParams, SlidingWindow
 from lvm.interop import models
 from lvm.model.attention import choose_kernel
 from lvm.model.nnx_utils import Params, abstract_module, merge
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import Vocabulary
 
-_AS_IT_IS = Sampling()
+_AS_IT_IS = SamplingParams()
 
 
 class LVM:
@@ -118,7 +118,7 @@ class LVM:
           grids: codes int [B, K, N], or B arrays [K_i, N] of unequal length.
           num_images: how many images to answer with.
           candidates: answers a prompt.
-          temperature, top_k, top_p: see `Sampling`, one for all prompts or one each; codes alone
+          temperature, top_k, top_p: see `SamplingParams`, one for all prompts or one each; codes alone
             are drawn.
           seed: one for all prompts, or one each.
           drop: how many images are dropped at once; 0 is half of those that fit.
@@ -140,7 +140,7 @@ class LVM:
         grids: Any,
         num_images: int,
         candidates: int = 1,
-        sampling: Sampling | Sequence[Sampling] = _AS_IT_IS,
+        sampling: SamplingParams | Sequence[SamplingParams] = _AS_IT_IS,
         seed: int | Sequence[int] = 0,
         drop: int = 0,
         every: int = 0,
@@ -156,7 +156,7 @@ class LVM:
         if any(prompt.shape[1] != N for prompt in prompts):
             raise UserError(f"grids: {sorted({p.shape[1] for p in prompts})} codes an image; all must agree")
         self.check_fits(max(len(prompt) for prompt in prompts), N)
-        window = Window(N, self.vocabulary.bos, drop)
+        window = SlidingWindow(N, self.vocabulary.bos, drop)
         rows = [np.concatenate([window.front, prompt.ravel()]).astype(np.int32) for prompt in prompts]
         return self._generator.stream(
             rows,
@@ -193,9 +193,9 @@ class LVM:
         )
         return new[:, 0]
 
-    def images_that_fit(self, codes_per_image: int) -> int:
+    def max_images(self, codes_per_image: int) -> int:
         """How many images, prompt and answer together, the context holds."""
-        return Window(codes_per_image, self.vocabulary.bos).grids_that_fit(self.config.context)
+        return SlidingWindow(codes_per_image, self.vocabulary.bos).max_grids(self.config.context)
 
     def check_fits(self, prompt: int, codes_per_image: int) -> None:
         """That a prompt of so many images leaves room for an answer.
@@ -203,7 +203,7 @@ class LVM:
         Raises:
           UserError: it doesn't; says how many fit.
         """
-        fit = self.images_that_fit(codes_per_image)
+        fit = self.max_images(codes_per_image)
         if prompt + 1 > fit:
             raise UserError(
                 f"a prompt of {prompt} images and an answer don't fit: "
@@ -234,10 +234,10 @@ class LVM:
             )
         return array
 
-    def _samplings(self, temperature: Any, top_k: Any, top_p: Any, rows: int) -> list[Sampling]:
+    def _samplings(self, temperature: Any, top_k: Any, top_p: Any, rows: int) -> list[SamplingParams]:
         named = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         columns = [self._each(name, value, rows) for name, value in named.items()]
-        return [Sampling(*fields) for fields in zip(*columns, strict=True)]
+        return [SamplingParams(*fields) for fields in zip(*columns, strict=True)]
 
     @staticmethod
     def _each(name: str, value: Any, rows: int) -> list[Any]:

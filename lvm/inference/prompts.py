@@ -16,9 +16,9 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.image_file import IMAGE_SUFFIXES
 from lvm.data.images.sources.listing import VIDEO_SUFFIXES, natural_key
 from lvm.data.images.sources.video import VideoSource
-from lvm.inference.contact_sheet import Cell, sheet
+from lvm.inference.contact_sheet import Cell, render_sheet
 
-Read = Callable[[pathlib.Path], np.ndarray]  # a picture file → its image uint8 [R, R, 3]
+ReadImage = Callable[[pathlib.Path], np.ndarray]  # a picture file → its image uint8 [R, R, 3]
 _ALL = 1 << 20  # frames of a video that is taken whole
 _VIDEO_SIDE, _FRAMES_A_SECOND = 256, 4
 
@@ -38,7 +38,7 @@ class Prompt:
     num_answers: int = 1
 
 
-class Files:
+class PromptReader:
     """Reads pictures, folders of pictures and videos.
 
     Args:
@@ -51,7 +51,7 @@ class Files:
 
     def __init__(
         self,
-        read: Read,
+        read: ReadImage,
         preprocess: Preprocess,
         rate: float = 0.0,
         frames: int = 0,
@@ -151,7 +151,7 @@ class Files:
         return sorted(files, key=lambda file: natural_key(file.name))[: self._frames or None]
 
 
-def contact_sheet(prompt: Prompt, answers: np.ndarray, side: int) -> np.ndarray:
+def answer_sheet(prompt: Prompt, answers: np.ndarray, side: int) -> np.ndarray:
     """The prompt, and its answers uint8 [C, A, R, R, 3] framed, a candidate a row → uint8 [H, W, 3]."""
     shown = [Cell(image, label) for label, image in zip(prompt.labels, prompt.images, strict=True)]
     rows: list[list[Cell | None]] = []
@@ -159,10 +159,10 @@ def contact_sheet(prompt: Prompt, answers: np.ndarray, side: int) -> np.ndarray:
         labels = [f"answer {number + 1}" if len(answers) > 1 else "answer"] * len(candidate)
         framed = [Cell(image, label, True) for image, label in zip(candidate, labels, strict=True)]
         rows.append([*(shown if number == 0 else [None] * len(shown)), *framed])
-    return sheet(rows, side)
+    return render_sheet(rows, side)
 
 
-def video(images: np.ndarray) -> bytes:
+def encode_mp4(images: np.ndarray) -> bytes:
     """Images uint8 [T, R, R, 3] as an MP4 of a few frames a second, small ones enlarged."""
     scale = max(1, _VIDEO_SIDE // images.shape[1])
     side = images.shape[1] * scale // 2 * 2  # the format wants even sides

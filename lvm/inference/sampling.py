@@ -1,4 +1,4 @@
-"""How a next token is drawn from the logits: each row by its own temperature, top-k, top-p and key."""
+"""Token sampling with per-row temperature, top-k, top-p and key."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from lvm.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a next token is drawn from the logits.
+class SamplingParams:
+    """Sampling settings of a request.
 
     Attributes:
       temperature: 0 takes the most likely token.
-      top_k: only the k most likely tokens; 0 means all.
-      top_p: only the smallest set of tokens whose probabilities sum to p, after `top_k`.
+      top_k: samples from the k most likely tokens; 0 means all.
+      top_p: samples from the smallest set of tokens whose probabilities sum to p, after `top_k`.
     """
 
     temperature: float = 1.0
@@ -29,60 +30,67 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature: {self.temperature} is not a number from 0 on")
+            raise UserError(
+                f"temperature={self.temperature} must be finite and not negative; use 0 for greedy decoding"
+            )
         if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise UserError(f"top_k: {self.top_k} is not a whole number from 0 on; 0 means all tokens")
+            raise UserError(f"top_k={self.top_k} must be an integer from 0; use 0 for all tokens")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p: {self.top_p} is not in (0, 1]")
+            raise UserError(f"top_p={self.top_p} must be in (0, 1]; use 1 for all tokens")
 
 
-class SamplingParams(NamedTuple):
-    """How each row draws: keys [R], temperature and top_p float32 [R], top_k int32 [R]."""
+class BatchedSampling(NamedTuple):
+    """`SamplingParams` and keys of a batch of rows, on device."""
 
-    keys: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
+    keys: Key[Array, " R"]
+    temperature: Float[Array, " R"]
+    top_k: Int[Array, " R"]
+    top_p: Float[Array, " R"]
 
 
-def draws(samplings: Sequence[Sampling], seeds: Sequence[int], candidates: int) -> SamplingParams:
-    """`SamplingParams` of B requests with `candidates` each: rows [B · candidates], a request's side by side."""
+def batch_sampling(
+    params: Sequence[SamplingParams], seeds: Sequence[int], candidates: int
+) -> BatchedSampling:
+    """Settings of B requests with `candidates` rows each, as R = B · candidates rows, grouped by request."""
     keys = jnp.stack([jax.random.key(int(seed) % 2**32) for seed in seeds])  # [B]
-    of_candidates = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    keys = of_candidates(keys, jnp.arange(candidates)).reshape(-1)  # [R]
-    fields = [(s.temperature, s.top_k, s.top_p) for s in samplings for _ in range(candidates)]
-    columns = zip(*fields, strict=True)
-    types = (jnp.float32, jnp.int32, jnp.float32)
-    return SamplingParams(
-        keys, *(jnp.array(column, dtype) for column, dtype in zip(columns, types, strict=True))
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    keys = fold(keys, jnp.arange(candidates)).reshape(-1)  # [R]
+
+    def column(name: str, dtype: jax.typing.DTypeLike) -> jax.Array:
+        return jnp.repeat(jnp.array([getattr(p, name) for p in params], dtype), candidates)
+
+    return BatchedSampling(
+        keys, column("temperature", jnp.float32), column("top_k", jnp.int32), column("top_p", jnp.float32)
     )
 
 
-def sample_token(logits: jax.Array, draws: SamplingParams, number: jax.Array) -> jax.Array:
-    """The `number`-th new token of every row: logits float32 [R, V] → int32 [R]."""
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # [R]
-    warm = draws.temperature > 0  # [R]
+def sample_token(
+    logits: Float[Array, "R V"], sampling: BatchedSampling, index: Int[Array, ""]
+) -> Int[Array, " R"]:
+    """Samples the new token `index` of every row; each (row, index) has its own random bits."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # [R]
+    is_random = sampling.temperature > 0  # [R]
 
-    def drawn() -> jax.Array:
-        scaled = logits / jnp.where(warm, draws.temperature, 1)[:, None]
-        cuts = jnp.any((draws.top_k > 0) | (draws.top_p < 1))
-        # Sorting is the dear part: it is left out where no row asks for it.
-        kept = jax.lax.cond(cuts, _cut_tail, lambda scaled, *_: scaled, scaled, draws.top_k, draws.top_p)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(draws.keys, number)
-        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+    def sample() -> jax.Array:
+        scaled = logits / jnp.where(is_random, sampling.temperature, 1)[:, None]
+        # Sorting dominates the cost; it is skipped unless a row uses top-k or top-p.
+        truncates = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
+        scaled = jax.lax.cond(truncates, _truncate, lambda x, *_: x, scaled, sampling.top_k, sampling.top_p)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, index)
+        return jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
 
-    return jnp.where(warm, jax.lax.cond(jnp.any(warm), drawn, lambda: likeliest), likeliest)
+    return jnp.where(is_random, jax.lax.cond(jnp.any(is_random), sample, lambda: greedy), greedy)
 
 
-def _cut_tail(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """−inf for what top-k and then top-p leave out; tokens as likely as the last one kept stay."""
+def _truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Sets logits outside top-k, then top-p, to −inf; ties with the last token kept are kept."""
     V = logits.shape[-1]
     k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)[:, None]  # [R, 1]
     descending = jnp.sort(logits, descending=True)  # [R, V]
     descending = jnp.where(jnp.arange(V) < k, descending, -jnp.inf)
-    shares = jax.nn.softmax(descending)
-    ahead = jnp.cumsum(shares, axis=-1) - shares  # the mass ahead of each
-    ahead = jnp.where(top_p[:, None] < 1, ahead, 0)  # rounded sums may reach 1 before the end
-    kept = (ahead < top_p[:, None]) & (descending > -jnp.inf)
-    last = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)  # [R, 1]
-    return jnp.where(logits < last, -jnp.inf, logits)
+    probabilities = jax.nn.softmax(descending)
+    preceding = jnp.cumsum(probabilities, axis=-1) - probabilities
+    preceding = jnp.where(top_p[:, None] < 1, preceding, 0)  # rounded sums may reach 1 before the end
+    is_kept = (preceding < top_p[:, None]) & (descending > -jnp.inf)
+    threshold = jnp.min(jnp.where(is_kept, descending, jnp.inf), axis=-1, keepdims=True)  # [R, 1]
+    return jnp.where(logits < threshold, -jnp.inf, logits)

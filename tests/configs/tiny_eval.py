@@ -9,5 +9,5 @@ from configs import eval_demo
 
 def get_config() -> ConfigDict:
     config = eval_demo.get_config()
-    config.update({"source": "tests/configs/tiny_scenes.py", "sentences": 8, "queries": 8})
+    config.update({"source": "tests/configs/tiny_scenes.py", "num_sentences": 8, "num_queries": 8})
     return config

@@ -10,7 +10,7 @@ from PIL import Image
 from lvm import playground
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.inference.generator import Sampling
+from lvm.inference.generator import SamplingParams
 from lvm.playground import PlaygroundSession, write_examples
 
 SIDE, GRID = 16, (2, 2)
@@ -37,7 +37,7 @@ class FakeTokenizer:
 class FakeModel:
     """Writes two codes at a time."""
 
-    def images_that_fit(self, codes_per_image):
+    def max_images(self, codes_per_image):
         return 6
 
     def check_fits(self, prompt, codes_per_image):
@@ -68,7 +68,7 @@ def test_the_examples_fill_no_more_than_the_context(desk, examples):
 
 def test_the_answer_fills_in_and_what_is_unwritten_is_grey(desk, examples):
     prompt = desk.sequence(*examples["video"])
-    (_, nothing), *steps = desk.answer(prompt, 2, 3, Sampling(), 0)
+    (_, nothing), *steps = desk.answer(prompt, 2, 3, SamplingParams(), 0)
     assert nothing == []
     assert [len(answers) for _, answers in steps] == [3, 3, 6, 6]  # images begun of three candidates
     shares = [np.mean([image == 225 for image, _ in answers]) for _, answers in steps]
@@ -96,7 +96,7 @@ def test_bad_uploads_are_named(desk, examples, tmp_path):
     with pytest.raises(UserError, match="no frames"):
         desk.sequence(None)
     with pytest.raises(UserError, match="holds 6 images"):
-        next(desk.answer(desk.sequence(images * 3), 1, 1, Sampling(), 0))
+        next(desk.answer(desk.sequence(images * 3), 1, 1, SamplingParams(), 0))
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch):

@@ -9,7 +9,7 @@ from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.streams.codecs import Image, Palette
 from lvm.evaluation.heldout import Heldout
-from lvm.evaluation.reconstruction import reconstruction_figures
+from lvm.evaluation.reconstruction import reconstruction_metrics
 
 FRACTION = 0.5
 
@@ -134,12 +134,12 @@ def test_where_the_scenes_do_not_allow_a_recipe_there_are_no_sentences(make_held
 
 def test_an_exact_tokenizer_reconstructs_everything(make_heldout, exact_codec):
     heldout = make_heldout()
-    figures = reconstruction_figures(heldout, exact_codec[1], 256)
+    figures = reconstruction_metrics(heldout, exact_codec[1], 256)
     assert figures["psnr"] == {"rgb": pytest.approx(100), "segmentation": pytest.approx(100)}
     assert figures["round_trip_pixel_accuracy"] == 1
     assert figures["round_trip_foreground_iou"] == 1
     codes = np.concatenate([heldout.codes("rgb").ravel(), heldout.codes("segmentation").ravel()])
-    assert figures["codes_counted"] == len(codes)
+    assert figures["num_codes_counted"] == len(codes)
     assert figures["codebook_usage"] == len(np.unique(codes)) / 256
     shares = np.unique(codes, return_counts=True)[1] / len(codes)
     assert figures["codebook_perplexity"] == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
@@ -147,6 +147,6 @@ def test_an_exact_tokenizer_reconstructs_everything(make_heldout, exact_codec):
 
 def test_a_tokenizer_that_forgets_is_seen_to(make_heldout, exact_codec):
     white = lambda codes: np.full_like(exact_codec[1](codes), 255)  # noqa: E731
-    figures = reconstruction_figures(make_heldout(), white, 256)
+    figures = reconstruction_metrics(make_heldout(), white, 256)
     assert max(figures["psnr"].values()) < 1
     assert figures["round_trip_pixel_accuracy"] < 0.1

@@ -64,25 +64,25 @@ def test_large_logits_do_not_overflow():
 def test_the_mixture_is_weighted_and_stands_beside_the_unigram_entropy():
     losses = {"a": np.full((2, 1, 4), 0.5), "b": np.full((3, 2, 4), 1.5)}
     codes = {"a": np.zeros((2, 1, 4), int), "b": np.ones((3, 2, 4), int)}
-    figures = likelihood.mixture_loss(losses, codes, {"a": 1.0, "b": 3.0, "unused": 5.0}, K)
+    figures = likelihood.mixture_metrics(losses, codes, {"a": 1.0, "b": 3.0, "unused": 5.0}, K)
     assert figures["loss"] == pytest.approx(0.25 * 0.5 + 0.75 * 1.5)
     entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))  # code 0 has a quarter, however many sentences
     assert figures["unigram_entropy"] == pytest.approx(entropy)
     assert figures["below_unigram"] == pytest.approx(1 - figures["loss"] / entropy)
-    assert figures["by_source"] == {"a": 0.5, "b": 1.5}
+    assert figures["by_component"] == {"a": 0.5, "b": 1.5}
 
 
 def test_perplexity_of_each_image_in_both_ways():
     losses = np.log(np.array([[[2.0, 8.0], [1.0, 1.0]], [[16.0, 16.0], [4.0, 4.0]]]))  # [2, 2, 2]
     figures = likelihood.perplexity_by_image(losses)
-    np.testing.assert_allclose(figures["of_mean"], [8, 2])  # √(4 · 16), √(1 · 4)
-    np.testing.assert_allclose(figures["mean_of"], [10, 2.5])  # (4 + 16) / 2, (1 + 4) / 2
+    np.testing.assert_allclose(figures["exp_of_mean"], [8, 2])  # √(4 · 16), √(1 · 4)
+    np.testing.assert_allclose(figures["mean_of_exp"], [10, 2.5])  # (4 + 16) / 2, (1 + 4) / 2
 
 
 def test_perplexity_leaves_out_the_code_that_has_no_prediction():
     losses = np.log(np.array([[[4.0, 9.0]], [[4.0, 9.0]]]))
     losses[:, 0, 1] = np.nan
-    np.testing.assert_allclose(likelihood.perplexity_by_image(losses)["of_mean"], [4])
+    np.testing.assert_allclose(likelihood.perplexity_by_image(losses)["exp_of_mean"], [4])
 
 
 def test_later_frames_stand_beside_the_entropy_given_the_frame_before():
@@ -90,11 +90,11 @@ def test_later_frames_stand_beside_the_entropy_given_the_frame_before():
     frames = np.array([[[0, 0], [1, 2], [2, 3]], [[0, 0], [1, 2], [2, 0]]])
     losses = np.full(frames.shape, 2.0)
     losses[:, 2] = 0.5
-    figures = likelihood.video_figures(losses, list(frames), 1, K)
-    assert (figures["loss_first_image"], figures["loss_images_3_on"]) == (2.0, 0.5)
+    figures = likelihood.video_metrics(losses, list(frames), 1, K)
+    assert (figures["loss_first_image"], figures["loss_from_image_3"]) == (2.0, 0.5)
     assert figures["conditional_entropy_plug_in"] == pytest.approx(np.log(2) / 2)
     corrected = np.log(2) / 2 + (3 - 2) / (2 * 4)  # three pairs and two codes seen, in four transitions
     assert figures["conditional_entropy"] == pytest.approx(corrected)
     assert figures["below_conditional"] == pytest.approx(1 - 0.5 / corrected)
-    assert figures["transitions_counted"] == 4
+    assert figures["num_transitions"] == 4
     assert figures["perplexity_ratio"] == pytest.approx(np.exp(-1.5))

@@ -70,7 +70,7 @@ def test_asking_gives_the_prompts_and_collects_answers_truth_and_the_last_exampl
         seen.append((prompts, num_images))
         return prompts[:, -1:]  # the query itself
 
-    asked = prompted.ask(queries, "rgb", "segmentation", answer, decode)
+    asked = prompted.answer_queries(queries, "rgb", "segmentation", answer, decode)
     np.testing.assert_array_equal(seen[0][0][2], queries[2].prompt("rgb", "segmentation"))
     assert seen[0][0].shape == (6, 5, 48)
     assert seen[0][1] == 1
@@ -92,52 +92,52 @@ def perfect(scenes, decode, target):
     def answer(prompts, num_images):
         return np.stack([truths[prompt[-1].tobytes()] for prompt in prompts])[:, None]
 
-    return prompted.ask(make_queries(scenes, 8, 2, seed=0), "rgb", target, answer, decode)
+    return prompted.answer_queries(make_queries(scenes, 8, 2, seed=0), "rgb", target, answer, decode)
 
 
 def test_perfect_answers_score_full_marks(make_heldout_scenes, exact_codec):
     scenes = make_heldout_scenes(5, palette=CLASSES)
-    figures = perfect(scenes, exact_codec[1], "segmentation").figures(CLASSES)
-    assert figures["queries"] == 8
+    figures = perfect(scenes, exact_codec[1], "segmentation").scores(CLASSES)
+    assert figures["num_queries"] == 8
     for name in ("pixel_accuracy", "class_miou", "foreground_iou"):
         assert figures[name] == 1.0
-    assert figures["foreground_iou_95"] == (1.0, 1.0)
-    for name in ("pixel_accuracy_copying", "class_miou_chance", "foreground_iou_copying"):
+    assert figures["foreground_iou_ci95"] == (1.0, 1.0)
+    for name in ("pixel_accuracy_copy_baseline", "class_miou_chance", "foreground_iou_copy_baseline"):
         assert 0 < figures[name] < 1
     assert figures["psnr"] == pytest.approx(100)
-    assert figures["psnr_copying"] < 20
+    assert figures["psnr_copy_baseline"] < 20
 
 
 def test_perfect_depth_scores_full_marks_and_no_labels(make_heldout_scenes, exact_codec):
     scenes = make_heldout_scenes(4, streams=("rgb", "depth"))
-    figures = perfect(scenes, exact_codec[1], "depth").figures(Depth(1.0, 5.0, "m"))
+    figures = perfect(scenes, exact_codec[1], "depth").scores(Depth(1.0, 5.0, "m"))
     assert (figures["rmse"], figures["abs_rel"], figures["delta1"]) == (0, 0, 1)
     assert "pixel_accuracy" not in figures
 
 
 def test_other_streams_are_scored_by_psnr_alone(make_heldout_scenes, exact_codec):
-    figures = perfect(make_heldout_scenes(4), exact_codec[1], "segmentation").figures(Image())
-    assert set(figures) == {"queries", "psnr", "psnr_copying"}
+    figures = perfect(make_heldout_scenes(4), exact_codec[1], "segmentation").scores(Image())
+    assert set(figures) == {"num_queries", "psnr", "psnr_copy_baseline"}
 
 
 def test_segmentation_scores_of_known_answers():
     truth = labelled([[[0, 1], [1, 1]], [[0, 0], [2, 2]]])
     answer = labelled([[[0, 1], [1, 2]], [[0, 2], [2, 0]]])
     copied = labelled([[[0, 0], [0, 0]], [[0, 0], [2, 2]]])
-    figures = prompted.segmentation_figures(answer, truth, copied, CLASSES)
+    figures = prompted.segmentation_metrics(answer, truth, copied, CLASSES)
     assert figures["pixel_accuracy"] == pytest.approx(5 / 8)
-    assert figures["pixel_accuracy_copying"] == pytest.approx(5 / 8)
+    assert figures["pixel_accuracy_copy_baseline"] == pytest.approx(5 / 8)
     # Cats: 2 of 3 found, none too many. Dogs: 1 of 2 found, 2 too many.
     assert figures["class_miou"] == pytest.approx((2 / 3 + 1 / 4) / 2)
     assert figures["foreground_iou"] == pytest.approx((1 + 1 / 3) / 2)
-    assert figures["foreground_iou_everything"] == pytest.approx((3 / 4 + 2 / 4) / 2)
-    assert figures["foreground_iou_copying"] == pytest.approx((0 + 1) / 2)
+    assert figures["foreground_iou_all_foreground"] == pytest.approx((3 / 4 + 2 / 4) / 2)
+    assert figures["foreground_iou_copy_baseline"] == pytest.approx((0 + 1) / 2)
 
 
 def test_pixels_whose_truth_nobody_knows_do_not_count():
     codec = Palette(("nothing", "cat", "unknown"), background=0, ignore=2)
     draw = lambda ids: codec.draw(np.array(ids))[None]  # noqa: E731
-    figures = prompted.segmentation_figures(draw([[0, 1]]), draw([[2, 1]]), draw([[0, 0]]), codec)
+    figures = prompted.segmentation_metrics(draw([[0, 1]]), draw([[2, 1]]), draw([[0, 0]]), codec)
     assert figures["pixel_accuracy"] == 1.0
     assert figures["class_miou"] == 1.0
 
@@ -146,7 +146,7 @@ def test_classes_by_lot_are_right_as_often_as_there_are_classes():
     codec = Palette(("nothing", *"abcd"), background=0)
     ids = np.random.default_rng(0).integers(1, 5, (60, 1, 1)) * np.ones((1, 4, 4), int)  # one class an image
     images = np.stack([codec.draw(x) for x in ids])
-    figures = prompted.segmentation_figures(images, images, images, codec)
+    figures = prompted.segmentation_metrics(images, images, images, codec)
     assert figures["class_miou"] == 1.0
     assert figures["class_miou_chance"] == pytest.approx(1 / 7, abs=0.02)  # a quarter right: 1 of 4 + 4 − 1
 

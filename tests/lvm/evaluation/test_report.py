@@ -31,9 +31,11 @@ class Page(html.parser.HTMLParser):
 
 
 def make_page():
-    chart = report.curves({"loss": [(1, 2.0), (2, 1.0)]}, "step", "loss")
+    chart = report.plot_curves({"loss": [(1, 2.0), (2, 1.0)]}, "step", "loss")
     sections = [Section("Answers", "what it wrote", PICTURE), Section("Loss", "while training", chart)]
-    return report.page("Title & <more>", "An <b>intro</b>", [("PSNR, x<y", "12.3 dB", "a & b")], sections)
+    return report.render_page(
+        "Title & <more>", "An <b>intro</b>", [("PSNR, x<y", "12.3 dB", "a & b")], sections
+    )
 
 
 def test_the_page_refers_to_nothing_outside_of_itself():
@@ -68,10 +70,10 @@ def test_equal_content_is_an_equal_page():
 def test_curves_are_pictures_that_differ_with_their_points():
     series = {"a": [(1.0, 10.0), (2.0, 100.0)]}
     charts = [
-        report.curves(series, "x", "y"),
-        report.curves(series, "x", "y", log=True),
-        report.curves({**series, "b": [(1.0, 20.0)]}, "x", "y"),
-        report.curves({}, "x", "y"),
+        report.plot_curves(series, "x", "y"),
+        report.plot_curves(series, "x", "y", log=True),
+        report.plot_curves({**series, "b": [(1.0, 20.0)]}, "x", "y"),
+        report.plot_curves({}, "x", "y"),
     ]
     assert len(set(charts)) == 4
     assert all(PIL.Image.open(io.BytesIO(chart)).format == "PNG" for chart in charts)
@@ -79,5 +81,5 @@ def test_curves_are_pictures_that_differ_with_their_points():
 
 def test_a_training_curve_takes_the_lines_that_have_the_key():
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "heldout_loss": 9.0}, {"step": 3, "loss": 1.0}]
-    assert report.training_curve(lines, "loss") == [(1, 3.0), (3, 1.0)]
-    assert report.training_curve(lines, "perplexity") == []
+    assert report.metric_curve(lines, "loss") == [(1, 3.0), (3, 1.0)]
+    assert report.metric_curve(lines, "perplexity") == []

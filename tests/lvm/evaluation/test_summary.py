@@ -18,7 +18,7 @@ RESULTS = {
         "psnr": {"rgb": 23.456, "depth": 30.0},
         "round_trip_pixel_accuracy": 0.987,
         "round_trip_foreground_iou": 0.9123,
-        "codes_counted": 123456,
+        "num_codes_counted": 123456,
         "codebook_usage": 0.5,
         "codebook_perplexity": 321.4,
     },
@@ -27,37 +27,39 @@ RESULTS = {
             "loss": 3.21,
             "unigram_entropy": 6.42,
             "below_unigram": 0.5,
-            "by_source": {"video": 3.21},
+            "by_component": {"video": 3.21},
         },
-        "perplexity_by_image": {"video": {"of_mean": [30.0, 20.0, 10.0], "mean_of": [31.0, 21.0, 11.0]}},
+        "perplexity_by_image": {
+            "video": {"exp_of_mean": [30.0, 20.0, 10.0], "mean_of_exp": [31.0, 21.0, 11.0]}
+        },
         "video": {
             "loss_first_image": 4.0,
-            "loss_images_3_on": 2.5,
+            "loss_from_image_3": 2.5,
             "conditional_entropy": 3.125,
             "conditional_entropy_plug_in": 3.0,
-            "transitions_counted": 12345,
+            "num_transitions": 12345,
             "below_conditional": 0.2,
             "perplexity_ratio": 0.22,
         },
     },
     "prompted": {
         "segmentation": {
-            "queries": 64,
+            "num_queries": 64,
             "psnr": 18.0,
-            "psnr_copying": 9.0,
+            "psnr_copy_baseline": 9.0,
             "pixel_accuracy": 0.9,
-            "pixel_accuracy_copying": 0.6,
+            "pixel_accuracy_copy_baseline": 0.6,
             "class_miou": 0.7,
             "class_miou_chance": 0.25,
             "foreground_iou": 0.8,
-            "foreground_iou_95": [0.75, 0.85],
-            "foreground_iou_everything": 0.3,
-            "foreground_iou_copying": 0.2,
+            "foreground_iou_ci95": [0.75, 0.85],
+            "foreground_iou_all_foreground": 0.3,
+            "foreground_iou_copy_baseline": 0.2,
         },
         "depth": {
-            "queries": 64,
+            "num_queries": 64,
             "psnr": 17.0,
-            "psnr_copying": 8.0,
+            "psnr_copy_baseline": 8.0,
             "rmse": 0.5,
             "abs_rel": 0.123,
             "delta1": 0.9,
@@ -72,7 +74,7 @@ RESULTS = {
 
 
 def lines(results=RESULTS):
-    return [" | ".join(row) for row in summary.table(results)]
+    return [" | ".join(row) for row in summary.metrics_table(results)]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_the_table_says_each_figure_with_its_unit_and_what_it_stands_beside(line
 
 
 def test_what_was_not_measured_is_not_in_the_table():
-    tokenizer = {"psnr": {}, "codes_counted": 0, "codebook_usage": 0.0, "codebook_perplexity": 1.0}
+    tokenizer = {"psnr": {}, "num_codes_counted": 0, "codebook_usage": 0.0, "codebook_perplexity": 1.0}
     rows = lines({"tokenizer": tokenizer, "likelihood": {}, "prompted": {}})
     assert [row.split(" | ")[0] for row in rows] == ["codebook usage", "codebook perplexity"]
 
@@ -114,7 +116,7 @@ def test_the_folder_holds_the_page_the_pictures_and_the_results(tmp_path):
     picture = np.full((3, 4, 3), 9, np.uint8)
     sections = [Section("Video, continued", "frames", picture)]
     out = tmp_path / "out"
-    summary.write(out, RESULTS, sections, str(tmp_path / "model"), str(tmp_path / "no tokenizer"))
+    summary.write_report(out, RESULTS, sections, str(tmp_path / "model"), str(tmp_path / "no tokenizer"))
     np.testing.assert_array_equal(PIL.Image.open(out / "pictures" / "video-continued.png"), picture)
     assert json.loads((out / "results.json").read_text()) == RESULTS
     page = (out / "index.html").read_text()
@@ -146,7 +148,9 @@ class Shown:
 def test_the_pictures_are_videos_tasks_and_reconstructions(make_heldout_scenes, exact_codec):
     scenes, (_, decode) = make_heldout_scenes(4), exact_codec
     queries = prompted.make_queries(scenes, 12, 2, seed=0)
-    asked = [prompted.ask(queries, "rgb", "segmentation", lambda prompts, n: prompts[:, -1:], decode)]
+    asked = [
+        prompted.answer_queries(queries, "rgb", "segmentation", lambda prompts, n: prompts[:, -1:], decode)
+    ]
     sources = {
         "clips": ComponentConfig(Video(frames=2, strides=(1,))),
         "pairs": ComponentConfig(Pairs()),
@@ -154,7 +158,7 @@ def test_the_pictures_are_videos_tasks_and_reconstructions(make_heldout_scenes, 
         "unseen": ComponentConfig(Video()),
     }
     clips = np.stack([scene.codes[:, 0] for scene in scenes])
-    sections = summary.pictures(
+    sections = summary.make_sections(
         Repeats(),
         MixtureConfig(sources),
         Shown(scenes),

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from lvm.inference.contact_sheet import _FRAME, _GAP, _LABEL, _PAPER, Cell, answer_row, completion, sheet
+from lvm.inference.contact_sheet import (
+    _FRAME,
+    _GAP,
+    _LABEL,
+    _PAPER,
+    Cell,
+    answer_row,
+    completion_sheet,
+    render_sheet,
+)
 
 
 def plain(colour, side=8):
@@ -18,7 +27,7 @@ def cell_at(picture, row, column, side):
 
 def test_images_lie_in_their_rows_and_columns_and_none_leaves_a_gap():
     rows = [[Cell(plain(10)), Cell(plain(20))], [None, Cell(plain(30))]]
-    picture = sheet(rows, side=8)
+    picture = render_sheet(rows, side=8)
     assert picture.shape == (2 * (8 + _GAP + _LABEL) + _GAP, 2 * (8 + _GAP) + _GAP, 3)
     assert picture.dtype == np.uint8
     for row, column, colour in ((0, 0, 10), (0, 1, 20), (1, 1, 30)):
@@ -29,17 +38,17 @@ def test_images_lie_in_their_rows_and_columns_and_none_leaves_a_gap():
 def test_a_small_image_is_enlarged_without_blur():
     image = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     np.testing.assert_array_equal(
-        cell_at(sheet([[Cell(image)]], 8), 0, 0, 8), image.repeat(2, 0).repeat(2, 1)
+        cell_at(render_sheet([[Cell(image)]], 8), 0, 0, 8), image.repeat(2, 0).repeat(2, 1)
     )
 
 
 @pytest.mark.parametrize("size", [3, 16])
 def test_other_sizes_are_made_to_fit(size):
-    np.testing.assert_array_equal(cell_at(sheet([[Cell(plain(99, size))]], 8), 0, 0, 8), plain(99))
+    np.testing.assert_array_equal(cell_at(render_sheet([[Cell(plain(99, size))]], 8), 0, 0, 8), plain(99))
 
 
 def test_answers_alone_are_framed():
-    picture = sheet([[Cell(plain(10)), Cell(plain(20), "", True)]], side=8)
+    picture = render_sheet([[Cell(plain(10)), Cell(plain(20), "", True)]], side=8)
     framed = (picture == _FRAME).all(-1)
     assert framed[:, : _GAP + 8].sum() == 0
     assert framed.sum() > 4 * 8
@@ -47,7 +56,7 @@ def test_answers_alone_are_framed():
 
 
 def test_a_label_is_written_above_its_image():
-    without, labelled = sheet([[Cell(plain(0))]], 32), sheet([[Cell(plain(0), "depth")]], 32)
+    without, labelled = render_sheet([[Cell(plain(0))]], 32), render_sheet([[Cell(plain(0), "depth")]], 32)
     changed = (without != labelled).any((1, 2))
     assert changed.any()
     assert not changed[_GAP + _LABEL :].any()
@@ -71,7 +80,7 @@ def test_a_completion_is_asked_for_what_the_prompt_lacks(grids, share, given):
     def decode(codes):
         return np.stack([plain(grid[0], 96) for grid in codes])
 
-    picture = completion(codes, answer, decode, share)
+    picture = completion_sheet(codes, answer, decode, share)
     assert asked == [(codes[:given].tolist(), grids - given)]
     for column in range(grids):
         np.testing.assert_array_equal(cell_at(picture, 0, column, 96), plain(3 * column, 96))
@@ -80,7 +89,7 @@ def test_a_completion_is_asked_for_what_the_prompt_lacks(grids, share, given):
 
 
 def test_a_single_image_has_nothing_to_complete():
-    picture = completion(np.zeros((1, 3), int), _never, lambda codes: plain(7, 96)[None])
+    picture = completion_sheet(np.zeros((1, 3), int), _never, lambda codes: plain(7, 96)[None])
     np.testing.assert_array_equal(cell_at(picture, 0, 0, 96), plain(7, 96))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
-from lvm.inference.generator import Generator, Sampling, Window
+from lvm.inference.generator import Generator, SamplingParams, SlidingWindow
 from lvm.model.nnx_utils import abstract_module, init_params, merge
 from lvm.model.transformer import ModelConfig, Transformer
 
@@ -28,8 +28,8 @@ CONFIG = ModelConfig(
     hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, vocabulary_size=V, context=CONTEXT,
     dtype="float32", init_std=0.3,
 )  # fmt: skip
-GREEDY = Sampling(temperature=0.0)
-WINDOW = Window(N, BOS)
+GREEDY = SamplingParams(temperature=0.0)
+WINDOW = SlidingWindow(N, BOS)
 
 
 def make(rngs):
@@ -100,7 +100,7 @@ def test_the_cache_equals_recomputing_at_every_length_and_in_unequal_batches():
 
 @pytest.mark.parametrize("drop", [1, 2, 4])
 def test_after_a_slide_the_cache_equals_recomputing_the_window(drop):
-    window = Window(N, BOS, drop)
+    window = SlidingWindow(N, BOS, drop)
     prompts = [grids(1), grids(4, seed=1)]
     answers = write(prompts, 7 * N, GREEDY, [0, 0], window=window)
     for row, answer in zip(prompts, answers, strict=True):
@@ -113,7 +113,7 @@ def test_after_a_slide_there_is_room_for_rows_of_any_length():
     """The longer row slides when the shorter one has just outgrown the padded length that both began with."""
     config = dataclasses.replace(CONFIG, context=185, num_layers=1)
     one_layer = Generator(config, init_params(lambda rngs: Transformer(config, rngs), jax.random.key(0)))
-    options = {"num_allowed": CODES, "window": Window(16, BOS, 8)}
+    options = {"num_allowed": CODES, "window": SlidingWindow(16, BOS, 8)}
     prompts = [np.append(BOS, prompt(count * 16, seed=count)).astype(np.int32) for count in (7, 5)]
     together = one_layer(prompts, 82, GREEDY, [0, 0], **options)
     alone = one_layer(prompts[1:], 82, GREEDY, [0], **options)
@@ -122,7 +122,7 @@ def test_after_a_slide_there_is_room_for_rows_of_any_length():
 
 def test_half_of_the_grids_that_fit_are_dropped_by_default():
     half, default, one = (
-        write([grids(4)], 3 * N, GREEDY, [0], window=Window(N, BOS, drop)) for drop in (2, 0, 1)
+        write([grids(4)], 3 * N, GREEDY, [0], window=SlidingWindow(N, BOS, drop)) for drop in (2, 0, 1)
     )
     np.testing.assert_array_equal(half, default)
     np.testing.assert_array_equal(one[..., :N], default[..., :N])
@@ -139,7 +139,7 @@ def test_half_of_the_grids_that_fit_are_dropped_by_default():
     ids=["all axes", "data", "tensor"],
 )
 def test_eight_devices_write_what_one_writes(mesh):
-    prompts, samplings = [grids(1), grids(3, seed=1)], [GREEDY, Sampling(1.0, top_p=0.9)]
+    prompts, samplings = [grids(1), grids(3, seed=1)], [GREEDY, SamplingParams(1.0, top_p=0.9)]
     one, eight = (
         write(prompts, 5 * N, samplings, [1, 2], window=WINDOW, mesh=devices) for devices in (None, mesh)
     )
@@ -151,7 +151,7 @@ def test_eight_devices_write_what_one_writes(mesh):
 def test_a_row_depends_on_its_own_request_alone(data):
     some = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2**40)), min_size=2, max_size=2))
     prompts = [grids(count, seed=count) for count, _ in some]
-    samplings = [Sampling(1.0, top_k=9), Sampling(0.8, top_p=0.95)]
+    samplings = [SamplingParams(1.0, top_k=9), SamplingParams(0.8, top_p=0.95)]
     seeds = [seed for _, seed in some]
     together = write(prompts, 3 * N, samplings, seeds, window=WINDOW)
     for i in range(2):
@@ -160,29 +160,29 @@ def test_a_row_depends_on_its_own_request_alone(data):
 
 
 def test_seeds_and_candidates_differ():
-    rows = write([prompt(4), prompt(4)], 18, Sampling(), [7, 8])
+    rows = write([prompt(4), prompt(4)], 18, SamplingParams(), [7, 8])
     assert (rows[0] != rows[1]).any()
     assert (rows[0, 0] != rows[0, 1]).any()
 
 
 def test_what_is_seen_while_it_is_written_is_the_beginning_of_the_answer():
     options = {"num_allowed": CODES, "window": WINDOW, "candidates": 2}
-    whole = generator()([grids(4)], 2 * N, Sampling(), [3], **options)
-    seen = list(generator().stream([grids(4)], 2 * N, Sampling(), [3], **options, every=4))
+    whole = generator()([grids(4)], 2 * N, SamplingParams(), [3], **options)
+    seen = list(generator().stream([grids(4)], 2 * N, SamplingParams(), [3], **options, every=4))
     assert [part.shape[-1] for part in seen] == [4, 6, 10, 12]  # the window slides after 6
     for part in seen:
         np.testing.assert_array_equal(part, whole[..., : part.shape[-1]])
 
 
 def test_only_allowed_ids_are_drawn():
-    hot = Sampling(temperature=5.0)
+    hot = SamplingParams(temperature=5.0)
     assert write([prompt(5)], 20, hot, [0]).max() >= 10
     assert write([prompt(5)], 20, hot, [0], num_allowed=10).max() < 10
 
 
 def test_first_codes_follow_the_softmax():
     """χ² of 2000 candidates' first codes against the model's own probabilities, those of few expected pooled."""
-    drawn = generator()([grids(2)], 1, Sampling(), [0], candidates=2000, num_allowed=CODES)[0, :, 0]
+    drawn = generator()([grids(2)], 1, SamplingParams(), [0], candidates=2000, num_allowed=CODES)[0, :, 0]
     scores = logits(grids(2))[:CODES].astype(np.float64)
     shares = np.exp(scores - scores.max())
     assert chi_square(drawn, shares / shares.sum()) < 0.999
@@ -210,13 +210,13 @@ def test_a_prompt_is_read_once_for_its_candidates(monkeypatch):
     from lvm.inference import decode
 
     seen = collections.Counter()
-    begin = decode.prefill
+    prefill = decode.prefill
     monkeypatch.setattr(
         decode,
-        "begin",
-        lambda weights, rows, *a, **k: seen.update([rows.shape]) or begin(weights, rows, *a, **k),
+        "prefill",
+        lambda weights, rows, *a, **k: seen.update([rows.shape]) or prefill(weights, rows, *a, **k),
     )
-    assert write([prompt(4)], 18, Sampling(), [7]).shape == (1, 2, 18)
+    assert write([prompt(4)], 18, SamplingParams(), [7]).shape == (1, 2, 18)
     assert seen == {(1, 128): 1}
 
 
@@ -236,7 +236,7 @@ def test_without_a_window_prompt_and_answer_must_fit_the_context():
         ([grids(5)], {"window": WINDOW}, "a prompt of 31 tokens and 6 new ones need a context of 36"),
         (
             [grids(1)],
-            {"window": Window(N, BOS, 5)},
+            {"window": SlidingWindow(N, BOS, 5)},
             "drop: 5 grids of the 5 that fit the context; wanted 1 to 4",
         ),
     ],

@@ -28,7 +28,7 @@ def read(path):
 
 @pytest.fixture
 def files():
-    return prompts.Files(read, Preprocess(SIDE))
+    return prompts.PromptReader(read, Preprocess(SIDE))
 
 
 def shown(prompt):
@@ -45,21 +45,21 @@ def test_a_sequence_is_pictures_and_folders_in_natural_order(files, tmp_path):
     assert prompt.labels == ("1", "2", "3")
     assert shown(prompt) == [COLOURS["red"], COLOURS["green"], COLOURS["blue"]]
     assert prompt.num_answers == 1
-    two = prompts.Files(read, Preprocess(SIDE), frames=1).sequence([first, str(tmp_path / "more")])
+    two = prompts.PromptReader(read, Preprocess(SIDE), frames=1).sequence([first, str(tmp_path / "more")])
     assert shown(two) == [COLOURS["red"], COLOURS["green"]]
 
 
 def test_a_video_that_was_written_is_read_as_a_sequence(files, tmp_path):
     frames = np.stack([np.full((SIDE, SIDE, 3), 60 * number, np.uint8) for number in range(4)])
     path = tmp_path / "clip.mp4"
-    path.write_bytes(prompts.video(frames))
+    path.write_bytes(prompts.encode_mp4(frames))
     with av.open(io.BytesIO(path.read_bytes())) as container:
         assert container.streams.video[0].frames == 4
         assert container.streams.video[0].width == 256
     prompt = files.sequence([str(path)])
     np.testing.assert_allclose(prompt.images, frames, atol=6)
-    assert len(prompts.Files(read, Preprocess(SIDE), frames=2).sequence([str(path)]).images) == 2
-    assert len(prompts.Files(read, Preprocess(SIDE), rate=2.0).sequence([str(path)]).images) == 2
+    assert len(prompts.PromptReader(read, Preprocess(SIDE), frames=2).sequence([str(path)]).images) == 2
+    assert len(prompts.PromptReader(read, Preprocess(SIDE), rate=2.0).sequence([str(path)]).images) == 2
 
 
 def test_pairs_end_with_the_query(files, tmp_path):
@@ -125,7 +125,7 @@ def test_what_is_too_much_is_refused_before_it_is_read(tmp_path):
             raise UserError(f"{count} images don't fit")
 
     clip = tmp_path / "clip.mp4"
-    clip.write_bytes(prompts.video(np.zeros((3, SIDE, SIDE, 3), np.uint8)))
+    clip.write_bytes(prompts.encode_mp4(np.zeros((3, SIDE, SIDE, 3), np.uint8)))
     for number in range(3):
         save(tmp_path / "photos" / f"{number}.png", "red")
     (tmp_path / "photos" / "._0.png").write_bytes(b"what some systems leave")
@@ -134,20 +134,20 @@ def test_what_is_too_much_is_refused_before_it_is_read(tmp_path):
     def unread(path):
         raise AssertionError(path)
 
-    files = prompts.Files(unread, Preprocess(SIDE), check=check)
+    files = prompts.PromptReader(unread, Preprocess(SIDE), check=check)
     for ask in (lambda: files.sequence([str(clip)]), lambda: files.sequence([photos])):
         with pytest.raises(UserError, match="3 images don't fit"):
             ask()
     with pytest.raises(UserError, match="6 images don't fit"):
         files.pairs([f"{photos}:{photos}"], query)
-    two = prompts.Files(read, Preprocess(SIDE), frames=2, check=check)
+    two = prompts.PromptReader(read, Preprocess(SIDE), frames=2, check=check)
     assert len(two.sequence([str(clip)]).images) == len(two.sequence([photos]).images) == 2
 
 
 def test_the_sheet_has_a_row_for_each_candidate():
     images = np.zeros((3, SIDE, SIDE, 3), np.uint8)
     prompt = prompts.Prompt(("1", "2", "3"), images)
-    one = prompts.contact_sheet(prompt, images[None, :2], side=32)
-    three = prompts.contact_sheet(prompt, np.stack([images[:2]] * 3), side=32)
+    one = prompts.answer_sheet(prompt, images[None, :2], side=32)
+    three = prompts.answer_sheet(prompt, np.stack([images[:2]] * 3), side=32)
     assert one.shape[1] == three.shape[1] > 5 * 32
     assert three.shape[0] > 2.5 * one.shape[0]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lvm.common.errors import UserError
-from lvm.inference.sampling import Sampling, draws, sample_token
+from lvm.inference.sampling import SamplingParams, batch_sampling, sample_token
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -17,7 +17,7 @@ COUNT = 4000
 
 def drawn(*samplings, shares=SHARES, count=COUNT):
     """Ids [samplings, count]: one batch whose rows draw by their own rules."""
-    rules = draws(samplings, list(range(len(samplings))), count)
+    rules = batch_sampling(samplings, list(range(len(samplings))), count)
     rows = jnp.tile(jnp.log(jnp.float32(shares)), (len(samplings) * count, 1))
     return np.asarray(jax.jit(sample_token)(rows, rules, jnp.int32(0))).reshape(len(samplings), count)
 
@@ -32,12 +32,12 @@ def check(ids, shares):
 
 def test_frequencies_follow_the_softmax_for_each_row_by_its_own_rule():
     plain, sharp, top_k, top_p, both, greedy = drawn(
-        Sampling(),
-        Sampling(temperature=0.5),
-        Sampling(top_k=2),
-        Sampling(top_p=0.7),  # 0.5 + 0.25 reach it: the third would lie wholly beyond
-        Sampling(temperature=2.0, top_k=4, top_p=0.8),
-        Sampling(temperature=0.0),
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(top_k=2),
+        SamplingParams(top_p=0.7),  # 0.5 + 0.25 reach it: the third would lie wholly beyond
+        SamplingParams(temperature=2.0, top_k=4, top_p=0.8),
+        SamplingParams(temperature=0.0),
     )
     check(plain, SHARES)
     check(sharp, SHARES**2)
@@ -51,18 +51,18 @@ def test_frequencies_follow_the_softmax_for_each_row_by_its_own_rule():
 @given(st.integers(1, 8), st.integers(0, 10**6))
 def test_top_k_keeps_the_k_likeliest(k, seed):
     shares = np.random.default_rng(seed).permutation(2.0 ** -np.arange(8))
-    ids = drawn(Sampling(temperature=3.0, top_k=k), shares=shares, count=64)[0]
+    ids = drawn(SamplingParams(temperature=3.0, top_k=k), shares=shares, count=64)[0]
     assert set(ids) <= set(np.argsort(-shares)[:k].tolist())
 
 
 def test_more_than_the_vocabulary_is_all_of_it():
-    all_tokens, more = drawn(Sampling(), Sampling(top_k=99))
+    all_tokens, more = drawn(SamplingParams(), SamplingParams(top_k=99))
     check(all_tokens, SHARES)
     check(more, SHARES)
 
 
 def test_a_seed_is_its_rows_alone():
-    rules = draws([Sampling()] * 2, [5, 5], 3)
+    rules = batch_sampling([SamplingParams()] * 2, [5, 5], 3)
     logits = jnp.zeros((6, 1000))
     ids = sample_token(logits, rules, jnp.int32(4)).reshape(2, 3)
     np.testing.assert_array_equal(ids[0], ids[1])
@@ -76,4 +76,4 @@ def test_a_seed_is_its_rows_alone():
 )
 def test_impossible_sampling_is_named(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
-        Sampling(**bad)
+        SamplingParams(**bad)
