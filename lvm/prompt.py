@@ -105,7 +105,9 @@ def main() -> None:
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), _TOKENIZER.value)
     N = tokenizer.codes_per_image
     check = lambda count: model.check_fits(count, N)  # noqa: E731
-    reader = prompts.PromptReader(tokenizer.read_image, tokenizer.preprocess, _RATE.value, _FRAMES.value, check)
+    reader = prompts.PromptReader(
+        tokenizer.read_image, tokenizer.preprocess, _RATE.value, _FRAMES.value, check
+    )
     prompt = reader.sequence(_SEQUENCE.value) if _SEQUENCE.value else reader.pairs(_PAIRS.value, _QUERY.value)
     check(len(prompt.images))
     num_images = _NUM_IMAGES.value or prompt.num_answers
