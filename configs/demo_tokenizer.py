@@ -8,10 +8,10 @@ from lvm.common.config import to_config_dict
 from lvm.data.images.preprocess import Preprocess
 from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig
+from tokenizer.config import TokenizerConfig
 from tokenizer.images import ImagesConfig
 from tokenizer.network import VQGANConfig
 from tokenizer.objective import LossConfig
-from tokenizer.train import TokenizerConfig
 
 
 def get_config() -> ConfigDict:

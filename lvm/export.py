@@ -18,7 +18,7 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.mixture.mixture import Mixture
-from lvm.data.store.jsonl import SUFFIX, to_line
+from lvm.data.store.jsonl import SUFFIX, encode_line
 from lvm.training.config import TrainConfig
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     config = from_config_dict(TrainConfig, _CONFIG.value)
     with files.atomic_file(out) as file:
         for codes in itertools.islice(sentences(Mixture(config.data, config.seed)), count):
-            file.write(to_line(codes).encode())
+            file.write(encode_line(codes).encode())
     log_info(f"{out}: {count} sentences")
 
 

@@ -8,6 +8,7 @@ Prints the manifest's figures, and compares checksums, records, indexes and coun
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import pathlib
 import sys
@@ -29,14 +30,14 @@ from lvm.data.mixture.split import content_hash
 from lvm.data.store import writer
 from lvm.data.store.format import DamagedError, Scene
 from lvm.data.store.reader import HEADER, MANIFEST, Store
-from lvm.data.store.records import NOT_THE_MANIFESTS, check_size
+from lvm.data.store.records import FILE_CHECKSUM_MISMATCH, check_size
 from lvm.inference.contact_sheet import Cell, render_sheet
 from tokenizer import Tokenizer
 
 _ACROSS, _LABEL = 16, 16  # images of a scene on a sheet, and characters of its key
 
 
-def problems(store: Store) -> Iterator[str]:
+def find_problems(store: Store) -> Iterator[str]:
     """All that is wrong with a store, a line each; where a record is at fault, in the words that training uses."""
     yield from _manifest_problems(store)
     counted = _Counts(store)
@@ -58,13 +59,22 @@ def _manifest_problems(store: Store) -> Iterator[str]:
         ]
         if header.pop("num_shards") != len(entries):
             yield f"{store.path / MANIFEST}: has {len(entries)} shards, {HEADER} says another number"
-        again = files.as_json(writer.make_manifest(header, entries))
+        again = files.as_json(writer.build_manifest(header, entries))
     except (OSError, UserError, KeyError, IndexError, TypeError) as error:
         yield f"{store.path}: {HEADER} or a shard's entry is missing or damaged: {error}"
         return
     for key in sorted(again.keys() | store.manifest.keys()):
         if again.get(key) != store.manifest.get(key):
             yield f"{store.path / MANIFEST}: damaged: {key} is not that of {HEADER} and the shards' entries"
+    for shard, entry in enumerate(entries):
+        with contextlib.suppress(UserError):  # an index that can't be read is listed with its shard
+            groups = store.indexes[shard]["group"]
+            # Groups that couldn't be read are in the entry alone, and come with failures.
+            if len(groups) and not entry["failures"]:
+                extremes = [int(groups.min()), int(groups.max())]
+                if entry["group_hashes"] != extremes:
+                    name = f"{entry['name']}.json"
+                    yield f"{store.path / name}: damaged: group_hashes are not those of the index"
 
 
 def _checksum_problems(store: Store, shard: int, named: bool) -> Iterator[str]:
@@ -74,7 +84,7 @@ def _checksum_problems(store: Store, shard: int, named: bool) -> Iterator[str]:
             check_size(file, listed)
             if files.sha256(file) != listed["sha256"]:
                 where = "" if named else "; each of its records is whole by itself"
-                yield f"{file}: {NOT_THE_MANIFESTS}{where}"
+                yield f"{file}: {FILE_CHECKSUM_MISMATCH}{where}"
         except (UserError, OSError) as error:
             yield str(error)
 
@@ -151,23 +161,23 @@ def _check_index(rows: np.ndarray, page: list[Scene], where: str) -> None:
         raise DamagedError(f"{where}: the index beside it is damaged: it tells of another scene")
 
 
-def spread(store: Store, count: int) -> Iterator[tuple[int, Scene]]:
+def sample_scenes(store: Store, count: int) -> Iterator[tuple[int, Scene]]:
     """Scenes spread over the store, with their shard; damaged ones are left out."""
     for number in np.unique(np.linspace(0, len(store) - 1, count).astype(int)).tolist() if len(store) else ():
         try:
             yield store.shard_of(number), store.scene(number)
         except UserError:
-            continue  # listed by `problems`
+            continue  # listed by `find_problems`
 
 
-def encode_again(store: Store, source_spec: str, tokenizer: Tokenizer, count: int) -> list[str]:
+def reencode(store: Store, source_spec: str, tokenizer: Tokenizer, count: int) -> list[str]:
     """Encodes some scenes again; the problems found. Raises UserError for another source than the store's."""
     augment = Augment(store.manifest.get("augment", 0), tokenizer.preprocess)
     source = open_source(source_spec, augment.source_preprocess)
     if files.as_json(source.describe()) != store.manifest["source"]:
         raise UserError(f"--source: {source_spec} is not the source of {store.path}, or not as it was")
     shards, found = len(store.manifest["shards"]), []
-    for shard, scene in spread(store, count):
+    for shard, scene in sample_scenes(store, count):
         slices = range(len(source) * shard // shards, len(source) * (shard + 1) // shards)
         images = _images(source, slices, augment, scene.key)
         if images is None:
@@ -199,10 +209,10 @@ def _images(source: ImageSource, slices: range, augment: Augment, key: str) -> n
     return None
 
 
-def draw_sheet(store: Store, tokenizer: Tokenizer, count: int, file: pathlib.Path) -> None:
+def write_sheet(store: Store, tokenizer: Tokenizer, count: int, file: pathlib.Path) -> None:
     """Decodes the beginnings of some scenes onto a picture, a row each."""
     rows = []
-    for _, scene in spread(store, count):
+    for _, scene in sample_scenes(store, count):
         streams = store.stream_sets[scene.stream_set]
         images = tokenizer.decode(scene.codes.reshape(-1, store.codes_per_image)[:_ACROSS])
         labels = [scene.key[-_LABEL:], *(streams[place % len(streams)] for place in range(1, len(images)))]
@@ -213,7 +223,7 @@ def draw_sheet(store: Store, tokenizer: Tokenizer, count: int, file: pathlib.Pat
     Image.fromarray(render_sheet(rows)).save(file)
 
 
-def facts(store: Store) -> dict[str, Any]:
+def summarize(store: Store) -> dict[str, Any]:
     """The manifest without what is long, and figures made of it."""
     manifest = store.manifest
     histogram = np.array(manifest["histogram"])
@@ -231,8 +241,8 @@ def facts(store: Store) -> dict[str, Any]:
     }
 
 
-def describe(found: dict[str, Any]) -> list[str]:
-    """`facts` as lines."""
+def format_summary(found: dict[str, Any]) -> list[str]:
+    """`summarize` as lines."""
     tokenizer = found["tokenizer"]
     height, width = tokenizer["grid"]
     streams = ", ".join(f"{name} {count:,}" for name, count in sorted(found["images_by_stream"].items()))
@@ -260,11 +270,11 @@ def main() -> None:
         raise UserError(f"--sheet: {_SHEET.value} is not a name of a picture; wanted one that ends in .png")
     if _SAMPLE.value < 1:
         raise UserError(f"--sample: {_SAMPLE.value} is not positive")
-    found = facts(store)
+    found = summarize(store)
     if not _JSON.value:
-        log_info("\n".join([str(store.path), *describe(found)]))
+        log_info("\n".join([str(store.path), *format_summary(found)]))
     wrong = []
-    for problem in problems(store) if _VERIFY.value else ():
+    for problem in find_problems(store) if _VERIFY.value else ():
         wrong.append(problem)
         if not _JSON.value:
             log_info(problem)
@@ -302,8 +312,8 @@ def _with_tokenizer(store: Store) -> list[str]:
     if tokenizer.identity()["hash"] != store.manifest["tokenizer"]["hash"]:
         raise UserError(f"--tokenizer: {_TOKENIZER.value} is not what made the codes of {store.path}")
     if _SHEET.value:
-        draw_sheet(store, tokenizer, _SAMPLE.value, pathlib.Path(_SHEET.value))
-    return encode_again(store, _SOURCE.value, tokenizer, _SAMPLE.value) if _SOURCE.value else []
+        write_sheet(store, tokenizer, _SAMPLE.value, pathlib.Path(_SHEET.value))
+    return reencode(store, _SOURCE.value, tokenizer, _SAMPLE.value) if _SOURCE.value else []
 
 
 if __name__ == "__main__":

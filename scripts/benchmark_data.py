@@ -113,7 +113,7 @@ def write_lines(folder: pathlib.Path, context: int) -> pathlib.Path:
     rng, path = np.random.default_rng(1), folder / "sentences.jsonl"
     with open(path, "w") as file:
         for _ in range(2000):
-            file.write(jsonl.to_line(rng.integers(0, NUM_CODES, (1, context))))
+            file.write(jsonl.encode_line(rng.integers(0, NUM_CODES, (1, context))))
     return path
 
 
@@ -138,7 +138,7 @@ def read_with_numpy(path: pathlib.Path, batch_size: int, context: int) -> Iterat
     """The same without a list of Python numbers: what JSON and base64 cost by themselves."""
     size, parts, have = batch_size * context, [], 0
     for line in _lines(path):
-        parts += [np.array([VOCABULARY.bos]), jsonl.from_line(line), np.array([VOCABULARY.eos])]
+        parts += [np.array([VOCABULARY.bos]), jsonl.decode_line(line), np.array([VOCABULARY.eos])]
         have += context + 2
         if have > size:
             stream = np.concatenate(parts, dtype=np.int32)

@@ -25,9 +25,8 @@ from lvm.common import cli
 from lvm.common.logging import log_info
 from lvm.data.store.format import Scene
 from lvm.data.store.reader import Store
-from lvm.data.store.records import RECORDS
-from lvm.data.store.writer import GroupedScene, finish, write_shard
-from lvm.data.store.writer import begin as begin_store
+from lvm.data.store.records import RECORDS_SUFFIX
+from lvm.data.store.writer import GroupedScene, begin_store, finish_store, write_shard
 from lvm.data.streams.codecs import Image
 from scripts.contenders import cpu_name
 
@@ -63,7 +62,7 @@ def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
     for shard in range(_SHARDS):
         part = content(scenes * shard // _SHARDS, scenes * (shard + 1) // _SHARDS)
         write_shard(folder, shard, _SHARDS, part, NUM_CODES)
-    finish(folder)
+    finish_store(folder)
     return Store(folder)
 
 
@@ -121,7 +120,9 @@ def main() -> None:
     log_info(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
     with tempfile.TemporaryDirectory(dir=_FOLDER.value or None) as folder:
         store = make_store(pathlib.Path(folder, "rates"), int(RATE_SCENES * scale), RATE_FRAMES)
-        held = sum(shard["files"][shard["name"] + RECORDS]["bytes"] for shard in store.manifest["shards"])
+        held = sum(
+            shard["files"][shard["name"] + RECORDS_SUFFIX]["bytes"] for shard in store.manifest["shards"]
+        )
         plain = len(store) * (512 * RATE_FRAMES + len("scene-000000000"))
         log_info(
             f"{len(store):,} scenes of {RATE_FRAMES} grids: {held / plain - 1:.2%} over 512 bytes a grid and the keys"

@@ -16,8 +16,8 @@ from lvm.planning.estimate import Memory, count_parameters
 from lvm.planning.plan import Target, estimated, resolve_config
 from lvm.training.config import TrainConfig
 from tests.commands import ROOT
+from tokenizer.config import TokenizerConfig
 from tokenizer.network import VQGAN
-from tokenizer.train import TokenizerConfig
 
 PARAMETERS = {
     "100m": 116_974_720, "300m": 290_968_576, "600m": 648_396_288, "1b": 1_147_119_616, "3b": 3_274_742_400,

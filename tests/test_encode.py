@@ -114,7 +114,7 @@ def test_joined_processes_share_the_shards_and_leave_together(job, whole, tmp_pa
 
 def test_what_is_missing_or_wrong_is_said(whole, tmp_path):
     assert "--source: must be given" in run("tokenizer.encode", f"--out={tmp_path}", code=2)
-    (tmp_path / "a.jsonl").write_text("".join(jsonl.to_line(np.full((n, 4), n)) for n in (1, 3)))
+    (tmp_path / "a.jsonl").write_text("".join(jsonl.encode_line(np.full((n, 4), n)) for n in (1, 3)))
     (tmp_path / "codes.py").write_text(
         f"def get_config():\n    return dict(kind='jsonl', path='{tmp_path}/a.jsonl', num_codes=8, grid=(2, 2))\n"
     )

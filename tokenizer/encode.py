@@ -30,14 +30,14 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import ImageSource, open_any_source
 from lvm.data.store import writer
 from lvm.data.store.reader import Store
-from tokenizer.encoding import Encoder, ReadyCodes, ShardWriter
+from tokenizer.encoding import CodeCopier, Encoder, ShardWriter
 from tokenizer.pretrained import Tokenizer
 
 _POLL = 1.0  # seconds
 _FEW = 1000  # scenes that are read before other processes would have started
 
 
-def parse_part(spec: str) -> tuple[int, int]:
+def parse_shard_flag(spec: str) -> tuple[int, int]:
     """`"2/8"` → (2, 8): the third of eight. Raises UserError."""
     found = re.fullmatch(r"(\d+)/(\d+)", spec)
     if not found or not int(found[1]) < int(found[2]):
@@ -45,7 +45,7 @@ def parse_part(spec: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def report(folder: str) -> str:
+def summarize_store(folder: str) -> str:
     """What a finished store holds, in a line."""
     manifest = Store(folder).manifest
     used, codes = np.count_nonzero(manifest["histogram"]), len(manifest["histogram"])
@@ -61,7 +61,7 @@ def finish(folder: str, wait: bool) -> None:
       folder: the store.
       wait: until the other processes' are, too: those that were joined leave together.
     """
-    while missing := writer.finish(folder):
+    while missing := writer.finish_store(folder):
         if not wait:
             listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
             log_info(
@@ -69,7 +69,7 @@ def finish(folder: str, wait: bool) -> None:
             )
             return
         time.sleep(_POLL)
-    log_info(report(folder))
+    log_info(summarize_store(folder))
 
 
 def encode() -> None:
@@ -80,7 +80,9 @@ def encode() -> None:
     joined = jax.distributed.is_initialized()
     if joined and _SHARD.value:
         raise UserError("--shard: these processes are joined already, and share the shards by themselves")
-    part, parts = parse_part(_SHARD.value) if _SHARD.value else (jax.process_index(), jax.process_count())
+    part, parts = (
+        parse_shard_flag(_SHARD.value) if _SHARD.value else (jax.process_index(), jax.process_count())
+    )
     writer = _writer()
     if parts > (shards := writer.num_shards):
         log_info(
@@ -101,7 +103,7 @@ def _writer() -> ShardWriter:
     if not isinstance(source, ImageSource):
         if augment.copies:
             raise UserError("--augment: the source holds ready codes, which can't be cropped")
-        return ReadyCodes(tokenizer, source, _OUT.value, num_shards)
+        return CodeCopier(tokenizer, source, _OUT.value, num_shards)
     if tokenizer is None:
         raise UserError("--tokenizer: must be given to encode images")
     workers = _WORKERS.value
@@ -116,10 +118,10 @@ def main() -> None:
         if not _SOURCE.value:
             raise UserError("--source: must be given to encode; only --finish needs none")
         encode()
-    elif missing := writer.finish(_OUT.value):
+    elif missing := writer.finish_store(_OUT.value):
         raise UserError(f"{_OUT.value}: {len(missing)} shards are missing: {', '.join(missing[:10])}")
     else:
-        log_info(report(_OUT.value))
+        log_info(summarize_store(_OUT.value))
 
 
 if __name__ == "__main__":

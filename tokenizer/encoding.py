@@ -99,25 +99,25 @@ class ShardWriter(abc.ABC):
         Raises:
           UserError: the folder holds something else, or codes made otherwise.
         """
-        writer.begin(self._folder, self.header(), self.num_shards)
+        writer.begin_store(self._folder, self.header(), self.num_shards)
         mine = range(part, self.num_shards, parts)
-        missing = [s for s in mine if writer.read_entry(self._folder, s, self.num_shards) is None]
+        missing = [s for s in mine if writer.read_shard_entry(self._folder, s, self.num_shards) is None]
         if len(missing) < len(mine):
             log_info(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
         slices = [self._slice(shard) for shard in missing]
-        meter = Meter(sum(last - first for first, last in slices))
-        for place, scenes, unread in self._contents(slices, meter) if missing else ():
+        meter = EncodingProgress(sum(last - first for first, last in slices))
+        for place, scenes, skipped in self._contents(slices, meter) if missing else ():
             num_codes = self._identity["num_codes"]
             writer.write_shard(
-                self._folder, missing[place], self.num_shards, scenes, num_codes, unread, software()
+                self._folder, missing[place], self.num_shards, scenes, num_codes, skipped, software_versions()
             )
-            for failure in unread.failures:
+            for failure in skipped.failures:
                 log_info(f"skipped {failure['key']}: {failure['reason']}")
             log_info(f"shard {missing[place] + 1}/{self.num_shards}: {meter.line()}")
 
     @abc.abstractmethod
     def _contents(
-        self, slices: Slices, meter: Meter
+        self, slices: Slices, meter: EncodingProgress
     ) -> Iterator[tuple[int, Iterator[GroupedScene], SkippedItems]]:
         """The scenes of each slice, to be exhausted before the next is asked for; fills `SkippedItems`."""
 
@@ -131,7 +131,7 @@ class ShardWriter(abc.ABC):
         return GroupedScene(Scene(info.key, class_id, self._stream_sets[info.streams], grids), info.group)
 
 
-class ReadyCodes(ShardWriter):
+class CodeCopier(ShardWriter):
     """Copies scenes of ready codes into a store.
 
     Args:
@@ -153,22 +153,24 @@ class ReadyCodes(ShardWriter):
         self._source = source
 
     def _contents(
-        self, slices: Slices, meter: Meter
+        self, slices: Slices, meter: EncodingProgress
     ) -> Iterator[tuple[int, Iterator[GroupedScene], SkippedItems]]:
         for place, (first, last) in enumerate(slices):
-            unread = SkippedItems()
-            yield place, self._copied(first, last, unread, meter), unread
+            skipped = SkippedItems()
+            yield place, self._copied(first, last, skipped, meter), skipped
 
-    def _copied(self, first: int, last: int, unread: SkippedItems, meter: Meter) -> Iterator[GroupedScene]:
+    def _copied(
+        self, first: int, last: int, skipped: SkippedItems, meter: EncodingProgress
+    ) -> Iterator[GroupedScene]:
         for index in range(first, last):
             with meter.waiting("host"):
                 found = self._source.load_codes(index)
-            unread.failures += [{"key": item.key, "reason": item.reason} for item in found.failures]
+            skipped.failures += [{"key": item.key, "reason": item.reason} for item in found.failures]
             meter.add(found.codes.shape[0] * found.codes.shape[1], 1)
             if len(found.codes):
                 yield self._scene(found.info, found.codes)
             else:
-                unread.groups.append(split.group_hash(found.info.group))
+                skipped.groups.append(split.group_hash(found.info.group))
 
 
 class Encoder(ShardWriter):
@@ -207,18 +209,18 @@ class Encoder(ShardWriter):
         }
 
     def _contents(
-        self, slices: Slices, meter: Meter
+        self, slices: Slices, meter: EncodingProgress
     ) -> Iterator[tuple[int, Iterator[GroupedScene], SkippedItems]]:
         chunks = ImageBatcher(self._source, slices, self._augment)
         for place, calls in itertools.groupby(self._calls(chunks, meter), key=lambda call: call.shard):
-            unread = SkippedItems()
-            yield place, self._scenes(calls, unread, meter), unread
+            skipped = SkippedItems()
+            yield place, self._scenes(calls, skipped, meter), skipped
 
-    def _calls(self, chunks: ImageBatcher, meter: Meter) -> Iterator[_Call]:
+    def _calls(self, chunks: ImageBatcher, meter: EncodingProgress) -> Iterator[_Call]:
         """All batches in order, each handed out when others are under way behind it, over the ends of shards too."""
         waiting: collections.deque[_Call] = collections.deque()
         read = meter.waiting_for_each(iter(loader.batches(chunks, 0, len(chunks), self._workers)))
-        for place, parts in itertools.groupby(read, key=lambda chunk: int(chunk["slice"])):
+        for place, parts in itertools.groupby(read, key=lambda chunk: int(chunk["range"])):
             for images, count, scenes in self._batched(parts):
                 codes = self._tokenizer.encode_async(images) if count else None
                 if codes is not None:
@@ -247,7 +249,9 @@ class Encoder(ShardWriter):
         if count or scenes:
             yield batch, count, scenes
 
-    def _scenes(self, calls: Iterator[_Call], unread: SkippedItems, meter: Meter) -> Iterator[GroupedScene]:
+    def _scenes(
+        self, calls: Iterator[_Call], skipped: SkippedItems, meter: EncodingProgress
+    ) -> Iterator[GroupedScene]:
         """The scenes of one shard, as their last codes come from the devices."""
         waiting: collections.deque[DecodedScene] = collections.deque()
         ready = np.zeros((0, self._tokenizer.codes_per_image), np.uint16)  # [images, N]
@@ -260,15 +264,15 @@ class Encoder(ShardWriter):
             meter.add(call.count, sum(scene.is_last for scene in call.scenes))
             while waiting and len(ready) >= waiting[0].num_images:
                 scene = waiting.popleft()
-                unread.failures += [{"key": item.key, "reason": item.reason} for item in scene.failures]
+                skipped.failures += [{"key": item.key, "reason": item.reason} for item in scene.failures]
                 if scene.num_images:
                     codes, ready = ready[: scene.num_images], ready[scene.num_images :]
                     yield self._scene(scene.info, codes)
                 else:
-                    unread.groups.append(split.group_hash(scene.info.group))
+                    skipped.groups.append(split.group_hash(scene.info.group))
 
 
-class Meter:
+class EncodingProgress:
     """How fast images become codes, and what that waits for.
 
     Args:
@@ -326,7 +330,7 @@ class Meter:
         return line
 
 
-def software() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
     """Versions of what images and codes are made by; of libjpeg-turbo the one that Pillow brings."""
     found = {}
     for name in _SOFTWARE:

@@ -41,7 +41,7 @@ class ImagesConfig:
             raise UserError(f"max_scenes: {self.max_scenes} is negative")
 
 
-def sides(source: ImageSource, config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
+def split_scenes(source: ImageSource, config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the scenes to train on, and of those held out."""
     hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
     mask = split.heldout(hashes, config.heldout_fraction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -12,72 +11,27 @@ from ml_collections import config_flags
 
 from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
-from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
-from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
-from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.hardware.sharding import make_mesh
 from lvm.model.nnx_utils import Params
 from lvm.training import optimizer
-from lvm.training.loop import Loop, LoopConfig, is_finished
+from lvm.training.loop import Loop, is_finished
 from lvm.training.programs import cache_programs
 from lvm.training.step import Step
 from lvm.training.task import State
 from lvm.training.workdir import Workdir, check_trainable
 from tokenizer import quantizers, weights
-from tokenizer.images import ImagePool, ImagesConfig, TrainingImages, sides
-from tokenizer.network import VQGANConfig
-from tokenizer.objective import LossConfig, TokenizerObjective
+from tokenizer.config import TokenizerConfig
+from tokenizer.images import ImagePool, TrainingImages, split_scenes
+from tokenizer.objective import TokenizerObjective
 
 _HELDOUT_IMAGES = 128  # of each stream, for the figures that training logs
 _PICTURED = 4  # images of each stream in a picture
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """A tokenizer's training.
-
-    Attributes:
-      seed: everything random follows from it and the step.
-      batch_size: images a step.
-      preprocess: how pictures become images; its resolution is the model's.
-      init_from: a tokenizer's folder, as `Tokenizer.load` takes it, whose weights and codebook the training begins
-        with; empty for random ones. It needs the same model and preprocess, and loss.autoencoder_steps 0.
-    """
-
-    seed: int = 0
-    batch_size: int = 256
-    model: VQGANConfig = dataclasses.field(default_factory=VQGANConfig)
-    preprocess: Preprocess = dataclasses.field(default_factory=lambda: Preprocess(256))
-    init_from: str = ""
-    data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    optimizer: optimizer.OptimizerConfig = dataclasses.field(default_factory=optimizer.OptimizerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
-    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed: {self.seed} is negative")
-        if self.preprocess.resolution != self.model.resolution:
-            raise UserError(
-                f"preprocess.resolution: {self.preprocess.resolution}, model.resolution is {self.model.resolution}; "
-                "they must agree"
-            )
-        for axis in ("sequence", "tensor"):
-            if getattr(self.mesh, axis) != 1:
-                raise UserError(
-                    f"mesh.{axis}: {getattr(self.mesh, axis)}; a tokenizer is split over data and fsdp alone"
-                )
-        if self.init_from and self.loss.autoencoder_steps:
-            raise UserError(
-                f"loss.autoencoder_steps: {self.loss.autoencoder_steps}, expected 0: init_from brings a codebook"
-            )
-
-
-class TokenizerTrainable(TokenizerObjective):
+class TokenizerTask(TokenizerObjective):
     """The objective with what a run measures and shows of it on held-out images."""
 
     heldout: dict[str, np.ndarray]  # stream → uint8 [n, R, R, 3]
@@ -113,7 +67,7 @@ class TokenizerTrainable(TokenizerObjective):
         return np.asarray(self._jitted(state["params"], images))
 
 
-class StepFrom(Step):
+class WarmStartStep(Step):
     """A step whose first state has given weights, and the codebook's averages that follow from them."""
 
     params: Params
@@ -133,7 +87,7 @@ class StepFrom(Step):
         return jax.tree.map(lambda x, spec: jax.device_put(np.array(x), spec.sharding), tree, like)
 
 
-def first_weights(config: TokenizerConfig) -> Params:
+def load_init_params(config: TokenizerConfig) -> Params:
     """The parameters in `config.init_from`.
 
     Raises:
@@ -172,7 +126,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     for skipped in source.skipped:
         log_info(f"skipped {skipped.key}: {skipped.reason}")
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps)
-    trainable = TokenizerTrainable(
+    trainable = TokenizerTask(
         config.model,
         config.loss,
         tx,
@@ -181,7 +135,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         has_codebook=bool(config.init_from),
     )
     side, limit = config.model.resolution, config.data.max_gigabytes
-    training, heldout = sides(source, config.data)
+    training, heldout = split_scenes(source, config.data)
     pool = ImagePool(source, training, side, limit)
     trainable.heldout = {}
     if len(heldout):
@@ -190,10 +144,10 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     log_info(f"{len(training)} scenes to train on, {len(heldout)} held out; " + _count(pool))
     batches = TrainingImages(pool, config.data.rgb_share, config.batch_size, config.seed)
     cache_programs(loop.compilation_cache, place.path)
-    make = StepFrom if config.init_from else Step
+    make = WarmStartStep if config.init_from else Step
     step = make(trainable, make_mesh(config.mesh), config.seed, config.mesh.zero1)
-    if isinstance(step, StepFrom):
-        step.params = first_weights(config)
+    if isinstance(step, WarmStartStep):
+        step.params = load_init_params(config)
     Loop(step, lambda number, rows: _rows(batches.batch(number), rows), loop, place).run()
 
 

@@ -36,10 +36,10 @@ def whole(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("stores") / "whole"
     scenes = make_scenes(SHAPES)
-    writer.begin(folder, header(), 2)
+    writer.begin_store(folder, header(), 2)
     for shard, part in enumerate((scenes[:60], scenes[60:])):
         writer.write_shard(folder, shard, 2, part, NUM_CODES)
-    assert writer.finish(folder) == []
+    assert writer.finish_store(folder) == []
     return folder
 
 
@@ -55,7 +55,7 @@ def flip(file, at):
 
 
 def problems(folder):
-    return list(inspect.problems(Store(folder)))
+    return list(inspect.find_problems(Store(folder)))
 
 
 def test_a_whole_store_has_no_problem(whole):
@@ -97,7 +97,7 @@ def test_a_changed_copy_of_an_index_is_named(copy, tmp_path):
     staged.entries(np.arange(len(staged)))
     (file,) = (tmp_path / "staged").rglob("shard-00001-of-00002.index")
     flip(file, 4)
-    found = list(inspect.problems(Store(copy, stage_to=str(tmp_path / "staged"))))
+    found = list(inspect.find_problems(Store(copy, stage_to=str(tmp_path / "staged"))))
     assert found == [f"{file}: damaged: its checksum is not the manifest's"]
 
 
@@ -107,7 +107,7 @@ def test_an_index_that_told_of_another_scene_from_the_start_is_named_with_its_re
     entry = files.read_json(copy / f"{name}.json")
     entry["files"][f"{name}.index"]["sha256"] = files.sha256(copy / f"{name}.index")
     files.write_json(copy / f"{name}.json", entry)
-    writer.finish(copy)
+    writer.finish_store(copy)
     found = problems(copy)
     with pytest.raises(DamagedError) as refused:
         Store(copy).scene(60)
@@ -145,13 +145,13 @@ def test_a_manifest_that_says_something_else_is_named(copy, key, value):
 
 def test_counts_that_were_wrong_from_the_start_are_found(tmp_path, new_scenes, manifest_header):
     """Entries that agree with the manifest, and with nothing else."""
-    writer.begin(tmp_path, manifest_header(), 1)
+    writer.begin_store(tmp_path, manifest_header(), 1)
     scenes = new_scenes([(1, 0)] * 5)
     writer.write_shard(tmp_path, 0, 1, [*scenes, scenes[0]], 16)
     entry = files.read_json(tmp_path / "shard-00000-of-00001.json")
     entry |= {"scenes": 7, "histogram": [1] * 16, "images_by_stream_set": {"1": 14}}
     files.write_json(tmp_path / "shard-00000-of-00001.json", entry)
-    writer.finish(tmp_path)
+    writer.finish_store(tmp_path)
     found = problems(tmp_path)
     assert any("holds 6 scenes and 6 images, the manifest says 7 and 6" in problem for problem in found)
     assert any("1 keys are there twice" in problem for problem in found)
@@ -207,7 +207,7 @@ def encoded(tmp_path_factory):
     tokenizer = Tokenizer.load(folder / "tokenizer")
     source = open_source(str(folder / "scenes.py"), tokenizer.preprocess)
     Encoder(tokenizer, source, folder / "store", 2, 8, Augment(0, tokenizer.preprocess), 0).run()
-    assert writer.finish(folder / "store") == []
+    assert writer.finish_store(folder / "store") == []
     return folder
 
 
@@ -240,10 +240,10 @@ def test_codes_that_are_not_those_of_the_source_are_found(encoded, monkeypatch):
         Tokenizer.load(encoded / "tokenizer"),
         encoded / "scenes.py",
     )
-    assert inspect.encode_again(store, str(source), tokenizer, 2) == []
+    assert inspect.reencode(store, str(source), tokenizer, 2) == []
     monkeypatch.setattr(tokenizer, "encode", lambda images, size: np.full((len(images), 256), 5))
-    found = inspect.encode_again(store, str(source), tokenizer, 2)
+    found = inspect.reencode(store, str(source), tokenizer, 2)
     assert len(found) == 2
     assert "generated-0-000000: encoded again, " in found[0]
     with pytest.raises(UserError, match="is not the source of"):
-        inspect.encode_again(store, "configs/demo_scenes.py", tokenizer, 2)
+        inspect.reencode(store, "configs/demo_scenes.py", tokenizer, 2)

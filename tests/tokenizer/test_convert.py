@@ -15,6 +15,7 @@ from tests.configs import tiny_tokenizer
 from tests.tokenizer.networks import check_same, random_weights, same_bits, small
 from tokenizer import train as training
 from tokenizer import weights
+from tokenizer.config import TokenizerConfig
 from tokenizer.network import VQGANConfig
 from tokenizer.objective import LossConfig
 
@@ -54,7 +55,7 @@ def test_training_begins_with_converted_weights(tmp_path):
     tiny.loop.total_steps = 2
 
     def begin(workdir, **changes):
-        tiny_config = dataclasses.replace(from_config_dict(training.TokenizerConfig, tiny), **changes)
+        tiny_config = dataclasses.replace(from_config_dict(TokenizerConfig, tiny), **changes)
         training.train(tiny_config, tmp_path / workdir)
 
     with pytest.raises(UserError, match=r"converted weights and no training; begin one .* new --workdir"):

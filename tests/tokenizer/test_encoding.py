@@ -19,8 +19,8 @@ from lvm.data.store.reader import Store
 from lvm.data.streams.codecs import Image, Palette
 from tests.tokenizer.networks import random_weights, small
 from tokenizer import Tokenizer, encoding
-from tokenizer.encode import finish, parse_part
-from tokenizer.encoding import Encoder, Meter
+from tokenizer.encode import finish, parse_shard_flag
+from tokenizer.encoding import Encoder, EncodingProgress
 
 SIDE = 16
 SETS = (("rgb",), ("rgb", "segmentation"))
@@ -167,9 +167,9 @@ def test_what_is_there_is_not_encoded_again(tokenizer, whole, tmp_path, monkeypa
     folder = encode(tokenizer, tmp_path / "store")
     (folder / "shard-00002-of-00004.json").unlink()
     (folder / "manifest.json").unlink()
-    calls, run = [], encoding.Chunks.__call__
+    calls, run = [], encoding.ImageBatcher.__call__
     monkeypatch.setattr(
-        encoding.Chunks, "__call__", lambda self, number: calls.append(number) or run(self, number)
+        encoding.ImageBatcher, "__call__", lambda self, number: calls.append(number) or run(self, number)
     )
     assert contents(encode(tokenizer, folder)) == contents(whole)
     assert len(calls) == 1
@@ -249,7 +249,7 @@ def test_a_scene_without_frames_is_listed(tokenizer, tmp_path):
 
 def test_a_chunk_holds_few_images_where_videos_come_after_photos():
     source = Scenes(scenes=((1, 0, 0),) * 60 + ((32, 1, 0),) * 60)
-    chunks = encoding.Chunks(source, [(0, 120)], Augment(0, Preprocess(SIDE)))
+    chunks = encoding.ImageBatcher(source, [(0, 120)], Augment(0, Preprocess(SIDE)))
     assert max(len(chunks(number)["images"]) for number in (0, len(chunks) - 1)) == 64
 
 
@@ -274,11 +274,11 @@ def test_a_missing_shard_is_named_when_the_store_is_finished(tokenizer, tmp_path
 
 
 def test_parts_are_read_and_refused():
-    assert parse_part("0/1") == (0, 1)
-    assert parse_part("7/8") == (7, 8)
+    assert parse_shard_flag("0/1") == (0, 1)
+    assert parse_shard_flag("7/8") == (7, 8)
     for spec in ("8/8", "1", "-1/2", "a/b", "0/0"):
         with pytest.raises(UserError, match=f"--shard: '{spec}'; it is i/n"):
-            parse_part(spec)
+            parse_shard_flag(spec)
 
 
 def test_the_meter_tells_what_it_waits_for(monkeypatch):
@@ -290,7 +290,7 @@ def test_the_meter_tells_what_it_waits_for(monkeypatch):
             clock[0] += seconds
             yield item
 
-    meter = Meter(40)
+    meter = EncodingProgress(40)
     assert list(meter.waiting_for_each(after(3.0, [1, 2]))) == [1, 2]
     with meter.waiting("device"):
         clock[0] += 1.0

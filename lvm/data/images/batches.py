@@ -36,15 +36,15 @@ class ImageBatcher:
 
     Args:
       source: the scenes.
-      slices: (first, last) of each, in the order in which they are read.
+      ranges: (first, last) of each, in the order in which they are read.
       augment: what is made of each scene.
     """
 
-    def __init__(self, source: ImageSource, slices: Sequence[tuple[int, int]], augment: Augment):
-        self._source, self._slices, self._augment = source, list(slices), augment
-        self._sizes = [max(1, _IMAGES // self._images(*ends)) for ends in self._slices]  # in scenes
+    def __init__(self, source: ImageSource, ranges: Sequence[tuple[int, int]], augment: Augment):
+        self._source, self._ranges, self._augment = source, list(ranges), augment
+        self._sizes = [max(1, _IMAGES // self._images(*ends)) for ends in self._ranges]  # in scenes
         counts = [
-            -(-(last - first) // size) for (first, last), size in zip(self._slices, self._sizes, strict=True)
+            -(-(last - first) // size) for (first, last), size in zip(self._ranges, self._sizes, strict=True)
         ]
         self._starts = np.cumsum([0, *counts])
 
@@ -55,11 +55,11 @@ class ImageBatcher:
         """The chunk at `number`.
 
         Returns:
-          slice: int64 [], which slice it belongs to; images: uint8 [n, R, R, 3] of its scenes, one after the other,
+          range: int64 [], which range it belongs to; images: uint8 [n, R, R, 3] of its scenes, one after the other,
           frame-major; scenes: `DecodedScene` [scenes], as objects.
         """
         place = int(np.searchsorted(self._starts, number, side="right")) - 1
-        first, last = self._slices[place]
+        first, last = self._ranges[place]
         first += (number - int(self._starts[place])) * self._sizes[place]
         scenes: list[DecodedScene] = []
         R = self._augment.preprocess.resolution
@@ -78,7 +78,7 @@ class ImageBatcher:
                 scenes.append(DecodedScene(copy.info, len(images[-1]), (), is_last=number == len(copies)))
         listed = np.empty(len(scenes), object)
         listed[:] = scenes
-        return {"slice": np.array(place), "images": np.concatenate(images), "scenes": listed}
+        return {"range": np.array(place), "images": np.concatenate(images), "scenes": listed}
 
     def _images(self, first: int, last: int) -> int:
         """Images of a scene, the most of some that are spread over a slice."""

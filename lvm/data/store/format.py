@@ -25,18 +25,18 @@ import numpy as np
 from lvm.common.errors import UserError
 
 MAGIC, VERSION = b"LVMS", 2
-PAGE = 64  # single-image scenes in one record
-BLOCK = 4  # grids that share a checksum: 2 KiB of a disk's 4
+PAGE_SIZE = 64  # single-image scenes in one record
+BLOCK_SIZE = 4  # grids that share a checksum: 2 KiB of a disk's 4
 _CHECK = 4  # bytes of a checksum
 # The crc32c of anything that its own crc32c follows.
 _RESIDUE = google_crc32c.value(b"x" + google_crc32c.value(b"x").to_bytes(4, "little"))
 _MOST = 2**16 - 1  # frames of a scene, and bytes of a key
 _HEAD = struct.Struct("<4sHHI")
 _SHAPE = struct.Struct("<III")
-HEAD_SIZE = _HEAD.size + _SHAPE.size
+RECORD_HEADER_SIZE = _HEAD.size + _SHAPE.size
 
 # One entry a scene, in a file beside each shard.
-INDEX = np.dtype(
+SCENE_DTYPE = np.dtype(
     [
         ("record", "<u4"),
         ("frames", "<u2"),
@@ -46,11 +46,11 @@ INDEX = np.dtype(
         ("group", "<u8"),
     ]
 )
-# Then one a record: where its blocks begin in the shard (`records.read_at`), and how many grids they hold.
-PLACES = np.dtype([("start", "<i8"), ("grids", "<i4")])
+# Then one a record: where its blocks begin in the shard (`records.read_ranges`), and how many grids they hold.
+RECORD_DTYPE = np.dtype([("start", "<i8"), ("grids", "<i4")])
 # Both of a scene, and its shard.
-ENTRY = np.dtype([*INDEX.descr, *PLACES.descr, ("shard", "<i4")])
-DAMAGED = "damaged: a checksum doesn't fit the content"
+ENTRY_DTYPE = np.dtype([*SCENE_DTYPE.descr, *RECORD_DTYPE.descr, ("shard", "<i4")])
+CHECKSUM_MISMATCH = "damaged: a checksum doesn't fit the content"
 
 
 Where = str | Callable[[], str]
@@ -85,8 +85,8 @@ def pack(scenes: Sequence[Scene]) -> bytes:
     """
     first = scenes[0]
     T, S, N = first.codes.shape
-    if len(scenes) > 1 and (T * S > 1 or len(scenes) > PAGE):
-        raise ValueError(f"a page holds up to {PAGE} scenes of one image, not {len(scenes)} of {T}×{S}")
+    if len(scenes) > 1 and (T * S > 1 or len(scenes) > PAGE_SIZE):
+        raise ValueError(f"a page holds up to {PAGE_SIZE} scenes of one image, not {len(scenes)} of {T}×{S}")
     if any(scene.codes.shape != (T, S, N) or scene.stream_set != first.stream_set for scene in scenes):
         raise ValueError("the scenes of a page must agree in shape and stream set")
     keys = [scene.key.encode() for scene in scenes]
@@ -109,13 +109,13 @@ def pack(scenes: Sequence[Scene]) -> bytes:
 
 def blocks_size(grids: Any, codes_per_image: int) -> Any:
     """Bytes of so many grids with their checksums, the last part of a record: int, or int64 [n]."""
-    return grids * 2 * codes_per_image + -(-grids // BLOCK) * _CHECK
+    return grids * 2 * codes_per_image + -(-grids // BLOCK_SIZE) * _CHECK
 
 
 def _in_blocks(grids: np.ndarray) -> bytes:
     parts = []
-    for start in range(0, len(grids), BLOCK):
-        codes = grids[start : start + BLOCK].tobytes()
+    for start in range(0, len(grids), BLOCK_SIZE):
+        codes = grids[start : start + BLOCK_SIZE].tobytes()
         parts += [codes, google_crc32c.value(codes).to_bytes(_CHECK, "little")]
     return b"".join(parts)
 
@@ -140,13 +140,13 @@ def unpack(record: bytes, streams: Sequence[int], where: Where) -> list[Scene]:
     Raises:
       DamagedError: not a record of this version, or damaged; names `where`.
     """
-    if len(record) < HEAD_SIZE:
+    if len(record) < RECORD_HEADER_SIZE:
         raise _damaged(where, f"{len(record)} bytes are too few for a record")
     magic, version, count, checksum = _HEAD.unpack_from(record)
     if magic != MAGIC or version != VERSION:
         raise _damaged(where, f"found {magic!r} version {version}, wanted {MAGIC!r} version {VERSION}")
     T, stream_set, N = _SHAPE.unpack_from(record, _HEAD.size)
-    at = HEAD_SIZE
+    at = RECORD_HEADER_SIZE
     grids = count * T * streams[stream_set] if stream_set < len(streams) else 0
     begun = len(record) - blocks_size(grids, N)  # of the blocks
     lengths = np.frombuffer(record, "<u2", count, at + 4 * count) if at + 6 * count <= begun else np.zeros(0)
@@ -154,7 +154,7 @@ def unpack(record: bytes, streams: Sequence[int], where: Where) -> list[Scene]:
         raise _damaged(where, f"damaged: {len(record)} bytes don't hold {count} scenes of {T} frames")
     codes = unpack_blocks(record[begun:], grids, N)
     if codes is None or _head_checksum(record, record[_HEAD.size : begun]) != checksum:
-        raise _damaged(where, DAMAGED)
+        raise _damaged(where, CHECKSUM_MISMATCH)
     class_ids = np.frombuffer(record, "<i4", count, at)
     at += 6 * count
     keys = []
@@ -169,7 +169,7 @@ def unpack(record: bytes, streams: Sequence[int], where: Where) -> list[Scene]:
 
 def unpack_blocks(blocks: bytes, grids: int, codes_per_image: int) -> np.ndarray | None:
     """All `grids` of a record, uint16 [grids, N], of its blocks; None where these are damaged."""
-    stride = blocks_size(BLOCK, codes_per_image)
+    stride = blocks_size(BLOCK_SIZE, codes_per_image)
     pieces = [blocks[start : start + stride] for start in range(0, len(blocks), stride)]
     if _first_damaged(pieces) is not None:
         return None
@@ -183,13 +183,13 @@ def _first_damaged(blocks: Sequence[bytes]) -> int | None:
     return None if checks.count(_RESIDUE) == len(checks) else [c != _RESIDUE for c in checks].index(True)
 
 
-def find_damage(content: bytes, starts: np.ndarray, sizes: np.ndarray) -> int | None:
+def first_damaged_block(content: bytes, starts: np.ndarray, sizes: np.ndarray) -> int | None:
     """The first of the blocks of so many bytes that doesn't fit its checksum; None if all do."""
     stops = starts + sizes
     return _first_damaged([content[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)])
 
 
-def take_grids(blocks: bytes, offsets: np.ndarray, codes_per_image: int) -> np.ndarray:
+def gather_grids(blocks: bytes, offsets: np.ndarray, codes_per_image: int) -> np.ndarray:
     """The grids that begin at `offsets` of some blocks, int64 [n], in bytes: uint16 [n, N]."""
     windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(blocks, "<u2"), codes_per_image)
     return windows[offsets // 2]

@@ -57,12 +57,12 @@ class JsonlFormat:
             raise UserError(f"grid: {self.grid} is not two positive numbers, rows and columns")
 
 
-def to_line(codes: np.ndarray) -> str:
+def encode_line(codes: np.ndarray) -> str:
     """A sentence's codes int [grids, N] as a line, with its end."""
     return json.dumps({"tokens": base64.b64encode(codes.astype("<i4").tobytes()).decode()}) + "\n"
 
 
-def from_line(line: bytes) -> np.ndarray:
+def decode_line(line: bytes) -> np.ndarray:
     """The tokens of a line, int32 [n]. Raises ValueError for what is none."""
     try:
         return np.frombuffer(base64.b64decode(json.loads(line)["tokens"], validate=True), "<i4")
@@ -70,10 +70,10 @@ def from_line(line: bytes) -> np.ndarray:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def line_grids(line: bytes, format: JsonlFormat) -> np.ndarray:
+def decode_grids(line: bytes, format: JsonlFormat) -> np.ndarray:
     """The codes of a line, int32 [grids, N]. Raises ValueError for what is no sentence of the format."""
     try:
-        tokens = from_line(line)
+        tokens = decode_line(line)
     except ValueError as error:
         raise ValueError(f"not {{'tokens': base64}}: {error}") from error
     codes_per_image = format.grid[0] * format.grid[1]
@@ -156,7 +156,7 @@ class JsonlStore:
     def _grids(self, content: bytes, start: int, line: int | None = None) -> np.ndarray:
         """A line's grids; `line` counts the sentences before it, looked up by its place in the file if not given."""
         try:
-            return line_grids(content, self._format)
+            return decode_grids(content, self._format)
         except ValueError as error:
             if line is None:
                 line = int(np.searchsorted(self._index["offset"], start))

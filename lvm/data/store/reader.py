@@ -22,12 +22,14 @@ from etils import epath
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.mixture import split
-from lvm.data.store.format import ENTRY, INDEX, PLACES, DamagedError, Scene
+from lvm.data.store.format import ENTRY_DTYPE, RECORD_DTYPE, SCENE_DTYPE, DamagedError, Scene
 from lvm.data.store.records import Shards
 from lvm.data.streams.codecs import Codec, codec_from_json
 
 VERSION = 3
-_PARTS = np.dtype([("scene", INDEX), ("place", PLACES), ("shard", "<i4")])  # ENTRY in three pieces
+_PARTS = np.dtype(
+    [("scene", SCENE_DTYPE), ("place", RECORD_DTYPE), ("shard", "<i4")]
+)  # ENTRY in three pieces
 MANIFEST, HEADER = "manifest.json", "header.json"
 _KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "histogram", "shards"}
 
@@ -96,10 +98,10 @@ class Store:
     @functools.cached_property
     def index(self) -> np.ndarray:
         """`scenes.INDEX` entries of all scenes in memory, shard after shard; `entries` needs none of it."""
-        return np.concatenate([np.zeros(0, INDEX), *self.indexes])
+        return np.concatenate([np.zeros(0, SCENE_DTYPE), *self.indexes])
 
     def entries(self, numbers: np.ndarray) -> np.ndarray:
-        """The `ENTRY` entries of the scenes at `numbers`, int64 [n]."""
+        """The `ENTRY_DTYPE` entries of the scenes at `numbers`, int64 [n]."""
         found = np.empty(len(numbers), _PARTS)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         order = np.argsort(shards, kind="stable")
@@ -110,13 +112,13 @@ class Store:
             found["scene"][mine] = rows = index[numbers[mine] - self._starts[shard]]
             found["place"][mine] = places[rows["record"]]
         found["shard"] = shards
-        return found.view(ENTRY)
+        return found.view(ENTRY_DTYPE)
 
     def grids(self, entries: np.ndarray, frames: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Single grids, of which no more is read than the blocks that they lie in: uint16 [n, N].
 
         Args:
-          entries: `ENTRY` [n], the scene of each.
+          entries: `ENTRY_DTYPE` [n], the scene of each.
           frames: int64 [n], its frame.
           columns: int64 [n], its place in the scene's stream set.
 

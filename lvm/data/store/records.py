@@ -21,21 +21,21 @@ from etils import epath
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.store import format, staging
-from lvm.data.store.format import INDEX, PLACES, DamagedError, Scene
+from lvm.data.store.format import RECORD_DTYPE, SCENE_DTYPE, DamagedError, Scene
 
 # A record at a time and none beside it: ArrayRecord's own threads cost thirty times what they read.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:1"
-RECORDS, INDEXES = ".array_record", ".index"
+RECORDS_SUFFIX, INDEX_SUFFIX = ".array_record", ".index"
 # ArrayRecord's files are Riegeli's: every 64 KiB, wherever that is in a record, stand 24 bytes of its own
 # (Riegeli's "riegeli_records_file_format.md", "Block header"). Places count the bytes between them.
 _CHUNK, _OWN = 2**16, 24
 _BETWEEN = _CHUNK - _OWN
-NOT_THE_MANIFESTS = "damaged: its checksum is not the manifest's"
+FILE_CHECKSUM_MISMATCH = "damaged: its checksum is not the manifest's"
 _LARGEST = 2**44  # bytes of a shard
 _GAP = 2**13  # bytes that are sooner read than left out
 
 
-def read_at(descriptors: Sequence[int], places: np.ndarray, sizes: np.ndarray) -> bytes:
+def read_ranges(descriptors: Sequence[int], places: np.ndarray, sizes: np.ndarray) -> bytes:
     """Pieces of ArrayRecord files, joined, without block headers; zeros where nothing can be read.
 
     Args:
@@ -92,7 +92,7 @@ class Shards:
     def where(self, shard: int, record: Any) -> str:
         """A record's name in messages."""
         copied = f" (copied to {self._staged()})" if self._stage_to else ""
-        return f"{self.path / self._entries[shard]['name']}{RECORDS}{copied}, record {record}"
+        return f"{self.path / self._entries[shard]['name']}{RECORDS_SUFFIX}{copied}, record {record}"
 
     def index(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """`scenes.INDEX` of a shard's scenes and `scenes.PLACES` of its records, memory-mapped.
@@ -102,20 +102,20 @@ class Shards:
         """
         if shard not in self._indexes:
             entry = self._entries[shard]
-            path = self._find(shard, INDEXES)
+            path = self._find(shard, INDEX_SUFFIX)
             # It decides what is read where: damage there would be another image in silence.
             with _opening():
                 if files.sha256(path) != entry["files"][path.name]["sha256"]:
-                    raise UserError(f"{path}: {NOT_THE_MANIFESTS}")
+                    raise UserError(f"{path}: {FILE_CHECKSUM_MISMATCH}")
                 empty = np.zeros(0, np.uint8)
                 data = np.memmap(path, np.uint8, mode="r") if entry["scenes"] else empty
-            split = len(data) - entry["records"] * PLACES.itemsize
-            if split < 0 or split % INDEX.itemsize:
+            split = len(data) - entry["records"] * RECORD_DTYPE.itemsize
+            if split < 0 or split % SCENE_DTYPE.itemsize:
                 raise UserError(
                     f"{path}: {len(data)} bytes don't hold the manifest's {entry['records']} records"
                 )
             data = data.view(np.ndarray)
-            self._indexes[shard] = data[:split].view(INDEX), data[split:].view(PLACES)
+            self._indexes[shard] = data[:split].view(SCENE_DTYPE), data[split:].view(RECORD_DTYPE)
         return self._indexes[shard]
 
     def page(self, shard: int, record: int) -> list[Scene]:
@@ -146,8 +146,8 @@ class Shards:
             return np.zeros((0, codes_per_image), np.uint16)
         if (beyond := grids >= entries["grids"]).any():
             self._refuse(entries[np.argmax(beyond)])
-        stride = format.blocks_size(format.BLOCK, codes_per_image)
-        before = grids // format.BLOCK * stride  # of the record's blocks, in bytes
+        stride = format.blocks_size(format.BLOCK_SIZE, codes_per_image)
+        before = grids // format.BLOCK_SIZE * stride  # of the record's blocks, in bytes
         rest = format.blocks_size(entries["grids"].astype(np.int64), codes_per_image) - before
         records = entries["shard"].astype(np.int64) * _LARGEST + entries["start"]
         blocks, at, which = np.unique(records + before, return_index=True, return_inverse=True)
@@ -158,13 +158,13 @@ class Shards:
         lasts = np.append(firsts[1:], len(blocks)) - 1
         lengths = blocks[lasts] + sizes[lasts] - blocks[firsts]
         shards, places = np.divmod(blocks[firsts], _LARGEST)
-        content = read_at([self._descriptor(shard) for shard in shards.tolist()], places, lengths)
+        content = read_ranges([self._descriptor(shard) for shard in shards.tolist()], places, lengths)
         begun = (np.cumsum(lengths) - lengths - blocks[firsts])[run] + blocks  # in the content
-        damaged = format.find_damage(content, begun, sizes)
+        damaged = format.first_damaged_block(content, begun, sizes)
         if damaged is not None:
             self._refuse(entries[at[damaged]])
-        within = grids % format.BLOCK * 2 * codes_per_image
-        return format.take_grids(content, begun[which] + within, codes_per_image)
+        within = grids % format.BLOCK_SIZE * 2 * codes_per_image
+        return format.gather_grids(content, begun[which] + within, codes_per_image)
 
     def _refuse(self, entry: np.void) -> NoReturn:
         """Raises DamagedError for a scene's record, in the words of whoever reads all of it if that fails too."""
@@ -176,7 +176,7 @@ class Shards:
             if str(error).startswith(where):
                 raise
             rest = f"; {error}"  # of the whole shard: each record that is damaged counts all the same
-        raise DamagedError(f"{where}: {format.DAMAGED}{rest}")
+        raise DamagedError(f"{where}: {format.CHECKSUM_MISMATCH}{rest}")
 
     def check_opens(self, shard: int) -> None:
         """Raises DamagedError, naming the shard, where not even its records can be found; UserError as `index`."""
@@ -187,13 +187,13 @@ class Shards:
         if file is None:
             # Of two threads the first one's stays: a file that nobody keeps is closed.
             with _opening():
-                file = self._opened.setdefault(shard, open(self._find(shard, RECORDS), "rb"))  # noqa: SIM115
+                file = self._opened.setdefault(shard, open(self._find(shard, RECORDS_SUFFIX), "rb"))  # noqa: SIM115
         return file.fileno()
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
-            name = f"{self.path / self._entries[shard]['name']}{RECORDS}"
-            wanted, file = self._entries[shard]["records"], self._find(shard, RECORDS)
+            name = f"{self.path / self._entries[shard]['name']}{RECORDS_SUFFIX}"
+            wanted, file = self._entries[shard]["records"], self._find(shard, RECORDS_SUFFIX)
             try:
                 reader = array_record_module.ArrayRecordReader(os.fspath(file), _OPTIONS)
                 found = reader.num_records()
@@ -247,12 +247,12 @@ def _opening() -> Iterator[None]:
 
 def check_size(file: epath.Path, listed: Mapping[str, Any]) -> None:
     """Raises UserError where a file is missing or has another size than its store's manifest says."""
-    size = size_of(file)
+    size = file_size(file)
     if size != listed["bytes"]:
         found = "is missing" if size is None else f"has {size} bytes"
         raise UserError(f"{file}: {found}, the manifest says {listed['bytes']}; encode it again")
 
 
-def size_of(file: epath.Path) -> int | None:
+def file_size(file: epath.Path) -> int | None:
     """A file's bytes, or None where there is none."""
     return file.stat().length if file.exists() else None

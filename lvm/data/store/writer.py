@@ -20,9 +20,9 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.mixture import split
 from lvm.data.store import format
-from lvm.data.store.format import INDEX, PAGE, PLACES, Scene
+from lvm.data.store.format import PAGE_SIZE, RECORD_DTYPE, SCENE_DTYPE, Scene
 from lvm.data.store.reader import HEADER, MANIFEST, VERSION
-from lvm.data.store.records import INDEXES, RECORDS, read_at, size_of
+from lvm.data.store.records import INDEX_SUFFIX, RECORDS_SUFFIX, file_size, read_ranges
 
 _ABANDONED = 5.0  # seconds after which a temporary file of a process that is gone is nobody's
 _OPTIONS = "group_size:1,uncompressed"
@@ -60,7 +60,7 @@ def write_shard(
     num_shards: int,
     content: Iterable[GroupedScene],
     num_codes: int,
-    unread: SkippedItems | None = None,
+    skipped: SkippedItems | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes one shard, its index and, last, its entry; returns the entry.
@@ -70,30 +70,32 @@ def write_shard(
       shard, num_shards: which one of how many.
       content: its scenes, in order.
       num_codes: size of the codebook, for the histogram.
-      unread: what isn't in the shard; looked at after `content` is exhausted.
+      skipped: what isn't in the shard; looked at after `content` is exhausted.
       versions: of the software that made the codes.
 
     Raises:
       UserError: another process of this machine is writing the shard.
     """
-    unread, folder = unread or SkippedItems(), epath.Path(folder)
+    skipped, folder = skipped or SkippedItems(), epath.Path(folder)
     name = shard_name(shard, num_shards)
-    with _beside(folder) as place, _alone(place / f".{name}{RECORDS}.tmp"):
-        temporary = {suffix: place / f".{name}{suffix}.tmp" for suffix in (RECORDS, INDEXES)}
+    with _beside(folder) as place, _alone(place / f".{name}{RECORDS_SUFFIX}.tmp"):
+        temporary = {suffix: place / f".{name}{suffix}.tmp" for suffix in (RECORDS_SUFFIX, INDEX_SUFFIX)}
         try:
-            with files.clear_disk_errors(temporary[RECORDS]):
-                written = _write_records(temporary[RECORDS], content, num_codes)
-            index = np.array(written.entries, INDEX).tobytes()
-            temporary[INDEXES].write_bytes(index + _find_places(temporary[RECORDS], written).tobytes())
+            with files.clear_disk_errors(temporary[RECORDS_SUFFIX]):
+                written = _write_records(temporary[RECORDS_SUFFIX], content, num_codes)
+            index = np.array(written.entries, SCENE_DTYPE).tobytes()
+            temporary[INDEX_SUFFIX].write_bytes(
+                index + _find_places(temporary[RECORDS_SUFFIX], written).tobytes()
+            )
             entry = {
                 "name": name,
                 "scenes": len(written.entries),
                 "records": len(written.records),
                 "images": int(sum(written.images.values())),
                 "images_by_stream_set": {str(number): n for number, n in sorted(written.images.items())},
-                "group_hashes": _extremes([entry[-1] for entry in written.entries] + unread.groups),
+                "group_hashes": _extremes([entry[-1] for entry in written.entries] + skipped.groups),
                 "histogram": written.histogram.tolist(),
-                "failures": unread.failures,
+                "failures": skipped.failures,
                 "versions": dict(versions or {}),
                 "files": {
                     f"{name}{suffix}": {"bytes": file.stat().length, "sha256": files.sha256(file)}
@@ -158,7 +160,7 @@ def _write_records(path: epath.Path, content: Iterable[GroupedScene], num_codes:
         written.histogram += np.bincount(codes, minlength=num_codes)
         *_, written.codes_per_image = page[0].scene.codes.shape
         grids = codes.size // written.codes_per_image
-        written.records.append((record[: format.HEAD_SIZE], len(record), grids))
+        written.records.append((record[: format.RECORD_HEADER_SIZE], len(record), grids))
 
     for item in content:
         frames, streams, _ = item.scene.codes.shape
@@ -167,7 +169,7 @@ def _write_records(path: epath.Path, content: Iterable[GroupedScene], num_codes:
             continue
         page = pages.setdefault(item.scene.stream_set, [])
         page.append(item)
-        if len(page) == PAGE:
+        if len(page) == PAGE_SIZE:
             write(pages.pop(item.scene.stream_set))
     for stream_set in sorted(pages):
         write(pages[stream_set])
@@ -176,12 +178,12 @@ def _write_records(path: epath.Path, content: Iterable[GroupedScene], num_codes:
 
 
 def _find_places(path: epath.Path, written: _Written) -> np.ndarray:
-    """Where the blocks of all records begin: `PLACES` [records]. Reads all of them and compares their checksums.
+    """Where the blocks of all records begin: `RECORD_DTYPE` [records]. Reads all of them and compares their checksums.
 
     Raises:
       UserError: they don't lie in the file as they were written.
     """
-    places, end = np.zeros(len(written.records), PLACES), 0
+    places, end = np.zeros(len(written.records), RECORD_DTYPE), 0
     with open(path, "rb") as file:
         for number, (head, size, grids) in enumerate(written.records):
             ahead = _read(file, end, _BETWEEN_RECORDS).find(head)
@@ -198,20 +200,20 @@ def _find_places(path: epath.Path, written: _Written) -> np.ndarray:
 
 
 def _read(file: BinaryIO, place: int, size: int) -> bytes:
-    return read_at([file.fileno()], np.array([place]), np.array([size]))
+    return read_ranges([file.fileno()], np.array([place]), np.array([size]))
 
 
-def read_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:
+def read_shard_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:
     """A finished shard's entry, or None; also where a file that it lists is gone or has another size."""
     path = epath.Path(folder) / f"{shard_name(shard, num_shards)}.json"
     if not path.exists():
         return None
     entry = files.read_json(path)
-    whole = all(size_of(path.parent / name) == listed["bytes"] for name, listed in entry["files"].items())
+    whole = all(file_size(path.parent / name) == listed["bytes"] for name, listed in entry["files"].items())
     return entry if whole else None
 
 
-def begin(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> None:
+def begin_store(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> None:
     """Begins a store, or goes on with one: shards of two kinds never mix.
 
     Args:
@@ -246,7 +248,7 @@ def _change(key: str, old: Any, new: Any) -> str:
     return key if isinstance(old, (dict, list)) or isinstance(new, (dict, list)) else f"{key}: {old} → {new}"
 
 
-def finish(folder: epath.PathLike) -> list[str]:
+def finish_store(folder: epath.PathLike) -> list[str]:
     """Writes the manifest if all shards are there; returns the names of those that are not.
 
     Whoever finds all entries writes it, and writes the same: to do so again changes nothing.
@@ -283,15 +285,15 @@ def _remove_leftovers(folder: epath.Path) -> None:
 
 
 def write_manifest(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> list[str]:
-    """`finish` with a header that is given."""
-    found = [read_entry(folder, shard, num_shards) for shard in range(num_shards)]
+    """`finish_store` with a header that is given."""
+    found = [read_shard_entry(folder, shard, num_shards) for shard in range(num_shards)]
     missing = [shard_name(shard, num_shards) for shard, entry in enumerate(found) if entry is None]
     if not missing:
-        files.write_json(epath.Path(folder) / MANIFEST, make_manifest(header, list(filter(None, found))))
+        files.write_json(epath.Path(folder) / MANIFEST, build_manifest(header, list(filter(None, found))))
     return missing
 
 
-def make_manifest(header: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def build_manifest(header: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The manifest of a store's header (without `num_shards`) and all of its entries."""
     sets: Counter[str] = Counter()
     for entry in entries:

@@ -76,7 +76,7 @@ class JsonlSource:
         _, file, offset, size = self._lines[index]
         try:
             line = read_range(pathlib.Path(self._root / file), offset, size)
-            grids = jsonl.line_grids(line, self.config)  # [T, N]
+            grids = jsonl.decode_grids(line, self.config)  # [T, N]
         except (OSError, ValueError) as error:  # the file was changed since it was listed
             empty = np.empty((0, 1, self.grid[0] * self.grid[1]), np.uint16)
             return SceneCodes(
@@ -101,7 +101,7 @@ class JsonlSource:
                 key = f"{file}/{number}"
                 if line.strip():
                     try:
-                        grids = jsonl.line_grids(line, self.config)
+                        grids = jsonl.decode_grids(line, self.config)
                         group = f"{split.content_hash(grids.tobytes()):016x}"
                         info = SceneInfo(key, group, "", len(grids), ("rgb",))
                         self._lines.append((info, file, offset, len(line)))

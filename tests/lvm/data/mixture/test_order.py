@@ -19,7 +19,7 @@ from lvm.data.mixture.loader import batches
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Category, Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
-from lvm.data.store.format import INDEX
+from lvm.data.store.format import SCENE_DTYPE
 from lvm.data.store.reader import Store
 from lvm.model.vocabulary import Vocabulary
 from tests.commands import ROOT, run
@@ -34,7 +34,7 @@ class HugeStore:
     manifest = {"tokenizer": {"weights": "", "hash": "", "grid": [2, 2], "num_codes": 2**16}}  # noqa: RUF012
 
     def __init__(self, length):
-        self.indexes = [np.broadcast_to(np.array((0, 1, 0, 0, -1, 2**63), INDEX), (length,))]
+        self.indexes = [np.broadcast_to(np.array((0, 1, 0, 0, -1, 2**63), SCENE_DTYPE), (length,))]
 
     def entries(self, numbers):
         found = np.array(self.indexes[0][numbers])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lvm.common.errors import UserError
-from lvm.data.store.format import MAGIC, PAGE, VERSION, Scene, pack, unpack
+from lvm.data.store.format import MAGIC, PAGE_SIZE, VERSION, Scene, pack, unpack
 
 STREAMS = (1, 2, 3)  # in each stream set
 keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -22,7 +22,7 @@ def records(draw):
     """A scene of any shape, or a page of scenes of one image."""
     stream_set = draw(st.integers(0, 2))
     frames = draw(st.integers(1, 4))
-    count = draw(st.integers(1, PAGE)) if frames * STREAMS[stream_set] == 1 else 1
+    count = draw(st.integers(1, PAGE_SIZE)) if frames * STREAMS[stream_set] == 1 else 1
     shape = (frames, STREAMS[stream_set], draw(st.integers(1, 8)))
     codes = draw(hnp.arrays(np.uint16, (count, *shape)))
     return [Scene(draw(keys), draw(classes), stream_set, codes[i]) for i in range(count)]
@@ -51,10 +51,10 @@ def test_a_changed_byte_is_refused(scenes, data):
 
 @given(st.integers(0, 2**16 - 1))
 def test_another_number_of_scenes_is_refused(count):
-    record = bytearray(pack(page(PAGE)))
+    record = bytearray(pack(page(PAGE_SIZE)))
     record[6:8] = struct.pack("<H", count)
-    if count == PAGE:
-        assert len(unpack(bytes(record), STREAMS, "here")) == PAGE
+    if count == PAGE_SIZE:
+        assert len(unpack(bytes(record), STREAMS, "here")) == PAGE_SIZE
     else:
         with pytest.raises(UserError, match=rf"here: damaged: .*{count} scenes"):
             unpack(bytes(record), STREAMS, "here")
@@ -91,8 +91,8 @@ def test_the_layout_is_the_one_described():
 
 
 def test_pages_hold_only_single_images_of_one_kind():
-    with pytest.raises(ValueError, match=f"up to {PAGE} scenes of one image, not {PAGE + 1}"):
-        pack(page(PAGE + 1))
+    with pytest.raises(ValueError, match=f"up to {PAGE_SIZE} scenes of one image, not {PAGE_SIZE + 1}"):
+        pack(page(PAGE_SIZE + 1))
     video = Scene("video", -1, 0, np.zeros((2, 1, 4), np.uint16))
     with pytest.raises(ValueError, match="not 2 of 2×1"):
         pack([video, video])

@@ -13,7 +13,7 @@ from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single, Video
 from lvm.data.mixture.rows import Rows
-from lvm.data.store.jsonl import JsonlFormat, JsonlStore, from_line, to_line
+from lvm.data.store.jsonl import JsonlFormat, JsonlStore, decode_line, encode_line
 from lvm.export import sentences
 from lvm.model.vocabulary import Vocabulary
 from tests.commands import run
@@ -25,14 +25,14 @@ def write(path, lengths, end="\n"):
     """A file of sentences of so many grids; returns them."""
     rng = np.random.default_rng(0)
     made = [rng.integers(0, 16, (length, 4)) for length in lengths]
-    path.write_text("".join(to_line(codes) for codes in made).rstrip("\n") + end)
+    path.write_text("".join(encode_line(codes) for codes in made).rstrip("\n") + end)
     return made
 
 
 @given(st.lists(st.integers(0, 2**16 - 1), min_size=1))
 def test_a_line_comes_back(codes):
-    line = to_line(np.array([codes]))
-    assert from_line(line.encode()).tolist() == codes
+    line = encode_line(np.array([codes]))
+    assert decode_line(line.encode()).tolist() == codes
     # The format itself: base64 of int32, little-endian.
     assert base64.b64decode(json.loads(line)["tokens"]) == np.array(codes, "<i4").tobytes()
 
@@ -92,14 +92,14 @@ def test_equal_lines_are_on_one_side(tmp_path):
         ('{"text": "a"}', "sentence 2: not {'tokens': base64}"),
         ('{"tokens": "****"}', "sentence 2: not {'tokens': base64}"),
         ('{"tokens": ""}', "sentence 2: 0 tokens are no whole number of images of 4 codes"),
-        (to_line(np.zeros((1, 5))), "sentence 2: 5 tokens are no whole number"),
-        (to_line(np.full((1, 4), 16)), r"sentence 2: codes lie in \[16, 16\], expected \[0, 16\)"),
-        (to_line(np.full((1, 4), -1)), r"sentence 2: codes lie in \[-1, -1\]"),
+        (encode_line(np.zeros((1, 5))), "sentence 2: 5 tokens are no whole number"),
+        (encode_line(np.full((1, 4), 16)), r"sentence 2: codes lie in \[16, 16\], expected \[0, 16\)"),
+        (encode_line(np.full((1, 4), -1)), r"sentence 2: codes lie in \[-1, -1\]"),
     ],
 )
 def test_what_is_no_sentence_is_refused_by_file_and_line(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
-    path.write_text(to_line(np.zeros((1, 4))) + line)
+    path.write_text(encode_line(np.zeros((1, 4))) + line)
     with pytest.raises(UserError, match=rf"a\.jsonl, {message}"):
         JsonlStore(path, SMALL)
 
@@ -128,7 +128,7 @@ def test_another_codebook_does_not_mix(tmp_path, make_store):
         "ours": ComponentConfig(Single(), store=make_store([(1, 0)] * 9)),
     }
     assert len(Mixture(MixtureConfig(sources, jsonl=SMALL), 0).components) == 2
-    (tmp_path / "a.jsonl").write_text(to_line(np.zeros((1, 4))))
+    (tmp_path / "a.jsonl").write_text(encode_line(np.zeros((1, 4))))
     with pytest.raises(UserError, match=r"different tokenizers .*a\.jsonl: unknown, grid 2×2, 15 codes"):
         Mixture(MixtureConfig(sources, jsonl=JsonlFormat(15, (2, 2))), 0)
 
@@ -144,5 +144,5 @@ def test_the_export_is_the_order_of_training(make_store, tmp_path):
     lines = out.read_bytes().splitlines()
     assert len(lines) == 300
     for line in lines:
-        assert from_line(line).tolist() == next(wanted).ravel().tolist()
+        assert decode_line(line).tolist() == next(wanted).ravel().tolist()
     assert "doesn't end in .jsonl" in run("lvm.export", *flags, "--out=out.txt", code=2)

@@ -96,17 +96,17 @@ def test_a_store_on_gs_is_inspected(gcs, tmp_path, manifest_header, new_scenes):
     from lvm.data.store import writer
 
     path = f"{gcs}/written"
-    writer.begin(path, manifest_header(), 2)
+    writer.begin_store(path, manifest_header(), 2)
     for shard in range(2):
-        assert writer.read_entry(path, shard, 2) is None
+        assert writer.read_shard_entry(path, shard, 2) is None
         writer.write_shard(path, shard, 2, new_scenes(SHAPES, seed=shard)[:40], 16)
-        assert writer.read_entry(path, shard, 2) is not None
-    assert writer.finish(path) == []
-    assert list(inspect.problems(Store(path, str(tmp_path / "staged")))) == []
+        assert writer.read_shard_entry(path, shard, 2) is not None
+    assert writer.finish_store(path) == []
+    assert list(inspect.find_problems(Store(path, str(tmp_path / "staged")))) == []
     size = epath.Path(f"{path}/shard-00001-of-00002.index").stat().length
     epath.Path(f"{path}/shard-00001-of-00002.index").unlink()
-    assert writer.read_entry(path, 1, 2) is None
-    found = list(inspect.problems(Store(path, str(tmp_path / "other"))))
+    assert writer.read_shard_entry(path, 1, 2) is None
+    found = list(inspect.find_problems(Store(path, str(tmp_path / "other"))))
     assert any(
         f"shard-00001-of-00002.index: is missing, the manifest says {size}" in problem for problem in found
     )

@@ -15,7 +15,7 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.mixture import split
 from lvm.data.store import reader, records, writer
-from lvm.data.store.format import PAGE, DamagedError, Scene
+from lvm.data.store.format import PAGE_SIZE, DamagedError, Scene
 from lvm.data.store.reader import Store
 from lvm.data.store.writer import GroupedScene, SkippedItems
 from lvm.data.streams.codecs import Image
@@ -48,9 +48,9 @@ def test_single_images_share_records_and_longer_scenes_have_their_own(make_store
     index = Store(make_store(MIXED, num_shards=1)).index
     single = (index["frames"] == 1) & (index["stream_set"] == 0)
     assert np.count_nonzero(single) == 76
-    assert np.bincount(index["record"][single]).max() == PAGE
+    assert np.bincount(index["record"][single]).max() == PAGE_SIZE
     assert len(np.unique(index["record"])) == 2 + 3
-    assert index["slot"].max() == PAGE - 1
+    assert index["slot"].max() == PAGE_SIZE - 1
 
 
 def test_the_manifest_tells_streams_classes_and_codes(make_store):
@@ -72,19 +72,19 @@ def test_entries_count_scenes_images_and_codes(make_store, new_scenes):
 
 
 def test_entries_hold_checksums_and_failures(tmp_path, new_scenes):
-    unread = SkippedItems()
+    skipped = SkippedItems()
 
     def content():
         yield from new_scenes([(1, 0)])
         # Known only once the source has been read.
-        unread.failures.append({"key": "broken", "reason": "cut off"})
-        unread.groups.append(7)
+        skipped.failures.append({"key": "broken", "reason": "cut off"})
+        skipped.groups.append(7)
 
-    entry = writer.write_shard(tmp_path, 0, 1, content(), 16, unread, {"jax": "0.10"})
+    entry = writer.write_shard(tmp_path, 0, 1, content(), 16, skipped, {"jax": "0.10"})
     assert entry["failures"] == [{"key": "broken", "reason": "cut off"}]
     assert entry["group_hashes"] == [7, split.group_hash("group 0")]  # the split knows what couldn't be read
     assert entry["versions"] == {"jax": "0.10"}
-    assert writer.read_entry(tmp_path, 0, 1) == entry
+    assert writer.read_shard_entry(tmp_path, 0, 1) == entry
     for name, file in entry["files"].items():
         assert file == {"bytes": os.path.getsize(tmp_path / name), "sha256": files.sha256(tmp_path / name)}
 
@@ -122,7 +122,7 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path, new_scenes):
     with pytest.raises(RuntimeError, match="the source broke"):
         writer.write_shard(tmp_path, 0, 1, content(), 16)
     assert os.listdir(tmp_path) == []
-    assert writer.read_entry(tmp_path, 0, 1) is None
+    assert writer.read_shard_entry(tmp_path, 0, 1) is None
 
 
 def test_a_folder_without_a_manifest_is_no_store(tmp_path):
@@ -139,7 +139,7 @@ def test_another_version_is_refused(make_store):
 
 
 def test_shards_of_another_version_are_not_finished(tmp_path, new_scenes, manifest_header):
-    writer.begin(tmp_path, manifest_header(), 1)
+    writer.begin_store(tmp_path, manifest_header(), 1)
     writer.write_shard(tmp_path, 0, 1, new_scenes(MIXED), 16)
     header = files.read_json(tmp_path / "header.json")
     assert header["version"] == reader.VERSION
@@ -148,9 +148,9 @@ def test_shards_of_another_version_are_not_finished(tmp_path, new_scenes, manife
     with pytest.raises(
         UserError, match=r"header\.json: version None, this writes version 3; encode it again"
     ):
-        writer.finish(tmp_path)
+        writer.finish_store(tmp_path)
     with pytest.raises(UserError, match=r"holds codes made otherwise \(changed: version: None → 3\)"):
-        writer.begin(tmp_path, manifest_header(), 1)
+        writer.begin_store(tmp_path, manifest_header(), 1)
     assert not (tmp_path / reader.MANIFEST).exists()
 
 

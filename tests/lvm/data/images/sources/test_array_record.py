@@ -165,9 +165,9 @@ def test_a_file_that_is_no_parquet_is_listed(tmp_path) -> None:
 def test_lines_are_scenes_of_codes(tmp_path) -> None:
     rng = np.random.default_rng(0)
     sentences = [rng.integers(0, 16, (frames, 4), dtype=np.uint16) for frames in (3, 1)]
-    bad = ["{}\n", "\n", jsonl.to_line(np.full((1, 4), 16)), jsonl.to_line(np.zeros((1, 3)))]
+    bad = ["{}\n", "\n", jsonl.encode_line(np.full((1, 4), 16)), jsonl.encode_line(np.zeros((1, 3)))]
     (tmp_path / "a.jsonl").write_text(
-        jsonl.to_line(sentences[0]) + "".join(bad) + jsonl.to_line(sentences[1])
+        jsonl.encode_line(sentences[0]) + "".join(bad) + jsonl.encode_line(sentences[1])
     )
     source = open_any_source(str(tmp_path / "a.jsonl"), small, {"num_codes": 16, "grid": (2, 2)})
     assert [source.info(i).key for i in range(len(source))] == ["a.jsonl/1", "a.jsonl/6"]
@@ -184,7 +184,7 @@ def test_lines_are_scenes_of_codes(tmp_path) -> None:
 
 
 def test_equal_lines_are_of_one_group_and_changed_ones_are_failures(tmp_path) -> None:
-    line = jsonl.to_line(np.zeros((2, 4)))
+    line = jsonl.encode_line(np.zeros((2, 4)))
     path = tmp_path / "a.jsonl"
     path.write_text(line * 2)
     source = open_any_source(str(path), small, {"num_codes": 16, "grid": (2, 2)})
@@ -197,7 +197,7 @@ def test_equal_lines_are_of_one_group_and_changed_ones_are_failures(tmp_path) ->
 
 
 def test_codes_are_no_images(tmp_path) -> None:
-    (tmp_path / "a.jsonl").write_text(jsonl.to_line(np.zeros((1, 256))))
+    (tmp_path / "a.jsonl").write_text(jsonl.encode_line(np.zeros((1, 256))))
     with pytest.raises(UserError, match="holds ready codes, not images"):
         open_source(str(tmp_path / "a.jsonl"), small)
     with pytest.raises(UserError, match="derived: streams are computed from images"):
