@@ -147,7 +147,7 @@ def main() -> None:
         )
     rows = make_rows(config)
     tokens = config.batch_size * config.model.context
-    for line in report(rows, config.loop.in_steps(tokens).total_steps, _BATCHES.value):
+    for line in report(rows, config.loop.with_total_steps(tokens).total_steps, _BATCHES.value):
         log_info(line)
     header = rows.mixture.stores[0].manifest["tokenizer"]
     if config.tokenizer:

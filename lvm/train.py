@@ -28,15 +28,14 @@ from lvm.model.nnx_utils import count_params
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
 from lvm.training import optimizer
-from lvm.training.checkpoint import newest_step
+from lvm.training.checkpoint import latest_step
 from lvm.training.config import TrainConfig
 from lvm.training.loop import Loop, is_finished
-from lvm.training.memory import advice, fitting_step
+from lvm.training.memory import explain_out_of_memory, find_fitting_step
 from lvm.training.next_token import NextTokenTask
-from lvm.training.programs import cache_programs
-from lvm.training.step import Step
+from lvm.training.step import Step, enable_compilation_cache
 from lvm.training.task import State
-from lvm.training.workdir import Workdir, check_trainable
+from lvm.training.workdir import Workdir, check_resumable
 from tokenizer import Tokenizer
 
 # What a changed mixture changes of a run's record.
@@ -58,16 +57,16 @@ def train(config: TrainConfig, workdir: str) -> None:
         "mixture": {**mixture.record(), "identity": mixture.identity()},
     }
     tokens = config.batch_size * config.model.context
-    loop = config.loop.in_steps(tokens)
+    loop = config.loop.with_total_steps(tokens)
     accepted = _MIXTURE if config.accept_changed_mixture else ()
-    check_trainable(workdir)
+    check_resumable(workdir)
     place = Workdir(workdir, "lvm", record, accepted, TrainConfig)
     if is_finished(place, loop):
         return
     vocabulary.save(place.path)
     model = _with_vocabulary(config.model, vocabulary)
     first = None
-    if config.init_from and newest_step(place.path) is None:
+    if config.init_from and latest_step(place.path) is None:
         first = load_initial_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
@@ -75,7 +74,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     mesh = make_mesh(config.mesh)
     if config.deterministic:
         log_info(f"deterministic, which costs {DETERMINISM_COST[jax.default_backend()]}")
-    trainable = NextTokenTask(
+    task = NextTokenTask(
         model,
         rows.batch_spec,
         [source.name for source in mixture.components],
@@ -86,40 +85,40 @@ def train(config: TrainConfig, workdir: str) -> None:
         heldout=_heldout_batches(config, vocabulary, model.context),
     )
     if config.tokenizer:
-        trainable.draw = _pictures(config, trainable, vocabulary)
+        task.render_pictures = _pictures(config, task, vocabulary)
     elif loop.picture_every:
         log_info("no config.tokenizer: no pictures of answers are drawn")
-    log_info(f"{count_params(trainable.params_shape):,} parameters, attention by {trainable.kernel}")
+    log_info(f"{count_params(task.params_shape):,} parameters, attention by {task.kernel}")
     for line in rows.notes():
         log_info(line)
-    cache_programs(loop.compilation_cache, place.path)
+    enable_compilation_cache(loop.compilation_cache, place.path)
     # The peak that MFU is a share of is that of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
-    step, memory_advice = _step(config, trainable, mesh, first)
+    step, memory_advice = _step(config, task, mesh, first)
     Loop(step, rows.batch, loop, place, tokens, flops, memory_advice).run()
 
 
 def _step(
-    config: TrainConfig, trainable: NextTokenTask, mesh: Mesh, first: LazyCheckpoint | None
+    config: TrainConfig, task: NextTokenTask, mesh: Mesh, first: LazyCheckpoint | None
 ) -> tuple[Step, Callable[[], str]]:
     """The step that fits, and what to say should it run out of memory all the same."""
 
     def make(policy: str, parts: int) -> Step:
-        model = dataclasses.replace(trainable.config, remat=policy)
-        objective = dataclasses.replace(trainable.objective, accumulate_steps=parts)
-        chosen = dataclasses.replace(trainable, config=model, objective=objective)
+        model = dataclasses.replace(task.config, remat=policy)
+        objective = dataclasses.replace(task.objective, accumulate_steps=parts)
+        chosen = dataclasses.replace(task, config=model, objective=objective)
         if first is not None:
             return WarmStartStep(first, chosen, mesh, config.seed, config.mesh.zero1)
         platform = mesh.devices.flat[0].platform
         options = compiler_options(platform, config.flags, config.deterministic)
         return Step(chosen, mesh, config.seed, config.mesh.zero1, options)
 
-    parts = trainable.objective.accumulate_steps
-    step = fitting_step(make, trainable.config.remat, parts)
-    chosen = step.trainable
+    parts = task.objective.accumulate_steps
+    step = find_fitting_step(make, task.config.remat, parts)
+    chosen = step.task
     assert isinstance(chosen, NextTokenTask)  # as `make` made it; "auto" is resolved there
-    return step, lambda: advice(make, step, chosen.config.remat, parts)
+    return step, lambda: explain_out_of_memory(make, step, chosen.config.remat, parts)
 
 
 def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:
@@ -138,9 +137,7 @@ def _heldout_batches(config: TrainConfig, vocabulary: Vocabulary, context: int) 
     return [rows.batch(step) for step in range(config.heldout_batches)]
 
 
-def _pictures(
-    config: TrainConfig, trainable: NextTokenTask, vocabulary: Vocabulary
-) -> Callable[[State], dict]:
+def _pictures(config: TrainConfig, task: NextTokenTask, vocabulary: Vocabulary) -> Callable[[State], dict]:
     """Answers to a held-out sentence of each source, decoded: what the loop shows of a state."""
     tokenizer = Tokenizer.load(config.tokenizer)
     side = "heldout" if config.data.heldout_fraction else "train"
@@ -150,12 +147,12 @@ def _pictures(
             f"config.tokenizer: {config.tokenizer} is not the tokenizer that made the store's codes"
         )
     sentences = {source.name: source.sentence(0) for source in mixture.components}
-    fitting = {name: codes for name, codes in sentences.items() if codes.size <= trainable.config.context}
+    fitting = {name: codes for name, codes in sentences.items() if codes.size <= task.config.context}
     if len(fitting) < len(sentences):
         log_info(f"no pictures of {', '.join(sentences.keys() - fitting.keys())}: longer than the context")
 
     def draw(state: State) -> dict[str, np.ndarray]:
-        generator = Generator(trainable.config, state["params"], trainable.mesh)
+        generator = Generator(task.config, state["params"], task.mesh)
 
         def answer(prompt: np.ndarray, num_images: int) -> np.ndarray:
             row = np.concatenate([[vocabulary.bos], prompt.ravel()]).astype(np.int32)

@@ -58,7 +58,7 @@ def measure(folder: pathlib.Path) -> None:
         checkpoints.wait()
         written = time.perf_counter() - began
         began = time.perf_counter()
-        checkpoints.newest_sound()
+        checkpoints.latest_intact_step()
         compared = time.perf_counter() - began
         began = time.perf_counter()
         jax.block_until_ready(checkpoints.restore(number, step.state))

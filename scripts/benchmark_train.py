@@ -138,7 +138,7 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
             log_info(f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {needed / _GIB:.1f} GiB")
             if memory and needed > memory:
                 raise MemoryError(f"needs {needed / _GIB:.1f} of {memory / _GIB:.1f} GiB")
-            variant += f", {step.trainable.kernel} attention"  # type: ignore[attr-defined]
+            variant += f", {step.task.kernel} attention"  # type: ignore[attr-defined]
             # The stepper gets no name: its state must be gone before the next one makes its own.
             measured = measure(variant, job, _stepper(step, job), needed)
         except Exception as error:  # the next one may do
@@ -193,7 +193,7 @@ def _stepper(step: Step, job: dict[str, Any]) -> Callable[[int], tuple[float, fl
 
     def run(number: int) -> tuple[float, float]:
         nonlocal state
-        batch = step.place(_batch(number, job))
+        batch = step.shard_batch(_batch(number, job))
         jax.block_until_ready(batch)
         start = time.perf_counter()
         state, metrics = step(state, batch)

@@ -22,7 +22,7 @@ KINDS = ("matmul", "attention", "elementwise and norms", "optimizer", "collectiv
 def profile(step: Step, batch: Mapping[str, np.ndarray], folder: pathlib.Path) -> list[str]:
     """Traces a few steps on one batch into `folder`; the lines of the table of where their time goes."""
     state = step.init()
-    batch = step.place(batch)
+    batch = step.shard_batch(batch)
     state, metrics = step(state, batch)
     jax.block_until_ready(state)
     options = jax.profiler.ProfileOptions()

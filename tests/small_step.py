@@ -46,10 +46,10 @@ def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
     mesh = make_mesh(mesh or MeshConfig(), devices)
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(0).items()}
     tx, schedule = optimizer or OPTIMIZERS["adamw"]()
-    trainable = NextTokenTask(
+    task = NextTokenTask(
         config, spec, ["cats", "dogs"], tx, schedule, mesh, ObjectiveConfig(logits_chunk=4, **objective)
     )
-    return Step(trainable, mesh, seed=3, zero1=zero1)
+    return Step(task, mesh, seed=3, zero1=zero1)
 
 
 def main(address, count, number, mesh):
@@ -62,7 +62,9 @@ def main(address, count, number, mesh):
     step = make_step(MeshConfig(**json.loads(mesh)))
     state, losses, norms = step.init(), [], {}
     for seed in range(20):
-        state, metrics = step(state, step.place({name: x[step.rows] for name, x in batch(seed).items()}))
+        state, metrics = step(
+            state, step.shard_batch({name: x[step.rows] for name, x in batch(seed).items()})
+        )
         losses.append(float(metrics["loss"]))
         norms = norms or {name: float(metrics[name]) for name in ("grad_norm", "param_norm")}
     agreed = [distributed.broadcast(2**40 + 5 if jax.process_index() == 0 else 7), distributed.broadcast(-1)]

@@ -64,7 +64,7 @@ def test_a_paper_config_is_the_papers_model_and_fits_by_estimate(size, monkeypat
     assert count_parameters(model) == parameters
     assert f"{parameters:,} parameters" in path.read_text()
     assert dataclasses.replace(config.model, remat="none") == SIZES[size]
-    assert config.loop.in_steps(config.batch_size * model.context).total_steps == 200_272
+    assert config.loop.with_total_steps(config.batch_size * model.context).total_steps == 200_272
     for described in (target("v5e:16x16"), target("v4:4x4x8"), target("v5p:4x4x8"), target("v6e:16x16")):
         assert estimated(resolve_config(config, described, 8192), described, Memory()).fits
     two = target("v5e:16x16", 2)

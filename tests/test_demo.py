@@ -39,15 +39,15 @@ def test_results_have_every_figure(demo):
 
 
 def test_training_writes_metrics_and_pictures(demo):
-    lines = metrics.read(demo / "lvm")
+    lines = metrics.read_metrics(demo / "lvm")
     assert [line["step"] for line in lines] == list(range(10, 61, 10))
     wanted = {"step", "tokens", "loss", "perplexity", "grad_norm", "param_norm", "learning_rate"}
-    wanted |= {"tokens_per_second", "step_seconds", "input_wait"}
+    wanted |= {"tokens_per_second", "step_seconds", "input_wait_fraction"}
     assert all(wanted <= set(line) for line in lines)
     assert "heldout_loss" in lines[-1]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert Image.open(demo / "lvm" / "pictures" / "answers-video-0000060.png").width > 100
-    assert "heldout_psnr/rgb" in metrics.read(demo / "tokenizer")[-1]
+    assert "heldout_psnr/rgb" in metrics.read_metrics(demo / "tokenizer")[-1]
     assert (demo / "tokenizer" / "pictures" / "reconstructions-0000060.png").exists()
 
 

@@ -20,7 +20,7 @@ OPTIONS = [
     "--config.loop.evaluate_every=0",
     "--config.loop.picture_every=0",
 ]
-TIMES = {"step_seconds", "input_wait", "tokens_per_second", "goodput"}  # no two runs share these
+TIMES = {"step_seconds", "input_wait_fraction", "tokens_per_second", "goodput"}  # no two runs share these
 
 
 def kill_after(process: subprocess.Popen, steps: int) -> bool:
@@ -63,7 +63,10 @@ def test_a_run_killed_at_random_steps_has_the_bits_of_an_unbroken_one(demo, tmp_
     for path, array in whole.items():
         assert array.tobytes() == parts[path].tobytes(), path
     lines = [
-        [{name: value for name, value in line.items() if name not in TIMES} for line in metrics.read(folder)]
+        [
+            {name: value for name, value in line.items() if name not in TIMES}
+            for line in metrics.read_metrics(folder)
+        ]
         for folder in (tmp_path / "whole", tmp_path / "killed")
     ]
     assert [line["step"] for line in lines[0]] == list(range(1, steps + 1))

@@ -56,7 +56,7 @@ class Run:
 
 
 def losses(workdir):
-    return {line["step"]: line["loss"] for line in metrics.read(workdir)}
+    return {line["step"]: line["loss"] for line in metrics.read_metrics(workdir)}
 
 
 @pytest.mark.slow
@@ -100,8 +100,8 @@ def test_a_killed_rank_ends_the_run_which_is_resumed(demo, tmp_path, rank):
 @pytest.mark.slow
 def test_a_stopped_rank_is_noticed_by_the_watchdog_of_the_other(demo, tmp_path):
     limits = [
-        "--config.loop.watchdog.minimum=5.0",
-        "--config.loop.watchdog.pause=30.0",
+        "--config.loop.watchdog.min_timeout_s=5.0",
+        "--config.loop.watchdog.pause_timeout_s=30.0",
         "--grace=1",
         "--max_restarts=1",
     ]

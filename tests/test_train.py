@@ -49,7 +49,7 @@ def test_a_run_goes_on_on_another_mesh(demo, tmp_path):
     second = run("lvm.train", *shared, *OTHER_MESH, "--config.loop.total_steps=40", devices=8)
     assert "going on from step 30" in second
     assert "resuming with a changed config.model.remat: 'auto' → 'full'" in second
-    losses = [line["loss"] for line in metrics.read(tmp_path / "run") if "loss" in line]
+    losses = [line["loss"] for line in metrics.read_metrics(tmp_path / "run") if "loss" in line]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
 
@@ -82,7 +82,7 @@ def test_a_run_lives_on_gs(demo, gcs):
     assert "gs://bucket/runs/one: going on from step 20" in output
     assert "compiled program found in the cache" in output
     there = epath.Path(f"{gcs}/runs/one")
-    assert [line["step"] for line in metrics.read(there)] == [10, 20, 30, 40]
+    assert [line["step"] for line in metrics.read_metrics(there)] == [10, 20, 30, 40]
     assert (there / "checkpoints" / "40" / "commit_success.txt").exists()
     assert list((there / "pictures").glob("*-0000040.png"))
     assert list((there / "tensorboard").glob("events.*"))

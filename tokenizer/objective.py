@@ -17,7 +17,7 @@ from flax import nnx
 from lvm.common.errors import UserError
 from lvm.model import nnx_utils
 from lvm.model.nnx_utils import Params
-from lvm.training.task import Batch, Metrics, State, keep_if_finite, no_skipped
+from lvm.training.task import Batch, Metrics, State, apply_if_finite, init_skip_counts
 from tokenizer import losses, quantizers
 from tokenizer.network import VQGAN, VQGANConfig
 
@@ -92,7 +92,7 @@ class TokenizerObjective:
         training = {
             "optimizer": self.optimizer.init(_network(params)),
             "averages": quantizers.init_moving_averages(params["codebook"]),
-            "skipped": no_skipped(),
+            "skipped": init_skip_counts(),
         }
         return {"step": jnp.zeros((), jnp.int32), "params": params, "training": training}
 
@@ -115,7 +115,7 @@ class TokenizerObjective:
             "optimizer": optimizer_state,
             "averages": averages,
         }
-        new, skipped = keep_if_finite(jnp.isfinite(grad_norm), new, old, training["skipped"])
+        new, skipped = apply_if_finite(jnp.isfinite(grad_norm), new, old, training["skipped"])
         params = new.pop("params")
         metrics |= {
             "loss": loss,

@@ -18,10 +18,9 @@ from lvm.hardware.sharding import make_mesh
 from lvm.model.nnx_utils import Params
 from lvm.training import optimizer
 from lvm.training.loop import Loop, is_finished
-from lvm.training.programs import cache_programs
-from lvm.training.step import Step
+from lvm.training.step import Step, enable_compilation_cache
 from lvm.training.task import State
-from lvm.training.workdir import Workdir, check_trainable
+from lvm.training.workdir import Workdir, check_resumable
 from tokenizer import quantizers, weights
 from tokenizer.config import TokenizerConfig
 from tokenizer.images import ImagePool, TrainingImages, split_scenes
@@ -118,8 +117,8 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         "preprocess": config.preprocess.to_json(),
         "source": source.describe(),
     }
-    loop = config.loop.in_steps(0)
-    check_trainable(workdir)
+    loop = config.loop.with_total_steps(0)
+    check_resumable(workdir)
     place = Workdir(workdir, "tokenizer", record, config_class=TokenizerConfig)
     if is_finished(place, loop):
         return
@@ -143,7 +142,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         trainable.heldout = {s: x[:: -(-len(x) // _HELDOUT_IMAGES)] for s, x in images.items() if len(x)}
     log_info(f"{len(training)} scenes to train on, {len(heldout)} held out; " + _count(pool))
     batches = TrainingImages(pool, config.data.rgb_share, config.batch_size, config.seed)
-    cache_programs(loop.compilation_cache, place.path)
+    enable_compilation_cache(loop.compilation_cache, place.path)
     make = WarmStartStep if config.init_from else Step
     step = make(trainable, make_mesh(config.mesh), config.seed, config.mesh.zero1)
     if isinstance(step, WarmStartStep):

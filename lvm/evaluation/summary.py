@@ -130,7 +130,7 @@ def _charts(results: Mapping[str, Any], model_folder: str, tokenizer_folder: str
         text = "How well each image's codes are foretold by the images before it."
         charts.append(report.Section("Perplexity against context", text, chart))
     for title, folder in (("the model", model_folder), ("the tokenizer", tokenizer_folder)):
-        lines = training_metrics.read(folder)
+        lines = training_metrics.read_metrics(folder)
         keys = [key for key in ("loss", "heldout_loss") if any(key in line for line in lines)]
         series = {key: report.metric_curve(lines, key) for key in keys}
         if series:

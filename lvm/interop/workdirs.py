@@ -29,7 +29,7 @@ from lvm.interop.tensors import LazyTensor
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
 from lvm.training import checksums
-from lvm.training.checkpoint import CHECKSUMS, FOLDER, chunking, sound_step
+from lvm.training.checkpoint import CHECKSUMS, FOLDER, chunked_save_args, intact_step
 from lvm.training.workdir import CONFIG, read_record
 
 _CACHE = 2**28  # bytes of chunks that stay in memory, for those that hold several small layers
@@ -45,7 +45,7 @@ def read(folder: epath.Path, step: int | None = None) -> LazyCheckpoint:
     vocabulary = Vocabulary.load(folder)
     model = {**record["config"]["model"], "vocabulary_size": vocabulary.size}
     config = from_config_dict(ModelConfig, model, f"{folder / CONFIG}: config.model")
-    step = sound_step(folder, step)
+    step = intact_step(folder, step)
     place = folder / FOLDER / str(step)
     tensors, whole = _tensors(place / "params", config)
     check_tensors(tensors, config, place)
@@ -128,7 +128,7 @@ def write(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
         },
     ) as manager:
         items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(tensors, save_args=chunking(tensors)),
+            params=ocp.args.PyTreeSave(tensors, save_args=chunked_save_args(tensors)),
             training=ocp.args.StandardSave({"step": np.int32(checkpoint.step)}),
             meta=ocp.args.JsonSave({"converted": True}),
         )

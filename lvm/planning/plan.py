@@ -21,7 +21,7 @@ from lvm.planning.collectives import Collective
 from lvm.planning.estimate import Memory, Shape, count_parameters
 from lvm.planning.hlo import Program
 from lvm.training import optimizer
-from lvm.training.memory import USABLE, bytes_needed, state_bytes
+from lvm.training.memory import USABLE_FRACTION, required_bytes, state_bytes
 from lvm.training.next_token import NextTokenTask
 from lvm.training.step import Step
 
@@ -52,7 +52,7 @@ class Target:
     @property
     def usable_bytes(self) -> int:
         """What a step may take of a chip's memory."""
-        return int(USABLE * self.hbm_bytes)
+        return int(USABLE_FRACTION * self.hbm_bytes)
 
     @property
     def name(self) -> str:
@@ -178,7 +178,7 @@ def compiled(config: TrainConfig, target: Target, memory: Memory) -> Plan:
     """Compiles the step as training would and reads the program."""
     step = make_step(config, target)
     began = time.monotonic()
-    needed = bytes_needed(step)
+    needed = required_bytes(step)
     took = time.monotonic() - began
     held = state_bytes(step)
     if needed is None:  # the compiler itself says that it's too large: by how much, only the formula tells
@@ -214,16 +214,16 @@ def estimated(config: TrainConfig, target: Target, memory: Memory) -> Plan:
 def make_step(config: TrainConfig, target: Target) -> Step:
     """The step that `lvm.train` would run there."""
     tokens = config.batch_size * config.model.context
-    tx, schedule = optimizer.build(config.optimizer, config.loop.in_steps(tokens).total_steps, tokens)
+    tx, schedule = optimizer.build(config.optimizer, config.loop.with_total_steps(tokens).total_steps, tokens)
     spec = batch_spec(config.batch_size, config.model.context, config.data.packing == "whole")
     mesh = make_mesh(config.mesh, target.devices)
-    trainable = NextTokenTask(
+    task = NextTokenTask(
         config.model, spec, list(config.data.components), tx, schedule, mesh, config.objective
     )
     options = compiler_options.compiler_options(
         target.described.accelerator.platform, config.flags, config.deterministic
     )
-    return Step(trainable, mesh, config.seed, config.mesh.zero1, options)
+    return Step(task, mesh, config.seed, config.mesh.zero1, options)
 
 
 def _plan(
@@ -262,11 +262,11 @@ def _guessed_total(config: TrainConfig, target: Target, memory: Memory) -> float
 def _state_bytes(config: TrainConfig) -> tuple[int, int]:
     """Bytes a chip of the parameters and of the rest of the state: matrices are split, vectors aren't."""
     tokens = config.batch_size * config.model.context
-    tx, schedule = optimizer.build(config.optimizer, config.loop.in_steps(tokens).total_steps, tokens)
+    tx, schedule = optimizer.build(config.optimizer, config.loop.with_total_steps(tokens).total_steps, tokens)
     model: ModelConfig = dataclasses.replace(config.model, attention="xla")
     spec = batch_spec(1, model.context, False)
-    trainable = NextTokenTask(model, spec, [], tx, schedule, None, config.objective)
-    state = jax.eval_shape(trainable.init, jax.random.key(0))
+    task = NextTokenTask(model, spec, [], tx, schedule, None, config.objective)
+    state = jax.eval_shape(task.init, jax.random.key(0))
     ways = config.mesh.fsdp * config.mesh.tensor
 
     def size(tree: Any, ways: int) -> int:

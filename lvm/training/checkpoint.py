@@ -55,7 +55,7 @@ class Checkpoints:
         self._failed = False
         self._problem: Exception | None = None
 
-    def latest(self) -> int | None:
+    def latest_step(self) -> int | None:
         """The newest whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
@@ -63,7 +63,7 @@ class Checkpoints:
         """The steps of all whole checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def forget_after(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, the newest first; none may be under way."""
         for later in reversed(self.all_steps()):
             if later > step:
@@ -79,7 +79,7 @@ class Checkpoints:
         """
         self._check_space(state)
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state["params"], save_args=chunking(state["params"])),
+            params=ocp.args.StandardSave(state["params"], save_args=chunked_save_args(state["params"])),
             training=ocp.args.StandardSave(state["training"]),
             meta=ocp.args.JsonSave(meta),
         )
@@ -117,7 +117,7 @@ class Checkpoints:
             problem, self._problem = self._problem, None
             raise problem
 
-    def newest_sound(self) -> int | None:
+    def latest_intact_step(self) -> int | None:
         """The newest step whose files are as they were written; one decision, of the first process, for all.
 
         Damaged checkpoints newer than it are named and moved to `damaged-checkpoints/`.
@@ -208,7 +208,7 @@ class Checkpoints:
             raise
 
 
-def chunking(params: Any) -> Any:
+def chunked_save_args(params: Any) -> Any:
     """How parameters are cut into chunks on disk: a layer of a stacked tensor is read without its neighbours."""
 
     def args(path: Any, leaf: Any) -> ocp.SaveArgs:
@@ -218,12 +218,12 @@ def chunking(params: Any) -> Any:
     return jax.tree.map_with_path(args, params)
 
 
-def newest_step(workdir: epath.PathLike) -> int | None:
+def latest_step(workdir: epath.PathLike) -> int | None:
     """The step of a workdir's newest whole checkpoint, or None. Looks, and changes nothing."""
     if not (epath.Path(workdir) / FOLDER).exists():
         return None
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.latest()
+    step = checkpoints.latest_step()
     checkpoints.close()
     return step
 
@@ -234,17 +234,17 @@ def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
     Raises:
       UserError: the workdir holds no whole checkpoint, or the newest is damaged.
     """
-    step = sound_step(workdir)
+    step = intact_step(workdir)
     return restore_params(workdir, step, abstract), step
 
 
-def sound_step(workdir: epath.PathLike, step: int | None = None) -> int:
+def intact_step(workdir: epath.PathLike, step: int | None = None) -> int:
     """The step of a whole checkpoint whose parameters are as they were written: `step`, or the newest.
 
     Raises:
       UserError: the workdir holds no such checkpoint, or it is damaged.
     """
-    newest = newest_step(workdir)
+    newest = latest_step(workdir)
     if newest is None:
         raise UserError(f"{workdir}: no checkpoint yet; wanted a folder that training has saved into")
     checkpoints = Checkpoints(workdir, read_only=True)

@@ -1,4 +1,4 @@
-"""The training loop, for every `Trainable`."""
+"""The training loop, for every `TrainTask`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lvm.common.logging import duration, log_info
 from lvm.common.png import encode_png
 from lvm.data.mixture import loader
 from lvm.hardware.accelerators import accelerator_of
-from lvm.training.checkpoint import Checkpoints, newest_step
+from lvm.training.checkpoint import Checkpoints, latest_step
 from lvm.training.metrics import Goodput, MetricsWriter
-from lvm.training.programs import Tracer
-from lvm.training.spikes import LossWatch, SkippedBatches, SpikeConfig, SpikeError
+from lvm.training.profiling import StepProfiler
+from lvm.training.spikes import SkippedBatches, SpikeConfig, SpikeDetector, SpikeError
 from lvm.training.step import Step
 from lvm.training.task import Batch, Metrics, State
 from lvm.training.watchdog import Watchdog, WatchdogConfig
@@ -85,7 +85,7 @@ class LoopConfig:
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
             raise UserError(f"profile: {self.profile}; wanted the first and the last step, or nothing")
 
-    def in_steps(self, tokens_per_step: int) -> LoopConfig:
+    def with_total_steps(self, tokens_per_step: int) -> LoopConfig:
         """The same with its length in steps; `tokens_per_step` is 0 for what has no tokens."""
         if self.total_steps:
             return self
@@ -96,7 +96,7 @@ class LoopConfig:
 
 def is_finished(workdir: Workdir, config: LoopConfig) -> bool:
     """Whether a workdir's newest checkpoint is that of the last step; says so if it is."""
-    step = newest_step(workdir.path)
+    step = latest_step(workdir.path)
     if step is None or step < config.total_steps:
         return False
     log_info(f"{workdir.path}: training is complete at step {step}")
@@ -104,10 +104,10 @@ def is_finished(workdir: Workdir, config: LoopConfig) -> bool:
 
 
 class Loop:
-    """Runs a trainable from its workdir's newest sound checkpoint to the end.
+    """Runs a task from its workdir's newest sound checkpoint to the end.
 
     Args:
-      step: a trainable's update on a mesh.
+      step: a task's update on a mesh.
       read_batch: (step, rows) → those rows of that step's global batch, a pure function.
       config: see `LoopConfig`.
       workdir: where checkpoints, metrics and pictures go.
@@ -127,7 +127,7 @@ class Loop:
         flops_per_step: Mapping[str, float] | None = None,
         memory_advice: Callable[[], str] = lambda: "",
     ):
-        self._step, self._trainable = step, step.trainable
+        self._step, self._trainable = step, step.task
         self._read_batch, self._config = read_batch, config
         self._path = workdir.path
         self._tokens_per_step = tokens_per_step
@@ -135,9 +135,9 @@ class Loop:
         self._seconds_at_peak = _seconds_at_peak(flops_per_step or {}, step.mesh)
         self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
-        self._tracer = Tracer(self._path, config.profile)
-        self._goodput, self._losses = Goodput(), LossWatch(config.spike)
-        self._left_out = SkippedBatches.of(self._path)
+        self._tracer = StepProfiler(self._path, config.profile)
+        self._goodput, self._detector = Goodput(), SpikeDetector(config.spike)
+        self._skipped_batches = SkippedBatches.load(self._path)
 
     def run(self) -> State:
         """Trains to `total_steps` and returns the state.
@@ -174,22 +174,22 @@ class Loop:
             raise UserError(f"out of memory: {reason}; {self._memory_advice()}".rstrip("; ")) from error
 
     def _start(self) -> tuple[State, int]:
-        step = self._checkpoints.newest_sound()
+        step = self._checkpoints.latest_intact_step()
         if step is None:
-            self._goodput = self._goodput.afresh()
-            self._losses = LossWatch(self._config.spike)
+            self._goodput = self._goodput.reset()
+            self._detector = SpikeDetector(self._config.spike)
             return self._step.init(), 0
         log_info(f"{self._path}: going on from step {step}")
         state, meta = self._checkpoints.restore(step, self._step.state)
-        self._goodput = Goodput.of(meta)
-        self._losses = LossWatch(self._config.spike, meta.get("losses", ()))
+        self._goodput = Goodput.from_meta(meta)
+        self._detector = SpikeDetector(self._config.spike, meta.get("losses", ()))
         return state, step
 
     def _rewind(self, spike: SpikeError) -> tuple[State, int]:
         """Back to before a spike, and around its batches. All processes see the same losses, so all come here."""
         limits = self._config.spike
-        batch = self._left_out.batch(spike.step - 1)
-        if self._left_out.rewinds == limits.max_rewinds:
+        batch = self._skipped_batches.batch_index(spike.step - 1)
+        if self._skipped_batches.rewinds == limits.max_rewinds:
             self._write_diverged([batch])
             raise DivergedError(
                 f"{self._path}: {spike}, and {limits.max_rewinds} were gone around already; its batch is in {DIVERGED}"
@@ -197,15 +197,17 @@ class Loop:
         with self._watchdog.pausing("going back before a spike"):
             self._checkpoints.wait()
             kept = self._checkpoints.all_steps()
-            early_enough = [step for step in kept if step < spike.step - limits.before]
+            early_enough = [step for step in kept if step < spike.step - limits.skip_before]
             target = max(early_enough, default=min(kept, default=0))
             # First the checkpoints, then the list: a kill in between meets the same spike again.
-            self._checkpoints.forget_after(target)
-            first = self._left_out.batch(max(target, spike.step - 1 - limits.before))
-            self._left_out.add(first, batch)
+            self._checkpoints.delete_after(target)
+            first = self._skipped_batches.batch_index(max(target, spike.step - 1 - limits.skip_before))
+            self._skipped_batches.add(first, batch)
             if distributed.is_first():
-                self._left_out.save(self._path)
-            log_info(f"{spike}; batches {first} to {batch} are left out, rewind {self._left_out.rewinds}")
+                self._skipped_batches.save(self._path)
+            log_info(
+                f"{spike}; batches {first} to {batch} are left out, rewind {self._skipped_batches.rewinds}"
+            )
             return self._start()
 
     def _train(self, state: State, start: int, total: int) -> State:
@@ -235,13 +237,13 @@ class Loop:
         return state
 
     def _batches(self, start: int, total: int) -> Iterator[Batch]:
-        read = functools.partial(_read_own, self._read_batch, self._step.rows, self._left_out)
+        read = functools.partial(_read_own, self._read_batch, self._step.rows, self._skipped_batches)
         for batch in loader.batches(read, start, total, self._config.input_workers):
-            yield self._step.place(batch)
+            yield self._step.shard_batch(batch)
 
     def _save(self, state: State, step: int) -> None:
         with self._watchdog.pausing("saving a checkpoint"):
-            meta = {**self._goodput.to_json(), "losses": self._losses.recent}
+            meta = {**self._goodput.to_json(), "losses": self._detector.recent_losses}
             self._checkpoints.save(state, step, meta)
 
     def _look_back(self, reports: deque[tuple[int, Metrics]], ahead: int) -> None:
@@ -256,13 +258,15 @@ class Loop:
             if in_row:
                 log_info(f"step {step}: the gradient is not finite; skipped, {in_row} in a row")
             if in_row >= self._config.max_skipped:
-                self._write_diverged([self._left_out.batch(n) for n in range(step - in_row, step)])
+                self._write_diverged(
+                    [self._skipped_batches.batch_index(n) for n in range(step - in_row, step)]
+                )
                 raise DivergedError(
                     f"{self._path}: no finite gradient in {in_row} steps, the last was {step}; "
                     f"loss {float(metrics['loss'])}; their batches are in {DIVERGED}"
                 )
             if not in_row:
-                self._losses.see(step, float(metrics["loss"]))
+                self._detector.update(step, float(metrics["loss"]))
 
     def _write_diverged(self, numbers: Sequence[int]) -> None:
         """Says which batches these were: their numbers, and the hash of the rows that this process read."""
@@ -294,7 +298,7 @@ class Loop:
         seconds, waited, steps = clock.lap()
         values |= {
             "step_seconds": seconds,
-            "input_wait": waited,
+            "input_wait_fraction": waited,
             "goodput": self._goodput.add(steps * seconds),
         }
         if self._tokens_per_step:
@@ -357,9 +361,11 @@ def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[st
 
 
 def _read_own(
-    read: ReadBatch, rows: np.ndarray, left_out: SkippedBatches, step: int
+    read: ReadBatch, rows: np.ndarray, skipped: SkippedBatches, step: int
 ) -> Mapping[str, np.ndarray]:
-    return read(left_out.batch(step), rows)  # not a method of the loop: it may be sent to another process
+    return read(
+        skipped.batch_index(step), rows
+    )  # not a method of the loop: it may be sent to another process
 
 
 def _hash(batch: Batch) -> str:

@@ -18,12 +18,12 @@ from lvm.model.transformer import REMAT_POLICIES
 from lvm.training.step import Step
 
 _GIB = 2**30
-USABLE = 0.95  # of a device's memory: allocators leave gaps, and evaluation has a program of its own
+USABLE_FRACTION = 0.95  # of a device's memory: allocators leave gaps, and evaluation has a program of its own
 _MOST_PARTS = 64  # of a batch, that are proposed
 MakeStep = Callable[[str, int], Step]  # (policy of rematerialisation, parts of a batch) → the step with them
 
 
-def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
+def find_fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
     """The compiled step with this policy; with "auto", the one with the lightest that fits.
 
     Args:
@@ -48,7 +48,7 @@ def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
                 "lvm/hardware/accelerators.py; "
                 "name a policy"
             )
-        limit, needed = known, bytes_needed(step)
+        limit, needed = known, required_bytes(step)
         if needed is not None and needed <= limit:
             if policy == "auto":
                 log_info(f"remat {name}: {needed / _GIB:.2f} of {limit / _GIB:.1f} GiB a device")
@@ -56,11 +56,11 @@ def fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
         tried.append(f"{name} {'too much for the compiler' if needed is None else f'{needed / _GIB:.2f}'}")
     raise UserError(
         f"config.model.remat: {policy} doesn't fit in {limit / _GIB:.2f} GiB a device (GiB needed: {', '.join(tried)}; "
-        f"{by_category(step)}); {_nearest(make_step, policy, parts, limit)}"
+        f"{format_breakdown(step)}); {_nearest(make_step, policy, parts, limit)}"
     )
 
 
-def advice(make_step: MakeStep, step: Step, policy: str, parts: int) -> str:
+def explain_out_of_memory(make_step: MakeStep, step: Step, policy: str, parts: int) -> str:
     """What takes the memory of a step that ran out of it, and the nearest that needs less.
 
     Args:
@@ -69,9 +69,9 @@ def advice(make_step: MakeStep, step: Step, policy: str, parts: int) -> str:
       policy: its policy of rematerialisation.
       parts: its parts of a batch.
     """
-    needed = bytes_needed(step) or 0
+    needed = required_bytes(step) or 0
     found = _nearest(make_step, policy, parts, needed - 1)
-    return f"the step alone needs {needed / _GIB:.2f} GiB a device ({by_category(step)}); {found}"
+    return f"the step alone needs {needed / _GIB:.2f} GiB a device ({format_breakdown(step)}); {found}"
 
 
 def _nearest(make_step: MakeStep, policy: str, parts: int, limit: int) -> str:
@@ -84,14 +84,14 @@ def _nearest(make_step: MakeStep, policy: str, parts: int, limit: int) -> str:
             step = make_step(name, count)
         except UserError:  # the mesh doesn't divide such parts
             continue
-        needed = bytes_needed(step)
+        needed = required_bytes(step)
         if needed is not None and needed <= limit:
             found = f"config.model.remat={name} with config.objective.accumulate_steps={count}"
             return f"{found} would fit ({needed / _GIB:.2f} GiB)"
     return "nor would smaller parts of a batch: a larger config.mesh.fsdp might"
 
 
-def bytes_needed(step: Step) -> int | None:
+def required_bytes(step: Step) -> int | None:
     """What the update needs on each device; None where the compiler already refuses it."""
     try:
         return step.memory_bytes()
@@ -112,10 +112,10 @@ def state_bytes(step: Step) -> dict[str, int]:
     return parts | {"batch": size(step.batch)}
 
 
-def by_category(step: Step) -> str:
+def format_breakdown(step: Step) -> str:
     """GiB a device of parameters, the rest of the state, a batch and temporaries, as one line."""
     parts = state_bytes(step)
-    needed = bytes_needed(step)
+    needed = required_bytes(step)
     if needed is not None:
         parts["temporaries"] = needed - sum(parts.values())
     return ", ".join(f"{name} {amount / _GIB:.2f}" for name, amount in parts.items())
@@ -131,4 +131,4 @@ def memory_limit(mesh: Mesh) -> int | None:
     limit = accelerators.memory_bytes(device)
     if limit is None and device.platform == "cpu":
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, len(mine))
-    return None if limit is None else int(USABLE * distributed.broadcast(limit))
+    return None if limit is None else int(USABLE_FRACTION * distributed.broadcast(limit))

@@ -17,7 +17,7 @@ from lvm.common.errors import UserError
 FILENAME = "metrics.jsonl"
 
 
-def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """All whole lines of a workdir's metrics; a line cut off by a kill is left out."""
     path = epath.Path(workdir) / FILENAME
     if not path.exists():
@@ -45,7 +45,7 @@ class MetricsWriter:
         self._writes = distributed.is_first()
         if not self._writes:
             return
-        kept = [line for line in read(workdir) if line["step"] <= start]
+        kept = [line for line in read_metrics(workdir) if line["step"] <= start]
         self._path = epath.Path(workdir) / FILENAME
         self._lines = "".join(json.dumps(line) + "\n" for line in kept)  # kept for gs:// alone
         files.write_atomically(self._path, self._lines.encode())
@@ -124,11 +124,11 @@ class Goodput:
         self._productive = productive  # seconds
 
     @classmethod
-    def of(cls, meta: dict[str, Any]) -> Goodput:
+    def from_meta(cls, meta: dict[str, Any]) -> Goodput:
         """As a checkpoint's meta has it."""
         return cls(meta["started"], meta["productive_seconds"])
 
-    def afresh(self) -> Goodput:
+    def reset(self) -> Goodput:
         """With nothing kept so far, since the same start."""
         return Goodput(self._started)
 

@@ -1,4 +1,4 @@
-"""Next-code prediction as a `Trainable`."""
+"""Next-code prediction as a `TrainTask`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lvm.model.attention import choose_kernel
 from lvm.model.nnx_utils import abstract_module, init_params, logical_axes, merge
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.training.losses import token_losses
-from lvm.training.task import Batch, State, Sums, make_update, no_skipped
+from lvm.training.task import Batch, State, Sums, init_skip_counts, make_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class NextTokenTask:
       mesh: the devices that activations are split over; None for one device.
       objective: see `ObjectiveConfig`.
       heldout: batches that `evaluate` averages over.
-      draw: makes the pictures of a state; none by default.
+      render_pictures: makes the pictures of a state; none by default.
       kernel: the attention that runs.
       graphdef, params_shape: the model, split, and its parameters' shapes.
 
@@ -71,7 +71,7 @@ class NextTokenTask:
     mesh: Mesh | None = None
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     heldout: Sequence[Mapping[str, np.ndarray]] = ()
-    draw: Callable[[State], dict[str, np.ndarray]] = lambda state: {}
+    render_pictures: Callable[[State], dict[str, np.ndarray]] = lambda state: {}
 
     def __post_init__(self) -> None:
         platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
@@ -108,7 +108,7 @@ class NextTokenTask:
     def init(self, rng: jax.Array) -> State:
         """Fresh parameters and moments."""
         params = init_params(self._make, rng)
-        training = {"optimizer": self.optimizer.init(params), "skipped": no_skipped()}
+        training = {"optimizer": self.optimizer.init(params), "skipped": init_skip_counts()}
         return {"step": jnp.int32(0), "params": params, "training": training}
 
     def evaluate(self, state: State, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
@@ -125,8 +125,8 @@ class NextTokenTask:
         return {"heldout_loss": total / weight} if weight else {}
 
     def pictures(self, state: State) -> dict[str, np.ndarray]:
-        """Whatever `draw` makes."""
-        return self.draw(state)
+        """Whatever `render_pictures` makes."""
+        return self.render_pictures(state)
 
     def _loss(self, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
         with sharding.use_mesh(self.mesh):

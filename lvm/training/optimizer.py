@@ -14,7 +14,7 @@ from lvm.common.errors import UserError
 _CHOICES = {
     "name": ("adamw", "lion", "adafactor", "muon"),
     "schedule": ("cosine", "wsd", "constant"),
-    "decay": ("matrices", "all"),
+    "weight_decay_mask": ("matrices", "all"),
     "moment_dtype": ("float32", "bfloat16"),
 }
 
@@ -64,7 +64,7 @@ class OptimizerConfig:
       b2: decay rate of the second moment; with lion, of its momentum.
       epsilon: added to denominators.
       weight_decay: decoupled: in every optimizer, learning rate × weight decay is the share lost a step.
-      decay: what is decayed: "matrices" spares norms, biases, embeddings and codebooks; "all" spares nothing.
+      weight_decay_mask: "matrices" exempts norms, biases, embeddings and codebooks from decay; "all" exempts nothing.
       moment_dtype: how the first moment is stored, "float32" or "bfloat16".
       clip_norm: global gradient norm above which gradients are scaled down; 0 doesn't clip.
     """
@@ -81,7 +81,7 @@ class OptimizerConfig:
     b2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    decay: str = "matrices"
+    weight_decay_mask: str = "matrices"
     moment_dtype: str = "float32"
     clip_norm: float = 1.0
 
@@ -143,7 +143,9 @@ def build(
     # Decay and learning rate come after every optimizer in the same way, so they mean the same in each.
     step = optax.chain(
         _direction(config),
-        optax.add_decayed_weights(config.weight_decay, _decayed if config.decay == "matrices" else None),
+        optax.add_decayed_weights(
+            config.weight_decay, _decay_mask if config.weight_decay_mask == "matrices" else None
+        ),
         optax.scale_by_learning_rate(schedule),
     )
     return optax.chain(*clip, step), schedule
@@ -220,5 +222,5 @@ def _dimension_numbers(params: Any) -> Any:
     return numbers
 
 
-def _decayed(params: Any) -> Any:
+def _decay_mask(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in _NOT_DECAYED, params)

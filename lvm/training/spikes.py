@@ -27,13 +27,13 @@ class SpikeConfig:
     Attributes:
       deviations: how many standard deviations above the mean of the steps before; 0 looks for none.
       window: how many steps before; as long as there are fewer, nothing is a spike.
-      before: batches that are left out before the spike's own, which is left out too.
+      skip_before: batches that are left out before the spike's own, which is left out too.
       max_rewinds: spikes that are gone around; the next one ends the run.
     """
 
     deviations: float = 0.0
     window: int = 128
-    before: int = 100
+    skip_before: int = 100
     max_rewinds: int = 10
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class SpikeConfig:
             raise UserError(f"deviations: {self.deviations} is negative; 0 looks for no spikes")
         if self.window < 2:
             raise UserError(f"window: {self.window} steps have no deviation; wanted 2 or more")
-        for name in ("before", "max_rewinds"):
+        for name in ("skip_before", "max_rewinds"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: {getattr(self, name)} is negative")
 
@@ -52,15 +52,15 @@ class SpikeError(Exception):
     Attributes:
       step: whose update had it (the first is 1).
       loss: that loss.
-      usual: the mean of the steps before.
+      mean: the mean of the steps before.
     """
 
-    def __init__(self, step: int, loss: float, usual: float):
-        super().__init__(f"step {step}: the loss of {loss:.4f} is a spike (usual: {usual:.4f})")
-        self.step, self.loss, self.usual = step, loss, usual
+    def __init__(self, step: int, loss: float, mean: float):
+        super().__init__(f"step {step}: the loss of {loss:.4f} is a spike (mean: {mean:.4f})")
+        self.step, self.loss, self.mean = step, loss, mean
 
 
-class LossWatch:
+class SpikeDetector:
     """Remembers the losses of the last steps and knows a spike among them.
 
     Args:
@@ -73,11 +73,11 @@ class LossWatch:
         self._losses: deque[float] = deque(losses, maxlen=config.window)
 
     @property
-    def recent(self) -> list[float]:
+    def recent_losses(self) -> list[float]:
         """What a checkpoint keeps, so that a resumed run sees the spikes that an unbroken one does."""
         return list(self._losses)
 
-    def see(self, step: int, loss: float) -> None:
+    def update(self, step: int, loss: float) -> None:
         """Takes the loss of another step, one that was not skipped.
 
         Raises:
@@ -86,26 +86,26 @@ class LossWatch:
         if not self._config.deviations:
             return
         if len(self._losses) == self._config.window:
-            usual, deviation = statistics.fmean(self._losses), statistics.stdev(self._losses)
-            if loss > usual + self._config.deviations * deviation:
-                raise SpikeError(step, loss, usual)
+            mean, deviation = statistics.fmean(self._losses), statistics.stdev(self._losses)
+            if loss > mean + self._config.deviations * deviation:
+                raise SpikeError(step, loss, mean)
         self._losses.append(loss)
 
 
 class SkippedBatches:
-    """The batches that a run leaves out: stretches of batch numbers, in order and apart.
+    """The batches that a run leaves out: ranges of batch numbers, in order and apart.
 
     Attributes:
       rewinds: how many spikes the run has gone around.
-      stretches: pairs of the first and the last batch of each.
+      ranges: pairs of the first and the last batch of each.
     """
 
-    def __init__(self, rewinds: int = 0, stretches: Sequence[tuple[int, int]] = ()):
+    def __init__(self, rewinds: int = 0, ranges: Sequence[tuple[int, int]] = ()):
         self.rewinds = rewinds
-        self.stretches = [(int(first), int(last)) for first, last in stretches]
+        self.ranges = [(int(first), int(last)) for first, last in ranges]
 
     @classmethod
-    def of(cls, workdir: epath.PathLike) -> SkippedBatches:
+    def load(cls, workdir: epath.PathLike) -> SkippedBatches:
         """As a workdir has it.
 
         Raises:
@@ -122,13 +122,13 @@ class SkippedBatches:
 
     def save(self, workdir: epath.PathLike) -> None:
         """Into a workdir, whole or not at all."""
-        batches = [list(stretch) for stretch in self.stretches]
+        batches = [list(span) for span in self.ranges]
         files.write_json(epath.Path(workdir) / FILENAME, {"rewinds": self.rewinds, "batches": batches})
 
-    def batch(self, step: int) -> int:
+    def batch_index(self, step: int) -> int:
         """The number of the batch after `step` updates: the `step`-th, from 0, of those that aren't left out."""
         number = step
-        for first, last in self.stretches:
+        for first, last in self.ranges:
             if number < first:
                 break
             number += last - first + 1
@@ -137,10 +137,10 @@ class SkippedBatches:
     def add(self, first: int, last: int) -> None:
         """Leaves out the batches [first, last] too, where they aren't yet: one more rewind."""
         merged: list[tuple[int, int]] = []
-        for low, high in sorted([*self.stretches, (first, last)]):
+        for low, high in sorted([*self.ranges, (first, last)]):
             if merged and low <= merged[-1][1] + 1:
                 merged[-1] = merged[-1][0], max(merged[-1][1], high)
             else:
                 merged.append((low, high))
-        self.stretches = merged
+        self.ranges = merged
         self.rewinds += 1

@@ -1,28 +1,32 @@
-"""The one program that a run repeats: a trainable's update, compiled for a mesh.
+"""The one program that a run repeats: a task's update, compiled for a mesh.
 
 The loop runs it, a plan reads it: both see the same program, since both get it here.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from lvm.common.errors import UserError
+from lvm.common.logging import log_info
 from lvm.data.mixture import loader
 from lvm.hardware import compiler_options, sharding
 from lvm.training.task import Batch, Metrics, State, TrainTask
 
 
 class Step:
-    """A trainable's update on a mesh.
+    """A task's update on a mesh.
 
     Args:
-      trainable: what is trained.
+      task: what is trained.
       mesh: the devices, present or only described (`jax.experimental.topologies`).
       seed: everything random follows from it and the step.
       zero1: whether the optimizer's state is split over `data` too.
@@ -37,28 +41,28 @@ class Step:
 
     def __init__(
         self,
-        trainable: TrainTask,
+        task: TrainTask,
         mesh: Mesh,
         seed: int,
         zero1: bool = False,
         options: Mapping[str, compiler_options.OptionValue] | None = None,
     ):
-        self.trainable, self.mesh = trainable, mesh
+        self.task, self.mesh = task, mesh
         if options is None:
             options = compiler_options.compiler_options(mesh.devices.flat[0].platform)
         self.compiler_options = dict(options)
         self._seed = seed
-        shapes = jax.eval_shape(trainable.init, jax.random.key(seed))
-        self._shardings = sharding.shardings(mesh, shapes, trainable.logical_axes)
+        shapes = jax.eval_shape(task.init, jax.random.key(seed))
+        self._shardings = sharding.shardings(mesh, shapes, task.logical_axes)
         if zero1:
             training = shapes["training"]
             self._shardings["training"] = sharding.zero1_shardings(
                 training, mesh, self._shardings["training"]
             )
         self.state = jax.tree.map(_with_sharding, shapes, self._shardings)
-        batch_size = next(iter(trainable.batch_spec.values())).shape[0]
+        batch_size = next(iter(task.batch_spec.values())).shape[0]
         rows = sharding.batch_sharding(mesh, batch_size)
-        self.batch = {name: _with_sharding(x, rows) for name, x in trainable.batch_spec.items()}
+        self.batch = {name: _with_sharding(x, rows) for name, x in task.batch_spec.items()}
         self.rows = loader.rows_of_process(rows, (batch_size,))
         self._compiled: Any = None
 
@@ -68,9 +72,9 @@ class Step:
 
     def jitted_init(self) -> Any:
         """What `init` calls; takes nothing."""
-        return jax.jit(lambda: self.trainable.init(jax.random.key(self._seed)), out_shardings=self._shardings)
+        return jax.jit(lambda: self.task.init(jax.random.key(self._seed)), out_shardings=self._shardings)
 
-    def place(self, batch: Mapping[str, np.ndarray]) -> Batch:
+    def shard_batch(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's `rows` of a global batch, as arrays of which every device holds its part.
 
         Raises:
@@ -90,7 +94,7 @@ class Step:
 
         def step(state: State, batch: Batch) -> tuple[State, Metrics]:
             rng = jax.random.fold_in(jax.random.key(self._seed), state["step"])
-            return self.trainable.update(state, batch, rng)
+            return self.task.update(state, batch, rng)
 
         return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None)).lower(
             self.state, self.batch
@@ -125,3 +129,29 @@ class Step:
 
 def _with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def enable_compilation_cache(folder: str, workdir: epath.Path) -> None:
+    """Turns on JAX's persistent compilation cache and logs its hits and misses; call it before the first compile.
+
+    Args:
+      folder: local or gs://; "" takes `JAX_COMPILATION_CACHE_DIR`, or else `compilation_cache/` in `workdir`.
+      workdir: the run's.
+    """
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.fspath(workdir / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", folder or default)
+    _log_cache_events()
+
+
+@functools.cache  # one listener a process
+def _log_cache_events() -> None:
+    messages = {
+        "/jax/compilation_cache/cache_hits": "compiled program found in the cache",
+        "/jax/compilation_cache/cache_misses": "compiled program not in the cache; added",
+    }
+
+    def listen(event: str, **_: object) -> None:
+        if event in messages:
+            log_info(messages[event])
+
+    jax.monitoring.register_event_listener(listen)

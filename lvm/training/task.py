@@ -72,7 +72,7 @@ def make_update(
         changes, moments = optimizer.update(gradients, state["training"]["optimizer"], state["params"])
         changed = {"params": optax.apply_updates(state["params"], changes), "optimizer": moments}
         grad_norm = optax.tree.norm(gradients)
-        changed, skipped = keep_if_finite(
+        changed, skipped = apply_if_finite(
             jnp.isfinite(grad_norm),
             changed,
             {"params": state["params"], "optimizer": state["training"]["optimizer"]},
@@ -80,7 +80,7 @@ def make_update(
         )
         params = changed["params"]
         metrics = {
-            **means(sums),
+            **weighted_means(sums),
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
@@ -92,12 +92,12 @@ def make_update(
     return update
 
 
-def no_skipped() -> dict[str, jax.Array]:
+def init_skip_counts() -> dict[str, jax.Array]:
     """The counts that a fresh state begins with, at `state["training"]["skipped"]`."""
     return {"skipped_steps": jnp.int32(0), "skipped_in_row": jnp.int32(0)}
 
 
-def keep_if_finite(finite: jax.Array, new: Any, old: Any, skipped: Metrics) -> tuple[Any, Metrics]:
+def apply_if_finite(finite: jax.Array, new: Any, old: Any, skipped: Metrics) -> tuple[Any, Metrics]:
     """`new` and the counts after a good step; `old` and higher counts after one whose gradient is not finite."""
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     missed = 1 - finite.astype(jnp.int32)
@@ -105,7 +105,7 @@ def keep_if_finite(finite: jax.Array, new: Any, old: Any, skipped: Metrics) -> t
     return kept, {"skipped_steps": skipped["skipped_steps"] + missed, "skipped_in_row": in_row}
 
 
-def means(sums: Sums) -> Metrics:
+def weighted_means(sums: Sums) -> Metrics:
     """Each sum by its weight. Where there was nothing to weigh it is NaN, but the loss, which is 0."""
     loss, weight = sums["loss"]
     found = {name: total / weight for name, (total, weight) in sums.items()}

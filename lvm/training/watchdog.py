@@ -25,15 +25,15 @@ class WatchdogConfig:
 
     Attributes:
       factor: steps of this many times the median are too long …
-      minimum: … but not those shorter than this.
-      start: for restoring, and for compiling with the first step.
-      pause: for an evaluation, for drawing pictures, and for waiting for a checkpoint.
+      min_timeout_s: … but not those shorter than this.
+      startup_timeout_s: for restoring, and for compiling with the first step.
+      pause_timeout_s: for an evaluation, for drawing pictures, and for waiting for a checkpoint.
     """
 
     factor: float = 10.0
-    minimum: float = 300.0
-    start: float = 3600.0
-    pause: float = 3600.0
+    min_timeout_s: float = 300.0
+    startup_timeout_s: float = 3600.0
+    pause_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -47,7 +47,7 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig):
         self._config = config
         self._steps: deque[float] = deque(maxlen=_REMEMBERED)
-        self._limit, self._what = config.start, "the start"
+        self._limit, self._what = config.startup_timeout_s, "the start"
         self._mark = time.monotonic()
         self._ended = threading.Event()
 
@@ -65,13 +65,13 @@ class Watchdog:
             self._steps.append(now - self._mark)
         usual = statistics.median(self._steps) if self._steps else 0.0
         self._mark, self._what = now, "a step"
-        self._limit = max(self._config.factor * usual, self._config.minimum)
+        self._limit = max(self._config.factor * usual, self._config.min_timeout_s)
 
     @contextlib.contextmanager
     def pausing(self, what: str) -> Iterator[None]:
         """Time between steps that is not a step's."""
         limit, before = self._limit, self._what
-        self._mark, self._limit, self._what = time.monotonic(), self._config.pause, what
+        self._mark, self._limit, self._what = time.monotonic(), self._config.pause_timeout_s, what
         yield
         self._mark, self._limit, self._what = time.monotonic(), limit, before
 

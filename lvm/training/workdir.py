@@ -142,7 +142,7 @@ def read_record(path: epath.PathLike, kind: str, needed: Sequence[str] = ()) -> 
     return record
 
 
-def check_trainable(workdir: epath.PathLike) -> None:
+def check_resumable(workdir: epath.PathLike) -> None:
     """That a workdir isn't of converted weights, which have no optimizer's state to go on with.
 
     Raises:

@@ -82,7 +82,7 @@ def test_the_compiler_knows_what_gpus_are_asked_for(deterministic):
 
 def step_with(options):
     made = small_step.make_step(MeshConfig(fsdp=2))
-    return Step(made.trainable, made.mesh, 0, options=options)
+    return Step(made.task, made.mesh, 0, options=options)
 
 
 def test_a_step_takes_its_platforms_options():

@@ -16,7 +16,7 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.training import checksums
-from lvm.training.checkpoint import FOLDER, Checkpoints, load_params, newest_step
+from lvm.training.checkpoint import FOLDER, Checkpoints, latest_step, load_params
 
 
 def new_state(seed=0, step=3):
@@ -83,16 +83,16 @@ def test_the_newest_parameters_load_without_the_rest_onto_one_device(saved):
 
 def test_looking_changes_nothing(saved, tmp_path):
     before = sorted(saved.rglob("*"))
-    assert newest_step(saved) == 5
+    assert latest_step(saved) == 5
     assert sorted(saved.rglob("*")) == before
-    assert newest_step(tmp_path) is None
+    assert latest_step(tmp_path) is None
     assert os.listdir(tmp_path) == []
 
 
 def test_a_save_that_was_cut_off_does_not_count(saved):
     unfinished = saved / FOLDER / "7.orbax-checkpoint-tmp-1"
     unfinished.mkdir()
-    assert newest_step(saved) == 5
+    assert latest_step(saved) == 5
     unfinished.rmdir()
 
 
@@ -101,7 +101,7 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3):
         checkpoints.save(new_state(step=step), step, {})
     checkpoints.wait()
-    assert checkpoints.latest() == 3
+    assert checkpoints.latest_step() == 3
     checkpoints.close()
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["2", "3"]
 
@@ -141,7 +141,7 @@ def test_a_save_that_fails_in_the_background_ends_the_next_one(tmp_path, monkeyp
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}"):
         checkpoints.save(new_state(step=2), 2, {})
     checkpoints.close()
-    assert newest_step(tmp_path) is None
+    assert latest_step(tmp_path) is None
 
 
 def largest_file(folder, step):
@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh, capsys,
     path = largest_file(fresh, 5)
     damage(path)
     checkpoints = Checkpoints(fresh, keep=2)
-    assert checkpoints.newest_sound() == 3
+    assert checkpoints.latest_intact_step() == 3
     assert re.search(
         f"damaged checkpoint: {re.escape(str(path))}: {words}; going back to step 3", capsys.readouterr().out
     )
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh, capsys,
     assert (fresh / "damaged-checkpoints" / "5-0").is_dir()
     checkpoints.save(new_state(seed=5, step=5), 5, {})
     checkpoints.wait()
-    assert checkpoints.newest_sound() == 5
+    assert checkpoints.latest_intact_step() == 5
     checkpoints.close()
 
 
@@ -208,9 +208,9 @@ def test_where_all_are_damaged_nothing_is_begun_anew(fresh):
         flip_a_byte(largest_file(fresh, step))
     checkpoints = Checkpoints(fresh, keep=2)
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        checkpoints.newest_sound()
+        checkpoints.latest_intact_step()
     checkpoints.close()
-    assert newest_step(fresh) == 5
+    assert latest_step(fresh) == 5
 
 
 def test_an_unreadable_file_is_tried_again_and_is_no_damage(fresh, monkeypatch):
@@ -224,16 +224,16 @@ def test_an_unreadable_file_is_tried_again_and_is_no_damage(fresh, monkeypatch):
     monkeypatch.setattr(checksums, "_describe", failing)
     checkpoints = Checkpoints(fresh, keep=2)
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoints.newest_sound()
+        checkpoints.latest_intact_step()
     checkpoints.close()
     assert {1.0, 4.0, 16.0} <= set(waited)
-    assert newest_step(fresh) == 5
+    assert latest_step(fresh) == 5
 
 
 def test_a_checkpoint_without_checksums_is_used_and_said_to_be(fresh, capsys):
     (fresh / "checksums" / "5.json").unlink()
     checkpoints = Checkpoints(fresh, keep=2)
-    assert checkpoints.newest_sound() == 5
+    assert checkpoints.latest_intact_step() == 5
     checkpoints.close()
     assert "has no checksums, so it is used as it is" in capsys.readouterr().out
 

@@ -18,15 +18,15 @@ from lvm.common import cli
 from lvm.common.errors import DivergedError, UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.training import metrics
-from lvm.training.checkpoint import Checkpoints, newest_step
+from lvm.training.checkpoint import Checkpoints, latest_step
 from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.step import Step
-from lvm.training.task import make_update, no_skipped
+from lvm.training.task import init_skip_counts, make_update
 from lvm.training.workdir import Workdir
 from tests.commands import ROOT
 
 TRUTH = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
-TIMES = {"step_seconds", "input_wait", "tokens_per_second", "goodput"}  # no two runs share these
+TIMES = {"step_seconds", "input_wait_fraction", "tokens_per_second", "goodput"}  # no two runs share these
 
 
 class Regression:
@@ -48,7 +48,7 @@ class Regression:
         return {
             "step": jnp.int32(0),
             "params": params,
-            "training": {"optimizer": self.optimizer.init(params), "skipped": no_skipped()},
+            "training": {"optimizer": self.optimizer.init(params), "skipped": init_skip_counts()},
         }
 
     def _loss(self, params, batch, rng):
@@ -107,14 +107,14 @@ def release(folder):
     (folder / ".lock").unlink()
 
 
-def train(folder, total=6, read=read_batch, trainable=None, tokens_per_step=0, seed=0, **options):
+def train(folder, total=6, read=read_batch, task=None, tokens_per_step=0, seed=0, **options):
     options = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 0, "picture_every": 0, **options}
     place = Workdir(folder, "lvm", {"config": {}})
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     config = LoopConfig(total_steps=total, **options)
-    trainable = trainable or Regression()
+    task = task or Regression()
     rows = lambda number, own: {name: x[own] for name, x in read(number).items()}  # noqa: E731
-    return Loop(Step(trainable, mesh, seed), rows, config, place, tokens_per_step).run()
+    return Loop(Step(task, mesh, seed), rows, config, place, tokens_per_step).run()
 
 
 def bits(state):
@@ -122,7 +122,7 @@ def bits(state):
 
 
 def timeless(folder):
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(folder)]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read_metrics(folder)]
 
 
 def test_a_resumed_run_has_the_bits_and_the_metrics_of_an_unbroken_one(tmp_path):
@@ -133,14 +133,14 @@ def test_a_resumed_run_has_the_bits_and_the_metrics_of_an_unbroken_one(tmp_path)
     parts = train(tmp_path / "parts", total=6)
     assert bits(parts) == bits(whole)
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
-    assert [line["step"] for line in metrics.read(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics.read_metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_a_lost_stretch_logged_is_logged_again_once(tmp_path):
     train(tmp_path / "whole", total=6)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         train(tmp_path / "cut", total=6, read=broken_at(5))
-    assert newest_step(tmp_path / "cut") == 4
+    assert latest_step(tmp_path / "cut") == 4
     release(tmp_path / "cut")
     train(tmp_path / "cut", total=6)
     assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
@@ -156,8 +156,8 @@ def test_every_step_has_its_own_key(tmp_path):
             loss, found = super()._loss(params, batch, rng)
             return loss, {**found, "drawn": (jax.random.uniform(rng), jnp.float32(1))}
 
-    train(tmp_path, total=10, trainable=Recorder(), checkpoint_every=0)
-    assert len({line["drawn"] for line in metrics.read(tmp_path)}) == 10
+    train(tmp_path, total=10, task=Recorder(), checkpoint_every=0)
+    assert len({line["drawn"] for line in metrics.read_metrics(tmp_path)}) == 10
 
 
 def test_batches_arrive_in_their_order_each_once(tmp_path):
@@ -171,8 +171,8 @@ def test_batches_arrive_in_their_order_each_once(tmp_path):
     def read(step):
         return {**read_batch(step), "number": np.full(8, step, np.float32)}
 
-    train(tmp_path, total=30, read=read, trainable=Recorder(), checkpoint_every=0)
-    assert [line["seen"] for line in metrics.read(tmp_path)] == list(range(30))
+    train(tmp_path, total=30, read=read, task=Recorder(), checkpoint_every=0)
+    assert [line["seen"] for line in metrics.read_metrics(tmp_path)] == list(range(30))
 
 
 def test_it_learns(tmp_path):
@@ -181,17 +181,17 @@ def test_it_learns(tmp_path):
 
 
 def test_metrics_come_when_due_and_at_the_end(tmp_path):
-    trainable = Regression()
-    train(tmp_path, total=7, trainable=trainable, log_every=3, evaluate_every=2, tokens_per_step=80)
-    lines = {line["step"]: line for line in metrics.read(tmp_path)}
+    task = Regression()
+    train(tmp_path, total=7, task=task, log_every=3, evaluate_every=2, tokens_per_step=80)
+    lines = {line["step"]: line for line in metrics.read_metrics(tmp_path)}
     assert {step for step, line in lines.items() if "loss" in line} == {3, 6, 7}
     assert {step for step, line in lines.items() if "heldout_loss" in line} == {2, 4, 6, 7}
-    assert trainable.evaluated == [2, 4, 6, 7]
+    assert task.evaluated == [2, 4, 6, 7]
     last = lines[7]
     assert last["tokens"] == 7 * 80
     np.testing.assert_allclose(last["perplexity"], np.exp(last["loss"]))
     np.testing.assert_allclose(last["tokens_per_second"], 80 / last["step_seconds"])
-    assert 0 <= last["input_wait"] <= 1
+    assert 0 <= last["input_wait_fraction"] <= 1
     assert {"loss/here", "grad_norm", "param_norm", "learning_rate"} <= set(last)
     assert "loss/absent" not in last
     assert json.dumps(lines, allow_nan=False)
@@ -213,7 +213,7 @@ def test_a_finished_run_is_known_and_does_nothing(tmp_path, capsys):
     assert not is_finished(place, LoopConfig(total_steps=4))
     del place  # and its lock
     assert bits(train(tmp_path, total=3)) == bits(first)
-    assert len(metrics.read(tmp_path)) == 3
+    assert len(metrics.read_metrics(tmp_path)) == 3
 
 
 def test_a_fresh_workdir_is_not_finished(tmp_path):
@@ -268,7 +268,7 @@ def restored(folder):
     """The newest state that a run saved."""
     step = Step(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), 0)
     checkpoints = Checkpoints(folder, read_only=True)
-    found = checkpoints.restore(checkpoints.latest(), step.state)
+    found = checkpoints.restore(checkpoints.latest_step(), step.state)
     checkpoints.close()
     return found
 
@@ -286,7 +286,7 @@ def test_a_trace_is_written_of_the_chosen_steps_and_on_request(tmp_path):
 def test_tensorboard_has_what_the_lines_have(tmp_path):
     train(tmp_path, total=3, tokens_per_step=80)
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    line = metrics.read(tmp_path)[-1]
+    line = metrics.read_metrics(tmp_path)[-1]
     assert 0 < line["goodput"] <= 1
     assert line["skipped_steps"] == 0
 
@@ -300,7 +300,7 @@ def test_goodput_counts_only_what_was_kept(monkeypatch):
     saved = first.to_json()
     first.add(50)  # lost: not in the checkpoint
     now[0] += 100
-    assert metrics.Goodput.of(saved).add(20) == pytest.approx(0.5)
+    assert metrics.Goodput.from_meta(saved).add(20) == pytest.approx(0.5)
 
 
 def test_a_signal_while_a_step_is_reported_saves_that_step(tmp_path):
@@ -310,17 +310,17 @@ def test_a_signal_while_a_step_is_reported_saves_that_step(tmp_path):
             return super().evaluate(state, stopping)
 
     with pytest.raises(SystemExit) as ended:
-        train(tmp_path, total=9, trainable=Interrupted(), evaluate_every=3, checkpoint_every=0)
+        train(tmp_path, total=9, task=Interrupted(), evaluate_every=3, checkpoint_every=0)
     assert ended.value.code == 75
-    assert newest_step(tmp_path) == 3
+    assert latest_step(tmp_path) == 3
 
 
 def test_a_run_that_is_stopped_saves_without_evaluating_first(tmp_path):
-    trainable = Regression()
+    task = Regression()
     with pytest.raises(SystemExit):
-        train(tmp_path, total=99, trainable=trainable, read=stopping_at(10), checkpoint_every=0)
-    assert trainable.evaluated == []
-    assert newest_step(tmp_path) > 0
+        train(tmp_path, total=99, task=task, read=stopping_at(10), checkpoint_every=0)
+    assert task.evaluated == []
+    assert latest_step(tmp_path) > 0
 
 
 def test_the_signals_old_handler_is_back_after_the_run(tmp_path):
@@ -333,11 +333,11 @@ def test_sigterm_saves_exits_75_and_the_run_goes_on_as_if_nothing_had_been(tmp_p
     command = [sys.executable, __file__, f"--workdir={tmp_path / 'stopped'}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     stopped = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    saved = newest_step(tmp_path / "stopped")
+    saved = latest_step(tmp_path / "stopped")
     assert stopped.returncode == 75, stopped.stderr
     assert f"SIGTERM: saved at step {saved}, which took" in stopped.stdout
     assert 0 < saved < 40
-    assert [line["step"] for line in metrics.read(tmp_path / "stopped")] == list(range(1, saved + 1))
+    assert [line["step"] for line in metrics.read_metrics(tmp_path / "stopped")] == list(range(1, saved + 1))
     resumed = train(tmp_path / "stopped", total=40, checkpoint_every=0)
     assert bits(resumed) == bits(train(tmp_path / "whole", total=40, checkpoint_every=0))
     assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
@@ -372,7 +372,7 @@ def test_a_length_is_given_once(lengths):
 
 def test_a_length_in_tokens_is_rounded_up_to_steps():
     config = LoopConfig(total_steps=0, total_tokens=1001)
-    assert config.in_steps(100).total_steps == 11
-    assert LoopConfig(total_steps=7).in_steps(100).total_steps == 7
+    assert config.with_total_steps(100).total_steps == 11
+    assert LoopConfig(total_steps=7).with_total_steps(100).total_steps == 7
     with pytest.raises(UserError, match="there are no tokens here"):
-        config.in_steps(0)
+        config.with_total_steps(0)

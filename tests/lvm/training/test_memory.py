@@ -6,7 +6,7 @@ import pytest
 from lvm.common.errors import UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.training import memory
-from lvm.training.memory import advice, by_category, fitting_step, memory_limit
+from lvm.training.memory import explain_out_of_memory, find_fitting_step, format_breakdown, memory_limit
 from tests.small_step import CONFIG, make_step
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -30,19 +30,19 @@ def choose(monkeypatch, limit, policy="auto"):
         tried.append(arguments)
         return make(*arguments)
 
-    return fitting_step(recording, policy, 1), tried
+    return find_fitting_step(recording, policy, 1), tried
 
 
 def test_all_is_kept_where_there_is_room(monkeypatch):
     step, tried = choose(monkeypatch, 2**40)
-    assert step.trainable.config.remat == "none"
+    assert step.task.config.remat == "none"
     assert tried == [("none", 1)]
 
 
 def test_less_is_kept_where_there_is_less(monkeypatch, needs):
     assert needs["full"] < 0.95 * needs["none"]
     step, tried = choose(monkeypatch, needs["none"])  # of which some is left free
-    assert step.trainable.config.remat == tried[-1][0] != "none"
+    assert step.task.config.remat == tried[-1][0] != "none"
     assert step.memory_bytes() <= 0.95 * needs["none"]
 
 
@@ -68,7 +68,7 @@ def test_what_fits_nowhere_is_said_to(monkeypatch):
 
 def test_categories_add_up():
     step = make_step(MeshConfig(data=1, fsdp=8))
-    text = by_category(step)
+    text = format_breakdown(step)
     names = [part.rsplit(" ", 1)[0] for part in text.split(", ")]
     assert names == ["parameters", "optimizer", "batch", "temporaries"]
 
@@ -76,8 +76,8 @@ def test_categories_add_up():
 def test_an_unknown_accelerator_needs_a_named_policy(monkeypatch):
     monkeypatch.setattr(memory, "memory_limit", lambda mesh: None)
     with pytest.raises(UserError, match="auto needs to know the memory of 'cpu'"):
-        fitting_step(make, "auto", 1)
-    assert fitting_step(make, "full", 1).trainable.config.remat == "full"
+        find_fitting_step(make, "auto", 1)
+    assert find_fitting_step(make, "full", 1).task.config.remat == "full"
 
 
 def test_a_cpu_has_the_memory_of_the_machine():
@@ -87,7 +87,7 @@ def test_a_cpu_has_the_memory_of_the_machine():
 
 
 def test_a_step_that_ran_out_of_memory_gets_advice(monkeypatch):
-    found = advice(make, make("none", 1), "none", 1)
+    found = explain_out_of_memory(make, make("none", 1), "none", 1)
     assert found.startswith(
         "the step alone needs 0.00 GiB a device (parameters 0.00, optimizer 0.00, batch 0.00"
     )

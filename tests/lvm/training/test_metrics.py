@@ -18,16 +18,16 @@ def write(folder, start, steps):
 
 
 def steps(folder):
-    return [line["step"] for line in metrics.read(folder)]
+    return [line["step"] for line in metrics.read_metrics(folder)]
 
 
 def test_lines_come_back_in_order(tmp_path):
     write(tmp_path, 0, [1, 2, 3])
-    assert metrics.read(tmp_path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    assert metrics.read_metrics(tmp_path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
 
 
 def test_a_folder_without_metrics_has_no_lines(tmp_path):
-    assert metrics.read(tmp_path) == []
+    assert metrics.read_metrics(tmp_path) == []
 
 
 @pytest.mark.parametrize(

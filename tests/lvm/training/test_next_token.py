@@ -14,7 +14,7 @@ from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model.nnx_utils import merge
 from lvm.model.transformer import ModelConfig
 from lvm.training.next_token import NextTokenTask, ObjectiveConfig
-from lvm.training.task import means
+from lvm.training.task import weighted_means
 
 CONFIG = ModelConfig(
     hidden_size=8, mlp_size=16, num_layers=2, num_heads=2, vocabulary_size=20, context=6,
@@ -71,7 +71,7 @@ def losses_in_numpy(made):
 
 @jax.jit
 def _means(params, made):
-    return means(objective()._loss(params, made, jax.random.key(0))[1])
+    return weighted_means(objective()._loss(params, made, jax.random.key(0))[1])
 
 
 def loss_of(made):
@@ -137,9 +137,9 @@ def test_the_norms_are_those_of_all_gradients_and_parameters():
 def test_the_heldout_loss_is_the_mean_over_the_targets_of_all_batches(parts):
     made = [batch(seed) for seed in (100, 101)]
     wanted = np.concatenate([losses_in_numpy(x)[x["loss_mask"]] for x in made]).mean()
-    trainable = dataclasses.replace(objective(heldout=2), objective=ObjectiveConfig(accumulate_steps=parts))
-    assert trainable.evaluate(state()) == {"heldout_loss": pytest.approx(wanted, rel=1e-5)}
-    assert trainable.evaluate(state(), stopping=lambda: True) == {}
+    task = dataclasses.replace(objective(heldout=2), objective=ObjectiveConfig(accumulate_steps=parts))
+    assert task.evaluate(state()) == {"heldout_loss": pytest.approx(wanted, rel=1e-5)}
+    assert task.evaluate(state(), stopping=lambda: True) == {}
     assert objective().evaluate(state()) == {}
 
 
@@ -149,9 +149,9 @@ def test_fresh_parameters_follow_the_key():
     assert not np.array_equal(state(seed=1)["params"]["head"], state()["params"]["head"])
 
 
-def test_pictures_are_what_draw_makes():
+def test_pictures_come_from_render_pictures():
     assert objective().pictures(state()) == {}
-    drawn = dataclasses.replace(objective(), draw=lambda state: {"step": state["step"]})
+    drawn = dataclasses.replace(objective(), render_pictures=lambda state: {"step": state["step"]})
     assert drawn.pictures(state()) == {"step": 0}
 
 

@@ -153,7 +153,7 @@ def test_adamw_is_optax_adamw_to_the_bit(steps):
     params, gradients = random_like(params), [random_like(params, seed) for seed in range(steps)]
     config = dataclasses.replace(CONFIG, clip_norm=1.0)
     _, schedule = optimizer.build(config, 100)
-    adamw = optax.adamw(schedule, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=optimizer._decayed)
+    adamw = optax.adamw(schedule, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=optimizer._decay_mask)
     tx = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     assert jax.tree.structure(optimizer.build(config, 100)[0].init(params)) == jax.tree.structure(
         tx.init(params)
@@ -167,7 +167,7 @@ def test_adamw_is_optax_adamw_to_the_bit(steps):
 def test_decay_is_a_share_of_the_learning_rate_in_every_optimizer(name, decay):
     _, params = abstract_module(make)
     params = random_like(params)
-    config = dataclasses.replace(AT_ONCE, name=name, weight_decay=0.5, decay=decay)
+    config = dataclasses.replace(AT_ONCE, name=name, weight_decay=0.5, weight_decay_mask=decay)
     moved = by_name(changes(config, params, jax.tree.map(jnp.zeros_like, params)))
     spared = {"embedding", "norm/scale", "layers/attention_norm/scale", "layers/mlp_norm/scale"}
     for path, value in by_name(params).items():
@@ -240,7 +240,7 @@ def test_what_muon_leaves_moves_by_nesterovs_adamw():
     config = dataclasses.replace(AT_ONCE, name="muon", b1=0.8, b2=0.9, epsilon=0.1, weight_decay=0.5)
     moved = by_name(changes(config, params, *gradients))
     _, schedule = optimizer.build(config, 100)
-    adamw = optax.nadamw(schedule, 0.8, 0.9, 0.1, weight_decay=0.5, mask=optimizer._decayed)
+    adamw = optax.nadamw(schedule, 0.8, 0.9, 0.1, weight_decay=0.5, mask=optimizer._decay_mask)
     wanted = by_name(run(adamw, params, *gradients)[0])
     for name in ("embedding", "head", "norm/scale", "layers/attention_norm/scale", "layers/mlp_norm/scale"):
         np.testing.assert_allclose(moved[name], wanted[name], rtol=1e-4, atol=1e-6, err_msg=name)

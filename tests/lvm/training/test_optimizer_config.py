@@ -98,7 +98,7 @@ def test_an_option_that_nothing_uses_is_refused(choice, key, value):
         ("b2", -0.1, r"not in \[0, 1\)"),
         ("name", "sgd", "not one of adamw, lion, adafactor, muon"),
         ("schedule", "linear", "not one of cosine, wsd, constant"),
-        ("decay", "some", "not one of matrices, all"),
+        ("weight_decay_mask", "some", "not one of matrices, all"),
         ("moment_dtype", "float16", "not one of float32, bfloat16"),
     ],
 )

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.lvm.test_training_loop import bits, read_batch, release, stopping_at, timeless, train
 
 from lvm.common.errors import DivergedError, UserError
 from lvm.training import metrics
 from lvm.training.checkpoint import Checkpoints
-from lvm.training.spikes import FILENAME, LossWatch, SkippedBatches, SpikeConfig, SpikeError
+from lvm.training.spikes import FILENAME, SkippedBatches, SpikeConfig, SpikeDetector, SpikeError
+from tests.lvm.training.test_loop import bits, read_batch, release, stopping_at, timeless, train
 
-SPIKE = SpikeConfig(deviations=8.0, window=4, before=1)
+SPIKE = SpikeConfig(deviations=8.0, window=4, skip_before=1)
 stretches = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=8)
 
 
@@ -36,29 +36,29 @@ def test_batches_come_in_order_and_none_that_is_left_out(found):
         left_out.add(first, first + more)
     gone = {number for first, more in found for number in range(first, first + more + 1)}
     wanted = [number for number in range(300) if number not in gone][:100]
-    assert [left_out.batch(step) for step in range(100)] == wanted
+    assert [left_out.batch_index(step) for step in range(100)] == wanted
     assert left_out.rewinds == len(found)
 
 
 def test_what_is_left_out_is_kept_in_the_workdir(tmp_path):
-    assert SkippedBatches.of(tmp_path).stretches == []
+    assert SkippedBatches.load(tmp_path).ranges == []
     left_out = SkippedBatches()
     left_out.add(7, 9)
     left_out.save(tmp_path)
-    again = SkippedBatches.of(tmp_path)
-    assert (again.rewinds, again.stretches) == (1, [(7, 9)])
+    again = SkippedBatches.load(tmp_path)
+    assert (again.rewinds, again.ranges) == (1, [(7, 9)])
     (tmp_path / FILENAME).write_text("[3]")
     with pytest.raises(UserError, match=f"{FILENAME}: not a list of batches"):
-        SkippedBatches.of(tmp_path)
+        SkippedBatches.load(tmp_path)
 
 
 def test_only_a_full_window_knows_a_spike():
-    watch = LossWatch(SpikeConfig(deviations=3.0, window=4))
+    watch = SpikeDetector(SpikeConfig(deviations=3.0, window=4))
     for step, loss in enumerate([90.0, 2.0, 2.2, 1.9, 2.1]):
-        watch.see(step, loss)  # the first is no spike, and leaves the window with the fifth
-    with pytest.raises(SpikeError, match=r"step 9: the loss of 9\.0000 is a spike \(usual: 2\.05"):
-        LossWatch(SpikeConfig(deviations=3.0, window=4), watch.recent).see(9, 9.0)
-    LossWatch(SpikeConfig(window=4), watch.recent).see(9, 9.0)  # nobody asked
+        watch.update(step, loss)  # the first is no spike, and leaves the window with the fifth
+    with pytest.raises(SpikeError, match=r"step 9: the loss of 9\.0000 is a spike \(mean: 2\.05"):
+        SpikeDetector(SpikeConfig(deviations=3.0, window=4), watch.recent_losses).update(9, 9.0)
+    SpikeDetector(SpikeConfig(window=4), watch.recent_losses).update(9, 9.0)  # nobody asked
 
 
 def test_a_run_goes_around_a_spike_and_is_the_run_that_never_met_it(tmp_path, capsys):
@@ -95,10 +95,10 @@ def test_a_resumed_run_sees_the_spike_that_an_unbroken_one_sees(tmp_path, capsys
 def test_with_no_checkpoint_early_enough_it_goes_back_as_far_as_it_can(
     tmp_path, capsys, checkpoint_every, kept
 ):
-    spike = SpikeConfig(deviations=8.0, window=4, before=6)
+    spike = SpikeConfig(deviations=8.0, window=4, skip_before=6)
     train(tmp_path, total=10, read=spiking_at(8), spike=spike, checkpoint_every=checkpoint_every)
     assert f"batches {max(kept, 2)} to 8 are left out" in capsys.readouterr().out
-    assert [line["step"] for line in metrics.read(tmp_path)] == list(range(1, 11))
+    assert [line["step"] for line in metrics.read_metrics(tmp_path)] == list(range(1, 11))
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.all_steps()[-1] == 10
     checkpoints.close()
@@ -122,14 +122,14 @@ def on_a_mesh(array):
 
 
 def test_too_many_spikes_end_the_run_and_name_the_last_ones_batch(tmp_path):
-    spike = SpikeConfig(deviations=8.0, window=4, before=0, max_rewinds=1)
+    spike = SpikeConfig(deviations=8.0, window=4, skip_before=0, max_rewinds=1)
     with pytest.raises(DivergedError, match=r"step 10: the loss of .* is a spike .*, and 1 were gone around"):
         train(tmp_path, total=99, read=spiking_at(8, 10), spike=spike)
     assert list(json.loads((tmp_path / "diverged.json").read_text())["batches"]) == ["10"]
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("deviations", -1.0), ("window", 1), ("before", -1), ("max_rewinds", -2)]
+    ("key", "value"), [("deviations", -1.0), ("window", 1), ("skip_before", -1), ("max_rewinds", -2)]
 )
 def test_impossible_limits_are_refused_by_key(key, value):
     with pytest.raises(UserError, match=f"^{key}: {value} "):

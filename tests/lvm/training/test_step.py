@@ -51,7 +51,7 @@ def run(step, kind, count):
     state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh(kind), step.state)
     losses, first = [], None
     for number in range(count):
-        state, metrics = step(state, step.place(batch(number)))
+        state, metrics = step(state, step.shard_batch(batch(number)))
         losses.append(float(metrics["loss"]))
         first = jax.device_get(state) if first is None else first
     return losses, first, metrics
@@ -147,7 +147,7 @@ def test_the_state_is_donated_and_the_step_compiled_once():
     listen = lambda event, _, **info: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
     step = make_step(MESHES["fsdp 8"])
     state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh("adamw"), step.state)
-    batches = [step.place(batch(number)) for number in range(3)]
+    batches = [step.shard_batch(batch(number)) for number in range(3)]
     jax.monitoring.register_event_duration_secs_listener(listen)
     for made in batches:
         given, (state, _) = state, step(state, made)

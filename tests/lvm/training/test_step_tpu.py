@@ -56,7 +56,7 @@ SMALL = ModelConfig(
 def compiled():
     """A small step over four chips of v5e."""
     step = make_step(SMALL, make_mesh(MeshConfig(data=1, fsdp=4), devices("v5e:2x2")), 4, 256)
-    assert step.trainable.kernel == "splash"
+    assert step.task.kernel == "splash"
     return step, step.compile().as_text()
 
 
@@ -199,5 +199,5 @@ def test_temporaries_of_the_1b_step_are_those_of_the_formula():
     wanted = carries + residuals + logits + layer + ends
     found = step.compile().memory_analysis().temp_size_in_bytes
     print(f"temporaries {found / MIB:.0f} MiB, formula {wanted / MIB:.0f} MiB, ratio {found / wanted:.3f}")
-    assert count_params(step.trainable.params_shape) == 1_147_119_616 + 2 * (8448 - 8292) * D
+    assert count_params(step.task.params_shape) == 1_147_119_616 + 2 * (8448 - 8292) * D
     assert 0.8 * wanted < found <= 1.25 * wanted

@@ -20,7 +20,13 @@ print("done")
 
 
 def run(body, **config):
-    limits = {"factor": 10.0, "minimum": 0.5, "start": 60.0, "pause": 60.0, **config}
+    limits = {
+        "factor": 10.0,
+        "min_timeout_s": 0.5,
+        "startup_timeout_s": 60.0,
+        "pause_timeout_s": 60.0,
+        **config,
+    }
     code = RUN.format(config=limits, body=body)
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -29,10 +35,10 @@ def run(body, **config):
     ("body", "config", "what"),
     [
         ("watchdog.step_ended(); waits_here(30)", {}, "a step has not ended in"),
-        ("waits_here(30)", {"start": 0.5}, "the start has not ended in"),
+        ("waits_here(30)", {"startup_timeout_s": 0.5}, "the start has not ended in"),
         (
             "watchdog.step_ended()\n    with watchdog.pausing('an evaluation'): waits_here(30)",
-            {"pause": 0.5},
+            {"pause_timeout_s": 0.5},
             "an evaluation has not",
         ),
     ],
@@ -58,7 +64,7 @@ def test_a_run_that_goes_on_is_left_alone(body):
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 
-@pytest.mark.parametrize("name", ["factor", "minimum", "start", "pause"])
+@pytest.mark.parametrize("name", ["factor", "min_timeout_s", "startup_timeout_s", "pause_timeout_s"])
 def test_impossible_limits_are_named(name):
     with pytest.raises(UserError, match=f"{name}: 0.0 is not positive"):
         WatchdogConfig(**{name: 0.0})

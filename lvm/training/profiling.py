@@ -1,4 +1,4 @@
-"""What a run keeps of its compiled programs: a cache for the next start, and traces of their steps."""
+"""Profiler traces of chosen training steps."""
 
 from __future__ import annotations
 
@@ -20,34 +20,7 @@ _REQUESTED_STEPS = 3
 _LOOK = 10.0  # seconds between looks for a request on gs://, where each takes longer than a step may
 
 
-def cache_programs(folder: str, workdir: epath.Path) -> None:
-    """Keeps compiled programs for the next start, in `folder` (local or gs://).
-
-    "" is what `JAX_COMPILATION_CACHE_DIR` says, or else the workdir's own.
-
-    Says when one was there, and when not. Must come before the first program is compiled.
-    """
-    own = os.fspath(workdir / "compilation_cache")
-    jax.config.update(
-        "jax_compilation_cache_dir", folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or own
-    )
-    global _listening
-    if not _listening:
-        jax.monitoring.register_event_listener(_say_cache)
-        _listening = True
-
-
-_listening = False
-
-
-def _say_cache(event: str, **_: object) -> None:
-    if event == "/jax/compilation_cache/cache_hits":
-        log_info("compiled program found in the cache")
-    if event == "/jax/compilation_cache/cache_misses":
-        log_info("compiled program put into the cache, where it was missing")
-
-
-class Tracer:
+class StepProfiler:
     """Writes profiler traces of chosen steps, and of the next ones whenever `profile.request` appears.
 
     Args:
