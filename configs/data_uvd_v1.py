@@ -51,7 +51,7 @@ SHARES = {
 }
 
 # (family, name, recipe): where it is had from.
-SOURCES: dict[tuple[str, str, Recipe], str] = {
+COMPONENTS: dict[tuple[str, str, Recipe], str] = {
     ("images", "laion", Single()): "LAION-5B, 1.49B filtered images: laion.ai",
     ("annotated_images", "imagenet_category", Category()): "ImageNet-1k by class: image-net.org",
     (
@@ -102,12 +102,12 @@ SOURCES: dict[tuple[str, str, Recipe], str] = {
 
 def mixture() -> MixtureConfig:
     """Weights are shares of the codes; rows are cut from one stream of sentences, as in the paper."""
-    sizes = {family: sum(part == family for part, *_ in SOURCES) for family in SHARES}
-    sources = {
+    sizes = {family: sum(part == family for part, *_ in COMPONENTS) for family in SHARES}
+    components = {
         name: ComponentConfig(recipe, weight=SHARES[family] / sizes[family])
-        for family, name, recipe in SOURCES
+        for family, name, recipe in COMPONENTS
     }
-    return MixtureConfig(sources, weigh_by="codes", heldout_fraction=0.001)
+    return MixtureConfig(components, weigh_by="codes", heldout_fraction=0.001)
 
 
 def training(size: str, remat: str, fsdp: int) -> TrainConfig:

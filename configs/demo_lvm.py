@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         init_std=0.06,
         remat="dots",
     )
-    sources = {
+    components = {
         "video": ComponentConfig(Video(frames=8, strides=(1,)), weight=0.40),
         "segmentation": ComponentConfig(Pairs(target="segmentation", shots=4), weight=0.30),
         "depth": ComponentConfig(Pairs(target="depth", shots=4), weight=0.15),
@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
         TrainConfig(
             batch_size=2,
             model=model,
-            data=MixtureConfig(sources, store="runs/demo/store", heldout_fraction=0.15),
+            data=MixtureConfig(components, store="runs/demo/store", heldout_fraction=0.15),
             optimizer=OptimizerConfig(
                 learning_rate=2.5e-3, end_learning_rate=2e-5, warmup_steps=100, b2=0.99, weight_decay=0.05
             ),

@@ -234,7 +234,7 @@ def _ask(config: EvalConfig, model: LVM, mixture: MixtureConfig, heldout: Heldou
     asked = []
     for task in tasks:
         log_info(f"{task.target} by {config.shots} examples, {len(queries)} queries")
-        asked.append(prompted.answer_queries(queries, task.source, task.target, answer, decode))
+        asked.append(prompted.answer_queries(queries, task.input, task.target, answer, decode))
     return asked
 
 

@@ -22,7 +22,7 @@ from lvm.data.store.jsonl import SUFFIX, encode_line
 from lvm.training.config import TrainConfig
 
 
-def sentences(mixture: Mixture) -> Iterator[np.ndarray]:
+def iter_sentences(mixture: Mixture) -> Iterator[np.ndarray]:
     """The codes of all sentences in their order, uint16 [grids, N] each; without end."""
     for block in itertools.count():
         ids, numbers = mixture.block(block)
@@ -43,7 +43,7 @@ def main() -> None:
         raise UserError(f"--out: {out} doesn't end in {SUFFIX}, by which such files are told")
     config = from_config_dict(TrainConfig, _CONFIG.value)
     with files.atomic_file(out) as file:
-        for codes in itertools.islice(sentences(Mixture(config.data, config.seed)), count):
+        for codes in itertools.islice(iter_sentences(Mixture(config.data, config.seed)), count):
             file.write(encode_line(codes).encode())
     log_info(f"{out}: {count} sentences")
 

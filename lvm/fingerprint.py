@@ -30,9 +30,9 @@ from lvm.model.vocabulary import Vocabulary
 from lvm.training.config import TrainConfig
 
 
-def make_rows(config: TrainConfig, side: str = "train") -> Rows:
+def make_rows(config: TrainConfig, split: str = "train") -> Rows:
     """The rows that a configuration trains on."""
-    mixture = Mixture(config.data, config.seed, side)
+    mixture = Mixture(config.data, config.seed, split)
     vocabulary = Vocabulary.for_codes(mixture.stores[0].num_codes)
     return Rows(mixture, vocabulary, config.model.context, config.batch_size)
 
@@ -43,9 +43,9 @@ def token_bytes(config: TrainConfig, start: int, count: int, workers: int) -> It
     shape = rows.batch_spec["tokens"].shape
     # As the loop does: rows lie where the mesh puts them.
     rows_sharding = sharding.batch_sharding(sharding.make_mesh(config.mesh), shape[0])
-    mine = loader.rows_of_process(rows_sharding, shape)
+    mine = loader.local_rows(rows_sharding, shape)
     read = functools.partial(rows.batch, rows=mine)
-    for batch in loader.batches(read, start, start + count, workers):
+    for batch in loader.prefetch_batches(read, start, start + count, workers):
         tokens = loader.to_global(batch["tokens"], mine, rows_sharding, shape)
         yield np.ascontiguousarray(distributed.fetch(tokens), "<i4").tobytes()
 

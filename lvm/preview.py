@@ -21,7 +21,7 @@ from lvm.common import cli
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
-from lvm.data.mixture.draws import splitmix64
+from lvm.data.mixture.counter_rng import splitmix64
 from lvm.data.mixture.packing import Spans
 from lvm.data.mixture.rows import Rows
 from lvm.data.streams.codecs import PALETTE
@@ -42,30 +42,30 @@ class Cell:
     image: np.ndarray
     stream: str
     component: int
-    begins: bool
+    starts_sentence: bool
 
 
 def row_cells(rows: Rows, step: int, place: int, decode: Decode) -> list[Cell]:
     """The grids of the row at `place` of a step's batch."""
     batch = rows.batch(step, np.array([place]))
     learned = np.append(False, batch["loss_mask"][0])  # [C + 1], by token
-    pieces = rows.pieces(step * rows.batch_spec["tokens"].shape[0] + place)
-    ends = np.cumsum(pieces.lengths)
+    spans = rows.spans(step * rows.batch_spec["tokens"].shape[0] + place)
+    ends = np.cumsum(spans.lengths)
     cells: list[Cell] = []
-    for i in np.flatnonzero(pieces.components >= 0):
-        mine = learned[ends[i] - pieces.lengths[i] : ends[i]]
-        cells += _sentence_cells(rows, pieces, int(i), mine, decode)
+    for i in np.flatnonzero(spans.component_ids >= 0):
+        mine = learned[ends[i] - spans.lengths[i] : ends[i]]
+        cells += _sentence_cells(rows, spans, int(i), mine, decode)
     return cells
 
 
-def _sentence_cells(rows: Rows, pieces: Spans, i: int, learned: np.ndarray, decode: Decode) -> Iterator[Cell]:
-    component = rows.mixture.components[pieces.components[i]]
-    numbers = pieces.numbers[i : i + 1]
-    codes, grids = component.sentences(numbers)[0].astype(np.int32), component.choose(numbers)[1]
+def _sentence_cells(rows: Rows, spans: Spans, i: int, learned: np.ndarray, decode: Decode) -> Iterator[Cell]:
+    component = rows.mixture.components[spans.component_ids[i]]
+    numbers = spans.sentence_ids[i : i + 1]
+    codes, grids = component.sentences(numbers)[0].astype(np.int32), component.select_grids(numbers)[1]
     height, width = component.store.manifest["tokenizer"]["grid"]
     before = int(rows.vocabulary.bos is not None)
     state = np.zeros(before + codes.size + 1, np.uint8)  # by token: cut off 0, pale 1, learned 2
-    first = int(pieces.firsts[i])
+    first = int(spans.offsets[i])
     state[first : first + len(learned)] = 1 + learned[: len(state) - first]
     states = state[before : before + codes.size].reshape(len(codes), height, width)
     images = decode(codes)
@@ -76,10 +76,10 @@ def _sentence_cells(rows: Rows, pieces: Spans, i: int, learned: np.ndarray, deco
             pale = (image // 4 + 191).astype(np.uint8)
             drawn = np.where(pixels == 2, image, np.where(pixels == 1, pale, np.uint8(_CUT_OFF)))
             stream = component.recipe.streams[grids.streams[0, g]]
-            yield Cell(drawn, stream, int(pieces.components[i]), begins=g == 0)
+            yield Cell(drawn, stream, int(spans.component_ids[i]), starts_sentence=g == 0)
 
 
-def draw_row(cells: list[Cell], names: list[str], title: str) -> np.ndarray:
+def render_row(cells: list[Cell], names: list[str], title: str) -> np.ndarray:
     """Cells as one picture, uint8 [H, W, 3], with a legend of the components."""
     across, down = _SIDE + _GAP, _SIDE + _GAP + _LABEL + _BAR
     lines = max(1, -(-len(cells) // _A_LINE))
@@ -90,18 +90,18 @@ def draw_row(cells: list[Cell], names: list[str], title: str) -> np.ndarray:
     for place, cell in enumerate(cells):
         left = _GAP + place % _A_LINE * across
         top = 2 * _LABEL + place // _A_LINE * down
-        label = f"{names[cell.component]}: {cell.stream}" if cell.begins else cell.stream
+        label = f"{names[cell.component]}: {cell.stream}" if cell.starts_sentence else cell.stream
         draw.text((left, top - _LABEL + _BAR), label[:17], "black", font)
         colour = tuple(PALETTE[cell.component % 254 + 2].tolist())
         draw.rectangle((left, top + _BAR, left + _SIDE - 1, top + 2 * _BAR - 1), colour)
         image = Image.fromarray(cell.image).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
         paper.paste(image, (left, top + 2 * _BAR))
-        if cell.begins:
+        if cell.starts_sentence:
             draw.rectangle((left - 4, top + _BAR, left - 2, top + 2 * _BAR + _SIDE - 1), "black")
     return np.asarray(paper)
 
 
-def colours(grid: tuple[int, int]) -> Decode:
+def code_colors(grid: tuple[int, int]) -> Decode:
     """Draws codes as colours: equal codes, equal colours."""
 
     def decode(codes: np.ndarray) -> np.ndarray:
@@ -115,7 +115,7 @@ def colours(grid: tuple[int, int]) -> Decode:
 
 def report(rows: Rows, steps: int, batches: int) -> list[str]:
     """Lines: what `steps` steps read, and how full the rows of the first `batches` are."""
-    lines = rows.notes()
+    lines = rows.summary()
     names = [component.name for component in rows.mixture.components]
     counts, filled, learned, total = np.zeros(len(names), np.int64), 0, 0, 0
     for step in range(batches):
@@ -131,7 +131,8 @@ def report(rows: Rows, steps: int, batches: int) -> list[str]:
     lines.append(f"rows are {filled / total:.2%} full; {learned / total:.2%} of their targets bear loss")
     for component, count in zip(rows.mixture.components, rows.sentences_read(steps), strict=True):
         lines.append(
-            f"{component.name} after {steps} steps: {count:,} sentences, {count / component.per_epoch:.3g} epochs, "
+            f"{component.name} after {steps} steps: {count:,} sentences, "
+            f"{count / component.sentences_per_epoch:.3g} epochs, "
             f"an original {component.repetitions(count):.3g} times"
         )
     return lines
@@ -157,13 +158,13 @@ def main() -> None:
         decode: Decode = tokenizer.decode
     else:
         log_info("no config.tokenizer: every code is drawn as a colour")
-        decode = colours(tuple(header["grid"]))
+        decode = code_colors(tuple(header["grid"]))
     folder = pathlib.Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     names = [component.name for component in rows.mixture.components]
     for place in range(_ROWS.value):
         cells = row_cells(rows, _STEP.value, place, decode)
-        picture = draw_row(cells, names, f"step {_STEP.value}, row {place}")
+        picture = render_row(cells, names, f"step {_STEP.value}, row {place}")
         Image.fromarray(picture).save(folder / f"step-{_STEP.value:07d}-row-{place:04d}.png")
     log_info(f"{_ROWS.value} rows drawn in {folder}")
 

@@ -89,7 +89,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     elif loop.picture_every:
         log_info("no config.tokenizer: no pictures of answers are drawn")
     log_info(f"{count_params(task.params_shape):,} parameters, attention by {task.kernel}")
-    for line in rows.notes():
+    for line in rows.summary():
         log_info(line)
     enable_compilation_cache(loop.compilation_cache, place.path)
     # The peak that MFU is a share of is that of bfloat16.

@@ -101,7 +101,7 @@ def make_rows(folder: str, packing: str, shuffle: str = "all") -> Rows:
         "single": ComponentConfig(Single(), store=images),
         "category": ComponentConfig(Category(images=15), store=images),
         "pairs": ComponentConfig(Pairs(target="depth", shots=7), store=annotated),
-        "multi_annotation": ComponentConfig(MultiAnnotation(chosen=5, shots=3), store=annotated),
+        "multi_annotation": ComponentConfig(MultiAnnotation(num_streams=5, shots=3), store=annotated),
         "video": ComponentConfig(Video(frames=15), store=videos),
     }
     mixture = Mixture(MixtureConfig(sources, weigh_by="codes", packing=packing, shuffle=shuffle), seed=0)
@@ -158,7 +158,7 @@ def measure(make: Callable[[], Iterator[np.ndarray]]) -> float:
 
 
 def _inputs(rows: Rows, start: int = 0) -> Iterator[np.ndarray]:
-    for batch in loader.batches(rows.batch, start, start + 10**6, _WORKERS.value):
+    for batch in loader.prefetch_batches(rows.batch, start, start + 10**6, _WORKERS.value):
         yield batch["tokens"][:, :-1]
 
 

@@ -68,7 +68,7 @@ def host(job: Job, report: Report) -> None:
         preprocess = Preprocess(job["resolution"], decode=decode, resizer=resizer)
         source = open_source(job["folder"], preprocess)
         chunks = ImageBatcher(source, [(0, len(source))], Augment(0, preprocess))
-        read = loader.batches(chunks, 0, len(chunks), job["workers"])
+        read = loader.prefetch_batches(chunks, 0, len(chunks), job["workers"])
         next(iter(read))
         clock = Clock()
         for chunk in read:

@@ -102,7 +102,7 @@ def write_prompt(spec: str, resolution: int, folder: pathlib.Path, frames: int) 
     """The first frames of a held-out video as PNG files; no files where there is none."""
     source = open_source(spec, Preprocess(resolution))
     infos = [source.info(i) for i in range(len(source))]
-    mask = split.heldout(np.array([split.group_hash(info.group) for info in infos], np.uint64), _HELDOUT)
+    mask = split.heldout_mask(np.array([split.group_hash(info.group) for info in infos], np.uint64), _HELDOUT)
     folder.mkdir(parents=True, exist_ok=True)
     for number in np.flatnonzero(mask):
         if infos[number].num_frames >= frames:

@@ -219,7 +219,7 @@ class Encoder(ShardWriter):
     def _calls(self, chunks: ImageBatcher, meter: EncodingProgress) -> Iterator[_Call]:
         """All batches in order, each handed out when others are under way behind it, over the ends of shards too."""
         waiting: collections.deque[_Call] = collections.deque()
-        read = meter.waiting_for_each(iter(loader.batches(chunks, 0, len(chunks), self._workers)))
+        read = meter.waiting_for_each(iter(loader.prefetch_batches(chunks, 0, len(chunks), self._workers)))
         for place, parts in itertools.groupby(read, key=lambda chunk: int(chunk["range"])):
             for images, count, scenes in self._batched(parts):
                 codes = self._tokenizer.encode_async(images) if count else None

@@ -44,7 +44,7 @@ class ImagesConfig:
 def split_scenes(source: ImageSource, config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the scenes to train on, and of those held out."""
     hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
-    mask = split.heldout(hashes, config.heldout_fraction)
+    mask = split.heldout_mask(hashes, config.heldout_fraction)
     limit = config.max_scenes or len(source)
     return np.flatnonzero(~mask)[:limit], np.flatnonzero(mask)[:limit]
 

@@ -56,7 +56,7 @@ class Heldout:
         encode: Callable[[np.ndarray], np.ndarray],
     ):
         hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
-        mask = np.ones(len(hashes), bool) if fraction is None else split.heldout(hashes, fraction)
+        mask = np.ones(len(hashes), bool) if fraction is None else split.heldout_mask(hashes, fraction)
         numbers = np.flatnonzero(mask)
         numbers = numbers[
             :: max(1, -(-len(numbers) // max_scenes))
@@ -105,6 +105,6 @@ class Heldout:
         for number in range(count):
             rng = np.random.default_rng([seed, number])
             chosen = [usable[i] for i in rng.permutation(len(usable))[: recipe.num_scenes]]
-            grids = recipe.choose([len(scene.images) for scene in chosen], rng)
+            grids = recipe.sample_one([len(scene.images) for scene in chosen], rng)
             sentences.append(np.stack([chosen[g.scene].grid(g.frame, g.stream) for g in grids]))
         return np.stack(sentences)

@@ -238,7 +238,7 @@ class Loop:
 
     def _batches(self, start: int, total: int) -> Iterator[Batch]:
         read = functools.partial(_read_own, self._read_batch, self._step.rows, self._skipped_batches)
-        for batch in loader.batches(read, start, total, self._config.input_workers):
+        for batch in loader.prefetch_batches(read, start, total, self._config.input_workers):
             yield self._step.shard_batch(batch)
 
     def _save(self, state: State, step: int) -> None:

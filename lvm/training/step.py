@@ -63,7 +63,7 @@ class Step:
         batch_size = next(iter(task.batch_spec.values())).shape[0]
         rows = sharding.batch_sharding(mesh, batch_size)
         self.batch = {name: _with_sharding(x, rows) for name, x in task.batch_spec.items()}
-        self.rows = loader.rows_of_process(rows, (batch_size,))
+        self.rows = loader.local_rows(rows, (batch_size,))
         self._compiled: Any = None
 
     def init(self) -> State:

@@ -78,7 +78,7 @@ def make_heldout_scenes():
                 column = streams.index("segmentation")
                 for frame in range(frames):
                     ids = rng.integers(0, len(palette.names), (4, 4))
-                    images[frame, column] = palette.draw(ids)
+                    images[frame, column] = palette.render(ids)
             info = SceneInfo(f"scene {number}", f"group {number}", "", frames, tuple(streams))
             made.append(HeldoutScene(info, images, encode(images)))
         return made

@@ -8,7 +8,7 @@ from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single
 from lvm.data.mixture.rows import Rows
 from lvm.model.vocabulary import Vocabulary
-from lvm.preview import colours, draw_row, report, row_cells
+from lvm.preview import code_colors, render_row, report, row_cells
 from tests.commands import run
 
 
@@ -17,9 +17,9 @@ def make_rows(make_store):
     path = make_store([(1, 0)] * 6 + [(1, 1)] * 8)
 
     def make(context=24, **options):
-        sources = {"pairs": ComponentConfig(Pairs(shots=2)), "single": ComponentConfig(Single())}
+        components = {"pairs": ComponentConfig(Pairs(shots=2)), "single": ComponentConfig(Single())}
         return Rows(
-            Mixture(MixtureConfig(sources, path, 0.0, **options), 0), Vocabulary.for_codes(16), context, 4
+            Mixture(MixtureConfig(components, path, 0.0, **options), 0), Vocabulary.for_codes(16), context, 4
         )
 
     return make
@@ -35,24 +35,24 @@ def test_all_codes_of_a_row_are_shown(make_rows, packing):
         tokens = rows.batch(0, np.array([place]))["tokens"][0]
         learned = np.append(False, rows.batch(0, np.array([place]))["loss_mask"][0])
         assert shown[shown < 16].tolist() == tokens[(tokens < 16) & learned].tolist()
-        starts = [cell for cell in cells if cell.begins]
+        starts = [cell for cell in cells if cell.starts_sentence]
         assert len(starts) == np.count_nonzero(tokens == 16) - (tokens[-1] == 16)
-        assert {cell.stream for cell in cells if cell.source == 1} <= {"rgb"}
+        assert {cell.stream for cell in cells if cell.component == 1} <= {"rgb"}
 
 
 def test_what_bears_no_loss_is_pale(make_rows):
     rows = make_rows(packing="whole", context=30)
     rows.mixture.config.components.pop("single")
-    cells = row_cells(rows, 0, 0, colours((2, 2)))
+    cells = row_cells(rows, 0, 0, code_colors((2, 2)))
     assert all(cell.image.max() > 15 for cell in cells)
-    picture = draw_row(cells, ["pairs", "single"], "a row")
+    picture = render_row(cells, ["pairs", "single"], "a row")
     assert picture.ndim == 3
     assert picture.shape[1] > 8 * 96
 
 
 def test_the_report_counts_tokens_and_repetitions(make_rows):
     lines = "\n".join(report(make_rows(packing="whole"), steps=100, batches=3))
-    assert "tokens of the first 3 batches by source: pairs" in lines
+    assert "tokens of the first 3 batches by component: pairs" in lines
     assert "rows are" in lines
     assert "single after 100 steps" in lines
 

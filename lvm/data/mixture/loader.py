@@ -25,10 +25,10 @@ from lvm.common.errors import UserError
 # M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of <malloc.h>: all threads share one heap, which keeps what it has.
 _MALLOC = {-8: 1, -3: 2**28, -1: 2**28}
 _INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32)
-AHEAD = 4  # batches that are ready before they are asked for (by each worker)
+PREFETCH = 4  # batches that are ready before they are asked for (by each worker)
 
 
-def batches(
+def prefetch_batches(
     read: Callable[[int], Mapping[str, np.ndarray]], start: int, stop: int, workers: int = 0
 ) -> Iterator[Mapping[str, np.ndarray]]:
     """`read(start)`, `read(start + 1)` … up to `stop`, in this order, some of them read ahead.
@@ -50,7 +50,7 @@ def batches(
     steps = grain.MapDataset.range(start, stop).map(_InWorker(read) if workers else read)
     if not workers:
         _keep_memory()
-        yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=AHEAD))
+        yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH))
         return
     if not flags.FLAGS.is_parsed():
         # Grain asks absl for debugging flags of its own before it starts a worker; in a notebook or a test
@@ -58,20 +58,20 @@ def batches(
         flags.FLAGS.mark_as_parsed()
     _start_quiet_tracker()
     # A worker reads in one thread: there are more workers where more is wanted.
-    one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
+    one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCH)
     iterator = iter(steps.to_iter_dataset(one_thread).mp_prefetch(options))
     try:
         for packed in iterator:
             # Workers hand over memory that all processes share and that goes when the last view does. JAX may
             # keep what it is given for longer than it shows, so it gets a copy.
-            yield unpack(packed)
+            yield decompress(packed)
             del packed
     finally:
         iterator.close()
 
 
-def pack(batch: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def compress(batch: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """A batch in fewer bytes without loss: what processes share costs by the page.
 
     Rows that are one row are kept once, truths as bits, integers in as few bytes as they need.
@@ -79,8 +79,8 @@ def pack(batch: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     return {name: _pack(np.asarray(x)) for name, x in batch.items()}
 
 
-def unpack(packed: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The batch that `pack` was given, in memory of its own."""
+def decompress(packed: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The batch that `compress` was given, in memory of its own."""
     return {name: _unpack(**x) for name, x in packed.items()}
 
 
@@ -114,7 +114,7 @@ class _InWorker:
         if not _InWorker._begun:
             _InWorker._begun = True
             _begin_worker()
-        return pack(self._read(step))
+        return compress(self._read(step))
 
 
 def _begin_worker() -> None:
@@ -158,7 +158,7 @@ def _start_quiet_tracker() -> None:
             os.environ["PYTHONWARNINGS"] = before
 
 
-def rows_of_process(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
+def local_rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
     """The rows of a global array that the devices of this process hold, int64 [n], ascending, each once.
 
     Where an axis that doesn't split the batch spans processes, several of them hold the same row.
@@ -169,7 +169,7 @@ def rows_of_process(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def to_global(local: np.ndarray, rows: np.ndarray, sharding: Sharding, shape: tuple[int, ...]) -> jax.Array:
-    """A global array of `shape` from `rows`, [n, ...], of it: those of `rows_of_process`."""
+    """A global array of `shape` from `rows`, [n, ...], of it: those of `local_rows`."""
 
     def part(index: Any) -> np.ndarray:
         first, last, _ = index[0].indices(shape[0])

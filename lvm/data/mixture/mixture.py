@@ -23,9 +23,9 @@ from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.common.seeding import derive_seed
-from lvm.data.mixture import split
 from lvm.data.mixture.permutation import SHUFFLES
 from lvm.data.mixture.sentences import AnyStore, ComponentConfig, ComponentSentences, usable
+from lvm.data.mixture.split import check_fraction
 from lvm.data.store import jsonl
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore
 from lvm.data.store.reader import Store
@@ -81,17 +81,17 @@ class MixtureConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        split.check_fraction(self.heldout_fraction)
+        check_fraction(self.heldout_fraction)
 
 
 class Mixture:
-    """All sentences of a training or held-out side, in their final order.
+    """All sentences of a training or held-out split, in their final order.
 
     Args:
       config: the parts.
       seed: the order's seed.
-      side: "train" or "heldout". Where a component has too few held-out scenes for a sentence, the held-out side
-        does without it, and says so; the training side does with `allow_missing` alone.
+      split: "train" or "heldout". Where a component has too few held-out scenes for a sentence, the held-out split
+        does without it, and says so; the training split does with `allow_missing` alone.
 
     Attributes:
       components: the parts that are there, in the order of their names.
@@ -104,7 +104,7 @@ class Mixture:
         reported together), stores of different tokenizers.
     """
 
-    def __init__(self, config: MixtureConfig, seed: int, side: str = "train"):
+    def __init__(self, config: MixtureConfig, seed: int, split: str = "train"):
         if not config.components:
             raise UserError("config.data.components: empty; name at least one component")
         # The order of names decides nothing.
@@ -122,29 +122,31 @@ class Mixture:
                 part,
                 stores[part.store or config.store],
                 config.heldout_fraction,
-                side,
-                _seed(seed, number, side),
+                split,
+                _seed(seed, number, split),
                 config.shuffle,
             )
             for number, (name, part) in enumerate(
                 (name, part) for name, part in parts.items() if name not in missing
             )
         ]
-        short = {component.name: component.shortage() for component in made if not component.per_epoch}
-        self.components = [component for component in made if component.per_epoch]
-        refused = missing if side == "heldout" and self.components else missing | short
+        short = {
+            component.name: component.shortage() for component in made if not component.sentences_per_epoch
+        }
+        self.components = [component for component in made if component.sentences_per_epoch]
+        refused = missing if split == "heldout" and self.components else missing | short
         _report(refused, missing | short, may_miss=config.allow_missing and bool(self.components))
         self.config, self._given_seed = config, seed
-        self.seed = _seed(seed, len(self.components), side)
+        self.seed = _seed(seed, len(self.components), split)
         self._bounds = _bounds(config.weigh_by, self.components)
         self.shares = np.diff(self._bounds) / _SCALE
 
-    def before(self, block: int) -> list[int]:
+    def sentences_before(self, block: int) -> list[int]:
         """How many sentences of each component lie before `block`."""
         reached = [block * BLOCK * bound // _SCALE for bound in self._bounds]
         return [high - low for low, high in itertools.pairwise(reached)]
 
-    def counts(self, first: int, last: int) -> np.ndarray:
+    def block_counts(self, first: int, last: int) -> np.ndarray:
         """How many sentences of each component lie in each of the blocks [first, last): int64 [blocks, components]."""
         # Below PERIOD nothing overflows, and counts repeat after it.
         edges = np.arange(first, last + 1, dtype=np.uint64)[:, None] * np.uint64(BLOCK)
@@ -160,7 +162,7 @@ class Mixture:
     @functools.lru_cache(maxsize=64)  # noqa: B019 (a mixture lives as long as its process)
     def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The block's sentences: component ids int16 [BLOCK] and numbers within their component int64 [BLOCK]."""
-        first, last = self.before(block), self.before(block + 1)
+        first, last = self.sentences_before(block), self.sentences_before(block + 1)
         counts = [after - before for before, after in zip(first, last, strict=True)]
         ids = np.repeat(np.arange(len(counts)), counts)
         ids = ids[np.random.default_rng([self.seed, block]).permutation(BLOCK)]
@@ -176,7 +178,7 @@ class Mixture:
             component.name: {
                 "recipe": to_json(component.recipe),
                 "share": float(share),
-                "sentences": component.per_epoch,
+                "sentences": component.sentences_per_epoch,
                 "store": component.store.identity(),
             }
             for component, share in zip(self.components, self.shares, strict=True)
@@ -260,5 +262,5 @@ def _bounds(weigh_by: str, components: list[ComponentSentences]) -> list[int]:
     return bounds
 
 
-def _seed(seed: int, number: int, side: str) -> int:
-    return derive_seed(seed, number, side == "heldout") >> 1
+def _seed(seed: int, number: int, split: str) -> int:
+    return derive_seed(seed, number, split == "heldout") >> 1

@@ -19,18 +19,18 @@ class Spans:
     """Parts of sentences, and PAD, one after the other.
 
     Attributes:
-      components: int16 [p], −1 for PAD.
-      numbers: int64 [p], the sentence within its component.
-      firsts: int64 [p], the first token taken of it.
+      component_ids: int16 [p], −1 for PAD.
+      sentence_ids: int64 [p], the sentence within its component.
+      offsets: int64 [p], the first token taken of it.
       lengths: int64 [p], tokens taken.
-      segments: int32 [p], the place of the sentence in its row, from 1 on; 0 for PAD and in `concat`.
+      segment_ids: int32 [p], the place of the sentence in its row, from 1 on; 0 for PAD and in `concat`.
     """
 
-    components: np.ndarray
-    numbers: np.ndarray
-    firsts: np.ndarray
+    component_ids: np.ndarray
+    sentence_ids: np.ndarray
+    offsets: np.ndarray
     lengths: np.ndarray
-    segments: np.ndarray
+    segment_ids: np.ndarray
 
     def take(self, part: slice) -> Spans:
         """Some of them that follow each other."""
@@ -59,10 +59,10 @@ class ConcatPacker:
         self._mixture, self._lengths, self.stride = mixture, lengths, context
         self._block_tokens = float(mixture.shares @ lengths) * BLOCK  # on average
 
-    def pieces(self, first: int, count: int) -> Spans:
+    def spans(self, first: int, count: int) -> Spans:
         """What the rows [first, first + count) are made of: together count · C + 1 tokens."""
         start, stop = first * self.stride, (first + count) * self.stride + 1
-        blocks = range(self.block(first), self._find(stop - 1) + 1)
+        blocks = range(self.block_of_row(first), self._find(stop - 1) + 1)
         made = [self._mixture.block(block) for block in blocks]
         components, numbers = (np.concatenate(parts) for parts in zip(*made, strict=True))
         ends = np.cumsum(self._lengths[components]) + self._tokens_before(blocks[0])
@@ -73,7 +73,7 @@ class ConcatPacker:
         lengths = np.minimum(ends, stop) - starts - firsts
         return Spans(components, numbers, firsts, lengths, np.zeros(len(components), np.int32))
 
-    def block(self, row: int) -> int:
+    def block_of_row(self, row: int) -> int:
         """The block of the sentence that a row begins in."""
         return self._find(row * self.stride)
 
@@ -87,7 +87,7 @@ class ConcatPacker:
         return block
 
     def _tokens_before(self, block: int) -> int:
-        counts = self._mixture.before(block)
+        counts = self._mixture.sentences_before(block)
         return sum(count * int(length) for count, length in zip(counts, self._lengths, strict=True))
 
 
@@ -107,7 +107,7 @@ class BestFitPacker:
         self._lengths, self._kinds = np.unique(lengths, return_inverse=True)  # [kinds], [components]
         self._rows_before = [0]  # of the blocks 0, _STRIDE, 2 · _STRIDE …
 
-    def pieces(self, first: int, count: int) -> Spans:
+    def spans(self, first: int, count: int) -> Spans:
         """What the rows [first, first + count) are made of: together count · (C + 1) tokens."""
         parts = []
         while count:
@@ -118,7 +118,7 @@ class BestFitPacker:
             first, count = first + rows, count - rows
         return Spans.join(parts)
 
-    def block(self, row: int) -> int:
+    def block_of_row(self, row: int) -> int:
         """The block that a row belongs to."""
         return self._find(row)[0]
 
@@ -146,7 +146,7 @@ class BestFitPacker:
     @functools.lru_cache(maxsize=8)  # noqa: B019 (it lives as long as its process)
     def _row_counts(self, stretch: int) -> np.ndarray:
         """Rows of each of the `_STRIDE` blocks from stretch · `_STRIDE` on: int64 [`_STRIDE`]."""
-        counts = self._mixture.counts(stretch * _STRIDE, (stretch + 1) * _STRIDE)
+        counts = self._mixture.block_counts(stretch * _STRIDE, (stretch + 1) * _STRIDE)
         by_kind = np.stack([counts[:, self._kinds == kind].sum(1) for kind in range(len(self._lengths))], 1)
         # Few blocks differ. As one number each they are told apart sooner, where seven digits are enough.
         digits = (BLOCK + 1) ** np.arange(len(self._lengths)) if len(self._lengths) <= 7 else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lvm.data.mixture.draws import CounterRng, splitmix64
+from lvm.data.mixture.counter_rng import CounterRng, splitmix64
 
 SHUFFLES = ("all", "blocks")
 PAGE = 64  # neighbours that stay together in the first step of "blocks": a record holds as many single images
@@ -18,7 +18,7 @@ _ROUNDS = 6
 _ONE = np.uint64(1)
 
 
-def order(places: np.ndarray, n: int, seed: int, shuffle: str, scenes: int = 1) -> np.ndarray:
+def shuffle_indices(places: np.ndarray, n: int, seed: int, shuffle: str, scenes: int = 1) -> np.ndarray:
     """What stands at `places` of a seeded order of [0, n): int64, shaped as `places`.
 
     `shuffle` is "all" (every order alike) or "blocks" (`permute_pages`, of things of so many `scenes` each).

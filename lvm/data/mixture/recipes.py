@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.data.mixture.draws import CounterRng
+from lvm.data.mixture.counter_rng import CounterRng
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +69,23 @@ class Recipe(abc.ABC):
         """Streams that a scene must have."""
 
     @property
-    def answers(self) -> np.ndarray:
+    def answer_mask(self) -> np.ndarray:
         """bool [G]: the grids that follow from those before them; in a sequence, all but the first."""
         return np.arange(self.num_grids) > 0
 
     @abc.abstractmethod
-    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
         """The grids of n sentences.
 
         Args:
-          lengths: int64 [n, `num_scenes`], the frames of each scene, all ≥ `min_frames`.
-          draws: the sentences' own random numbers.
+          num_frames: int64 [n, `num_scenes`], the frames of each scene, all ≥ `min_frames`.
+          rng: the sentences' own random numbers.
         """
 
-    def choose(self, num_frames: Sequence[int], rng: np.random.Generator) -> list[Grid]:
+    def sample_one(self, num_frames: Sequence[int], rng: np.random.Generator) -> list[Grid]:
         """The grids of one sentence, from scenes of `num_frames` frames; takes one number of `rng`."""
-        draws = CounterRng(int(rng.integers(2**63)), np.zeros(1, np.int64))
-        grids = self.choose_many(np.array([num_frames], np.int64), draws)
+        seeded = CounterRng(int(rng.integers(2**63)), np.zeros(1, np.int64))
+        grids = self.sample(np.array([num_frames], np.int64), seeded)
         places = zip(
             grids.scenes[0].tolist(), grids.frames[0].tolist(), grids.streams[0].tolist(), strict=True
         )
@@ -104,8 +104,8 @@ def _check_positive(recipe: Any, *names: str) -> None:
 
 
 def _check_differ(recipe: Any) -> None:
-    if recipe.source == recipe.target:
-        raise UserError(f"target: {recipe.target!r} is the source too; they must be two streams")
+    if recipe.input == recipe.target:
+        raise UserError(f"target: {recipe.target!r} is the input too; they must be two streams")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Single(Recipe):
     def streams(self) -> tuple[str, ...]:
         return (self.stream,)
 
-    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
-        return _grids(lengths, 0, draws.below(lengths), 0)
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        return _grids(num_frames, 0, rng.integers(num_frames), 0)
 
 
 class _Strided(Recipe):
@@ -142,13 +142,13 @@ class _Strided(Recipe):
     def min_frames(self) -> int:
         return (self.frames - 1) * min(self.strides) + 1
 
-    def _frames(self, lengths: np.ndarray, draws: CounterRng) -> np.ndarray:
+    def _frames(self, num_frames: np.ndarray, rng: CounterRng) -> np.ndarray:
         """int64 [n, frames]: every stride that fits is as likely, then every start."""
-        length, strides = lengths[:, 0], np.array(self.strides)
+        length, strides = num_frames[:, 0], np.array(self.strides)
         fits = (self.frames - 1) * strides < length[:, None]  # [n, strides]
-        which = draws.below(np.count_nonzero(fits, axis=1))
+        which = rng.integers(np.count_nonzero(fits, axis=1))
         stride = strides[np.argmax(np.cumsum(fits, axis=1) > which[:, None], axis=1)]  # [n]
-        start = draws.below(length - (self.frames - 1) * stride)
+        start = rng.integers(length - (self.frames - 1) * stride)
         return start[:, None] + np.arange(self.frames) * stride[:, None]
 
 
@@ -175,8 +175,8 @@ class Video(_Strided):
     def streams(self) -> tuple[str, ...]:
         return (self.stream,)
 
-    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
-        frames = self._frames(lengths, draws)
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        frames = self._frames(num_frames, rng)
         return _grids(frames, 0, frames, 0)
 
 
@@ -209,8 +209,8 @@ class Rotation(Recipe):
     def streams(self) -> tuple[str, ...]:
         return (self.stream,)
 
-    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
-        frames = (draws.below(lengths) + np.arange(self.views) * self.step) % lengths
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        frames = (rng.integers(num_frames) + np.arange(self.views) * self.step) % num_frames
         return _grids(frames, 0, frames, 0)
 
 
@@ -242,8 +242,8 @@ class Category(Recipe):
     def streams(self) -> tuple[str, ...]:
         return (self.stream,)
 
-    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
-        return _grids(lengths, np.arange(self.images), draws.below(lengths), 0)
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        return _grids(num_frames, np.arange(self.images), rng.integers(num_frames), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,12 +251,12 @@ class Pairs(Recipe):
     """x1 y1 x2 y2 …: an image and its annotation, `shots` times, each from another scene.
 
     Attributes:
-      source, target: the streams of x and y.
+      input, target: the streams of x and y.
       shots: pairs a sentence; the paper takes 8.
     """
 
     kind = "pairs"
-    source: str = "rgb"
+    input: str = "rgb"
     target: str = "segmentation"
     shots: int = 8
 
@@ -274,14 +274,14 @@ class Pairs(Recipe):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        return (self.source, self.target)
+        return (self.input, self.target)
 
     @property
-    def answers(self) -> np.ndarray:
+    def answer_mask(self) -> np.ndarray:
         return np.tile([False, True], self.shots)
 
-    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
-        frames = np.repeat(draws.below(lengths), 2, axis=1)
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        frames = np.repeat(rng.integers(num_frames), 2, axis=1)
         places = np.arange(self.num_grids)
         return _grids(frames, places // 2, frames, places % 2)
 
@@ -294,24 +294,24 @@ class MultiAnnotation(Recipe):
     names neither the number of streams nor that of scenes; by default they are four by four.
 
     Attributes:
-      source, annotations: the 1 + k streams.
-      chosen: m, how many of them a sentence shows.
+      input, annotations: the 1 + k streams.
+      num_streams: m, how many of them a sentence shows.
       shots: scenes a sentence.
     """
 
     kind = "multi_annotation"
-    source: str = "rgb"
+    input: str = "rgb"
     annotations: tuple[str, ...] = ("segmentation", "depth", "normals", "edges")
-    chosen: int = 4
+    num_streams: int = 4
     shots: int = 4
 
     def __post_init__(self) -> None:
         _check_positive(self, "shots")
         if len(set(self.streams)) < len(self.streams):
-            raise UserError(f"annotations: {self.annotations} with {self.source!r} name a stream twice")
-        if not 2 <= self.chosen <= len(self.streams):
+            raise UserError(f"annotations: {self.annotations} with {self.input!r} name a stream twice")
+        if not 2 <= self.num_streams <= len(self.streams):
             raise UserError(
-                f"chosen: {self.chosen} is not from 2 to {len(self.streams)}, the number of streams"
+                f"num_streams: {self.num_streams} is not from 2 to {len(self.streams)}, the number of streams"
             )
 
     @property
@@ -320,26 +320,26 @@ class MultiAnnotation(Recipe):
 
     @property
     def num_grids(self) -> int:
-        return self.chosen * self.shots
+        return self.num_streams * self.shots
 
     @property
     def streams(self) -> tuple[str, ...]:
-        return (self.source, *self.annotations)
+        return (self.input, *self.annotations)
 
     @property
-    def answers(self) -> np.ndarray:
-        return np.arange(self.num_grids) % self.chosen > 0
+    def answer_mask(self) -> np.ndarray:
+        return np.arange(self.num_grids) % self.num_streams > 0
 
-    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
-        frames = np.repeat(draws.below(lengths), self.chosen, axis=1)
-        shown = draws.shuffled(len(self.streams))[:, : self.chosen]
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        frames = np.repeat(rng.integers(num_frames), self.num_streams, axis=1)
+        shown = rng.permutations(len(self.streams))[:, : self.num_streams]
         places = np.arange(self.num_grids)
-        return _grids(frames, places // self.chosen, frames, np.tile(shown, (1, self.shots)))
+        return _grids(frames, places // self.num_streams, frames, np.tile(shown, (1, self.shots)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _AnnotatedVideo(_Strided):
-    source: str = "rgb"
+    input: str = "rgb"
     target: str = "segmentation"
     frames: int = 8
     strides: tuple[int, ...] = (10, 20, 30)
@@ -354,7 +354,7 @@ class _AnnotatedVideo(_Strided):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        return (self.source, self.target)
+        return (self.input, self.target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,18 +362,18 @@ class Interleaved(_AnnotatedVideo):
     """x1 y1 x2 y2 …: the frames of a video, each followed by its annotation.
 
     Attributes:
-      source, target: the streams of x and y.
+      input, target: the streams of x and y.
       frames, strides: as `Video`'s; 8 frames with their annotations are the paper's 16 images.
     """
 
     kind = "interleaved"
 
     @property
-    def answers(self) -> np.ndarray:
+    def answer_mask(self) -> np.ndarray:
         return np.tile([False, True], self.frames)
 
-    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
-        frames = np.repeat(self._frames(lengths, draws), 2, axis=1)
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        frames = np.repeat(self._frames(num_frames, rng), 2, axis=1)
         return _grids(frames, 0, frames, np.arange(self.num_grids) % 2)
 
 
@@ -384,9 +384,9 @@ class Separated(_AnnotatedVideo):
     kind = "separated"
 
     @property
-    def answers(self) -> np.ndarray:
+    def answer_mask(self) -> np.ndarray:
         return np.repeat([False, True], self.frames)
 
-    def choose_many(self, lengths: np.ndarray, draws: CounterRng) -> Grids:
-        frames = np.tile(self._frames(lengths, draws), (1, 2))
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        frames = np.tile(self._frames(num_frames, rng), (1, 2))
         return _grids(frames, 0, frames, np.arange(self.num_grids) // self.frames)

@@ -73,13 +73,15 @@ class Rows:
         self._whole = mixture.config.packing == "whole"
         specials = (vocabulary.bos is not None) + (vocabulary.eos is not None)
         N = mixture.stores[0].codes_per_image
-        self.lengths = np.array([s.recipe.num_grids * N + specials for s in mixture.components], np.int64)
+        self.sentence_lengths = np.array(
+            [s.recipe.num_grids * N + specials for s in mixture.components], np.int64
+        )
         _check_answers(mixture)
         if self._whole:
             _check_pad(vocabulary)
-            self.lengths = _shortened(mixture, self.lengths, vocabulary, context)
-        self.packing: ConcatPacker | BestFitPacker = (BestFitPacker if self._whole else ConcatPacker)(
-            mixture, self.lengths, context
+            self.sentence_lengths = _shortened(mixture, self.sentence_lengths, vocabulary, context)
+        self.packer: ConcatPacker | BestFitPacker = (BestFitPacker if self._whole else ConcatPacker)(
+            mixture, self.sentence_lengths, context
         )
 
     @property
@@ -109,24 +111,26 @@ class Rows:
             else {name: np.concatenate([part[name] for part in made]) for name in made[0]}
         )
 
-    def pieces(self, row: int) -> Spans:
+    def spans(self, row: int) -> Spans:
         """What row `number` is made of."""
-        return self.packing.pieces(row, 1)
+        return self.packer.spans(row, 1)
 
     def sentences_read(self, steps: int) -> list[int]:
         """How many sentences of each component the first `steps` batches read, to the end of a block."""
-        return self.mixture.before(self.packing.block(max(0, steps * self._batch_size - 1)) + 1)
+        return self.mixture.sentences_before(
+            self.packer.block_of_row(max(0, steps * self._batch_size - 1)) + 1
+        )
 
     def check_repetitions(self, steps: int) -> None:
         """Raises UserError where so many batches repeat a component more often than its `max_repetitions`."""
         for component, count in zip(self.mixture.components, self.sentences_read(steps), strict=True):
             component.check_repetitions(count)
 
-    def notes(self) -> list[str]:
+    def summary(self) -> list[str]:
         """What a user should know of each component: an epoch in rows, and what is lost, a line each."""
         N, lines = self.mixture.stores[0].codes_per_image, []
-        for component, length in zip(self.mixture.components, self.lengths.tolist(), strict=True):
-            tokens, sentences = component.per_epoch * length, component.per_epoch
+        for component, length in zip(self.mixture.components, self.sentence_lengths.tolist(), strict=True):
+            tokens, sentences = component.sentences_per_epoch * length, component.sentences_per_epoch
             if self._whole:
                 a_row = (self.context + 1) // length
                 rows, rest = divmod(sentences, a_row)
@@ -138,8 +142,8 @@ class Rows:
             full = component.recipe.num_grids * N + len(self._specials())
             if length < full:
                 line += f"; all {sentences} lose their EOS: they have {full} tokens, a row {self.context + 1}"
-            if component.left_out:
-                line += f"; {component.left_out} scenes left out: too short, without its streams, or of a small class"
+            if component.num_excluded:
+                line += f"; {component.num_excluded} scenes left out: too short, without its streams, or of a small class"
             lines.append(line)
         return lines
 
@@ -148,46 +152,48 @@ class Rows:
 
     def _run(self, first: int, count: int) -> dict[str, np.ndarray]:
         """The rows [first, first + count), by `batch_spec`."""
-        C, pieces = self.context, self.packing.pieces(first, count)
-        tokens, learned = self._lay(pieces)
+        C, spans = self.context, self.packer.spans(first, count)
+        tokens, learned = self._lay(spans)
 
         def cut(flat: np.ndarray) -> np.ndarray:  # → [count, C + 1]
-            return np.lib.stride_tricks.sliding_window_view(flat, C + 1)[:: self.packing.stride]
+            return np.lib.stride_tricks.sliding_window_view(flat, C + 1)[:: self.packer.stride]
 
         def spread(values: np.ndarray) -> np.ndarray:
-            return cut(np.repeat(values, pieces.lengths))
+            return cut(np.repeat(values, spans.lengths))
 
         batch = {
             "tokens": cut(tokens).copy(),
             "loss_mask": cut(learned)[:, 1:].copy(),
-            "component_ids": spread(pieces.components)[:, 1:].copy(),
+            "component_ids": spread(spans.component_ids)[:, 1:].copy(),
         }
         if not self._whole:
             return batch | {"positions": np.broadcast_to(np.arange(C, dtype=np.int32), (count, C))}
         positions = np.arange(len(tokens), dtype=np.int32)
-        ends = np.cumsum(pieces.lengths)
-        positions -= np.repeat((ends - pieces.lengths).astype(np.int32), pieces.lengths)
-        for end, length in zip(ends[pieces.segments == 0], pieces.lengths[pieces.segments == 0], strict=True):
+        ends = np.cumsum(spans.lengths)
+        positions -= np.repeat((ends - spans.lengths).astype(np.int32), spans.lengths)
+        for end, length in zip(
+            ends[spans.segment_ids == 0], spans.lengths[spans.segment_ids == 0], strict=True
+        ):
             positions[end - length : end] = 0
         return batch | {
-            "segment_ids": spread(pieces.segments)[:, :C].copy(),
+            "segment_ids": spread(spans.segment_ids)[:, :C].copy(),
             "positions": cut(positions)[:, :C].copy(),
         }
 
-    def _lay(self, pieces: Spans) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of pieces, int32 [n], and which of them are learned, bool [n]."""
-        ends = np.cumsum(pieces.lengths)
+    def _lay(self, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of spans, int32 [n], and which of them are learned, bool [n]."""
+        ends = np.cumsum(spans.lengths)
         pad = self.vocabulary.pad or 0
         tokens = np.full(ends[-1], pad, np.int32)
         learned = np.zeros(len(tokens), bool)
-        for component in np.unique(pieces.components[pieces.components >= 0]).tolist():
-            mine = np.flatnonzero(pieces.components == component)
-            numbers, which = np.unique(pieces.numbers[mine], return_inverse=True)
+        for component in np.unique(spans.component_ids[spans.component_ids >= 0]).tolist():
+            mine = np.flatnonzero(spans.component_ids == component)
+            numbers, which = np.unique(spans.sentence_ids[mine], return_inverse=True)
             sentences, damaged = self._readable(component, numbers)
             template = self._learned(component)
-            stops, lengths = ends[mine].tolist(), pieces.lengths[mine].tolist()
+            stops, lengths = ends[mine].tolist(), spans.lengths[mine].tolist()
             for i, stop, length, first in zip(
-                which, stops, lengths, pieces.firsts[mine].tolist(), strict=True
+                which, stops, lengths, spans.offsets[mine].tolist(), strict=True
             ):
                 if damaged[i]:
                     continue
@@ -206,7 +212,7 @@ class Rows:
         except DamagedError:
             if not self.mixture.config.skip_damaged:
                 raise
-        tokens = np.zeros((len(numbers), self.lengths[component] + 1), np.int32)
+        tokens = np.zeros((len(numbers), self.sentence_lengths[component] + 1), np.int32)
         damaged = np.zeros(len(numbers), bool)
         for place, number in enumerate(numbers):
             try:
@@ -234,17 +240,17 @@ class Rows:
     def _learned(self, component: int) -> np.ndarray:
         """bool [length]: the tokens of a component's sentences that are learned."""
         recipe, N = self.mixture.components[component].recipe, self.mixture.stores[0].codes_per_image
-        learned = np.ones(self.lengths[component], bool)
+        learned = np.ones(self.sentence_lengths[component], bool)
         if self.mixture.config.loss == "answers":
             before = self.vocabulary.bos is not None
-            learned = np.pad(np.repeat(recipe.answers, N), (before, 1))[: len(learned)]
+            learned = np.pad(np.repeat(recipe.answer_mask, N), (before, 1))[: len(learned)]
         if self._whole:
             learned[0] = False  # no token of its segment stands before it
         return learned
 
 
 def _check_answers(mixture: Mixture) -> None:
-    without = [component.name for component in mixture.components if not component.recipe.answers.any()]
+    without = [component.name for component in mixture.components if not component.recipe.answer_mask.any()]
     if mixture.config.loss == "answers" and without:
         raise UserError(
             f"config.data.loss: 'answers', but the sentences of {', '.join(without)} are one image and answer nothing; "

@@ -9,8 +9,8 @@ import math
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.data.mixture import epochs
-from lvm.data.mixture.draws import CounterRng
+from lvm.data.mixture import sampler
+from lvm.data.mixture.counter_rng import CounterRng
 from lvm.data.mixture.recipes import Grids, Recipe
 from lvm.data.store.jsonl import JsonlStore
 from lvm.data.store.reader import Store
@@ -50,13 +50,13 @@ class ComponentSentences:
       name: in the mixture.
       config: its part there.
       store: its scenes.
-      heldout_fraction, side: "train" takes the groups that aren't held out, "heldout" the others.
+      heldout_fraction, split: "train" takes the groups that aren't held out, "heldout" the others.
       seed, shuffle: of the order.
 
     Attributes:
       num_scenes: scenes that an epoch draws from.
-      per_epoch: sentences an epoch.
-      left_out: scenes of this side that lack frames or streams for the recipe, or whose class is too small.
+      sentences_per_epoch: sentences an epoch.
+      num_excluded: scenes of this split that lack frames or streams for the recipe, or whose class is too small.
     """
 
     def __init__(
@@ -65,25 +65,25 @@ class ComponentSentences:
         config: ComponentConfig,
         store: AnyStore,
         heldout_fraction: float,
-        side: str,
+        split: str,
         seed: int,
         shuffle: str,
     ):
         self.name, self.recipe, self.config, self.store = name, config.recipe, config, store
-        self._seed, self._heldout_fraction, self._side = seed, heldout_fraction, side
-        selection = epochs.RankIndex(store.indexes, lambda entries: self._keep(entries))
-        on_side = sum(int(self._on_side(entries).sum()) for entries in epochs.chunks(store.indexes))
+        self._seed, self._heldout_fraction, self._side = seed, heldout_fraction, split
+        selection = sampler.RankIndex(store.indexes, lambda entries: self._keep(entries))
+        in_split = sum(int(self._in_split(entries).sum()) for entries in sampler.split_chunks(store.indexes))
         k = config.recipe.num_scenes
-        self._order: epochs.SceneSampler | epochs.ClassSampler
+        self._order: sampler.SceneSampler | sampler.ClassSampler
         if config.recipe.same_class:
-            self._order = epochs.ClassSampler(
+            self._order = sampler.ClassSampler(
                 selection, lambda numbers: _class_ids(store, numbers), k, seed, shuffle
             )
         else:
-            self._order = epochs.SceneSampler(selection, k, seed, shuffle)
-        self.num_scenes = len(selection) - self._order.left_out
-        self.left_out = on_side - self.num_scenes
-        self.per_epoch = self._order.per_epoch
+            self._order = sampler.SceneSampler(selection, k, seed, shuffle)
+        self.num_scenes = len(selection) - self._order.num_excluded
+        self.num_excluded = in_split - self.num_scenes
+        self.sentences_per_epoch = self._order.sentences_per_epoch
         self._columns = np.array(
             [
                 [names.index(s) if s in names else -1 for s in self.recipe.streams]
@@ -93,10 +93,10 @@ class ComponentSentences:
 
     def shortage(self) -> str:
         """Why there is no sentence, or ""."""
-        if self.per_epoch:
+        if self.sentences_per_epoch:
             return ""
         k = self.recipe.num_scenes
-        if isinstance(self._order, epochs.ClassSampler):
+        if isinstance(self._order, sampler.ClassSampler):
             return (
                 f"no class has {k} {self._side} scenes in {self.store.path} with the streams and frames for it, "
                 f"the largest has {self._order.largest}"
@@ -117,7 +117,7 @@ class ComponentSentences:
         codes = self.store.grids(entries.ravel(), grids.frames.ravel(), columns.ravel())
         return codes.reshape(*entries.shape, -1)
 
-    def choose(self, numbers: np.ndarray) -> tuple[np.ndarray, Grids]:
+    def select_grids(self, numbers: np.ndarray) -> tuple[np.ndarray, Grids]:
         """Scene numbers int64 [n, grids] of the sentences at `numbers`, and which of their grids."""
         scenes, grids, _ = self._choose(numbers)
         return np.take_along_axis(scenes, grids.scenes, axis=1), grids
@@ -125,23 +125,23 @@ class ComponentSentences:
     def _choose(self, numbers: np.ndarray) -> tuple[np.ndarray, Grids, np.ndarray]:
         """Scene numbers int64 [n, scenes] of sentences, their grids, and the store's entry of each grid [n, grids]."""
         scenes = np.empty((len(numbers), self.recipe.num_scenes), np.int64)
-        epoch_of, places = np.divmod(numbers, self.per_epoch)
+        epoch_of, places = np.divmod(numbers, self.sentences_per_epoch)
         for epoch in np.unique(epoch_of):
             mine = epoch_of == epoch
             scenes[mine] = self._order.scenes(places[mine], int(epoch))
         entries = self.store.entries(scenes.ravel()).reshape(scenes.shape)
-        grids = self.recipe.choose_many(entries["frames"].astype(np.int64), CounterRng(self._seed, numbers))
+        grids = self.recipe.sample(entries["frames"].astype(np.int64), CounterRng(self._seed, numbers))
         return scenes, grids, np.take_along_axis(entries, grids.scenes, axis=1)
 
     @functools.cached_property
-    def copies(self) -> float:
+    def scenes_per_group(self) -> float:
         """Scenes an original: how often an epoch repeats it. Estimated where there are millions of originals."""
         share = max(
             1, self.num_scenes // _COUNTED
         )  # groups are told apart by hashes: a range of them is a sample
         groups = np.zeros(0, np.uint64)
         scenes = 0
-        for entries in epochs.chunks(self.store.indexes):
+        for entries in sampler.split_chunks(self.store.indexes):
             mine = entries["group"][self._keep(entries)]
             mine = mine[mine % np.uint64(share) == 0]
             groups, scenes = np.union1d(groups, mine), scenes + len(mine)
@@ -149,7 +149,7 @@ class ComponentSentences:
 
     def repetitions(self, count: int) -> float:
         """How often `count` sentences show an original, on average."""
-        return count / self.per_epoch * self.copies
+        return count / self.sentences_per_epoch * self.scenes_per_group
 
     def check_repetitions(self, count: int) -> None:
         """Raises UserError where the first `count` sentences would show originals too often."""
@@ -157,17 +157,18 @@ class ComponentSentences:
         if limit and self.repetitions(count) > limit:
             raise UserError(
                 f"config.data.components.{self.name}.max_repetitions: {count} sentences are "
-                f"{count / self.per_epoch:.4g} epochs of it and show an original {self.repetitions(count):.4g} "
+                f"{count / self.sentences_per_epoch:.4g} epochs of it "
+                f"and show an original {self.repetitions(count):.4g} "
                 f"times, more than {limit:g}; "
                 "a smaller weight, fewer steps or more scenes would do"
             )
 
-    def _on_side(self, entries: np.ndarray) -> np.ndarray:
+    def _in_split(self, entries: np.ndarray) -> np.ndarray:
         heldout = self.store.heldout(self._heldout_fraction, entries)
         return heldout if self._side == "heldout" else ~heldout
 
     def _keep(self, entries: np.ndarray) -> np.ndarray:
-        return self._on_side(entries) & usable(self.store, self.recipe, entries)
+        return self._in_split(entries) & usable(self.store, self.recipe, entries)
 
 
 def _class_ids(store: AnyStore, numbers: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ def content_hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def heldout(hashes: np.ndarray, fraction: float, extremes: tuple[int, int] | None = None) -> np.ndarray:
+def heldout_mask(hashes: np.ndarray, fraction: float, extremes: tuple[int, int] | None = None) -> np.ndarray:
     """Which scenes are held out.
 
     A group is held out when its hash lies in the lowest `fraction` of all 64-bit numbers. Where there are so

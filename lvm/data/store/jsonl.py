@@ -140,7 +140,7 @@ class JsonlStore:
     def heldout(self, fraction: float, entries: np.ndarray | None = None) -> np.ndarray:
         """bool [n]: which of the lines of `entries` (of all) are held out, by `lvm.data.mixture.split`."""
         groups = (self._index if entries is None else entries)["group"]
-        return split.heldout(groups, fraction, self._extremes)
+        return split.heldout_mask(groups, fraction, self._extremes)
 
     def grids(self, entries: np.ndarray, frames: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """As `Store.grids`: uint16 [n, N]; `columns` are all 0."""

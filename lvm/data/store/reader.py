@@ -147,7 +147,7 @@ class Store:
         """bool [n]: the scenes of `entries` (default: all) that are held out by `lvm.data.mixture.split`."""
         lowest, highest = self.manifest["group_hashes"]
         groups = (self.index if entries is None else entries)["group"]
-        return split.heldout(groups, fraction, (lowest, highest))
+        return split.heldout_mask(groups, fraction, (lowest, highest))
 
     def scene(self, number: int) -> Scene:
         """The scene at `number` in [0, len).

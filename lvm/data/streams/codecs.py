@@ -1,7 +1,7 @@
 """Stream codecs: how an annotation becomes an image, and how it is read back from one.
 
 A model only ever sees and writes images, so what a stream means is decided here and nowhere else. A codec is
-a small frozen value with `draw` and `parse`; it is stored as JSON in the manifest of the scenes it drew.
+a small frozen value with `render` and `parse`; it is stored as JSON in the manifest of the scenes it drew.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.data.streams.codec import PALETTE, BaseCodec, Codec, check_image, check_names, nearest_colours
-from lvm.data.streams.drawings import Box, Boxes, Pose
+from lvm.data.streams.base import PALETTE, BaseCodec, Codec, check_image, check_names, nearest_colors
+from lvm.data.streams.geometry import Box, Boxes, Pose
 
 __all__ = [
     "CODECS", "PALETTE", "Box", "Boxes", "Codec", "Depth", "Edges", "Image", "Normals", "Palette", "Pose",
-    "codec_from_json", "mirror_scene", "nearest_colours",
+    "codec_from_json", "mirror_scene", "nearest_colors",
 ]  # fmt: skip
 
 
@@ -28,7 +28,7 @@ class Image(BaseCodec):
 
     kind: ClassVar[str] = "image"
 
-    def draw(self, image: np.ndarray) -> np.ndarray:
+    def render(self, image: np.ndarray) -> np.ndarray:
         """The image itself, uint8 [H, W, 3]."""
         return check_image(image, "image")
 
@@ -61,7 +61,7 @@ class Palette(BaseCodec):
                     f"palette.{field} is {value!r}; expected a class id in [0, {len(self.names)}) or none"
                 )
 
-    def draw(self, ids: np.ndarray) -> np.ndarray:
+    def render(self, ids: np.ndarray) -> np.ndarray:
         """Integer class ids [H, W] as colours, uint8 [H, W, 3]. Raises UserError for an id without a name."""
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise UserError(f"class ids are {ids.dtype} {list(ids.shape)}; expected integers [H, W]")
@@ -75,7 +75,7 @@ class Palette(BaseCodec):
     def parse(self, image: np.ndarray) -> np.ndarray:
         """Class ids, uint8 [H, W]: the class whose colour is nearest by squared RGB distance."""
         used = self.used_ids
-        return used[nearest_colours(check_image(image, self.kind), PALETTE[used])]  # [H, W]
+        return used[nearest_colors(check_image(image, self.kind), PALETTE[used])]  # [H, W]
 
     @property
     def used_ids(self) -> np.ndarray:
@@ -114,7 +114,7 @@ class Depth(BaseCodec):
         if not isinstance(self.unit, str):
             raise UserError(f"depth.unit is {self.unit!r}; expected a name such as 'mm'")
 
-    def draw(self, depth: np.ndarray) -> np.ndarray:
+    def render(self, depth: np.ndarray) -> np.ndarray:
         """Depth [H, W] in `unit`s, 0 for no reading, as grey, uint8 [H, W, 3].
 
         Raises UserError for NaN and negative values.
@@ -141,7 +141,7 @@ class Edges(BaseCodec):
 
     kind: ClassVar[str] = "edges"
 
-    def draw(self, strength: np.ndarray) -> np.ndarray:
+    def render(self, strength: np.ndarray) -> np.ndarray:
         """Edge strength [H, W] in [0, 1] as grey, uint8 [H, W, 3]. Raises UserError for other values."""
         strength = _check_map(strength, self.kind)
         if strength.size and not (strength.min() >= 0 and strength.max() <= 1):
@@ -161,7 +161,7 @@ class Normals(BaseCodec):
 
     kind: ClassVar[str] = "normals"
 
-    def draw(self, normals: np.ndarray) -> np.ndarray:
+    def render(self, normals: np.ndarray) -> np.ndarray:
         """Unit vectors [H, W, 3] as colours, uint8 [H, W, 3]. Raises UserError for another length than 1."""
         if normals.ndim != 3 or normals.shape[2] != 3:
             raise UserError(f"normals have shape {list(normals.shape)}; expected [H, W, 3]")

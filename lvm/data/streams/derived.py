@@ -26,16 +26,16 @@ Derive = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 def edges(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Edges by Canny (1986), white on black, as scikit-image finds them: σ 1.5 pixels, hysteresis from .1 to .2."""
-    found = [skimage.feature.canny(grey(image) / 255, sigma=EDGE_SIGMA) for image in images]
-    return np.stack([Edges().draw(edge) for edge in found])  # [T, R, R, 3]
+    found = [skimage.feature.canny(luma(image) / 255, sigma=EDGE_SIGMA) for image in images]
+    return np.stack([Edges().render(edge) for edge in found])  # [T, R, R, 3]
 
 
-def gray(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def grayscale(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Luma .2989 R + .5870 G + .1140 B."""
-    return np.repeat(_to_uint8(grey(images))[..., None], 3, axis=-1)  # [T, R, R, 3]
+    return np.repeat(_to_uint8(luma(images))[..., None], 3, axis=-1)  # [T, R, R, 3]
 
 
-def grey(images: np.ndarray) -> np.ndarray:
+def luma(images: np.ndarray) -> np.ndarray:
     """Luma of images uint8 [..., 3], float32 [...] in [0, 255]."""
     return images.astype(np.float32) @ np.array([0.2989, 0.5870, 0.1140], np.float32)
 
@@ -110,7 +110,7 @@ def rotated(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # The functions and the codecs of what they draw, by the stream's name.
 DERIVED: dict[str, tuple[Derive, Codec]] = {
     "edges": (edges, Edges()),
-    "gray": (gray, Image()),
+    "gray": (grayscale, Image()),
     "masked": (masked, Image()),
     "noisy": (noisy, Image()),
     "low_light": (low_light, Image()),

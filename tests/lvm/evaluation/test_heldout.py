@@ -58,7 +58,7 @@ def test_the_scenes_are_those_that_the_split_holds_out(make_heldout):
     source = Numbers()
     hashes = np.array([split.group_hash(source.info(i).group) for i in range(24)], np.uint64)
     found = numbers(make_heldout())
-    assert found == np.flatnonzero(split.heldout(hashes, FRACTION)).tolist()
+    assert found == np.flatnonzero(split.heldout_mask(hashes, FRACTION)).tolist()
     assert 0 < len(found) < 24
 
 

@@ -22,7 +22,7 @@ def bare_scene(number, frames=3):
 
 
 def labelled(ids):
-    return np.stack([CLASSES.draw(np.array(x)) for x in ids])
+    return np.stack([CLASSES.render(np.array(x)) for x in ids])
 
 
 @given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 99))
@@ -136,7 +136,7 @@ def test_segmentation_scores_of_known_answers():
 
 def test_pixels_whose_truth_nobody_knows_do_not_count():
     codec = Palette(("nothing", "cat", "unknown"), background=0, ignore=2)
-    draw = lambda ids: codec.draw(np.array(ids))[None]  # noqa: E731
+    draw = lambda ids: codec.render(np.array(ids))[None]  # noqa: E731
     figures = prompted.segmentation_metrics(draw([[0, 1]]), draw([[2, 1]]), draw([[0, 0]]), codec)
     assert figures["pixel_accuracy"] == 1.0
     assert figures["class_miou"] == 1.0
@@ -145,7 +145,7 @@ def test_pixels_whose_truth_nobody_knows_do_not_count():
 def test_classes_by_lot_are_right_as_often_as_there_are_classes():
     codec = Palette(("nothing", *"abcd"), background=0)
     ids = np.random.default_rng(0).integers(1, 5, (60, 1, 1)) * np.ones((1, 4, 4), int)  # one class an image
-    images = np.stack([codec.draw(x) for x in ids])
+    images = np.stack([codec.render(x) for x in ids])
     figures = prompted.segmentation_metrics(images, images, images, codec)
     assert figures["class_miou"] == 1.0
     assert figures["class_miou_chance"] == pytest.approx(1 / 7, abs=0.02)  # a quarter right: 1 of 4 + 4 − 1

@@ -183,8 +183,8 @@ class CocoSource:
                 raise UnreadableError(f"{annotation['name']}: can't be drawn: {error}") from error
         codec = self.streams[stream]
         if stream == "segmentation":
-            return codec.draw(ids)
-        return codec.draw(boxes if stream == "boxes" else np.stack(people), size=(R, R))
+            return codec.render(ids)
+        return codec.render(boxes if stream == "boxes" else np.stack(people), size=(R, R))
 
     def _mask(self, segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         """Which pixels of the image a mask covers, bool [R, R]: polygons are moved, then filled; RLE is resampled."""

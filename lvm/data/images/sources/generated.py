@@ -105,12 +105,12 @@ class GeneratedSource:
     def _draw(self, stream: str, maps: dict[str, np.ndarray], scene: Scene) -> np.ndarray:
         if stream == "boxes":
             size = (self.resolution, self.resolution)
-            frames = [CODECS["boxes"].draw(_visible_boxes(front, scene), size) for front in maps["front"]]
+            frames = [CODECS["boxes"].render(_visible_boxes(front, scene), size) for front in maps["front"]]
             return np.stack(frames)  # [T, R, R, 3]
         annotation = maps[stream]
         T, R = annotation.shape[:2]
         # The codecs look at one pixel at a time, so that all frames can be drawn as one tall image.
-        tall = CODECS[stream].draw(annotation.reshape(T * R, R, *annotation.shape[3:]))
+        tall = CODECS[stream].render(annotation.reshape(T * R, R, *annotation.shape[3:]))
         return tall.reshape(T, R, R, 3)  # [T, R, R, 3]
 
 

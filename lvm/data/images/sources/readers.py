@@ -79,7 +79,7 @@ class DepthReader:
             return np.repeat(readings[..., None], 3, axis=-1)  # [R, R, 3]
         if not mode.startswith("I"):
             raise UnreadableError(f"mode {mode}; depth is 16-bit grey, or 8-bit grey (mode L) as drawn")
-        return self.codec.draw(np.where(readings == NO_READING, 0, readings))  # [R, R, 3]
+        return self.codec.render(np.where(readings == NO_READING, 0, readings))  # [R, R, 3]
 
 
 class SegmentationReader:
@@ -107,12 +107,12 @@ class SegmentationReader:
             raise UnreadableError("a JPEG file does not keep class ids exactly; store segmentation as PNG")
         pixels, mode = np.asarray(picture.pixels), picture.pixels.mode
         if mode == "RGB":
-            return self.codec.draw(self._look_up(preprocess.resize_labels(pixels)))
+            return self.codec.render(self._look_up(preprocess.resize_labels(pixels)))
         if mode not in ("1", "L", "P") and not mode.startswith("I"):
             raise UnreadableError(f"mode {mode}; segmentation is class ids (1, L, P, 16-bit) or RGB colours")
         if self._is_mask and mode == "L" and is_mask(pixels):
             pixels = pixels > 0
-        return self.codec.draw(preprocess.resize_labels(pixels).astype(np.int64))  # [R, R, 3]
+        return self.codec.render(preprocess.resize_labels(pixels).astype(np.int64))  # [R, R, 3]
 
     def _look_up(self, rgb: np.ndarray) -> np.ndarray:
         packed = _pack(rgb)  # [R, R]

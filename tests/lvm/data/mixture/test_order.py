@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
-from lvm.data.mixture import epochs, permutation
-from lvm.data.mixture.loader import batches
+from lvm.data.mixture import permutation, sampler
+from lvm.data.mixture.loader import prefetch_batches
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Category, Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
@@ -51,7 +51,7 @@ class HugeStore:
         return "huge"
 
 
-class EveryScene(epochs.RankIndex):
+class EveryScene(sampler.RankIndex):
     """All scenes, without looking at each: what a selection holds is tested by itself."""
 
     def __init__(self, parts, keep):
@@ -62,8 +62,8 @@ class EveryScene(epochs.RankIndex):
 @pytest.mark.parametrize("packing", ["concat", "whole"])
 @pytest.mark.parametrize("shuffle", permutation.SHUFFLES)
 def test_two_billion_sentences_take_no_memory_and_no_time(monkeypatch, packing, shuffle):
-    monkeypatch.setattr(epochs, "Selection", EveryScene)
-    monkeypatch.setattr(epochs, "chunks", lambda parts: ())
+    monkeypatch.setattr(sampler, "RankIndex", EveryScene)
+    monkeypatch.setattr(sampler, "split_chunks", lambda parts: ())
     monkeypatch.setattr(
         "lvm.data.mixture.mixture._open_stores", lambda config, parts: ({"huge": HugeStore(HUGE)}, {})
     )
@@ -74,7 +74,7 @@ def test_two_billion_sentences_take_no_memory_and_no_time(monkeypatch, packing, 
         {"single": ComponentConfig(Single())}, "huge", 0.0, packing=packing, shuffle=shuffle
     )
     rows = Rows(Mixture(config, 0), Vocabulary.for_codes(2**16), context=24, batch_size=64)
-    assert rows.mixture.components[0].per_epoch == HUGE
+    assert rows.mixture.components[0].sentences_per_epoch == HUGE
     sentences = {}
     for row in (0, 2**31, HUGE // 4 - 4096):  # 4 sentences of 6 tokens a row
         tokens = rows.batch(row // 64)["tokens"]
@@ -103,15 +103,20 @@ def test_pages_are_permuted_as_a_bijection(n, seed, page, pages):
 
 def test_blocks_keep_neighbours_together_and_mix_all_the_same():
     n = 100_000
-    found = permutation.order(np.arange(n), n, 3, "blocks")
+    found = permutation.shuffle_indices(np.arange(n), n, 3, "blocks")
     window = found[: permutation.WINDOW]
     assert len(np.unique(window // permutation.PAGE)) <= 2 * 65  # 64 pages, each over two of the aligned ones
     assert np.abs(np.diff(window)).mean() > n / 10
     assert (
-        len(np.unique(permutation.order(np.arange(n), n, 3, "all")[: permutation.WINDOW] // permutation.PAGE))
+        len(
+            np.unique(
+                permutation.shuffle_indices(np.arange(n), n, 3, "all")[: permutation.WINDOW]
+                // permutation.PAGE
+            )
+        )
         > 1000
     )
-    assert not np.array_equal(found, permutation.order(np.arange(n), n, 4, "blocks"))
+    assert not np.array_equal(found, permutation.shuffle_indices(np.arange(n), n, 4, "blocks"))
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5), seed=st.integers(0, 2**32))
@@ -126,28 +131,28 @@ def test_many_permutations_at_once_are_bijections(sizes, seed):
 @given(st.lists(st.lists(st.booleans(), max_size=200), max_size=4))
 def test_a_selection_finds_what_a_condition_keeps(parts):
     arrays = [np.array(part, bool) for part in parts]
-    selection = epochs.RankIndex(arrays, lambda entries: entries)
+    selection = sampler.RankIndex(arrays, lambda entries: entries)
     wanted = np.flatnonzero(np.concatenate([np.zeros(0, bool), *arrays]))
     assert len(selection) == len(wanted)
-    np.testing.assert_array_equal(selection.find(np.arange(len(wanted))), wanted)
+    np.testing.assert_array_equal(selection.select(np.arange(len(wanted))), wanted)
 
 
 @pytest.mark.parametrize("shuffle", permutation.SHUFFLES)
 def test_a_category_is_of_one_class_and_an_epoch_takes_each_scene_once(make_store, new_scenes, shuffle):
     path = make_store(new_scenes([(1, 0)] * 41))  # classes −1, 0, 1 in turn
     config = MixtureConfig({"category": ComponentConfig(Category(images=3))}, path, 0.0, shuffle=shuffle)
-    source = Mixture(config, 0).components[0]
+    component = Mixture(config, 0).components[0]
     store = Store(path)
-    assert source.per_epoch == 4 + 4
+    assert component.sentences_per_epoch == 4 + 4
     for epoch in range(2):
         numbers = np.arange(8) + 8 * epoch
-        scenes = source.choose(numbers)[0]
+        scenes = component.select_grids(numbers)[0]
         classes = store.index["class_id"][scenes]
         assert (classes == classes[:, :1]).all()
         assert (classes >= 0).all()
         assert len(np.unique(scenes)) == 24
-    assert not np.array_equal(source.choose(np.arange(8))[0], scenes)
-    assert source.left_out == 14  # those without a class
+    assert not np.array_equal(component.select_grids(np.arange(8))[0], scenes)
+    assert component.num_excluded == 14  # those without a class
 
 
 def test_a_class_with_too_few_scenes_is_left_out_and_counted(make_store, new_scenes):
@@ -155,18 +160,18 @@ def test_a_class_with_too_few_scenes_is_left_out_and_counted(make_store, new_sce
     made = Mixture(MixtureConfig({"category": ComponentConfig(Category(images=2))}, path, 0.0), 0).components[
         0
     ]
-    assert (made.per_epoch, made.num_scenes, made.left_out) == (1, 2, 3)
+    assert (made.sentences_per_epoch, made.num_scenes, made.num_excluded) == (1, 2, 3)
     with pytest.raises(UserError, match=r"no class has 3 train scenes in .* the largest has 2"):
         Mixture(MixtureConfig({"category": ComponentConfig(Category(images=3))}, path, 0.0), 0)
 
 
 def test_repetitions_count_copies_and_stop_at_their_cap(make_store, new_scenes):
     path = make_store(new_scenes([(1, 0)] * 12, groups=[f"group {i // 3}" for i in range(12)]))
-    sources = {"single": ComponentConfig(Single(), max_repetitions=6.0)}
-    rows = Rows(Mixture(MixtureConfig(sources, path, 0.0), 0), Vocabulary.for_codes(16), 6, 4)
-    source = rows.mixture.components[0]
-    assert source.copies == 3
-    assert source.repetitions(24) == 6
+    components = {"single": ComponentConfig(Single(), max_repetitions=6.0)}
+    rows = Rows(Mixture(MixtureConfig(components, path, 0.0), 0), Vocabulary.for_codes(16), 6, 4)
+    component = rows.mixture.components[0]
+    assert component.scenes_per_group == 3
+    assert component.repetitions(24) == 6
     rows.batch(4)  # sentences 16 to 20, and a token of the next
     with pytest.raises(
         UserError, match=r"single\.max_repetitions: 29 sentences are 2\.417 epochs .* 7\.25 times"
@@ -178,10 +183,13 @@ def test_repetitions_count_copies_and_stop_at_their_cap(make_store, new_scenes):
 
 def test_weights_may_be_shares_of_the_codes(make_store):
     path = make_store([(3, 0)] * 12)
-    sources = {"single": ComponentConfig(Single()), "video": ComponentConfig(Video(frames=3, strides=(1,)))}
-    mixture = Mixture(MixtureConfig(sources, path, 0.0, weigh_by="codes"), 0)
+    components = {
+        "single": ComponentConfig(Single()),
+        "video": ComponentConfig(Video(frames=3, strides=(1,))),
+    }
+    mixture = Mixture(MixtureConfig(components, path, 0.0, weigh_by="codes"), 0)
     np.testing.assert_allclose(mixture.shares, [0.75, 0.25])
-    assert mixture.identity() != Mixture(MixtureConfig(sources, path, 0.0), 0).identity()
+    assert mixture.identity() != Mixture(MixtureConfig(components, path, 0.0), 0).identity()
 
 
 def test_a_mixture_is_known_by_what_decides_its_order(make_store):
@@ -196,15 +204,15 @@ def test_a_mixture_is_known_by_what_decides_its_order(make_store):
 
 
 def test_missing_stores_are_reported_together_or_left_out(make_store, tmp_path, capsys):
-    sources = {
+    components = {
         "gone": ComponentConfig(Single(), store=str(tmp_path / "gone")),
         "here": ComponentConfig(Single(), store=make_store([(1, 0)] * 9)),
         "unset": ComponentConfig(Single()),
     }
     with pytest.raises(UserError, match=r"made: gone \(.*/gone doesn't exist.*; unset \(no store given"):
-        Mixture(MixtureConfig(sources), 0)
-    made = Mixture(MixtureConfig(sources, allow_missing=True), 0)
-    assert ([source.name for source in made.components], made.shares.tolist()) == (["here"], [1.0])
+        Mixture(MixtureConfig(components), 0)
+    made = Mixture(MixtureConfig(components, allow_missing=True), 0)
+    assert ([component.name for component in made.components], made.shares.tolist()) == (["here"], [1.0])
     assert "left out of the mixture: gone" in capsys.readouterr().out
 
 
@@ -307,7 +315,7 @@ def test_the_loader_gives_the_steps_in_order(make_store, workers):
     path = make_store([(1, 0)] * 30)
     mixture = Mixture(MixtureConfig({"single": ComponentConfig(Single())}, path), 0)
     rows = Rows(mixture, Vocabulary.for_codes(16), 24, 4)
-    read = list(batches(rows.batch, 3, 9, workers))
+    read = list(prefetch_batches(rows.batch, 3, 9, workers))
     assert len(read) == 6
     for step, batch in enumerate(read, 3):
         for name, values in rows.batch(step).items():
@@ -316,9 +324,9 @@ def test_the_loader_gives_the_steps_in_order(make_store, workers):
 
 def test_errors_of_reading_come_through_the_loader(make_store):
     path = make_store([(1, 0)] * 30)
-    sources = {"single": ComponentConfig(Single(), max_repetitions=1.0)}
-    rows = Rows(Mixture(MixtureConfig(sources, path, 0.0), 0), Vocabulary.for_codes(16), 24, 4)
+    components = {"single": ComponentConfig(Single(), max_repetitions=1.0)}
+    rows = Rows(Mixture(MixtureConfig(components, path, 0.0), 0), Vocabulary.for_codes(16), 24, 4)
     with pytest.raises(UserError, match="max_repetitions"):
-        list(batches(rows.batch, 0, 9))
+        list(prefetch_batches(rows.batch, 0, 9))
     with pytest.raises(UserError, match="workers: -1 is negative"):
-        next(batches(rows.batch, 0, 1, workers=-1))
+        next(prefetch_batches(rows.batch, 0, 1, workers=-1))

@@ -13,7 +13,7 @@ from lvm.data.mixture.rows import Rows
 from lvm.model.vocabulary import Vocabulary
 
 OURS = Vocabulary.for_codes(16)
-SOURCES = {
+COMPONENTS = {
     "pairs": ComponentConfig(Pairs(shots=2), 0.5),
     "single": ComponentConfig(Single(), 1.0),
     "video": ComponentConfig(Video(frames=3, strides=(1,)), 1.5),
@@ -24,39 +24,41 @@ SOURCES = {
 def make_rows(make_store):
     path = make_store([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
 
-    def make(sources=SOURCES, context=24, batch_size=3, seed=0, vocabulary=OURS, packing="whole", **options):
-        config = MixtureConfig(sources, path, 0.0, packing=packing, **options)
+    def make(
+        components=COMPONENTS, context=24, batch_size=3, seed=0, vocabulary=OURS, packing="whole", **options
+    ):
+        config = MixtureConfig(components, path, 0.0, packing=packing, **options)
         return Rows(Mixture(config, seed), vocabulary, context, batch_size)
 
     return make
 
 
 def segments_of(batch):
-    """(tokens, source) of every sentence in a batch, row after row."""
+    """(tokens, component) of every sentence in a batch, row after row."""
     found = []
-    for tokens, segments, sources in zip(
+    for tokens, segments, components in zip(
         batch["tokens"], batch["segment_ids"], batch["component_ids"], strict=True
     ):
         for segment in range(1, segments.max() + 1):
             (inside,) = np.nonzero(segments == segment)
             end = inside[-1] + 1  # where the next token is, if the sentence goes on to the row's end
-            last = end == len(segments) and sources[-1] >= 0
-            found.append((tokens[inside[0] : end + last], int(sources[inside[0]])))
+            last = end == len(segments) and components[-1] >= 0
+            found.append((tokens[inside[0] : end + last], int(components[inside[0]])))
     return found
 
 
 def test_a_block_is_packed_whole_and_once(make_rows):
     rows = make_rows(batch_size=1)
-    count = next(row for row in range(10**6) if rows.packing.block(row) == 1)
+    count = next(row for row in range(10**6) if rows.packer.block_of_row(row) == 1)
     found = [sentence for row in range(count) for sentence in segments_of(rows.batch(row))]
     ids, numbers = rows.mixture.block(0)
     wanted = [
-        [OURS.bos, *rows.mixture.components[source].sentence(int(number)).ravel(), OURS.eos]
-        for source, number in zip(ids, numbers, strict=True)
+        [OURS.bos, *rows.mixture.components[component].sentence(int(number)).ravel(), OURS.eos]
+        for component, number in zip(ids, numbers, strict=True)
     ]
     assert sorted(tokens.tolist() for tokens, _ in found) == sorted(wanted)
     assert len(found) == BLOCK
-    assert np.bincount([source for _, source in found]).tolist() == np.bincount(ids).tolist()
+    assert np.bincount([component for _, component in found]).tolist() == np.bincount(ids).tolist()
 
 
 def test_positions_restart_and_what_follows_no_context_bears_no_loss(make_rows):
@@ -76,94 +78,101 @@ def test_positions_restart_and_what_follows_no_context_bears_no_loss(make_rows):
     assert (tokens[:, :-1][segments == 0] == OURS.pad).all()
 
 
-def test_over_one_epoch_of_one_source_no_token_is_lost_or_repeated(make_rows):
+def test_over_one_epoch_of_one_component_no_token_is_lost_or_repeated(make_rows):
     # 11 scenes of one image or more; one epoch of singles of 6 tokens in both packings.
     for packing in ("concat", "whole"):
-        rows = make_rows({"single": SOURCES["single"]}, packing=packing, batch_size=1)
-        source = rows.mixture.components[0]
+        rows = make_rows({"single": COMPONENTS["single"]}, packing=packing, batch_size=1)
+        component = rows.mixture.components[0]
         stream = np.concatenate(
             [
-                [OURS.bos, *source.sentence(n).ravel(), OURS.eos]
-                for n in sorted(rows.mixture.block(0)[1][: source.per_epoch])
+                [OURS.bos, *component.sentence(n).ravel(), OURS.eos]
+                for n in sorted(rows.mixture.block(0)[1][: component.sentences_per_epoch])
             ]
         )
-        assert rows.notes() == [
-            f"single: {source.per_epoch} sentences an epoch, by themselves "
+        assert rows.summary() == [
+            f"single: {component.sentences_per_epoch} sentences an epoch, by themselves "
             + (
                 f"{(len(stream) - 1) // 24} rows and {(len(stream) - 1) % 24} tokens"
                 if packing == "concat"
-                else f"{source.per_epoch // 4} rows of 4 and {source.per_epoch % 4} sentences"
+                else f"{component.sentences_per_epoch // 4} rows of 4 and {component.sentences_per_epoch % 4} sentences"
             )
         ]
         if packing == "concat":
             _, numbers = rows.mixture.block(0)
             full = (len(stream) - 1) // 24
             found = np.concatenate([rows.batch(row)["tokens"][0, 1:] for row in range(full)])
-            laid = np.concatenate([[OURS.bos, *source.sentence(int(n)).ravel(), OURS.eos] for n in numbers])
+            laid = np.concatenate(
+                [[OURS.bos, *component.sentence(int(n)).ravel(), OURS.eos] for n in numbers]
+            )
             np.testing.assert_array_equal(found, laid[1 : full * 24 + 1])
 
 
 def test_the_first_epoch_is_the_first_sentences(make_rows):
-    rows = make_rows({"single": SOURCES["single"]}, batch_size=1)
+    rows = make_rows({"single": COMPONENTS["single"]}, batch_size=1)
     _, numbers = rows.mixture.block(0)
     assert sorted(numbers.tolist()) == list(range(BLOCK))
 
 
 @pytest.mark.parametrize("context", [13, 14, 200])
 def test_a_sentence_may_take_every_token_of_a_row(make_rows, context):
-    rows = make_rows({"video": SOURCES["video"]}, context=context, batch_size=8)
+    rows = make_rows({"video": COMPONENTS["video"]}, context=context, batch_size=8)
     batch = rows.batch(0)
     if context == 13:  # BOS, 12 codes, EOS: one for each of the row's tokens
         assert (batch["tokens"][:, 0] == OURS.bos).all()
         assert (batch["tokens"][:, -1] == OURS.eos).all()
         assert batch["loss_mask"].all()
     assert OURS.eos in batch["tokens"]
-    assert "lose their EOS" not in rows.notes()[0]
+    assert "lose their EOS" not in rows.summary()[0]
 
 
 def test_one_token_too_many_costs_the_eos_alone_and_is_said(make_rows):
-    rows = make_rows({"video": SOURCES["video"]}, context=12, batch_size=8)
+    rows = make_rows({"video": COMPONENTS["video"]}, context=12, batch_size=8)
     batch = rows.batch(0)
     assert (batch["tokens"][:, 0] == OURS.bos).all()
     assert (batch["tokens"][:, 1:] < 16).all()
     assert batch["loss_mask"].all()
-    assert "all 5 lose their EOS: they have 14 tokens, a row 13" in rows.notes()[0]
+    assert "all 5 lose their EOS: they have 14 tokens, a row 13" in rows.summary()[0]
 
 
 def test_longer_sentences_are_refused_by_their_recipe(make_rows):
     message = (
-        r"sources\.video: a sentence of its recipe \(video, 3 grids\) has 14 tokens, .* takes 13 at most"
+        r"components\.video: a sentence of its recipe \(video, 3 grids\) has 14 tokens, .* has 13 at most"
     )
     with pytest.raises(UserError, match=message):
-        make_rows({"video": SOURCES["video"]}, context=11)
+        make_rows({"video": COMPONENTS["video"]}, context=11)
 
 
 def test_without_eos_nothing_can_be_lost(make_rows):
     bare = Vocabulary(16, 32, bos=None, eos=None, pad=16)
-    assert make_rows({"video": SOURCES["video"]}, context=11, vocabulary=bare).lengths.tolist() == [12]
-    with pytest.raises(UserError, match=r"has 12 tokens, .* takes 11 at most"):
-        make_rows({"video": SOURCES["video"]}, context=10, vocabulary=bare)
+    assert make_rows(
+        {"video": COMPONENTS["video"]}, context=11, vocabulary=bare
+    ).sentence_lengths.tolist() == [12]
+    with pytest.raises(UserError, match=r"has 12 tokens, .* has 11 at most"):
+        make_rows({"video": COMPONENTS["video"]}, context=10, vocabulary=bare)
     with pytest.raises(UserError, match=r"config\.data\.packing: 'whole' fills rows with PAD"):
         make_rows(vocabulary=Vocabulary(16, 32, None, None, None))
 
 
 @pytest.mark.parametrize("packing", ["concat", "whole"])
 def test_answers_alone_may_bear_loss(make_rows, packing):
-    sources = {name: SOURCES[name] for name in ("pairs", "video")}
-    rows = make_rows(sources, packing=packing, loss="answers", batch_size=30)
+    components = {name: COMPONENTS[name] for name in ("pairs", "video")}
+    rows = make_rows(components, packing=packing, loss="answers", batch_size=30)
     batch = rows.batch(0)
-    everything = make_rows(sources, packing=packing, batch_size=30).batch(0)
+    everything = make_rows(components, packing=packing, batch_size=30).batch(0)
     np.testing.assert_array_equal(batch["tokens"], everything["tokens"])
     flat = batch["loss_mask"] & everything["loss_mask"]
     np.testing.assert_array_equal(flat, batch["loss_mask"])
     assert (batch["tokens"][:, 1:][batch["loss_mask"]] < 16).all()
     if packing == "whole":
-        for source, learned in (
+        for component, learned in (
             (0, [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [0]),
             (1, [0] * 4 + [1] * 8 + [0]),
         ):
             row, start = next(
-                zip(*np.nonzero((batch["positions"] == 0) & (batch["component_ids"] == source)), strict=True)
+                zip(
+                    *np.nonzero((batch["positions"] == 0) & (batch["component_ids"] == component)),
+                    strict=True,
+                )
             )
             assert batch["loss_mask"][row, start : start + len(learned)].tolist() == [
                 bool(x) for x in learned
@@ -202,7 +211,7 @@ def make_rows_once(tmp_path_factory):
             scenes = make_scenes([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
             writer.write_shard(folder, 0, 1, scenes, NUM_CODES)
             assert not writer.write_manifest(folder, header(), 1)
-            config = MixtureConfig(SOURCES, str(folder), 0.0, packing=packing)
+            config = MixtureConfig(COMPONENTS, str(folder), 0.0, packing=packing)
             made[packing] = Rows(Mixture(config, 0), OURS, 24, 9)
         return made[packing]
 
@@ -216,21 +225,21 @@ def test_rows_outside_of_the_batch_are_refused(make_rows):
 
 def test_a_distant_row_is_there_at_once_and_counts_go_round(make_rows):
     rows = make_rows()
-    period = rows.packing._count_rows(2**62)[-1]
-    assert rows.packing.block(period) == PERIOD
-    assert rows.packing.block(period * 5 + 3) == rows.packing.block(3) + 5 * PERIOD
+    period = rows.packer._count_rows(2**62)[-1]
+    assert rows.packer.block_of_row(period) == PERIOD
+    assert rows.packer.block_of_row(period * 5 + 3) == rows.packer.block_of_row(3) + 5 * PERIOD
     np.testing.assert_array_equal(rows.batch(10**12)["tokens"], make_rows().batch(10**12)["tokens"])
 
 
 def test_counts_of_many_blocks_are_those_of_each(make_rows):
     mixture = make_rows().mixture
     for first in (0, 77_777, PERIOD - 3):
-        counts = mixture.counts(first, first + 3)
+        counts = mixture.block_counts(first, first + 3)
         for i in range(3):
-            before, after = mixture.before(first + i), mixture.before(first + i + 1)
+            before, after = mixture.sentences_before(first + i), mixture.sentences_before(first + i + 1)
             assert counts[i].tolist() == [b - a for a, b in zip(before, after, strict=True)]
     with pytest.raises(ValueError, match="beyond the period"):
-        mixture.counts(PERIOD, PERIOD + 1)
+        mixture.block_counts(PERIOD, PERIOD + 1)
 
 
 @given(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
-from lvm.data.mixture.draws import CounterRng
+from lvm.data.mixture.counter_rng import CounterRng
 from lvm.data.mixture.recipes import (
     Category,
     Grid,
@@ -30,7 +30,7 @@ RECIPES = st.one_of(
     st.builds(Pairs, target=st.sampled_from(["segmentation", "depth"]), shots=st.integers(1, 8)),
     st.builds(Rotation, views=st.integers(1, 6), step=st.integers(1, 3)),
     st.builds(Category, images=st.integers(1, 6)),
-    st.builds(MultiAnnotation, chosen=st.integers(2, 5), shots=st.integers(1, 4)),
+    st.builds(MultiAnnotation, num_streams=st.integers(2, 5), shots=st.integers(1, 4)),
     *(
         st.builds(
             kind,
@@ -52,21 +52,21 @@ def recipes_and_lengths(draw):
 @given(recipes_and_lengths(), st.integers(0, 2**32))
 def test_sentences_have_their_length_and_stay_inside_their_scenes(drawn, seed):
     recipe, lengths = drawn
-    grids = recipe.choose(lengths, np.random.default_rng(seed))
+    grids = recipe.sample_one(lengths, np.random.default_rng(seed))
     assert len(grids) == recipe.num_grids
     assert {grid.scene for grid in grids} == set(range(recipe.num_scenes))
     shown = {grid.stream for grid in grids}
     assert shown <= set(recipe.streams)
-    assert len(shown) == getattr(recipe, "chosen", len(recipe.streams))
+    assert len(shown) == getattr(recipe, "num_streams", len(recipe.streams))
     assert len(set(grids)) == len(grids)
-    assert (recipe.answers.shape, recipe.answers.dtype) == ((recipe.num_grids,), bool)
+    assert (recipe.answer_mask.shape, recipe.answer_mask.dtype) == ((recipe.num_grids,), bool)
     assert all(0 <= grid.frame < lengths[grid.scene] for grid in grids)
 
 
 @given(recipes_and_lengths(), st.integers(0, 2**32))
 def test_a_sentence_is_a_function_of_its_generator(drawn, seed):
     recipe, lengths = drawn
-    first, again = (recipe.choose(lengths, np.random.default_rng(seed)) for _ in range(2))
+    first, again = (recipe.sample_one(lengths, np.random.default_rng(seed)) for _ in range(2))
     assert first == again
 
 
@@ -74,9 +74,9 @@ def test_a_sentence_is_a_function_of_its_generator(drawn, seed):
 def test_many_sentences_are_each_what_it_is_alone(drawn, seed, count):
     recipe, lengths = drawn
     places = np.arange(count)
-    together = recipe.choose_many(np.tile(lengths, (count, 1)), CounterRng(seed, places))
+    together = recipe.sample(np.tile(lengths, (count, 1)), CounterRng(seed, places))
     for place in range(count):
-        alone = recipe.choose_many(np.array([lengths]), CounterRng(seed, places[place : place + 1]))
+        alone = recipe.sample(np.array([lengths]), CounterRng(seed, places[place : place + 1]))
         for name in ("scenes", "frames", "streams"):
             assert getattr(together, name)[place].tolist() == getattr(alone, name)[0].tolist()
 
@@ -96,7 +96,7 @@ def test_a_category_shows_each_of_its_scenes_once_in_any_frame():
 
 
 def test_annotations_come_in_one_order_for_all_scenes_and_every_order_comes():
-    recipe = MultiAnnotation("rgb", ("depth", "edges"), chosen=2, shots=2)
+    recipe = MultiAnnotation("rgb", ("depth", "edges"), num_streams=2, shots=2)
     orders = set()
     for a, b, c, d in every_sentence(recipe, [1, 3]):
         assert [grid.scene for grid in (a, b, c, d)] == [0, 0, 1, 1]
@@ -104,7 +104,7 @@ def test_annotations_come_in_one_order_for_all_scenes_and_every_order_comes():
         assert c.frame == d.frame
         orders.add((a.stream, b.stream))
     assert len(orders) == 6  # two of three, in order
-    assert recipe.answers.tolist() == [False, True, False, True]
+    assert recipe.answer_mask.tolist() == [False, True, False, True]
 
 
 def test_annotated_videos_lay_frames_and_annotations_in_turn_or_one_after_the_other():
@@ -118,19 +118,19 @@ def test_annotated_videos_lay_frames_and_annotations_in_turn_or_one_after_the_ot
     x, y = "rgb", "segmentation"
     assert in_turn == {((i, x), (i, y), (i + 2, x), (i + 2, y)) for i in (0, 1)}
     assert after == {((i, x), (i + 2, x), (i, y), (i + 2, y)) for i in (0, 1)}
-    assert Interleaved(frames=2).answers.tolist() == [False, True, False, True]
-    assert Separated(frames=2).answers.tolist() == [False, False, True, True]
+    assert Interleaved(frames=2).answer_mask.tolist() == [False, True, False, True]
+    assert Separated(frames=2).answer_mask.tolist() == [False, False, True, True]
 
 
 def test_draws_are_even():
-    counts = np.bincount(CounterRng(3, np.arange(9000)).below(np.full(9000, 9)), minlength=9)
+    counts = np.bincount(CounterRng(3, np.arange(9000)).integers(np.full(9000, 9)), minlength=9)
     assert abs(counts - 1000).max() < 150  # standard deviation 30
-    orders = {tuple(order) for order in CounterRng(5, np.arange(300)).shuffled(3).tolist()}
+    orders = {tuple(order) for order in CounterRng(5, np.arange(300)).permutations(3).tolist()}
     assert len(orders) == 6
 
 
 def every_sentence(recipe, lengths, draws=400):
-    return [recipe.choose(lengths, np.random.default_rng(seed)) for seed in range(draws)]
+    return [recipe.sample_one(lengths, np.random.default_rng(seed)) for seed in range(draws)]
 
 
 def test_every_frame_can_be_the_single_image():
@@ -182,12 +182,12 @@ def test_recipes_are_known_by_their_kind():
         (lambda: Video(strides=()), r"strides: \(\) must be positive numbers"),
         (lambda: Video(strides=(3, 0)), r"strides: \(3, 0\) must be positive numbers"),
         (lambda: Pairs(shots=0), "shots: 0 is not positive"),
-        (lambda: Pairs("rgb", "rgb"), "target: 'rgb' is the source too"),
+        (lambda: Pairs("rgb", "rgb"), "target: 'rgb' is the input too"),
         (lambda: Rotation(step=0), "step: 0 is not positive"),
         (lambda: Category(images=0), "images: 0 is not positive"),
-        (lambda: MultiAnnotation(chosen=6), "chosen: 6 is not from 2 to 5"),
+        (lambda: MultiAnnotation(num_streams=6), "num_streams: 6 is not from 2 to 5"),
         (lambda: MultiAnnotation(annotations=("rgb",)), "annotations: .* name a stream twice"),
-        (lambda: Interleaved(target="rgb"), "target: 'rgb' is the source too"),
+        (lambda: Interleaved(target="rgb"), "target: 'rgb' is the input too"),
         (lambda: Separated(strides=(0,)), r"strides: \(0,\) must be positive"),
     ],
 )

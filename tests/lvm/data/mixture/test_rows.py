@@ -14,7 +14,7 @@ from lvm.model.vocabulary import Vocabulary
 
 OURS = Vocabulary.for_codes(16)
 BARE = Vocabulary(16, 32, bos=None, eos=None, pad=16)
-SOURCES = {
+COMPONENTS = {
     "pairs": ComponentConfig(Pairs(shots=2), 0.5),
     "single": ComponentConfig(Single(), 1.0),
     "video": ComponentConfig(Video(frames=3, strides=(1,)), 1.5),
@@ -26,28 +26,28 @@ def make_rows(make_store):
     path = make_store([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
 
     def make(vocabulary=OURS, context=24, batch_size=3, seed=0):
-        return Rows(Mixture(MixtureConfig(SOURCES, path, 0.0), seed), vocabulary, context, batch_size)
+        return Rows(Mixture(MixtureConfig(COMPONENTS, path, 0.0), seed), vocabulary, context, batch_size)
 
     return make
 
 
 def row(rows, number):
-    """Tokens [C+1] of a row, and the source of each target [C]."""
+    """Tokens [C+1] of a row, and the component of each target [C]."""
     batch = Rows(rows.mixture, rows.vocabulary, rows.context, 1).batch(number)
     return batch["tokens"][0], batch["component_ids"][0]
 
 
 def naive_stream(mixture, vocabulary, blocks):
-    """All tokens of the first blocks with their sources, sentence after sentence."""
-    tokens, sources = [], []
+    """All tokens of the first blocks with their components, sentence after sentence."""
+    tokens, components = [], []
     for block in range(blocks):
-        for source, number in zip(*mixture.block(block), strict=True):
-            sentence = mixture.components[source].sentence(int(number)).ravel().tolist()
+        for component, number in zip(*mixture.block(block), strict=True):
+            sentence = mixture.components[component].sentence(int(number)).ravel().tolist()
             specials = vocabulary.bos is not None
             sentence = [vocabulary.bos] * specials + sentence + [vocabulary.eos] * specials
             tokens += sentence
-            sources += [source] * len(sentence)
-    return np.array(tokens), np.array(sources)
+            components += [component] * len(sentence)
+    return np.array(tokens), np.array(components)
 
 
 def test_a_sentence_is_wrapped_where_the_vocabulary_has_specials():
@@ -61,12 +61,12 @@ def test_a_sentence_is_wrapped_where_the_vocabulary_has_specials():
 @pytest.mark.parametrize("context", [1, 7, 24, 1000])
 def test_rows_are_the_stream_of_sentences_cut(make_rows, vocabulary, context):
     rows = make_rows(vocabulary, context)
-    stream, sources = naive_stream(rows.mixture, vocabulary, blocks=3)
+    stream, components = naive_stream(rows.mixture, vocabulary, blocks=3)
     last = (len(stream) - 1) // context - 1
     for number in {0, 1, 2, last // 3, last // 2, last - 1, last}:
         tokens, ids = row(rows, number)
         np.testing.assert_array_equal(tokens, stream[number * context :][: context + 1])
-        np.testing.assert_array_equal(ids, sources[number * context + 1 :][:context])
+        np.testing.assert_array_equal(ids, components[number * context + 1 :][:context])
 
 
 def test_every_row_of_a_block_and_neighbours_share_one_token(make_rows):
@@ -94,10 +94,10 @@ def test_a_batch_has_its_shapes_and_follows_on_the_one_before(make_rows):
 
 def test_component_ids_are_those_of_the_targets(make_rows):
     rows = make_rows(batch_size=5)
-    stream, sources = naive_stream(rows.mixture, OURS, blocks=1)
+    stream, components = naive_stream(rows.mixture, OURS, blocks=1)
     batch = rows.batch(0)
     np.testing.assert_array_equal(batch["tokens"][:, 1:].ravel(), stream[1 : 5 * 24 + 1])
-    np.testing.assert_array_equal(batch["component_ids"].ravel(), sources[1 : 5 * 24 + 1])
+    np.testing.assert_array_equal(batch["component_ids"].ravel(), components[1 : 5 * 24 + 1])
 
 
 @pytest.mark.parametrize("step", [0, 1, 12345])

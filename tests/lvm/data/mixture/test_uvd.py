@@ -1,4 +1,4 @@
-"""The paper's mixture: every source has a recipe, a share and an origin; what isn't there is reported together."""
+"""The paper's mixture: every component has a recipe, a share and an origin; what isn't there is reported together."""
 
 import numpy as np
 import pytest
@@ -19,19 +19,19 @@ def test_families_have_the_papers_shares(config):
     data = from_config_dict(TrainConfig, config).data
     assert data.weigh_by == "codes"
     found = dict.fromkeys(data_uvd_v1.SHARES, 0.0)
-    for family, name, recipe in data_uvd_v1.SOURCES:
+    for family, name, recipe in data_uvd_v1.COMPONENTS:
         found[family] += data.components[name].weight
         assert data.components[name].recipe == recipe
     assert found == pytest.approx(data_uvd_v1.SHARES)
     assert sum(found.values()) == pytest.approx(1, abs=1e-3)
-    assert len(data.components) == len(data_uvd_v1.SOURCES)
-    assert all(data_uvd_v1.SOURCES.values())
+    assert len(data.components) == len(data_uvd_v1.COMPONENTS)
+    assert all(data_uvd_v1.COMPONENTS.values())
 
 
 def test_all_that_is_missing_is_named(config):
     with pytest.raises(UserError) as error:
         Mixture(from_config_dict(TrainConfig, config).data, 0)
-    for _, name, _ in data_uvd_v1.SOURCES:
+    for _, name, _ in data_uvd_v1.COMPONENTS:
         assert f"{name} (no store given" in str(error.value)
 
 
@@ -40,9 +40,9 @@ def test_what_is_there_is_trained_on_alone(config, make_store):
     config.data.components.coco_segmentation.store = make_store([(1, 1)] * 40, "coco")
     config.data.allow_missing = True
     mixture = Mixture(from_config_dict(TrainConfig, config).data, 0)
-    assert [source.name for source in mixture.components] == ["coco_segmentation", "laion"]
+    assert [component.name for component in mixture.components] == ["coco_segmentation", "laion"]
     assert sum(mixture.shares) == 1
     in_codes = mixture.shares * [16, 1]
-    annotated = sum(family == "annotated_images" for family, *_ in data_uvd_v1.SOURCES)
+    annotated = sum(family == "annotated_images" for family, *_ in data_uvd_v1.COMPONENTS)
     wanted = np.array([0.072 / annotated, 0.885])
     np.testing.assert_allclose(in_codes / in_codes.sum(), wanted / wanted.sum(), rtol=1e-4)

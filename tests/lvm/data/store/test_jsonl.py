@@ -14,7 +14,7 @@ from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single, Video
 from lvm.data.mixture.rows import Rows
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore, decode_line, encode_line
-from lvm.export import sentences
+from lvm.export import iter_sentences
 from lvm.model.vocabulary import Vocabulary
 from tests.commands import run
 
@@ -43,7 +43,7 @@ def test_lines_are_sentences_again(tmp_path, end):
     sources = {"lines": ComponentConfig(Video(frames=3, strides=(1,)))}
     mixture = Mixture(MixtureConfig(sources, str(tmp_path / "a.jsonl"), 0.0, jsonl=SMALL), 0)
     source = mixture.components[0]
-    assert source.per_epoch == 20
+    assert source.sentences_per_epoch == 20
     found = sorted(source.sentence(number).tolist() for number in range(20))
     assert found == sorted(codes.tolist() for codes in made)
     batch = Rows(mixture, Vocabulary.for_codes(16), 24, 3).batch(2)
@@ -55,7 +55,7 @@ def test_every_recipe_of_one_stream_may_cut_lines_of_any_length(tmp_path):
     path = str(tmp_path / "a.jsonl")
     video = ComponentConfig(Video(frames=3, strides=(1,)))
     made_of = Mixture(MixtureConfig({"video": video}, path, 0.0, jsonl=SMALL), 0).components[0]
-    assert (made_of.per_epoch, made_of.left_out) == (2, 2)
+    assert (made_of.sentences_per_epoch, made_of.num_excluded) == (2, 2)
     singles = Mixture(MixtureConfig({"single": ComponentConfig(Single())}, path, 0.0, jsonl=SMALL), 0)
     grids = {grid.tobytes() for codes in made for grid in codes.astype(np.int32)}
     assert {singles.components[0].sentence(n).tobytes() for n in range(40)} <= grids
@@ -140,7 +140,7 @@ def test_the_export_is_the_order_of_training(make_store, tmp_path):
     flags = ("--config=tests/configs/tiny_lvm.py", f"--config.data.store={store}", *off)
     run("lvm.export", *flags, f"--out={out}", "--sentences=300")
     sources = {"video": ComponentConfig(Video(frames=4, strides=(1,)), 0.4)}
-    wanted = sentences(Mixture(MixtureConfig(sources, store, heldout_fraction=0.25), 0))
+    wanted = iter_sentences(Mixture(MixtureConfig(sources, store, heldout_fraction=0.25), 0))
     lines = out.read_bytes().splitlines()
     assert len(lines) == 300
     for line in lines:

@@ -36,7 +36,7 @@ def test_palette_colours_are_distinct_and_the_first_are_far_apart() -> None:
 def test_palette_reads_back_exactly(data, names, shape) -> None:
     ids = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, len(names) - 1)))
     codec = codecs.Palette(names)
-    np.testing.assert_array_equal(codec.parse(codec.draw(ids)), ids)
+    np.testing.assert_array_equal(codec.parse(codec.render(ids)), ids)
 
 
 @quick
@@ -45,7 +45,7 @@ def test_palette_withstands_noise_below_half_the_distance_of_its_colours(seed, s
     rng = np.random.default_rng(seed)
     codec = codecs.Palette(tuple("abcdefgh"))
     ids = rng.integers(0, 8, shape)
-    noisy = codec.draw(ids) + rng.integers(-50, 51, (*shape, 3))  # 50 · √3 < 179 / 2
+    noisy = codec.render(ids) + rng.integers(-50, 51, (*shape, 3))  # 50 · √3 < 179 / 2
     np.testing.assert_array_equal(codec.parse(noisy.clip(0, 255).astype(np.uint8)), ids)
 
 
@@ -54,7 +54,7 @@ def test_palette_skips_ids_without_a_name() -> None:
     almost_the_unnamed = np.full((1, 1, 3), 254, np.uint8)
     assert codec.parse(almost_the_unnamed)[0, 0] != 1
     with pytest.raises(UserError, match=r"class ids \[1, 7\] have no name"):
-        codec.draw(np.array([[0, 1, 2, 7]]))
+        codec.render(np.array([[0, 1, 2, 7]]))
 
 
 @quick
@@ -68,7 +68,7 @@ def test_depth_reads_back_within_half_a_level(data, shape, near, extent) -> None
     codec = codecs.Depth(near, near + extent, "mm")
     inside = st.floats(max(near, 1e-6), near + extent)
     depth = data.draw(hnp.arrays(np.float64, shape, elements=st.just(0.0) | inside))
-    parsed = codec.parse(codec.draw(depth))
+    parsed = codec.parse(codec.render(depth))
     np.testing.assert_array_equal(parsed == 0, depth == 0)
     assert parsed.dtype == np.float32
     np.testing.assert_allclose(parsed, depth, rtol=1e-5, atol=extent / 508 * 1.001)
@@ -76,29 +76,29 @@ def test_depth_reads_back_within_half_a_level(data, shape, near, extent) -> None
 
 def test_depth_levels() -> None:
     codec = codecs.Depth(100, 354, "mm")
-    drawn = codec.draw(np.array([[0.0, 1.0, 100.0, 101.0, 354.0, 9999.0]]))
+    drawn = codec.render(np.array([[0.0, 1.0, 100.0, 101.0, 354.0, 9999.0]]))
     assert drawn[0, :, 0].tolist() == [0, 255, 255, 254, 1, 1]
     with pytest.raises(UserError, match="NaN or negative"):
-        codec.draw(np.array([[np.nan]]))
+        codec.render(np.array([[np.nan]]))
 
 
 @quick
 @given(strength=hnp.arrays(np.float32, shapes, elements=st.floats(0, 1, width=32)))
 def test_edges_read_back_within_half_a_level(strength) -> None:
     codec = codecs.Edges()
-    np.testing.assert_allclose(codec.parse(codec.draw(strength)), strength, atol=1 / 510 + 1e-6)
+    np.testing.assert_allclose(codec.parse(codec.render(strength)), strength, atol=1 / 510 + 1e-6)
 
 
 @quick
 @given(seed=st.integers(0, 999), shape=shapes)
 def test_normals_read_back_and_flip(seed, shape) -> None:
     codec, normals = codecs.Normals(), unit_vectors(shape, seed)
-    parsed = codec.parse(codec.draw(normals))
+    parsed = codec.parse(codec.render(normals))
     np.testing.assert_allclose(parsed, normals, atol=0.01)
     flipped = codec.flip(normals)
     np.testing.assert_array_equal(flipped[:, ::-1] * np.float32([-1, 1, 1]), normals)
     # The colour of −x is 255 minus the colour of x.
-    np.testing.assert_allclose(codec.draw(flipped)[..., 0], 255 - codec.draw(normals)[:, ::-1, 0], atol=1)
+    np.testing.assert_allclose(codec.render(flipped)[..., 0], 255 - codec.render(normals)[:, ::-1, 0], atol=1)
 
 
 @quick
@@ -110,16 +110,16 @@ def test_boxes_apart_read_back_exactly(seed, count) -> None:
         y, x = divmod(int(cell), 3)
         (x0, x1), (y0, y1) = (np.sort(rng.choice(7, 2, replace=False)) for _ in range(2))
         boxes.append(codecs.Box(int(rng.integers(3)), 8 * x + x0, 8 * y + y0, 8 * x + x1, 8 * y + y1))
-    assert sorted(codec.parse(codec.draw(boxes, size=(24, 24)))) == sorted(boxes)
+    assert sorted(codec.parse(codec.render(boxes, size=(24, 24)))) == sorted(boxes)
 
 
 def test_later_boxes_cover_earlier_ones_and_must_lie_inside() -> None:
     codec = codecs.Boxes(("a", "b"))
-    image = codec.draw([codecs.Box(0, 0, 0, 8, 8), codecs.Box(1, 0, 0, 4, 8)], size=(8, 8))
+    image = codec.render([codecs.Box(0, 0, 0, 8, 8), codecs.Box(1, 0, 0, 4, 8)], size=(8, 8))
     assert codec.parse(image) == [codecs.Box(0, 4, 0, 8, 8), codecs.Box(1, 0, 0, 4, 8)]
     for box in (codecs.Box(0, 0, 0, 9, 8), codecs.Box(0, 3, 3, 3, 4), codecs.Box(2, 0, 0, 1, 1)):
         with pytest.raises(UserError):
-            codec.draw([box], size=(8, 8))
+            codec.render([box], size=(8, 8))
 
 
 POSE_OF_ONE = codecs.Pose(("nose", "chin"), limbs=(0, 1))
@@ -185,7 +185,7 @@ def apart(seed: int, people: int, size: int = 64) -> np.ndarray:
 @given(seed=st.integers(0, 999), people=st.integers(0, 6))
 def test_joints_apart_are_read_back_within_half_a_pixel(seed, people) -> None:
     places = apart(seed, people)
-    parsed = POSE.parse(POSE.draw(places, size=(64, 64)))
+    parsed = POSE.parse(POSE.render(places, size=(64, 64)))
     for joint, found in enumerate(parsed):
         wanted = places[:, joint][~np.isnan(places[:, joint]).any(-1)]
         assert found.shape == wanted.shape
@@ -196,7 +196,7 @@ def test_joints_apart_are_read_back_within_half_a_pixel(seed, people) -> None:
 def test_limbs_are_white_lines_under_the_joints() -> None:
     places = np.full((1, 5, 2), np.nan)
     places[0, 0], places[0, 1] = (10.5, 10.5), (30.5, 10.5)
-    image = POSE.draw(places, size=(20, 40))
+    image = POSE.render(places, size=(20, 40))
     assert image[10, 20].tolist() == [255, 255, 255]
     assert image[10, 10].tolist() == codecs.PALETTE[2].tolist()
     assert (image > 0).any(-1).sum() == 2 * 13 + 15  # two discs, and the line between them
@@ -204,7 +204,7 @@ def test_limbs_are_white_lines_under_the_joints() -> None:
 
 def test_a_pose_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(UserError, match=r"shape \[1, 4, 2\]; expected \[P, 5, 2\]"):
-        POSE.draw(np.zeros((1, 4, 2)), size=(8, 8))
+        POSE.render(np.zeros((1, 4, 2)), size=(8, 8))
     for fields in ({"limbs": (0, 5)}, {"limbs": (0,)}, {"radius": 0}, {"joints": ()}):
         with pytest.raises(UserError, match=r"pose\.(limbs|radius|names)"):
             codecs.Pose(**{"joints": JOINTS, **fields})
@@ -219,19 +219,19 @@ def test_mirrored_images_are_those_of_the_mirrored_scene(seed) -> None:
     rng = np.random.default_rng(seed)
     palette, depth = codecs.Palette(("a", "b", "c")), codecs.Depth(0, 100, "m")
     ids, readings = rng.integers(0, 3, (6, 9)), rng.uniform(0, 100, (6, 9))
-    np.testing.assert_array_equal(palette.parse(palette.mirror(palette.draw(ids))), ids[:, ::-1])
-    np.testing.assert_array_equal(depth.mirror(depth.draw(readings)), depth.draw(readings[:, ::-1]))
+    np.testing.assert_array_equal(palette.parse(palette.mirror(palette.render(ids))), ids[:, ::-1])
+    np.testing.assert_array_equal(depth.mirror(depth.render(readings)), depth.render(readings[:, ::-1]))
     normals = unit_vectors((6, 9), seed)
-    mirrored = codecs.Normals().mirror(codecs.Normals().draw(normals))
+    mirrored = codecs.Normals().mirror(codecs.Normals().render(normals))
     np.testing.assert_allclose(
-        mirrored.astype(int), codecs.Normals().draw(codecs.Normals().flip(normals)), atol=1
+        mirrored.astype(int), codecs.Normals().render(codecs.Normals().flip(normals)), atol=1
     )
     boxes = [codecs.Box(1, 1, 2, 4, 5)]
     codec = codecs.Boxes(("x", "y"))
-    mirrored = codec.mirror(codec.draw(boxes, size=(6, 9)))
+    mirrored = codec.mirror(codec.render(boxes, size=(6, 9)))
     assert codec.parse(mirrored) == codec.flip(boxes, width=9) == [codecs.Box(1, 5, 2, 8, 5)]
     places = apart(seed, 2)
-    mirrored, flipped = POSE.mirror(POSE.draw(places, (64, 64))), POSE.flip(places, width=64)
+    mirrored, flipped = POSE.mirror(POSE.render(places, (64, 64))), POSE.flip(places, width=64)
     for found, joint in zip(POSE.parse(mirrored), range(5), strict=True):
         wanted = flipped[:, joint][~np.isnan(flipped[:, joint]).any(-1)]
         assert len(found) == len(wanted)
@@ -241,7 +241,7 @@ def test_mirrored_images_are_those_of_the_mirrored_scene(seed) -> None:
 def test_a_left_hand_is_a_right_hand_in_the_mirror() -> None:
     places = np.full((1, 5, 2), np.nan)
     places[0, 1] = (8.5, 20.5)
-    found = POSE.parse(POSE.mirror(POSE.draw(places, (64, 64))))
+    found = POSE.parse(POSE.mirror(POSE.render(places, (64, 64))))
     assert [len(joint) for joint in found] == [0, 0, 1, 0, 0]
     np.testing.assert_allclose(found[2], [[55.5, 20.5]])
 

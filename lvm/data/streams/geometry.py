@@ -10,7 +10,7 @@ import numpy as np
 import scipy.ndimage
 
 from lvm.common.errors import UserError
-from lvm.data.streams.codec import PALETTE, BaseCodec, check_image, check_names, nearest_colours
+from lvm.data.streams.base import PALETTE, BaseCodec, check_image, check_names, nearest_colors
 
 
 class Box(NamedTuple):
@@ -39,7 +39,7 @@ class Boxes(BaseCodec):
     def __post_init__(self) -> None:
         check_names(self.kind, self.names, limit=len(PALETTE) - 1)
 
-    def draw(self, boxes: Sequence[Box], size: tuple[int, int]) -> np.ndarray:
+    def render(self, boxes: Sequence[Box], size: tuple[int, int]) -> np.ndarray:
         """The boxes painted in order (later ones cover earlier ones), uint8 [H, W, 3]; `size` is (H, W).
 
         Raises UserError for a box that is empty, outside of the image, or of an unknown class.
@@ -56,7 +56,7 @@ class Boxes(BaseCodec):
 
     def parse(self, image: np.ndarray) -> list[Box]:
         """The bounding box of each connected region of one class colour, ordered by class, then by row."""
-        ids = nearest_colours(check_image(image, self.kind), PALETTE[: len(self.names) + 1])  # [H, W]
+        ids = nearest_colors(check_image(image, self.kind), PALETTE[: len(self.names) + 1])  # [H, W]
         boxes = []
         for class_id in range(len(self.names)):
             regions, _ = scipy.ndimage.label(ids == class_id + 1)
@@ -98,7 +98,7 @@ class Pose(BaseCodec):
         if type(self.radius) is not int or self.radius < 1:
             raise UserError(f"pose.radius is {self.radius!r}; expected pixels, 1 or more")
 
-    def draw(self, people: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def render(self, people: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Skeletons as an image, uint8 [H, W, 3].
 
         Args:
@@ -124,7 +124,7 @@ class Pose(BaseCodec):
 
     def parse(self, image: np.ndarray) -> list[np.ndarray]:
         """For each joint the places (x, y) of its discs, float [n, 2], by row."""
-        ids = nearest_colours(check_image(image, self.kind), PALETTE[: len(self.joints) + 2])  # [H, W]
+        ids = nearest_colors(check_image(image, self.kind), PALETTE[: len(self.joints) + 2])  # [H, W]
         found = []
         for joint in range(len(self.joints)):
             regions, count = scipy.ndimage.label(ids == joint + 2)
@@ -136,7 +136,7 @@ class Pose(BaseCodec):
 
     def mirror(self, image: np.ndarray) -> np.ndarray:
         """See `Codec.mirror`: the colours of left and right joints change places too."""
-        ids = nearest_colours(check_image(image, self.kind), PALETTE[: len(self.joints) + 2])
+        ids = nearest_colors(check_image(image, self.kind), PALETTE[: len(self.joints) + 2])
         swapped = np.array([0, 1, *(joint + 2 for joint in self._mirrored())])
         return PALETTE[swapped[ids]][:, ::-1]
 

@@ -33,12 +33,12 @@ class CounterRng:
         self._drawn += count
         return splitmix64(self._keys[:, None] + steps)
 
-    def below(self, highs: np.ndarray) -> np.ndarray:
+    def integers(self, highs: np.ndarray) -> np.ndarray:
         """Uniform numbers in [0, high): int64, shaped as `highs`, int [n] or [n, m] in [1, 2^31)."""
         wanted = np.asarray(highs, np.uint64).reshape(len(self._keys), -1)
         drawn = ((self.bits(wanted.shape[1]) >> np.uint64(32)) * wanted) >> np.uint64(32)
         return drawn.astype(np.int64).reshape(np.shape(highs))
 
-    def shuffled(self, count: int) -> np.ndarray:
+    def permutations(self, count: int) -> np.ndarray:
         """A random order of [0, count) for every stream: int64 [n, count]."""
         return np.argsort(self.bits(count), axis=1, kind="stable")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from lvm.data.mixture.permutation import order, permute_each
+from lvm.data.mixture.permutation import permute_each, shuffle_indices
 
 _WORD = 64
 _CHUNK = 2**20  # scenes whose index is looked at at once
@@ -23,7 +23,7 @@ class RankIndex:
     def __init__(self, parts: Iterable[np.ndarray], keep: Callable[[np.ndarray], np.ndarray]):
         packed, self._total = [np.zeros(0, np.uint8)], 0
         waiting = np.zeros(0, bool)  # what doesn't fill a byte yet
-        for chunk in chunks(parts):
+        for chunk in split_chunks(parts):
             self._total += len(chunk)
             waiting = np.concatenate([waiting, keep(chunk)])
             whole = len(waiting) // 8 * 8
@@ -37,7 +37,7 @@ class RankIndex:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def find(self, ranks: np.ndarray) -> np.ndarray:
+    def select(self, ranks: np.ndarray) -> np.ndarray:
         """The numbers of the scenes of these ranks, int64 as `ranks`, each in [0, len)."""
         if len(self) == self._total:
             return ranks
@@ -48,8 +48,8 @@ class RankIndex:
         return (words * _WORD + np.argmax(reached, axis=1)).reshape(ranks.shape)
 
 
-def chunks(parts: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
-    """The same entries in pieces that fit in memory."""
+def split_chunks(parts: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+    """The same entries in chunks that fit in memory."""
     for part in parts:
         for start in range(0, len(part), _CHUNK):
             yield part[start : start + _CHUNK]
@@ -64,20 +64,22 @@ class SceneSampler:
       seed, shuffle: of the order (`permutation.SHUFFLES`).
 
     Attributes:
-      per_epoch: sentences an epoch; the fewer than k scenes that are left over are others in every epoch.
-      left_out: scenes that no epoch takes.
+      sentences_per_epoch: sentences an epoch; the fewer than k scenes that are left over are others in every epoch.
+      num_excluded: scenes that no epoch takes.
     """
 
-    left_out = 0
+    num_excluded = 0
 
     def __init__(self, scenes: RankIndex, num_scenes: int, seed: int, shuffle: str):
         self._scenes, self._k, self._seed, self._shuffle = scenes, num_scenes, seed, shuffle
-        self.per_epoch = len(scenes) // num_scenes
+        self.sentences_per_epoch = len(scenes) // num_scenes
 
     def scenes(self, places: np.ndarray, epoch: int) -> np.ndarray:
         """Scene numbers of the sentences at `places` of an epoch: int64 [n] → [n, k]."""
         each = places[:, None] * self._k + np.arange(self._k)
-        return self._scenes.find(order(each, len(self._scenes), self._seed + epoch, self._shuffle))
+        return self._scenes.select(
+            shuffle_indices(each, len(self._scenes), self._seed + epoch, self._shuffle)
+        )
 
 
 class ClassSampler:
@@ -97,20 +99,22 @@ class ClassSampler:
         shuffle: str,
     ):
         self._k, self._seed, self._shuffle = num_scenes, seed, shuffle
-        numbers = scenes.find(np.arange(len(scenes)))
+        numbers = scenes.select(np.arange(len(scenes)))
         classes = classes_of(numbers)
         self._members = numbers[np.argsort(classes, kind="stable")]
         _, sizes = np.unique(classes, return_counts=True)
         self.largest = int(sizes.max(initial=0))
         enough = sizes >= num_scenes
-        self.left_out = int(sizes[~enough].sum())
+        self.num_excluded = int(sizes[~enough].sum())
         self._sizes, self._firsts = sizes[enough], (np.cumsum(sizes) - sizes)[enough]
         self._starts = np.concatenate([[0], np.cumsum(self._sizes // num_scenes)])  # in sentences
-        self.per_epoch = int(self._starts[-1])
+        self.sentences_per_epoch = int(self._starts[-1])
 
     def scenes(self, places: np.ndarray, epoch: int) -> np.ndarray:
         """Scene numbers of the sentences at `places` of an epoch: int64 [n] → [n, k]."""
-        sentences = order(places, self.per_epoch, self._seed + epoch, self._shuffle, self._k)
+        sentences = shuffle_indices(
+            places, self.sentences_per_epoch, self._seed + epoch, self._shuffle, self._k
+        )
         classes = np.searchsorted(self._starts, sentences, side="right") - 1
         each = (sentences - self._starts[classes])[:, None] * self._k + np.arange(self._k)
         which = np.repeat(classes, self._k)

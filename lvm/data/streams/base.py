@@ -17,7 +17,7 @@ class Codec(Protocol):
     def kind(self) -> str:
         """The name of the codec's class in JSON."""
 
-    def draw(self, *annotation: Any, **options: Any) -> np.ndarray:
+    def render(self, *annotation: Any, **options: Any) -> np.ndarray:
         """The annotation as an image, uint8 [H, W, 3]."""
 
     def parse(self, image: np.ndarray) -> Any:
@@ -61,7 +61,7 @@ PALETTE = _farthest_points(256, levels=9)  # [256, 3]; part of what stored scene
 PALETTE.flags.writeable = False
 
 
-def nearest_colours(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
+def nearest_colors(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """For each pixel of an image [H, W, 3] the row of the nearest of the colours [K, 3], int [H, W].
 
     Distance is squared RGB distance; between equals the lower row wins.
