@@ -143,7 +143,7 @@ class Rows:
             if length < full:
                 line += f"; all {sentences} lose their EOS: they have {full} tokens, a row {self.context + 1}"
             if component.num_excluded:
-                line += f"; {component.num_excluded} scenes excluded: too few frames, a missing stream, or too small a class"
+                line += f"; {component.num_excluded} scenes excluded: too short, a stream missing, or class too small"
             lines.append(line)
         return lines
 
