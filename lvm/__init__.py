@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lvm.inference.pretrained import LVM
 
-__all__ = ["LVM"]
+__all__ = ["LVM", "__version__"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -10,14 +10,11 @@ at all.
 from __future__ import annotations
 
 import pathlib
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
 from lvm.common import cli, files
-from lvm.common.errors import EXIT_ERROR, UserError
+from lvm.common.errors import EXIT_DONE, EXIT_ERROR, UserError
 from lvm.common.logging import log_info
 from lvm.interop import card, models
 from lvm.interop.compare import compare
@@ -90,61 +87,56 @@ def _describe(folder: pathlib.Path, checkpoint: LazyCheckpoint, tokenizer: str) 
 def check(first: str, second: str, rows: int, tolerance: float) -> bool:
     """Prints how two checkpoints differ; returns whether their logits agree."""
     found = compare(models.read(first), models.read(second), rows)
-    log_info(f"{first} and {second} on {rows} rows of {len(found.max_abs_diff)} random codes, in float32")
+    print(f"{first} and {second} on {rows} rows of {len(found.max_abs_diff)} random codes, in float32")
     for line in found.report():
-        log_info(line)
+        print(line)
     return bool(found.max_abs_diff.max() <= tolerance)
 
 
-def main() -> None:
-    """The command."""
-    if _CHECK.value:
-        if not check(_SRC.value, _DST.value, _ROWS.value, _TOLERANCE.value):
-            sys.exit(EXIT_ERROR)
-        return
-    if _TO.value is None:
+def _run(args: cli.Args) -> int:
+    if args.check:
+        if not check(args.src, args.dst, args.rows, args.tolerance):
+            return EXIT_ERROR
+        return EXIT_DONE
+    if args.to is None:
         raise UserError(f"--to: missing; one of {', '.join(models.FORMATS)}")
-    if _MAX_SHARD.value <= 0:
-        raise UserError(f"--max_shard_gigabytes: {_MAX_SHARD.value} is not positive")
+    if args.max_shard_gigabytes <= 0:
+        raise UserError(f"--max_shard_gigabytes: {args.max_shard_gigabytes} is not positive")
     written = convert(
-        _SRC.value,
-        _DST.value,
-        _TO.value,
-        _STEP.value,
-        _DTYPE.value,
-        _VOCABULARY.value,
-        _TOKENIZER.value,
-        int(_MAX_SHARD.value * 10**9),
+        args.src,
+        args.dst,
+        args.to,
+        args.step,
+        args.dtype,
+        args.vocabulary,
+        args.tokenizer,
+        int(args.max_shard_gigabytes * 10**9),
     )
     count = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in written.tensors.values())
     vocabulary = written.vocabulary
     log_info(
-        f"{_DST.value}: {count:,} parameters in {written.dtype}, {vocabulary.num_codes} codes of "
+        f"{args.dst}: {count:,} parameters in {written.dtype}, {vocabulary.num_codes} codes of "
         f"{vocabulary.size} ids, step {written.step}"
     )
+    return EXIT_DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__, positionals=("src", "dst"))
+    flags.string("src", None, "a model's folder, or a stream; the first argument", required=True)
+    flags.string("dst", None, "the folder to write; the second argument", required=True)
+    flags.enum("to", None, models.FORMATS, "what is written")
+    flags.integer("step", None, "of a workdir's checkpoints; the newest by default")
+    flags.enum("dtype", None, list(DTYPES), "what weights are stored in; as they are by default")
+    flags.integer("vocabulary", None, "ids that the model has afterwards, such as 8448 or 8292")
+    flags.string("tokenizer", "", "a tokenizer's folder, to put beside --to=hf")
+    flags.float("max_shard_gigabytes", models.MAX_SHARD_BYTES / 1e9, "a file of weights of --to=hf")
+    flags.boolean("check", False, "compare two checkpoints instead; exit code 1 where they differ")
+    flags.integer("rows", 2, "random rows that --check runs", lower_bound=1)
+    flags.float("tolerance", 1e-4, "largest difference of a logit that --check passes")
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _SRC = flags.DEFINE_string(
-        "src", None, "a model's folder, or a stream; the first argument", required=True
-    )
-    _DST = flags.DEFINE_string("dst", None, "the folder to write; the second argument", required=True)
-    _TO = flags.DEFINE_enum("to", None, models.FORMATS, "what is written")
-    _STEP = flags.DEFINE_integer("step", None, "of a workdir's checkpoints; the newest by default")
-    _DTYPE = flags.DEFINE_enum(
-        "dtype", None, list(DTYPES), "what weights are stored in; as they are by default"
-    )
-    _VOCABULARY = flags.DEFINE_integer(
-        "vocabulary", None, "ids that the model has afterwards, such as 8448 or 8292"
-    )
-    _TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer's folder, to put beside --to=hf")
-    _MAX_SHARD = flags.DEFINE_float(
-        "max_shard_gigabytes", models.MAX_SHARD_BYTES / 1e9, "a file of weights of --to=hf"
-    )
-    _CHECK = flags.DEFINE_bool(
-        "check", False, "compare two checkpoints instead; exit code 1 where they differ"
-    )
-    _ROWS = flags.DEFINE_integer("rows", 2, "random rows that --check runs", lower_bound=1)
-    _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "largest difference of a logit that --check passes")
-    sys.argv = cli.positionals_to_flags(sys.argv, ("src", "dst"))
-    cli.run(main)
+    cli.exit_process(main())

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from lvm.common import cli, files
 from lvm.common.config import from_config_dict, to_json
@@ -238,16 +236,20 @@ def _ask(config: EvalConfig, model: LVM, mixture: MixtureConfig, heldout: Heldou
     return asked
 
 
-def main() -> None:
-    """The command."""
-    config = from_config_dict(EvalConfig, _CONFIG.value)
-    evaluate(config, _MODEL.value, _TOKENIZER.value, _OUT.value)
+def _run(args: cli.Args) -> None:
+    config = from_config_dict(EvalConfig, args.config)
+    evaluate(config, args.model, args.tokenizer, args.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.config()
+    flags.string("model", None, "a model's folder", required=True)
+    flags.string("tokenizer", None, "its tokenizer's folder", required=True)
+    flags.string("out", None, "where results.json and index.html go", required=True)
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
-    _MODEL = flags.DEFINE_string("model", None, "a model's folder", required=True)
-    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "its tokenizer's folder", required=True)
-    _OUT = flags.DEFINE_string("out", None, "where results.json and index.html go", required=True)
-    flags.mark_flag_as_required("config")
-    cli.run(main)
+    cli.exit_process(main())

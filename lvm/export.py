@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
 from lvm.common import cli, files
 from lvm.common.config import from_config_dict
@@ -34,23 +32,27 @@ def iter_sentences(mixture: Mixture) -> Iterator[np.ndarray]:
             yield next(read[component])
 
 
-def main() -> None:
-    """The command."""
-    out, count = pathlib.Path(_OUT.value), _SENTENCES.value
+def _run(args: cli.Args) -> None:
+    out, count = pathlib.Path(args.out), args.sentences
     if count < 1:
         raise UserError(f"--sentences: {count} is not positive")
     if out.suffix != SUFFIX:
         raise UserError(f"--out: {out} doesn't end in {SUFFIX}, by which such files are told")
-    config = from_config_dict(TrainConfig, _CONFIG.value)
+    config = from_config_dict(TrainConfig, args.config)
     with files.atomic_file(out) as file:
         for codes in itertools.islice(iter_sentences(Mixture(config.data, config.seed)), count):
             file.write(encode_line(codes).encode())
     log_info(f"{out}: {count} sentences")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.config()
+    flags.string("out", None, "the file", required=True)
+    flags.integer("sentences", 1000, "how many")
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
-    _OUT = flags.DEFINE_string("out", None, "the file", required=True)
-    _SENTENCES = flags.DEFINE_integer("sentences", 1000, "how many")
-    flags.mark_flag_as_required("config")
-    cli.run(main)
+    cli.exit_process(main())

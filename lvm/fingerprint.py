@@ -12,12 +12,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
 from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict
@@ -50,34 +48,38 @@ def token_bytes(config: TrainConfig, start: int, count: int, workers: int) -> It
         yield np.ascontiguousarray(distributed.fetch(tokens), "<i4").tobytes()
 
 
-def main() -> None:
-    """The command."""
+def _run(args: cli.Args) -> None:
     for name, value, least in (
-        ("batches", _BATCHES.value, 1),
-        ("start", _START.value, 0),
-        ("workers", _WORKERS.value, 0),
+        ("batches", args.batches, 1),
+        ("start", args.start, 0),
+        ("workers", args.workers, 0),
     ):
         if value < least:
             raise UserError(f"--{name}: {value} is too small; it is at least {least}")
-    config = from_config_dict(TrainConfig, _CONFIG.value)
+    config = from_config_dict(TrainConfig, args.config)
     distributed.join(config.distributed)
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
         out: IO[bytes] | None = None
-        if _OUT.value and distributed.is_first():
-            out = stack.enter_context(open(_OUT.value, "wb"))
-        for content in token_bytes(config, _START.value, _BATCHES.value, _WORKERS.value):
+        if args.out and distributed.is_first():
+            out = stack.enter_context(open(args.out, "wb"))
+        for content in token_bytes(config, args.start, args.batches, args.workers):
             digest.update(content)
             if out:
                 out.write(content)
     print(digest.hexdigest(), flush=True)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.config()
+    flags.integer("batches", 200, "how many batches")
+    flags.integer("start", 0, "the first one's step")
+    flags.integer("workers", 0, "processes that read for each process; 0 for threads")
+    flags.string("out", None, "file for the tokens themselves")
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
-    _BATCHES = flags.DEFINE_integer("batches", 200, "how many batches")
-    _START = flags.DEFINE_integer("start", 0, "the first one's step")
-    _WORKERS = flags.DEFINE_integer("workers", 0, "processes that read for each process; 0 for threads")
-    _OUT = flags.DEFINE_string("out", None, "file for the tokens themselves")
-    flags.mark_flag_as_required("config")
-    cli.run(main)
+    cli.exit_process(main())

@@ -12,17 +12,15 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 from etils import epath
 from PIL import Image
 
 from lvm.common import cli, errors, files
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.batches import ImageBatcher
 from lvm.data.images.sources import ImageSource, open_source
@@ -261,37 +259,36 @@ def format_summary(found: dict[str, Any]) -> list[str]:
     return lines + [f"  {item['key']}: {item['reason']}" for item in [*found["skipped"], *found["failures"]]]
 
 
-def main() -> None:
-    """The command."""
-    store = _open(_STORE.value, _STAGE_TO.value)
-    if bool(_SOURCE.value) > bool(_TOKENIZER.value) or bool(_SHEET.value) > bool(_TOKENIZER.value):
+def _run(args: cli.Args) -> None:
+    store = _open(args.store, args.stage_to)
+    if bool(args.source) > bool(args.tokenizer) or bool(args.sheet) > bool(args.tokenizer):
         raise UserError("--source and --sheet need --tokenizer, which encodes and decodes")
-    if _SHEET.value and pathlib.Path(_SHEET.value).suffix.lower() != ".png":
-        raise UserError(f"--sheet: {_SHEET.value} is not a name of a picture; wanted one that ends in .png")
-    if _SAMPLE.value < 1:
-        raise UserError(f"--sample: {_SAMPLE.value} is not positive")
+    if args.sheet and pathlib.Path(args.sheet).suffix.lower() != ".png":
+        raise UserError(f"--sheet: {args.sheet} is not a name of a picture; wanted one that ends in .png")
+    if args.sample < 1:
+        raise UserError(f"--sample: {args.sample} is not positive")
     found = summarize(store)
-    if not _JSON.value:
-        log_info("\n".join([str(store.path), *format_summary(found)]))
+    if not args.json:
+        print("\n".join([str(store.path), *format_summary(found)]))
     wrong = []
-    for problem in find_problems(store) if _VERIFY.value else ():
+    for problem in find_problems(store) if args.verify else ():
         wrong.append(problem)
-        if not _JSON.value:
-            log_info(problem)
-    again = _with_tokenizer(store) if _TOKENIZER.value else []
-    if _JSON.value:
+        if not args.json:
+            print(problem)
+    again = _with_tokenizer(store, args) if args.tokenizer else []
+    if args.json:
         print(
             json.dumps(
                 {"store": str(store.path), **found, "problems": wrong + again}, indent=1, sort_keys=True
             )
         )
     else:
-        done = "all checksums, records and counts are right" if _VERIFY.value else "not verified"
-        encoded = f"; {_SAMPLE.value} scenes encoded again" if _SOURCE.value else ""
+        done = "all checksums, records and counts are right" if args.verify else "not verified"
+        encoded = f"; {args.sample} scenes encoded again" if args.source else ""
         for problem in again:
-            log_info(problem)
+            print(problem)
         bad = len(wrong) + len(again)
-        log_info(f"{bad} problem{'s' * (bad > 1)}" if bad else done + encoded)
+        print(f"{bad} problem{'s' * (bad > 1)}" if bad else done + encoded)
     if wrong or again:
         sys.exit(errors.EXIT_ERROR)
 
@@ -307,23 +304,28 @@ def _open(path: str, stage_to: str) -> Store:
         sys.exit(errors.EXIT_ERROR)
 
 
-def _with_tokenizer(store: Store) -> list[str]:
-    tokenizer = Tokenizer.load(_TOKENIZER.value, store.manifest.get("dtype"))
+def _with_tokenizer(store: Store, args: cli.Args) -> list[str]:
+    tokenizer = Tokenizer.load(args.tokenizer, store.manifest.get("dtype"))
     if tokenizer.identity()["hash"] != store.manifest["tokenizer"]["hash"]:
-        raise UserError(f"--tokenizer: {_TOKENIZER.value} is not what made the codes of {store.path}")
-    if _SHEET.value:
-        write_sheet(store, tokenizer, _SAMPLE.value, pathlib.Path(_SHEET.value))
-    return reencode(store, _SOURCE.value, tokenizer, _SAMPLE.value) if _SOURCE.value else []
+        raise UserError(f"--tokenizer: {args.tokenizer} is not what made the codes of {store.path}")
+    if args.sheet:
+        write_sheet(store, tokenizer, args.sample, pathlib.Path(args.sheet))
+    return reencode(store, args.source, tokenizer, args.sample) if args.source else []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__, positionals=("store",))
+    flags.string("store", None, "the store; the first argument", required=True)
+    flags.boolean("json", False, "print JSON")
+    flags.boolean("verify", True, "read all of the store; --noverify reads its manifest alone")
+    flags.string("source", "", "what was encoded: some scenes are encoded again")
+    flags.string("tokenizer", "", "the tokenizer's folder, for --source and --sheet")
+    flags.integer("sample", 8, "how many scenes are encoded again, and drawn")
+    flags.string("sheet", "", "a PNG file for decoded scenes")
+    flags.string("stage_to", "", "a local folder that shards are copied to first")
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _STORE = flags.DEFINE_string("store", None, "the store; the first argument", required=True)
-    _JSON = flags.DEFINE_bool("json", False, "print JSON")
-    _VERIFY = flags.DEFINE_bool("verify", True, "read all of the store; --noverify reads its manifest alone")
-    _SOURCE = flags.DEFINE_string("source", "", "what was encoded: some scenes are encoded again")
-    _TOKENIZER = flags.DEFINE_string("tokenizer", "", "the tokenizer's folder, for --source and --sheet")
-    _SAMPLE = flags.DEFINE_integer("sample", 8, "how many scenes are encoded again, and drawn")
-    _SHEET = flags.DEFINE_string("sheet", "", "a PNG file for decoded scenes")
-    _STAGE_TO = flags.DEFINE_string("stage_to", "", "a local folder that shards are copied to first")
-    sys.argv = cli.positionals_to_flags(sys.argv, ("store",))
-    cli.run(main)
+    cli.exit_process(main())

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import jax
-from absl import flags
-from ml_collections import config_flags
 
 from lvm.common import cli
 from lvm.common.config import from_config_dict
@@ -89,44 +88,44 @@ def _too_large(found: Plan, memory: Memory) -> str:
     return f"{problem}; the nearest that fits: {nearest[0]}" if nearest else f"{problem}; nothing nearer fits"
 
 
-def main() -> None:
-    """The command."""
-    config = from_config_dict(TrainConfig, _CONFIG.value)
-    target = target_of(_TOPOLOGY.value, _SLICES.value, _HBM_GIB.value)
+def _run(args: cli.Args) -> None:
+    config = from_config_dict(TrainConfig, args.config)
+    target = target_of(args.topology, args.slices, args.hbm_gib)
     compiler_flags.compiler_options(
         target.described.accelerator.platform, config.flags
     )  # refused before a compile
     complaint = None
-    if _SEARCH.value:
-        plans = search_plan(config, target, _NUM_CODES.value)
+    if args.search:
+        plans = search_plan(config, target, args.num_codes)
     else:
-        found, complaint = plan(config, target, _NUM_CODES.value)
+        found, complaint = plan(config, target, args.num_codes)
         plans = [found]
-    if _JSON.value:
+    if args.json:
         print(json.dumps(plans[-1].to_json()))
     else:
         for found in plans[:-1]:
             print(f"tried {search.keys(found.config)}: {found.total_bytes / GIB:.2f} GiB a chip")
-        if _SEARCH.value:
+        if args.search:
             print(f"proposed: {search.keys(plans[-1].config)}\n")
         print("\n".join(report.lines(plans[-1])))
     if complaint:
         raise UserError(complaint)
 
 
-if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
-    _TOPOLOGY = flags.DEFINE_string(
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.config()
+    flags.string(
         "topology", None, "v5e-256, v5litepod-256 or v5e:16x16; GPUs are h100-8, h200-64 …", required=True
     )
-    _SLICES = flags.DEFINE_integer("slices", 1, "slices of it", lower_bound=1)
-    _SEARCH = flags.DEFINE_boolean("search", False, "find batch, rematerialisation and mesh")
-    _JSON = flags.DEFINE_boolean("json", False, "print one JSON object")
-    _NUM_CODES = flags.DEFINE_integer(
-        "num_codes", 8192, "codes of the tokenizer, as the store would say", lower_bound=1
-    )
-    _HBM_GIB = flags.DEFINE_float(
-        "hbm_gib", 0.0, "memory of a GPU in GiB; 0 takes the table's", lower_bound=0.0
-    )
-    flags.mark_flag_as_required("config")
-    cli.run(main)
+    flags.integer("slices", 1, "slices of it", lower_bound=1)
+    flags.boolean("search", False, "find batch, rematerialisation and mesh")
+    flags.boolean("json", False, "print one JSON object")
+    flags.integer("num_codes", 8192, "codes of the tokenizer, as the store would say", lower_bound=1)
+    flags.float("hbm_gib", 0.0, "memory of a GPU in GiB; 0 takes the table's", lower_bound=0.0)
+    return flags.run(_run, argv)
+
+
+if __name__ == "__main__":
+    cli.exit_process(main())

@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from lvm.common import cli
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.data.images.sources.generated import GeneratedSource
 from lvm.inference.contact_sheet import Cell, render_sheet
 from lvm.inference.generator import SamplingParams
@@ -212,15 +210,14 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
     return image.repeat(scale, 0).repeat(scale, 1)
 
 
-def main() -> None:
-    """The command."""
+def _run(args: cli.Args) -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio as gr
     except ImportError as error:
         raise UserError("gradio isn't installed: pip install -r requirements-playground.txt") from error
-    tokenizer, model = Tokenizer.load(_TOKENIZER.value), LVM.load(_MODEL.value)
-    check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), _TOKENIZER.value)
+    tokenizer, model = Tokenizer.load(args.tokenizer), LVM.load(args.model)
+    check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), args.tokenizer)
     desk = PlaygroundSession(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         page = build_page(desk, write_examples(pathlib.Path(folder), tokenizer, desk.fit))
@@ -230,7 +227,7 @@ def main() -> None:
         try:
             _, address, _ = page.launch(
                 server_name="127.0.0.1",
-                server_port=_PORT.value or None,
+                server_port=args.port or None,
                 max_file_size=MAX_FILE_SIZE,
                 theme=theme,
                 footer_links=[],
@@ -239,15 +236,19 @@ def main() -> None:
                 prevent_thread_lock=True,
             )
         except OSError as error:
-            raise UserError(f"--port: {_PORT.value} can't be had: {error}") from error
-        log_info(f"open {address}")
+            raise UserError(f"--port: {args.port} can't be had: {error}") from error
+        print(f"open {address}")
         page.block_thread()
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.string("model", None, "a model's folder", required=True)
+    flags.string("tokenizer", None, "its tokenizer's folder", required=True)
+    flags.integer("port", 0, "of this machine; 0: a free one", lower_bound=0, upper_bound=65535)
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    _MODEL = flags.DEFINE_string("model", None, "a model's folder", required=True)
-    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "its tokenizer's folder", required=True)
-    _PORT = flags.DEFINE_integer(
-        "port", 0, "of this machine; 0: a free one", lower_bound=0, upper_bound=65535
-    )
-    cli.run(main)
+    cli.exit_process(main())

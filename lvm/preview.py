@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
 from lvm.common import cli
@@ -138,18 +136,17 @@ def report(rows: Rows, steps: int, batches: int) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """The command."""
-    config = from_config_dict(TrainConfig, _CONFIG.value)
-    if not (0 < _ROWS.value <= config.batch_size and _BATCHES.value > 0 and _STEP.value >= 0):
+def _run(args: cli.Args) -> None:
+    config = from_config_dict(TrainConfig, args.config)
+    if not (0 < args.rows <= config.batch_size and args.batches > 0 and args.step >= 0):
         raise UserError(
-            f"--rows: {_ROWS.value} of 1..{config.batch_size} (config.batch_size), --batches: {_BATCHES.value} "
-            f"from 1 on, --step: {_STEP.value} from 0 on"
+            f"--rows: {args.rows} of 1..{config.batch_size} (config.batch_size), --batches: {args.batches} "
+            f"from 1 on, --step: {args.step} from 0 on"
         )
     rows = make_rows(config)
     tokens = config.batch_size * config.model.context
-    for line in report(rows, config.loop.with_total_steps(tokens).total_steps, _BATCHES.value):
-        log_info(line)
+    for line in report(rows, config.loop.with_total_steps(tokens).total_steps, args.batches):
+        print(line)
     header = rows.mixture.stores[0].manifest["tokenizer"]
     if config.tokenizer:
         tokenizer = Tokenizer.load(config.tokenizer)
@@ -159,21 +156,26 @@ def main() -> None:
     else:
         log_info("no config.tokenizer: every code is drawn as a colour")
         decode = code_colors(tuple(header["grid"]))
-    folder = pathlib.Path(_OUT.value)
+    folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     names = [component.name for component in rows.mixture.components]
-    for place in range(_ROWS.value):
-        cells = row_cells(rows, _STEP.value, place, decode)
-        picture = render_row(cells, names, f"step {_STEP.value}, row {place}")
-        Image.fromarray(picture).save(folder / f"step-{_STEP.value:07d}-row-{place:04d}.png")
-    log_info(f"{_ROWS.value} rows drawn in {folder}")
+    for place in range(args.rows):
+        cells = row_cells(rows, args.step, place, decode)
+        picture = render_row(cells, names, f"step {args.step}, row {place}")
+        Image.fromarray(picture).save(folder / f"step-{args.step:07d}-row-{place:04d}.png")
+    log_info(f"{args.rows} rows drawn in {folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.config()
+    flags.string("out", None, "folder for the pictures", required=True)
+    flags.integer("rows", 2, "rows to draw")
+    flags.integer("step", 0, "of which step")
+    flags.integer("batches", 20, "batches that are counted")
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
-    _OUT = flags.DEFINE_string("out", None, "folder for the pictures", required=True)
-    _ROWS = flags.DEFINE_integer("rows", 2, "rows to draw")
-    _STEP = flags.DEFINE_integer("step", 0, "of which step")
-    _BATCHES = flags.DEFINE_integer("batches", 20, "batches that are counted")
-    flags.mark_flag_as_required("config")
-    cli.run(main)
+    cli.exit_process(main())

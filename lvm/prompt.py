@@ -17,12 +17,10 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from absl import flags
 from etils import epath
 
 from lvm.common import cli, files
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.common.png import encode_png
 from lvm.data.images.sources.listing import VIDEO_SUFFIXES
 from lvm.hardware.sharding import MeshConfig, make_mesh
@@ -85,70 +83,65 @@ def write_answers(out: epath.Path, prompt: prompts.Prompt, answers: np.ndarray, 
     files.write_atomically(out, encode_png(prompts.answer_sheet(prompt, answers, side)))
 
 
-def main() -> None:
-    """The command."""
-    check_prompt_flags(_SEQUENCE.value, _PAIRS.value, _QUERY.value)
-    paths = [part for pair in _PAIRS.value for member in pair.split(":") for part in member.split("+")]
-    query = [_QUERY.value] if _QUERY.value else []
-    check_video_flags([*_SEQUENCE.value, *paths, *query], _RATE.value, _FRAMES.value)
-    drawn_by = {"candidates": _CANDIDATES.value > 1} | {
-        name: bool(flags.FLAGS[name].present) for name in ("top_k", "top_p", "seed")
+def _run(args: cli.Args) -> None:
+    check_prompt_flags(args.sequence, args.pairs, args.query)
+    paths = [part for pair in args.pairs for member in pair.split(":") for part in member.split("+")]
+    query = [args.query] if args.query else []
+    check_video_flags([*args.sequence, *paths, *query], args.rate, args.frames)
+    drawn_by = {"candidates": args.candidates > 1} | {
+        name: bool(args[name].present) for name in ("top_k", "top_p", "seed")
     }
-    check_sampling_flags(_TEMPERATURE.value, drawn_by)
-    out = epath.Path(_OUT.value)
+    check_sampling_flags(args.temperature, drawn_by)
+    out = epath.Path(args.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out: {out} is not a name of a picture; wanted one that ends in .png")
-    if _TENSOR.value > jax.device_count():
-        raise UserError(f"--tensor: {_TENSOR.value} devices wanted, there are {jax.device_count()}")
-    mesh = make_mesh(MeshConfig(data=1, tensor=_TENSOR.value), jax.devices()[: _TENSOR.value])
-    tokenizer, model = Tokenizer.load(_TOKENIZER.value), LVM.load(_MODEL.value, mesh=mesh)
-    check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), _TOKENIZER.value)
+    if args.tensor > jax.device_count():
+        raise UserError(f"--tensor: {args.tensor} devices wanted, there are {jax.device_count()}")
+    mesh = make_mesh(MeshConfig(data=1, tensor=args.tensor), jax.devices()[: args.tensor])
+    tokenizer, model = Tokenizer.load(args.tokenizer), LVM.load(args.model, mesh=mesh)
+    check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), args.tokenizer)
     N = tokenizer.codes_per_image
     check = lambda count: model.check_fits(count, N)  # noqa: E731
-    reader = prompts.PromptReader(
-        tokenizer.read_image, tokenizer.preprocess, _RATE.value, _FRAMES.value, check
-    )
-    prompt = reader.sequence(_SEQUENCE.value) if _SEQUENCE.value else reader.pairs(_PAIRS.value, _QUERY.value)
+    reader = prompts.PromptReader(tokenizer.read_image, tokenizer.preprocess, args.rate, args.frames, check)
+    prompt = reader.sequence(args.sequence) if args.sequence else reader.pairs(args.pairs, args.query)
     check(len(prompt.images))
-    num_images = _NUM_IMAGES.value or prompt.num_answers
+    num_images = args.num_images or prompt.num_answers
     codes = model.generate(
         tokenizer.encode(prompt.images)[None],
         num_images,
-        candidates=_CANDIDATES.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        seed=_SEED.value,
-        drop=_DROP.value,
+        candidates=args.candidates,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        drop=args.drop,
     )
-    images = tokenizer.decode(codes.reshape(_CANDIDATES.value * num_images, -1))
-    write_answers(out, prompt, images.reshape(-1, num_images, *images.shape[1:]), bool(_SEQUENCE.value))
-    log_info(f"{out}")
+    images = tokenizer.decode(codes.reshape(args.candidates * num_images, -1))
+    write_answers(out, prompt, images.reshape(-1, num_images, *images.shape[1:]), bool(args.sequence))
+    print(out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.string("model", None, "a model's folder", required=True)
+    flags.string("tokenizer", None, "its tokenizer's folder", required=True)
+    flags.strings("sequence", "images, folders and videos to continue")
+    flags.strings("pairs", "examples, image.png:answer.png")
+    flags.string("query", "", "the image to answer for, after --pairs")
+    flags.string("out", None, "the picture to write: the prompt and its answers", required=True)
+    flags.integer("num_images", 0, "images to answer with; 0: one, or as the examples have", lower_bound=0)
+    flags.integer("candidates", 1, "answers to give", lower_bound=1)
+    flags.float("temperature", 0.0, "0 takes the most likely code each time", lower_bound=0)
+    flags.integer("top_k", 0, "draw among the k most likely codes; 0 is all", lower_bound=0)
+    flags.float("top_p", 1.0, "draw among codes of that much probability")
+    flags.integer("seed", 0, "of the drawing")
+    flags.integer("drop", 0, "oldest images dropped when the context is full; 0: half", lower_bound=0)
+    flags.integer("frames", 0, "of a folder or video, its first so many; 0: all", lower_bound=0)
+    flags.float("rate", 0.0, "frames a second taken of a video; 0: all", lower_bound=0)
+    flags.integer("tensor", 1, "devices that share the model", lower_bound=1)
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _MODEL = flags.DEFINE_string("model", None, "a model's folder", required=True)
-    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "its tokenizer's folder", required=True)
-    _SEQUENCE = flags.DEFINE_multi_string("sequence", [], "images, folders and videos to continue")
-    _PAIRS = flags.DEFINE_multi_string("pairs", [], "examples, image.png:answer.png")
-    _QUERY = flags.DEFINE_string("query", "", "the image to answer for, after --pairs")
-    _OUT = flags.DEFINE_string("out", None, "the picture to write: the prompt and its answers", required=True)
-    _NUM_IMAGES = flags.DEFINE_integer(
-        "num_images", 0, "images to answer with; 0: one, or as the examples have", lower_bound=0
-    )
-    _CANDIDATES = flags.DEFINE_integer("candidates", 1, "answers to give", lower_bound=1)
-    _TEMPERATURE = flags.DEFINE_float(
-        "temperature", 0.0, "0 takes the most likely code each time", lower_bound=0
-    )
-    _TOP_K = flags.DEFINE_integer("top_k", 0, "draw among the k most likely codes; 0 is all", lower_bound=0)
-    _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw among codes of that much probability")
-    _SEED = flags.DEFINE_integer("seed", 0, "of the drawing")
-    _DROP = flags.DEFINE_integer(
-        "drop", 0, "oldest images dropped when the context is full; 0: half", lower_bound=0
-    )
-    _FRAMES = flags.DEFINE_integer(
-        "frames", 0, "of a folder or video, its first so many; 0: all", lower_bound=0
-    )
-    _RATE = flags.DEFINE_float("rate", 0.0, "frames a second taken of a video; 0: all", lower_bound=0)
-    _TENSOR = flags.DEFINE_integer("tensor", 1, "devices that share the model", lower_bound=1)
-    cli.run(main, list_flags=("sequence", "pairs"))
+    cli.exit_process(main())

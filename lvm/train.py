@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
 from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
@@ -168,13 +166,17 @@ def _pictures(config: TrainConfig, task: NextTokenTask, vocabulary: Vocabulary) 
     return draw
 
 
-def main() -> None:
-    """The command."""
-    train(from_config_dict(TrainConfig, _CONFIG.value), _WORKDIR.value)
+def _run(args: cli.Args) -> None:
+    train(from_config_dict(TrainConfig, args.config), args.workdir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.config()
+    flags.string("workdir", None, "where the run lives", required=True)
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
-    _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives", required=True)
-    flags.mark_flag_as_required("config")
-    cli.run(main)
+    cli.exit_process(main())

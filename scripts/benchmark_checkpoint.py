@@ -11,44 +11,36 @@ import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from lvm.common import cli
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.model.transformer import SIZES
 from lvm.training.checkpoint import Checkpoints
 from lvm.training.task import State
 from scripts.benchmark_train import VOCABULARY, make_step
 
-_SIZE = flags.DEFINE_string("size", "100m", "a size of lvm.model.transformer.SIZES")
-_FOLDER = flags.DEFINE_string("folder", "", "where to save; a temporary folder if empty")
-_EVERY = flags.DEFINE_integer("every", 1000, "steps from one checkpoint to the next", lower_bound=1)
-_STEP_SECONDS = flags.DEFINE_float("step_seconds", 1.0, "seconds a step, for the share", lower_bound=1e-6)
-_REPEATS = flags.DEFINE_integer("repeats", 3, "checkpoints that are saved", lower_bound=1)
+
+def _run(args: cli.Args) -> None:
+    if args.size not in SIZES:
+        raise UserError(f"--size: {args.size!r} is not one of {', '.join(SIZES)}")
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+        measure(args, pathlib.Path(folder))
 
 
-def main() -> None:
-    """The command."""
-    if _SIZE.value not in SIZES:
-        raise UserError(f"--size: {_SIZE.value!r} is not one of {', '.join(SIZES)}")
-    with tempfile.TemporaryDirectory(dir=_FOLDER.value or None) as folder:
-        measure(pathlib.Path(folder))
-
-
-def measure(folder: pathlib.Path) -> None:
+def measure(args: cli.Args, folder: pathlib.Path) -> None:
     """Prints the table."""
-    config = dataclasses.replace(SIZES[_SIZE.value], vocabulary_size=VOCABULARY, context=128)
+    config = dataclasses.replace(SIZES[args.size], vocabulary_size=VOCABULARY, context=128)
     step = make_step(config, batch_size=1)
     state = jax.block_until_ready(_trained(step.init()))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     rows = []
     _update(_trained(step.init()))  # compiles
     checkpoints = Checkpoints(folder, keep=1)
-    for number in range(1, _REPEATS.value + 1):
+    for number in range(1, args.repeats + 1):
         state, usual = _update(state)
         began = time.perf_counter()
         checkpoints.save(state, number, {})
@@ -64,14 +56,14 @@ def measure(folder: pathlib.Path) -> None:
         jax.block_until_ready(checkpoints.restore(number, step.state))
         rows.append((waited, written, compared, time.perf_counter() - began))
     checkpoints.close()
-    log_info(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {os.cpu_count()} cores")
-    log_info(f"{_SIZE.value}: a state of {size / 1e9:.2f} GB, medians of {_REPEATS.value}")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {os.cpu_count()} cores")
+    print(f"{args.size}: a state of {size / 1e9:.2f} GB, medians of {args.repeats}")
     names = ["a step waits", "written, with checksums", "checksums compared", "restored"]
     for name, values in zip(names, zip(*rows, strict=True), strict=True):
         middle = sorted(values)[len(values) // 2]
-        log_info(f"{name:<24} {middle:8.2f} s {size / 1e9 / middle:8.2f} GB/s")
-    share = sorted(row[0] for row in rows)[len(rows) // 2] / (_EVERY.value * _STEP_SECONDS.value)
-    log_info(f"every {_EVERY.value} steps of {_STEP_SECONDS.value} s, waiting is {share:.3%} of the time")
+        print(f"{name:<24} {middle:8.2f} s {size / 1e9 / middle:8.2f} GB/s")
+    share = sorted(row[0] for row in rows)[len(rows) // 2] / (args.every * args.step_seconds)
+    print(f"every {args.every} steps of {args.step_seconds} s, waiting is {share:.3%} of the time")
 
 
 def _trained(state: State) -> State:
@@ -94,5 +86,16 @@ def _update(state: State) -> tuple[State, float]:
 _double = jax.jit(lambda state: jax.tree.map(lambda x: x + x, state), donate_argnums=0)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.string("size", "100m", "a size of lvm.model.transformer.SIZES")
+    flags.string("folder", "", "where to save; a temporary folder if empty")
+    flags.integer("every", 1000, "steps from one checkpoint to the next", lower_bound=1)
+    flags.float("step_seconds", 1.0, "seconds a step, for the share", lower_bound=1e-6)
+    flags.integer("repeats", 3, "checkpoints that are saved", lower_bound=1)
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.exit_process(main())

@@ -15,14 +15,12 @@ import pathlib
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from absl import flags
 
 from lvm.common import cli
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.data.mixture import loader
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Category, MultiAnnotation, Pairs, Single, Video
@@ -40,32 +38,29 @@ VOCABULARY = Vocabulary.for_codes(NUM_CODES)
 STORES = (("images", 256_000, 1, 1), ("annotated", 20_000, 1, 5), ("videos", 600, 160, 1))
 
 
-def main() -> None:
-    """The command."""
-    if _WORKERS.value < 0 or min(_SECONDS.value, _CONTEXT.value, _BATCH_SIZE.value, _SCENES.value) <= 0:
+def _run(args: cli.Args) -> None:
+    if args.workers < 0 or min(args.seconds, args.context, args.batch_size, args.scenes) <= 0:
         raise UserError("--workers must not be negative, the other numbers must be positive")
-    log_info(
-        f"load before: {_load()}; {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} of them allowed"
-    )
-    with tempfile.TemporaryDirectory(dir=_FOLDER.value) as folder:
-        make_stores(pathlib.Path(folder), _SCENES.value)
-        lines = write_lines(pathlib.Path(folder), _CONTEXT.value)
+    print(f"load before: {_load()}; {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} of them allowed")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        make_stores(pathlib.Path(folder), args.scenes)
+        lines = write_lines(pathlib.Path(folder), args.context)
         for packing in ("concat", "whole"):
-            _first_batches(folder, packing)
+            _first_batches(args, folder, packing)
         ours = {
-            f"{packing}, shuffle {shuffle}": _ours(folder, packing, shuffle)
+            f"{packing}, shuffle {shuffle}": _ours(args, folder, packing, shuffle)
             for packing in ("concat", "whole")
             for shuffle in ("all", "blocks")
         }
-        rate = measure(lambda: read_like_lvm(lines, _BATCH_SIZE.value, _CONTEXT.value))
-        strict = measure(lambda: read_with_numpy(lines, _BATCH_SIZE.value, _CONTEXT.value))
-        log_info(
+        rate = measure(args, lambda: read_like_lvm(lines, args.batch_size, args.context))
+        strict = measure(args, lambda: read_with_numpy(lines, args.batch_size, args.context))
+        print(
             f"JSONL as LVM's loader reads it: {rate:,.0f} tokens/s; with numpy from the line on: {strict:,.0f}"
         )
         for name, tokens in ours.items():
-            log_info(f"  {name}: {tokens / rate:.1f} × LVM's loader, {tokens / strict:.1f} × numpy's")
-        _memory(folder)
-    log_info(f"load after: {_load()}")
+            print(f"  {name}: {tokens / rate:.1f} × LVM's loader, {tokens / strict:.1f} × numpy's")
+        _memory(args, folder)
+    print(f"load after: {_load()}")
 
 
 def make_stores(folder: pathlib.Path, scale: float) -> None:
@@ -93,7 +88,7 @@ def make_stores(folder: pathlib.Path, scale: float) -> None:
         write_manifest(folder / name, header, 1)
 
 
-def make_rows(folder: str, packing: str, shuffle: str = "all") -> Rows:
+def make_rows(args: cli.Args, folder: str, packing: str, shuffle: str = "all") -> Rows:
     """Rows of five recipes, each a fifth of the codes."""
     images, annotated, videos = (os.path.join(folder, name) for name, *_ in STORES)
     # 15 images and what is around them are 3842 tokens: whole sentences leave room for a single image beside.
@@ -105,7 +100,7 @@ def make_rows(folder: str, packing: str, shuffle: str = "all") -> Rows:
         "video": ComponentConfig(Video(frames=15), store=videos),
     }
     mixture = Mixture(MixtureConfig(sources, weigh_by="codes", packing=packing, shuffle=shuffle), seed=0)
-    return Rows(mixture, VOCABULARY, _CONTEXT.value, _BATCH_SIZE.value)
+    return Rows(mixture, VOCABULARY, args.context, args.batch_size)
 
 
 def write_lines(folder: pathlib.Path, context: int) -> pathlib.Path:
@@ -146,55 +141,55 @@ def read_with_numpy(path: pathlib.Path, batch_size: int, context: int) -> Iterat
             parts, have = [stream[size:]], have - size
 
 
-def measure(make: Callable[[], Iterator[np.ndarray]]) -> float:
+def measure(args: cli.Args, make: Callable[[], Iterator[np.ndarray]]) -> float:
     """Tokens a second of an iterator of batches, over `--seconds`, the first few left out."""
     iterator = make()
     for _ in range(8):  # workers start, files come into the page cache
         next(iterator)
     start, tokens = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - start) < _SECONDS.value:
+    while (elapsed := time.perf_counter() - start) < args.seconds:
         tokens += next(iterator).size
     return tokens / elapsed
 
 
-def _inputs(rows: Rows, start: int = 0) -> Iterator[np.ndarray]:
-    for batch in loader.prefetch_batches(rows.batch, start, start + 10**6, _WORKERS.value):
+def _inputs(args: cli.Args, rows: Rows, start: int = 0) -> Iterator[np.ndarray]:
+    for batch in loader.prefetch_batches(rows.batch, start, start + 10**6, args.workers):
         yield batch["tokens"][:, :-1]
 
 
-def _ours(folder: str, packing: str, shuffle: str) -> float:
-    rows = make_rows(folder, packing, shuffle)
-    rate = measure(functools.partial(_inputs, rows))
-    log_info(
-        f"{packing}, shuffle {shuffle}, {_WORKERS.value} workers, context {_CONTEXT.value}, "
-        f"{_BATCH_SIZE.value} rows: {rate:,.0f} tokens/s"
+def _ours(args: cli.Args, folder: str, packing: str, shuffle: str) -> float:
+    rows = make_rows(args, folder, packing, shuffle)
+    rate = measure(args, functools.partial(_inputs, args, rows))
+    print(
+        f"{packing}, shuffle {shuffle}, {args.workers} workers, context {args.context}, "
+        f"{args.batch_size} rows: {rate:,.0f} tokens/s"
     )
     if packing == "whole":
         batch = rows.batch(0)
-        log_info(f"  of which {np.mean(batch['segment_ids'] > 0):.1%} are not PAD")
+        print(f"  of which {np.mean(batch['segment_ids'] > 0):.1%} are not PAD")
     return rate
 
 
-def _first_batches(folder: str, packing: str) -> None:
+def _first_batches(args: cli.Args, folder: str, packing: str) -> None:
     for step in (0, 10**6):
         start = time.perf_counter()
-        next(_inputs(make_rows(folder, packing), step))
-        log_info(
+        next(_inputs(args, make_rows(args, folder, packing), step))
+        print(
             f"{packing}: first batch at step {step}: {time.perf_counter() - start:.2f} s, stores opened again"
         )
 
 
-def _memory(folder: str) -> None:
+def _memory(args: cli.Args, folder: str) -> None:
     """Reads sentences one epoch after the other; says how much memory the process has at each tenth."""
-    source = make_rows(folder, "concat").mixture.components
+    source = make_rows(args, folder, "concat").mixture.components
     single = next(part for part in source if part.name == "single")
-    count, used = max(10_000, int(1_000_000 * min(1.0, _SCENES.value))), []
+    count, used = max(10_000, int(1_000_000 * min(1.0, args.scenes))), []
     for tenth in range(11):
         if tenth:
             for first in range((tenth - 1) * count // 10, tenth * count // 10, 1000):
                 single.sentences(np.arange(first, first + 1000))
         used.append(f"{_resident() / 2**20:.0f}")
-    log_info(f"MiB resident over {count:,} sentences of one image, by tenths: {', '.join(used)}")
+    print(f"MiB resident over {count:,} sentences of one image, by tenths: {', '.join(used)}")
 
 
 def _resident() -> int:
@@ -221,15 +216,17 @@ def _load() -> str:
     return ", ".join(f"{value:.2f}" for value in os.getloadavg())
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.string("folder", None, "where the stores lie while it runs; the system's by default")
+    flags.integer("workers", 2, "processes that read; 0 for threads")
+    flags.integer("context", 4096, "inputs a row")
+    flags.integer("batch_size", 512, "rows a batch; 512 of 4096 are two million tokens")
+    flags.float("seconds", 10.0, "how long each is measured")
+    flags.float("scenes", 1.0, "size of the stores, relative to 256,000 images and what goes with it")
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    _FOLDER = flags.DEFINE_string(
-        "folder", None, "where the stores lie while it runs; the system's by default"
-    )
-    _WORKERS = flags.DEFINE_integer("workers", 2, "processes that read; 0 for threads")
-    _CONTEXT = flags.DEFINE_integer("context", 4096, "inputs a row")
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 512, "rows a batch; 512 of 4096 are two million tokens")
-    _SECONDS = flags.DEFINE_float("seconds", 10.0, "how long each is measured")
-    _SCENES = flags.DEFINE_float(
-        "scenes", 1.0, "size of the stores, relative to 256,000 images and what goes with it"
-    )
-    cli.run(main)
+    cli.exit_process(main())

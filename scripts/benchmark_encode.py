@@ -15,16 +15,15 @@ import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from lvm.common import cli
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.batches import ImageBatcher
 from lvm.data.images.preprocess import Preprocess
@@ -126,20 +125,20 @@ def end_to_end(job: Job, report: Report) -> None:
 _PARTS = {"host": host, "device": device, "end to end": end_to_end}
 
 
-def compare(folder: pathlib.Path, size: tuple[int, int]) -> list[dict[str, Any]]:
+def compare(args: cli.Args, folder: pathlib.Path, size: tuple[int, int]) -> list[dict[str, Any]]:
     """All rows for photos of one size."""
-    resolution = NETWORKS[_NETWORK.value].resolution
+    resolution = NETWORKS[args.network].resolution
     job: Job = {
         "folder": str(folder),
         "resolution": resolution,
-        "workers": _WORKERS.value,
-        "network": _NETWORK.value,
-        "batch_size": _BATCH_SIZE.value,
-        "seconds": _SECONDS.value,
+        "workers": args.workers,
+        "network": args.network,
+        "batch_size": args.batch_size,
+        "seconds": args.seconds,
     }
     records = []
     for contender, part in (("ours", "host"), ("torch", "host"), ("ours", "device"), ("ours", "end to end")):
-        found = contend(_MODULE, {**job, "contender": contender, "part": part}, _LIMIT.value)
+        found = contend(_MODULE, {**job, "contender": contender, "part": part}, args.limit)
         records += [{"part": part, "what": contender, **record, "contender": contender} for record in found]
     return records
 
@@ -181,34 +180,37 @@ def _run_job(job: Job) -> None:
     peer_torch_loader.run(job, report)
 
 
-def main() -> None:
-    """The command; with `--job`, one row of it."""
-    if _JOB.value:
-        _run_job(json.loads(_JOB.value))
+def _run(args: cli.Args) -> None:
+    if args.job:
+        _run_job(json.loads(args.job))
         return
-    if _NETWORK.value not in NETWORKS:
-        raise UserError(f"--network: {_NETWORK.value!r} is not one of {', '.join(NETWORKS)}")
-    if _IMAGES.value < 256:
-        raise UserError(f"--images: {_IMAGES.value} are too few to time; at least 256")
-    log_info(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    if args.network not in NETWORKS:
+        raise UserError(f"--network: {args.network!r} is not one of {', '.join(NETWORKS)}")
+    if args.images < 256:
+        raise UserError(f"--images: {args.images} are too few to time; at least 256")
+    print(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             photos = pathlib.Path(folder, "photos")
-            held = make_photos(photos, size, _IMAGES.value)
-            title = f"{_IMAGES.value} JPEGs of {size[0]}×{size[1]}, {held / 1024:.0f} KiB each"
-            log_info(f"\n{title}, network {_NETWORK.value}, {_WORKERS.value} worker processes")
-            log_info("\n".join(table(compare(photos, size), _WORKERS.value)))
-    log_info(f"\nload after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+            held = make_photos(photos, size, args.images)
+            title = f"{args.images} JPEGs of {size[0]}×{size[1]}, {held / 1024:.0f} KiB each"
+            print(f"\n{title}, network {args.network}, {args.workers} worker processes")
+            print("\n".join(table(compare(args, photos, size), args.workers)))
+    print(f"\nload after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.string("network", "small", f"one of {', '.join(NETWORKS)}")
+    flags.integer("images", 2048, "photos of each size")
+    flags.integer("workers", os.cpu_count() or 1, "processes that read, of ours and of torch's")
+    flags.integer("batch_size", 64, "images a device in each call")
+    flags.float("seconds", 10.0, "how long the devices by themselves are timed")
+    flags.float("limit", 600.0, "seconds after which a row is given up")
+    flags.string("job", "", "for the rows themselves")
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _NETWORK = flags.DEFINE_string("network", "small", f"one of {', '.join(NETWORKS)}")
-    _IMAGES = flags.DEFINE_integer("images", 2048, "photos of each size")
-    _WORKERS = flags.DEFINE_integer(
-        "workers", os.cpu_count() or 1, "processes that read, of ours and of torch's"
-    )
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images a device in each call")
-    _SECONDS = flags.DEFINE_float("seconds", 10.0, "how long the devices by themselves are timed")
-    _LIMIT = flags.DEFINE_float("limit", 600.0, "seconds after which a row is given up")
-    _JOB = flags.DEFINE_string("job", "", "for the rows themselves")
-    cli.run(main)
+    cli.exit_process(main())

@@ -19,17 +19,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from lvm.common import cli, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.hardware import accelerators
 from lvm.inference.generator import Generator, SamplingParams
 from lvm.interop import models, tensors
@@ -52,44 +50,43 @@ _TITLES = (
 )
 
 
-def main() -> None:
-    """The command; with `--job`, one contender of it."""
-    if _JOB.value:
-        run_job(json.loads(_JOB.value), run_ours, "scripts.peer_torch_generate")
+def _run(args: cli.Args) -> None:
+    if args.job:
+        run_job(json.loads(args.job), run_ours, "scripts.peer_torch_generate")
         return
-    if _SIZE.value not in SIZES:
-        raise UserError(f"--size: {_SIZE.value!r} is not one of {', '.join(SIZES)}")
-    ends, load = time.monotonic() + 60 * _MINUTES.value, os.getloadavg()
+    if args.size not in SIZES:
+        raise UserError(f"--size: {args.size!r} is not one of {', '.join(SIZES)}")
+    ends, load = time.monotonic() + 60 * args.minutes, os.getloadavg()
     records: list[dict[str, Any]] = []
-    contenders = ["ours", *([_PEER.value] if _PEER.value != "none" else [])]
+    contenders = ["ours", *([args.peer] if args.peer != "none" else [])]
     with tempfile.TemporaryDirectory() as folder:
-        write_weights(pathlib.Path(folder, "model"), _SIZE.value)
+        write_weights(pathlib.Path(folder, "model"), args.size)
         for number, name in enumerate(contenders):
             machine = next((record for record in records if "platform" in record), None)
             if name != "ours" and machine is None:
                 records.append({"contender": name, "failed": "not run: ours didn't start"})
                 continue
-            log_info(f"== {_SIZE.value}, {name}")
+            print(f"== {args.size}, {name}")
             job = {
                 "contender": name,
                 "folder": f"{folder}/model",
-                "batch_sizes": [int(size) for size in _BATCH_SIZES.value],
-                "cached": _CACHED.value,
-                "tokens": _TOKENS.value,
-                "repeats": _REPEATS.value,
-                "dtype": _DTYPE.value,
-                "caches": _CACHES.value,
+                "batch_sizes": [int(size) for size in args.batch_sizes],
+                "cached": args.cached,
+                "tokens": args.tokens,
+                "repeats": args.repeats,
+                "dtype": args.dtype,
+                "caches": args.caches,
                 "machine": machine,
             }
             limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
             found = contend("scripts.benchmark_generate", job, limit)
             records += [{"contender": name, **record} for record in found]
-    log_info("\n" + "\n".join(_about(records, load)))
-    log_info("\n" + table(records))
+    print("\n" + "\n".join(_about(args, records, load)))
+    print("\n" + table(records))
     for line in verdicts(records):
-        log_info(line)
+        print(line)
     ours = {record["rows"] for record in records if record["contender"] == "ours" and "rows" in record}
-    if ours != {int(size) for size in _BATCH_SIZES.value}:
+    if ours != {int(size) for size in args.batch_sizes}:
         sys.exit(errors.EXIT_ERROR)
 
 
@@ -132,7 +129,7 @@ def measure(variant: str, job: dict[str, Any], rows: int, write: Write) -> dict[
             first - start - (early - 1) * steps[-1]
         )  # the first token comes with the prompt's reading
     step = statistics.median(steps)
-    log_info(f"{variant}, {rows} rows: {1000 * step:.2f} ms a token")
+    print(f"{variant}, {rows} rows: {1000 * step:.2f} ms a token")
     return {
         "variant": variant,
         "rows": rows,
@@ -180,7 +177,7 @@ def traffic(config: ModelConfig, rows: int, cached: int) -> int:
     return (weights + cache) * (2 if config.dtype == "bfloat16" else 4)
 
 
-def _about(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
+def _about(args: cli.Args, records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
     libraries = dict.fromkeys(record["libraries"] for record in records if "libraries" in record)
     lines = [", ".join([f"Python {platform.python_version()}", *libraries])]
     machine = next((record for record in records if "platform" in record), None)
@@ -190,8 +187,8 @@ def _about(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
     name = cpu_name() if machine["platform"] == "cpu" else machine["device"]
     lines.append(f"{name}, {os.cpu_count()} cores, load {before} before and {after} after (1, 5, 15 minutes)")
     lines.append(
-        f"{_SIZE.value} in {machine['dtype']}, {_CACHED.value} tokens cached, then {_TOKENS.value} written, greedy; "
-        f"medians of {_REPEATS.value} calls"
+        f"{args.size} in {machine['dtype']}, {args.cached} tokens cached, then {args.tokens} written, greedy; "
+        f"medians of {args.repeats} calls"
     )
     return lines
 
@@ -251,21 +248,21 @@ def verdicts(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.string("size", "1b", f"one of {', '.join(SIZES)}")
+    flags.comma_list("batch_sizes", ["1", "32"], "rows")
+    flags.integer("cached", 1024, "tokens of a prompt", lower_bound=1)
+    flags.integer("tokens", 64, "tokens that are written", lower_bound=2)
+    flags.integer("repeats", 5, "calls that are timed", lower_bound=1)
+    flags.enum("peer", "transformers", ["transformers", "none"], "what stands beside ours")
+    flags.comma_list("caches", ["dynamic", "static"], "of transformers, each timed")
+    flags.enum("dtype", "auto", ["auto", "bfloat16", "float32"], "auto is float32 on a CPU alone")
+    flags.float("minutes", 9.0, "for all contenders; each has an even share of what is left")
+    flags.string("job", "", "one contender's work: what the command passes to its own processes")
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    _SIZE = flags.DEFINE_string("size", "1b", f"one of {', '.join(SIZES)}")
-    _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "32"], "rows")
-    _CACHED = flags.DEFINE_integer("cached", 1024, "tokens of a prompt", lower_bound=1)
-    _TOKENS = flags.DEFINE_integer("tokens", 64, "tokens that are written", lower_bound=2)
-    _REPEATS = flags.DEFINE_integer("repeats", 5, "calls that are timed", lower_bound=1)
-    _PEER = flags.DEFINE_enum("peer", "transformers", ["transformers", "none"], "what stands beside ours")
-    _CACHES = flags.DEFINE_list("caches", ["dynamic", "static"], "of transformers, each timed")
-    _DTYPE = flags.DEFINE_enum(
-        "dtype", "auto", ["auto", "bfloat16", "float32"], "auto is float32 on a CPU alone"
-    )
-    _MINUTES = flags.DEFINE_float(
-        "minutes", 9.0, "for all contenders; each has an even share of what is left"
-    )
-    _JOB = flags.DEFINE_string(
-        "job", "", "one contender's work: what the command passes to its own processes"
-    )
-    cli.run(main)
+    cli.exit_process(main())

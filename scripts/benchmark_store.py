@@ -16,13 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from absl import flags
 
 from lvm.common import cli
-from lvm.common.logging import log_info
 from lvm.data.store.format import Scene
 from lvm.data.store.reader import Store
 from lvm.data.store.records import RECORDS_SUFFIX
@@ -111,24 +109,23 @@ def _resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def main() -> None:
-    """The command; with `--memory_of`, one row of its memory."""
-    if _MEMORY_OF.value:
-        log_info(json.dumps(memory(_MEMORY_OF.value, _READS.value)))
+def _run(args: cli.Args) -> None:
+    if args.memory_of:
+        print(json.dumps(memory(args.memory_of, args.reads)))
         return
-    scale, reads = _SCALE.value, max(100, int(_READS.value * _SCALE.value))
-    log_info(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
-    with tempfile.TemporaryDirectory(dir=_FOLDER.value or None) as folder:
+    scale, reads = args.scale, max(100, int(args.reads * args.scale))
+    print(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
         store = make_store(pathlib.Path(folder, "rates"), int(RATE_SCENES * scale), RATE_FRAMES)
         held = sum(
             shard["files"][shard["name"] + RECORDS_SUFFIX]["bytes"] for shard in store.manifest["shards"]
         )
         plain = len(store) * (512 * RATE_FRAMES + len("scene-000000000"))
-        log_info(
+        print(
             f"{len(store):,} scenes of {RATE_FRAMES} grids: {held / plain - 1:.2%} over 512 bytes a grid and the keys"
         )
-        log_info("\n" + "\n".join(rates(store, reads)))
-        log_info(f"\n{'MiB resident':<32} {'before':>8} {'opened':>8} {'read':>8} {'of it own':>10}")
+        print("\n" + "\n".join(rates(store, reads)))
+        print(f"\n{'MiB resident':<32} {'before':>8} {'opened':>8} {'read':>8} {'of it own':>10}")
         for number, (scenes, frames) in enumerate(MEMORY):
             place = pathlib.Path(folder, f"memory-{number}")
             count = len(make_store(place, int(scenes * scale), frames))
@@ -143,15 +140,21 @@ def main() -> None:
             columns = (
                 f"{found['before']:>8.0f} {found['opened']:>8.0f} {found['read']:>8.0f} {found['own']:>10.0f}"
             )
-            log_info(f"{f'{count:,} scenes of {frames}':<32} {columns}")
+            print(f"{f'{count:,} scenes of {frames}':<32} {columns}")
             for file in place.iterdir():
                 file.unlink()
-    log_info(f"load after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    print(f"load after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.float("scale", 1.0, "of the numbers of scenes and reads")
+    flags.integer("reads", 50_000, "random reads of each row")
+    flags.string("folder", "", "where stores are made; some 10 GB at most")
+    flags.string("memory_of", "", "a store: prints what reading it takes and ends")
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _SCALE = flags.DEFINE_float("scale", 1.0, "of the numbers of scenes and reads")
-    _READS = flags.DEFINE_integer("reads", 50_000, "random reads of each row")
-    _FOLDER = flags.DEFINE_string("folder", "", "where stores are made; some 10 GB at most")
-    _MEMORY_OF = flags.DEFINE_string("memory_of", "", "a store: prints what reading it takes and ends")
-    cli.run(main)
+    cli.exit_process(main())

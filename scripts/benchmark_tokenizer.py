@@ -20,18 +20,16 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from lvm.common import cli, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.generated import GeneratedSource
 from lvm.hardware import accelerators
@@ -49,53 +47,54 @@ _KINDS = {"matmul": "convolutions and products", "idle": "idle", "collectives": 
 _OTHERS = "norms and elementwise"
 
 
-def main() -> None:
-    """The command; with `--job`, one contender of it."""
-    if _JOB.value:
-        _run_job(json.loads(_JOB.value))
+def _run(args: cli.Args) -> None:
+    if args.job:
+        _run_job(json.loads(args.job))
         return
-    for network in _NETWORK.value:
+    for network in args.network:
         if network not in VARIANTS:
             raise UserError(f"--network: {network!r} is not one of {', '.join(VARIANTS)}")
-    if _SPEED.value:
-        _compare()
-    for network in _NETWORK.value if _FLIPS.value else ():  # last: this process takes the accelerator here
-        log_info(flips(network, _FLIPS.value))
+    if args.speed:
+        _compare(args)
+    for network in args.network if args.flips else ():  # last: this process takes the accelerator here
+        print(flips(network, args.flips))
 
 
-def _compare() -> None:
-    ends, load = time.monotonic() + 60 * _MINUTES.value, os.getloadavg()
+def _compare(args: cli.Args) -> None:
+    ends, load = time.monotonic() + 60 * args.minutes, os.getloadavg()
     contenders = [
-        (network, name) for network in _NETWORK.value for name in ("ours", _PEER.value) if name != "none"
+        (network, name) for network in args.network for name in ("ours", args.peer) if name != "none"
     ]
     records: list[dict[str, Any]] = []
     for number, (network, name) in enumerate(contenders):
-        log_info(f"\n== {network}, {name}")
+        print(f"\n== {network}, {name}")
         machine = next((r for r in records if r["network"] == network and "platform" in r), {})
         if name == "torch" and not machine:
             records.append({"network": network, "contender": name, "failed": "not run: ours didn't start"})
             continue
         limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
-        records += _contend(network, name, limit, machine)
-    log_info("\n" + "\n".join(_machine_lines(records, load)))
-    log_info("\n" + table(records))
+        records += _contend(args, network, name, limit, machine)
+    print("\n" + "\n".join(_machine_lines(args, records, load)))
+    print("\n" + table(records))
     done = {r["network"] for r in records if r["contender"] == "ours" and "milliseconds" in r}
-    if done != set(_NETWORK.value):
+    if done != set(args.network):
         sys.exit(errors.EXIT_ERROR)
 
 
-def _contend(network: str, name: str, limit: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
+def _contend(
+    args: cli.Args, network: str, name: str, limit: float, machine: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Runs a contender in a process of its own; its records, with a row for whatever went wrong."""
     job = {
         "contender": name,
         "network": network,
-        "batch_size": machine.get("batch_size") or _BATCH_SIZE.value,
-        "steps": _STEPS.value,
-        "warmup": _WARMUP.value,
-        "dtype": machine.get("dtype") or _DTYPE.value,
+        "batch_size": machine.get("batch_size") or args.batch_size,
+        "steps": args.steps,
+        "warmup": args.warmup,
+        "dtype": machine.get("dtype") or args.dtype,
         "platform": machine.get("platform", ""),
-        "compile": _TORCH_COMPILE.value,
-        "profile": _PROFILE.value,
+        "compile": args.torch_compile,
+        "profile": args.profile,
     }
     records = contend("scripts.benchmark_tokenizer", job, limit)
     return [{"network": network, "contender": name, **record} for record in records]
@@ -179,7 +178,7 @@ def measure(variant: str, work: str, job: Job, call: Callable[[], None]) -> dict
         seconds()
     timed = [seconds() for _ in range(job["steps"])]
     median = statistics.median(timed)
-    log_info(
+    print(
         f"{work} {variant}: {1000 * median:.1f} ms a call of {job['batch_size']} "
         f"({1000 * min(timed):.1f} to {1000 * max(timed):.1f}), {job['batch_size'] / median:.2f} images/s"
     )
@@ -275,7 +274,7 @@ def _against_torch(record: dict[str, Any], same: list[dict[str, Any]]) -> str:
     )
 
 
-def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
+def _machine_lines(args: cli.Args, records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
     libraries = dict.fromkeys(r["libraries"] for r in records if "libraries" in r)
     lines = [", ".join([f"Python {platform.python_version()}", *libraries])]
     machine = next((r for r in records if "device" in r), None)
@@ -293,33 +292,27 @@ def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> li
         )
         peak = f", {chip.peak_flops / accelerators.TERA:g} TFLOP/s in bfloat16" if chip else ""
         lines.append(machine["device"] + peak)
-    lines.append(f"{machine['dtype']}, random weights and images, medians of {_STEPS.value} calls")
+    lines.append(f"{machine['dtype']}, random weights and images, medians of {args.steps} calls")
     return lines
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.comma_list("network", ["maskgit", "lvm"], f"networks, of {', '.join(VARIANTS)}")
+    flags.integer("batch_size", 0, "images a call; 0: 2 on a CPU, else 64", lower_bound=0)
+    flags.integer("steps", 8, "calls that are timed", lower_bound=1)
+    flags.integer("warmup", 2, "calls before them", lower_bound=1)
+    flags.enum("peer", "torch", ["torch", "none"], "what stands beside ours")
+    flags.enum("dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone")
+    flags.boolean("torch_compile", True, "whether torch compiles too")
+    flags.string("profile", "", "a folder for traces of ours; prints what its time is made of")
+    flags.integer("flips", 0, "images to compare bfloat16's codes with float32's on", lower_bound=0)
+    flags.boolean("speed", True, "whether speed is measured")
+    flags.float("minutes", 15.0, "for all contenders; each has an even share of what is left")
+    flags.string("job", "", "one contender's work: what the command passes to its own processes")
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    _NETWORK = flags.DEFINE_list("network", ["maskgit", "lvm"], f"networks, of {', '.join(VARIANTS)}")
-    _BATCH_SIZE = flags.DEFINE_integer(
-        "batch_size", 0, "images a call; 0: 2 on a CPU, else 64", lower_bound=0
-    )
-    _STEPS = flags.DEFINE_integer("steps", 8, "calls that are timed", lower_bound=1)
-    _WARMUP = flags.DEFINE_integer("warmup", 2, "calls before them", lower_bound=1)
-    _PEER = flags.DEFINE_enum("peer", "torch", ["torch", "none"], "what stands beside ours")
-    _DTYPE = flags.DEFINE_enum(
-        "dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone"
-    )
-    _TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "whether torch compiles too")
-    _PROFILE = flags.DEFINE_string(
-        "profile", "", "a folder for traces of ours; prints what its time is made of"
-    )
-    _FLIPS = flags.DEFINE_integer(
-        "flips", 0, "images to compare bfloat16's codes with float32's on", lower_bound=0
-    )
-    _SPEED = flags.DEFINE_bool("speed", True, "whether speed is measured")
-    _MINUTES = flags.DEFINE_float(
-        "minutes", 15.0, "for all contenders; each has an even share of what is left"
-    )
-    _JOB = flags.DEFINE_string(
-        "job", "", "one contender's work: what the command passes to its own processes"
-    )
-    cli.run(main)
+    cli.exit_process(main())

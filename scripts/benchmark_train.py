@@ -18,18 +18,16 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from lvm.common import cli, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.hardware import accelerators
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model import nnx_utils
@@ -47,53 +45,54 @@ _MEMORY_SHARE = "0.92"  # of a GPU, for JAX: more than its default, since it is 
 _GIB = 2**30
 
 
-def main() -> None:
-    """The command; with `--job`, one contender of it."""
-    if _JOB.value:
-        run_job(json.loads(_JOB.value), run_ours, "scripts.peer_torch")
+def _run(args: cli.Args) -> None:
+    if args.job:
+        run_job(json.loads(args.job), run_ours, "scripts.peer_torch")
         return
-    _check_flags()
-    ends, load = time.monotonic() + 60 * _MINUTES.value, os.getloadavg()
-    contenders = [(size, name) for size in _SIZE.value for name in ("ours", _PEER.value) if name != "none"]
+    _check_flags(args)
+    ends, load = time.monotonic() + 60 * args.minutes, os.getloadavg()
+    contenders = [(size, name) for size in args.size for name in ("ours", args.peer) if name != "none"]
     records: list[dict[str, Any]] = []
     for number, (size, name) in enumerate(contenders):
-        log_info(f"\n== {size}, {name}")
+        print(f"\n== {size}, {name}")
         machine = next((r for r in records if r["size"] == size and "batch_size" in r), None)
         if name == "torch" and machine is None:
             records.append({"size": size, "contender": name, "failed": "not run: ours didn't start"})
             continue
         limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
-        records += _contend(size, name, limit, machine or {})
-    log_info("\n" + "\n".join(_machine_lines(records, load)))
-    log_info("\n" + table(records))
-    for size in _SIZE.value:
-        log_info(_verdict([r for r in records if r["size"] == size], size))
+        records += _contend(args, size, name, limit, machine or {})
+    print("\n" + "\n".join(_machine_lines(args, records, load)))
+    print("\n" + table(records))
+    for size in args.size:
+        print(_verdict([r for r in records if r["size"] == size], size))
     done = {r["size"] for r in records if r["contender"] == "ours" and "tokens_per_second" in r}
-    if done != set(_SIZE.value):
+    if done != set(args.size):
         sys.exit(errors.EXIT_ERROR)
 
 
-def _check_flags() -> None:
-    for flag, known in ((_SIZE, SIZES), (_REMAT, REMAT_POLICIES)):
-        for value in flag.value:
-            if value not in known:
-                raise UserError(f"--{flag.name}: {value!r} is not one of {', '.join(known)}")
+def _check_flags(args: cli.Args) -> None:
+    for name, values, choices in (("size", args.size, SIZES), ("remat", args.remat, REMAT)):
+        for value in values:
+            if value not in choices:
+                raise UserError(f"--{name}: {value!r} is not one of {', '.join(choices)}")
 
 
-def _contend(size: str, name: str, limit: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
+def _contend(
+    args: cli.Args, size: str, name: str, limit: float, machine: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Runs a contender in a process of its own; its records, with a row for whatever went wrong."""
     job = {
         "contender": name,
         "size": size,
-        "context": _CONTEXT.value,
-        "batch_size": machine.get("batch_size") or _BATCH_SIZE.value,
-        "steps": _STEPS.value,
-        "warmup": _WARMUP.value,
-        "dtype": machine.get("dtype") or _DTYPE.value,
+        "context": args.context,
+        "batch_size": machine.get("batch_size") or args.batch_size,
+        "steps": args.steps,
+        "warmup": args.warmup,
+        "dtype": machine.get("dtype") or args.dtype,
         "platform": machine.get("platform", ""),
-        "remat": _REMAT.value,
-        "compile": _TORCH_COMPILE.value,
-        "profile": _PROFILE.value,
+        "remat": args.remat,
+        "compile": args.torch_compile,
+        "profile": args.profile,
     }
     # The older name and the newer one beside each other are an error.
     given = {"XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"} & os.environ.keys()
@@ -135,14 +134,14 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
             start = time.perf_counter()
             step = make_step(dataclasses.replace(config, remat=remat), job["batch_size"])
             needed = step.memory_bytes()  # compiles
-            log_info(f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {needed / _GIB:.1f} GiB")
+            print(f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {needed / _GIB:.1f} GiB")
             if memory and needed > memory:
                 raise MemoryError(f"needs {needed / _GIB:.1f} of {memory / _GIB:.1f} GiB")
             variant += f", {step.task.kernel} attention"  # type: ignore[attr-defined]
             # The stepper gets no name: its state must be gone before the next one makes its own.
             measured = measure(variant, job, _stepper(step, job), needed)
         except Exception as error:  # the next one may do
-            log_info(f"{variant}: {one_line(str(error))}")
+            print(f"{variant}: {one_line(str(error))}")
             report({"variant": variant, "failed": one_line(str(error))})
             continue
         report(measured)
@@ -150,7 +149,7 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
             fastest = measured["tokens_per_second"], step
     if fastest and job["profile"]:
         folder = pathlib.Path(job["profile"], job["size"])
-        log_info(f"profiling into {folder}")
+        print(f"profiling into {folder}")
         report({"profile": profile(fastest[1], _batch(0, job), folder)})
 
 
@@ -224,7 +223,7 @@ def measure(
         raise FloatingPointError(f"losses {losses}")
     median = statistics.median(seconds)
     rate = job["batch_size"] * job["context"] / median
-    log_info(
+    print(
         f"{variant}: {1000 * median:.1f} ms a step ({1000 * min(seconds):.1f} to {1000 * max(seconds):.1f}), "
         f"{rate:,.0f} tokens/s, loss {losses[0]:.3f} to {losses[-1]:.3f}"
     )
@@ -290,7 +289,7 @@ def _chip(machine: dict[str, Any]) -> accelerators.Accelerator | None:
     return accelerators.accelerator_of(SimpleNamespace(device_kind=machine["device"]))
 
 
-def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
+def _machine_lines(args: cli.Args, records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
     said = [record for record in records if "libraries" in record]
     libraries = dict.fromkeys(r["libraries"] for r in said)
     lines = [", ".join([f"Python {platform.python_version()}", *libraries])]
@@ -308,7 +307,7 @@ def _machine_lines(records: list[dict[str, Any]], load: tuple[float, ...]) -> li
     else:
         lines.append(f"no MFU: no peak is known of this device in {machine['dtype']}")
     lines.append(
-        f"compute in {machine['dtype']}, parameters and AdamW in float32, medians of {_STEPS.value} steps"
+        f"compute in {machine['dtype']}, parameters and AdamW in float32, medians of {args.steps} steps"
     )
     return lines
 
@@ -328,27 +327,23 @@ def _verdict(records: list[dict[str, Any]], size: str) -> str:
     return f"{size}: ours ({ours['variant']}) at {ratio:.2f} × torch ({torch['variant']})"
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.comma_list("size", ["1b"], f"sizes, of {', '.join(SIZES)}")
+    flags.integer("context", 4096, "tokens a row", lower_bound=2)
+    flags.integer("batch_size", 0, "rows; 0: what the memory suggests", lower_bound=0)
+    flags.integer("steps", 8, "steps that are timed", lower_bound=1)
+    flags.integer("warmup", 3, "steps before them", lower_bound=1)
+    flags.comma_list("remat", ["dots", "none"], f"policies tried in turn, of {', '.join(REMAT_POLICIES)}")
+    flags.enum("peer", "torch", ["torch", "none"], "what stands beside ours")
+    flags.enum("dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone")
+    flags.boolean("torch_compile", True, "whether torch compiles")
+    flags.string("profile", "", "a folder for a trace of ours; prints what its time is made of")
+    flags.float("minutes", 7.5, "for all contenders; each has an even share of what is left")
+    flags.string("job", "", "one contender's work: what the command passes to its own processes")
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    _SIZE = flags.DEFINE_list("size", ["1b"], f"sizes, of {', '.join(SIZES)}")
-    _CONTEXT = flags.DEFINE_integer("context", 4096, "tokens a row", lower_bound=2)
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "rows; 0: what the memory suggests", lower_bound=0)
-    _STEPS = flags.DEFINE_integer("steps", 8, "steps that are timed", lower_bound=1)
-    _WARMUP = flags.DEFINE_integer("warmup", 3, "steps before them", lower_bound=1)
-    _REMAT = flags.DEFINE_list(
-        "remat", ["dots", "none"], f"policies tried in turn, of {', '.join(REMAT_POLICIES)}"
-    )
-    _PEER = flags.DEFINE_enum("peer", "torch", ["torch", "none"], "what stands beside ours")
-    _DTYPE = flags.DEFINE_enum(
-        "dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone"
-    )
-    _TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "whether torch compiles")
-    _PROFILE = flags.DEFINE_string(
-        "profile", "", "a folder for a trace of ours; prints what its time is made of"
-    )
-    _MINUTES = flags.DEFINE_float(
-        "minutes", 7.5, "for all contenders; each has an even share of what is left"
-    )
-    _JOB = flags.DEFINE_string(
-        "job", "", "one contender's work: what the command passes to its own processes"
-    )
-    cli.run(main)
+    cli.exit_process(main())

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lvm.common import cli
-from lvm.common.logging import log_info
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -49,7 +48,7 @@ def contend(
                 failed = f"stopped after its {limit:.0f} s; --minutes allows more"
         records = [json.loads(line) for line in results.read_text().splitlines()]
     if failed:
-        log_info(failed)
+        print(failed)
         records.append({"failed": one_line(failed)})
     return records
 
@@ -63,7 +62,7 @@ def run_job(job: dict[str, Any], ours: Callable[[dict[str, Any], Report], None],
     try:
         module = importlib.import_module(peer)
     except ImportError as error:
-        log_info(f"{error}")
+        print(f"{error}")
         report({"failed": f"{error.name or error} isn't installed"})
         return
     module.run(job, report)

@@ -18,13 +18,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from lvm.common import cli, files
-from lvm.common.logging import duration, log_info
+from lvm.common.logging import duration
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.mixture import split
@@ -51,14 +51,14 @@ _MADE = (
 def stage(title: str, module: str, *arguments: str) -> None:
     """Runs one command of the project; ends the demo with its exit code if it fails."""
     command = [sys.executable, "-m", module, *arguments]
-    log_info(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}")
+    print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}")
     start = time.monotonic()
     # A stage that outlived a killed demo would hold its workdir against the next one.
     environment = {"JAX_PLATFORMS": "cpu", **os.environ, cli.PARENT: str(os.getpid())}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         sys.exit(code if code > 0 else 128 - code)
-    log_info(f"({duration(time.monotonic() - start)})")
+    print(f"({duration(time.monotonic() - start)})")
 
 
 def output_folder(images: str) -> pathlib.Path:
@@ -123,32 +123,31 @@ def remove_what_a_demo_made(folder: pathlib.Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    log_info(f"removed what an earlier demo made in {folder}")
+    print(f"removed what an earlier demo made in {folder}")
 
 
 def _lock(folder: pathlib.Path) -> object:
     folder.mkdir(parents=True, exist_ok=True)
     lock = files.lock_file(folder / ".lock")
     if lock is None:
-        log_info(f"another demo is at work in {folder}; waiting for it to end ...")
+        print(f"another demo is at work in {folder}; waiting for it to end ...")
         lock = files.lock_file(folder / ".lock", wait=True)
     return lock
 
 
-def main() -> None:
-    """The command."""
+def _run(args: cli.Args) -> None:
     start = time.monotonic()
-    images, out = _IMAGES.value, pathlib.Path(_OUT.value or output_folder(_IMAGES.value))
-    source = images or _SOURCE.value
+    images, out = args.images, pathlib.Path(args.out or output_folder(args.images))
+    source = images or args.source
     open_source(source, Preprocess(64))  # a wrong folder is known before anything starts
     lock = _lock(out)
-    if _FRESH.value:
+    if args.fresh:
         remove_what_a_demo_made(out)
     tokenizer, store, model = str(out / "tokenizer"), str(out / "store"), str(out / "lvm")
     stage(
         "1/5 The tokenizer learns to draw images with 64 codes",
         "tokenizer.train",
-        f"--config={_TOKENIZER_CONFIG.value}",
+        f"--config={args.tokenizer_config}",
         f"--workdir={tokenizer}",
         f"--config.data.source={source}",
         f"--config.data.heldout_fraction={_HELDOUT}",
@@ -160,11 +159,11 @@ def main() -> None:
         f"--source={source}",
         f"--out={store}",
     )
-    adapted = [*mixture_flags(Store(store)), *steps_flag(Store(store), _LVM_CONFIG.value)] if images else []
+    adapted = [*mixture_flags(Store(store)), *steps_flag(Store(store), args.lvm_config)] if images else []
     stage(
         "3/5 The transformer learns the next code",
         "lvm.train",
-        f"--config={_LVM_CONFIG.value}",
+        f"--config={args.lvm_config}",
         f"--workdir={model}",
         f"--config.data.store={store}",
         f"--config.data.heldout_fraction={_HELDOUT}",
@@ -175,7 +174,7 @@ def main() -> None:
     stage(
         "4/5 Asked on scenes it never saw",
         "lvm.evaluate",
-        f"--config={_EVAL_CONFIG.value}",
+        f"--config={args.eval_config}",
         *common,
         f"--config.source={source}",
         f"--out={out}",
@@ -183,7 +182,7 @@ def main() -> None:
     resolution = files.read_json(out / "tokenizer" / "config.json")["config"]["model"]["resolution"]
     answer, fit = out / "answer.png", min(images_that_fit(out / "lvm"), _FRAMES)
     if answer.exists() and answer.stat().st_mtime >= (out / "results.json").stat().st_mtime:
-        log_info(f"\n{answer} is there already")
+        print(f"\n{answer} is there already")
     elif prompt := write_prompt(source, resolution, out / "prompt", fit // 2):
         stage(
             "5/5 A prompt of images, answered",
@@ -195,26 +194,30 @@ def main() -> None:
             f"--out={answer}",
         )
     else:
-        log_info("\nno held-out video is long enough for a prompt of frames")
+        print("\nno held-out video is long enough for a prompt of frames")
     del lock
     _print_figures(out)
-    log_info(f"\nin {duration(time.monotonic() - start)}; the page:\n{out / 'index.html'}")
+    print(f"\nin {duration(time.monotonic() - start)}; the page:\n{out / 'index.html'}")
 
 
 def _print_figures(out: pathlib.Path) -> None:
-    log_info("")
+    print("")
     for name, value, meaning in metrics_table(files.read_json(out / "results.json")):
-        log_info(f"{name:26} {value:>11}  {meaning}")
+        print(f"{name:26} {value:>11}  {meaning}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.string("images", "", "a folder of your own images, instead of generated scenes")
+    flags.boolean("fresh", False, "remove what an earlier demo did, and start anew")
+    flags.string("out", "", "where it goes; runs/demo… by default")
+    flags.string("source", "configs/demo_scenes.py", "the generated scenes' config")
+    flags.string("tokenizer_config", "configs/demo_tokenizer.py", "stage 1's config")
+    flags.string("lvm_config", "configs/demo_lvm.py", "stage 3's config")
+    flags.string("eval_config", "configs/eval_demo.py", "stage 4's config")
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _IMAGES = flags.DEFINE_string("images", "", "a folder of your own images, instead of generated scenes")
-    _FRESH = flags.DEFINE_bool("fresh", False, "remove what an earlier demo did, and start anew")
-    _OUT = flags.DEFINE_string("out", "", "where it goes; runs/demo… by default")
-    _SOURCE = flags.DEFINE_string("source", "configs/demo_scenes.py", "the generated scenes' config")
-    _TOKENIZER_CONFIG = flags.DEFINE_string(
-        "tokenizer_config", "configs/demo_tokenizer.py", "stage 1's config"
-    )
-    _LVM_CONFIG = flags.DEFINE_string("lvm_config", "configs/demo_lvm.py", "stage 3's config")
-    _EVAL_CONFIG = flags.DEFINE_string("eval_config", "configs/eval_demo.py", "stage 4's config")
-    cli.run(main)
+    cli.exit_process(main())

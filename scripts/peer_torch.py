@@ -18,7 +18,6 @@ import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lvm.common.logging import log_info
 from lvm.model.transformer import SIZES
 from lvm.training.optimizer import OptimizerConfig
 from scripts.benchmark_train import VOCABULARY, measure, random_tokens
@@ -49,7 +48,7 @@ def run(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
             with sdpa_kernel([backend]) if backend else contextlib.nullcontext():
                 report(_measured(name, job, "cuda" if on_gpu else "cpu", compiled))
         except Exception as error:  # the next one may do
-            log_info(f"{name}: {one_line(str(error))}")
+            print(f"{name}: {one_line(str(error))}")
             report({"variant": name, "failed": one_line(str(error))})
         torch.compiler.reset()
         gc.collect()

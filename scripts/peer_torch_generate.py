@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import transformers
 
-from lvm.common.logging import log_info
 from scripts.benchmark_generate import Marks, Write, measure
 from scripts.contenders import Report, one_line
 
@@ -39,7 +38,7 @@ def run(job: dict[str, Any], report: Report) -> None:
             try:
                 report(measure(f"{cache} cache", job, rows, _writer(model, cache, device)))
             except Exception as error:  # the next one may do
-                log_info(f"{cache}, {rows}: {one_line(str(error))}")
+                print(f"{cache}, {rows}: {one_line(str(error))}")
                 report({"failed": f"{cache} cache, {rows} rows: {one_line(str(error))}"})
 
 

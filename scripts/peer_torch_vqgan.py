@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, silu
 
-from lvm.common.logging import log_info
 from scripts.benchmark_tokenizer import Job, measure, random_codes, random_images
 from scripts.contenders import Report, one_line
 from tokenizer.network import VARIANTS, VQGANConfig
@@ -234,7 +233,7 @@ def run(job: Job, report: Report) -> None:
             try:
                 report(measure(variant, work, job, _call(network, work, job, device, compiled)))
             except Exception as error:  # the next one may do
-                log_info(f"{variant}: {one_line(str(error))}")
+                print(f"{variant}: {one_line(str(error))}")
                 report({"variant": variant, "work": work, "failed": one_line(str(error))})
             torch.compiler.reset()
             gc.collect()

@@ -14,14 +14,12 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
-
-from absl import flags
 
 from lvm.common import cli, files
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.hardware.accelerators import GIB, resolve
 from lvm.hardware.sharding import AXES
 from lvm.planning.collectives import BETWEEN_SLICES, PADDING, ideal_collective_bytes
@@ -57,7 +55,7 @@ def planned(size: str, topology: str, slices: int, folder: pathlib.Path) -> dict
     if not path.exists():
         command = [sys.executable, "-m", "lvm.plan", f"--config=configs/lvm_{size}.py", "--json"]
         command += [f"--topology={topology}", f"--slices={slices}"]
-        log_info(f"planning {size} on {slices} × {topology}")
+        print(f"planning {size} on {slices} × {topology}")
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
         )
@@ -125,27 +123,30 @@ def write(lines: list[str], headers: dict[str, str]) -> None:
         files.write_atomically(config, text.encode())
 
 
-def main() -> None:
-    """The command."""
-    folder = pathlib.Path(_OUT.value)
+def _run(args: cli.Args) -> None:
+    folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[list[str]] = []
     headers: dict[str, str] = {}
     for size, (topology, slices) in all_plans():
-        if _MADE.value and not _path(size, topology, slices, folder).exists():
+        if args.made and not _path(size, topology, slices, folder).exists():
             continue
         found = planned(size, topology, slices, folder)
         rows.append(row(size, found))
         headers |= {size: header(found)} if (topology, slices) == TARGETS[0] else {}
     print("\n".join(table(rows)))
-    if _WRITE.value:
+    if args.write:
         write(table(rows), headers)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.string("out", "runs/plans", "where what plans printed is kept")
+    flags.boolean("made", False, "show the plans that are there, and make none")
+    flags.boolean("write", False, "put the table into docs/tpu.md and the headers of configs/")
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    _OUT = flags.DEFINE_string("out", "runs/plans", "where what plans printed is kept")
-    _MADE = flags.DEFINE_boolean("made", False, "show the plans that are there, and make none")
-    _WRITE = flags.DEFINE_boolean(
-        "write", False, "put the table into docs/tpu.md and the headers of configs/"
-    )
-    cli.run(main)
+    cli.exit_process(main())

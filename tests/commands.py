@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import atexit
 import functools
-import json
+import importlib
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
+from unittest import mock
+
+from lvm.common import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data" / "dev"
@@ -37,19 +42,46 @@ def start(module: str, *arguments: str, devices: int = 1, **options) -> subproce
 
 
 def run(module: str, *arguments: str, code: int = 0, devices: int = 1) -> str:
-    """Runs a command to its end and returns what it printed; fails unless it exits with `code`."""
+    """Runs a command to its end and returns its output; fails unless it exits with `code`.
+
+    The process is forked from a server that has imported JAX already: importing takes most of a short command's time.
+    """
     with tempfile.NamedTemporaryFile("r") as output:
-        request = {"arguments": [module, *map(str, arguments)], "environment": _environment(devices)}
-        server = _server()
-        assert server.stdin
-        assert server.stdout
-        print(json.dumps({**request, "output": output.name}), file=server.stdin, flush=True)
-        found = json.loads(server.stdout.readline())
-        said = output.read()
-    assert found == code, f"exit code {found}, wanted {code}:\n{said}"
+        process = _forkserver().Process(
+            target=_run_command, args=(module, [*map(str, arguments)], _environment(devices), output.name)
+        )
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+        text = output.read()
+    assert process.exitcode == code, f"exit code {process.exitcode}, expected {code}:\n{text}"
     if code:
-        assert "Traceback" not in said, said
-    return said
+        assert "Traceback" not in text, text
+    return text
+
+
+@functools.cache
+def _forkserver() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["grain", "matplotlib", "scipy.ndimage", "tensorboardX", "lvm.train", "tokenizer.train"]
+    )
+    with mock.patch.dict(os.environ, _environment(devices=1)):  # JAX reads some of it when it is imported
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _run_command(module: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
+    """Becomes `python -m MODULE ARGUMENTS` in the project's folder, with stdout and stderr in the file `output`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    descriptor = os.open(output, os.O_WRONLY | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.argv = [module, *arguments]
+    cli.exit_process(importlib.import_module(module).main(arguments))
 
 
 def _environment(devices: int) -> dict[str, str]:
@@ -68,16 +100,3 @@ def _programs() -> str:
     folder = tempfile.mkdtemp(prefix="lvm-programs-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-@functools.cache
-def _server() -> subprocess.Popen:
-    """What `tests.prefork` is; it ends with this process, whose pipe it reads."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.prefork"],
-        cwd=ROOT,
-        env=_environment(1),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )

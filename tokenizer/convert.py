@@ -8,9 +8,7 @@ SRC is a folder of any kind, found out by what is in it, or a bare weights file 
 
 from __future__ import annotations
 
-import sys
-
-from absl import flags
+from collections.abc import Sequence
 
 from lvm.common import cli
 from lvm.common.logging import log_info
@@ -18,23 +16,25 @@ from lvm.model.nnx_utils import count_params
 from tokenizer import weights
 
 
-def main() -> None:
-    """The command."""
-    found = weights.read(_SRC.value)
-    weights.write(_DST.value, found, _TO.value)
+def _run(args: cli.Args) -> None:
+    found = weights.read(args.src)
+    weights.write(args.dst, found, args.to)
     config = found.config
     log_info(
-        f"{_DST.value}: {count_params(found.params):,} parameters, {config.codebook_size} codes of "
+        f"{args.dst}: {count_params(found.params):,} parameters, {config.codebook_size} codes of "
         f"{config.codebook_dim}, {config.num_codes_per_image} an image of {config.resolution}×{config.resolution}, "
         f"{found.preprocess.mode}"
     )
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__, positionals=("src", "dst"))
+    flags.string("src", None, "a tokenizer's folder or weights file; the first argument", required=True)
+    flags.string("dst", None, "the folder to write; the second argument", required=True)
+    flags.enum("to", None, weights.KINDS, "what is written", required=True)
+    return flags.run(_run, argv)
+
+
 if __name__ == "__main__":
-    _SRC = flags.DEFINE_string(
-        "src", None, "a tokenizer's folder or weights file; the first argument", required=True
-    )
-    _DST = flags.DEFINE_string("dst", None, "the folder to write; the second argument", required=True)
-    _TO = flags.DEFINE_enum("to", None, weights.KINDS, "what is written", required=True)
-    sys.argv = cli.positionals_to_flags(sys.argv, ("src", "dst"))
-    cli.run(main)
+    cli.exit_process(main())

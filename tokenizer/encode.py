@@ -16,10 +16,10 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import flags
 
 from lvm.common import cli, distributed
 from lvm.common.distributed import DistributedConfig
@@ -72,72 +72,73 @@ def finish(folder: str, wait: bool) -> None:
     log_info(summarize_store(folder))
 
 
-def encode() -> None:
+def encode(args: cli.Args) -> None:
     """Encodes this process's shards."""
-    if _SHARDS.value < 1 or _BATCH_SIZE.value < 1 or (_WORKERS.value or 0) < 0:
+    if args.num_shards < 1 or args.batch_size < 1 or (args.workers or 0) < 0:
         raise UserError("--num_shards and --batch_size must be at least 1, --workers at least 0")
     distributed.join(DistributedConfig())
     joined = jax.distributed.is_initialized()
-    if joined and _SHARD.value:
+    if joined and args.shard:
         raise UserError("--shard: these processes are joined already, and share the shards by themselves")
-    part, parts = (
-        parse_shard_flag(_SHARD.value) if _SHARD.value else (jax.process_index(), jax.process_count())
-    )
-    writer = _writer()
+    part, parts = parse_shard_flag(args.shard) if args.shard else (jax.process_index(), jax.process_count())
+    writer = _writer(args)
     if parts > (shards := writer.num_shards):
         log_info(
             f"{shards} shards leave {parts - shards} of {parts} processes without work; --num_shards makes more"
         )
     writer.run(part, parts)
-    finish(_OUT.value, wait=joined)
+    finish(args.out, wait=joined)
 
 
-def _writer() -> ShardWriter:
-    tokenizer = Tokenizer.load(_TOKENIZER.value) if _TOKENIZER.value else None
+def _writer(args: cli.Args) -> ShardWriter:
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     # Ready codes need no tokenizer, and are not looked at by the size of its images.
-    augment = Augment(_AUGMENT.value, tokenizer.preprocess if tokenizer else Preprocess(256))
-    source = open_any_source(_SOURCE.value, augment.source_preprocess)
+    augment = Augment(args.augment, tokenizer.preprocess if tokenizer else Preprocess(256))
+    source = open_any_source(args.source, augment.source_preprocess)
     for skipped in source.skipped:
         log_info(f"skipped {skipped.key}: {skipped.reason}")
-    num_shards = min(_SHARDS.value, len(source))
+    num_shards = min(args.num_shards, len(source))
     if not isinstance(source, ImageSource):
         if augment.copies:
             raise UserError("--augment: the source holds ready codes, which can't be cropped")
-        return CodeCopier(tokenizer, source, _OUT.value, num_shards)
+        return CodeCopier(tokenizer, source, args.out, num_shards)
     if tokenizer is None:
         raise UserError("--tokenizer: must be given to encode images")
-    workers = _WORKERS.value
+    workers = args.workers
     if workers is None:
         workers = max(1, (os.cpu_count() or 1) - 1) if len(source) >= _FEW else 0
-    return Encoder(tokenizer, source, _OUT.value, num_shards, _BATCH_SIZE.value, augment, workers)
+    return Encoder(tokenizer, source, args.out, num_shards, args.batch_size, augment, workers)
 
 
-def main() -> None:
-    """The command."""
-    if not _FINISH.value:
-        if not _SOURCE.value:
+def _run(args: cli.Args) -> None:
+    if not args.finish:
+        if not args.source:
             raise UserError("--source: must be given to encode; only --finish needs none")
-        encode()
-    elif missing := writer.finish_store(_OUT.value):
-        raise UserError(f"{_OUT.value}: {len(missing)} shards are missing: {', '.join(missing[:10])}")
+        encode(args)
+    elif missing := writer.finish_store(args.out):
+        raise UserError(f"{args.out}: {len(missing)} shards are missing: {', '.join(missing[:10])}")
     else:
-        log_info(summarize_store(_OUT.value))
+        log_info(summarize_store(args.out))
 
 
-if __name__ == "__main__":
-    _TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer's folder")
-    _SOURCE = flags.DEFINE_string("source", "", "a folder of images or a source's config file")
-    _OUT = flags.DEFINE_string("out", None, "the store to write, local or gs://", required=True)
-    _SHARDS = flags.DEFINE_integer("num_shards", 4, "how many files the store is cut into")
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images a device in each call")
-    _AUGMENT = flags.DEFINE_integer("augment", 0, "seeded crops and flips of each scene; 0: each as it is")
-    _SHARD = flags.DEFINE_string("shard", "", "i/n: this process does the i-th of n parts, from 0 on")
-    _FINISH = flags.DEFINE_bool(
-        "finish", False, "write the manifest of shards that are there, and nothing else"
-    )
-    _WORKERS = flags.DEFINE_integer(
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.string("tokenizer", "", "a tokenizer's folder")
+    flags.string("source", "", "a folder of images or a source's config file")
+    flags.string("out", None, "the store to write, local or gs://", required=True)
+    flags.integer("num_shards", 4, "how many files the store is cut into")
+    flags.integer("batch_size", 64, "images a device in each call")
+    flags.integer("augment", 0, "seeded crops and flips of each scene; 0: each as it is")
+    flags.string("shard", "", "i/n: this process does the i-th of n parts, from 0 on")
+    flags.boolean("finish", False, "write the manifest of shards that are there, and nothing else")
+    flags.integer(
         "workers",
         None,
         f"processes that read images, 0: threads; by default all cores but one, for sources of {_FEW} scenes or more",
     )
-    cli.run(main)
+    return flags.run(_run, argv)
+
+
+if __name__ == "__main__":
+    cli.exit_process(main())

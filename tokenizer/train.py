@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
 from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
@@ -158,14 +156,18 @@ def _count(pool: ImagePool) -> str:
     return ", ".join(f"{len(images)} {stream}" for stream, images in pool.images.items()) + " images"
 
 
-def main() -> None:
-    """The command."""
-    config = from_config_dict(TokenizerConfig, _CONFIG.value)
-    train(config, _WORKDIR.value)
+def _run(args: cli.Args) -> None:
+    config = from_config_dict(TokenizerConfig, args.config)
+    train(config, args.workdir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    flags.config()
+    flags.string("workdir", None, "where the run lives", required=True)
+    return flags.run(_run, argv)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
-    _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives", required=True)
-    flags.mark_flag_as_required("config")
-    cli.run(main)
+    cli.exit_process(main())

@@ -1,45 +1,134 @@
-"""What every command shares: flags, errors as one line, exit codes."""
+"""The command line of one command: its flags, errors as one line, exit codes."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import os
+import pathlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags as absl_flags
+from ml_collections import config_flags
 
-from lvm.common import errors
+from lvm.common import errors, logging
+from lvm.common.commands import exit_process, report_error
 
-PARENT = "LVM_PARENT"  # environment variable: a command ends with the process of that number
+__all__ = ["PARENT", "Args", "Flags", "exit_process", "positionals_to_flags", "spread_list_flags"]
+
+PARENT = "LVM_PARENT"  # environment variable: the command is killed when the process of this ID ends
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 _PATH = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
+Args = absl_flags.FlagValues  # parsed flags: `args.workdir`, `args["workdir"].present`
 
-def run(main: Callable[[], None], list_flags: Sequence[str] = ()) -> None:
-    """Parses the command line, runs `main` and exits with the project's codes.
+
+class Flags:
+    """Flags of one command, defined in its `main`. `run` parses them and runs the command.
 
     Args:
-      main: the command; reads its flags from `absl.flags.FLAGS`.
-      list_flags: names of flags that take all values up to the next flag.
+      usage: the command's module docstring, printed by `--help`.
+      positionals: flags that may be given by position, in this order.
     """
-    _end_with_parent()
-    # What the libraries log is not about the user's run; what matters of it comes back as an exception.
-    logging.set_verbosity(logging.FATAL)
 
-    def parse(argv: list[str]) -> list[str]:
+    def __init__(self, usage: str | None, positionals: Sequence[str] = ()):
+        self._usage, self._positionals = usage or "", positionals
+        self._lists: list[str] = []
+        self._has_config = False
+        self._values = absl_flags.FlagValues()
+        self.boolean("help", False, "print this help", short_name="h")
+        self.boolean("quiet", False, "log warnings and errors only")
+        self.boolean("verbose", False, "log debug messages, and what libraries log", short_name="v")
+
+    def string(self, name: str, default: str | None, help: str, **options: Any) -> None:
+        absl_flags.DEFINE_string(name, default, help, flag_values=self._values, **options)
+
+    def strings(self, name: str, help: str) -> None:
+        """A list: `--name a b c`, up to the next flag, or `--name=a --name=b`."""
+        self._lists.append(name)
+        absl_flags.DEFINE_multi_string(name, [], help, flag_values=self._values)
+
+    def multi_string(self, name: str, help: str) -> None:
+        """A list, one value each time the flag is given."""
+        absl_flags.DEFINE_multi_string(name, [], help, flag_values=self._values)
+
+    def comma_list(self, name: str, default: Sequence[str], help: str) -> None:
+        """A list in one value: `--name=a,b,c`."""
+        absl_flags.DEFINE_list(name, list(default), help, flag_values=self._values)
+
+    def integer(self, name: str, default: int | None, help: str, **options: Any) -> None:
+        absl_flags.DEFINE_integer(name, default, help, flag_values=self._values, **options)
+
+    def float(self, name: str, default: float | None, help: str, **options: Any) -> None:
+        absl_flags.DEFINE_float(name, default, help, flag_values=self._values, **options)
+
+    def boolean(self, name: str, default: bool, help: str, **options: Any) -> None:
+        absl_flags.DEFINE_boolean(name, default, help, flag_values=self._values, **options)
+
+    def enum(self, name: str, default: str | None, choices: Sequence[str], help: str, **options: Any) -> None:
+        absl_flags.DEFINE_enum(name, default, choices, help, flag_values=self._values, **options)
+
+    def config(self) -> None:
+        """`--config=FILE.py`, required, and `--config.KEY=VALUE` for every key of it."""
+        self._has_config = True
+
+    def run(self, body: Callable[[Args], int | None], argv: Sequence[str] | None = None) -> int:
+        """Parses `argv` (default: this process's arguments), runs `body` and returns its exit code.
+
+        An error that the user can mend is printed to stderr as one line and becomes an exit code (`errors`); any other
+        exception is raised.
+        """
+        _end_with_parent()
+        argv = list(sys.argv[1:] if argv is None else argv)
         try:
-            rest = flags.FLAGS(spread_list_flags(argv, list_flags))
-            _check_config()
+            if not self._parse(argv):
+                print(self._help())
+                return errors.EXIT_DONE
         except Exception as error:  # a config file may raise anything
-            _fail(_flag_problem(error), errors.EXIT_BAD_INPUT)
-        if len(rest) > 1:
-            _fail(f"unexpected argument {rest[1]!r}; flags are --name=value", errors.EXIT_BAD_INPUT)
-        return rest
+            return report_error(_flag_problem(error), errors.EXIT_BAD_INPUT)
+        logging.configure(self._values.quiet, self._values.verbose)
+        if isinstance(
+            sys.stdout, io.TextIOWrapper
+        ):  # keep the order of lines among processes that share a pipe
+            sys.stdout.reconfigure(line_buffering=True)
+        return _guarded(lambda: body(self._values))
 
-    app.run(lambda _: _guarded(main), flags_parser=parse, argv=sys.argv)
+    def _help(self) -> str:
+        defined = {flag.name: flag for flag in map(self._values.__getitem__, self._values)}
+        lines = [
+            f"  --{name}: {flag.help}"
+            + ("" if flag.default in (None, "", []) else f" (default: {flag.default})")
+            for name, flag in sorted(defined.items())
+            if name not in ("flagfile", "undefok")  # absl's own
+        ]
+        if self._has_config:
+            lines.append("  --config.KEY=VALUE: sets any key of the config")
+        return "\n".join([self._usage.strip(), "", "Flags:", *lines])
+
+    def _parse(self, argv: list[str]) -> bool:
+        """Parses the flags; False where help is asked for instead."""
+        values = self._values
+        if self._has_config:
+            argv = _with_config_path(argv)
+            # Overrides such as --config.seed=1 become flags of their own, found in `sys_argv`.
+            config_flags.DEFINE_config_file(
+                "config", None, "config file", flag_values=values, lock_config=True, sys_argv=["", *argv]
+            )
+        if any(argument in ("--help", "-h") for argument in argv):
+            return False
+        if self._has_config:
+            absl_flags.mark_flag_as_required("config", values)
+        argv = spread_list_flags(argv, self._lists)
+        rest = values(["", *positionals_to_flags(argv, self._positionals, values)])
+        if len(rest) > 1:
+            raise errors.UserError(f"unexpected argument {rest[1]!r}; flags are --name=value")
+        if self._has_config:
+            values.config.to_dict()  # ml_collections raises a config file's errors when it is used
+        return True
 
 
 def spread_list_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -58,51 +147,61 @@ def spread_list_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     return spread
 
 
-def positionals_to_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:
-    """`A B --to=c` → `--src=A --dst=B --to=c`, for the names src and dst: commands take flags alone.
-
-    Flags must be defined: one that isn't a switch may have its value as the next argument.
-    """
+def positionals_to_flags(argv: Sequence[str], names: Sequence[str], values: Args) -> list[str]:
+    """`A B --to=c` → `--src=A --dst=B --to=c`, for the names src and dst of flags defined in `values`."""
     left = iter(names)
-    named, before = [argv[0]], ""
-    for argument in argv[1:]:
-        is_value = argument.startswith("-") or _wants_value(before)
+    named, previous = [], ""
+    for argument in argv:
+        is_value = argument.startswith("-") or _takes_value(previous, values)
         name = None if is_value else next(left, None)
         named.append(f"--{name}={argument}" if name else argument)
-        before = argument
+        previous = argument
     return named
 
 
-def _wants_value(argument: str) -> bool:
+def _with_config_path(argv: Sequence[str]) -> list[str]:
+    """`--config FILE` as `--config=FILE`; an installed package's own `configs/NAME.py` is found from any directory."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] == "--config":
+            joined[-1] = f"--config={argument}"
+        else:
+            joined.append(argument)
+    for i, argument in enumerate(joined):
+        name, _, path = argument.partition("=")
+        if name == "--config" and not os.path.exists(path.partition(":")[0]):
+            packaged = pathlib.Path(__file__).parents[1] / path
+            if not (path.startswith("configs/") and packaged.is_file()):
+                raise errors.UserError(f"--config={path}: no such file")
+            joined[i] = f"{name}={packaged}"
+    return joined
+
+
+def _takes_value(argument: str, values: Args) -> bool:
     name = argument.lstrip("-")
-    return argument.startswith("-") and name in flags.FLAGS and not flags.FLAGS[name].boolean
+    return argument.startswith("-") and name in values and not values[name].boolean
 
 
-def _guarded(main: Callable[[], None]) -> None:
+def _guarded(body: Callable[[], int | None]) -> int:
     try:
-        main()
+        return body() or errors.EXIT_DONE
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else errors.EXIT_ERROR
     except errors.UserError as error:
-        _fail(str(error), errors.EXIT_BAD_INPUT)
+        return report_error(str(error), errors.EXIT_BAD_INPUT)
     except errors.DivergedError as error:
-        _fail(str(error), errors.EXIT_DIVERGED)
+        return report_error(str(error), errors.EXIT_DIVERGED)
     except KeyboardInterrupt:
-        _fail("interrupted", 128 + 2)
+        return report_error("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:  # whoever reads the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(errors.EXIT_ERROR)
+        return errors.EXIT_ERROR
     except OSError as error:
         if error.errno not in _DISK | _PATH:
             raise
         where = f": {error.filename}" if error.filename else ""
         code = errors.EXIT_BAD_INPUT if error.errno in _PATH else errors.EXIT_ERROR
-        _fail(f"{error.strerror or error}{where}", code)
-
-
-def _check_config() -> None:
-    # A config file that is missing or fails is kept by ml_collections as a value that raises when it is used.
-    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    if config is not None:
-        config.to_dict()
+        return report_error(f"{error.strerror or error}{where}", code)
 
 
 def _end_with_parent() -> None:
@@ -115,18 +214,11 @@ def _end_with_parent() -> None:
 
 
 def _flag_problem(error: Exception) -> str:
-    # Absl's own messages name the flag; what a config file raises says little without its type.
+    # Absl's own messages name the flag; those of a config file's exceptions say little without the type.
     key = error.args[0] if isinstance(error, AttributeError) and error.args else error
-    if isinstance(key, KeyError) and key.args:  # a config's words for a key that it doesn't have
+    if isinstance(key, KeyError) and key.args:  # ml_collections: a key that the config doesn't have
         name, _, advice = str(key.args[0]).partition("\n")
         return f"--config: no such key: {name}" + (f"; {advice[0].lower()}{advice[1:]}" if advice else "")
     message = " ".join(str(error).split())
-    known = (flags.Error, AttributeError, KeyError, OSError, errors.UserError)
+    known = (absl_flags.Error, AttributeError, KeyError, OSError, errors.UserError)
     return message if isinstance(error, known) else f"--config: {type(error).__name__}: {message}"
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    # Threads that write checkpoints or read ahead must not hold up a run that has ended.
-    os._exit(code)

@@ -1,17 +1,51 @@
-"""What a command says while it works: plain lines from process 0, with rate and time left."""
+"""Logging: one readable line a message on stderr, from process 0 unless it is a warning; progress with time left."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 
 import jax
 
+_LOGGER = logging.getLogger("lvm")
+_LOGGER.setLevel(logging.INFO)  # without `configure`, as in a notebook, Python itself shows warnings alone
 
-def log_info(text: str) -> None:
-    """Prints one line, from the first process alone."""
-    # Asking for the process index of a single process would take hold of its accelerator.
+
+def configure(quiet: bool = False, verbose: bool = False) -> None:
+    """Sends log records of this process to stderr: `21:07:26 I message`, `[p3/64]` before it in a run of several.
+
+    Args:
+      quiet: show warnings and errors only.
+      verbose: show debug messages of this project and informational ones of libraries.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
+    _LOGGER.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        time_of_day = self.formatTime(record, "%H:%M:%S")
+        process = (
+            f"[p{jax.process_index()}/{jax.process_count()}] " if jax.distributed.is_initialized() else ""
+        )
+        library = "" if record.name == _LOGGER.name else f"{record.name}: "
+        text = f"{time_of_day} {record.levelname[0]} {process}{library}{record.getMessage()}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def log_info(message: str) -> None:
+    """Logs one line, from the first process alone."""
+    # Asking for the process index of a single process would initialize its accelerator.
     if not jax.distributed.is_initialized() or jax.process_index() == 0:
-        print(text, flush=True)
+        _LOGGER.info("%s", message)
+
+
+def log_warning(message: str) -> None:
+    """Logs a warning, from whichever process calls."""
+    _LOGGER.warning("%s", message)
 
 
 def duration(seconds: float) -> str:
@@ -28,15 +62,14 @@ class Progress:
 
     def __init__(self, total: int, done: int = 0, unit: str = "steps"):
         self._total, self._unit = total, unit
-        self._mark_done, self._mark_time = done, time.monotonic()
+        self._last_done, self._last_time = done, time.monotonic()
 
     def line(self, done: int) -> str:
-        """`1200/5000 steps, 41.2 steps/s, 1m32s left`; the rate is that since the line before."""
+        """`1200/5000 steps, 41.2 steps/s, 1m32s left`; the rate is that since the previous line."""
         now = time.monotonic()
-        rate = (done - self._mark_done) / max(now - self._mark_time, 1e-9)
-        self._mark_done, self._mark_time = done, now
+        rate = (done - self._last_done) / max(now - self._last_time, 1e-9)
+        self._last_done, self._last_time = done, now
         text = f"{done}/{self._total} {self._unit}"
         if rate <= 0:
             return text
-        left = duration((self._total - done) / rate)
-        return f"{text}, {rate:.3g} {self._unit}/s, {left} left"
+        return f"{text}, {rate:.3g} {self._unit}/s, {duration((self._total - done) / rate)} left"

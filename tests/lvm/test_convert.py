@@ -115,7 +115,7 @@ def test_an_export_tells_what_it_is(trained, tmp_path):
     assert models.read(out).record["tokenizer"] == files.as_json(identity)
 
 
-def test_a_tokenizer_that_is_not_the_models_is_refused(trained, capsys):
+def test_a_tokenizer_that_is_not_the_models_is_refused(trained, caplog):
     weights.write(trained / "other", random_weights(TOKENIZER, seed=1), "torch")
     with pytest.raises(UserError, match="other: not the tokenizer that the model was trained with"):
         convert.convert(str(trained / "run"), str(trained / "hf"), "hf", tokenizer=str(trained / "other"))
@@ -130,7 +130,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(trained, capsys):
     convert.convert(
         str(trained / "told by nothing"), str(trained / "hf"), "hf", tokenizer=str(trained / "other")
     )
-    assert "this one is taken on trust" in capsys.readouterr().out
+    assert "this one is taken on trust" in caplog.text
 
 
 def test_a_tokenizer_of_another_network_has_no_layout_for_an_export(trained):
@@ -169,7 +169,7 @@ def test_what_training_can_begin_with(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_any_folder(demo, tmp_path, capsys):
+def test_training_goes_on_from_any_folder(demo, tmp_path, caplog):
     """With a learning rate of nothing, what it begins with is what comes out: from a smaller vocabulary, sharded."""
     tiny = tiny_lvm.get_config()
     tiny.data.store = str(demo / "store")
@@ -194,7 +194,7 @@ def test_training_goes_on_from_any_folder(demo, tmp_path, capsys):
     place = epath.Path(tmp_path / "from hf" / "checkpoints" / "2" / "params")
     arrays = workdirs.open_arrays(place, trained.config)
     assert arrays["layers.mlp.up"].chunk_layout.read_chunk.shape[0] == 1  # so that a layer is read by itself
-    assert "its vocabulary becomes ours" in capsys.readouterr().out
+    assert "its vocabulary becomes ours" in caplog.text
     with pytest.raises(
         UserError, match=r"converted weights and no training; begin one .*--config\.init_from"
     ):

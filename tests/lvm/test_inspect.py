@@ -160,7 +160,7 @@ def test_counts_that_were_wrong_from_the_start_are_found(tmp_path, new_scenes, m
 
 
 @pytest.mark.parametrize("packing", ["concat", "whole"])
-def test_training_refuses_a_damaged_record_or_skips_it_and_counts(copy, packing, capsys):
+def test_training_refuses_a_damaged_record_or_skips_it_and_counts(copy, packing, caplog):
     file, store = copy / "shard-00000-of-00002.array_record", Store(copy)
     vocabulary = Vocabulary.for_codes(16)
 
@@ -183,7 +183,7 @@ def test_training_refuses_a_damaged_record_or_skips_it_and_counts(copy, packing,
     (reason,) = skipping.skipped
     assert reason == problems(copy)[0]
     assert 1 < len(skipping.skipped[reason]) < 17
-    assert capsys.readouterr().out.count(f"skipped: {reason} (1 damaged records, 1 sentences until now)") == 1
+    assert caplog.text.count(f"skipped: {reason} (1 damaged records, 1 sentences until now)") == 1
     lost = 0
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old["component_ids"], new["component_ids"])

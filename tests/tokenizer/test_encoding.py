@@ -264,9 +264,9 @@ def test_a_shard_that_another_process_writes_is_refused(tokenizer, tmp_path):
     encode(tokenizer, folder)
 
 
-def test_a_missing_shard_is_named_when_the_store_is_finished(tokenizer, tmp_path, capsys):
+def test_a_missing_shard_is_named_when_the_store_is_finished(tokenizer, tmp_path, caplog):
     folder = encode(tokenizer, tmp_path / "store", [(1, 2)])
-    assert "2 shards aren't there yet (shard-00000-of-00004, shard-00002-of-00004)" in capsys.readouterr().out
+    assert "2 shards aren't there yet (shard-00000-of-00004, shard-00002-of-00004)" in caplog.text
     with pytest.raises(UserError, match=r"not a finished store"):
         Store(folder)
     with pytest.raises(UserError, match=r"no store was begun there \(header\.json is missing\)"):

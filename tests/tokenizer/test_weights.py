@@ -247,10 +247,10 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(folder):
         assert part in str(caught.value)
 
 
-def test_half_precision_is_widened_aloud_and_other_types_are_refused(folder, capsys):
+def test_half_precision_is_widened_aloud_and_other_types_are_refused(folder, caplog):
     rewrite(folder, lambda found: {name: x.astype(np.float16) for name, x in found.items()})
     found = weights.read(folder)
-    assert "tensors in float16 are widened to float32" in capsys.readouterr().out
+    assert "tensors in float16 are widened to float32" in caplog.text
     assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {np.dtype(np.float32)}
     rewrite(folder, lambda found: found | {"quant_conv.bias": np.zeros(4, np.float64)})
     with pytest.raises(UserError, match=r"quant_conv.bias float64; expected float32"):

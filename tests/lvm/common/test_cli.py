@@ -5,24 +5,23 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags as absl_flags
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lvm
+from lvm.common import cli, commands
 from lvm.common.cli import positionals_to_flags, spread_list_flags
 from tests.commands import ROOT
 
 SCRIPT = """
 import errno
-from absl import flags
-from lvm import cli
+from lvm.common import cli
 from lvm.common.errors import DivergedError, UserError
 
-OUTCOME = flags.DEFINE_enum("outcome", "done", ["done", "user", "diverged", "disk", "interrupt", "exit", "bug"], "")
-PAIRS = flags.DEFINE_multi_string("pairs", [], "")
-
-def main():
-    print("pairs", PAIRS.value)
-    match OUTCOME.value:
+def body(args):
+    print("pairs", args.pairs)
+    match args.outcome:
         case "user": raise UserError("config.x: 3 is wrong")
         case "diverged": raise DivergedError("the loss is nan")
         case "disk": raise OSError(errno.ENOSPC, "No space left on device", "/some/file")
@@ -30,7 +29,10 @@ def main():
         case "exit": raise SystemExit(75)
         case "bug": raise RuntimeError("a bug")
 
-cli.run(main, ["pairs"])
+flags = cli.Flags("A command.")
+flags.enum("outcome", "done", ["done", "user", "diverged", "disk", "interrupt", "exit", "bug"], "how it ends")
+flags.strings("pairs", "a list")
+cli.exit_process(flags.run(body))
 """
 
 
@@ -106,17 +108,86 @@ def test_a_wrong_flag_is_one_line_that_names_it(arguments, named):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["A", "B", "--v=2"],
-        ["--v", "2", "A", "B"],
-        ["A", "--v", "2", "B"],
-        ["--v=2", "A", "B"],
-        ["A", "--only_check_args", "B", "--v", "2"],
+        ["A", "B", "--number=2"],
+        ["--number", "2", "A", "B"],
+        ["A", "--number", "2", "B"],
+        ["--number=2", "A", "B"],
+        ["A", "--switch", "B", "--number", "2"],
     ],
 )
-def test_positions_may_stand_anywhere(argv):
-    """Flags of absl itself: `v` takes a value, `only_check_args` is a switch."""
-    named = positionals_to_flags(["convert", *argv], ("src", "dst"))
-    others = ("--v", "2", "--v=2", "--only_check_args")
-    assert [a for a in named if a not in others] == ["convert", "--src=A", "--dst=B"]
-    left = positionals_to_flags(["convert", "A", "B", "C"], ("src", "dst"))
-    assert left[-1] == "C"  # for the parser to refuse
+def test_positionals_may_stand_anywhere(argv):
+    values = absl_flags.FlagValues()
+    absl_flags.DEFINE_integer("number", 0, "", flag_values=values)
+    absl_flags.DEFINE_boolean("switch", False, "", flag_values=values)
+    flags = positionals_to_flags(argv, ("src", "dst"), values)
+    others = ("--number", "2", "--number=2", "--switch")
+    assert [flag for flag in flags if flag not in others] == ["--src=A", "--dst=B"]
+    assert positionals_to_flags(["A", "B", "C"], ("src", "dst"), values)[-1] == "C"  # the parser refuses it
+
+
+def test_help_prints_usage_and_every_flag(capsys):
+    flags = cli.Flags("Does a thing.", positionals=("src",))
+    flags.string("src", None, "input folder", required=True)
+    flags.config()
+    assert flags.run(lambda args: pytest.fail("ran"), ["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Does a thing."
+    assert "  --src: input folder" in lines
+    assert "  --config.KEY=VALUE: sets any key of the config" in lines
+
+
+@pytest.mark.parametrize("spelling", [["--config=configs/demo_lvm.py"], ["--config", "configs/demo_lvm.py"]])
+def test_config_flags_set_keys(spelling, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags, seeds = cli.Flags(""), []
+    flags.config()
+    assert flags.run(lambda args: seeds.append(args.config.seed), [*spelling, "--config.seed=7"]) == 0
+    assert seeds == [7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "config"),
+        (["--config=configs/nothing.py"], "configs/nothing.py"),
+        (["--config=configs/demo_lvm.py", "--config.sed=7"], "sed"),
+    ],
+)
+def test_config_errors_name_the_key_or_file(arguments, named, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    flags = cli.Flags("")
+    flags.config()
+    assert flags.run(lambda args: pytest.fail("ran"), arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert named in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["lvm", "tokenizer"])
+def test_commands_are_listed_with_one_line_each(package, capsys):
+    assert commands.dispatch(package, ["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = {path.stem for path in (ROOT / package).glob("[!_]*.py") if "\ndef main(" in path.read_text()}
+    assert {line.split()[0] for line in lines if line.startswith("  ")} == names
+    assert {"train", "convert"} <= names
+    assert max(map(len, lines)) <= 120
+
+
+def test_commands_three_spellings_are_the_same():
+    spellings = (["lvm", "plan"], ["lvm.plan"])
+    done = [
+        subprocess.run(
+            [sys.executable, "-m", *spelling, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        for spelling in spellings
+    ]
+    assert done[0].stdout == done[1].stdout
+    assert "--topology" in done[0].stdout
+
+
+def test_unknown_command_is_one_line(capsys):
+    assert commands.dispatch("lvm", ["trian"]) == 2
+    assert capsys.readouterr().err.startswith("error: no command 'trian'; one of convert, ")
+    assert commands.dispatch("lvm", ["--version"]) == 0
+    assert capsys.readouterr().out == f"{lvm.__version__}\n"

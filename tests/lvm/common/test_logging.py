@@ -1,8 +1,13 @@
-"""Durations and rates as people read them."""
+"""Logging levels and format; durations and rates as people read them."""
+
+import re
+import subprocess
+import sys
 
 import pytest
 
 from lvm.common import logging
+from tests.commands import ROOT
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,33 @@ def test_progress_without_progress_promises_nothing():
     assert logging.Progress(10, unit="scenes").line(0) == "0/10 scenes"
 
 
-def test_the_first_process_says_it(capsys):
+def test_log_info_goes_through_logging(caplog):
     logging.log_info("hello")
-    assert capsys.readouterr().out == "hello\n"
+    assert [(record.levelname, record.message) for record in caplog.records] == [("INFO", "hello")]
+
+
+LEVELS = """
+import logging, sys
+from lvm.common.logging import configure, log_info, log_warning
+configure(quiet="quiet" in sys.argv, verbose="verbose" in sys.argv)
+log_info("ours 100%")
+log_warning("careful")
+logging.getLogger("lvm").debug("detail")
+logging.getLogger("orbax").warning("theirs")
+logging.getLogger("orbax").info("chatter")
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("", ["I ours 100%", "W careful", "W orbax: theirs"]),
+        ("quiet", ["W careful", "W orbax: theirs"]),
+        ("verbose", ["I ours 100%", "W careful", "D detail", "W orbax: theirs", "I orbax: chatter"]),
+    ],
+)
+def test_configure_levels_and_format(mode, expected):
+    command = [sys.executable, "-c", LEVELS, mode]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == ""
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in done.stderr.splitlines()] == expected

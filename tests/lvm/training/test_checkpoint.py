@@ -179,13 +179,13 @@ def fresh(tmp_path):
         (lambda path: path.unlink(), "missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh, capsys, damage, words):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh, caplog, damage, words):
     path = largest_file(fresh, 5)
     damage(path)
     checkpoints = Checkpoints(fresh, keep=2)
     assert checkpoints.latest_intact_step() == 3
     assert re.search(
-        f"damaged checkpoint: {re.escape(str(path))}: {words}; going back to step 3", capsys.readouterr().out
+        f"damaged checkpoint: {re.escape(str(path))}: {words}; going back to step 3", caplog.text
     )
     restored, _ = checkpoints.restore(3, abstract(new_state()))
     assert_equal_bits(restored, new_state(seed=3, step=3))
@@ -230,12 +230,12 @@ def test_an_unreadable_file_is_tried_again_and_is_no_damage(fresh, monkeypatch):
     assert latest_step(fresh) == 5
 
 
-def test_a_checkpoint_without_checksums_is_used_and_said_to_be(fresh, capsys):
+def test_a_checkpoint_without_checksums_is_used_and_said_to_be(fresh, caplog):
     (fresh / "checksums" / "5.json").unlink()
     checkpoints = Checkpoints(fresh, keep=2)
     assert checkpoints.latest_intact_step() == 5
     checkpoints.close()
-    assert "has no checksums, so it is used as it is" in capsys.readouterr().out
+    assert "has no checksums, so it is used as it is" in caplog.text
 
 
 def test_checksums_go_with_their_checkpoints(tmp_path):

@@ -16,13 +16,13 @@ def take(gcs, stale=0.6, renewed=0.1):
     return Lease(f"{gcs}/run/.lease", stale, renewed, look=0.05)
 
 
-def test_a_free_lease_is_taken_and_given_back(gcs, capsys):
+def test_a_free_lease_is_taken_and_given_back(gcs, caplog):
     first = take(gcs)
     assert epath.Path(f"{gcs}/run/.lease").exists()
     first.release()
     assert not epath.Path(f"{gcs}/run/.lease").exists()
     take(gcs).release()
-    assert "waiting" not in capsys.readouterr().out
+    assert "waiting" not in caplog.text
 
 
 def test_a_lease_that_is_renewed_is_refused(gcs):
@@ -32,12 +32,12 @@ def test_a_lease_that_is_renewed_is_refused(gcs):
     first.release()
 
 
-def test_the_lease_of_a_killed_run_is_taken_when_it_has_grown_stale(gcs, capsys):
+def test_the_lease_of_a_killed_run_is_taken_when_it_has_grown_stale(gcs, caplog):
     killed = take(gcs, renewed=99.0)
     began = time.monotonic()
     second = take(gcs, stale=0.4)
     assert time.monotonic() - began >= 0.4
-    assert "another run holds it or was killed; waiting 0 s" in capsys.readouterr().out
+    assert "another run holds it or was killed; waiting 0 s" in caplog.text
     killed.release()  # whose generation is gone: it takes nothing away
     assert epath.Path(f"{gcs}/run/.lease").exists()
     second.release()

@@ -205,11 +205,11 @@ def test_pictures_come_when_due_and_at_the_end(tmp_path):
     np.testing.assert_array_equal(picture, np.full((2, 3, 3), 4))
 
 
-def test_a_finished_run_is_known_and_does_nothing(tmp_path, capsys):
+def test_a_finished_run_is_known_and_does_nothing(tmp_path, caplog):
     first = train(tmp_path, total=3)
     place = Workdir(tmp_path, "lvm", {"config": {}})
     assert is_finished(place, LoopConfig(total_steps=3))
-    assert f"{tmp_path}: training is complete at step 3" in capsys.readouterr().out
+    assert f"{tmp_path}: training is complete at step 3" in caplog.text
     assert not is_finished(place, LoopConfig(total_steps=4))
     del place  # and its lock
     assert bits(train(tmp_path, total=3)) == bits(first)
@@ -220,7 +220,7 @@ def test_a_fresh_workdir_is_not_finished(tmp_path):
     assert not is_finished(Workdir(tmp_path, "lvm", {}), LoopConfig(total_steps=1))
 
 
-def test_a_gradient_that_is_no_number_changes_nothing_but_the_count(tmp_path, capsys):
+def test_a_gradient_that_is_no_number_changes_nothing_but_the_count(tmp_path, caplog):
     def nan_at_third(step):
         return nan_from(2)(step) if step == 2 else read_batch(step)
 
@@ -228,7 +228,7 @@ def test_a_gradient_that_is_no_number_changes_nothing_but_the_count(tmp_path, ca
     before = train(tmp_path / "before", total=2)
     assert bits(skipped["params"]) == bits(before["params"])
     assert bits(skipped["training"]["optimizer"]) == bits(before["training"]["optimizer"])
-    assert "step 3: the gradient is not finite; skipped, 1 in a row" in capsys.readouterr().out
+    assert "step 3: the gradient is not finite; skipped, 1 in a row" in caplog.text
     after = train(tmp_path / "skipped", total=6, read=nan_at_third)
     assert {name: int(x) for name, x in after["training"]["skipped"].items()} == {
         "skipped_steps": 1,

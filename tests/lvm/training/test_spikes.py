@@ -61,9 +61,9 @@ def test_only_a_full_window_knows_a_spike():
     SpikeDetector(SpikeConfig(window=4), watch.recent_losses).update(9, 9.0)  # nobody asked
 
 
-def test_a_run_goes_around_a_spike_and_is_the_run_that_never_met_it(tmp_path, capsys):
+def test_a_run_goes_around_a_spike_and_is_the_run_that_never_met_it(tmp_path, caplog):
     spiked = train(tmp_path / "spiked", total=12, read=spiking_at(8), spike=SPIKE)
-    said = capsys.readouterr().out
+    said = caplog.text
     assert "step 9: the loss of" in said
     assert "batches 7 to 8 are left out, rewind 1" in said
     assert "going on from step 6" in said
@@ -83,21 +83,21 @@ def test_a_run_cut_off_after_a_spike_still_leaves_its_batches_out(tmp_path):
     assert bits(train(tmp_path / "cut", total=12, read=spiking_at(8), spike=SPIKE)) == bits(whole)
 
 
-def test_a_resumed_run_sees_the_spike_that_an_unbroken_one_sees(tmp_path, capsys):
+def test_a_resumed_run_sees_the_spike_that_an_unbroken_one_sees(tmp_path, caplog):
     with pytest.raises(SystemExit):
         train(tmp_path, total=12, read=stopping_at(7, spiking_at(8)), spike=SPIKE)
     release(tmp_path)
     train(tmp_path, total=12, read=spiking_at(8), spike=SPIKE)
-    assert "batches 7 to 8 are left out, rewind 1" in capsys.readouterr().out
+    assert "batches 7 to 8 are left out, rewind 1" in caplog.text
 
 
 @pytest.mark.parametrize(("checkpoint_every", "kept"), [(0, 0), (2, 6)])
 def test_with_no_checkpoint_early_enough_it_goes_back_as_far_as_it_can(
-    tmp_path, capsys, checkpoint_every, kept
+    tmp_path, caplog, checkpoint_every, kept
 ):
     spike = SpikeConfig(deviations=8.0, window=4, skip_before=6)
     train(tmp_path, total=10, read=spiking_at(8), spike=spike, checkpoint_every=checkpoint_every)
-    assert f"batches {max(kept, 2)} to 8 are left out" in capsys.readouterr().out
+    assert f"batches {max(kept, 2)} to 8 are left out" in caplog.text
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == list(range(1, 11))
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.all_steps()[-1] == 10

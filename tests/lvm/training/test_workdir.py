@@ -73,10 +73,10 @@ def test_the_same_configuration_opens_it_again(tmp_path):
         ({"config__tokenizer": "folder"}, "config.tokenizer: '' → 'folder'"),
     ],
 )
-def test_what_changes_no_mathematics_may_differ_and_is_said(tmp_path, capsys, change, said):
+def test_what_changes_no_mathematics_may_differ_and_is_said(tmp_path, caplog, change, said):
     begun(tmp_path)
     reopen(tmp_path, changed(**change))
-    assert f"resuming with a changed {said}" in capsys.readouterr().out
+    assert f"resuming with a changed {said}" in caplog.text
     assert read_record(tmp_path, "lvm")["config"] == changed(**change)["config"]
 
 

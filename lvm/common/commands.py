@@ -1,0 +1,60 @@
+"""`lvm COMMAND …`: finds, lists and runs the commands of a package. Imports nothing heavy: `--help` is quick."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import pathlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import lvm
+from lvm.common import errors
+
+
+def exit_process(code: int) -> NoReturn:
+    """Ends the process. After a failure it doesn't wait for threads that write checkpoints or read ahead."""
+    if code == errors.EXIT_DONE:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def dispatch(package: str, argv: Sequence[str] | None = None) -> int:
+    """`PROGRAM COMMAND …`: runs `main` of the module COMMAND of `package`, or lists its commands."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = list_commands(package)
+    if not argv or argv[0] in ("help", "-h", "--help"):
+        width = max(map(len, commands))
+        print(f"usage: python -m {package} COMMAND --help\n\nCommands:")
+        print("\n".join(f"  {name:{width}}  {summary}" for name, summary in commands.items()))
+        return errors.EXIT_DONE
+    if argv[0] == "--version":
+        print(lvm.__version__)
+        return errors.EXIT_DONE
+    if argv[0] not in commands:
+        return report_error(f"no command {argv[0]!r}; one of {', '.join(commands)}", errors.EXIT_BAD_INPUT)
+    return int(importlib.import_module(f"{package}.{argv[0]}").main(argv[1:]))
+
+
+def list_commands(package: str) -> dict[str, str]:
+    """Commands of a package with their one-line summaries: its modules that define `main`, read but not imported."""
+    commands = {}
+    for folder in importlib.import_module(package).__path__:
+        for module in pkgutil.iter_modules([folder]):
+            if module.ispkg or module.name.startswith("_"):
+                continue
+            tree = ast.parse(pathlib.Path(folder, f"{module.name}.py").read_text("utf-8"))
+            if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+                commands[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return commands
+
+
+def report_error(message: str, code: int) -> int:
+    """Prints one line to stderr and returns `code`."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code

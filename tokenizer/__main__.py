@@ -1,0 +1,16 @@
+"""`python -m tokenizer COMMAND …`: the commands of this package."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from lvm.common import commands
+
+
+def main() -> NoReturn:
+    """Runs a command and ends the process with its exit code."""
+    commands.exit_process(commands.dispatch("tokenizer"))
+
+
+if __name__ == "__main__":
+    main()
