@@ -1,10 +1,10 @@
-"""Converts a transformer between our workdirs and what others load, and compares two checkpoints.
+"""Convert a transformer between workdirs, Hugging Face and EasyLM, or compare two checkpoints.
 
-    python -m lvm.convert SRC DST --to=hf --tokenizer=T
-    python -m lvm.convert --check A B
+    lvm convert SRC DST --to=hf --tokenizer=TOKENIZER
+    lvm convert --check A B
 
-SRC is a folder of any kind, found out by what is in it (docs/interop.md). DST is new; it is written as a whole or not
-at all.
+SRC is a model folder of any known format, recognized by its files (docs/interop.md). DST must not exist; it is written
+atomically.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Evaluates a model on held-out scenes and writes `results.json` and `index.html`.
+"""Evaluate a model on held-out scenes: results.json and index.html.
 
-python -m lvm.evaluate --config=configs/eval_demo.py --model=W --tokenizer=W2 --out=DIR
+lvm evaluate --config=configs/eval_demo.py --model=MODEL --tokenizer=TOKENIZER --out=FOLDER
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Sentences as LVM's JSONL: `python -m lvm.export --config=configs/demo_lvm.py --out=sentences.jsonl`.
+"""Export the sentences of a mixture as LVM's JSONL.
 
-Writes the first `--sentences` sentences of the mixture, in the order of training, without BOS and EOS.
+    lvm export --config=configs/demo_lvm.py --out=sentences.jsonl
+
+Writes the first `--sentences` sentences of the mixture, in training order, without BOS and EOS.
 """
 
 from __future__ import annotations

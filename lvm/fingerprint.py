@@ -1,10 +1,11 @@
-"""What training reads, as one hash: `python -m lvm.fingerprint --config=configs/demo_lvm.py --batches=200`.
+"""Print one hash of the batches that a config trains on.
 
-The last line is the SHA-256 of the `tokens` of the batches `--start` … `--start` + `--batches` − 1, int32
-little-endian in global row order. It is the same on any number of processes, with any number of workers, and
-wherever it begins. Of several processes, joined as those of a training are (`lvm.common.distributed`), each reads the
-rows of its own devices alone. With `--out`, process 0 also writes the bytes that were hashed: those of two
-runs, one after the other, are those of one run over both.
+    lvm fingerprint --config=configs/demo_lvm.py --batches=200
+
+The last line is the SHA-256 of the `tokens` of batches `--start` … `--start + --batches − 1`, int32 little-endian in
+global row order. It doesn't depend on the number of processes or workers. In a run of several processes
+(`lvm.common.distributed`) each reads the rows of its own devices only. With `--out`, process 0 also writes the hashed
+bytes: the files of two consecutive ranges, concatenated, are the file of their union.
 """
 
 from __future__ import annotations

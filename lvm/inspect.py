@@ -1,8 +1,10 @@
-"""What a store holds, and whether all of it is still what was written: `python -m lvm.inspect STORE`.
+"""Print what a store holds and verify it against its manifest.
 
-Prints the manifest's figures, and compares checksums, records, indexes and counts with it. With `--source` and
-`--tokenizer` some scenes are encoded again; with `--tokenizer` and `--sheet=FILE.png` some are decoded onto a sheet.
-`--json` prints all of it as JSON. The exit code is 1 where anything is damaged; shard and record are named.
+    lvm inspect STORE
+
+Compares checksums, records, indexes and counts with the manifest. With `--source` and `--tokenizer`, some scenes are
+encoded again and compared; with `--tokenizer` and `--sheet=FILE.png`, some are decoded onto a contact sheet. `--json`
+prints one JSON object. Exits with 1 and names shard and record where anything is damaged.
 """
 
 from __future__ import annotations

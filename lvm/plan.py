@@ -1,7 +1,9 @@
-"""Plans a training on chips that aren't there: `python -m lvm.plan --config=configs/lvm_3b.py --topology=v5e:16x16`.
+"""Plan a training run for absent devices: memory, communication, step time.
 
-For TPUs the step that training runs is compiled and read: memory, what is sent between chips, and how fast it could
-be at best. For GPUs the same is estimated.
+    lvm plan --config=configs/lvm_3b.py --topology=v5e:16x16
+
+For TPUs the training step is compiled for the topology and its program is analyzed; for GPUs the same figures are
+estimated.
 """
 
 from __future__ import annotations

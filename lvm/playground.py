@@ -1,7 +1,9 @@
-"""A page to ask a model on: `python -m lvm.playground --model=W --tokenizer=W2`, then open the address it prints.
+"""Serve a web page to prompt a model interactively.
 
-Drop example pairs and a query, or frames of a sequence, and watch the answer being written. Needs
-`pip install -r requirements-playground.txt`; listens on this machine alone.
+    lvm playground --model=MODEL --tokenizer=TOKENIZER
+
+Prints the address to open. Drop example pairs and a query, or frames of a sequence, and watch the answer being
+generated. Needs `pip install -r requirements-playground.txt`; listens on localhost only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Rows as pictures: `python -m lvm.preview --config=configs/demo_lvm.py --out=FOLDER`.
+"""Render training rows as images and print statistics of the mixture.
 
-Draws the first rows of a step, one file each: every grid with the name of its stream, a bar in the colour of its
-component, and a black edge where a sentence begins. What bears no loss is pale, what the row cuts off is grey. With a
-tokenizer (`--config.tokenizer=…`) grids are decoded; without one every code is a colour. Also prints what the
-configuration's whole run reads: tokens by component, how full rows are, how often components repeat.
+    lvm preview --config=configs/demo_lvm.py --out=FOLDER
+
+Renders the first rows of a step, one file each: every grid with its stream name, a bar in the color of its component,
+and a black edge where a sentence begins. Grids without loss are pale, tokens that the row cuts off are gray. With a
+tokenizer (`--config.tokenizer=…`) grids are decoded; without one every code is a color. Also prints what the whole run
+reads: tokens by component, how full rows are, and how often components repeat.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Asks a model in images, and writes the answer as pictures.
+"""Prompt a model with images and write its answer as images.
 
-python -m lvm.prompt --model=W --tokenizer=W2 --sequence a.png b.png --out=answer.png          the next frames
-python -m lvm.prompt --model=W --tokenizer=W2 --sequence clip.mp4 --frames=4 --out=answer.png
-python -m lvm.prompt --model=W --tokenizer=W2 --pairs x1.png:y1.png x2.png:y2.png --query=q.png --out=answer.png
-python -m lvm.prompt --model=W --tokenizer=W2 --pairs x1.png:y1.png+z1.png … --query=q.png     two tasks at once
-python -m lvm.prompt --model=W --tokenizer=W2 --pairs photos:masks --query=q.png               folders, by name
+    lvm prompt --model=M --tokenizer=T --sequence a.png b.png --out=answer.png            next frames
+    lvm prompt --model=M --tokenizer=T --sequence clip.mp4 --frames=4 --out=answer.png
+    lvm prompt --model=M --tokenizer=T --pairs x1.png:y1.png x2.png:y2.png --query=q.png --out=answer.png
+    lvm prompt --model=M --tokenizer=T --pairs x1.png:y1.png+z1.png … --query=q.png       two tasks at once
+    lvm prompt --model=M --tokenizer=T --pairs photos:masks --query=q.png                 folders, matched by name
 
-Beside the sheet of prompt and answers, a folder of its name holds the answers one by one and, of a sequence, a video.
+Writes a contact sheet of prompt and answers, and beside it a folder of the same name with each answer and, for a
+sequence, a video.
 """
 
 from __future__ import annotations

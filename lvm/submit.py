@@ -1,11 +1,11 @@
-"""Submits a run, and looks after it: on this machine, TPU VMs, GKE or Slurm.
+"""Submit a training run and manage it: locally, on TPU VMs, GKE or Slurm.
 
-    python -m lvm.submit --on=local --processes=2 --config=FILE --workdir=DIR
-    python -m lvm.submit --on=tpu-vm --accelerator=v5litepod-256 --run=NAME --config=FILE --workdir=gs://…
-    python -m lvm.submit {watch,logs,status,cancel,list} --on=… --run=NAME
+    lvm submit --on=local --processes=2 --config=FILE --workdir=DIR
+    lvm submit --on=tpu-vm --accelerator=v5litepod-256 --run=NAME --config=FILE --workdir=gs://…
+    lvm submit {watch,logs,status,cancel,list} --on=… --run=NAME
 
-Everything that begins with `--config` goes to `lvm.train` as it is. `--dry_run` writes every file and prints every
-command, and runs none of them.
+Arguments that begin with `--config` are passed on to `lvm train`. `--dry_run` writes every file and prints every
+command without running any.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Trains a transformer: `python -m lvm.train --config=configs/demo_lvm.py --workdir=DIR`."""
+"""Train a transformer on a store of codes, or resume its run.
+
+lvm train --config=configs/demo_lvm.py --workdir=DIR
+"""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _run(args: cli.Args) -> None:
 
 
 def _check_flags(args: cli.Args) -> None:
-    for name, values, choices in (("size", args.size, SIZES), ("remat", args.remat, REMAT)):
+    for name, values, choices in (("size", args.size, SIZES), ("remat", args.remat, REMAT_POLICIES)):
         for value in values:
             if value not in choices:
                 raise UserError(f"--{name}: {value!r} is not one of {', '.join(choices)}")

@@ -1,9 +1,9 @@
-"""Converts a tokenizer between our workdirs and the published layouts.
+"""Convert a tokenizer between workdirs and published layouts.
 
-    python -m tokenizer.convert SRC DST --to=orbax
+    python -m tokenizer convert SRC DST --to=orbax
 
-SRC is a folder of any kind, found out by what is in it, or a bare weights file with a small config.json beside it
-(docs/interop.md). DST is new; it is written as a whole or not at all, and never holds a pickle.
+SRC is a folder of any known layout, recognized by its files, or a weights file with a small config.json beside it
+(docs/interop.md). DST must not exist; it is written atomically and never contains a pickle.
 """
 
 from __future__ import annotations

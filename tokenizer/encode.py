@@ -1,14 +1,14 @@
-"""Encodes a source into a store of codes.
+"""Encode an image source into a store of codes.
 
-    python -m tokenizer.encode --tokenizer=DIR --source=FOLDER-or-config --out=STORE
-    python -m tokenizer.encode … --augment=4          four seeded crops and flips of each scene instead of itself
-    python -m tokenizer.encode … --shard=0/8          one of eight processes that know nothing of each other
-    python -m tokenizer.encode --source=FILE.jsonl --out=STORE       codes that are ready
-    python -m tokenizer.encode --finish --out=STORE   the manifest, where all shards are there and nobody wrote it
+    python -m tokenizer encode --tokenizer=DIR --source=FOLDER-or-config --out=STORE
+    python -m tokenizer encode … --augment=4          four seeded crops and flips of each scene instead of the scene
+    python -m tokenizer encode … --shard=0/8          one of eight independent processes
+    python -m tokenizer encode --source=FILE.jsonl --out=STORE       codes that exist already
+    python -m tokenizer encode --finish --out=STORE   write the manifest once all shards exist
 
-Each output shard holds a slice of the input's scenes. A shard that is there is not written again. Several processes
-share the shards, by `--shard` or as a launcher joins them (`lvm.common.distributed`); what they write doesn't depend on
-how many they are. Whoever finds all shards there writes the manifest.
+Each output shard holds a contiguous slice of the input's scenes; existing shards are skipped. Several processes share
+the shards, by `--shard` or when a launcher joins them (`lvm.common.distributed`); the bytes don't depend on their
+number. The process that completes the last shard writes the manifest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Trains a tokenizer: `python -m tokenizer.train --config=configs/demo_tokenizer.py --workdir=DIR`."""
+"""Train a tokenizer, or resume its run.
+
+python -m tokenizer train --config=configs/demo_tokenizer.py --workdir=DIR
+"""
 
 from __future__ import annotations
 
