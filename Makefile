@@ -14,49 +14,45 @@ WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 7 ? $$(getconf _NPR
 .PHONY: demo test test-slow test-parity test-browser test-compat compat lint format clean broken
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/requirements.txt.done
+demo: $(VENV)/lvm.done
 	$(NO_TPU) $(VENV)/bin/python -m scripts.demo $(if $(IMAGES),--images="$(IMAGES)") $(if $(filter 1 true yes,$(FRESH)),--fresh)
 
-test: $(VENV)/requirements-test.txt.done
+test: $(VENV)/test.done
 	$(RUN) -m pytest -m "not slow and not parity" -n $(WORKERS) --dist=worksteal
 
-test-slow: $(VENV)/requirements-test.txt.done
+test-slow: $(VENV)/test.done
 	$(RUN) -m pytest -m "slow or (hypothesis and not parity)" --hypothesis-profile=random
 	$(MAKE) test-compat
 
-test-parity: $(VENV)/requirements-parity.txt.done
+test-parity: $(VENV)/parity.done
 	$(RUN) -m pytest -m parity
 
 # What is exported, in the transformers that many still have, 4.x: it can't be installed beside the other.
 test-compat:
 	$(MAKE) compat VENV=$(VENV)-compat
 
-compat: $(VENV)/requirements-compat.txt.done
+compat: $(VENV)/compat.done
 	$(RUN) -m pytest -m parity tests/lvm/test_convert_parity.py
 
-test-browser: $(VENV)/requirements-browser.txt.done
+test-browser: $(VENV)/browser.done
 	$(RUN) -m pytest -m browser
 
-lint: $(VENV)/requirements-test.txt.done
+lint: $(VENV)/test.done
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/requirements-test.txt.done
+format: $(VENV)/test.done
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-# A file of requirements includes others, so each waits for all that it may include.
-$(VENV)/requirements-test.txt.done: requirements.txt requirements-plan.txt
-$(VENV)/requirements-compat.txt.done: requirements.txt requirements-plan.txt requirements-test.txt
-$(VENV)/requirements-parity.txt.done: requirements.txt requirements-plan.txt requirements-test.txt
-$(VENV)/requirements-browser.txt.done: requirements.txt requirements-plan.txt requirements-test.txt requirements-playground.txt
-$(VENV)/%.done: % $(VENV)/python.done
-	@echo "Installing $< into $(VENV) ..."
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+# The project in editable mode, alone or with an extra of pyproject.toml.
+$(VENV)/%.done: pyproject.toml requirements.txt $(VENV)/python.done
+	@echo "Installing $(if $(filter lvm,$*),lvm,lvm[$*]) into $(VENV) ..."
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$(if $(filter lvm,$*),,[$*])"
 	@touch $@
 
 # An environment that was half made, or whose Python is gone, is made anew.

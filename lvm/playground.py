@@ -3,7 +3,7 @@
     lvm playground --model=MODEL --tokenizer=TOKENIZER
 
 Prints the address to open. Drop example pairs and a query, or frames of a sequence, and watch the answer being
-generated. Needs `pip install -r requirements-playground.txt`; listens on localhost only.
+generated. Needs `pip install ".[playground]"`; listens on localhost only.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _run(args: cli.Args) -> None:
     try:
         import gradio as gr
     except ImportError as error:
-        raise UserError("gradio isn't installed: pip install -r requirements-playground.txt") from error
+        raise UserError("gradio isn't installed: pip install '.[playground]'") from error
     tokenizer, model = Tokenizer.load(args.tokenizer), LVM.load(args.model)
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), args.tokenizer)
     desk = PlaygroundSession(model, tokenizer)

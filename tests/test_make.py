@@ -1,5 +1,6 @@
 """The two commands of README know how to make what they need."""
 
+import os
 import subprocess
 
 import pytest
@@ -9,8 +10,16 @@ from tests.commands import ROOT
 
 def plan(*arguments: str) -> str:
     """What make would do, without doing it."""
+    # Variables of the make that runs this test, such as PYTHON, would be passed on.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    environment.pop("PYTHON", None)
     done = subprocess.run(
-        ["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        ["make", "--dry-run", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

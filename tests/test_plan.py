@@ -122,9 +122,7 @@ def test_a_plan_that_does_not_fit_is_printed_and_ends_with_what_would():
 
 def test_without_libtpu_a_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"libtpu, which isn't installed: pip install -r requirements-plan\.txt$"
-    ):
+    with pytest.raises(UserError, match=r"libtpu, which isn't installed: pip install '\.\[plan\]'$"):
         target_of("v5e-8")
 
 
@@ -245,7 +243,7 @@ def test_a_search_stops_after_few_compiles_and_keeps_what_fits(monkeypatch):
 
 @pytest.fixture(scope="module")
 def small_plan():
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: requirements-plan.txt")
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
     target = target_of("v5e-4")
     return make_plan(resolve_config(CONFIG, target, 0), target, Memory())
 
@@ -303,7 +301,7 @@ def test_a_compiled_plan_is_reported_in_full(small_plan):
 
 @pytest.mark.slow
 def test_a_search_compiles_few_programs_and_proposes_one_that_fits():
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: requirements-plan.txt")
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
     found = search_plan(CONFIG, target_of("v5e-4"))
     assert len(found) <= search.MOST_COMPILES + 1
     assert found[-1].fits

@@ -24,7 +24,7 @@ def address(demo):
     """Of a running playground."""
     for name in ("gradio", "playwright"):
         if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} isn't installed: pip install -r requirements-browser.txt")
+            pytest.skip(f"{name} isn't installed: pip install '.[browser]'")
     process = start("lvm.playground", f"--model={demo / 'lvm'}", f"--tokenizer={demo / 'tokenizer'}")
     said: list[str] = []
     try:

@@ -41,7 +41,7 @@ def test_a_row_has_a_cell_for_each_heading(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "target"), table_plans.all_plans(), ids=str)
 def test_every_plan_fits_and_sends_what_theory_says(size, target, tmp_path):
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: requirements-plan.txt")
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
     found = table_plans.planned(size, *target, tmp_path)
     assert found["fits"]
     cells = dict(zip(table_plans._HEADINGS, table_plans.row(size, found), strict=True))

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import io
 import os
-import pathlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from ml_collections import config_flags
 
 from lvm.common import errors, logging
 from lvm.common.commands import exit_process, report_error
+from lvm.common.config import find_config
 
 __all__ = ["PARENT", "Args", "Flags", "exit_process", "positionals_to_flags", "spread_list_flags"]
 
@@ -160,20 +160,21 @@ def positionals_to_flags(argv: Sequence[str], names: Sequence[str], values: Args
 
 
 def _with_config_path(argv: Sequence[str]) -> list[str]:
-    """`--config FILE` as `--config=FILE`; an installed package's own `configs/NAME.py` is found from any directory."""
+    """`--config FILE` as `--config=FILE`, with the file's path as `find_config` gives it."""
     joined: list[str] = []
     for argument in argv:
         if joined and joined[-1] == "--config":
-            joined[-1] = f"--config={argument}"
+            joined[-1] += f"={argument}"
         else:
             joined.append(argument)
     for i, argument in enumerate(joined):
         name, _, path = argument.partition("=")
-        if name == "--config" and not os.path.exists(path.partition(":")[0]):
-            packaged = pathlib.Path(__file__).parents[1] / path
-            if not (path.startswith("configs/") and packaged.is_file()):
+        if name == "--config":
+            path, colon, parameter = path.partition(":")
+            path = find_config(path)
+            if not os.path.exists(path):
                 raise errors.UserError(f"--config={path}: no such file")
-            joined[i] = f"{name}={packaged}"
+            joined[i] = f"--config={path}{colon}{parameter}"
     return joined
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import pathlib
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +21,13 @@ from ml_collections import ConfigDict
 from lvm.common.errors import UserError
 
 T = TypeVar("T")
+
+
+def find_config(path: str) -> str:
+    """`path`, or this package's own `configs/NAME.py` where the working directory has no such file."""
+    packaged = pathlib.Path(__file__).parents[2] / path
+    is_packaged = path.startswith("configs/") and packaged.is_file()
+    return str(packaged) if is_packaged and not os.path.exists(path) else path
 
 
 def to_config_dict(config: Any) -> ConfigDict:

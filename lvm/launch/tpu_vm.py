@@ -202,7 +202,7 @@ def _script(request: Request) -> str:
         "  tar -xzf code.tar.gz -C code || return 1",
         "  curl -LsSf https://astral.sh/uv/install.sh | sh || return 1",
         "  /opt/lvm/bin/uv venv --python 3.12 environment || return 1",
-        "  /opt/lvm/bin/uv pip install --python environment/bin/python -r code/requirements-plan.txt || return 1",
+        "  /opt/lvm/bin/uv pip install --python environment/bin/python -r code/requirements.txt 'jax[tpu]' || return 1",
         "  touch ready",
         "}",
         'until prepare; do echo "this host is not ready; trying again"; sleep 60; done',

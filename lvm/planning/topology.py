@@ -12,7 +12,7 @@ import jax
 from lvm.common.errors import UserError
 from lvm.hardware.accelerators import Slice
 
-INSTALL = "pip install -r requirements-plan.txt"
+INSTALL = "pip install '.[plan]'"
 # What libtpu would otherwise ask the machine it is on, and complain at length that it isn't a TPU's.
 _ABSENT = {
     "TPU_SKIP_MDS_QUERY": "1",

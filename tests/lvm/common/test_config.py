@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from lvm.common.config import from_config_dict, to_config_dict, to_json
+from lvm.common.config import find_config, from_config_dict, to_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Video
+from tests.commands import ROOT
 
 
 class Shape:
@@ -121,3 +122,12 @@ def test_what_is_wrong_is_refused_by_its_full_key(values, message):
 def test_a_key_without_a_default_must_be_given():
     with pytest.raises(UserError, match=r"^config\.a: .*missing.*'recipe'"):
         from_config_dict(ComponentConfig, ConfigDict({"weight": 1.0}), "config.a")
+
+
+def test_find_config_finds_packaged_configs_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/demo_lvm.py") == str(ROOT / "configs" / "demo_lvm.py")
+    assert find_config("configs/nothing.py") == "configs/nothing.py"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo_lvm.py").touch()
+    assert find_config("configs/demo_lvm.py") == "configs/demo_lvm.py"

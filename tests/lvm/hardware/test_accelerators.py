@@ -125,7 +125,7 @@ def test_every_slice_is_found_by_its_own_names(name):
 
 @pytest.mark.parametrize("name", ["v4", "v5e", "v5p", "v6e"])
 def test_libtpu_knows_these_slices(name):
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: requirements-plan.txt")
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
     from lvm.planning import topology
 
     known = slices_of(next(a for a in ACCELERATORS if a.name == name))

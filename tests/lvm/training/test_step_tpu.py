@@ -15,7 +15,7 @@ from lvm.training.next_token import NextTokenTask, ObjectiveConfig
 from lvm.training.optimizer import OptimizerConfig, build
 from lvm.training.step import Step
 
-pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: requirements-plan.txt")
+pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
 MIB = 2**20
 
 

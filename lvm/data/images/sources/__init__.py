@@ -8,6 +8,7 @@ import runpy
 from collections.abc import Mapping
 from typing import Any
 
+from lvm.common.config import find_config
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import CodeSource, Failure, ImageSource, SceneCodes, SceneImages, SceneInfo
@@ -72,7 +73,7 @@ def open_any_source(
     spec: str, preprocess: Preprocess, overrides: Mapping[str, Any] | None = None
 ) -> ImageSource | CodeSource:
     """As `open_source`, but for sources of ready codes too, which have `load_codes` in the place of `load`."""
-    path, parameters = pathlib.Path(spec), dict(overrides or {})
+    path, parameters = pathlib.Path(find_config(spec)), dict(overrides or {})
     if path.is_dir():
         kind = _kind_of_folder(path)
     elif path.suffix == ".py" and path.is_file():
