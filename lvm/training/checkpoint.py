@@ -1,23 +1,26 @@
-"""Checkpoints of a run: `checkpoints/STEP/{params,training,meta}`, written by Orbax in the background.
+"""Checkpoints of a run: `checkpoints/STEP/{params,training,meta}`, saved by Orbax in the background.
 
-`params` alone is what inference loads; `training` is the rest of the state. A step's folder is renamed into
-place when it is whole, so a kill in the middle of a save leaves the checkpoint before it as the newest. After that
-the checksums of its files are written beside it, and compared before anything is restored.
+`params` is all that inference loads; `training` is the rest of the state. A step's folder is renamed into place once
+it is complete, so a kill during a save leaves the previous checkpoint as the latest. Checksums of its files are then
+written to `checksums/STEP.json`, and verified before a restore. This is the one module that uses Orbax.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 
 from lvm.common import distributed, files
@@ -29,9 +32,10 @@ from lvm.training.task import State
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"
 DAMAGED = "damaged-checkpoints"
-_POLL, _REMOTE_POLL = 0.2, 2.0  # seconds
-_OVERHEAD = 2**20  # bytes of a checkpoint that are not arrays
-_CHUNK = 2**26  # bytes of an array that are stored, and so read, together
+_POLL_S, _REMOTE_POLL_S = 0.2, 2.0
+_OVERHEAD_BYTES = 2**20  # of a checkpoint, beside its arrays
+_CHUNK_BYTES = 2**26  # of an array on disk: the unit of reads
+_CACHE_BYTES = 2**28  # of chunks kept in memory: one may hold several small layers
 
 
 class Checkpoints:
@@ -39,9 +43,9 @@ class Checkpoints:
 
     Args:
       workdir: the run's folder.
-      keep: how many of the newest are kept.
-      keep_every: those of steps that it divides are kept for good; 0 for none.
-      read_only: for inference: nothing is created or cleaned up.
+      keep: how many of the latest are kept.
+      keep_every: checkpoints of steps divisible by it are kept forever; 0 for none.
+      read_only: creates and deletes nothing.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 1, keep_every: int = 0, read_only: bool = False):
@@ -51,20 +55,20 @@ class Checkpoints:
         path = epath.Path(workdir)
         self._workdir = path if files.is_remote(path) else path.resolve()
         self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
-        self._sealing: threading.Thread | None = None
-        self._failed = False
-        self._problem: Exception | None = None
+        self._checksum_thread: threading.Thread | None = None
+        self._checksum_error: Exception | None = None
+        self._save_failed = False
 
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step, or None."""
+        """The step of the latest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
-        """The steps of all whole checkpoints, ascending."""
+        """The steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def delete_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps, the newest first; none may be under way."""
+        """Deletes the checkpoints of later steps, the latest first. No save may be in progress."""
         for later in reversed(self.all_steps()):
             if later > step:
                 self._manager.delete(later)
@@ -72,72 +76,77 @@ class Checkpoints:
                     self._record(later).unlink(missing_ok=True)
 
     def save(self, state: State, step: int, meta: dict[str, Any]) -> None:
-        """Starts writing; returns when the arrays are copied. Waits for the save before it.
+        """Waits for the previous save, then starts this one; returns once the arrays are copied.
 
         Raises:
-          OSError: the disk is full, known before anything is written where it can be.
+          OSError: the disk is full; raised before anything is written if possible.
         """
         self._check_space(state)
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state["params"], save_args=chunked_save_args(state["params"])),
+            params=ocp.args.StandardSave(state["params"], save_args=_chunked(state["params"])),
             training=ocp.args.StandardSave(state["training"]),
             meta=ocp.args.JsonSave(meta),
         )
         self.wait()
-        with self._writing():
+        with self._note_failure():
             self._manager.save(step, args=items)
         if distributed.is_first():
-            self._sealing = threading.Thread(target=self._seal, args=(step,), name="checksums", daemon=True)
-            self._sealing.start()
+            self._checksum_thread = threading.Thread(
+                target=self._write_checksums, args=(step,), name="checksums", daemon=True
+            )
+            self._checksum_thread.start()
 
-    def _seal(self, step: int) -> None:
-        """Waits until a step's folder is whole, then writes its checksums and forgets those of deleted ones."""
-        folder = self._manager.directory / str(step)
-        # On disk the folder appears by a rename, when all that belongs to it is written; on gs:// a file says so.
+    def _write_checksums(self, step: int) -> None:
+        """Waits until a step's folder is complete, writes its checksums, and removes those of deleted steps."""
+        folder = self._folder(step)
+        # On disk Orbax renames the complete folder into place; on gs:// it writes a marker file.
         while not (folder.exists() and ocp.utils.is_checkpoint_finalized(folder)):
-            if self._failed:
+            if self._save_failed:
                 return
-            time.sleep(_REMOTE_POLL if files.is_remote(folder) else _POLL)
+            time.sleep(_REMOTE_POLL_S if files.is_remote(folder) else _POLL_S)
         try:
             checksums.write(folder, self._record(step))
             for record in (self._workdir / CHECKSUMS).glob("*.json"):
                 if not (self._manager.directory / record.stem).exists():
                     record.unlink(missing_ok=True)
-        except Exception as error:  # of this thread; `wait` raises it in the run's own
-            self._problem = error
+        except Exception as error:  # re-raised in the main thread by `_join_checksums`
+            self._checksum_error = error
+
+    def _join_checksums(self) -> None:
+        if self._checksum_thread is not None:
+            self._checksum_thread.join()
+            self._checksum_thread = None
+        error, self._checksum_error = self._checksum_error, None
+        if error is not None:
+            raise error
+
+    def _folder(self, step: int) -> epath.Path:
+        return self._manager.directory / str(step)
 
     def _record(self, step: int) -> epath.Path:
         return self._workdir / CHECKSUMS / f"{step}.json"
 
-    def _wait_for_sealing(self) -> None:
-        if self._sealing is not None:
-            self._sealing.join()
-            self._sealing = None
-        if self._problem is not None:
-            problem, self._problem = self._problem, None
-            raise problem
-
     def latest_intact_step(self) -> int | None:
-        """The newest step whose files are as they were written; one decision, of the first process, for all.
+        """The latest step whose files match their checksums; the first process decides for all.
 
-        Damaged checkpoints newer than it are named and moved to `damaged-checkpoints/`.
+        Later, damaged checkpoints are logged and moved to `damaged-checkpoints/`.
 
         Raises:
           UserError: there are checkpoints, but all are damaged.
-          OSError: files can't be read; nothing is decided on that.
+          OSError: files can't be read, so nothing can be decided.
         """
-        found = distributed.broadcast(distributed.on_process_zero(self._newest_sound) or 0)
+        step = distributed.broadcast(distributed.on_process_zero(self._find_intact_step) or 0)
         self._manager.reload()
-        return None if found < 0 else found
+        return None if step < 0 else step
 
-    def _newest_sound(self) -> int:
+    def _find_intact_step(self) -> int:
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            problem = self.problem(step)
-            if problem is None:
-                self._set_aside(damaged, step)
+        for step in reversed(self.all_steps()):
+            damage = self.find_damage(step)
+            if damage is None:
+                self._quarantine(damaged, step)
                 return step
-            damaged[step] = problem
+            damaged[step] = damage
         if damaged:
             raise UserError(
                 f"{self._manager.directory}: every checkpoint is damaged ({'; '.join(damaged.values())}); "
@@ -145,34 +154,33 @@ class Checkpoints:
             )
         return -1
 
-    def _set_aside(self, damaged: dict[int, str], used: int) -> None:
-        for step, problem in damaged.items():
-            log_info(f"damaged checkpoint: {problem}; going back to step {used}")
-            aside = self._workdir / DAMAGED
-            aside.mkdir(exist_ok=True)
-            target = next(p for n in range(10_000) if not (p := aside / f"{step}-{n}").exists())
-            files.move(self._manager.directory / str(step), target)
+    def _quarantine(self, damaged: dict[int, str], intact: int) -> None:
+        quarantine = self._workdir / DAMAGED
+        for step, damage in damaged.items():
+            log_info(f"damaged checkpoint: {damage}; going back to step {intact}")
+            quarantine.mkdir(exist_ok=True)
+            target = next(p for n in range(10_000) if not (p := quarantine / f"{step}-{n}").exists())
+            files.move(self._folder(step), target)
             self._record(step).unlink(missing_ok=True)
 
-    def problem(self, step: int, under: str = "") -> str | None:
-        """What is wrong with a step's files, of which the names begin with `under`; None if nothing is."""
+    def find_damage(self, step: int, prefix: str = "") -> str | None:
+        """Checks a step's files, those whose path starts with `prefix`: `checksums.find_damage`."""
         record = self._record(step)
         if not record.exists():
-            # A kill between the last rename and the checksums leaves a whole checkpoint.
-            log_info(f"{self._manager.directory / str(step)}: has no checksums, so it is used as it is")
+            # A kill between the final rename and the checksums leaves a complete checkpoint.
+            log_info(f"{self._folder(step)}: has no checksums; used without verification")
             return None
-        return checksums.problem(self._manager.directory / str(step), record, under)
+        return checksums.find_damage(self._folder(step), record, prefix)
 
     def _check_space(self, state: State) -> None:
-        folder = os.fspath(self._manager.directory)
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
-        if "://" not in folder and shutil.disk_usage(folder).free < needed:
-            raise OSError(
-                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: a checkpoint needs {needed:,} bytes", folder
-            )
+        folder = self._manager.directory
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
+        if not files.is_remote(folder) and shutil.disk_usage(folder).free < needed:
+            message = f"{os.strerror(errno.ENOSPC)}: a checkpoint needs {needed:,} bytes"
+            raise OSError(errno.ENOSPC, message, os.fspath(folder))
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-        """The state at `step`, sharded as `abstract` says, and its meta."""
+        """The state at `step`, with the shapes, dtypes and shardings of `abstract`, and its meta."""
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract["params"]),
             training=ocp.args.StandardRestore(abstract["training"]),
@@ -188,91 +196,168 @@ class Checkpoints:
         return self._manager.restore(step, args=items).params
 
     def wait(self) -> None:
-        """Returns when the save under way is whole on disk."""
-        with self._writing():
+        """Returns once the save in progress is complete on disk."""
+        with self._note_failure():
             self._manager.wait_until_finished()
-        self._wait_for_sealing()
+        self._join_checksums()
 
     def close(self) -> None:
-        with self._writing():
-            self._manager.close()  # waits for the save under way
-        self._wait_for_sealing()
+        """Waits for the save in progress and releases all resources."""
+        with self._note_failure():
+            self._manager.close()
+        self._join_checksums()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _note_failure(self) -> Iterator[None]:
         try:
             with files.clear_disk_errors(self._manager.directory):
                 yield
         except BaseException:
-            self._failed = True  # no folder will appear, and sealing must not wait for it
+            self._save_failed = True  # the folder will never appear: the checksum thread must not wait for it
             raise
 
 
-def chunked_save_args(params: Any) -> Any:
-    """How parameters are cut into chunks on disk: a layer of a stacked tensor is read without its neighbours."""
+def _chunked(params: Any) -> Any:
+    """Save arguments of a tree of parameters: each layer of a stacked tensor is a chunk, and so can be read alone."""
 
-    def args(path: Any, leaf: Any) -> ocp.SaveArgs:
-        stacked = getattr(path[0], "key", None) == "layers"
-        return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else ())
+    def save_args(path: Any, leaf: Any) -> ocp.SaveArgs:
+        is_stacked = getattr(path[0], "key", None) == "layers"
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if is_stacked else ())
 
-    return jax.tree.map_with_path(args, params)
+    return jax.tree.map_with_path(save_args, params)
+
+
+def _open(workdir: epath.PathLike) -> contextlib.closing[Checkpoints]:
+    return contextlib.closing(Checkpoints(workdir, read_only=True))
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
-    """The step of a workdir's newest whole checkpoint, or None. Looks, and changes nothing."""
+    """The step of a workdir's latest complete checkpoint, or None. Changes nothing."""
     if not (epath.Path(workdir) / FOLDER).exists():
         return None
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.latest_step()
-    checkpoints.close()
-    return step
-
-
-def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
-    """The newest parameters of a workdir, on this process's first device, and their step.
-
-    Raises:
-      UserError: the workdir holds no whole checkpoint, or the newest is damaged.
-    """
-    step = intact_step(workdir)
-    return restore_params(workdir, step, abstract), step
+    with _open(workdir) as checkpoints:
+        return checkpoints.latest_step()
 
 
 def intact_step(workdir: epath.PathLike, step: int | None = None) -> int:
-    """The step of a whole checkpoint whose parameters are as they were written: `step`, or the newest.
+    """`step`, by default the latest, after verifying its parameters against their checksums.
 
     Raises:
-      UserError: the workdir holds no such checkpoint, or it is damaged.
+      UserError: the workdir has no such checkpoint, or it is damaged.
     """
-    newest = latest_step(workdir)
-    if newest is None:
-        raise UserError(f"{workdir}: no checkpoint yet; wanted a folder that training has saved into")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step, steps = newest if step is None else step, checkpoints.all_steps()
-    if step not in steps:
-        raise UserError(f"{workdir}: no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    problem = checkpoints.problem(step, under="params/")
-    checkpoints.close()
-    if problem:
+    latest = latest_step(workdir)
+    if latest is None:
+        raise UserError(f"{workdir}: no checkpoint yet; expected a workdir that training has saved to")
+    with _open(workdir) as checkpoints:
+        step, steps = latest if step is None else step, checkpoints.all_steps()
+        if step not in steps:
+            raise UserError(f"{workdir}: no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        damage = checkpoints.find_damage(step, prefix="params/")
+    if damage:
         raise UserError(
-            f"damaged checkpoint: {problem}; resume its training, which goes back to the one before"
+            f"damaged checkpoint: {damage}; resume its training, which falls back to the one before"
         )
     return step
 
 
-def restore_params(workdir: epath.PathLike, step: int, abstract: Any) -> Any:
-    """The parameters of a workdir's step, of the shapes and dtypes of `abstract`, on this process's first device.
+def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
+    """A workdir's latest parameters, on this process's first device, and their step.
+
+    Args:
+      workdir: a run's folder.
+      abstract: tree of shapes and dtypes.
 
     Raises:
-      UserError: the checkpoint holds others.
+      UserError: the workdir has no checkpoint, or the latest is damaged or holds other parameters.
     """
+    step = intact_step(workdir)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        return checkpoints.restore_params(step, placed)
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{workdir}/{FOLDER}/{step}: doesn't hold these parameters: {reason}") from error
-    finally:
-        checkpoints.close()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    with _open(workdir) as checkpoints:
+        try:
+            return checkpoints.restore_params(step, abstract), step
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{workdir}/{FOLDER}/{step}: doesn't hold these parameters: {reason}") from error
+
+
+# --- Tensors read and written one slice at a time ---------------------------------------------------------------------
+
+
+def open_params(
+    workdir: epath.PathLike, step: int, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, tensorstore.TensorStore]:
+    """Opens the parameters of a checkpoint, by dotted name, for reads of slices; reads no values.
+
+    Args:
+      workdir: a run's folder.
+      step: of the checkpoint.
+      shapes: dotted names and shapes of the parameters.
+
+    Raises:
+      UserError: one is missing.
+    """
+    folder = epath.Path(workdir) / FOLDER / str(step) / "params"
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    base = os.fspath(folder) if files.is_remote(folder) else f"file://{os.fspath(folder.resolve())}"
+    arrays = {}
+    for name, shape in shapes.items():
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+        try:
+            arrays[name] = tensorstore.open(spec, context=context, open=True, read=True).result()
+        except (ValueError, OSError) as error:
+            raise UserError(f"{folder}: doesn't hold {name} {list(shape)}") from error
+    return arrays
+
+
+class LazyArray(Protocol):
+    """An array whose values are read on request, with `slices` along its first axis if it is a stack."""
+
+    @property
+    def slices(self) -> Sequence[LazyArray]: ...
+
+    def read(self) -> np.ndarray: ...
+
+
+class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Writes lazy arrays as Orbax writes arrays, with one slice in memory at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Sequence[LazyArray], infos: Any, args: Any = None) -> list[Any]:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for future in await super().serialize([value], [info], [arg]):
+                await asyncio.to_thread(future.result)
+        return []
+
+    async def _open_and_write(self, value: LazyArray, tspec: Any, ts_context: Any) -> None:
+        """Called by Orbax for each array."""
+        array = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+        for index, part in enumerate(value.slices):
+            await array[index].write(part.read())
+        if not value.slices:
+            await array.write(value.read())
+
+
+def save_lazy_params(workdir: epath.PathLike, step: int, params: Any) -> None:
+    """Writes a checkpoint of parameters alone, a tree of `LazyArray`s: training can start from it, not resume."""
+    leaf_type = type(jax.tree.leaves(params)[0])
+    registry = ocp.type_handlers.create_type_handler_registry((leaf_type, _LazyArrayHandler()))
+    path = epath.Path(workdir)
+    with ocp.CheckpointManager(
+        path / FOLDER,
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        item_handlers={
+            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "training": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+    ) as manager:
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(params, save_args=_chunked(params)),
+            training=ocp.args.StandardSave({"step": np.int32(step)}),
+            meta=ocp.args.JsonSave({"converted": True}),
+        )
+        manager.save(step, args=items)
+    checksums.write(path / FOLDER / str(step), path / CHECKSUMS / f"{step}.json")

@@ -1,7 +1,7 @@
-"""What stands beside a checkpoint so that a damaged one is known: Orbax restores a flipped byte without a word.
+"""Checkpoint checksums. Orbax does not detect corrupted bytes on restore.
 
-On disk all bytes are read back. On gs:// the store itself keeps a checksum of each object and answers for its bytes:
-there the listing is compared.
+On disk every byte is read back. On gs:// the store keeps each object's CRC-32C and checks it on every read, so the
+listing is compared.
 """
 
 from __future__ import annotations
@@ -18,69 +18,71 @@ from lvm.common import files
 from lvm.common.logging import log_info
 
 T = TypeVar("T")
-_CHUNK = 2**24  # bytes read at a time
+_CHUNK_BYTES = 2**24
 _THREADS = 4
-_WAITS = (1.0, 4.0, 16.0)  # seconds before an input error is tried again
+_RETRY_DELAYS_S = (1.0, 4.0, 16.0)
 
 
 def write(folder: epath.Path, record: epath.Path) -> None:
-    """Writes size and CRC-32C of every file below `folder` into `record`."""
+    """Writes size and CRC-32C of every file below `folder` to the JSON file `record`."""
     if files.is_remote(folder):
-        found = files.objects(folder)
+        entries = files.objects(folder)
     else:
         names = sorted(
             str((root / name).relative_to(folder)) for root, _, names in folder.walk() for name in names
         )
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            found = dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
+            entries = dict(zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True))
     record.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(record, found)
+    files.write_json(record, entries)
 
 
-def problem(folder: epath.Path, record: epath.Path, under: str = "") -> str | None:
-    """What is wrong with the first damaged file of `folder`, as one line; None where all are as they were written.
+def find_damage(folder: epath.Path, record: epath.Path, prefix: str = "") -> str | None:
+    """Compares `folder` with the checksums in `record`.
 
     Args:
-      folder: of the checkpoint.
-      record: what `write` made of it.
-      under: only files whose names begin so.
+      folder: of a checkpoint.
+      record: what `write` wrote for it.
+      prefix: checks only files whose relative path starts with it.
+
+    Returns:
+      The first damaged file and what is wrong with it, in one line; None if all files are intact.
 
     Raises:
-      OSError: a file can't be read, also after waiting: that says nothing of what was written.
+      OSError: a file can't be read, even after retries: it may or may not be intact.
     """
-    wanted = {name: entry for name, entry in files.read_json(record).items() if name.startswith(under)}
-
-    there = retry_io(lambda: files.objects(folder)) if files.is_remote(folder) else None
+    expected = {name: entry for name, entry in files.read_json(record).items() if name.startswith(prefix)}
+    objects = retry_io(lambda: files.objects(folder)) if files.is_remote(folder) else None
 
     def check(name: str) -> str | None:
         path = folder / name
-        if name not in there if there is not None else not path.exists():
+        if name not in objects if objects is not None else not path.exists():
             return f"{path}: missing"
-        size = path.stat().length if there is None else there[name]["size"]
-        if size != wanted[name]["size"]:
-            return f"{path}: {size} bytes, {wanted[name]['size']} were written"
-        found = _describe(path) if there is None else there[name]
-        return None if found == wanted[name] else f"{path}: its checksum is not that of what was written"
+        size = path.stat().length if objects is None else objects[name]["size"]
+        if size != expected[name]["size"]:
+            return f"{path}: {size} bytes, expected {expected[name]['size']}"
+        actual = _checksum(path) if objects is None else objects[name]
+        return None if actual == expected[name] else f"{path}: checksum mismatch"
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return next(filter(None, pool.map(lambda name: retry_io(lambda: check(name)), wanted)), None)
+        return next(filter(None, pool.map(lambda name: retry_io(lambda: check(name)), expected)), None)
 
 
-def _describe(path: epath.Path) -> dict[str, Any]:
+def _checksum(path: epath.Path) -> dict[str, Any]:
     checksum, size = google_crc32c.Checksum(), 0
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(_CHUNK_BYTES):
             checksum.update(chunk)
             size += len(chunk)
     return {"size": size, "crc32c": checksum.hexdigest().decode()}
 
 
 def retry_io(function: Callable[[], T]) -> T:
-    """Calls `function`; tries an input or output error again after a while, a few times."""
-    for wait in _WAITS:
+    """Returns `function()`; retries a few times, with growing delays, on OSError."""
+    for delay in _RETRY_DELAYS_S:
         try:
             return function()
         except OSError as error:
-            log_info(f"{error}; trying again in {wait:.0f} s")
-            time.sleep(wait)
+            log_info(f"{error}; retrying in {delay:.0f} s")
+            time.sleep(delay)
     return function()

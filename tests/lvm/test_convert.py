@@ -10,16 +10,17 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
-from etils import epath
 
 from lvm import convert
 from lvm.common import files
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
-from lvm.interop import models, workdirs
+from lvm.interop import models
 from lvm.interop.init_from import load_initial_model
+from lvm.interop.lazy_checkpoint import stacked_shapes
 from lvm.model.vocabulary import Vocabulary
 from lvm.train import train
+from lvm.training.checkpoint import open_params
 from lvm.training.config import TrainConfig
 from tests.commands import run, start
 from tests.configs import tiny_lvm
@@ -191,8 +192,7 @@ def test_training_goes_on_from_any_folder(demo, tmp_path, caplog):
                 rows, wanted = rows.T, wanted.T
             kept = small_vocabulary if name in ("embedding", "head") else len(wanted)
             np.testing.assert_array_equal(rows[:kept], wanted[:kept])
-    place = epath.Path(tmp_path / "from hf" / "checkpoints" / "2" / "params")
-    arrays = workdirs.open_arrays(place, trained.config)
+    arrays = open_params(tmp_path / "from hf", 2, stacked_shapes(trained.config))
     assert arrays["layers.mlp.up"].chunk_layout.read_chunk.shape[0] == 1  # so that a layer is read by itself
     assert "its vocabulary becomes ours" in caplog.text
     with pytest.raises(

@@ -8,17 +8,17 @@ import zipfile
 
 import numpy as np
 import pytest
-from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.inference.pretrained import LVM
-from lvm.interop import models, workdirs
+from lvm.interop import models
 from lvm.interop.layouts import EASYLM, HUGGING_FACE
-from lvm.interop.lazy_checkpoint import NO_RECORD, with_dtype
+from lvm.interop.lazy_checkpoint import NO_RECORD, stacked_shapes, with_dtype
 from lvm.model.vocabulary import Vocabulary
+from lvm.training.checkpoint import open_params
 from tests.lvm.small_models import (
     OURS,
     PUBLISHED,
@@ -223,8 +223,7 @@ def test_a_converted_workdir_is_whole_and_checked(tmp_path):
 
 def test_a_layer_is_read_without_its_neighbours(tmp_path):
     models.write(tmp_path / "x", small_model(), "orbax")
-    place = epath.Path(tmp_path / "x" / "checkpoints" / "7" / "params")
-    arrays = workdirs.open_arrays(place, small_config())
+    arrays = open_params(tmp_path / "x", 7, stacked_shapes(small_config()))
     assert {array.chunk_layout.read_chunk.shape[0] for name, array in arrays.items() if "layers" in name} == {
         1
     }
