@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from lvm import __version__
 from lvm.common import files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
@@ -35,7 +36,7 @@ from lvm.interop.tensors import (
 from lvm.interop.torch_reader import read_state_dict
 from lvm.model.nnx_utils import Params
 from lvm.training.checkpoint import Checkpoints, load_params
-from lvm.training.workdir import CONFIG, read_record
+from lvm.training.workdir import CONFIG, RECORD_VERSION, read_record
 from tokenizer import layouts
 from tokenizer.layout_fields import from_variant_fields, variant_of
 from tokenizer.layouts import Layout
@@ -270,7 +271,8 @@ def _write_published(folder: pathlib.Path, weights: Weights, layout: Layout) -> 
 
 def _write_workdir(folder: pathlib.Path, weights: Weights) -> None:
     record = {
-        "version": 1,
+        "version": RECORD_VERSION,
+        "lvm_version": __version__,
         "kind": "tokenizer",
         "config": {"model": to_json(weights.config)},
         "preprocess": weights.preprocess.to_json(),

@@ -17,6 +17,7 @@ from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.interop.lazy_checkpoint import NO_RECORD, LazyCheckpoint
 from lvm.model.transformer import ModelConfig
+from lvm.training.workdir import current_record
 
 RECORD = "lvm.json"  # what the training said of itself, beside weights in another format
 
@@ -142,5 +143,5 @@ def read_record(folder: epath.Path) -> tuple[dict[str, Any], int]:
     found = files.read_json(path)
     match found:
         case {"record": {"config": {"model": dict()}, **_rest}, "step": int()}:
-            return {**NO_RECORD, **found["record"]}, found["step"]
+            return {**NO_RECORD, **current_record(found["record"])}, found["step"]
     raise UserError(f"{path}: expected record, with its config.model, and step; remove it to do without")

@@ -21,6 +21,7 @@ from lvm.interop.tensors import BFLOAT16, LazyTensor, Tensors, cast, check_shape
 from lvm.model.nnx_utils import Params, abstract_module
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import FILENAME, Vocabulary
+from lvm.training.workdir import RECORD_VERSION
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -31,7 +32,9 @@ _PUBLISHED = Vocabulary(8192, 8292, bos=None, eos=None, pad=8192)  # of LVM's ch
 _UNDECLARED = {_PUBLISHED.size: _PUBLISHED, 8448: Vocabulary.for_codes(8192)}
 _STACKED = "layers"
 # What is known of a model that wasn't trained here.
-NO_RECORD: dict[str, Any] = {"version": 1, "kind": "lvm", "tokenizer": None, "stores": [], "sources": []}
+NO_RECORD: dict[str, Any] = {
+    "version": RECORD_VERSION, "kind": "lvm", "tokenizer": None, "stores": [], "sources": []
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

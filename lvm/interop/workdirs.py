@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lvm import __version__
 from lvm.common import files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
@@ -76,4 +77,5 @@ def write(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
     save_lazy_params(folder, checkpoint.step, tree)
     checkpoint.vocabulary.save(folder)
     config = {**checkpoint.record.get("config", {}), "model": to_json(checkpoint.config)}
-    files.write_json(folder / CONFIG, {**checkpoint.record, "config": config, "converted": True})
+    record = {**checkpoint.record, "lvm_version": __version__, "config": config, "converted": True}
+    files.write_json(folder / CONFIG, record)

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, the rule that a resumed run must agree with it, and one run at a time."""
+"""A run's folder (workdir): its record in `config.json`, the check that a resumed run agrees with it, and its lock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
 
+from lvm import __version__
 from lvm.common import distributed, files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
@@ -14,9 +16,13 @@ from lvm.common.logging import log_info
 from lvm.training.lease import Lease
 
 CONFIG = "config.json"
+RECORD_VERSION = 2  # 1 had config.data.sources, and other keys named otherwise
 
-# What may differ when a run is resumed: it changes neither the data nor the mathematics of a step.
-_FREE = (
+_CONVERT = {"lvm": "lvm convert", "tokenizer": "python -m tokenizer.convert"}  # commands that read version 1
+
+# Keys that may differ on resume, by prefix: they change neither the data nor the mathematics of a step.
+_MAY_CHANGE = (
+    "lvm_version",
     "config.mesh.",
     "config.model.remat",
     "config.loop.log_every",
@@ -29,7 +35,7 @@ _FREE = (
     "config.loop.profile",
     "config.loop.compilation_cache",
     "config.loop.wandb",
-    "config.loop.spike.",  # once it rewinds, the workdir says which batches are left out
+    "config.loop.spike.",  # the workdir itself records which batches are skipped
     "config.loop.watchdog.",
     "config.distributed.",
     "config.loop.total_steps",
@@ -40,25 +46,25 @@ _FREE = (
     "config.accept_changed_mixture",
     "config.flags",
     "config.deterministic",
-    "compiler_options.",  # those of the devices it goes on on
+    "compiler_options.",  # of the devices that the run resumes on
     "config.data.stage_to",
     "config.data.skip_damaged",
-    "config.data.store",  # where the codes lie; which codes they are is compared by the identity of the store
+    "config.data.store",  # a path; the store's contents are compared by its identity, `stores`
 )
 
 
 class Workdir:
-    """Opens (or creates) a run's folder and holds its lock for as long as this object (or the process) lives.
+    """Opens or creates a run's folder, and holds its lock as long as this object or the process lives.
 
     Args:
       path: the folder.
       kind: "lvm" or "tokenizer".
-      record: what defines the run: {"config": …} and what it was resolved to, all JSON.
-      accepted: beginnings of keys that may have changed too; it is said if they have.
-      config_class: of the configuration: a run that began before some key existed is compared with its default.
+      record: what defines the run, as JSON: {"config": …} and what it was resolved to.
+      may_change: prefixes of further keys that may differ on resume; differences are logged.
+      config_class: dataclass of the configuration, for the defaults of keys that an older record lacks.
 
     Raises:
-      UserError: another run holds the folder, or it belongs to a run of another kind or configuration.
+      UserError: another run holds the folder, or it belongs to a run of another kind, configuration or release.
     """
 
     def __init__(
@@ -66,51 +72,60 @@ class Workdir:
         path: epath.PathLike,
         kind: str,
         record: dict[str, Any],
-        accepted: Sequence[str] = (),
+        may_change: Sequence[str] = (),
         config_class: type | None = None,
     ):
-        self._free = (*_FREE, *accepted)
+        self._may_change = (*_MAY_CHANGE, *may_change)
         self.path = epath.Path(path)
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: is a file; --workdir wants a folder")
+            raise UserError(f"{self.path}: is a file; --workdir must be a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        distributed.on_process_zero(self._hold)
-        record = files.as_json({"version": 1, "kind": kind, **record})
-        if not (self.path / CONFIG).exists() and self._has_checkpoints():
-            raise UserError(
-                f"{self.path}: has checkpoints but no {CONFIG}; choose a new folder, or remove them"
-            )
-        if (self.path / CONFIG).exists():
-            old = read_record(self.path, kind)
-            if self._has_checkpoints():  # before the first, nothing is lost by starting otherwise
-                if config_class is not None:
-                    whole: Any = from_config_dict(
-                        config_class, old["config"], f"{self.path / CONFIG}: config"
-                    )
-                    old["config"] = files.as_json(to_json(whole))
-                self._compare(old, record)
+        distributed.on_process_zero(self._acquire_lock)
+        record = files.as_json(
+            {"version": RECORD_VERSION, "lvm_version": __version__, "kind": kind, **record}
+        )
+        if any(
+            (self.path / "checkpoints").glob("[0-9]*")
+        ):  # before the first, nothing is lost by a fresh start
+            self._check_record(kind, record, config_class)
+        elif (self.path / CONFIG).exists():
+            _load_record(self.path, kind)
         if distributed.is_first():
             files.write_json(self.path / CONFIG, record)
 
-    def _hold(self) -> None:
+    def _acquire_lock(self) -> None:
         if files.is_remote(self.path):
             self._lease = Lease(self.path / ".lease")
             return
-        self._lock = files.lock_file(self.path / ".lock")  # held while this lives
+        self._lock = files.lock_file(self.path / ".lock")
         if self._lock is None:
             raise UserError(f"{self.path}: another run is using this workdir")
 
-    def _has_checkpoints(self) -> bool:
-        return any((self.path / "checkpoints").glob("[0-9]*"))
+    def _check_record(self, kind: str, new: dict[str, Any], config_class: type | None) -> None:
+        path = self.path / CONFIG
+        if not path.exists():
+            raise UserError(
+                f"{self.path}: has checkpoints but no {CONFIG}; choose a new folder, or remove them"
+            )
+        old = _load_record(self.path, kind)
+        if old.get("version") != RECORD_VERSION:
+            raise UserError(
+                f"{path}: written before lvm 0.1.0, can't be resumed; start a new --workdir (to keep the weights: "
+                f"{_CONVERT[kind]} {self.path} NEW --to=orbax, then --config.init_from=NEW)"
+            )
+        if config_class is not None:
+            config: Any = from_config_dict(config_class, old["config"], f"{path}: config")
+            old["config"] = files.as_json(to_json(config))
+        self._compare(old, new)
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        before, after = _flatten(old), _flatten(new)
+        before, after = (traverse_util.flatten_dict(tree, sep=".") for tree in (old, new))
         refused = []
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) == after.get(key):
                 continue
             change = f"{key}: {before.get(key)!r} → {after.get(key)!r}"
-            if key.startswith(self._free):
+            if key.startswith(self._may_change):
                 log_info(f"resuming with a changed {change}")
             else:
                 refused.append(change)
@@ -121,45 +136,49 @@ class Workdir:
             )
 
 
-def read_record(path: epath.PathLike, kind: str, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """What `Workdir` wrote.
-
-    Raises:
-      UserError: not a workdir, one of another kind, or one that lacks a `needed` key.
-    """
-    file = epath.Path(path) / CONFIG
-    if not file.exists():
+def _load_record(folder: epath.PathLike, kind: str) -> dict[str, Any]:
+    path = epath.Path(folder) / CONFIG
+    if not path.exists():
         raise UserError(
-            f"{path}: not a model folder: {CONFIG} is missing; wanted a workdir of {kind} training"
+            f"{folder}: not a model folder: {CONFIG} is missing; expected a workdir of {kind} training"
         )
-    record = files.read_json(file)
+    record = files.read_json(path)
     if not isinstance(record, dict) or record.get("kind") != kind:
-        found = record.get("kind") if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{file}: holds {found!r}, wanted the workdir of a model of kind {kind!r}")
-    missing = [key for key in needed if key not in record]
-    if missing or (needed and "model" not in record["config"]):
-        raise UserError(f"{file}: incomplete: {', '.join(missing) or 'config.model'} is missing")
+        actual = record.get("kind") if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{path}: holds {actual!r}, expected the workdir of a model of kind {kind!r}")
     return record
 
 
-def check_resumable(workdir: epath.PathLike) -> None:
-    """That a workdir isn't of converted weights, which have no optimizer's state to go on with.
+def read_record(folder: epath.PathLike, kind: str, required_keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The record of a workdir that a model is read from; see `current_record` for older ones.
 
     Raises:
-      UserError: it is.
+      UserError: not a workdir, one of another kind, or one that lacks a required key.
     """
+    record = _load_record(folder, kind)
+    missing = [key for key in required_keys if key not in record]
+    if missing or (required_keys and "model" not in record["config"]):
+        path = epath.Path(folder) / CONFIG
+        raise UserError(f"{path}: incomplete: {', '.join(missing) or 'config.model'} is missing")
+    return current_record(record)
+
+
+def current_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The record itself, if it is of this version; of an older one what still has the same meaning.
+
+    That is the model and the identities of its tokenizer and stores; the rest of the configuration is dropped.
+    """
+    if record.get("version") == RECORD_VERSION:
+        return record
+    config = {"model": record["config"]["model"]} if "model" in record.get("config", {}) else {}
+    return {**record, "version": RECORD_VERSION, "config": config}
+
+
+def check_resumable(workdir: epath.PathLike) -> None:
+    """Raises UserError if a workdir holds converted weights: they have no optimizer state to resume from."""
     path = epath.Path(workdir) / CONFIG
     if path.exists() and files.read_json(path).get("converted"):
         raise UserError(
-            f"{workdir}: holds converted weights and no training; begin one with them in a new --workdir, "
+            f"{workdir}: holds converted weights and no training; start one from them in a new --workdir with "
             f"--config.init_from={workdir}"
         )
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.")
-    return flat

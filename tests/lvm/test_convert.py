@@ -196,7 +196,7 @@ def test_training_goes_on_from_any_folder(demo, tmp_path, caplog):
     assert arrays["layers.mlp.up"].chunk_layout.read_chunk.shape[0] == 1  # so that a layer is read by itself
     assert "its vocabulary becomes ours" in caplog.text
     with pytest.raises(
-        UserError, match=r"converted weights and no training; begin one .*--config\.init_from"
+        UserError, match=r"converted weights and no training; start one .*--config\.init_from"
     ):
         train(from_config_dict(TrainConfig, tiny), str(tmp_path / "orbax"))
 

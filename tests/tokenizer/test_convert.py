@@ -58,7 +58,7 @@ def test_training_begins_with_converted_weights(tmp_path):
         tiny_config = dataclasses.replace(from_config_dict(TokenizerConfig, tiny), **changes)
         training.train(tiny_config, tmp_path / workdir)
 
-    with pytest.raises(UserError, match=r"converted weights and no training; begin one .* new --workdir"):
+    with pytest.raises(UserError, match=r"converted weights and no training; start one .* new --workdir"):
         begin("converted")
     start = {"init_from": str(tmp_path / "converted")}
     with pytest.raises(UserError, match=r"autoencoder_steps: 8, expected 0"):

@@ -252,7 +252,7 @@ def test_what_is_no_model_is_named(tmp_path):
     with pytest.raises(UserError, match="_class_name: 'VQGANModel': a tokenizer's"):
         models.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"kind": "tokenizer"}))
-    with pytest.raises(UserError, match="holds 'tokenizer', wanted the workdir of a model of kind 'lvm'"):
+    with pytest.raises(UserError, match="holds 'tokenizer', expected the workdir of a model of kind 'lvm'"):
         models.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 8292}))
     with pytest.raises(UserError, match="weights: none; wanted"):

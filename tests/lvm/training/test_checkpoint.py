@@ -1,4 +1,4 @@
-"""A restored state is the saved one, bit for bit."""
+"""Checkpoints: bit-exact restore, retention, full disks and damaged files."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [3, 5])
-def test_parameters_moments_step_and_meta_come_back(saved, step):
+def test_restore_returns_saved_bits_and_meta(saved, step):
     state = new_state(seed=step, step=step)
     checkpoints = Checkpoints(saved, read_only=True)
     restored, meta = checkpoints.restore(step, abstract(state))
@@ -60,20 +60,20 @@ def test_parameters_moments_step_and_meta_come_back(saved, step):
     assert meta == {"note": f"of step {step}"}
 
 
-def test_a_state_comes_back_onto_another_mesh(saved):
+def test_restore_reshards_onto_mesh(saved):
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     state = new_state(seed=5, step=5)
     split = lambda x: NamedSharding(mesh, PartitionSpec("fsdp") if x.ndim == 2 else PartitionSpec())  # noqa: E731
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split(x)), state)
+    resharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split(x)), state)
     checkpoints = Checkpoints(saved, read_only=True)
-    restored, _ = checkpoints.restore(5, wanted)
+    restored, _ = checkpoints.restore(5, resharded)
     checkpoints.close()
     assert_equal_bits(restored, state)
     assert restored["params"]["layer"]["kernel"].addressable_shards[0].data.shape == (1, 4)
     assert restored["step"].sharding.is_fully_replicated
 
 
-def test_the_newest_parameters_load_without_the_rest_onto_one_device(saved):
+def test_load_params_reads_latest_onto_one_device(saved):
     state = new_state(seed=5)
     params, step = load_params(saved, jax.eval_shape(lambda: state["params"]))
     assert step == 5
@@ -81,7 +81,7 @@ def test_the_newest_parameters_load_without_the_rest_onto_one_device(saved):
     assert params["scale"].devices() == {jax.devices()[0]}
 
 
-def test_looking_changes_nothing(saved, tmp_path):
+def test_latest_step_changes_nothing(saved, tmp_path):
     before = sorted(saved.rglob("*"))
     assert latest_step(saved) == 5
     assert sorted(saved.rglob("*")) == before
@@ -89,14 +89,14 @@ def test_looking_changes_nothing(saved, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_save_that_was_cut_off_does_not_count(saved):
+def test_latest_step_ignores_unfinished_save(saved):
     unfinished = saved / FOLDER / "7.orbax-checkpoint-tmp-1"
     unfinished.mkdir()
     assert latest_step(saved) == 5
     unfinished.rmdir()
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_save_keeps_latest(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
         checkpoints.save(new_state(step=step), step, {})
@@ -106,23 +106,23 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["2", "3"]
 
 
-def test_a_workdir_without_a_checkpoint_is_named(tmp_path):
+def test_load_params_names_empty_workdir(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: no checkpoint yet"):
         load_params(tmp_path, {})
 
 
-def test_a_full_disk_is_an_os_error_however_it_was_wrapped(tmp_path):
+def test_clear_disk_errors_unwraps_full_disk(tmp_path):
     with pytest.raises(OSError, match=f"{tmp_path}") as error, files.clear_disk_errors(tmp_path):
         raise ValueError(f"write failed: {os.strerror(errno.ENOSPC)} [some library]")
     assert error.value.errno == errno.ENOSPC
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_clear_disk_errors_passes_others(tmp_path):
     with pytest.raises(ValueError, match=r"^shapes differ$"), files.clear_disk_errors(tmp_path):
         raise ValueError("shapes differ")
 
 
-def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
+def test_save_refuses_full_disk_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     checkpoints = Checkpoints(tmp_path)
@@ -131,8 +131,8 @@ def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
     assert list((tmp_path / FOLDER).iterdir()) == []
 
 
-def test_a_save_that_fails_in_the_background_ends_the_next_one(tmp_path, monkeypatch):
-    def full(*given, **named):
+def test_failed_background_save_raises_at_next_save(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("orbax.checkpoint._src.checkpointers.async_checkpointer._on_commit_callback", full)
@@ -163,7 +163,7 @@ def cut_short(path):
 
 @pytest.fixture
 def fresh(tmp_path):
-    """A workdir with the states of steps 3 and 5, to be damaged."""
+    """A workdir with the states of steps 3 and 5, for one test to damage."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (3, 5):
         checkpoints.save(new_state(seed=step, step=step), step, {})
@@ -172,24 +172,24 @@ def fresh(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "problem"),
     [
         (flip_a_byte, "checksum mismatch"),
         (cut_short, r"\d+ bytes, expected \d+"),
         (lambda path: path.unlink(), "missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh, caplog, damage, words):
+def test_damaged_checkpoint_falls_back_to_previous(fresh, caplog, damage, problem):
     path = largest_file(fresh, 5)
     damage(path)
     checkpoints = Checkpoints(fresh, keep=2)
     assert checkpoints.latest_intact_step() == 3
     assert re.search(
-        f"damaged checkpoint: {re.escape(str(path))}: {words}; going back to step 3", caplog.text
+        f"damaged checkpoint: {re.escape(str(path))}: {problem}; going back to step 3", caplog.text
     )
     restored, _ = checkpoints.restore(3, abstract(new_state()))
     assert_equal_bits(restored, new_state(seed=3, step=3))
-    # What was damaged is kept aside, and the step can be saved again.
+    # The damaged checkpoint is quarantined, and the step can be saved again.
     assert (fresh / "damaged-checkpoints" / "5-0").is_dir()
     checkpoints.save(new_state(seed=5, step=5), 5, {})
     checkpoints.wait()
@@ -197,13 +197,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fresh, caplog,
     checkpoints.close()
 
 
-def test_a_model_is_not_loaded_from_damaged_parameters(fresh):
+def test_load_params_refuses_damaged_parameters(fresh):
     flip_a_byte(largest_file(fresh, 5))
     with pytest.raises(UserError, match=r"damaged checkpoint: .*/params/.*: checksum mismatch"):
         load_params(fresh, jax.eval_shape(lambda: new_state()["params"]))
 
 
-def test_where_all_are_damaged_nothing_is_begun_anew(fresh):
+def test_all_damaged_is_an_error(fresh):
     for step in (3, 5):
         flip_a_byte(largest_file(fresh, step))
     checkpoints = Checkpoints(fresh, keep=2)
@@ -213,12 +213,11 @@ def test_where_all_are_damaged_nothing_is_begun_anew(fresh):
     assert latest_step(fresh) == 5
 
 
-def test_an_unreadable_file_is_tried_again_and_is_no_damage(fresh, monkeypatch):
-    waited, calls = [], []
-    monkeypatch.setattr(checksums.time, "sleep", waited.append)
+def test_unreadable_file_is_retried_not_damaged(fresh, monkeypatch):
+    delays = []
+    monkeypatch.setattr(checksums.time, "sleep", delays.append)
 
     def failing(path):
-        calls.append(path)
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(checksums, "_checksum", failing)
@@ -226,7 +225,7 @@ def test_an_unreadable_file_is_tried_again_and_is_no_damage(fresh, monkeypatch):
     with pytest.raises(OSError, match="Input/output error"):
         checkpoints.latest_intact_step()
     checkpoints.close()
-    assert {1.0, 4.0, 16.0} <= set(waited)
+    assert {1.0, 4.0, 16.0} <= set(delays)
     assert latest_step(fresh) == 5
 
 
@@ -238,7 +237,7 @@ def test_checkpoint_without_checksums_is_used_and_logged(fresh, caplog):
     assert "has no checksums; used without verification" in caplog.text
 
 
-def test_checksums_go_with_their_checkpoints(tmp_path):
+def test_checksums_are_deleted_with_checkpoints(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4)
     for step in range(1, 8):
         checkpoints.save(new_state(step=step), step, {})

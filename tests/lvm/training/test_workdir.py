@@ -1,4 +1,4 @@
-"""A workdir belongs to one configuration and one run at a time."""
+"""Workdirs: record, resume checks and lock."""
 
 import dataclasses
 import os
@@ -7,11 +7,15 @@ import sys
 
 import pytest
 
+import lvm
 from lvm.common import files
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
+from lvm.convert import convert
+from lvm.interop import models
 from lvm.training.workdir import CONFIG, Workdir, read_record
 from tests.commands import ROOT
+from tests.lvm.small_models import assert_same_tensors, small_model
 
 RECORD = {
     "config": {
@@ -39,24 +43,25 @@ def changed(**changes):
     return record
 
 
-def begun(folder):
+def start_run(folder):
     """A run that has saved a checkpoint."""
     Workdir(folder, "lvm", RECORD)
     (folder / "checkpoints" / "10").mkdir(parents=True)
 
 
 def reopen(folder, record, kind="lvm"):
-    """As another process would: without the lock that this one still holds."""
+    """Opens a workdir as another process would, without the lock that this one still holds."""
     (folder / ".lock").unlink()
     return Workdir(folder, kind, record)
 
 
-def test_it_is_made_with_its_record(tmp_path):
-    place = Workdir(tmp_path / "runs" / "one", "lvm", RECORD)
-    assert read_record(place.path, "lvm") == {"version": 1, "kind": "lvm", **files.as_json(RECORD)}
+def test_workdir_writes_its_record(tmp_path):
+    workdir = Workdir(tmp_path / "runs" / "one", "lvm", RECORD)
+    header = {"version": 2, "lvm_version": lvm.__version__, "kind": "lvm"}
+    assert read_record(workdir.path, "lvm") == {**header, **files.as_json(RECORD)}
 
 
-def test_the_same_configuration_opens_it_again(tmp_path):
+def test_same_configuration_reopens_workdir(tmp_path):
     Workdir(tmp_path, "lvm", RECORD)
     before = (tmp_path / CONFIG).read_bytes()
     reopen(tmp_path, RECORD)
@@ -64,7 +69,7 @@ def test_the_same_configuration_opens_it_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"config__mesh__fsdp": 8}, "config.mesh.fsdp: 1 → 8"),
         ({"config__model__remat": "full"}, "config.model.remat: 'none' → 'full'"),
@@ -73,15 +78,15 @@ def test_the_same_configuration_opens_it_again(tmp_path):
         ({"config__tokenizer": "folder"}, "config.tokenizer: '' → 'folder'"),
     ],
 )
-def test_what_changes_no_mathematics_may_differ_and_is_said(tmp_path, caplog, change, said):
-    begun(tmp_path)
+def test_harmless_changes_are_accepted_and_logged(tmp_path, caplog, change, message):
+    start_run(tmp_path)
     reopen(tmp_path, changed(**change))
-    assert f"resuming with a changed {said}" in caplog.text
+    assert f"resuming with a changed {message}" in caplog.text
     assert read_record(tmp_path, "lvm")["config"] == changed(**change)["config"]
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         ({"config__seed": 1}, "config.seed: 0 → 1"),
         ({"config__model__num_layers": 3}, "config.model.num_layers: 2 → 3"),
@@ -91,38 +96,38 @@ def test_what_changes_no_mathematics_may_differ_and_is_said(tmp_path, caplog, ch
         ({"tokenizer__weights": "bbb"}, "tokenizer.weights: 'aaa' → 'bbb'"),
     ],
 )
-def test_anything_else_is_refused_and_changes_nothing(tmp_path, change, named):
-    begun(tmp_path)
+def test_other_changes_are_refused_and_write_nothing(tmp_path, change, message):
+    start_run(tmp_path)
     before = (tmp_path / CONFIG).read_bytes()
     with pytest.raises(UserError, match="holds a run of another configuration") as error:
         reopen(tmp_path, changed(**change))
-    assert named in str(error.value)
+    assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert (tmp_path / CONFIG).read_bytes() == before
 
 
-def test_all_refused_changes_are_listed(tmp_path):
-    begun(tmp_path)
+def test_refusal_lists_all_changes(tmp_path):
+    start_run(tmp_path)
     with pytest.raises(UserError, match=r"config\.model\.num_layers: 2 → 4; config\.seed: 0 → 7"):
         reopen(tmp_path, changed(config__seed=7, config__model__num_layers=4, config__mesh__fsdp=2))
 
 
-def test_another_kind_is_refused(tmp_path):
+def test_other_kind_is_refused(tmp_path):
     Workdir(tmp_path, "tokenizer", RECORD)
-    with pytest.raises(UserError, match=rf"{CONFIG}: holds 'tokenizer', wanted .* of kind 'lvm'"):
+    with pytest.raises(UserError, match=rf"{CONFIG}: holds 'tokenizer', expected .* of kind 'lvm'"):
         reopen(tmp_path, RECORD)
 
 
-def test_a_second_run_in_this_process_is_refused(tmp_path):
+def test_second_run_in_process_is_refused(tmp_path):
     first = Workdir(tmp_path, "lvm", RECORD)
     with pytest.raises(UserError, match=f"{first.path}: another run is using this workdir"):
         Workdir(tmp_path, "lvm", RECORD)
 
 
-def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
+def test_second_process_is_refused_while_first_lives(tmp_path):
     script = (
         "import sys; from lvm.training.workdir import Workdir; "
-        f"place = Workdir({str(tmp_path)!r}, 'lvm', {{'config': {{}}}}); "
+        f"workdir = Workdir({str(tmp_path)!r}, 'lvm', {{'config': {{}}}}); "
         "print('open', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -131,22 +136,22 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
         assert other.stdout.readline() == "open\n"
         with pytest.raises(UserError, match="another run is using this workdir"):
             Workdir(tmp_path, "lvm", {"config": {}})
-        other.kill()  # even a killed run leaves no lock
+        other.kill()  # a killed run leaves no lock
     Workdir(tmp_path, "lvm", {"config": {}})
 
 
-def test_a_folder_that_is_no_workdir_is_named(tmp_path):
+def test_read_record_names_missing_file(tmp_path):
     with pytest.raises(UserError, match=rf"{tmp_path}: not a model folder: {CONFIG} is missing; .* lvm"):
         read_record(tmp_path, "lvm")
 
 
-def test_a_record_that_is_no_object_is_named(tmp_path):
+def test_read_record_refuses_json_list(tmp_path):
     (tmp_path / CONFIG).write_text("[1]")
-    with pytest.raises(UserError, match=rf"{CONFIG}: holds 'list', wanted"):
+    with pytest.raises(UserError, match=rf"{CONFIG}: holds 'list', expected"):
         read_record(tmp_path, "lvm")
 
 
-def test_before_the_first_checkpoint_a_run_may_start_otherwise(tmp_path):
+def test_changes_are_free_before_first_checkpoint(tmp_path):
     Workdir(tmp_path, "lvm", RECORD)
     reopen(tmp_path, changed(config__model__num_layers=4))
     assert read_record(tmp_path, "lvm")["config"]["model"]["num_layers"] == 4
@@ -155,11 +160,11 @@ def test_before_the_first_checkpoint_a_run_may_start_otherwise(tmp_path):
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
-    clip: float = 1.0  # a key that runs of yesterday didn't have
+    clip: float = 1.0  # a key that an older release lacked
 
 
 @pytest.mark.parametrize("clip", [1.0, 2.0])
-def test_a_key_that_an_older_run_lacks_counts_as_its_default(tmp_path, clip):
+def test_missing_old_key_counts_as_default(tmp_path, clip):
     Workdir(tmp_path, "lvm", {"config": {"seed": 4}})
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / ".lock").unlink()
@@ -172,9 +177,52 @@ def test_a_key_that_an_older_run_lacks_counts_as_its_default(tmp_path, clip):
         Workdir(tmp_path, "lvm", record, config_class=Config)
 
 
-def test_a_key_that_an_older_run_has_and_nobody_knows_is_named(tmp_path):
+def test_unknown_old_key_is_named(tmp_path):
     Workdir(tmp_path, "lvm", {"config": {"dropout": 0.1}})
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / ".lock").unlink()
     with pytest.raises(UserError, match=r"config\.json: config\.dropout: no such key"):
         Workdir(tmp_path, "lvm", {"config": to_json(Config())}, config_class=Config)
+
+
+def write_old_record(folder, kind="lvm", **changes):
+    """Makes the record one of the release before `components`."""
+    record = files.read_json(folder / CONFIG)
+    record["config"]["data"] = {"sources": [{"store": "s"}]}
+    record = {key: value for key, value in record.items() if key != "lvm_version"}
+    files.write_json(folder / CONFIG, {**record, "version": 1, "kind": kind, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"), [("lvm", "lvm convert"), ("tokenizer", "python -m tokenizer.convert")]
+)
+def test_workdir_of_older_release_is_refused(tmp_path, kind, command):
+    start_run(tmp_path)
+    write_old_record(tmp_path, kind)
+    before = (tmp_path / CONFIG).read_bytes()
+    with pytest.raises(
+        UserError, match=f"{tmp_path / CONFIG}: .* {command} {tmp_path} NEW --to=orbax"
+    ) as error:
+        reopen(tmp_path, RECORD, kind)
+    assert "\n" not in str(error.value)
+    assert "start a new --workdir" in str(error.value)
+    assert (tmp_path / CONFIG).read_bytes() == before
+
+
+def test_workdir_of_older_release_converts(tmp_path):
+    expected = small_model()
+    models.write(tmp_path / "old", expected, "orbax")
+    write_old_record(tmp_path / "old", converted=False)
+    convert(str(tmp_path / "old"), str(tmp_path / "new"), "orbax")
+    found = models.read(tmp_path / "new")
+    assert_same_tensors(found, expected)
+    assert found.record["version"] == 2
+    assert set(found.record["config"]) == {"model"}  # config.data had another meaning
+
+
+def test_changed_lvm_version_is_logged(tmp_path, caplog):
+    start_run(tmp_path)
+    record = files.read_json(tmp_path / CONFIG)
+    files.write_json(tmp_path / CONFIG, {**record, "lvm_version": "0.0.9"})
+    reopen(tmp_path, RECORD)
+    assert f"resuming with a changed lvm_version: '0.0.9' → '{lvm.__version__}'" in caplog.text
