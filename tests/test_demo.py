@@ -209,7 +209,7 @@ def test_a_tokenizer_is_not_taken_for_a_model(demo, tmp_path):
     output = run(
         "lvm.evaluate", *common, f"--model={demo / 'tokenizer'}", f"--tokenizer={demo / 'tokenizer'}", code=2
     )
-    assert "holds 'tokenizer', wanted the workdir of a model of kind 'lvm'" in output
+    assert "holds 'tokenizer', expected the workdir of a model of kind 'lvm'" in output
 
 
 def test_a_wrong_or_an_empty_folder_ends_the_demo_at_once(tmp_path):
