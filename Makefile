@@ -41,6 +41,7 @@ lint: $(VENV)/test.done
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 format: $(VENV)/test.done
 	$(VENV)/bin/ruff check --fix .

@@ -22,18 +22,8 @@ from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.mixture import loader
-from lvm.data.mixture.mixture import Mixture
-from lvm.data.mixture.rows import Rows
 from lvm.hardware import sharding
-from lvm.model.vocabulary import Vocabulary
-from lvm.training.config import TrainConfig
-
-
-def make_rows(config: TrainConfig, split: str = "train") -> Rows:
-    """The rows that a configuration trains on."""
-    mixture = Mixture(config.data, config.seed, split)
-    vocabulary = Vocabulary.for_codes(mixture.stores[0].num_codes)
-    return Rows(mixture, vocabulary, config.model.context, config.batch_size)
+from lvm.training.config import TrainConfig, make_rows
 
 
 def token_bytes(config: TrainConfig, start: int, count: int, workers: int) -> Iterator[bytes]:

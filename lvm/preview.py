@@ -25,8 +25,7 @@ from lvm.data.mixture.counter_rng import splitmix64
 from lvm.data.mixture.packing import Spans
 from lvm.data.mixture.rows import Rows
 from lvm.data.streams.codecs import PALETTE
-from lvm.fingerprint import make_rows
-from lvm.training.config import TrainConfig
+from lvm.training.config import TrainConfig, make_rows
 from tokenizer import Tokenizer
 
 _SIDE, _GAP, _LABEL, _BAR, _A_LINE = 96, 6, 14, 4, 8  # pixels, and cells a line

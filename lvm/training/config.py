@@ -6,9 +6,11 @@ import dataclasses
 
 from lvm.common.distributed import DistributedConfig
 from lvm.common.validation import check_non_negative
-from lvm.data.mixture.mixture import MixtureConfig
+from lvm.data.mixture.mixture import Mixture, MixtureConfig
+from lvm.data.mixture.rows import Rows
 from lvm.hardware.sharding import MeshConfig
 from lvm.model.transformer import ModelConfig
+from lvm.model.vocabulary import Vocabulary
 from lvm.training.loop import LoopConfig
 from lvm.training.next_token import ObjectiveConfig
 from lvm.training.optimizer import OptimizerConfig
@@ -49,3 +51,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_non_negative(self, "seed")
+
+
+def make_rows(config: TrainConfig, split: str = "train") -> Rows:
+    """The rows that a configuration trains on."""
+    mixture = Mixture(config.data, config.seed, split)
+    vocabulary = Vocabulary.for_codes(mixture.stores[0].num_codes)
+    return Rows(mixture, vocabulary, config.model.context, config.batch_size)
