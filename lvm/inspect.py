@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from lvm.common import cli, errors, files
+from lvm.common import cli, errors, files, statistics
 from lvm.common.errors import UserError
 from lvm.data.images.augment import Augment
 from lvm.data.images.batches import ImageBatcher
@@ -227,7 +227,6 @@ def summarize(store: Store) -> dict[str, Any]:
     """The manifest without what is long, and figures made of it."""
     manifest = store.manifest
     histogram = np.array(manifest["histogram"])
-    shares = histogram[histogram > 0] / max(1, histogram.sum())
     shards = manifest["shards"]
     stored = sum(file["bytes"] for shard in shards for file in shard["files"].values())
     long = ("histogram", "shards", "skipped")
@@ -235,7 +234,7 @@ def summarize(store: Store) -> dict[str, Any]:
         "num_shards": len(shards),
         "bytes": stored,
         "codes_used": int(np.count_nonzero(histogram)),
-        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0,
+        "perplexity": float(statistics.perplexity(histogram)) if histogram.any() else 0.0,
         "failures": [failure for shard in shards for failure in shard["failures"]],
         "skipped": manifest.get("skipped", []),
     }

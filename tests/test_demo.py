@@ -104,7 +104,7 @@ def test_the_model_loads_in_two_lines(demo):
     assert m.generate(np.zeros((1, 5, 16), int), 3, temperature=0).shape == (1, 3, 16)  # the window slides
     with pytest.raises(Exception, match="a prompt of 6 images and an answer don't fit"):
         m.generate(np.zeros((1, 6, 16), int), 1)
-    with pytest.raises(Exception, match="wanted integers"):
+    with pytest.raises(Exception, match="tokens: float32"):
         m.logits(np.zeros((1, 4), np.float32))
 
 
@@ -130,7 +130,7 @@ def test_pairs_and_a_query_are_answered(demo, tmp_path):
         (["--pairs", "a.png"], "--pairs needs --query"),
         (["--pairs", "a.png", "--query=b.png"], "'a.png' is not of the form image.png:answer.png"),
         ([], "give either --sequence"),
-        (["--sequence", *["FRAME"] * 9], "the model's context of 98 holds 6 images"),
+        (["--sequence", *["FRAME"] * 9], "holds 6 images"),
         (
             ["--sequence", "FRAME", "--frames=2"],
             "--frames=2 is of folders and videos, and the prompt has none",

@@ -28,9 +28,3 @@ def gradient_l1(images: jax.Array, targets: jax.Array) -> jax.Array:
 def commitment(latents: jax.Array, quantized: jax.Array) -> jax.Array:
     """Mean squared distance that draws latents [..., C] to their codes (arXiv 1711.00937, eq. 3)."""
     return jnp.mean(jnp.square(latents - jax.lax.stop_gradient(quantized)))
-
-
-def psnr(images: jax.Array, targets: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio of each image, in dB: float32 [B]. Images are clipped to [0, 1] first."""
-    squares = jnp.mean(jnp.square(jnp.clip(images, 0.0, 1.0) - targets), axis=(1, 2, 3))  # [B]
-    return -10.0 * jnp.log10(jnp.maximum(squares, 1e-10))

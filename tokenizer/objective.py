@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lvm.common import statistics
 from lvm.common.errors import UserError
 from lvm.model import nnx_utils
 from lvm.model.nnx_utils import Params
@@ -153,9 +154,9 @@ class TokenizerObjective:
         total = sum(getattr(self.loss, name) * term for name, term in terms.items())
         counts = quantizers.histogram(codes, self.config.codebook_size)
         metrics = {f"loss/{name}": term for name, term in terms.items()} | {
-            "psnr": losses.psnr(decoded, images).mean(),
+            "psnr": statistics.psnr(decoded, images).mean(),
             "codebook_usage": quantizers.usage(counts),
-            "codebook_perplexity": quantizers.perplexity(counts),
+            "codebook_perplexity": statistics.perplexity(counts),
         }
         return total, ({"codebook": codebook, "latents": rows, "codes": codes}, metrics)
 

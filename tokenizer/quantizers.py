@@ -110,9 +110,3 @@ def histogram(codes: jax.Array, codebook_size: int) -> jax.Array:
 def usage(counts: jax.Array) -> jax.Array:
     """The share of codes that occur at all in a `histogram` [K]: float32 in [0, 1]."""
     return jnp.mean((counts > 0).astype(jnp.float32))
-
-
-def perplexity(counts: jax.Array) -> jax.Array:
-    """exp of the entropy (nats) of a `histogram` [K]: the number of codes in effective use, float32."""
-    shares = counts / jnp.maximum(counts.sum(), 1.0)
-    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(shares, shares)))

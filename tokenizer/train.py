@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from lvm.common import cli, distributed
+from lvm.common import cli, distributed, statistics
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
@@ -42,10 +42,8 @@ class TokenizerTask(TokenizerObjective):
         for stream, images in self.heldout.items():
             if stopping():
                 return {}
-            decoded = self._reconstruct(state, images)
-            error = (images.astype(np.float32) - decoded) / 255
-            mse = np.mean(error**2, axis=(1, 2, 3))  # [n]
-            figures[f"heldout_psnr/{stream}"] = float(np.mean(-10 * np.log10(np.maximum(mse, 1e-10))))
+            psnr = statistics.psnr(self._reconstruct(state, images), images)  # [n]
+            figures[f"heldout_psnr/{stream}"] = float(psnr.mean())
         return figures
 
     def pictures(self, state: State) -> dict[str, np.ndarray]:

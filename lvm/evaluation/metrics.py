@@ -1,91 +1,89 @@
-"""Figures of images, labels and codes. Every function is over numpy arrays and says its unit."""
+"""Metrics of images, labels, depth and codes, over NumPy arrays. PSNR and entropy are in `lvm.common.statistics`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Integer
+
+from lvm.common import statistics
 
 
-def psnr(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each image: two uint8 [B, H, W, 3] → float64 [B]."""
-    error = (images.astype(np.float64) - truth) / 255
-    return -10 * np.log10(np.maximum(np.mean(error**2, axis=(1, 2, 3)), 1e-10))
-
-
-def iou(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Intersection over union of each pair of masks: two bool [B, H, W] → float64 [B]; two empty masks are 1."""
+def iou(masks: Bool[np.ndarray, "B H W"], truth: Bool[np.ndarray, "B H W"]) -> Float[np.ndarray, " B"]:
+    """Intersection over union of each pair of masks; two empty masks give 1."""
     union = np.count_nonzero(masks | truth, axis=(1, 2))
-    shared = np.count_nonzero(masks & truth, axis=(1, 2))
-    return np.where(union == 0, 1.0, shared / np.maximum(union, 1))
+    intersection = np.count_nonzero(masks & truth, axis=(1, 2))
+    return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))
 
 
 def confusion(
-    labels: np.ndarray, truth: np.ndarray, num_classes: int, ignore: int | None = None
-) -> np.ndarray:
-    """Counts [true class, answered class] int64 [C, C] over all pixels but those whose truth is `ignore`."""
-    counted = np.ones(truth.shape, bool) if ignore is None else truth != ignore
-    pairs = truth[counted].astype(np.int64) * num_classes + labels[counted]
+    labels: Integer[np.ndarray, "*shape"],
+    truth: Integer[np.ndarray, "*shape"],
+    num_classes: int,
+    ignore: int | None = None,
+) -> Int[np.ndarray, "C C"]:
+    """Confusion matrix [true class, predicted class] over all pixels except those whose truth is `ignore`."""
+    mask = np.ones(truth.shape, bool) if ignore is None else truth != ignore
+    pairs = truth[mask].astype(np.int64) * num_classes + labels[mask]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def mean_iou(counts: np.ndarray, leave_out: Sequence[int] = ()) -> float:
-    """Class mean of intersection over union, from a confusion matrix, over the classes that occur in the truth."""
-    shared = np.diag(counts)
-    union = counts.sum(0) + counts.sum(1) - shared
+def accuracy(counts: Int[np.ndarray, "C C"]) -> float:
+    """Share of correct pixels in a confusion matrix."""
+    return float(np.trace(counts) / counts.sum())
+
+
+def mean_iou(counts: Int[np.ndarray, "C C"], exclude: Sequence[int] = ()) -> float:
+    """Mean IoU from a confusion matrix, over the classes present in the truth except `exclude`; NaN without any."""
+    intersection = np.diag(counts)
+    union = counts.sum(0) + counts.sum(1) - intersection
     present = counts.sum(1) > 0
-    present[list(leave_out)] = False
-    return float(np.mean(shared[present] / union[present])) if present.any() else float("nan")
-
-
-def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution that counts give (the plug-in estimate)."""
-    p = counts[counts > 0] / counts.sum()
-    return float(-np.sum(p * np.log(p)))
+    present[list(exclude)] = False
+    return float(np.mean(intersection[present] / union[present])) if present.any() else float("nan")
 
 
 def conditional_entropy(
-    given: np.ndarray, codes: np.ndarray, num_codes: int, corrected: bool = False
+    context: Integer[np.ndarray, "*shape"],
+    codes: Integer[np.ndarray, "*shape"],
+    num_codes: int,
+    corrected: bool = False,
 ) -> float:
-    """H(code | given) in nats, from co-occurrence counts of two int arrays of one shape.
+    """H(code | context code) in nats, from co-occurrence counts.
 
-    The plug-in estimate is too low where samples are few, so beating it is never easier than beating the true
-    value. `corrected` adds the first term of its bias (Miller, "Note on the bias of information estimates", 1955).
+    The plug-in estimate is biased low for small samples, which makes it a stricter bound to beat. `corrected` adds the
+    first-order bias term (Miller, "Note on the bias of information estimates", 1955).
     """
-    joint = np.bincount(given.ravel().astype(np.int64) * num_codes + codes.ravel(), minlength=num_codes**2)
-    marginal = np.bincount(given.ravel(), minlength=num_codes)
-    estimate = entropy(joint) - entropy(marginal)
+    joint = np.bincount(context.ravel().astype(np.int64) * num_codes + codes.ravel(), minlength=num_codes**2)
+    marginal = np.bincount(context.ravel(), minlength=num_codes)
+    estimate = float(statistics.entropy(joint) - statistics.entropy(marginal))
     if corrected:
         estimate += (np.count_nonzero(joint) - np.count_nonzero(marginal)) / (2 * codes.size)
     return estimate
 
 
-def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of `values` [n], by resampling with replacement (percentiles)."""
+def bootstrap(values: Float[np.ndarray, " n"], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile-bootstrap confidence interval of the mean."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-def depth_errors(depth: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """RMSE (in the unit of depth), AbsRel and δ1 of each image over pixels with a reading, then averaged.
+def depth_errors(depth: Float[np.ndarray, "B H W"], truth: Float[np.ndarray, "B H W"]) -> dict[str, float]:
+    """RMSE (in the unit of depth), AbsRel and δ1 per image over valid pixels, then averaged over images.
 
-    Args:
-      depth, truth: float [B, H, W], 0 where there is no reading. Where the answer alone has none, it counts
-        as zero distance.
+    0 means no reading: such pixels of the truth are skipped, such predictions count as distance 0.
     """
-    rmse, relative, close = [], [], []
-    for answer, right in zip(depth, truth, strict=True):
-        known = right > 0
-        if not known.any():
+    rmse, abs_rel, delta1 = [], [], []
+    for predicted, expected in zip(depth, truth, strict=True):
+        valid = expected > 0
+        if not valid.any():
             continue
-        answer, right = np.maximum(answer[known], 1e-3 * right[known]), right[known]
-        rmse.append(np.sqrt(np.mean((answer - right) ** 2)))
-        relative.append(np.mean(np.abs(answer - right) / right))
-        close.append(np.mean(np.maximum(answer / right, right / answer) < 1.25))
-    return {
-        "rmse": float(np.mean(rmse)),
-        "abs_rel": float(np.mean(relative)),
-        "delta1": float(np.mean(close)),
-    }
+        expected = expected[valid]
+        predicted = np.maximum(predicted[valid], 1e-3 * expected)
+        rmse.append(np.sqrt(np.mean((predicted - expected) ** 2)))
+        abs_rel.append(np.mean(np.abs(predicted - expected) / expected))
+        delta1.append(np.mean(np.maximum(predicted / expected, expected / predicted) < 1.25))
+    means = {"rmse": rmse, "abs_rel": abs_rel, "delta1": delta1}
+    return {name: float(np.mean(values)) for name, values in means.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lvm.common import statistics
 from lvm.data.streams.codecs import Depth, Palette
 from lvm.evaluation import metrics
 from lvm.evaluation.heldout import Heldout, HeldoutScene
@@ -70,8 +71,8 @@ class Answers:
         """What the target's codec allows to score, and PSNR for every target."""
         scores: dict[str, Any] = {
             "num_queries": len(self.queries),
-            "psnr": float(metrics.psnr(self.images, self.truth).mean()),
-            "psnr_copy_baseline": float(metrics.psnr(self.copied, self.truth).mean()),
+            "psnr": float(statistics.psnr(self.images, self.truth).mean()),
+            "psnr_copy_baseline": float(statistics.psnr(self.copied, self.truth).mean()),
         }
         if isinstance(codec, Palette):
             scores |= segmentation_metrics(self.images, self.truth, self.copied, codec)
@@ -108,8 +109,10 @@ def segmentation_metrics(
     counts = metrics.confusion(labels, right, num_classes, codec.ignore)
     leave_out = [] if codec.background is None else [codec.background]
     figures: dict[str, Any] = {
-        "pixel_accuracy": float(np.trace(counts) / counts.sum()),
-        "pixel_accuracy_copy_baseline": _accuracy(metrics.confusion(other, right, num_classes, codec.ignore)),
+        "pixel_accuracy": metrics.accuracy(counts),
+        "pixel_accuracy_copy_baseline": metrics.accuracy(
+            metrics.confusion(other, right, num_classes, codec.ignore)
+        ),
         "class_miou": metrics.mean_iou(counts, leave_out),
         "class_miou_chance": _chance(labels, right, codec, leave_out),
     }
@@ -126,10 +129,6 @@ def segmentation_metrics(
             ),
         }
     return figures
-
-
-def _accuracy(counts: np.ndarray) -> float:
-    return float(np.trace(counts) / counts.sum())
 
 
 def _chance(

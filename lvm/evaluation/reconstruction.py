@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from lvm.common import statistics
 from lvm.data.streams.codecs import Palette
 from lvm.evaluation import metrics
 from lvm.evaluation.heldout import Heldout
@@ -25,7 +25,7 @@ def reconstruction_metrics(
         images, codes = heldout.images(stream), heldout.codes(stream)
         decoded = decode(codes)
         histogram += np.bincount(codes.ravel(), minlength=num_codes)
-        figures["psnr"][stream] = float(metrics.psnr(decoded, images).mean())
+        figures["psnr"][stream] = float(statistics.psnr(decoded, images).mean())
         if isinstance(codec, Palette):
             labels, truth = (np.stack([codec.parse(x) for x in part]) for part in (decoded, images))
             figures["round_trip_pixel_accuracy"] = float(np.mean(labels == truth))
@@ -34,5 +34,5 @@ def reconstruction_metrics(
                 figures["round_trip_foreground_iou"] = float(masks.mean())
     figures["num_codes_counted"] = int(histogram.sum())
     figures["codebook_usage"] = float(np.count_nonzero(histogram) / num_codes)
-    figures["codebook_perplexity"] = math.exp(metrics.entropy(histogram))
+    figures["codebook_perplexity"] = float(statistics.perplexity(histogram))
     return figures

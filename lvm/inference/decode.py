@@ -1,4 +1,4 @@
-"""The compiled programs: prompts are read into a cache in one forward, then one loop writes token after token."""
+"""Compiled programs of generation: prefill, decode and re-prefill, over a KV cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from lvm.hardware import sharding
 from lvm.inference.decode_params import build_module
@@ -15,122 +16,127 @@ from lvm.inference.sampling import BatchedSampling, sample_token
 from lvm.model.nnx_utils import Params
 from lvm.model.transformer import CACHE_AXES, Cache, DecodePosition, ModelConfig
 
-_STATIC = ("config", "mesh")
+
+class Program(NamedTuple):
+    """Static arguments that all programs of a generator share; `kernel` is the attention kernel of prefill."""
+
+    config: ModelConfig
+    mesh: Mesh | None
+    kernel: str
 
 
 class DecodeState(NamedTuple):
-    """Rows that are being written.
+    """Rows being decoded.
 
     Attributes:
-      caches: a layer each; keys and values of what was read, S places a row.
-      place: where `token` goes; what lies before it is visible, and padding isn't.
-      token: int32 [R], the newest token, not in the caches yet.
-      number: int32 [], how many tokens were written.
-      written: int32 [R, A], those tokens.
+      caches: KV cache of each layer, S slots per row.
+      position: of `token`; earlier slots are visible, padding is not.
+      token: the newest token, not in the caches yet.
+      num_generated: tokens generated so far.
+      generated: those tokens, padded to the most that may be generated.
     """
 
     caches: list[Cache]
-    place: DecodePosition
-    token: jax.Array
-    number: jax.Array
-    written: jax.Array
+    position: DecodePosition
+    token: Int[Array, " R"]
+    num_generated: Int[Array, ""]
+    generated: Int[Array, "R A"]
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "kernel", "size", "candidates", "room"))
+@functools.partial(jax.jit, static_argnames=("program", "cache_size", "candidates", "max_new_tokens"))
 def prefill(
-    weights: Params,
-    prompts: jax.Array,
-    lengths: jax.Array,
+    params: Params,
+    prompts: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
     *,
-    config: ModelConfig,
-    mesh: Mesh | None,
-    kernel: str,
-    size: int,
+    program: Program,
+    cache_size: int,
     candidates: int,
-    room: int,
+    max_new_tokens: int,
 ) -> DecodeState:
-    """Reads padded prompts [B, T] of `lengths` [B], each once for all its candidates.
+    """Prefills padded prompts, each once for all its candidates.
 
     Args:
-      weights: as `prepare` gave them.
-      size: places of a cache, S > T.
-      candidates: rows a prompt.
-      room: tokens that can be written, A.
+      params: from `prepare_params`.
+      prompts: padded rows.
+      lengths: of the rows without padding.
+      program: static arguments.
+      cache_size: slots per row, more than T.
+      candidates: rows per prompt.
+      max_new_tokens: size of `DecodeState.generated`.
     """
-    with sharding.use_mesh(mesh):
-        caches, place = _read(weights, prompts, lengths, config, kernel, size, candidates)
+    with sharding.use_mesh(program.mesh):
+        caches, position = _fill_caches(params, prompts, lengths, program, cache_size, candidates)
         last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]  # [B]
-        token = jnp.repeat(last, candidates)  # [R]
-        return DecodeState(caches, place, token, jnp.int32(0), jnp.zeros((len(token), room), jnp.int32))
+        generated = jnp.zeros((len(last) * candidates, max_new_tokens), jnp.int32)
+        return DecodeState(caches, position, jnp.repeat(last, candidates), jnp.int32(0), generated)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "num_allowed"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("program", "num_allowed"), donate_argnames="state")
 def decode(
-    weights: Params,
+    params: Params,
     state: DecodeState,
-    draws: BatchedSampling,
-    steps: jax.Array,
+    sampling: BatchedSampling,
+    num_steps: Int[Array, ""],
     *,
-    config: ModelConfig,
-    mesh: Mesh | None,
+    program: Program,
     num_allowed: int,
 ) -> DecodeState:
-    """Writes as many tokens as `steps` says, in one loop; ids from `num_allowed` on are never drawn."""
-    with sharding.use_mesh(mesh):
+    """Runs `num_steps` decode steps in one loop; only ids below `num_allowed` are sampled."""
+    with sharding.use_mesh(program.mesh):
 
-        def advance(state: DecodeState) -> DecodeState:
-            model = build_module(weights, config)  # inside of the loop, or its views would be copies
-            position, slot, visible = state.place
-            place = DecodePosition(position, slot, visible | (jnp.arange(visible.shape[1]) == slot))
-            hidden, caches = model.decode_step(state.token, place, state.caches)
+        def step(state: DecodeState) -> DecodeState:
+            model = build_module(
+                params, program.config
+            )  # inside the loop: outside, its views would be copied
+            position, slot, visible = state.position
+            visible |= jnp.arange(visible.shape[1]) == slot
+            hidden, caches = model.decode_step(
+                state.token, DecodePosition(position, slot, visible), state.caches
+            )
             logits = model.logits(hidden)[:, :num_allowed]  # [R, allowed]
-            token = sample_token(logits, draws, state.number)
-            written = jax.lax.dynamic_update_slice(state.written, token[:, None], (0, state.number))
-            place = DecodePosition(position + 1, slot + 1, place.visible)
-            return DecodeState(caches, place, token, state.number + 1, written)
+            token, index = sample_token(logits, sampling, state.num_generated), state.num_generated
+            generated = jax.lax.dynamic_update_slice(state.generated, token[:, None], (0, index))
+            return DecodeState(
+                caches, DecodePosition(position + 1, slot + 1, visible), token, index + 1, generated
+            )
 
-        end = state.number + steps
-        return jax.lax.while_loop(lambda state: state.number < end, advance, state)
+        end = state.num_generated + num_steps
+        return jax.lax.while_loop(lambda state: state.num_generated < end, step, state)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "kernel"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
 def re_prefill(
-    weights: Params,
+    params: Params,
     state: DecodeState,
-    windows: jax.Array,
-    lengths: jax.Array,
+    windows: Int[Array, "R T"],
+    lengths: Int[Array, " R"],
     *,
-    config: ModelConfig,
-    mesh: Mesh | None,
-    kernel: str,
+    program: Program,
 ) -> DecodeState:
-    """Reads new windows [R, T] of `lengths` [R], padded, each with the row's newest token last, in place of the old."""
-    with sharding.use_mesh(mesh):
-        size = state.place.visible.shape[1]
-        caches, place = _read(weights, windows, lengths, config, kernel, size, candidates=1)
-        return state._replace(caches=caches, place=place)
+    """Replaces the caches by those of padded windows of `lengths`, each ending with the row's newest token."""
+    with sharding.use_mesh(program.mesh):
+        cache_size = state.position.visible.shape[1]
+        caches, position = _fill_caches(params, windows, lengths, program, cache_size, candidates=1)
+        return state._replace(caches=caches, position=position)
 
 
-def _read(
-    weights: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    config: ModelConfig,
-    kernel: str,
-    size: int,
-    candidates: int,
+def _fill_caches(
+    params: Params, tokens: jax.Array, lengths: jax.Array, program: Program, cache_size: int, candidates: int
 ) -> tuple[list[Cache], DecodePosition]:
-    """Caches of `size` places that hold rows [B, T], and where the last token of each goes."""
+    """Prefills rows [B, T]; returns caches of `cache_size` slots and the position of each row's last token."""
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    _, caches = build_module(weights, config).prefill(tokens, positions, kernel)  # each [B, K, T, d]
+    _, caches = build_module(params, program.config).prefill(
+        tokens, positions, program.kernel
+    )  # [B, K, T, d]
 
-    def hold(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, size - T), (0, 0)))
-        # A lone row has no batch dimension: a CPU's compiler would copy its cache at every token.
+    def expand(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, cache_size - T), (0, 0)))
+        # A single row has no batch dimension: with one, XLA for CPU copies the cache at every token.
         x = x[0] if B * candidates == 1 else jnp.repeat(x, candidates, axis=0)
         return sharding.constrain(x, *CACHE_AXES[-x.ndim :])
 
     last = jnp.repeat(lengths - 1, candidates)  # [R]
-    place = DecodePosition(last, jnp.int32(T), jnp.arange(size) < last[:, None])
-    return jax.tree.map(hold, caches), place
+    position = DecodePosition(last, jnp.int32(T), jnp.arange(cache_size) < last[:, None])
+    return jax.tree.map(expand, caches), position

@@ -1,7 +1,7 @@
-"""A transformer's weights as writing wants them: in the compute dtype, a layer by itself, and laid out for one token.
+"""Transformer parameters laid out for decoding: compute dtype, unrolled layers, matrices as [outputs, inputs].
 
-A product with one row reads its matrix once and does little else. Each matrix is stored as [outputs, inputs], so that a
-CPU reads it in order; the module gets it back as a view.
+A decode step is bound by reading the weights. In [outputs, inputs] order a CPU reads each matrix sequentially; the
+module gets transposed views.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lvm.hardware import sharding
 from lvm.model.nnx_utils import Params, abstract_module, logical_axes, merge
 from lvm.model.transformer import ModelConfig, Transformer
 
-_AS_THEY_ARE = ("embedding", "scale")
+_NOT_MATRICES = ("embedding", "scale")  # keep their layout
 
 
 def decode_mesh(mesh: Mesh | None) -> Mesh | None:
-    """The mesh's devices with `sequence` counted to `data`: a row of one token can't be split along its length."""
+    """The mesh with its `sequence` axis merged into `data`: a decode step has nothing to split along the length."""
     if mesh is None or mesh.shape["sequence"] == 1:
         return mesh
     data, fsdp, sequence, tensor = (mesh.shape[axis] for axis in sharding.AXES)
@@ -32,69 +32,63 @@ def decode_mesh(mesh: Mesh | None) -> Mesh | None:
 
 
 def prepare_params(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
-    """The weights for `build_module`, of a `Transformer`'s parameters with stacked layers.
+    """Lays out a `Transformer`'s stacked parameters for `build_module`, as a copy.
 
     Args:
-      params: as training has them; they stay as they are.
+      params: as in training.
       config: the model.
-      mesh: where the weights go; None leaves them where they are.
+      mesh: of the result; None keeps the devices of `params`.
 
     Raises:
       UserError: the mesh doesn't divide a dimension.
     """
     if mesh is not None:
-        axes = logical_axes(lambda rngs: Transformer(config, rngs))
-        placed = sharding.shardings(mesh, params, axes)
-        here = set(mesh.devices.flat)
-        move = lambda x, sharding: x if _devices(x) == here else jax.device_put(x, sharding)  # noqa: E731
-        params = jax.tree.map(move, params, placed)
-    return _laid_out(params, config, mesh)
+        devices = set(mesh.devices.flat)
+        target = sharding.shardings(mesh, params, logical_axes(lambda rngs: Transformer(config, rngs)))
+
+        def move(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+            is_there = isinstance(x, jax.Array) and x.sharding.device_set == devices
+            return x if is_there else jax.device_put(x, sharding)
+
+        params = jax.tree.map(move, params, target)
+    return _lay_out(params, config, mesh)
 
 
-def build_module(weights: Params, config: ModelConfig) -> Transformer:
-    """The `Transformer` with layers one by one around prepared weights; inside `jax.jit`."""
-    graphdef, shapes = _one_by_one(config)
-    return merge(graphdef, jax.tree.map_with_path(_as_module, weights, shapes))
+def build_module(params: Params, config: ModelConfig) -> Transformer:
+    """The `Transformer` with unrolled layers over prepared parameters; for use inside `jax.jit`."""
+    graphdef, shapes = _unrolled(config)
+
+    def to_module(path: Any, x: jax.Array, like: Any) -> jax.Array:
+        return x if path[-1].key in _NOT_MATRICES else x.T.reshape(like.shape)
+
+    return merge(graphdef, jax.tree.map_with_path(to_module, params, shapes))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _laid_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
+def _lay_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
+    def transpose(path: Any, x: jax.Array) -> jax.Array:
+        if path[-1].key not in _NOT_MATRICES:
+            x = x.reshape(math.prod(x.shape[: _num_inputs(path)]), -1).T  # [outputs, inputs]
+        return x.astype(config.dtype) if x.ndim > 1 else x  # norm scales are used in float32
+
+    def transpose_axes(path: Any, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+        # Heads and head dim are one dimension here, split as the heads are.
+        return axes if path[-1].key in _NOT_MATRICES else (axes[_num_inputs(path)], axes[0])
+
     layers = {str(i): jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.num_layers)}
-    weights = jax.tree.map_with_path(_as_rows, {**params, "layers": layers})
-    # Norms' scales are used in float32.
-    weights = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, weights)
+    params = jax.tree.map_with_path(transpose, {**params, "layers": layers})
     if mesh is None:
-        return weights
+        return params
     axes = logical_axes(lambda rngs: Transformer(config, rngs, stacked=False))
-    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-    axes = jax.tree.map_with_path(_row_axes, axes, is_leaf=is_axes)
-    return jax.lax.with_sharding_constraint(weights, sharding.shardings(mesh, weights, axes))
+    axes = jax.tree.map_with_path(transpose_axes, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return jax.lax.with_sharding_constraint(params, sharding.shardings(mesh, params, axes))
 
 
 @functools.lru_cache(maxsize=16)
-def _one_by_one(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+def _unrolled(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     return abstract_module(lambda rngs: Transformer(config, rngs, stacked=False))
 
 
 def _num_inputs(path: Any) -> int:
-    """How many dimensions of a module's weight are summed over: the first ones."""
-    return 2 if path[-1].key == "out" else 1  # heads and their size
-
-
-def _as_rows(path: Any, x: jax.Array) -> jax.Array:
-    if path[-1].key in _AS_THEY_ARE:
-        return x
-    return x.reshape(math.prod(x.shape[: _num_inputs(path)]), -1).T  # [outputs, inputs]
-
-
-def _as_module(path: Any, x: jax.Array, like: Any) -> jax.Array:
-    return x if path[-1].key in _AS_THEY_ARE else x.T.reshape(like.shape)
-
-
-def _row_axes(path: Any, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
-    # Heads and their size are one dimension here: it is split where the heads are.
-    return axes if path[-1].key in _AS_THEY_ARE else (axes[_num_inputs(path)], axes[0])
-
-
-def _devices(x: Any) -> set[Any]:
-    return x.sharding.device_set if isinstance(x, jax.Array) else set()
+    """Number of leading dimensions of a module's weight that are summed over."""
+    return 2 if path[-1].key == "out" else 1  # heads and head dim

@@ -1,4 +1,4 @@
-"""A trained transformer, loaded: logits and answers in two lines."""
+"""`LVM`: a trained transformer, loaded for logits, losses and generation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 
 from lvm.common.errors import UserError
 from lvm.inference.generator import Generator, SamplingParams, SlidingWindow
@@ -20,18 +22,21 @@ from lvm.model.attention import choose_kernel
 from lvm.model.nnx_utils import Params, abstract_module, merge
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import Vocabulary
+from lvm.training import losses
 
-_AS_IT_IS = SamplingParams()
+_DEFAULT_SAMPLING = SamplingParams()
+_LOGITS_CHUNK = 256  # tokens of a row whose logits are in memory at once
+_Number = int | float
 
 
 class LVM:
-    """A transformer over codes, ready to be asked.
+    """A trained transformer over codes.
 
     Attributes:
       config: its `ModelConfig`.
       vocabulary: its `Vocabulary`.
-      record: what its workdir says of its training, the tokenizer's identity among it.
-      step: the training step of the weights.
+      record: metadata of its training, such as the tokenizer's identity.
+      step: training step of the weights.
     """
 
     def __init__(
@@ -45,15 +50,27 @@ class LVM:
     ):
         self.config, self.vocabulary, self.record, self.step = config, vocabulary, record, step
         self._params, self._mesh = params, mesh
-        self._graphdef, _ = abstract_module(lambda rngs: Transformer(config, rngs))
+        graphdef, _ = abstract_module(lambda rngs: Transformer(config, rngs))
         kernel = choose_kernel(config.attention, jax.default_backend(), config.dtype)
+
+        def run(params: Params, tokens: jax.Array) -> tuple[Transformer, jax.Array]:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            model: Transformer = merge(graphdef, params)
+            return model, model.hidden(tokens, positions, kernel)
 
         @jax.jit
         def logits(params: Params, tokens: jax.Array) -> jax.Array:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            return merge(self._graphdef, params)(tokens, positions, kernel)
+            model, hidden = run(params, tokens)
+            return model.logits(hidden)
 
-        self._logits = logits
+        @jax.jit
+        def token_losses(params: Params, tokens: jax.Array) -> jax.Array:
+            model, hidden = run(params, tokens[:, :-1])
+            return losses.token_losses(
+                model.norm(hidden), model.output_projection(), tokens[:, 1:], _LOGITS_CHUNK
+            )[0]
+
+        self._logits, self._token_losses = logits, token_losses
 
     @classmethod
     def load(
@@ -66,103 +83,113 @@ class LVM:
         """Loads a model folder.
 
         Args:
-          folder: the workdir of a run, of which the newest checkpoint is taken, or any folder that
-            `lvm.interop.models` reads: transformers' Llama, or EasyLM's stream with its config.json.
-          dtype: compute type, "float32" or "bfloat16"; the training's by default, or that of the weights. Weights
-            stay in memory as they are stored.
-          step: another of a workdir's checkpoints.
-          mesh: devices over which answers are written; one by default.
+          folder: a workdir (its newest checkpoint), or any folder that `lvm.interop.models` reads: Hugging Face Llama,
+            or an EasyLM stream with its config.json.
+          dtype: compute dtype, "float32" or "bfloat16"; by default that of training, or of the weights. Weights keep
+            the dtype they are stored in.
+          step: another checkpoint of a workdir.
+          mesh: devices for generation; one by default.
 
         Raises:
-          UserError: not a model folder, no checkpoint in it, weights of another network, a vocabulary that nothing
-            declares, or an unknown dtype.
+          UserError: not a model folder, no checkpoint, weights of another architecture, no declared vocabulary, or an
+            unknown dtype.
         """
-        found = models.read(folder, step)
-        # The kernel that training ran by need not run here.
-        config = dataclasses.replace(found.config, dtype=dtype or found.config.dtype, attention="auto")
-        return cls(config, found.vocabulary, found.load_params(), dict(found.record), found.step, mesh)
+        checkpoint = models.read(folder, step)
+        # The attention kernel of the training hardware may not run here.
+        config = dataclasses.replace(
+            checkpoint.config, dtype=dtype or checkpoint.config.dtype, attention="auto"
+        )
+        return cls(
+            config,
+            checkpoint.vocabulary,
+            checkpoint.load_params(),
+            dict(checkpoint.record),
+            checkpoint.step,
+            mesh,
+        )
 
     @functools.cached_property
     def _generator(self) -> Generator:
         return Generator(self.config, self._params, self._mesh)
 
-    def logits(self, tokens: Any) -> np.ndarray:
-        """tokens int [B, S] → float32 [B, S, V], the logits of what follows each token.
+    def logits(self, tokens: ArrayLike) -> Float[np.ndarray, "B S V"]:
+        """Logits of the token after each of `tokens` int [B, S].
 
         Raises:
-          UserError: the wrong number of dimensions, an id outside the vocabulary, or more tokens than the
-            context.
+          UserError: wrong dtype or number of dimensions, an id outside the vocabulary, or rows longer than the context.
         """
-        tokens = self._checked(tokens)
-        if tokens.shape[1] > self.config.context:
-            raise UserError(f"tokens: {tokens.shape[1]} a row, the model's context is {self.config.context}")
-        return np.asarray(self._logits(self._params, tokens))
+        return np.asarray(self._logits(self._params, self._check_tokens(tokens, self.config.context)))
+
+    def token_losses(self, tokens: ArrayLike) -> Float[np.ndarray, "B _"]:
+        """Negative log-likelihood in nats of `tokens[:, 1:]`, each given the tokens before it.
+
+        Computed on device and in chunks, as in training. Errors as in `logits`.
+        """
+        return np.asarray(
+            self._token_losses(self._params, self._check_tokens(tokens, self.config.context + 1))
+        )
 
     def generate(
         self,
-        grids: Any,
+        grids: np.ndarray | Sequence[ArrayLike],
         num_images: int,
         candidates: int = 1,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: _Number | Sequence[_Number] = 1.0,
         top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
+        top_p: _Number | Sequence[_Number] = 1.0,
         seed: int | Sequence[int] = 0,
         drop: int = 0,
-    ) -> np.ndarray:
-        """Continues prompts of images by images. BOS is put first where the vocabulary has one.
+    ) -> Int[np.ndarray, ...]:
+        """Continues prompts of images by images; BOS is prepended if the vocabulary has one.
 
-        Where prompt and answer together are longer than the context, the oldest images are dropped when it is
-        full, and writing goes on after the rest.
+        When the context is full, the oldest images are dropped and the rest is prefilled again.
 
         Args:
           grids: codes int [B, K, N], or B arrays [K_i, N] of unequal length.
-          num_images: how many images to answer with.
-          candidates: answers a prompt.
-          temperature, top_k, top_p: see `SamplingParams`, one for all prompts or one each; codes alone
-            are drawn.
+          num_images: images to generate.
+          candidates: answers per prompt.
+          temperature, top_k, top_p: see `SamplingParams`; one for all prompts or one each. Only codes are sampled.
           seed: one for all prompts, or one each.
-          drop: how many images are dropped at once; 0 is half of those that fit.
+          drop: images dropped at once; 0 is half of those that fit.
 
         Returns:
           int32 [B, num_images, N], or [B, candidates, num_images, N] if candidates > 1.
 
         Raises:
-          UserError: grids of the wrong shape, a code outside the codebook, or a prompt that leaves no room for an
-            image; says how many fit.
+          UserError: grids of the wrong shape, a code outside the codebook, or no room for an image after the prompt.
         """
-        sampling = self._samplings(temperature, top_k, top_p, len(grids))
+        sampling = self._sampling(temperature, top_k, top_p, len(grids))
         *_, codes = self.stream(grids, num_images, candidates, sampling, seed, drop)
         answers = codes.reshape(*codes.shape[:2], num_images, -1)
         return answers[:, 0] if candidates == 1 else answers
 
     def stream(
         self,
-        grids: Any,
+        grids: np.ndarray | Sequence[ArrayLike],
         num_images: int,
         candidates: int = 1,
-        sampling: SamplingParams | Sequence[SamplingParams] = _AS_IT_IS,
+        sampling: SamplingParams | Sequence[SamplingParams] = _DEFAULT_SAMPLING,
         seed: int | Sequence[int] = 0,
         drop: int = 0,
         every: int = 0,
-    ) -> Iterator[np.ndarray]:
-        """The same, seen while it is written: after `every` codes (0: at the end), int32 [B, candidates, so far]."""
-        prompts = [self._checked_grids(prompt) for prompt in grids]
+    ) -> Iterator[Int[np.ndarray, "B candidates codes"]]:
+        """`generate` that yields all codes so far after every `every` new ones (0: at the end)."""
+        prompts = [_check_ids("grids of a prompt", grid, self.vocabulary.num_codes) for grid in grids]
         if not prompts or num_images < 1 or candidates < 1:
             raise UserError(
-                f"generate: {len(prompts)} prompts, {num_images} images, {candidates} candidates; "
-                "each must be at least 1"
+                f"{len(prompts)} prompts, num_images={num_images}, candidates={candidates}; each must be at least 1"
             )
         N = prompts[0].shape[1]
         if any(prompt.shape[1] != N for prompt in prompts):
-            raise UserError(f"grids: {sorted({p.shape[1] for p in prompts})} codes an image; all must agree")
+            sizes = sorted({prompt.shape[1] for prompt in prompts})
+            raise UserError(f"grids have {sizes} codes per image; all prompts must have the same number")
         self.check_fits(max(len(prompt) for prompt in prompts), N)
         window = SlidingWindow(N, self.vocabulary.bos, drop)
-        rows = [np.concatenate([window.front, prompt.ravel()]).astype(np.int32) for prompt in prompts]
         return self._generator.stream(
-            rows,
+            [np.concatenate([window.prefix, prompt.ravel()]).astype(np.int32) for prompt in prompts],
             num_images * N,
             sampling,
-            self._each("seed", seed, len(rows)),
+            _broadcast("seed", seed, len(prompts)),
             candidates,
             num_allowed=self.vocabulary.num_codes,
             window=window,
@@ -171,77 +198,75 @@ class LVM:
 
     def generate_tokens(
         self,
-        tokens: Any,
-        length: int,
-        temperature: float = 1.0,
+        tokens: ArrayLike,
+        num_tokens: int,
+        temperature: _Number = 1.0,
         top_k: int = 0,
-        top_p: float = 1.0,
+        top_p: _Number = 1.0,
         seed: int | Sequence[int] = 0,
         codes_only: bool = False,
-    ) -> np.ndarray:
-        """Continues raw tokens int [B, S] as they are: the new ones, int32 [B, length].
+    ) -> Int[np.ndarray, "B num_tokens"]:
+        """Continues raw tokens int [B, S]; returns the new ones.
 
-        Nothing is masked unless `codes_only`. Other arguments and errors as in `generate`.
+        Every id may be sampled unless `codes_only`. Other arguments and errors as in `generate`.
         """
-        tokens = self._checked(tokens)
-        new = self._generator(
-            list(tokens),
-            length,
-            self._samplings(temperature, top_k, top_p, len(tokens)),
-            self._each("seed", seed, len(tokens)),
+        rows = self._check_tokens(tokens, self.config.context)
+        new_tokens = self._generator(
+            list(rows),
+            num_tokens,
+            self._sampling(temperature, top_k, top_p, len(rows)),
+            _broadcast("seed", seed, len(rows)),
             num_allowed=self.vocabulary.num_codes if codes_only else None,
         )
-        return new[:, 0]
+        return new_tokens[:, 0]
 
     def max_images(self, codes_per_image: int) -> int:
-        """How many images, prompt and answer together, the context holds."""
+        """Images, prompt and answer together, that fit the context."""
         return SlidingWindow(codes_per_image, self.vocabulary.bos).max_grids(self.config.context)
 
-    def check_fits(self, prompt: int, codes_per_image: int) -> None:
-        """That a prompt of so many images leaves room for an answer.
-
-        Raises:
-          UserError: it doesn't; says how many fit.
-        """
-        fit = self.max_images(codes_per_image)
-        if prompt + 1 > fit:
+    def check_fits(self, num_images: int, codes_per_image: int) -> None:
+        """Raises UserError if a prompt of `num_images` leaves no room for an answer in the context."""
+        limit = self.max_images(codes_per_image)
+        if num_images + 1 > limit:
             raise UserError(
-                f"a prompt of {prompt} images and an answer don't fit: "
-                f"the model's context of {self.config.context} holds {fit} images of {codes_per_image} codes"
+                f"a prompt of {num_images} images and an answer don't fit the context of {self.config.context}, "
+                f"which holds {limit} images of {codes_per_image} codes; use fewer images"
             )
 
-    def _checked(self, tokens: Any) -> np.ndarray:
-        try:
-            array = np.asarray(tokens)
-        except ValueError as error:
-            raise UserError("tokens: rows of unequal length, wanted integers [B, S]") from error
-        if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
-            raise UserError(f"tokens: {array.dtype} {list(array.shape)}, wanted integers [B, S], none empty")
-        if array.min() < 0 or array.max() >= self.vocabulary.size:
+    def _check_tokens(self, tokens: ArrayLike, max_length: int) -> np.ndarray:
+        array = _check_ids("tokens", tokens, self.vocabulary.size)
+        if array.shape[1] > max_length:
             raise UserError(
-                f"tokens: ids from {array.min()} to {array.max()}, the vocabulary has 0..{self.vocabulary.size - 1}"
-            )
-        return array.astype(np.int32)
-
-    def _checked_grids(self, grids: Any) -> np.ndarray:
-        array = np.asarray(grids)
-        if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
-            raise UserError(f"grids: {array.dtype} {list(array.shape)} for a prompt, wanted integers [K, N]")
-        if array.min() < 0 or array.max() >= self.vocabulary.num_codes:
-            raise UserError(
-                f"grids: codes from {array.min()} to {array.max()}, "
-                f"the codebook has 0..{self.vocabulary.num_codes - 1}"
+                f"tokens: rows of {array.shape[1]} exceed the model's context of {self.config.context}"
             )
         return array
 
-    def _samplings(self, temperature: Any, top_k: Any, top_p: Any, rows: int) -> list[SamplingParams]:
-        named = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        columns = [self._each(name, value, rows) for name, value in named.items()]
-        return [SamplingParams(*fields) for fields in zip(*columns, strict=True)]
-
     @staticmethod
-    def _each(name: str, value: Any, rows: int) -> list[Any]:
-        values = np.ravel(value).tolist() * (rows if np.ndim(value) == 0 else 1)
-        if len(values) != rows:
-            raise UserError(f"{name}: {len(values)} for {rows} prompts; give one, or one each")
-        return values
+    def _sampling(temperature: Any, top_k: Any, top_p: Any, num_prompts: int) -> list[SamplingParams]:
+        named = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        columns = [_broadcast(name, value, num_prompts) for name, value in named.items()]
+        return [SamplingParams(float(t), k, float(p)) for t, k, p in zip(*columns, strict=True)]
+
+
+def _check_ids(name: str, ids: ArrayLike, limit: int) -> np.ndarray:
+    """Returns `ids` as int32. Raises UserError unless they are two-dimensional integers in [0, limit)."""
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:
+        raise UserError(f"{name}: rows of unequal length; expected integers with 2 dimensions") from error
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
+        raise UserError(
+            f"{name}: {array.dtype} {list(array.shape)}; expected integers with 2 dimensions, not empty"
+        )
+    if array.min() < 0 or array.max() >= limit:
+        raise UserError(f"{name}: ids from {array.min()} to {array.max()}; expected 0..{limit - 1}")
+    return array.astype(np.int32)
+
+
+def _broadcast(name: str, value: Any, num_prompts: int) -> list[Any]:
+    values = np.ravel(value).tolist() * (num_prompts if np.ndim(value) == 0 else 1)
+    if len(values) != num_prompts:
+        raise UserError(
+            f"{name} has {len(values)} values for {num_prompts} prompts; give one, or one per prompt"
+        )
+    return values

@@ -1,100 +1,104 @@
-"""Likelihoods of a model whose logits are known."""
+"""Likelihoods of a model with known logits."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
 from lvm.evaluation import likelihood
+from lvm.inference.pretrained import LVM
 from lvm.model.vocabulary import Vocabulary
+from lvm.training import losses
 
 K = 4  # codes
-OURS = Vocabulary.for_codes(K)
-BARE = Vocabulary(K, K, None, None, None)
+WITH_BOS = Vocabulary.for_codes(K)
+WITHOUT_BOS = Vocabulary(K, K, None, None, None)
 
 
-class Bigram:
-    """A model whose next code depends on the token before it alone."""
+class Bigram(LVM):
+    """A model whose next code depends on the preceding token alone: its projection is the table of logits."""
 
-    def __init__(self, vocabulary=OURS, scale=2.0):
+    def __init__(self, vocabulary=WITH_BOS, scale=2.0):
         self.vocabulary = vocabulary
         size = vocabulary.size
         self.table = np.random.default_rng(3).normal(0, scale, (size, size)).astype(np.float32)
+        self.log_probs = log_softmax(self.table.astype(np.float64), -1)
         self.shapes = set()
 
-    def logits(self, tokens):
+    def token_losses(self, tokens):
         self.shapes.add(tokens.shape)
-        return self.table[tokens]
+        hidden = jax.nn.one_hot(tokens[:, :-1], self.vocabulary.size)
+        targets = jnp.asarray(tokens[:, 1:], jnp.int32)
+        return np.asarray(losses.token_losses(hidden, jnp.asarray(self.table), targets, 5)[0])
 
 
-def sentences(count, grids=3, codes=4, seed=0):
-    return np.random.default_rng(seed).integers(0, K, (count, grids, codes))
+def random_sentences(count, grids=3, codes=4):
+    return np.random.default_rng(0).integers(0, K, (count, grids, codes))
 
 
 @pytest.mark.parametrize("count", [1, 16, 37])
-def test_losses_are_those_of_each_code_given_the_one_before(count):
-    model, asked = Bigram(), sentences(count)
-    losses = likelihood.grid_losses(model, asked)
-    likelihoods = log_softmax(model.table.astype(np.float64), -1)
-    flat = asked.reshape(count, -1)
-    before = np.concatenate([np.full((count, 1), OURS.bos), flat[:, :-1]], 1)
-    np.testing.assert_allclose(losses.reshape(count, -1), -likelihoods[before, flat], rtol=1e-5)
-    assert losses.shape == asked.shape
-    assert len(model.shapes) == 1  # one shape, one compile
+def test_grid_losses_with_bos(count):
+    model, sentences = Bigram(), random_sentences(count)
+    nll = likelihood.grid_losses(model, sentences)
+    flat = sentences.reshape(count, -1)
+    before = np.concatenate([np.full((count, 1), WITH_BOS.bos), flat[:, :-1]], 1)
+    np.testing.assert_allclose(nll.reshape(count, -1), -model.log_probs[before, flat], rtol=1e-5, atol=1e-6)
+    assert nll.shape == sentences.shape
+    assert len(model.shapes) == 1  # one shape, one compilation
 
 
-def test_without_bos_the_first_code_has_no_prediction():
-    model, asked = Bigram(BARE), sentences(3)
-    losses = likelihood.grid_losses(model, asked).reshape(3, -1)
-    assert np.isnan(losses[:, 0]).all()
-    flat = asked.reshape(3, -1)
-    likelihoods = log_softmax(model.table.astype(np.float64), -1)
-    np.testing.assert_allclose(losses[:, 1:], -likelihoods[flat[:, :-1], flat[:, 1:]], rtol=1e-5)
+def test_grid_losses_without_bos_lack_the_first_code():
+    model, sentences = Bigram(WITHOUT_BOS), random_sentences(3)
+    nll = likelihood.grid_losses(model, sentences).reshape(3, -1)
+    assert np.isnan(nll[:, 0]).all()
+    flat = sentences.reshape(3, -1)
+    np.testing.assert_allclose(nll[:, 1:], -model.log_probs[flat[:, :-1], flat[:, 1:]], rtol=1e-5, atol=1e-6)
 
 
-def test_an_even_model_loses_the_logarithm_of_its_vocabulary():
-    losses = likelihood.grid_losses(Bigram(scale=0.0), sentences(2))
-    np.testing.assert_allclose(losses, np.log(OURS.size), rtol=1e-6)
+def test_grid_losses_of_a_uniform_model():
+    nll = likelihood.grid_losses(Bigram(scale=0.0), random_sentences(2))
+    np.testing.assert_allclose(nll, np.log(WITH_BOS.size), rtol=1e-6)
 
 
-def test_large_logits_do_not_overflow():
-    losses = likelihood.grid_losses(Bigram(scale=1e4), sentences(2))
-    assert np.isfinite(losses).all()
+def test_grid_losses_do_not_overflow():
+    assert np.isfinite(likelihood.grid_losses(Bigram(scale=1e4), random_sentences(2))).all()
 
 
-def test_the_mixture_is_weighted_and_stands_beside_the_unigram_entropy():
-    losses = {"a": np.full((2, 1, 4), 0.5), "b": np.full((3, 2, 4), 1.5)}
+def test_mixture_metrics_are_weighted():
+    nll = {"a": np.full((2, 1, 4), 0.5), "b": np.full((3, 2, 4), 1.5)}
     codes = {"a": np.zeros((2, 1, 4), int), "b": np.ones((3, 2, 4), int)}
-    figures = likelihood.mixture_metrics(losses, codes, {"a": 1.0, "b": 3.0, "unused": 5.0}, K)
-    assert figures["loss"] == pytest.approx(0.25 * 0.5 + 0.75 * 1.5)
+    metrics = likelihood.mixture_metrics(nll, codes, {"a": 1.0, "b": 3.0, "unused": 5.0}, K)
+    assert metrics["loss"] == pytest.approx(0.25 * 0.5 + 0.75 * 1.5)
     entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))  # code 0 has a quarter, however many sentences
-    assert figures["unigram_entropy"] == pytest.approx(entropy)
-    assert figures["below_unigram"] == pytest.approx(1 - figures["loss"] / entropy)
-    assert figures["by_component"] == {"a": 0.5, "b": 1.5}
+    assert metrics["unigram_entropy"] == pytest.approx(entropy)
+    assert metrics["below_unigram"] == pytest.approx(1 - metrics["loss"] / entropy)
+    assert metrics["by_component"] == {"a": 0.5, "b": 1.5}
 
 
-def test_perplexity_of_each_image_in_both_ways():
-    losses = np.log(np.array([[[2.0, 8.0], [1.0, 1.0]], [[16.0, 16.0], [4.0, 4.0]]]))  # [2, 2, 2]
-    figures = likelihood.perplexity_by_image(losses)
-    np.testing.assert_allclose(figures["exp_of_mean"], [8, 2])  # √(4 · 16), √(1 · 4)
-    np.testing.assert_allclose(figures["mean_of_exp"], [10, 2.5])  # (4 + 16) / 2, (1 + 4) / 2
+def test_perplexity_by_image_in_both_averages():
+    nll = np.log(np.array([[[2.0, 8.0], [1.0, 1.0]], [[16.0, 16.0], [4.0, 4.0]]]))  # [2, 2, 2]
+    metrics = likelihood.perplexity_by_image(nll)
+    np.testing.assert_allclose(metrics["exp_of_mean"], [8, 2])  # √(4 · 16), √(1 · 4)
+    np.testing.assert_allclose(metrics["mean_of_exp"], [10, 2.5])  # (4 + 16) / 2, (1 + 4) / 2
 
 
-def test_perplexity_leaves_out_the_code_that_has_no_prediction():
-    losses = np.log(np.array([[[4.0, 9.0]], [[4.0, 9.0]]]))
-    losses[:, 0, 1] = np.nan
-    np.testing.assert_allclose(likelihood.perplexity_by_image(losses)["exp_of_mean"], [4])
+def test_perplexity_by_image_ignores_nan():
+    nll = np.log(np.array([[[4.0, 9.0]], [[4.0, 9.0]]]))
+    nll[:, 0, 1] = np.nan
+    np.testing.assert_allclose(likelihood.perplexity_by_image(nll)["exp_of_mean"], [4])
 
 
-def test_later_frames_stand_beside_the_entropy_given_the_frame_before():
-    # After 1 comes 2, after 2 comes 3 or 0, as often; the first frame tells nothing.
+def test_video_metrics_of_known_transitions():
+    # 1 is followed by 2; 2 by 3 or 0 with equal probability. The first transition isn't counted.
     frames = np.array([[[0, 0], [1, 2], [2, 3]], [[0, 0], [1, 2], [2, 0]]])
-    losses = np.full(frames.shape, 2.0)
-    losses[:, 2] = 0.5
-    figures = likelihood.video_metrics(losses, list(frames), 1, K)
-    assert (figures["loss_first_image"], figures["loss_from_image_3"]) == (2.0, 0.5)
-    assert figures["conditional_entropy_plug_in"] == pytest.approx(np.log(2) / 2)
+    nll = np.full(frames.shape, 2.0)
+    nll[:, 2] = 0.5
+    metrics = likelihood.video_metrics(nll, list(frames), 1, K)
+    assert (metrics["loss_first_image"], metrics["loss_from_image_3"]) == (2.0, 0.5)
+    assert metrics["conditional_entropy_plug_in"] == pytest.approx(np.log(2) / 2)
     corrected = np.log(2) / 2 + (3 - 2) / (2 * 4)  # three pairs and two codes seen, in four transitions
-    assert figures["conditional_entropy"] == pytest.approx(corrected)
-    assert figures["below_conditional"] == pytest.approx(1 - 0.5 / corrected)
-    assert figures["num_transitions"] == 4
-    assert figures["perplexity_ratio"] == pytest.approx(np.exp(-1.5))
+    assert metrics["conditional_entropy"] == pytest.approx(corrected)
+    assert metrics["below_conditional"] == pytest.approx(1 - 0.5 / corrected)
+    assert metrics["num_transitions"] == 4
+    assert metrics["perplexity_ratio"] == pytest.approx(np.exp(-1.5))

@@ -214,7 +214,7 @@ def test_a_prompt_is_read_once_for_its_candidates(monkeypatch):
     monkeypatch.setattr(
         decode,
         "prefill",
-        lambda weights, rows, *a, **k: seen.update([rows.shape]) or prefill(weights, rows, *a, **k),
+        lambda params, rows, *a, **k: seen.update([rows.shape]) or prefill(params, rows, *a, **k),
     )
     assert write([prompt(4)], 18, SamplingParams(), [7]).shape == (1, 2, 18)
     assert seen == {(1, 128): 1}
@@ -230,17 +230,17 @@ def test_without_a_window_prompt_and_answer_must_fit_the_context():
     ("prompts", "options", "words"),
     [
         ([prompt(0)], {}, "a prompt is empty"),
-        ([], {}, "no prompt was given"),
-        ([prompt(3)], {"length": 0}, "length: 0 new tokens"),
-        ([prompt(3)], {"seeds": [1, 2]}, "1 prompts, 1 ways of sampling and 2 seeds"),
+        ([], {}, "no prompts"),
+        ([prompt(3)], {"num_tokens": 0}, "num_tokens=0"),
+        ([prompt(3)], {"seeds": [1, 2]}, "1 prompts, 1 sampling params, 2 seeds"),
         ([grids(5)], {"window": WINDOW}, "a prompt of 31 tokens and 6 new ones need a context of 36"),
         (
             [grids(1)],
             {"window": SlidingWindow(N, BOS, 5)},
-            "drop: 5 grids of the 5 that fit the context; wanted 1 to 4",
+            "drop=5 must be from 1 to 4",
         ),
     ],
 )
 def test_impossible_requests_are_named(prompts, options, words):
     with pytest.raises(UserError, match=words):
-        generator()(prompts, **{"length": 4, "sampling": GREEDY, "seeds": [0] * len(prompts), **options})
+        generator()(prompts, **{"num_tokens": 4, "sampling": GREEDY, "seeds": [0] * len(prompts), **options})
