@@ -29,7 +29,7 @@ from lvm.data.images.sources import ImageSource, open_source
 from lvm.data.mixture.split import content_hash
 from lvm.data.store import writer
 from lvm.data.store.format import DamagedError, Scene
-from lvm.data.store.reader import HEADER, MANIFEST, Store
+from lvm.data.store.reader import HEADER, MANIFEST, Store, index_mismatch
 from lvm.data.store.records import FILE_CHECKSUM_MISMATCH, check_size
 from lvm.inference.contact_sheet import Cell, render_sheet
 from tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def _manifest_problems(store: Store) -> Iterator[str]:
         if header.pop("num_shards") != len(entries):
             yield f"{store.path / MANIFEST}: has {len(entries)} shards, {HEADER} says another number"
         again = files.as_json(writer.build_manifest(header, entries))
-    except (OSError, UserError, KeyError, IndexError, TypeError) as error:
+    except (OSError, UserError, KeyError, IndexError, TypeError, ValueError) as error:
         yield f"{store.path}: {HEADER} or a shard's entry is missing or damaged: {error}"
         return
     for key in sorted(again.keys() | store.manifest.keys()):
@@ -117,7 +117,7 @@ class _Counts:
             low, high = np.searchsorted(index["record"], [record, record + 1])
             try:
                 page = store.shards.page(shard, record)
-                _check_index(index[low:high], page, store.shards.where(shard, record))
+                _check_index(index[low:high], page, store.shards.record_name(shard, record))
             except DamagedError as error:
                 whole = False
                 yield str(error)
@@ -158,7 +158,7 @@ def _check_index(rows: np.ndarray, page: list[Scene], where: str) -> None:
     fields = ["slot", "frames", "stream_set", "class_id"]
     found = [tuple(row) for row in rows[fields].tolist()]
     if found != [(slot, len(s.codes), s.stream_set, s.class_id) for slot, s in enumerate(page)]:
-        raise DamagedError(f"{where}: the index beside it is damaged: it tells of another scene")
+        raise index_mismatch(where)
 
 
 def sample_scenes(store: Store, count: int) -> Iterator[tuple[int, Scene]]:

@@ -81,7 +81,7 @@ def test_a_damaged_record_is_named_in_the_words_that_training_uses(copy):
         Store(copy).scene(7)
     assert found[0] == str(refused.value)
     assert found[0].startswith(f"{file}, record 0: ")
-    assert found[1:] == [f"{file}: damaged: its checksum is not the manifest's"]
+    assert found[1:] == [f"{file}: damaged: checksum differs from the manifest's"]
 
 
 def test_a_changed_index_is_refused_as_it_is_named(copy):
@@ -89,7 +89,7 @@ def test_a_changed_index_is_refused_as_it_is_named(copy):
     flip(file, 4)  # frames of the first
     with pytest.raises(UserError) as refused:
         Store(copy).entries(np.array([60]))
-    assert problems(copy) == [str(refused.value)] == [f"{file}: damaged: its checksum is not the manifest's"]
+    assert problems(copy) == [str(refused.value)] == [f"{file}: damaged: checksum differs from the manifest's"]
 
 
 def test_a_changed_copy_of_an_index_is_named(copy, tmp_path):
@@ -98,7 +98,7 @@ def test_a_changed_copy_of_an_index_is_named(copy, tmp_path):
     (file,) = (tmp_path / "staged").rglob("shard-00001-of-00002.index")
     flip(file, 4)
     found = list(inspect.find_problems(Store(copy, stage_to=str(tmp_path / "staged"))))
-    assert found == [f"{file}: damaged: its checksum is not the manifest's"]
+    assert found == [f"{file}: damaged: checksum differs from the manifest's"]
 
 
 def test_an_index_that_told_of_another_scene_from_the_start_is_named_with_its_record(copy):
@@ -112,7 +112,7 @@ def test_an_index_that_told_of_another_scene_from_the_start_is_named_with_its_re
     with pytest.raises(DamagedError) as refused:
         Store(copy).scene(60)
     assert found[0] == str(refused.value)
-    assert "record 0: the index beside it is damaged: it tells of another scene" in found[0]
+    assert "record 0: the shard's index is damaged" in found[0]
 
 
 def test_a_shard_whose_records_can_not_be_found_is_named_once(copy):

@@ -1,41 +1,41 @@
-"""Scenes of codes, and how they lie in a record (version 2).
+"""Record format of scenes (version 2).
 
-A record is a page: one scene of several images, or up to 64 scenes of a single image each that share their
-stream. Little-endian:
+A record holds one scene of several images, or a page: up to 64 single-image scenes of one stream set. Little-endian:
 
-    magic "LVMS" | version u16 | scenes u16 | crc32c u32 of all but the blocks
-    frames u32 | stream set u32 | codes an image u32
+    magic "LVMS" | version u16 | scenes u16 | crc32c u32 of everything but the blocks
+    frames u32 | stream set u32 | codes per image u32
     class id i32 × scenes | key length u16 × scenes | keys, UTF-8
-    blocks of up to 4 grids, scene after scene, frame-major: codes u16 × (grids · N), and the crc32c u32 of them
+    blocks of up to 4 grids, scene by scene, frame-major: codes u16 × (grids · N), then their crc32c u32
 
-A block is checked by itself: whoever wants one image of a page, or some frames of a long video, reads no more than
-the blocks that hold them.
+Each block has its own checksum: reading one image of a page, or some frames of a long video, touches only the blocks
+that hold them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeVar
 
 import google_crc32c
 import numpy as np
+from jaxtyping import Int, UInt16
 
 from lvm.common.errors import UserError
 
 MAGIC, VERSION = b"LVMS", 2
-PAGE_SIZE = 64  # single-image scenes in one record
-BLOCK_SIZE = 4  # grids that share a checksum: 2 KiB of a disk's 4
-_CHECK = 4  # bytes of a checksum
-# The crc32c of anything that its own crc32c follows.
+PAGE_SIZE = 64  # single-image scenes per record
+BLOCK_SIZE = 4  # grids per checksum: 2 KiB of 256 codes each, half of a disk's 4 KiB block
+_CHECKSUM_SIZE = 4  # bytes
+# CRC of any bytes followed by their own CRC: a constant, so a block is checked in one pass.
 _RESIDUE = google_crc32c.value(b"x" + google_crc32c.value(b"x").to_bytes(4, "little"))
-_MOST = 2**16 - 1  # frames of a scene, and bytes of a key
+_MAX_U16 = 2**16 - 1  # frames of a scene, bytes of a key
 _HEAD = struct.Struct("<4sHHI")
 _SHAPE = struct.Struct("<III")
 RECORD_HEADER_SIZE = _HEAD.size + _SHAPE.size
 
-# One entry a scene, in a file beside each shard.
+# The index file of a shard: a `SCENE_DTYPE` per scene,
 SCENE_DTYPE = np.dtype(
     [
         ("record", "<u4"),
@@ -46,42 +46,41 @@ SCENE_DTYPE = np.dtype(
         ("group", "<u8"),
     ]
 )
-# Then one a record: where its blocks begin in the shard (`records.read_ranges`), and how many grids they hold.
+# then a `RECORD_DTYPE` per record: offset of its blocks in the shard (`records.read_ranges`) and their number of grids.
 RECORD_DTYPE = np.dtype([("start", "<i8"), ("grids", "<i4")])
-# Both of a scene, and its shard.
+# Both for one scene, and its shard.
 ENTRY_DTYPE = np.dtype([*SCENE_DTYPE.descr, *RECORD_DTYPE.descr, ("shard", "<i4")])
-CHECKSUM_MISMATCH = "damaged: a checksum doesn't fit the content"
+CHECKSUM_MISMATCH = "checksum mismatch"
 
-
-Where = str | Callable[[], str]
+Size = TypeVar("Size", int, np.ndarray)
 
 
 class DamagedError(UserError):
-    """A record that isn't what was written. The message begins with its shard and record."""
+    """A corrupted record. Outside this module, the message begins with the shard and the record."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What belongs together: T frames × S streams of grids.
+    """T frames × S streams of grids of N codes.
 
     Attributes:
       key: unique in its store.
       class_id: index into the store's classes, -1 for none.
       stream_set: index into the store's stream sets.
-      codes: uint16 [T, S, N].
+      codes: frame-major.
     """
 
     key: str
     class_id: int
     stream_set: int
-    codes: np.ndarray
+    codes: UInt16[np.ndarray, "T S N"]
 
 
 def pack(scenes: Sequence[Scene]) -> bytes:
-    """The record of one scene, or of a page of single-image scenes of one stream set.
+    """Serializes one scene, or a page of single-image scenes of one stream set, as a record.
 
     Raises:
-      UserError: more frames, or a longer key, than a record or its index can tell.
+      UserError: more frames, or a longer key, than 16 bits can count.
     """
     first = scenes[0]
     T, S, N = first.codes.shape
@@ -90,11 +89,13 @@ def pack(scenes: Sequence[Scene]) -> bytes:
     if any(scene.codes.shape != (T, S, N) or scene.stream_set != first.stream_set for scene in scenes):
         raise ValueError("the scenes of a page must agree in shape and stream set")
     keys = [scene.key.encode() for scene in scenes]
-    if T > _MOST or max(map(len, keys)) > _MOST:
+    key_size = max(map(len, keys))
+    if max(T, key_size) > _MAX_U16:
         raise UserError(
-            f"{first.key[:80]}: {T} frames, and a key of {max(map(len, keys))} bytes; at most {_MOST} each"
+            f"{first.key[:80]}: {T} frames, key of {key_size} bytes; the limit of both is {_MAX_U16}"
         )
-    rest = b"".join(
+    head = _HEAD.pack(MAGIC, VERSION, len(scenes), 0)
+    metadata = b"".join(
         [
             _SHAPE.pack(T, first.stream_set, N),
             np.array([scene.class_id for scene in scenes], "<i4").tobytes(),
@@ -102,94 +103,87 @@ def pack(scenes: Sequence[Scene]) -> bytes:
             *keys,
         ]
     )
-    checksum = _head_checksum(_HEAD.pack(MAGIC, VERSION, len(scenes), 0), rest)
+    checksum = _metadata_checksum(head, metadata)
     grids = np.concatenate([scene.codes for scene in scenes]).astype("<u2").reshape(-1, N)
-    return _HEAD.pack(MAGIC, VERSION, len(scenes), checksum) + rest + _in_blocks(grids)
+    blocks = [grids[start : start + BLOCK_SIZE].tobytes() for start in range(0, len(grids), BLOCK_SIZE)]
+    checked = [block + google_crc32c.value(block).to_bytes(_CHECKSUM_SIZE, "little") for block in blocks]
+    return _HEAD.pack(MAGIC, VERSION, len(scenes), checksum) + metadata + b"".join(checked)
 
 
-def blocks_size(grids: Any, codes_per_image: int) -> Any:
-    """Bytes of so many grids with their checksums, the last part of a record: int, or int64 [n]."""
-    return grids * 2 * codes_per_image + -(-grids // BLOCK_SIZE) * _CHECK
+def blocks_size(num_grids: Size, codes_per_image: int) -> Size:
+    """Bytes of a record's blocks, checksums included: the last part of the record. Elementwise for arrays."""
+    return num_grids * 2 * codes_per_image + -(-num_grids // BLOCK_SIZE) * _CHECKSUM_SIZE
 
 
-def _in_blocks(grids: np.ndarray) -> bytes:
-    parts = []
-    for start in range(0, len(grids), BLOCK_SIZE):
-        codes = grids[start : start + BLOCK_SIZE].tobytes()
-        parts += [codes, google_crc32c.value(codes).to_bytes(_CHECK, "little")]
-    return b"".join(parts)
+def _metadata_checksum(head: bytes, metadata: bytes) -> int:
+    """CRC of everything but the blocks and the checksum itself."""
+    return google_crc32c.extend(google_crc32c.value(head[: _HEAD.size - _CHECKSUM_SIZE]), metadata)
 
 
-def _head_checksum(head: bytes, rest: bytes) -> int:
-    """Of all that isn't blocks, the checksum itself left out."""
-    return google_crc32c.extend(google_crc32c.value(head[: _HEAD.size - _CHECK]), rest)
-
-
-def _damaged(where: Where, reason: str) -> DamagedError:
-    return DamagedError(f"{where if isinstance(where, str) else where()}: {reason}")
-
-
-def unpack(record: bytes, streams: Sequence[int], where: Where) -> list[Scene]:
-    """The scenes of a record.
+def unpack(record: bytes, num_streams: Sequence[int]) -> list[Scene]:
+    """Parses a record that `pack` made.
 
     Args:
-      record: as `pack` made it.
-      streams: number of streams in each stream set.
-      where: the shard and record, for the error, or what tells them.
+      record: all of its bytes.
+      num_streams: number of streams of each stream set.
 
     Raises:
-      DamagedError: not a record of this version, or damaged; names `where`.
+      DamagedError: not a record of this version, or corrupted.
     """
     if len(record) < RECORD_HEADER_SIZE:
-        raise _damaged(where, f"{len(record)} bytes are too few for a record")
+        raise DamagedError(f"{len(record)} bytes; a record's header has {RECORD_HEADER_SIZE}")
     magic, version, count, checksum = _HEAD.unpack_from(record)
-    if magic != MAGIC or version != VERSION:
-        raise _damaged(where, f"found {magic!r} version {version}, wanted {MAGIC!r} version {VERSION}")
+    if (magic, version) != (MAGIC, VERSION):
+        raise DamagedError(f"format is {magic!r} version {version}, not {MAGIC!r} version {VERSION}")
     T, stream_set, N = _SHAPE.unpack_from(record, _HEAD.size)
-    at = RECORD_HEADER_SIZE
-    grids = count * T * streams[stream_set] if stream_set < len(streams) else 0
-    begun = len(record) - blocks_size(grids, N)  # of the blocks
-    lengths = np.frombuffer(record, "<u2", count, at + 4 * count) if at + 6 * count <= begun else np.zeros(0)
-    if grids < 1 or at + 6 * count + int(lengths.sum()) != begun:
-        raise _damaged(where, f"damaged: {len(record)} bytes don't hold {count} scenes of {T} frames")
-    codes = unpack_blocks(record[begun:], grids, N)
-    if codes is None or _head_checksum(record, record[_HEAD.size : begun]) != checksum:
-        raise _damaged(where, CHECKSUM_MISMATCH)
-    class_ids = np.frombuffer(record, "<i4", count, at)
-    at += 6 * count
-    keys = []
-    for length in lengths.tolist():
-        keys.append(record[at : at + length].decode())
-        at += length
-    codes = codes.reshape(count, T, streams[stream_set], N)
-    return [
-        Scene(*parts) for parts in zip(keys, class_ids.tolist(), [stream_set] * count, codes, strict=True)
-    ]
+    num_grids = count * T * num_streams[stream_set] if stream_set < len(num_streams) else 0
+    blocks_start = len(record) - blocks_size(num_grids, N)
+    lengths_start = RECORD_HEADER_SIZE + 4 * count
+    keys_start = lengths_start + 2 * count
+    has_lengths = keys_start <= blocks_start
+    lengths = np.frombuffer(record, "<u2", count, lengths_start).tolist() if has_lengths else []
+    if num_grids < 1 or keys_start + sum(lengths) != blocks_start:
+        raise DamagedError(f"{len(record)} bytes don't hold {count} scenes of {T} frames")
+    codes = unpack_blocks(record[blocks_start:], num_grids, N)
+    if codes is None or _metadata_checksum(record, record[_HEAD.size : blocks_start]) != checksum:
+        raise DamagedError(CHECKSUM_MISMATCH)
+    class_ids = np.frombuffer(record, "<i4", count, RECORD_HEADER_SIZE).tolist()
+    scene_codes = codes.reshape(count, T, num_streams[stream_set], N)
+    scenes, start = [], keys_start
+    for class_id, length, grids in zip(class_ids, lengths, scene_codes, strict=True):
+        scenes.append(Scene(record[start : start + length].decode(), class_id, stream_set, grids))
+        start += length
+    return scenes
 
 
-def unpack_blocks(blocks: bytes, grids: int, codes_per_image: int) -> np.ndarray | None:
-    """All `grids` of a record, uint16 [grids, N], of its blocks; None where these are damaged."""
+def unpack_blocks(blocks: bytes, num_grids: int, codes_per_image: int) -> UInt16[np.ndarray, "G N"] | None:
+    """All grids of a record; None if a block is corrupted."""
     stride = blocks_size(BLOCK_SIZE, codes_per_image)
-    pieces = [blocks[start : start + stride] for start in range(0, len(blocks), stride)]
-    if _first_damaged(pieces) is not None:
+    checked = [blocks[start : start + stride] for start in range(0, len(blocks), stride)]
+    if _first_damaged(checked) is not None:
         return None
-    return np.frombuffer(b"".join([piece[:-_CHECK] for piece in pieces]), "<u2").reshape(
-        grids, codes_per_image
-    )
+    codes = b"".join([block[:-_CHECKSUM_SIZE] for block in checked])
+    return np.frombuffer(codes, "<u2").reshape(num_grids, codes_per_image)
 
 
 def _first_damaged(blocks: Sequence[bytes]) -> int | None:
-    checks = list(map(google_crc32c.value, blocks))
-    return None if checks.count(_RESIDUE) == len(checks) else [c != _RESIDUE for c in checks].index(True)
+    residues = list(map(google_crc32c.value, blocks))
+    if residues.count(_RESIDUE) == len(residues):
+        return None
+    return next(i for i, residue in enumerate(residues) if residue != _RESIDUE)
 
 
-def first_damaged_block(content: bytes, starts: np.ndarray, sizes: np.ndarray) -> int | None:
-    """The first of the blocks of so many bytes that doesn't fit its checksum; None if all do."""
+def first_damaged_block(
+    content: bytes, starts: Int[np.ndarray, " n"], sizes: Int[np.ndarray, " n"]
+) -> int | None:
+    """Index of the first block of `content` whose checksum is wrong, None if there is none."""
     stops = starts + sizes
     return _first_damaged([content[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)])
 
 
-def gather_grids(blocks: bytes, offsets: np.ndarray, codes_per_image: int) -> np.ndarray:
-    """The grids that begin at `offsets` of some blocks, int64 [n], in bytes: uint16 [n, N]."""
+def gather_grids(
+    blocks: bytes, offsets: Int[np.ndarray, " n"], codes_per_image: int
+) -> UInt16[np.ndarray, "n {codes_per_image}"]:
+    """The grids at byte `offsets` of `blocks`."""
     windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(blocks, "<u2"), codes_per_image)
     return windows[offsets // 2]

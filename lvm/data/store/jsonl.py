@@ -1,14 +1,12 @@
-"""LVM's JSONL: a sentence a line, {"tokens": base64 of int32 little-endian}, a grid after the other, no BOS, no EOS.
+"""LVM's JSONL: one sentence per line, {"tokens": base64 of int32 little-endian}, its grids in order, no BOS or EOS.
 
-A file is read as a store: each line is a scene of one stream, `rgb`, whose frames are the line's grids, so
-`Video(frames=16, strides=(1,))` gives back lines of 16 grids as they are. The first time, the file is read
-through and an index is left beside it.
+`JsonlStore` reads a file as a store: each line is a scene of one stream, `rgb`, whose frames are the line's grids, so
+`Video(frames=16, strides=(1,))` reproduces lines of 16 grids. The first use writes an index beside the file.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import json
 import mmap
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Bool, Int, Int32, Shaped, UInt16
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -25,8 +24,8 @@ from lvm.common.logging import log_info
 from lvm.data.mixture import split
 
 SUFFIX = ".jsonl"
-# Fields as in `scenes.INDEX`, and where the line is.
-_INDEX = np.dtype(
+# Fields as in `format.SCENE_DTYPE`, and the byte range of the line.
+_LINE_DTYPE = np.dtype(
     [
         ("offset", "<u8"),
         ("size", "<u4"),
@@ -40,10 +39,10 @@ _INDEX = np.dtype(
 
 @dataclasses.dataclass(frozen=True)
 class JsonlFormat:
-    """What a JSONL file doesn't tell; the defaults are those of LVM's published tokenizer.
+    """Properties of the tokenizer that made a JSONL file; the defaults are those of LVM's published one.
 
     Attributes:
-      num_codes: size of the codebook.
+      num_codes: codebook size.
       grid: rows and columns of an image's codes.
     """
 
@@ -52,46 +51,43 @@ class JsonlFormat:
 
     def __post_init__(self) -> None:
         if not 0 < self.num_codes <= 2**16:
-            raise UserError(f"num_codes: {self.num_codes} is not in 1..{2**16}")
+            raise UserError(f"num_codes={self.num_codes} must be in 1..{2**16}")
         if len(self.grid) != 2 or min(self.grid) < 1:
-            raise UserError(f"grid: {self.grid} is not two positive numbers, rows and columns")
+            raise UserError(f"grid={self.grid} must be two positive numbers, rows and columns")
 
 
-def encode_line(codes: np.ndarray) -> str:
-    """A sentence's codes int [grids, N] as a line, with its end."""
+def encode_line(codes: Shaped[np.ndarray, "grids N"]) -> str:
+    """Formats the codes of a sentence as a line, newline included."""
     return json.dumps({"tokens": base64.b64encode(codes.astype("<i4").tobytes()).decode()}) + "\n"
 
 
-def decode_line(line: bytes) -> np.ndarray:
-    """The tokens of a line, int32 [n]. Raises ValueError for what is none."""
+def decode_line(line: bytes) -> Int32[np.ndarray, " tokens"]:
+    """Parses the tokens of a line. Raises ValueError if it isn't in the format."""
     try:
         return np.frombuffer(base64.b64decode(json.loads(line)["tokens"], validate=True), "<i4")
-    except (KeyError, TypeError, binascii.Error) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
-def decode_grids(line: bytes, format: JsonlFormat) -> np.ndarray:
-    """The codes of a line, int32 [grids, N]. Raises ValueError for what is no sentence of the format."""
-    try:
-        tokens = decode_line(line)
-    except ValueError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not {{'tokens': base64}}: {error}") from error
+
+
+def decode_grids(line: bytes, format: JsonlFormat) -> Int32[np.ndarray, "grids N"]:
+    """Parses the codes of a line. Raises ValueError if they don't fit `format`."""
+    tokens = decode_line(line)
     codes_per_image = format.grid[0] * format.grid[1]
     if not len(tokens) or len(tokens) % codes_per_image:
         raise ValueError(
-            f"{len(tokens)} tokens are no whole number of images of {codes_per_image} codes (grid)"
+            f"{len(tokens)} tokens are not a multiple of {codes_per_image} codes per image (grid)"
         )
     if tokens.min() < 0 or tokens.max() >= format.num_codes:
         raise ValueError(
-            f"codes lie in [{tokens.min()}, {tokens.max()}], expected [0, {format.num_codes}) (num_codes)"
+            f"codes are in [{tokens.min()}, {tokens.max()}], expected [0, {format.num_codes}) (num_codes)"
         )
     return tokens.reshape(-1, codes_per_image)
 
 
 class JsonlStore:
-    """A JSONL file with the attributes and methods of `lvm.data.store.reader.Store` that a mixture reads by.
+    """A JSONL file with the part of `lvm.data.store.reader.Store`'s interface that mixtures use.
 
-    A line's group is its content: a sentence that is there twice is on one side of the split, and a repetition.
+    A line's group is its content: duplicates are in the same split, and count as repetitions.
 
     Raises:
       UserError: a line that isn't a sentence of this format; names file and line.
@@ -102,26 +98,18 @@ class JsonlStore:
 
     def __init__(self, path: epath.PathLike, format: JsonlFormat):
         self.path, self._format = epath.Path(path), format
-        self.num_codes = format.num_codes
-        self.codes_per_image = format.grid[0] * format.grid[1]
+        self.num_codes, self.codes_per_image = format.num_codes, format.grid[0] * format.grid[1]
         with open(self.path, "rb") as file:
             status = os.fstat(file.fileno())
             self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
-        # A path's own times and sizes tell whether the index is that of the file as it is now.
+        # Size and modification time tell whether the index is still that of the file.
         stamp = {"bytes": status.st_size, "modified": status.st_mtime_ns, **dataclasses.asdict(format)}
         self._index = self._open_index(files.as_json(stamp))
         self.indexes = [self._index]
         groups = self._index["group"]
         self._extremes = (int(groups.min()), int(groups.max())) if len(groups) else (0, 0)
-        self.manifest: dict[str, Any] = {
-            "tokenizer": {
-                "weights": "",
-                "hash": "",
-                "grid": list(format.grid),
-                "num_codes": format.num_codes,
-            },
-            "source": {"jsonl": self.path.name},
-        }
+        tokenizer = {"weights": "", "hash": "", "grid": list(format.grid), "num_codes": format.num_codes}
+        self.manifest: dict[str, Any] = {"tokenizer": tokenizer, "source": {"jsonl": self.path.name}}
 
     def __reduce__(self) -> tuple[type[JsonlStore], tuple[str, JsonlFormat]]:
         return JsonlStore, (os.fspath(self.path), self._format)
@@ -130,68 +118,66 @@ class JsonlStore:
         return len(self._index)
 
     def identity(self) -> str:
-        """A hash of every line's content, in order."""
+        """Hash of every line's content, in order."""
         return f"{split.content_hash(np.ascontiguousarray(self._index['group']).tobytes()):016x}"
 
-    def entries(self, numbers: np.ndarray) -> np.ndarray:
-        """The index's entries of the lines at `numbers`, int64 [n]."""
-        return self._index[numbers]
+    def entries(self, scenes: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
+        """Index entries of the lines `scenes`."""
+        return self._index[scenes]
 
-    def heldout(self, fraction: float, entries: np.ndarray | None = None) -> np.ndarray:
-        """bool [n]: which of the lines of `entries` (of all) are held out, by `lvm.data.mixture.split`."""
+    def heldout(
+        self, fraction: float, entries: Shaped[np.ndarray, " n"] | None = None
+    ) -> Bool[np.ndarray, " n"]:
+        """See `Store.heldout`."""
         groups = (self._index if entries is None else entries)["group"]
         return split.heldout_mask(groups, fraction, self._extremes)
 
-    def grids(self, entries: np.ndarray, frames: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """As `Store.grids`: uint16 [n, N]; `columns` are all 0."""
+    def grids(
+        self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]
+    ) -> UInt16[np.ndarray, "n N"]:
+        """See `Store.grids`; `streams` are all 0."""
         codes = np.empty((len(entries), self.codes_per_image), np.uint16)
-        starts, at, which = np.unique(entries["offset"], return_index=True, return_inverse=True)
-        for place, (start, size) in enumerate(
-            zip(starts.tolist(), entries["size"][at].tolist(), strict=True)
-        ):
-            mine = which == place
-            codes[mine] = self._grids(self._content[start : start + size], start)[frames[mine]]
+        for offset in np.unique(entries["offset"]).tolist():
+            rows = np.flatnonzero(entries["offset"] == offset)
+            line = self._content[offset : offset + int(entries["size"][rows[0]])]
+            codes[rows] = self._line_grids(line, int(np.searchsorted(self._index["offset"], offset)))[
+                frames[rows]
+            ]
         return codes
 
-    def _grids(self, content: bytes, start: int, line: int | None = None) -> np.ndarray:
-        """A line's grids; `line` counts the sentences before it, looked up by its place in the file if not given."""
+    def _line_grids(self, line: bytes, i: int) -> Int32[np.ndarray, "grids N"]:
+        """Grids of a line, the `i`-th that isn't blank."""
         try:
-            return decode_grids(content, self._format)
+            return decode_grids(line, self._format)
         except ValueError as error:
-            if line is None:
-                line = int(np.searchsorted(self._index["offset"], start))
-            raise UserError(
-                f"{self.path}, sentence {line + 1}: {error}; config.data.jsonl tells the format"
-            ) from error
+            message = f"{self.path}, sentence {i + 1}: {error}; config.data.jsonl describes the format"
+            raise UserError(message) from error
 
     def _open_index(self, stamp: dict[str, Any]) -> np.ndarray:
         index_path = self.path.parent / f"{self.path.name}.index"
         stamp_path = self.path.parent / f"{self.path.name}.index.json"
         if stamp_path.exists() and index_path.exists():
-            found = files.read_json(stamp_path)
-            if found == {**stamp, "sentences": found.get("sentences")} and (
-                index_path.stat().length == found["sentences"] * _INDEX.itemsize
-            ):
-                return np.memmap(index_path, _INDEX, mode="r") if found["sentences"] else np.zeros(0, _INDEX)
-        log_info(f"{self.path}: reading through it once, for an index")
-        index = np.array(list(self._scan()), _INDEX)
+            stored = files.read_json(stamp_path)
+            count = stored.pop("sentences", 0)
+            if stored == stamp and index_path.stat().length == count * _LINE_DTYPE.itemsize:
+                return np.memmap(index_path, _LINE_DTYPE, mode="r") if count else np.zeros(0, _LINE_DTYPE)
+        log_info(f"{self.path}: scanning it once for an index")
+        index = np.array(list(self._scan()), _LINE_DTYPE)
         try:
             files.write_atomically(index_path, index.tobytes())
             files.write_json(stamp_path, {**stamp, "sentences": len(index)})
         except OSError as error:
-            log_info(
-                f"{index_path}: can't be written ({error.strerror}); every process will read the file through"
-            )
+            log_info(f"{index_path}: not written ({error.strerror}); every process will scan the file")
         return index
 
     def _scan(self) -> Iterator[tuple[int, ...]]:
-        start, line = 0, 0
+        start, count = 0, 0
         while start < len(self._content):
             end = self._content.find(b"\n", start)
             end = len(self._content) if end < 0 else end
-            content = self._content[start:end]
-            if content.strip():
-                grids = self._grids(content, start, line)
+            line = self._content[start:end]
+            if line.strip():
+                grids = self._line_grids(line, count)
                 yield start, end - start, len(grids), 0, -1, split.content_hash(grids.tobytes())
-                line += 1
+                count += 1
             start = end + 1

@@ -1,12 +1,12 @@
-"""The scene store: ArrayRecord shards, an index beside each, and one manifest. `lvm.data.store.writer` writes it.
+"""Scene store: ArrayRecord shards, an index beside each, and one manifest. `lvm.data.store.writer` writes it.
 
     STORE/shard-00000-of-00004.array_record   records of `lvm.data.store.format`
-    STORE/shard-00000-of-00004.index          `scenes.INDEX` of its scenes, `scenes.PLACES` of its records
+    STORE/shard-00000-of-00004.index          `SCENE_DTYPE` of its scenes, `RECORD_DTYPE` of its records
     STORE/shard-00000-of-00004.json           the shard's entry, written after both
-    STORE/header.json                         what all shards share, written before the first
-    STORE/manifest.json                       written once all entries are there
+    STORE/header.json                         metadata of all shards, written before the first
+    STORE/manifest.json                       header, totals and entries, written once all entries exist
 
-A shard counts once its entry stands, the store once its manifest does. Nothing in it tells a time or a host.
+A shard is complete once its entry exists, a store once its manifest does. No file has a time or a host name in it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Bool, Int, Shaped, UInt16
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -27,15 +28,15 @@ from lvm.data.store.records import Shards
 from lvm.data.streams.codecs import Codec, codec_from_json
 
 VERSION = 3
-_PARTS = np.dtype(
-    [("scene", SCENE_DTYPE), ("place", RECORD_DTYPE), ("shard", "<i4")]
-)  # ENTRY in three pieces
+_NESTED_ENTRY = np.dtype(
+    [("scene", SCENE_DTYPE), ("record", RECORD_DTYPE), ("shard", "<i4")]
+)  # as ENTRY_DTYPE
 MANIFEST, HEADER = "manifest.json", "header.json"
 _KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "histogram", "shards"}
 
 
 class _Indexes(Sequence[np.ndarray]):
-    """The indexes of all shards, each mapped when it is asked for."""
+    """Scene indexes of all shards, each memory-mapped on first access."""
 
     def __init__(self, shards: Shards):
         self._shards = shards
@@ -43,33 +44,25 @@ class _Indexes(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self._shards)
 
-    @overload
-    def __getitem__(self, shard: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, shard: slice) -> Sequence[np.ndarray]: ...
     def __getitem__(self, shard: Any) -> Any:
-        if isinstance(shard, slice):
-            return [self._shards.index(i)[0] for i in range(*shard.indices(len(self)))]
         return self._shards.index(range(len(self))[shard])[0]
 
 
 class Store:
-    """A finished store, read by random access. Opening it reads the manifest alone.
-
-    It may be sent to another process, which opens it again.
+    """Random access to a finished store. Opening it reads only the manifest; pickling it reopens it.
 
     Args:
       path: its folder, local or gs://.
-      stage_to: a local folder that shards are copied to, checked, when they are first asked for; "" reads them
-        where they are, which must then be local.
+      stage_to: local folder that shards are copied to, and checked, on first use; "" reads them in place, which must
+        be local disk.
 
     Attributes:
       manifest: as written.
       streams: stream name → codec.
-      stream_sets: the names of the streams of each set.
+      stream_sets: names of the streams of each set.
       classes: class names.
       shards: their files.
-      indexes: `scenes.INDEX` entries of each shard's scenes, memory-mapped when they are asked for.
+      indexes: `SCENE_DTYPE` of each shard's scenes, memory-mapped on first access.
 
     Raises:
       UserError: not a store, or another version.
@@ -84,10 +77,10 @@ class Store:
         self.stream_sets = [tuple(names) for names in self.manifest["stream_sets"]]
         self.classes: list[str] = self.manifest["classes"]
         self._num_streams = np.array([len(names) for names in self.stream_sets], np.int64)
-        streams = self._num_streams.tolist()
-        self.shards = Shards(self.path, self.manifest["shards"], stage_to, self.identity, streams)
+        entries, num_streams = self.manifest["shards"], self._num_streams.tolist()
+        self.shards = Shards(self.path, entries, stage_to, self.identity, num_streams)
         self.indexes = _Indexes(self.shards)
-        self._starts = np.cumsum([0] + [entry["scenes"] for entry in self.manifest["shards"]])
+        self._starts = np.cumsum([0] + [entry["scenes"] for entry in entries])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -96,38 +89,40 @@ class Store:
         return Store, (os.fspath(self.path), self._stage_to)
 
     @functools.cached_property
-    def index(self) -> np.ndarray:
-        """`scenes.INDEX` entries of all scenes in memory, shard after shard; `entries` needs none of it."""
+    def index(self) -> Shaped[np.ndarray, " scenes"]:
+        """`SCENE_DTYPE` of all scenes in memory, shard after shard; `entries` doesn't need it."""
         return np.concatenate([np.zeros(0, SCENE_DTYPE), *self.indexes])
 
-    def entries(self, numbers: np.ndarray) -> np.ndarray:
-        """The `ENTRY_DTYPE` entries of the scenes at `numbers`, int64 [n]."""
-        found = np.empty(len(numbers), _PARTS)
-        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+    def entries(self, scenes: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
+        """Looks up scenes, in [0, len), in the index: `ENTRY_DTYPE`."""
+        entries = np.empty(len(scenes), _NESTED_ENTRY)
+        shards = np.searchsorted(self._starts, scenes, side="right") - 1
         order = np.argsort(shards, kind="stable")
-        firsts = np.flatnonzero(np.diff(shards[order], prepend=-1))
-        for mine in np.split(order, firsts[1:]) if len(order) else ():
-            shard = int(shards[mine[0]])
-            index, places = self.shards.index(shard)
-            found["scene"][mine] = rows = index[numbers[mine] - self._starts[shard]]
-            found["place"][mine] = places[rows["record"]]
-        found["shard"] = shards
-        return found.view(ENTRY_DTYPE)
+        shard_starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
+        for rows in np.split(order, shard_starts[1:]) if len(order) else ():
+            shard = int(shards[rows[0]])
+            index, records = self.shards.index(shard)
+            entries["scene"][rows] = scene_entries = index[scenes[rows] - self._starts[shard]]
+            entries["record"][rows] = records[scene_entries["record"]]
+        entries["shard"] = shards
+        return entries.view(ENTRY_DTYPE)
 
-    def grids(self, entries: np.ndarray, frames: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Single grids, of which no more is read than the blocks that they lie in: uint16 [n, N].
+    def grids(
+        self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]
+    ) -> UInt16[np.ndarray, "n N"]:
+        """Reads single grids, and no more of the shards than the blocks that hold them.
 
         Args:
-          entries: `ENTRY_DTYPE` [n], the scene of each.
-          frames: int64 [n], its frame.
-          columns: int64 [n], its place in the scene's stream set.
+          entries: `ENTRY_DTYPE`, the scene of each grid.
+          frames: its frame.
+          streams: index of its stream in the scene's stream set.
 
         Raises:
-          DamagedError: what is read is damaged; names shard and record.
+          DamagedError: a block is corrupted; names shard and record.
         """
-        before = entries["slot"] + frames  # a scene of several frames has slot 0
-        places = before * self._num_streams[entries["stream_set"]] + columns  # in the record
-        return self.shards.grids(entries, places, self.codes_per_image)
+        frames_before = entries["slot"] + frames  # in the record; a scene of several frames has slot 0
+        positions = frames_before * self._num_streams[entries["stream_set"]] + streams
+        return self.shards.grids(entries, positions, self.codes_per_image)
 
     @property
     def codes_per_image(self) -> int:
@@ -140,51 +135,57 @@ class Store:
 
     @functools.cache  # noqa: B019 (lives as long as its store)
     def identity(self) -> str:
-        """A hash of the manifest, and so of every shard's checksum."""
+        """Hash of the manifest, which has the checksum of every shard."""
         return files.sha256(self.path / MANIFEST)
 
-    def heldout(self, fraction: float, entries: np.ndarray | None = None) -> np.ndarray:
-        """bool [n]: the scenes of `entries` (default: all) that are held out by `lvm.data.mixture.split`."""
+    def heldout(
+        self, fraction: float, entries: Shaped[np.ndarray, " n"] | None = None
+    ) -> Bool[np.ndarray, " n"]:
+        """Mask of the scenes of `entries` (default: all) in the held-out split (`lvm.data.mixture.split`)."""
         lowest, highest = self.manifest["group_hashes"]
         groups = (self.index if entries is None else entries)["group"]
         return split.heldout_mask(groups, fraction, (lowest, highest))
 
-    def scene(self, number: int) -> Scene:
-        """The scene at `number` in [0, len).
+    def scene(self, i: int) -> Scene:
+        """Reads scene `i`, in [0, len).
 
         Raises:
-          DamagedError: its record is damaged; names shard and record.
+          DamagedError: its record is corrupted; names shard and record.
         """
-        shard = self.shard_of(number)
-        _, frames, slot, stream_set, *_ = entry = self.indexes[shard][number - self._starts[shard]].item()
-        page = self.shards.page(shard, entry[0])
+        shard = self.shard_of(i)
+        record, frames, slot, stream_set, *_ = self.indexes[shard][i - self._starts[shard]].item()
+        page = self.shards.page(shard, record)
         scene = page[slot] if slot < len(page) else None
         if scene is None or (len(scene.codes), scene.stream_set) != (frames, stream_set):
-            where = self.shards.where(shard, entry[0])
-            raise DamagedError(f"{where}: the index beside it is damaged: it tells of another scene")
+            raise index_mismatch(self.shards.record_name(shard, record))
         return scene
 
-    def shard_of(self, number: int) -> int:
-        """The shard of the scene at `number`."""
-        return int(np.searchsorted(self._starts, number, side="right")) - 1
+    def shard_of(self, i: int) -> int:
+        """The shard of scene `i`."""
+        return int(np.searchsorted(self._starts, i, side="right")) - 1
 
-    def videos(self, stream: str, min_frames: int, limit: int) -> list[np.ndarray]:
-        """Codes uint16 [T, N] of a stream, of at most `limit` scenes that have it and as many frames."""
-        has = np.array([stream in names for names in self.stream_sets], bool)
-        numbers = np.flatnonzero(has[self.index["stream_set"]] & (self.index["frames"] >= min_frames))
-        scenes = [self.scene(int(number)) for number in numbers[:limit]]
+    def videos(self, stream: str, min_frames: int, limit: int) -> list[UInt16[np.ndarray, "T N"]]:
+        """Codes of `stream` of the first `limit` scenes that have it and at least `min_frames` frames."""
+        has_stream = np.array([stream in names for names in self.stream_sets], bool)
+        mask = has_stream[self.index["stream_set"]] & (self.index["frames"] >= min_frames)
+        scenes = [self.scene(i) for i in np.flatnonzero(mask)[:limit].tolist()]
         return [scene.codes[:, self.stream_sets[scene.stream_set].index(stream)] for scene in scenes]
 
 
+def index_mismatch(record_name: str) -> DamagedError:
+    """The error for a record whose scenes are not those of the index."""
+    return DamagedError(f"{record_name}: the shard's index is damaged: it describes another scene")
+
+
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    if not file.exists():
+    manifest_path = path / MANIFEST
+    if not manifest_path.exists():
         raise UserError(f"{path}: not a finished store ({MANIFEST} is missing); tokenizer.encode writes one")
-    manifest = files.read_json(file)
+    manifest = files.read_json(manifest_path)
     if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
-        raise UserError(f"{file}: not a store's manifest; it needs {', '.join(sorted(_KEYS))}")
+        raise UserError(f"{manifest_path}: not a store's manifest; it needs {', '.join(sorted(_KEYS))}")
     if manifest["version"] != VERSION:
         raise UserError(
-            f"{file}: version {manifest['version']!r}, this reads version {VERSION}; encode it again"
+            f"{manifest_path}: version {manifest['version']!r}, this reads version {VERSION}; encode it again"
         )
     return manifest

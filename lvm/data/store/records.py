@@ -1,7 +1,7 @@
-"""The files of a store's shards: found on disk or staged, opened when they are first asked for, read by number.
+"""Files of a store's shards: opened on first use, local or staged, with random access to records and grids.
 
-A shard is an ArrayRecord file, and whole records are read as such. Single grids are read where they lie: records
-aren't compressed, and the index tells the place of each one's blocks, so an image of a page costs a read of 2 KiB.
+A shard is an ArrayRecord file; whole records are read through that library. Single grids are read directly: records are
+uncompressed and the index has the offset of each one's blocks, so one image of a page costs a read of 2 KiB.
 """
 
 from __future__ import annotations
@@ -17,47 +17,53 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
+from jaxtyping import Int, Shaped, UInt16
 
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.store import format, staging
 from lvm.data.store.format import RECORD_DTYPE, SCENE_DTYPE, DamagedError, Scene
 
-# A record at a time and none beside it: ArrayRecord's own threads cost thirty times what they read.
+# One record per read and no read-ahead: ArrayRecord's threads cost thirty times the read itself.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:1"
 RECORDS_SUFFIX, INDEX_SUFFIX = ".array_record", ".index"
-# ArrayRecord's files are Riegeli's: every 64 KiB, wherever that is in a record, stand 24 bytes of its own
-# (Riegeli's "riegeli_records_file_format.md", "Block header"). Places count the bytes between them.
-_CHUNK, _OWN = 2**16, 24
-_BETWEEN = _CHUNK - _OWN
-FILE_CHECKSUM_MISMATCH = "damaged: its checksum is not the manifest's"
-_LARGEST = 2**44  # bytes of a shard
-_GAP = 2**13  # bytes that are sooner read than left out
+# ArrayRecord files are Riegeli files: every 64 KiB begins with a 24-byte block header, even inside a record
+# ("Block header" in Riegeli's riegeli_records_file_format.md). Our offsets do not count these headers.
+_RIEGELI_BLOCK, _RIEGELI_HEADER = 2**16, 24
+_PAYLOAD = _RIEGELI_BLOCK - _RIEGELI_HEADER
+FILE_CHECKSUM_MISMATCH = "damaged: checksum differs from the manifest's"
+_MAX_SHARD_SIZE = 2**44  # bytes; shard · this + offset is a key that sorts by both
+_MAX_GAP = 2**13  # bytes between blocks that are cheaper to read than to skip
 
 
-def read_ranges(descriptors: Sequence[int], places: np.ndarray, sizes: np.ndarray) -> bytes:
-    """Pieces of ArrayRecord files, joined, without block headers; zeros where nothing can be read.
+def read_ranges(
+    descriptors: Sequence[int], offsets: Int[np.ndarray, " n"], sizes: Int[np.ndarray, " n"]
+) -> bytes:
+    """Reads byte ranges of ArrayRecord files without the Riegeli block headers, concatenated.
+
+    Unreadable bytes are zeros, which fail their checksum.
 
     Args:
-      descriptors: the file of each piece.
-      places, sizes: int64 [n], where each begins and its bytes.
+      descriptors: the file of each range.
+      offsets, sizes: of the ranges, in bytes.
     """
-    first, last = places // _BETWEEN, (places + sizes - 1) // _BETWEEN
-    starts, lengths = places + _OWN * (first + 1), sizes + _OWN * (last - first)
-    pieces = list(map(_pread, descriptors, lengths.tolist(), starts.tolist()))
-    for number in np.flatnonzero(last > first).tolist():
-        data, header = pieces[number], int(_BETWEEN - places[number] % _BETWEEN)
-        kept = [data[at + _OWN : at + _CHUNK] for at in range(header, len(data), _CHUNK)]
-        pieces[number] = b"".join([data[:header], *kept])
-    return b"".join(pieces)
+    first, last = offsets // _PAYLOAD, (offsets + sizes - 1) // _PAYLOAD
+    starts = offsets + _RIEGELI_HEADER * (first + 1)
+    lengths = sizes + _RIEGELI_HEADER * (last - first)
+    chunks = list(map(_pread, descriptors, lengths.tolist(), starts.tolist()))
+    for i in np.flatnonzero(last > first).tolist():
+        data, header = chunks[i], int(_PAYLOAD - offsets[i] % _PAYLOAD)
+        headers = range(header, len(data), _RIEGELI_BLOCK)
+        payloads = [data[at + _RIEGELI_HEADER : at + _RIEGELI_BLOCK] for at in headers]
+        chunks[i] = b"".join([data[:header], *payloads])
+    return b"".join(chunks)
 
 
-def _pread(descriptor: int, size: int, place: int) -> bytes:
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
     try:
-        data = os.pread(descriptor, size, place)
-    except OSError:  # of the disk; zeros don't fit their checksum
-        data = b""
-    return data if len(data) == size else data.ljust(size, b"\0")
+        return os.pread(descriptor, size, offset).ljust(size, b"\0")
+    except OSError:
+        return b"\0" * size
 
 
 class Shards:
@@ -65,10 +71,10 @@ class Shards:
 
     Args:
       path: the store.
-      entries: of its manifest, one a shard.
-      stage_to: a local folder that shards are copied to before they are read; "" reads them where they are.
-      identity: of the store, which tells its staged shards from those of others.
-      streams: number of streams in each stream set.
+      entries: the manifest's entries of the shards.
+      stage_to: local folder that shards are copied to before they are read; "" reads them in place.
+      identity: hash of the store, which names its folder in `stage_to`.
+      num_streams: number of streams of each stream set.
     """
 
     def __init__(
@@ -77,44 +83,41 @@ class Shards:
         entries: Sequence[Mapping[str, Any]],
         stage_to: str,
         identity: Callable[[], str],
-        streams: Sequence[int],
+        num_streams: Sequence[int],
     ):
         self.path, self._entries, self._stage_to, self._identity = path, entries, stage_to, identity
-        self._streams = streams
+        self._num_streams = num_streams
         self._readers: dict[int, Any] = {}
-        self._opened: dict[int, BinaryIO] = {}
+        self._files: dict[int, BinaryIO] = {}
         self._indexes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        _allow_files()
+        _raise_open_file_limit()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def where(self, shard: int, record: Any) -> str:
-        """A record's name in messages."""
-        copied = f" (copied to {self._staged()})" if self._stage_to else ""
-        return f"{self.path / self._entries[shard]['name']}{RECORDS_SUFFIX}{copied}, record {record}"
+    def record_name(self, shard: int, record: int) -> str:
+        """The name of a record in messages."""
+        staged = f" (copied to {self._staging_folder()})" if self._stage_to else ""
+        return f"{self.path / self._entries[shard]['name']}{RECORDS_SUFFIX}{staged}, record {record}"
 
     def index(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """`scenes.INDEX` of a shard's scenes and `scenes.PLACES` of its records, memory-mapped.
+        """The memory-mapped index of a shard: `SCENE_DTYPE` of its scenes and `RECORD_DTYPE` of its records.
 
         Raises:
-          UserError: the file is missing, or isn't what the manifest says.
+          UserError: the file is missing, or differs from the manifest.
         """
         if shard not in self._indexes:
-            entry = self._entries[shard]
-            path = self._find(shard, INDEX_SUFFIX)
-            # It decides what is read where: damage there would be another image in silence.
-            with _opening():
+            entry, path = self._entries[shard], self._local_path(shard, INDEX_SUFFIX)
+            # Offsets have no other check: a corrupted index would silently return another image.
+            with _too_many_files():
                 if files.sha256(path) != entry["files"][path.name]["sha256"]:
                     raise UserError(f"{path}: {FILE_CHECKSUM_MISMATCH}")
-                empty = np.zeros(0, np.uint8)
-                data = np.memmap(path, np.uint8, mode="r") if entry["scenes"] else empty
+                data = np.zeros(0, np.uint8)
+                if entry["scenes"]:
+                    data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
             split = len(data) - entry["records"] * RECORD_DTYPE.itemsize
             if split < 0 or split % SCENE_DTYPE.itemsize:
-                raise UserError(
-                    f"{path}: {len(data)} bytes don't hold the manifest's {entry['records']} records"
-                )
-            data = data.view(np.ndarray)
+                raise UserError(f"{path}: {len(data)} bytes don't hold {entry['records']} records")
             self._indexes[shard] = data[:split].view(SCENE_DTYPE), data[split:].view(RECORD_DTYPE)
         return self._indexes[shard]
 
@@ -122,118 +125,121 @@ class Shards:
         """All scenes of a record.
 
         Raises:
-          DamagedError: it can't be read, or isn't what was written; names shard and record.
+          DamagedError: the record is unreadable or corrupted; names shard and record.
         """
         reader = self._reader(shard)
         try:
-            data = reader.read(record, record + 1)[0]
-        except (IndexError, ValueError, RuntimeError) as error:
-            raise DamagedError(f"{self.where(shard, record)}: can't be read: {error}") from error
-        return format.unpack(data, self._streams, lambda: self.where(shard, record))
+            return format.unpack(reader.read(record, record + 1)[0], self._num_streams)
+        except (DamagedError, IndexError, ValueError, RuntimeError) as error:
+            raise DamagedError(f"{self.record_name(shard, record)}: damaged: {error}") from error
 
-    def grids(self, entries: np.ndarray, grids: np.ndarray, codes_per_image: int) -> np.ndarray:
-        """Single grids: uint16 [n, N]. Each block is read once.
+    def grids(
+        self, entries: Shaped[np.ndarray, " n"], positions: Int[np.ndarray, " n"], codes_per_image: int
+    ) -> UInt16[np.ndarray, "n {codes_per_image}"]:
+        """Single grids; each block is read once.
 
         Args:
-          entries: `scenes.ENTRY` [n], the scene of each.
-          grids: int64 [n], its place in the record.
+          entries: `ENTRY_DTYPE`, the scene of each grid.
+          positions: index of each grid in its record.
           codes_per_image: N.
 
         Raises:
-          DamagedError: a block is damaged, or the index tells of grids that aren't there; names shard and record.
+          DamagedError: a block is corrupted, or a position is past the record's end; names shard and record.
         """
         if not len(entries):
             return np.zeros((0, codes_per_image), np.uint16)
-        if (beyond := grids >= entries["grids"]).any():
-            self._refuse(entries[np.argmax(beyond)])
+        if (beyond := positions >= entries["grids"]).any():
+            self._raise_damaged(entries[np.argmax(beyond)])
         stride = format.blocks_size(format.BLOCK_SIZE, codes_per_image)
-        before = grids // format.BLOCK_SIZE * stride  # of the record's blocks, in bytes
-        rest = format.blocks_size(entries["grids"].astype(np.int64), codes_per_image) - before
-        records = entries["shard"].astype(np.int64) * _LARGEST + entries["start"]
-        blocks, at, which = np.unique(records + before, return_index=True, return_inverse=True)
-        sizes = np.minimum(rest[at], stride)
-        # Blocks of a record that lie near each other come in one read, with what is between them.
-        new = (np.diff(records[at], prepend=-1) != 0) | (np.diff(blocks, prepend=0) > stride + _GAP)
-        firsts, run = np.flatnonzero(new), np.cumsum(new) - 1
+        block_offsets = positions // format.BLOCK_SIZE * stride  # in the record's blocks, in bytes
+        remaining = format.blocks_size(entries["grids"].astype(np.int64), codes_per_image) - block_offsets
+        records = entries["shard"].astype(np.int64) * _MAX_SHARD_SIZE + entries["start"]
+        blocks, of_block, inverse = np.unique(records + block_offsets, return_index=True, return_inverse=True)
+        sizes = np.minimum(remaining[of_block], stride)
+        # Blocks of one record that are close together are one read.
+        is_start = np.diff(records[of_block], prepend=-1) != 0
+        is_start |= np.diff(blocks, prepend=0) > stride + _MAX_GAP
+        firsts, reads = np.flatnonzero(is_start), np.cumsum(is_start) - 1
         lasts = np.append(firsts[1:], len(blocks)) - 1
         lengths = blocks[lasts] + sizes[lasts] - blocks[firsts]
-        shards, places = np.divmod(blocks[firsts], _LARGEST)
-        content = read_ranges([self._descriptor(shard) for shard in shards.tolist()], places, lengths)
-        begun = (np.cumsum(lengths) - lengths - blocks[firsts])[run] + blocks  # in the content
-        damaged = format.first_damaged_block(content, begun, sizes)
+        shards, offsets = np.divmod(blocks[firsts], _MAX_SHARD_SIZE)
+        content = read_ranges([self._descriptor(shard) for shard in shards.tolist()], offsets, lengths)
+        starts = (np.cumsum(lengths) - lengths - blocks[firsts])[reads] + blocks  # of blocks, in the content
+        damaged = format.first_damaged_block(content, starts, sizes)
         if damaged is not None:
-            self._refuse(entries[at[damaged]])
-        within = grids % format.BLOCK_SIZE * 2 * codes_per_image
-        return format.gather_grids(content, begun[which] + within, codes_per_image)
+            self._raise_damaged(entries[of_block[damaged]])
+        in_block = positions % format.BLOCK_SIZE * 2 * codes_per_image
+        return format.gather_grids(content, starts[inverse] + in_block, codes_per_image)
 
-    def _refuse(self, entry: np.void) -> NoReturn:
-        """Raises DamagedError for a scene's record, in the words of whoever reads all of it if that fails too."""
+    def _raise_damaged(self, entry: np.void) -> NoReturn:
+        """Raises DamagedError for a scene's record, with the message of `page` if that fails too."""
         shard, record = int(entry["shard"]), int(entry["record"])
-        where, rest = self.where(shard, record), ""
+        name, cause = self.record_name(shard, record), ""
         try:
             self.page(shard, record)
         except DamagedError as error:
-            if str(error).startswith(where):
+            if str(error).startswith(name):
                 raise
-            rest = f"; {error}"  # of the whole shard: each record that is damaged counts all the same
-        raise DamagedError(f"{where}: {format.CHECKSUM_MISMATCH}{rest}")
+            cause = f"; {error}"  # about the shard: damaged records are still counted one by one
+        raise DamagedError(f"{name}: damaged: {format.CHECKSUM_MISMATCH}{cause}")
 
     def check_opens(self, shard: int) -> None:
-        """Raises DamagedError, naming the shard, where not even its records can be found; UserError as `index`."""
+        """Raises DamagedError, naming the shard, if its records can't be located; UserError like `index`."""
         self._reader(shard)
 
     def _descriptor(self, shard: int) -> int:
-        file = self._opened.get(shard)
+        file = self._files.get(shard)
         if file is None:
-            # Of two threads the first one's stays: a file that nobody keeps is closed.
-            with _opening():
-                file = self._opened.setdefault(shard, open(self._find(shard, RECORDS_SUFFIX), "rb"))  # noqa: SIM115
+            # If two threads open it, the first file stays and the other is closed with its last reference.
+            with _too_many_files():
+                opened = open(self._local_path(shard, RECORDS_SUFFIX), "rb")  # noqa: SIM115 (kept open)
+            file = self._files.setdefault(shard, opened)
         return file.fileno()
 
     def _reader(self, shard: int) -> Any:
         if shard not in self._readers:
-            name = f"{self.path / self._entries[shard]['name']}{RECORDS_SUFFIX}"
-            wanted, file = self._entries[shard]["records"], self._find(shard, RECORDS_SUFFIX)
+            entry, path = self._entries[shard], self._local_path(shard, RECORDS_SUFFIX)
+            name = f"{self.path / entry['name']}{RECORDS_SUFFIX}"
             try:
-                reader = array_record_module.ArrayRecordReader(os.fspath(file), _OPTIONS)
-                found = reader.num_records()
+                reader = array_record_module.ArrayRecordReader(os.fspath(path), _OPTIONS)
+                count = reader.num_records()
             except (ValueError, RuntimeError) as error:
                 raise DamagedError(f"{name}: damaged: can't be opened: {error}") from error
-            if found != wanted:
-                raise DamagedError(f"{name}: damaged: {found} records are found, the manifest says {wanted}")
+            if count != entry["records"]:
+                raise DamagedError(f"{name}: damaged: has {count} records, the manifest {entry['records']}")
             self._readers[shard] = reader
         return self._readers[shard]
 
-    def _staged(self) -> epath.Path:
+    def _staging_folder(self) -> epath.Path:
         return epath.Path(self._stage_to) / self._identity()[:16]
 
-    def _find(self, shard: int, suffix: str) -> epath.Path:
-        """A shard's file where it can be opened."""
+    def _local_path(self, shard: int, suffix: str) -> epath.Path:
+        """A shard's file on local disk, staged first if need be."""
         name = self._entries[shard]["name"] + suffix
-        listed = self._entries[shard]["files"][name]
+        path, expected = self.path / name, self._entries[shard]["files"][name]
         if self._stage_to:
-            return staging.stage(self.path / name, listed, self._staged())
-        if files.is_remote(self.path):
+            return staging.stage(path, expected, self._staging_folder())
+        if files.is_remote(path):
             raise UserError(
-                f"{self.path}: shards are read from local disk; name a folder that they are copied to "
-                "(--config.data.stage_to)"
+                f"{self.path}: shards are read from local disk; set --config.data.stage_to (or --stage_to) to a "
+                "folder to copy them to"
             )
-        check_size(self.path / name, listed)
-        return self.path / name
+        check_size(path, expected)
+        return path
 
 
 @functools.cache
-def _allow_files() -> None:
-    """Lets this process have as many open files as the system allows: a shard takes two, the usual limit is 1024."""
+def _raise_open_file_limit() -> None:
+    """Raises this process's limit of open files to the hard limit: a shard takes two, the default is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with contextlib.suppress(ValueError, OSError):  # some systems call a limit endless that isn't
+        with contextlib.suppress(ValueError, OSError):  # some systems report "unlimited" and refuse it
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.contextmanager
-def _opening() -> Iterator[None]:
-    """Raises UserError where too many files are open."""
+def _too_many_files() -> Iterator[None]:
+    """Turns the error for too many open files into a UserError."""
     try:
         yield
     except OSError as error:
@@ -241,18 +247,18 @@ def _opening() -> Iterator[None]:
             raise
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise UserError(
-            f"{error.filename}: {error.strerror}: each shard takes two, and this process may have {soft} (ulimit -n)"
+            f"{error.filename}: {error.strerror}: a shard takes two, this process may open {soft}; raise ulimit -n"
         ) from error
 
 
-def check_size(file: epath.Path, listed: Mapping[str, Any]) -> None:
-    """Raises UserError where a file is missing or has another size than its store's manifest says."""
-    size = file_size(file)
-    if size != listed["bytes"]:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise UserError(f"{file}: {found}, the manifest says {listed['bytes']}; encode it again")
+def check_size(path: epath.Path, expected: Mapping[str, Any]) -> None:
+    """Raises UserError if a file is missing, or its size is not the {"bytes"} that the manifest has."""
+    size = file_size(path)
+    if size != expected["bytes"]:
+        actual = "is missing" if size is None else f"has {size} bytes"
+        raise UserError(f"{path}: {actual}, the manifest says {expected['bytes']}; encode it again")
 
 
-def file_size(file: epath.Path) -> int | None:
-    """A file's bytes, or None where there is none."""
-    return file.stat().length if file.exists() else None
+def file_size(path: epath.Path) -> int | None:
+    """Size of a file in bytes, None if there is none."""
+    return path.stat().length if path.exists() else None

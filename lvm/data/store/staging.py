@@ -1,4 +1,4 @@
-"""Shards copied to local disk, each once a host and checked on its way."""
+"""Staging: shards copied to local disk and checked, once per host."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from lvm.common import files
 from lvm.common.errors import UserError
 
 
-def stage(file: epath.Path, listed: Mapping[str, Any], folder: epath.Path) -> epath.Path:
-    """A local copy of a store's file; whoever asks first copies it, the others wait.
+def stage(path: epath.Path, expected: Mapping[str, Any], folder: epath.Path) -> epath.Path:
+    """Returns a local copy of a store's file; one process copies it, the others wait.
 
     Args:
-      file: in the store, local or gs://.
-      listed: its {"bytes", "sha256"} in the manifest.
-      folder: where copies of this store's files lie. A file that stands there under its name was checked.
+      path: the file, local or gs://.
+      expected: its {"bytes", "sha256"} in the manifest.
+      folder: of this store's copies. A file there under its final name has been checked.
 
     Raises:
-      UserError: what was copied is not what the manifest tells.
+      UserError: the file is missing, or the copy differs from the manifest.
     """
-    copy = folder / file.name
+    copy = folder / path.name
     if copy.exists():
         return copy
     folder.mkdir(parents=True, exist_ok=True)
-    with files.lock_file(folder / f".{file.name}.lock", wait=True):  # type: ignore[union-attr]  # it waits
+    with files.lock_file(folder / f".{path.name}.lock", wait=True):  # type: ignore[union-attr]  # it waits
         if copy.exists():
             return copy
-        temporary = folder / f".{file.name}.tmp"
+        temporary = folder / f".{path.name}.tmp"
         try:
             with files.clear_disk_errors(temporary):
-                _download(file, temporary)
-            found = {"bytes": temporary.stat().length, "sha256": files.sha256(temporary)}
-            if found != listed:
+                _download(path, temporary)
+            actual = {"bytes": temporary.stat().length, "sha256": files.sha256(temporary)}
+            if actual != expected:
                 raise UserError(
-                    f"{file}: {found['bytes']} bytes of checksum {found['sha256'][:12]} came to {folder}, the "
-                    f"manifest says {listed['bytes']} of {listed['sha256'][:12]}: damaged there or on its way"
+                    f"{path}: damaged: its copy in {folder} has {actual['bytes']} bytes, sha256 "
+                    f"{actual['sha256'][:12]}; the manifest says {expected['bytes']}, {expected['sha256'][:12]}"
                 )
             files.put(temporary, copy)
         finally:
@@ -45,8 +45,8 @@ def stage(file: epath.Path, listed: Mapping[str, Any], folder: epath.Path) -> ep
     return copy
 
 
-def _download(file: epath.Path, local: epath.Path) -> None:
+def _download(path: epath.Path, local: epath.Path) -> None:
     try:
-        files.download(file, local)
+        files.download(path, local)
     except FileNotFoundError as error:
-        raise UserError(f"{file}: is missing, the manifest lists it; encode it again") from error
+        raise UserError(f"{path}: is missing, the manifest lists it; encode it again") from error

@@ -1,4 +1,4 @@
-"""Writes a store (`lvm.data.store.reader`): shard by shard, each with its entry, and the manifest from all entries."""
+"""Store writer (`lvm.data.store.reader`): shards, an entry after each, and the manifest from all entries."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pathlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from array_record.python import array_record_module
@@ -24,14 +24,14 @@ from lvm.data.store.format import PAGE_SIZE, RECORD_DTYPE, SCENE_DTYPE, Scene
 from lvm.data.store.reader import HEADER, MANIFEST, VERSION
 from lvm.data.store.records import INDEX_SUFFIX, RECORDS_SUFFIX, file_size, read_ranges
 
-_ABANDONED = 5.0  # seconds after which a temporary file of a process that is gone is nobody's
+_ABANDONED_S = 5.0  # age after which a temporary file of a process that no longer runs is removed
 _OPTIONS = "group_size:1,uncompressed"
-_BETWEEN_RECORDS = 2**12  # bytes that are searched for the next record; what lies between two is far less
+_MAX_RECORD_GAP = 2**12  # bytes searched for the next record; ArrayRecord puts far fewer between two
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupedScene:
-    """A scene on its way into a store, with the name of its group (the original image or video)."""
+    """A scene to write, and the name of its group (the original image or video)."""
 
     scene: Scene
     group: str
@@ -39,11 +39,11 @@ class GroupedScene:
 
 @dataclasses.dataclass
 class SkippedItems:
-    """What of a shard's slice of the source is not in the shard; grows while the slice is read.
+    """Items of a shard's range of the source that are not in the shard; filled while the range is read.
 
     Attributes:
-      failures: {"key", "reason"} of each.
-      groups: hashes of the groups that could not be read: the split is told by all that the source has.
+      failures: their {"key", "reason"}.
+      groups: hashes of unreadable groups: the held-out split is computed from all groups of the source.
     """
 
     failures: list[dict[str, str]] = dataclasses.field(default_factory=list)
@@ -58,7 +58,7 @@ def write_shard(
     folder: epath.PathLike,
     shard: int,
     num_shards: int,
-    content: Iterable[GroupedScene],
+    scenes: Iterable[GroupedScene],
     num_codes: int,
     skipped: SkippedItems | None = None,
     versions: Mapping[str, str] | None = None,
@@ -67,102 +67,98 @@ def write_shard(
 
     Args:
       folder: the store.
-      shard, num_shards: which one of how many.
-      content: its scenes, in order.
-      num_codes: size of the codebook, for the histogram.
-      skipped: what isn't in the shard; looked at after `content` is exhausted.
+      shard, num_shards: index of the shard, and their number.
+      scenes: of the shard, in order.
+      num_codes: codebook size, for the histogram.
+      skipped: items that are not in the shard; read once `scenes` is exhausted.
       versions: of the software that made the codes.
 
     Raises:
-      UserError: another process of this machine is writing the shard.
+      UserError: another process on this machine is writing the shard.
     """
     skipped, folder = skipped or SkippedItems(), epath.Path(folder)
     name = shard_name(shard, num_shards)
-    with _beside(folder) as place, _alone(place / f".{name}{RECORDS_SUFFIX}.tmp"):
-        temporary = {suffix: place / f".{name}{suffix}.tmp" for suffix in (RECORDS_SUFFIX, INDEX_SUFFIX)}
-        try:
-            with files.clear_disk_errors(temporary[RECORDS_SUFFIX]):
-                written = _write_records(temporary[RECORDS_SUFFIX], content, num_codes)
-            index = np.array(written.entries, SCENE_DTYPE).tobytes()
-            temporary[INDEX_SUFFIX].write_bytes(
-                index + _find_places(temporary[RECORDS_SUFFIX], written).tobytes()
-            )
-            entry = {
-                "name": name,
-                "scenes": len(written.entries),
-                "records": len(written.records),
-                "images": int(sum(written.images.values())),
-                "images_by_stream_set": {str(number): n for number, n in sorted(written.images.items())},
-                "group_hashes": _extremes([entry[-1] for entry in written.entries] + skipped.groups),
-                "histogram": written.histogram.tolist(),
-                "failures": skipped.failures,
-                "versions": dict(versions or {}),
-                "files": {
-                    f"{name}{suffix}": {"bytes": file.stat().length, "sha256": files.sha256(file)}
-                    for suffix, file in temporary.items()
-                },
-            }
-            for suffix, file in temporary.items():
-                files.put(file, folder / f"{name}{suffix}")
-        finally:
-            for file in temporary.values():
-                file.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        scratch = epath.Path(stack.enter_context(_scratch_folder(folder)))
+        records, index = (scratch / f".{name}{suffix}.tmp" for suffix in (RECORDS_SUFFIX, INDEX_SUFFIX))
+        stack.enter_context(_lock_shard(records))
+        temporary = {f"{name}{RECORDS_SUFFIX}": records, f"{name}{INDEX_SUFFIX}": index}
+        for path in temporary.values():
+            stack.callback(path.unlink, missing_ok=True)
+        with files.clear_disk_errors(records):
+            written = _write_records(records, scenes, num_codes)
+        scene_index = np.array(written.entries, SCENE_DTYPE).tobytes()
+        index.write_bytes(scene_index + _locate_blocks(records, written).tobytes())
+        entry = {
+            "name": name,
+            "scenes": len(written.entries),
+            "records": len(written.records),
+            "images": int(sum(written.images.values())),
+            "images_by_stream_set": {str(i): count for i, count in sorted(written.images.items())},
+            "group_hashes": _extremes([entry[-1] for entry in written.entries] + skipped.groups),
+            "histogram": written.histogram.tolist(),
+            "failures": skipped.failures,
+            "versions": dict(versions or {}),
+            "files": {
+                final: {"bytes": path.stat().length, "sha256": files.sha256(path)}
+                for final, path in temporary.items()
+            },
+        }
+        for final, path in temporary.items():
+            files.put(path, folder / final)
     files.write_json(folder / f"{name}.json", entry)
     return entry
 
 
-@contextlib.contextmanager
-def _beside(folder: epath.Path) -> Iterator[epath.Path]:
-    """A local folder for unfinished files: the store itself where it is local."""
-    if not files.is_remote(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as local:
-        yield epath.Path(local)
+def _scratch_folder(folder: epath.Path) -> contextlib.AbstractContextManager[str]:
+    """A local folder for unfinished files: the store itself if it is local."""
+    return tempfile.TemporaryDirectory() if files.is_remote(folder) else contextlib.nullcontext(str(folder))
 
 
-@contextlib.contextmanager
-def _alone(file: epath.Path) -> Iterator[None]:
-    """Refuses to write what another process is writing: the one's checksum would be of the other's half."""
-    lock = files.lock_file(file)
+def _lock_shard(path: epath.Path) -> IO[str]:
+    """Refuses a shard that another process writes: checksums would cover a mix of both."""
+    lock = files.lock_file(path)
     if lock is None:
-        raise UserError(f"{file}: another process is writing this shard; give each its own --shard")
-    with lock:
-        yield
+        raise UserError(f"{path}: another process is writing this shard; give each process its own --shard")
+    return lock
 
 
 @dataclasses.dataclass
 class _Written:
-    histogram: np.ndarray  # int64 [codes]
-    entries: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of the index
-    images: Counter[int] = dataclasses.field(default_factory=Counter)  # by stream set, one of each stream
-    records: list[tuple[bytes, int, int]] = dataclasses.field(
-        default_factory=list
-    )  # beginning, size, grids of each
+    """Statistics of a shard's records.
+
+    Attributes:
+      histogram: int64 [num_codes].
+      entries: of the scene index.
+      images: by stream set.
+      records: header bytes, size in bytes and number of grids of each.
+    """
+
+    histogram: np.ndarray
+    entries: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    images: Counter[int] = dataclasses.field(default_factory=Counter)
+    records: list[tuple[bytes, int, int]] = dataclasses.field(default_factory=list)
     codes_per_image: int = 0
 
 
-def _write_records(path: epath.Path, content: Iterable[GroupedScene], num_codes: int) -> _Written:
-    pages: dict[int, list[GroupedScene]] = {}  # stream set → single-image scenes that wait for their page
+def _write_records(path: epath.Path, scenes: Iterable[GroupedScene], num_codes: int) -> _Written:
+    pages: dict[int, list[GroupedScene]] = {}  # stream set → single-image scenes of its unfinished page
     written = _Written(np.zeros(num_codes, np.int64))
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), _OPTIONS)
 
     def write(page: Sequence[GroupedScene]) -> None:
         record = format.pack([item.scene for item in page])
         writer.write(record)
+        T, S, written.codes_per_image = page[0].scene.codes.shape
         for slot, item in enumerate(page):
             scene, group = item.scene, split.group_hash(item.group)
-            written.entries.append(
-                (len(written.records), len(scene.codes), slot, scene.stream_set, scene.class_id, group)
-            )
-            written.images[scene.stream_set] += scene.codes.shape[0] * scene.codes.shape[1]
+            written.entries.append((len(written.records), T, slot, scene.stream_set, scene.class_id, group))
+            written.images[scene.stream_set] += T * S
         codes = np.concatenate([item.scene.codes.ravel() for item in page])
         written.histogram += np.bincount(codes, minlength=num_codes)
-        *_, written.codes_per_image = page[0].scene.codes.shape
-        grids = codes.size // written.codes_per_image
-        written.records.append((record[: format.RECORD_HEADER_SIZE], len(record), grids))
+        written.records.append((record[: format.RECORD_HEADER_SIZE], len(record), len(page) * T * S))
 
-    for item in content:
+    for item in scenes:
         frames, streams, _ = item.scene.codes.shape
         if frames * streams > 1:
             write([item])
@@ -177,84 +173,83 @@ def _write_records(path: epath.Path, content: Iterable[GroupedScene], num_codes:
     return written
 
 
-def _find_places(path: epath.Path, written: _Written) -> np.ndarray:
-    """Where the blocks of all records begin: `RECORD_DTYPE` [records]. Reads all of them and compares their checksums.
+def _locate_blocks(path: epath.Path, written: _Written) -> np.ndarray:
+    """Reads all records back, checks them, and returns where their blocks begin: `RECORD_DTYPE` [records].
 
     Raises:
-      UserError: they don't lie in the file as they were written.
+      UserError: a record is not in the file as written.
     """
-    places, end = np.zeros(len(written.records), RECORD_DTYPE), 0
+    located, end = np.zeros(len(written.records), RECORD_DTYPE), 0
     with open(path, "rb") as file:
-        for number, (head, size, grids) in enumerate(written.records):
-            ahead = _read(file, end, _BETWEEN_RECORDS).find(head)
-            blocks = format.blocks_size(grids, written.codes_per_image)
-            start, end = end + ahead + size - blocks, end + ahead + size
-            found = format.unpack_blocks(_read(file, start, blocks), grids, written.codes_per_image)
-            if ahead < 0 or found is None:
+        for i, (header, size, num_grids) in enumerate(written.records):
+            gap = _read(file, end, _MAX_RECORD_GAP).find(header)
+            blocks_size = format.blocks_size(num_grids, written.codes_per_image)
+            start, end = end + gap + size - blocks_size, end + gap + size
+            blocks = _read(file, start, blocks_size)
+            if gap < 0 or format.unpack_blocks(blocks, num_grids, written.codes_per_image) is None:
                 raise UserError(
-                    f"{path}: record {number} isn't there as it was written: the disk is at fault, or this "
-                    "version of array_record lays files out in another way"
+                    f"{path}: record {i} is not there as it was written: a disk fault, or a version of array_record "
+                    "with another file layout"
                 )
-            places[number] = start, grids
-    return places
+            located[i] = start, num_grids
+    return located
 
 
-def _read(file: BinaryIO, place: int, size: int) -> bytes:
-    return read_ranges([file.fileno()], np.array([place]), np.array([size]))
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    return read_ranges([file.fileno()], np.array([offset]), np.array([size]))
 
 
 def read_shard_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:
-    """A finished shard's entry, or None; also where a file that it lists is gone or has another size."""
+    """The entry of a finished shard; None if there is none, or a file that it lists is missing or has another size."""
     path = epath.Path(folder) / f"{shard_name(shard, num_shards)}.json"
     if not path.exists():
         return None
     entry = files.read_json(path)
-    whole = all(file_size(path.parent / name) == listed["bytes"] for name, listed in entry["files"].items())
-    return entry if whole else None
+    sizes = {name: file_size(path.parent / name) for name in entry["files"]}
+    return entry if sizes == {name: listed["bytes"] for name, listed in entry["files"].items()} else None
 
 
 def begin_store(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> None:
-    """Begins a store, or goes on with one: shards of two kinds never mix.
+    """Begins or resumes a store; a folder never gets shards of two kinds.
 
     Args:
       folder: the store.
-      header: what the manifest says of all of it, JSON.
-      num_shards: how many shards it is cut into.
+      header: metadata of all shards for the manifest, JSON.
+      num_shards: number of shards.
 
     Raises:
-      UserError: the folder holds something else, or codes made otherwise.
+      UserError: the folder holds something else, or a store with another header.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, new = folder / HEADER, files.as_json({"version": VERSION, **header, "num_shards": num_shards})
     if path.exists():
         old = files.read_json(path)
-        changed = [_change(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())]
-        if listed := ", ".join(filter(None, changed)):
+        keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        if keys:
+            changes = ", ".join(_describe_change(key, old.get(key), new.get(key)) for key in keys)
             raise UserError(
-                f"{folder}: holds codes made otherwise (changed: {listed}); choose another --out, "
-                "or what it was begun with"
+                f"{folder}: holds codes made with other settings (changed: {changes}); choose another --out, or the "
+                "settings it was begun with"
             )
         return
-    # A folder of gs:// is there once something is in it.
+    # On gs:// a folder exists once it has an object.
     if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
         raise UserError(f"{folder}: not empty and not a store; choose a new folder for --out")
     files.write_json(path, new)
 
 
-def _change(key: str, old: Any, new: Any) -> str:
-    if old == new:
-        return ""
+def _describe_change(key: str, old: Any, new: Any) -> str:
     return key if isinstance(old, (dict, list)) or isinstance(new, (dict, list)) else f"{key}: {old} → {new}"
 
 
 def finish_store(folder: epath.PathLike) -> list[str]:
-    """Writes the manifest if all shards are there; returns the names of those that are not.
+    """Writes the manifest if all shards are finished; returns the names of those that are not.
 
-    Whoever finds all entries writes it, and writes the same: to do so again changes nothing.
+    Any process may call it, repeatedly: the manifest depends on the shards alone.
 
     Raises:
-      UserError: no store was begun in the folder, or one of another version.
+      UserError: the folder has no header, or one of another version.
     """
     folder = epath.Path(folder)
     if not (folder / HEADER).exists():
@@ -264,59 +259,54 @@ def finish_store(folder: epath.PathLike) -> list[str]:
         raise UserError(
             f"{folder / HEADER}: version {version}, this writes version {VERSION}; encode it again, into a new folder"
         )
-    num_shards = header.pop("num_shards")
-    missing = write_manifest(folder, header, num_shards)
+    missing = write_manifest(folder, header, header.pop("num_shards"))
     if not missing and not files.is_remote(folder):
-        _remove_leftovers(folder)
+        _remove_leftovers(pathlib.Path(folder))
     return missing
 
 
-def _remove_leftovers(folder: epath.Path) -> None:
-    """Removes temporary files of processes that were killed while they wrote an entry or a manifest."""
-    for file in pathlib.Path(folder).glob(".*.json.*.tmp"):
+def _remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes temporary files of processes that were killed while writing an entry or a manifest."""
+    for file in folder.glob(".*.json.*.tmp"):
         process = file.name.split(".")[-2]
         with contextlib.suppress(FileNotFoundError):
-            # Those of another host are left to it for as long as they might be in use.
-            if (
-                time.time() - file.stat().st_mtime > _ABANDONED
-                and not pathlib.Path("/proc", process).exists()
-            ):
+            # A process of another host can't be looked up: its recent files may still be in use.
+            is_old = time.time() - file.stat().st_mtime > _ABANDONED_S
+            if is_old and not pathlib.Path("/proc", process).exists():
                 file.unlink()
 
 
 def write_manifest(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> list[str]:
-    """`finish_store` with a header that is given."""
-    found = [read_shard_entry(folder, shard, num_shards) for shard in range(num_shards)]
-    missing = [shard_name(shard, num_shards) for shard, entry in enumerate(found) if entry is None]
+    """`finish_store` with a given header."""
+    entries = {shard_name(i, num_shards): read_shard_entry(folder, i, num_shards) for i in range(num_shards)}
+    missing = [name for name, entry in entries.items() if entry is None]
     if not missing:
-        files.write_json(epath.Path(folder) / MANIFEST, build_manifest(header, list(filter(None, found))))
+        manifest = build_manifest(header, [entry for entry in entries.values() if entry is not None])
+        files.write_json(epath.Path(folder) / MANIFEST, manifest)
     return missing
 
 
 def build_manifest(header: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The manifest of a store's header (without `num_shards`) and all of its entries."""
-    sets: Counter[str] = Counter()
+    images: Counter[str] = Counter()
     for entry in entries:
-        sets.update(entry["images_by_stream_set"])
-    streams: Counter[str] = Counter()
-    for number, images in sets.items():
-        names = header["stream_sets"][int(number)]
-        streams.update({name: images // len(names) for name in names})
+        for i, count in entry["images_by_stream_set"].items():
+            names = header["stream_sets"][int(i)]
+            images.update({name: count // len(names) for name in names})
     versions = {name: {entry["versions"].get(name) for entry in entries} for name in entries[0]["versions"]}
     totals = {
         "scenes": sum(entry["scenes"] for entry in entries),
         "images": sum(entry["images"] for entry in entries),
-        "images_by_stream": dict(streams),
+        "images_by_stream": dict(images),
         "group_hashes": _extremes([hash for entry in entries for hash in entry["group_hashes"]]),
         "histogram": np.sum([entry["histogram"] for entry in entries], axis=0).tolist(),
-        "versions": {name: sorted(filter(None, all_of)) for name, all_of in versions.items()},
+        "versions": {name: sorted(filter(None, values)) for name, values in versions.items()},
     }
-    # What is summed stays in the entries: thousands of histograms would make a manifest that is slow to open.
+    # Summed fields stay in the entries: thousands of histograms would make the manifest slow to open.
     summed = totals.keys() - {"scenes", "images"} | {"images_by_stream_set"}
-    kept = [{key: value for key, value in entry.items() if key not in summed} for entry in entries]
-    return {"version": VERSION, **header, **totals, "shards": kept}
+    shards = [{key: value for key, value in entry.items() if key not in summed} for entry in entries]
+    return {"version": VERSION, **header, **totals, "shards": shards}
 
 
 def _extremes(hashes: Sequence[int]) -> list[int]:
-    """The lowest and the highest, or none of none."""
     return [min(hashes), max(hashes)] if hashes else []

@@ -1,4 +1,4 @@
-"""LVM's JSONL files are trained on as they are, and ours come back from them."""
+"""JSONL in LVM's format: as training data, and as an export."""
 
 import base64
 import json
@@ -22,50 +22,50 @@ SMALL = JsonlFormat(num_codes=16, grid=(2, 2))
 
 
 def write(path, lengths, end="\n"):
-    """A file of sentences of so many grids; returns them."""
+    """Writes sentences of `lengths` grids to a file; returns them."""
     rng = np.random.default_rng(0)
-    made = [rng.integers(0, 16, (length, 4)) for length in lengths]
-    path.write_text("".join(encode_line(codes) for codes in made).rstrip("\n") + end)
-    return made
+    sentences = [rng.integers(0, 16, (length, 4)) for length in lengths]
+    path.write_text("".join(encode_line(codes) for codes in sentences).rstrip("\n") + end)
+    return sentences
 
 
 @given(st.lists(st.integers(0, 2**16 - 1), min_size=1))
-def test_a_line_comes_back(codes):
+def test_decode_line_inverts_encode_line(codes):
     line = encode_line(np.array([codes]))
     assert decode_line(line.encode()).tolist() == codes
-    # The format itself: base64 of int32, little-endian.
+    # The format is base64 of little-endian int32.
     assert base64.b64decode(json.loads(line)["tokens"]) == np.array(codes, "<i4").tobytes()
 
 
 @pytest.mark.parametrize("end", ["\n", "", "\n\n"])
-def test_lines_are_sentences_again(tmp_path, end):
-    made = write(tmp_path / "a.jsonl", [3] * 20, end)
+def test_video_recipe_reproduces_the_lines(tmp_path, end):
+    lines = write(tmp_path / "a.jsonl", [3] * 20, end)
     sources = {"lines": ComponentConfig(Video(frames=3, strides=(1,)))}
     mixture = Mixture(MixtureConfig(sources, str(tmp_path / "a.jsonl"), 0.0, jsonl=SMALL), 0)
-    source = mixture.components[0]
-    assert source.sentences_per_epoch == 20
-    found = sorted(source.sentence(number).tolist() for number in range(20))
-    assert found == sorted(codes.tolist() for codes in made)
+    component = mixture.components[0]
+    assert component.sentences_per_epoch == 20
+    sentences = sorted(component.sentence(i).tolist() for i in range(20))
+    assert sentences == sorted(codes.tolist() for codes in lines)
     batch = Rows(mixture, Vocabulary.for_codes(16), 24, 3).batch(2)
     assert batch["tokens"].max() == 17
 
 
-def test_every_recipe_of_one_stream_may_cut_lines_of_any_length(tmp_path):
-    made = write(tmp_path / "a.jsonl", [1, 2, 5, 3])
+def test_recipes_read_lines_of_any_length(tmp_path):
+    lines = write(tmp_path / "a.jsonl", [1, 2, 5, 3])
     path = str(tmp_path / "a.jsonl")
     video = ComponentConfig(Video(frames=3, strides=(1,)))
-    made_of = Mixture(MixtureConfig({"video": video}, path, 0.0, jsonl=SMALL), 0).components[0]
-    assert (made_of.sentences_per_epoch, made_of.num_excluded) == (2, 2)
+    component = Mixture(MixtureConfig({"video": video}, path, 0.0, jsonl=SMALL), 0).components[0]
+    assert (component.sentences_per_epoch, component.num_excluded) == (2, 2)
     singles = Mixture(MixtureConfig({"single": ComponentConfig(Single())}, path, 0.0, jsonl=SMALL), 0)
-    grids = {grid.tobytes() for codes in made for grid in codes.astype(np.int32)}
+    grids = {grid.tobytes() for codes in lines for grid in codes.astype(np.int32)}
     assert {singles.components[0].sentence(n).tobytes() for n in range(40)} <= grids
 
 
-def test_the_index_is_made_once_and_anew_for_another_file(tmp_path, caplog):
+def test_index_is_built_once_per_file_content(tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     write(path, [3] * 4)
     first = JsonlStore(path, SMALL)
-    assert "reading through it once" in caplog.text
+    assert "scanning it once" in caplog.text
     caplog.clear()
     again = pickle.loads(pickle.dumps(first))
     assert caplog.text == ""
@@ -76,7 +76,7 @@ def test_the_index_is_made_once_and_anew_for_another_file(tmp_path, caplog):
     assert other.identity() != first.identity()
 
 
-def test_equal_lines_are_on_one_side(tmp_path):
+def test_equal_lines_are_in_one_split(tmp_path):
     path = tmp_path / "a.jsonl"
     write(path, [1] * 30)
     path.write_text(path.read_text() * 2)
@@ -92,13 +92,13 @@ def test_equal_lines_are_on_one_side(tmp_path):
         ("{", "sentence 2: not {'tokens': base64}"),
         ('{"text": "a"}', "sentence 2: not {'tokens': base64}"),
         ('{"tokens": "****"}', "sentence 2: not {'tokens': base64}"),
-        ('{"tokens": ""}', "sentence 2: 0 tokens are no whole number of images of 4 codes"),
-        (encode_line(np.zeros((1, 5))), "sentence 2: 5 tokens are no whole number"),
-        (encode_line(np.full((1, 4), 16)), r"sentence 2: codes lie in \[16, 16\], expected \[0, 16\)"),
-        (encode_line(np.full((1, 4), -1)), r"sentence 2: codes lie in \[-1, -1\]"),
+        ('{"tokens": ""}', "sentence 2: 0 tokens are not a multiple of 4 codes"),
+        (encode_line(np.zeros((1, 5))), "sentence 2: 5 tokens"),
+        (encode_line(np.full((1, 4), 16)), r"sentence 2: codes are in \[16, 16\], expected \[0, 16\)"),
+        (encode_line(np.full((1, 4), -1)), r"sentence 2: codes are in \[-1, -1\]"),
     ],
 )
-def test_what_is_no_sentence_is_refused_by_file_and_line(tmp_path, line, message):
+def test_bad_line_is_rejected_with_file_and_line(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(encode_line(np.zeros((1, 4))) + line)
     with pytest.raises(UserError, match=rf"a\.jsonl, {message}"):
@@ -107,14 +107,14 @@ def test_what_is_no_sentence_is_refused_by_file_and_line(tmp_path, line, message
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"num_codes": 0}, "^num_codes: 0"), ({"grid": (4,)}, "^grid: "), ({"grid": (0, 4)}, "^grid: ")],
+    [({"num_codes": 0}, "^num_codes=0"), ({"grid": (4,)}, "^grid="), ({"grid": (0, 4)}, "^grid=")],
 )
-def test_impossible_formats_are_refused(fields, message):
+def test_jsonl_format_rejects_impossible_values(fields, message):
     with pytest.raises(UserError, match=message):
         JsonlFormat(**fields)
 
 
-def test_an_empty_file_has_no_sentences(tmp_path):
+def test_mixture_rejects_an_empty_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(UserError, match=r"lines \(.* has no scene of ≥ 1 frames of rgb"):
         Mixture(
@@ -122,7 +122,7 @@ def test_an_empty_file_has_no_sentences(tmp_path):
         )
 
 
-def test_another_codebook_does_not_mix(tmp_path, make_store):
+def test_mixture_rejects_stores_of_two_codebooks(tmp_path, make_store):
     write(tmp_path / "a.jsonl", [1] * 9)
     sources = {
         "lines": ComponentConfig(Single(), store=str(tmp_path / "a.jsonl")),
@@ -134,7 +134,7 @@ def test_another_codebook_does_not_mix(tmp_path, make_store):
         Mixture(MixtureConfig(sources, jsonl=JsonlFormat(15, (2, 2))), 0)
 
 
-def test_the_export_is_the_order_of_training(make_store, tmp_path):
+def test_export_writes_the_training_order(make_store, tmp_path):
     store = make_store([(4, 0)] * 20)
     out = tmp_path / "out.jsonl"
     off = [f"--config.data.components.{name}.weight=0" for name in ("segmentation", "depth", "edges")]

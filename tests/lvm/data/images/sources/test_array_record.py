@@ -178,8 +178,8 @@ def test_lines_are_scenes_of_codes(tmp_path) -> None:
         np.testing.assert_array_equal(scene.codes[:, 0], codes)
     assert [(failure.key, failure.reason) for failure in source.skipped] == [
         ("a.jsonl/2", "not {'tokens': base64}: 'tokens'"),
-        ("a.jsonl/4", "codes lie in [16, 16], expected [0, 16) (num_codes)"),
-        ("a.jsonl/5", "3 tokens are no whole number of images of 4 codes (grid)"),
+        ("a.jsonl/4", "codes are in [16, 16], expected [0, 16) (num_codes)"),
+        ("a.jsonl/5", "3 tokens are not a multiple of 4 codes per image (grid)"),
     ]
 
 
