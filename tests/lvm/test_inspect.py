@@ -89,7 +89,9 @@ def test_a_changed_index_is_refused_as_it_is_named(copy):
     flip(file, 4)  # frames of the first
     with pytest.raises(UserError) as refused:
         Store(copy).entries(np.array([60]))
-    assert problems(copy) == [str(refused.value)] == [f"{file}: damaged: checksum differs from the manifest's"]
+    assert (
+        problems(copy) == [str(refused.value)] == [f"{file}: damaged: checksum differs from the manifest's"]
+    )
 
 
 def test_a_changed_copy_of_an_index_is_named(copy, tmp_path):
