@@ -1,8 +1,7 @@
-"""Typed configuration trees: frozen dataclasses inside, `ml_collections` at the edge.
+"""Typed configuration trees: frozen dataclasses inside, `ml_collections` at the command line.
 
-A config file's `get_config()` returns `to_config_dict(SomeConfig(...))`, so every key is there at its default
-and can be overridden at the command line. `from_config_dict` turns the result back into the dataclass and
-refuses unknown keys, wrong types and impossible values by the key's full name.
+A config file's `get_config()` returns `to_config_dict(SomeConfig(...))`, so that every key has a default that flags can
+override. `from_config_dict` rebuilds the dataclass; it rejects unknown keys, wrong types and impossible values.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ def find_config(path: str) -> str:
 
 
 def to_config_dict(config: Any) -> ConfigDict:
-    """The dataclass as a `ConfigDict` with every key; members of a family carry their `kind`."""
+    """Converts a dataclass to a `ConfigDict` with every key; members of a family carry their `kind`."""
     return ConfigDict(to_json(config), convert_dict=True)
 
 
 def to_json(config: Any) -> Any:
-    """The dataclass as plain dicts, lists and scalars."""
+    """Converts a dataclass to plain dicts, tuples and scalars."""
     if dataclasses.is_dataclass(config):
         tree = {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
         kind = getattr(type(config), "kind", None)
@@ -52,8 +51,7 @@ def from_config_dict(cls: type[T], values: Any, path: str = "config") -> T:
     """Builds `cls` from nested mappings.
 
     Raises:
-      UserError: an unknown key, a value of the wrong type, or one that the dataclass itself refuses; the
-        message names the key from `path` on.
+      UserError: an unknown key, a wrong type, or a value that the dataclass rejects; names the key from `path` on.
     """
     return _build(cls, values, path)
 
@@ -116,5 +114,5 @@ def _scalar(annotation: Any, value: Any, path: str) -> Any:
     if annotation is float and type(value) is float and not math.isfinite(value):
         raise UserError(f"{path}: {value} is not a finite number")
     if type(value) is not annotation:
-        raise UserError(f"{path}: {value!r} is a {type(value).__name__}, wanted {annotation.__name__}")
+        raise UserError(f"{path}: {value!r} is a {type(value).__name__}, expected {annotation.__name__}")
     return value

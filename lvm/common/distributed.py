@@ -1,4 +1,4 @@
-"""Several processes as one run: joining them, agreeing among them, and fetching what is spread over them."""
+"""Multi-process runs: joining processes, process-zero work, gathering arrays, agreeing on preemption."""
 
 from __future__ import annotations
 
@@ -14,52 +14,51 @@ from jax.experimental import multihost_utils
 
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
+from lvm.common.validation import check_positive
 
 T = TypeVar("T")
-# What a launcher of ours tells each process; the first alone, as "auto", is where JAX finds the others by itself.
+# Environment variables set by our launchers. COORDINATOR="auto" alone leaves it to JAX to detect the cluster.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "LVM_COORDINATOR", "LVM_NUM_PROCESSES", "LVM_PROCESS_ID"
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """How long processes wait for each other, in seconds.
+    """Timeouts in seconds.
 
     Attributes:
-      initialization_timeout: for all to have joined.
-      heartbeat_timeout: without a sign of life before a process counts as dead, and the rest end.
+      initialization_timeout: for all processes to join.
+      heartbeat_timeout: a process without a heartbeat for this long counts as dead, and the others end.
     """
 
     initialization_timeout: int = 300
     heartbeat_timeout: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("initialization_timeout", "heartbeat_timeout"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        check_positive(self, "initialization_timeout", "heartbeat_timeout")
 
 
 def join(config: DistributedConfig) -> None:
-    """Joins this process to the others of its run, if the environment says that there are any.
+    """Initializes `jax.distributed` if the environment describes a run of several processes.
 
-    That is a launcher of ours (`LVM_COORDINATOR`, `LVM_NUM_PROCESSES`, `LVM_PROCESS_ID`), or what JAX recognises:
-    Slurm, TPUs of several hosts. Must come before anything asks for devices.
+    Either our launchers' variables (`LVM_COORDINATOR`, `LVM_NUM_PROCESSES`, `LVM_PROCESS_ID`) or a cluster that JAX
+    detects (Slurm, multi-host TPUs). Must be called before anything asks for devices.
 
     Raises:
       UserError: a launcher's variables are incomplete.
     """
-    named = {name: os.environ.get(name, "") for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)}
+    launcher = {name: os.environ.get(name, "") for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)}
     options: dict[str, Any] = {
         "initialization_timeout": config.initialization_timeout,
         "heartbeat_timeout_seconds": config.heartbeat_timeout,
     }
-    if named[COORDINATOR] != "auto" and any(named.values()):
-        if not all(named.values()):
-            missing = [name for name, value in named.items() if not value]
-            raise UserError(f"{', '.join(missing)}: not set, but other variables of a launcher are")
-        options["coordinator_address"] = named[COORDINATOR]
-        options["num_processes"] = int(named[NUM_PROCESSES])
-        options["process_id"] = int(named[PROCESS_ID])
-    elif named[COORDINATOR] != "auto" and not _in_cluster():
+    if launcher[COORDINATOR] != "auto" and any(launcher.values()):
+        if not all(launcher.values()):
+            missing = [name for name, value in launcher.items() if not value]
+            raise UserError(f"{', '.join(missing)}: not set, but other variables of the launcher are")
+        options["coordinator_address"] = launcher[COORDINATOR]
+        options["num_processes"] = int(launcher[NUM_PROCESSES])
+        options["process_id"] = int(launcher[PROCESS_ID])
+    elif launcher[COORDINATOR] != "auto" and not _in_cluster():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)
@@ -74,8 +73,8 @@ def _in_cluster() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
-    # Asking a single process for its index would take hold of its accelerator.
+    """Whether this is process zero, which writes what a run writes once."""
+    # Asking a single process for its index would initialize its accelerator.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -84,54 +83,51 @@ def _num_processes() -> int:
 
 
 def broadcast(number: int) -> int:
-    """The first process's number (below 2⁶²), on all processes."""
+    """Returns process zero's integer, in [0, 2⁶²), on all processes."""
     if _num_processes() == 1:
         return number
-    halves = np.array([number >> 31, number & 0x7FFFFFFF], np.int32)  # JAX would cut 64 bits to 32
+    halves = np.array([number >> 31, number & 0x7FFFFFFF], np.int32)  # JAX truncates 64-bit integers
     high, low = multihost_utils.broadcast_one_to_all(halves)
     return (int(high) << 31) + int(low)
 
 
 def on_process_zero(function: Callable[[], T]) -> T | None:
-    """Calls `function` on the first process alone; where that fails, all processes fail.
-
-    Returns:
-      What it returned, on the first process; None on the others.
+    """Calls `function` on process zero and returns its result there, None elsewhere.
 
     Raises:
-      UserError: what it raised, or on the others that the first process refused.
+      UserError: on all processes, if `function` raised it.
     """
-    found, problem = None, None
+    result, problem = None, None
     if is_first():
         try:
-            found = function()
+            result = function()
         except UserError as error:
             problem = error
     if broadcast(int(problem is not None)):
-        raise problem or UserError("the first process refused to go on: its message says why")
-    return found
+        raise problem or UserError("process 0 failed; see its message")
+    return result
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """The whole array on every process; all must ask for it."""
+    """Gathers a global array on every process. A collective: all processes must call it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 class Preemption:
-    """Notices SIGTERM, to any process, at a moment that all of them agree on.
+    """Context that reports a SIGTERM sent to any process at a step on which all processes agree.
 
-    With one process that is the next time it asks; with several, JAX's preemption service finds the first moment
-    that all have yet to reach. All processes must ask equally often. Use as a context.
+    A single process learns of it at its next `noticed` call; for several, JAX's preemption service picks the first call
+    that none has made yet. All processes must call `noticed` equally often.
     """
 
     def __init__(self) -> None:
-        self._asked = 0
+        self._num_calls = 0
         self._noticed = False
 
     def __enter__(self) -> Preemption:
-        # The service of several processes has put its own handler there.
+        # With several processes, JAX's preemption service has installed its own handler.
         self._previous = signal.signal(signal.SIGTERM, self._notice) if _num_processes() == 1 else None
         return self
 
@@ -143,8 +139,8 @@ class Preemption:
         self._noticed = True
 
     def noticed(self) -> bool:
-        """Whether to save and end now. Stays true."""
-        self._asked += 1
+        """Whether to save and exit now; stays true once it is."""
+        self._num_calls += 1
         if _num_processes() > 1 and not self._noticed:
-            self._noticed = multihost_utils.reached_preemption_sync_point(self._asked)
+            self._noticed = multihost_utils.reached_preemption_sync_point(self._num_calls)
         return self._noticed

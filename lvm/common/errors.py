@@ -1,4 +1,4 @@
-"""The errors that a user can mend, and the exit codes of every command."""
+"""Errors that a user can fix, and exit codes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ FINAL = (EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED)
 
 
 class UserError(Exception):
-    """A bad configuration or bad input.
+    """Bad configuration or input. Commands print the message as one line, without a traceback, and exit with 2.
 
-    The message names the file, key or shape, what was found, and what would be right. Commands print it
-    as one line and exit with `EXIT_BAD_INPUT`, without a traceback.
+    The message names the file, key or shape, the offending value, and what would be right.
     """
 
 
 class DivergedError(Exception):
-    """Training produced a loss or a gradient that is not finite. Commands exit with `EXIT_DIVERGED`."""
+    """Training produced a non-finite loss or gradient. Commands exit with `EXIT_DIVERGED`."""

@@ -1,7 +1,6 @@
-"""Files that a reader sees whole or not at all, on disk and on gs://.
+"""Atomic files, locks and JSON, on local disks and object storage.
 
-On disk a file is written under a temporary name, flushed and renamed. On gs:// it is one object, which is there once
-all of it has arrived.
+Local files are written under a temporary name, flushed and renamed; an object on gs:// appears once it is complete.
 """
 
 from __future__ import annotations
@@ -23,20 +22,19 @@ from etils import epath
 
 from lvm.common.errors import UserError
 
-_TRIES, _WAIT, _GONE = 100, 0.1, 10  # tries, seconds between them, and so many in a row
+_REMOVE_TRIES, _REMOVE_WAIT_S, _REMOVE_STABLE = 100, 0.1, 10
 
-# `epath` opens gs:// by fsspec. Other hosts write there too, so that no listing may be remembered, and what arrives is
-# compared with what was sent.
+# `epath` opens gs:// through fsspec. Listings aren't cached, since other hosts write there too; uploads are verified.
 fsspec.config.conf.setdefault("gcs", {}).update({"use_listings_cache": False, "consistency": "md5"})
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is an object store's, such as gs://, and no file of this machine."""
+    """Whether a path is on object storage, such as gs://."""
     return "://" in os.fspath(path)
 
 
 def put(local: epath.PathLike, path: epath.PathLike) -> None:
-    """Moves a finished file of this machine to its place, where it is whole or not there."""
+    """Moves a finished local file to a local or remote path, atomically."""
     if is_remote(path):
         filesystem, name = _filesystem(path)
         filesystem.put_file(os.fspath(local), name)
@@ -47,7 +45,7 @@ def put(local: epath.PathLike, path: epath.PathLike) -> None:
 
 
 def download(path: epath.PathLike, local: epath.PathLike) -> None:
-    """Copies a file, remote or not, to a local one, which may stay in part if that fails."""
+    """Copies a local or remote file to a local one, which may be incomplete after an error."""
     if is_remote(path):
         filesystem, name = _filesystem(path)
         filesystem.get_file(name, os.fspath(local))
@@ -56,7 +54,7 @@ def download(path: epath.PathLike, local: epath.PathLike) -> None:
 
 
 def move(folder: epath.PathLike, target: epath.PathLike) -> None:
-    """Gives a folder another name; on gs:// its objects are copied there one by one, then deleted."""
+    """Renames a folder; on gs:// its objects are copied one by one, then deleted."""
     if is_remote(folder):
         filesystem, name = _filesystem(folder)
         filesystem.mv(name, _filesystem(target)[1], recursive=True)
@@ -65,23 +63,22 @@ def move(folder: epath.PathLike, target: epath.PathLike) -> None:
 
 
 def objects(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
-    """Every object below a remote folder, by its name from there: its size, and the CRC-32C that the store keeps."""
+    """Lists a remote folder: relative name → size in bytes and CRC-32C, as the storage service reports them."""
     filesystem, name = _filesystem(folder)
-    found = filesystem.find(name, detail=True, refresh=True)
     return {
         path.removeprefix(name).lstrip("/"): {"size": int(entry["size"]), "crc32c": entry.get("crc32c", "")}
-        for path, entry in found.items()
+        for path, entry in filesystem.find(name, detail=True, refresh=True).items()
     }
 
 
 def _filesystem(path: epath.PathLike) -> tuple[Any, str]:
-    """The connection that `epath` has too, and what the path is called there."""
+    """fsspec's filesystem, shared with `epath`, and the path inside it."""
     options = {"finalize_on_close": True} if os.fspath(path).startswith(("gs://", "gcs://")) else {}
     return fsspec.core.url_to_fs(os.fspath(path), **options)
 
 
 def write_atomically(path: epath.PathLike, data: bytes) -> None:
-    """Writes all of a file at once. Concurrent writers of one path are safe."""
+    """Writes a whole file. Concurrent writers of one path are safe."""
     path = epath.Path(path)
     if is_remote(path):
         filesystem, name = _filesystem(path)
@@ -93,10 +90,7 @@ def write_atomically(path: epath.PathLike, data: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: epath.PathLike) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside a local `path` for writing; it is flushed and renamed to `path` on success.
-
-    On any error the temporary file is removed and `path` keeps its former content.
-    """
+    """Yields a temporary file, renamed to the local `path` on success; on an error `path` keeps its former content."""
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -114,31 +108,30 @@ def atomic_file(path: epath.PathLike) -> Iterator[BinaryIO]:
 
 
 def lock_file(path: epath.PathLike, *, shared: bool = False, wait: bool = False) -> IO[str] | None:
-    """Locks a local file, made if it isn't there, for this process (`flock`).
+    """Locks a local file with `flock`, creating it if needed.
 
     Returns:
-      The open file, which holds the lock until it is closed; None where another process holds it and `wait` is False.
+      The open file, which holds the lock until it is closed; None if another process holds it and `wait` is False.
     """
     file = open(path, "a+")  # noqa: SIM115 (returned open)
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+    except BaseException as error:
         file.close()
-        return None
-    except BaseException:
-        file.close()
+        if isinstance(error, BlockingIOError):
+            return None
         raise
     return file
 
 
 def flush(path: epath.PathLike) -> None:
-    """Makes what was written to a file survive a power cut."""
+    """Flushes a file's content to disk (fsync)."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: epath.PathLike) -> None:
-    """Makes renames in a folder survive a power cut."""
+    """Flushes a folder's entries to disk (fsync), so that renames survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -147,16 +140,12 @@ def sync_folder(folder: epath.PathLike) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Indented JSON with sorted keys, atomically: equal values are equal bytes."""
+    """Writes indented JSON with sorted keys, atomically; equal values give equal bytes."""
     write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """What `write_json` wrote.
-
-    Raises:
-      UserError: not JSON.
-    """
+    """Reads JSON. Raises UserError where it is malformed."""
     try:
         return json.loads(epath.Path(path).read_text())
     except json.JSONDecodeError as error:
@@ -164,26 +153,26 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """The value as JSON gives it back: tuples as lists, keys as strings."""
+    """Round-trips a value through JSON: tuples become lists, keys strings."""
     return json.loads(json.dumps(value))
 
 
 def sha256(path: epath.PathLike) -> str:
-    """Hex digest of a file."""
+    """SHA-256 of a file, in hex."""
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def new_folder(folder: epath.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `folder` that gets its name when all is written: it is there as a whole or not at all.
+    """Yields a temporary folder, renamed to `folder` on success and removed on an error.
 
     Raises:
-      UserError: it exists and isn't an empty folder.
+      UserError: `folder` exists and isn't an empty folder.
     """
     path = epath.Path(folder)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists and isn't an empty folder; choose a new one")
+        raise UserError(f"{path}: exists and is not an empty folder; choose a new one")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(path.parent, f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -198,22 +187,22 @@ def new_folder(folder: epath.PathLike) -> Iterator[pathlib.Path]:
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Removes a folder that threads of a storage library may still be writing into, after the first of them failed.
+    """Removes a folder that threads of a storage library may still write into, recreating it, after one of them failed.
 
-    They make it again if they must, so it has to be gone for a while.
+    Retries until the folder has stayed absent for a while.
     """
-    gone = 0
-    for _ in range(_TRIES):
+    absent = 0
+    for _ in range(_REMOVE_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
-        gone = 0 if folder.exists() else gone + 1
-        if gone == _GONE:
+        absent = 0 if folder.exists() else absent + 1
+        if absent == _REMOVE_STABLE:
             return
-        time.sleep(_WAIT)
+        time.sleep(_REMOVE_WAIT_S)
 
 
 @contextlib.contextmanager
 def clear_disk_errors(folder: epath.PathLike) -> Iterator[None]:
-    """Storage libraries wrap a full or read-only disk in errors of their own; gives back an `OSError`."""
+    """Turns storage libraries' own errors about a full or read-only disk back into `OSError`."""
     try:
         yield
     except OSError as error:

@@ -135,7 +135,7 @@ def test_demo_config_opens() -> None:
     ("parameters", "message"),
     [
         ({"num_scenes": 0}, r"generated\.num_scenes: 0 is too small"),
-        ({"num_frames": 2.0}, r"generated\.num_frames: 2\.0 is a float, wanted int"),
+        ({"num_frames": 2.0}, r"generated\.num_frames: 2\.0 is a float, expected int"),
         ({"streams": ("rgb", "flow")}, "expected some of rgb, segmentation"),
         ({"streams": ()}, "expected some of"),
         ({"streams": ("rgb", "rgb")}, "each once"),
