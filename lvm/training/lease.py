@@ -1,4 +1,4 @@
-"""One run at a time in a workdir on gs://, which has no locks: an object that its holder renews."""
+"""A lease for a workdir on gs://, which has no file locks: an object that its holder keeps renewing."""
 
 from __future__ import annotations
 
@@ -21,109 +21,112 @@ from lvm.common import errors
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 
-STALE = 120.0  # seconds after which a lease that wasn't renewed is anybody's
-_RENEWED = 30.0  # seconds between renewals
-_LOOK = 5.0  # seconds between looks at somebody else's
-_PATIENCE = 10.0  # seconds that a write may take: one that hangs must not outlive the lease
+TTL_S = 120.0  # a lease not renewed for this long is free
+_RENEW_S = 30.0  # between renewals
+_POLL_S = 5.0  # between looks at another run's lease
+_WRITE_TIMEOUT_S = 10.0  # a write that hangs must not outlive the lease
 
 
 class Lease:
-    """Holds `PATH`, a `gs://` object, until the process ends or `release` is called.
+    """Holds the `gs://` object `path` until the process ends or `release` is called.
 
-    Every write names the generation that it replaces, so of two that try one fails. Whoever was killed leaves a
-    lease behind, which its successor waits for to grow stale.
+    Every write requires the generation that it replaces, so of two concurrent writers one fails. A killed run leaves
+    its lease behind; the next one waits until it has expired.
 
     Args:
       path: the object.
-      stale, renewed, look: the seconds above, for tests.
+      ttl_s, renew_s, poll_s: lease TTL, and seconds between renewals and polls; set by tests alone.
 
     Raises:
-      UserError: another run holds it, and renews it.
+      UserError: another run holds and renews it.
     """
 
     def __init__(
-        self, path: epath.PathLike, stale: float = STALE, renewed: float = _RENEWED, look: float = _LOOK
+        self, path: epath.PathLike, ttl_s: float = TTL_S, renew_s: float = _RENEW_S, poll_s: float = _POLL_S
     ):
-        self._path, self._stale, self._renewed, self._look = os.fspath(path), stale, renewed, look
+        self._path, self._ttl_s, self._renew_s, self._poll_s = os.fspath(path), ttl_s, renew_s, poll_s
         bucket, _, name = self._path.removeprefix("gs://").partition("/")
         self._bucket, self._name = _client().bucket(bucket), name
         self._owner = uuid.uuid4().hex
         self._released = threading.Event()
-        self._generation = self._take()
+        self._generation = self._acquire()
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
         atexit.register(self.release)
 
     def release(self) -> None:
-        """Gives it back at once, so that the next run needn't wait."""
+        """Deletes the lease, so that the next run needn't wait."""
         if self._released.is_set():
             return
         self._released.set()
         try:
             self._bucket.blob(self._name).delete(if_generation_match=self._generation)
         except (exceptions.GoogleAPIError, requests.RequestException) as error:
-            log_info(f"{self._path}: not given back ({error}); it is free in {self._stale:.0f} s")
+            log_info(f"{self._path}: not released ({error}); it expires in {self._ttl_s:.0f} s")
 
-    def _take(self) -> int:
-        seen, since = self._generation_there(), time.monotonic()
+    def _acquire(self) -> int:
+        seen, since = self._current_generation(), time.monotonic()
         waited = False
         while True:
-            if not seen or time.monotonic() - since > self._stale:
+            if not seen or time.monotonic() - since > self._ttl_s:
                 try:
                     return self._write(seen, DEFAULT_RETRY)
-                except exceptions.PreconditionFailed:  # another was faster, or only the answer was lost
+                except exceptions.PreconditionFailed:  # another run was faster, or only the response was lost
                     if self._is_ours():
                         return self._generation
-                    raise self._held() from None
+                    raise self._held_error() from None
             if not waited:
                 log_info(
-                    f"{self._path}: another run holds it or was killed; waiting {self._stale:.0f} s for a sign of it"
+                    f"{self._path}: held by another run, or one that was killed; waiting {self._ttl_s:.0f} s for it "
+                    "to be renewed or expire"
                 )
                 waited = True
-            time.sleep(self._look)
-            now = self._generation_there()
-            if now and now != seen:
-                raise self._held()
-            seen = now
+            time.sleep(self._poll_s)
+            current = self._current_generation()
+            if current and current != seen:
+                raise self._held_error()
+            seen = current
 
-    def _held(self) -> UserError:
+    def _held_error(self) -> UserError:
         return UserError(f"{self._path.rpartition('/')[0]}: another run is using this workdir")
 
-    def _generation_there(self) -> int:
-        """0 where there is no lease."""
-        found = self._bucket.get_blob(self._name)
-        return int(found.generation) if found else 0
+    def _current_generation(self) -> int:
+        """The object's generation, 0 if there is none."""
+        blob = self._bucket.get_blob(self._name)
+        return int(blob.generation) if blob else 0
 
     def _write(self, replaced: int, retry: Retry | None) -> int:
-        blob = self._bucket.blob(self._name)  # anew: one that knows a generation asks for that one alone
-        blob.upload_from_string(self._owner, if_generation_match=replaced, timeout=_PATIENCE, retry=retry)
+        blob = self._bucket.blob(self._name)  # a new one: a blob with a generation requests that one alone
+        blob.upload_from_string(
+            self._owner, if_generation_match=replaced, timeout=_WRITE_TIMEOUT_S, retry=retry
+        )
         return int(blob.generation)
 
     def _is_ours(self) -> bool:
-        """Whether what is there was written here after all; goes on from it then."""
-        found = self._bucket.get_blob(self._name)
-        if found is None or found.download_as_bytes(timeout=_PATIENCE) != self._owner.encode():
+        """Checks whether this lease wrote the object; if so continues from its generation."""
+        blob = self._bucket.get_blob(self._name)
+        if blob is None or blob.download_as_bytes(timeout=_WRITE_TIMEOUT_S) != self._owner.encode():
             return False
-        self._generation = int(found.generation)
+        self._generation = int(blob.generation)
         return True
 
     def _renew(self) -> None:
-        last = time.monotonic()
-        while not self._released.wait(self._renewed):
-            began = time.monotonic()
+        renewed_at = time.monotonic()
+        while not self._released.wait(self._renew_s):
+            started_at = time.monotonic()
             try:
                 try:
-                    self._generation = self._write(self._generation, retry=None)  # this loop does that
+                    self._generation = self._write(self._generation, retry=None)  # this loop retries
                 except exceptions.PreconditionFailed:
                     if not self._released.is_set() and not self._is_ours():
-                        self._end("another run has taken it")
-                last = began
+                        self._exit("another run has taken it")
+                renewed_at = started_at
             except (exceptions.GoogleAPIError, requests.RequestException) as error:
-                # Before anybody may take it, not after.
-                if time.monotonic() - last > self._stale - self._renewed - _PATIENCE:
-                    self._end(f"it could not be renewed: {error}")
+                # Exits before the lease expires, not after.
+                if time.monotonic() - renewed_at > self._ttl_s - self._renew_s - _WRITE_TIMEOUT_S:
+                    self._exit(f"it could not be renewed: {error}")
 
-    def _end(self, reason: str) -> None:
-        """Two runs must never write into one workdir, so this one ends at once."""
+    def _exit(self, reason: str) -> None:
+        """Ends the process at once: two runs must never write to one workdir."""
         print(f"error: {self._path}: the lease is lost: {reason}", file=sys.stderr, flush=True)
         os._exit(errors.EXIT_ERROR)
 

@@ -160,7 +160,7 @@ class Loop:
                         state, start = self._rewind(spike)
             finally:
                 self._tracer.stop()
-                with self._watchdog.pausing("the last checkpoint"):
+                with self._watchdog.pause("the last checkpoint"):
                     self._checkpoints.close()  # waits for the save under way
 
     @contextlib.contextmanager
@@ -194,7 +194,7 @@ class Loop:
             raise DivergedError(
                 f"{self._path}: {spike}, and {limits.max_rewinds} were gone around already; its batch is in {DIVERGED}"
             )
-        with self._watchdog.pausing("going back before a spike"):
+        with self._watchdog.pause("going back before a spike"):
             self._checkpoints.wait()
             kept = self._checkpoints.all_steps()
             early_enough = [step for step in kept if step < spike.step - limits.skip_before]
@@ -221,7 +221,7 @@ class Loop:
             self._look_back(reports, 0 if last else _STEPS_AHEAD)
             self._report(step, state, metrics, clock, last)
             if last or _due(step, self._config.picture_every):
-                with clock.paused(state), self._watchdog.pausing("drawing pictures"):
+                with clock.paused(state), self._watchdog.pause("drawing pictures"):
                     self._draw(step, state)
             stopping = self._preemption.noticed()
             if last or stopping or _due(step, self._config.checkpoint_every):
@@ -230,7 +230,7 @@ class Loop:
                     self._save(state, step)
             if stopping:
                 began = time.monotonic()
-                with self._watchdog.pausing("the last checkpoint"):
+                with self._watchdog.pause("the last checkpoint"):
                     self._checkpoints.wait()
                 log_info(f"SIGTERM: saved at step {step}, which took {time.monotonic() - began:.1f} s more")
                 raise SystemExit(EXIT_PREEMPTED)
@@ -242,7 +242,7 @@ class Loop:
             yield self._step.shard_batch(batch)
 
     def _save(self, state: State, step: int) -> None:
-        with self._watchdog.pausing("saving a checkpoint"):
+        with self._watchdog.pause("saving a checkpoint"):
             meta = {**self._goodput.to_json(), "losses": self._detector.recent_losses}
             self._checkpoints.save(state, step, meta)
 
@@ -282,7 +282,7 @@ class Loop:
             rate = f"{1 / seconds:.3g} steps/s, {duration(left * seconds)} left"
             log_info(f"step {step}/{self._config.total_steps}, {rate}, loss {values['loss']:.4f}")
         if last or _due(step, self._config.evaluate_every):
-            with clock.paused(state), self._watchdog.pausing("an evaluation"):
+            with clock.paused(state), self._watchdog.pause("an evaluation"):
                 heldout = self._trainable.evaluate(state, self._preemption.noticed)
             if heldout:
                 log_info("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))

@@ -1,21 +1,22 @@
-"""Next-code prediction as a `TrainTask`."""
+"""Next-token prediction as a `TrainTask`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, UInt8
 
 from lvm.common.errors import UserError
+from lvm.common.validation import check_non_negative, check_positive
 from lvm.hardware import sharding
 from lvm.model.attention import choose_kernel
-from lvm.model.nnx_utils import abstract_module, init_params, logical_axes, merge
+from lvm.model.nnx_utils import Params, abstract_module, init_params, logical_axes, merge
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.training.losses import token_losses
 from lvm.training.task import Batch, State, Sums, init_skip_counts, make_update
@@ -23,12 +24,12 @@ from lvm.training.task import Batch, State, Sums, init_skip_counts, make_update
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """How the next code is learned.
+    """The training objective.
 
     Attributes:
-      z_loss: weight of the squared log-normaliser, which keeps logits from drifting (PaLM, arXiv 2204.02311).
+      z_loss: weight of the squared log-normalizer, which keeps logits from drifting (PaLM, arXiv 2204.02311).
       logits_chunk: tokens of a row whose logits are in memory at once.
-      accumulate_steps: parts of a batch that are computed one after the other before the optimizer's step.
+      accumulate_steps: micro-batches per optimizer step (gradient accumulation).
     """
 
     z_loss: float = 0.0
@@ -36,31 +37,28 @@ class ObjectiveConfig:
     accumulate_steps: int = 1
 
     def __post_init__(self) -> None:
-        if self.z_loss < 0:
-            raise UserError(f"z_loss: {self.z_loss} is negative")
-        for name in ("logits_chunk", "accumulate_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        check_non_negative(self, "z_loss")
+        check_positive(self, "logits_chunk", "accumulate_steps")
 
 
 @dataclasses.dataclass
 class NextTokenTask:
-    """A transformer that learns the next token of every row.
+    """A transformer that predicts the next token of every row.
 
     Attributes:
       config: the model, its vocabulary size set.
       batch_spec: of the batches (`lvm.data.mixture.rows`).
-      component_names: what `component_ids` count; metrics name each component's loss after it.
+      component_names: component of each id in `component_ids`; each has its own metric `loss/NAME`.
       optimizer, schedule: of `lvm.training.optimizer`.
-      mesh: the devices that activations are split over; None for one device.
-      objective: see `ObjectiveConfig`.
+      mesh: the devices that activations are sharded over; None for one device.
+      objective: the training objective.
       heldout: batches that `evaluate` averages over.
-      render_pictures: makes the pictures of a state; none by default.
-      kernel: the attention that runs.
-      graphdef, params_shape: the model, split, and its parameters' shapes.
+      render_pictures: renders the pictures of a state; none by default.
+      kernel: the attention kernel in use.
+      graphdef, params_shape: the model's graph definition and its parameters' shapes.
 
     Raises:
-      UserError: the kernel can't run on the mesh's devices, or the mesh doesn't divide the model.
+      UserError: the kernel can't run on the mesh's devices, or the mesh doesn't divide the batch.
     """
 
     config: ModelConfig
@@ -83,65 +81,64 @@ class NextTokenTask:
             segmented="segment_ids" in self.batch_spec,
         )
         self._check_mesh()
-        self._make = lambda rngs: Transformer(self.config, rngs)
-        self.graphdef, self.params_shape = abstract_module(self._make)
-        self.logical_axes = logical_axes(self._make)
+        self._make_model = lambda rngs: Transformer(self.config, rngs)
+        self.graphdef, self.params_shape = abstract_module(self._make_model)
+        self.logical_axes = logical_axes(self._make_model)
         self.update = make_update(self._loss, self.optimizer, self.schedule, self.objective.accumulate_steps)
-        self._sums = jax.jit(lambda params, batch: self._loss(params, batch, jax.random.key(0))[1]["loss"])
+        self._loss_sum = jax.jit(
+            lambda params, batch: self._loss(params, batch, jax.random.key(0))[1]["loss"]
+        )
 
     def _check_mesh(self) -> None:
         if self.mesh is None:
             return
-        batch_size, row = self.batch_spec["tokens"].shape
-        sizes, parts = self.mesh.shape, self.objective.accumulate_steps
-        ways = sizes["data"] * sizes["fsdp"] * parts
-        if batch_size % ways:
+        batch_size, length = self.batch_spec["tokens"].shape
+        sizes, accumulate_steps = self.mesh.shape, self.objective.accumulate_steps
+        if batch_size % (sizes["data"] * sizes["fsdp"] * accumulate_steps):
             raise UserError(
                 f"config.batch_size: {batch_size} is not divisible by data × fsdp × accumulate_steps = "
-                f"{sizes['data']} × {sizes['fsdp']} × {parts}"
+                f"{sizes['data']} × {sizes['fsdp']} × {accumulate_steps}"
             )
-        if (row - 1) % sizes["sequence"]:
+        if (length - 1) % sizes["sequence"]:
             raise UserError(
-                f"config.mesh.sequence: {sizes['sequence']} doesn't divide the context of {row - 1}"
+                f"config.mesh.sequence: {sizes['sequence']} doesn't divide the context of {length - 1}"
             )
 
-    def init(self, rng: jax.Array) -> State:
-        """Fresh parameters and moments."""
-        params = init_params(self._make, rng)
+    def init(self, rng: Key[Array, ""]) -> State:
+        """Returns fresh parameters and optimizer state."""
+        params = init_params(self._make_model, rng)
         training = {"optimizer": self.optimizer.init(params), "skipped": init_skip_counts()}
         return {"step": jnp.int32(0), "params": params, "training": training}
 
     def evaluate(self, state: State, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """The mean loss over the held-out batches, in parts no larger than training's."""
+        """Returns the mean loss over the held-out batches, computed in micro-batches; {} once `stopping()`."""
         total = weight = 0.0
-        parts = self.objective.accumulate_steps
+        num_micro_batches = self.objective.accumulate_steps
         for batch in self.heldout:
-            for part in range(parts):
+            for index in range(num_micro_batches):
                 if stopping():
                     return {}
-                rows = {name: x[part::parts] for name, x in batch.items()}
-                part_total, part_weight = self._sums(state["params"], rows)
-                total, weight = total + float(part_total), weight + float(part_weight)
+                micro_batch = {name: x[index::num_micro_batches] for name, x in batch.items()}
+                loss_sum, num_targets = self._loss_sum(state["params"], micro_batch)
+                total, weight = total + float(loss_sum), weight + float(num_targets)
         return {"heldout_loss": total / weight} if weight else {}
 
-    def pictures(self, state: State) -> dict[str, np.ndarray]:
-        """Whatever `render_pictures` makes."""
+    def pictures(self, state: State) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """Returns the pictures that `render_pictures` renders."""
         return self.render_pictures(state)
 
-    def _loss(self, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
+    def _loss(self, params: Params, batch: Batch, rng: Key[Array, ""]) -> tuple[Float[Array, ""], Sums]:
         with sharding.use_mesh(self.mesh):
             arrays = {name: sharding.constrain(x, "batch", None) for name, x in batch.items()}
             inputs, targets = arrays["tokens"][:, :-1], arrays["tokens"][:, 1:]  # [B, C]
             model: Transformer = merge(self.graphdef, params)
-            hidden = model.hidden(
-                inputs, arrays["positions"], self.kernel, arrays.get("segment_ids")
-            )  # [B, C, D]
+            hidden = model.hidden(inputs, arrays["positions"], self.kernel, arrays.get("segment_ids"))
             losses, log_z = token_losses(
                 model.norm(hidden), model.output_projection(), targets, self.objective.logits_chunk
             )  # [B, C]
-        counted = batch["loss_mask"].astype(jnp.float32)  # [B, C]
-        sums = {"loss": (jnp.sum(losses * counted), jnp.sum(counted))}
-        for number, name in enumerate(self.component_names):
-            mine = counted * (batch["component_ids"] == number)
-            sums[f"loss/{name}"] = jnp.sum(losses * mine), jnp.sum(mine)
-        return jnp.sum((losses + self.objective.z_loss * log_z**2) * counted), sums
+        weights = batch["loss_mask"].astype(jnp.float32)  # [B, C]
+        sums = {"loss": (jnp.sum(losses * weights), jnp.sum(weights))}
+        for index, name in enumerate(self.component_names):
+            component_weights = weights * (batch["component_ids"] == index)
+            sums[f"loss/{name}"] = jnp.sum(losses * component_weights), jnp.sum(component_weights)
+        return jnp.sum((losses + self.objective.z_loss * log_z**2) * weights), sums

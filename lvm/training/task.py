@@ -1,4 +1,4 @@
-"""The contract between the loop and what it trains."""
+"""The contract between the training loop and what it trains, and the update that tasks share."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Key, Shaped, UInt8
 
 State = dict[str, Any]  # {"step": int32 [], "params": what inference needs, "training": the rest}
 Batch = Mapping[str, Any]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Shaped[Array, ""]]
 
 
 class TrainTask(Protocol):
-    """What the loop runs: a model with its objective and optimizer, as pure functions over `State`.
+    """A model with its objective and optimizer, as pure functions over `State`.
 
     Attributes:
       logical_axes: a tuple of logical axes (`lvm.hardware.sharding.RULES`) at each parameter.
@@ -28,21 +29,23 @@ class TrainTask(Protocol):
     def batch_spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Names, shapes and dtypes of the global batch."""
 
-    def init(self, rng: jax.Array) -> State:
-        """A fresh state, a pure function of `rng`."""
+    def init(self, rng: Key[Array, ""]) -> State:
+        """Returns a fresh state, a pure function of `rng`."""
 
-    def update(self, state: State, batch: Batch, rng: jax.Array) -> tuple[State, Metrics]:
-        """One optimizer step; `metrics` are scalars, with `loss`, `skipped_steps` and `skipped_in_row` among them."""
+    def update(self, state: State, batch: Batch, rng: Key[Array, ""]) -> tuple[State, Metrics]:
+        """Makes one optimizer step; metrics include `loss`, `skipped_steps` and `skipped_in_row`."""
 
     def evaluate(self, state: State, stopping: Callable[[], bool]) -> dict[str, float]:
-        """Held-out metrics, under the names that `metrics.jsonl` uses; none once `stopping()` says so."""
+        """Returns held-out metrics, by their names in `metrics.jsonl`; {} once `stopping()`."""
 
-    def pictures(self, state: State) -> dict[str, np.ndarray]:
-        """Named pictures uint8 [H, W, 3] of what the model does now."""
+    def pictures(self, state: State) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """Returns named pictures of the model's current output."""
 
 
-Sums = dict[str, tuple[jax.Array, jax.Array]]  # name → (sum, weight): a mean whose parts can be added up
-LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Sums]]
+Sums = dict[
+    str, tuple[Float[Array, ""], Float[Array, ""]]
+]  # name → (weighted sum, weight), additive over batches
+LossFn = Callable[[Any, Batch, Key[Array, ""]], tuple[Float[Array, ""], Sums]]
 
 
 def make_update(
@@ -51,90 +54,81 @@ def make_update(
     schedule: optax.Schedule,
     accumulate_steps: int = 1,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
-    """The usual update: gradient, optimizer, new parameters, norms. A gradient that isn't finite changes nothing.
+    """Makes the usual update: gradient, optimizer, parameters, norms. A non-finite gradient changes nothing.
 
     Args:
-      loss_fn: (params, batch, rng) → (total, sums), float32. The loss that is minimised is `total` divided by the
-        weight of `sums["loss"]`, both added up over the parts of the batch.
+      loss_fn: (params, batch, rng) → (total, sums), float32. The loss that is minimized is `total` divided by the
+        weight of `sums["loss"]`, each summed over the micro-batches.
       optimizer: its state is `state["training"]["optimizer"]`.
       schedule: step → learning rate, for the metrics alone.
-      accumulate_steps: parts that the batch is cut into, whose gradients are added up one after the other. The
-        result is that of the whole batch, to rounding: what is divided by is counted over all of it.
+      accumulate_steps: micro-batches whose gradients are summed one after the other. The result is that of the whole
+        batch, to rounding: the weight is counted over all of it.
 
     Returns:
-      The update; its metrics are the mean of every sum, `grad_norm`, `param_norm` and `learning_rate`.
+      The update; its metrics are the mean of every sum, `grad_norm`, `param_norm`, `learning_rate` and skip counts.
     """
 
     def update(state: State, batch: Batch, rng: jax.Array) -> tuple[State, Metrics]:
         gradients, sums = _gradients(loss_fn, state["params"], batch, rng, accumulate_steps)
         weight = jnp.maximum(sums["loss"][1], 1.0)
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
-        changes, moments = optimizer.update(gradients, state["training"]["optimizer"], state["params"])
-        changed = {"params": optax.apply_updates(state["params"], changes), "optimizer": moments}
+        old = {"params": state["params"], "optimizer": state["training"]["optimizer"]}
+        updates, optimizer_state = optimizer.update(gradients, old["optimizer"], old["params"])
+        new = {"params": optax.apply_updates(old["params"], updates), "optimizer": optimizer_state}
         grad_norm = optax.tree.norm(gradients)
-        changed, skipped = apply_if_finite(
-            jnp.isfinite(grad_norm),
-            changed,
-            {"params": state["params"], "optimizer": state["training"]["optimizer"]},
-            state["training"]["skipped"],
-        )
-        params = changed["params"]
+        new, skipped = apply_if_finite(jnp.isfinite(grad_norm), new, old, state["training"]["skipped"])
         metrics = {
             **weighted_means(sums),
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(params),
+            "param_norm": optax.tree.norm(new["params"]),
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
             **skipped,
         }
-        training = {"optimizer": changed["optimizer"], "skipped": skipped}
-        return {"step": state["step"] + 1, "params": params, "training": training}, metrics
+        training = {"optimizer": new["optimizer"], "skipped": skipped}
+        return {"step": state["step"] + 1, "params": new["params"], "training": training}, metrics
 
     return update
 
 
-def init_skip_counts() -> dict[str, jax.Array]:
-    """The counts that a fresh state begins with, at `state["training"]["skipped"]`."""
+def init_skip_counts() -> Metrics:
+    """The skip counts of a fresh state, at `state["training"]["skipped"]`."""
     return {"skipped_steps": jnp.int32(0), "skipped_in_row": jnp.int32(0)}
 
 
-def apply_if_finite(finite: jax.Array, new: Any, old: Any, skipped: Metrics) -> tuple[Any, Metrics]:
-    """`new` and the counts after a good step; `old` and higher counts after one whose gradient is not finite."""
+def apply_if_finite(finite: Bool[Array, ""], new: Any, old: Any, skipped: Metrics) -> tuple[Any, Metrics]:
+    """Returns `new` if the gradient is `finite`, else `old`; and the updated skip counts."""
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    missed = 1 - finite.astype(jnp.int32)
     in_row = jnp.where(finite, 0, skipped["skipped_in_row"] + 1)
-    return kept, {"skipped_steps": skipped["skipped_steps"] + missed, "skipped_in_row": in_row}
+    total = skipped["skipped_steps"] + 1 - finite.astype(jnp.int32)
+    return kept, {"skipped_steps": total, "skipped_in_row": in_row}
 
 
 def weighted_means(sums: Sums) -> Metrics:
-    """Each sum by its weight. Where there was nothing to weigh it is NaN, but the loss, which is 0."""
+    """Divides each sum by its weight. With no weight the mean is NaN, but `loss` is 0."""
     loss, weight = sums["loss"]
-    found = {name: total / weight for name, (total, weight) in sums.items()}
-    return found | {"loss": loss / jnp.maximum(weight, 1.0)}
+    means = {name: total / weight for name, (total, weight) in sums.items()}
+    return means | {"loss": loss / jnp.maximum(weight, 1.0)}
 
 
 def _gradients(
     loss_fn: LossFn, params: Any, batch: Batch, rng: jax.Array, accumulate_steps: int
 ) -> tuple[Any, Sums]:
-    def one(part: Batch, rng: jax.Array) -> tuple[Any, Sums]:
-        gradients, sums = jax.grad(loss_fn, has_aux=True)(params, part, rng)
-        return gradients, sums
+    def gradients(batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
+        return jax.grad(loss_fn, has_aux=True)(params, batch, rng)
 
     if accumulate_steps == 1:
-        return one(batch, rng)
+        return gradients(batch, rng)
 
-    def one_by_itself(part: Batch, rng: jax.Array) -> tuple[Any, Sums]:
-        # XLA for TPU fails on what it would otherwise do here: move the sum over devices out of the loop.
-        return jax.lax.optimization_barrier(one(part, rng))
-
-    def parts(x: jax.Array) -> jax.Array:
-        # Every part takes its rows from every device: cut the other way, each would lie on few of them.
+    def split(x: jax.Array) -> jax.Array:
+        # Strided, so that every micro-batch has rows of every device; contiguous ones would lie on few devices.
         return x.reshape(x.shape[0] // accumulate_steps, accumulate_steps, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one_by_itself(*part)), None
+    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+        # The barrier keeps XLA for TPU from moving the sum over devices out of the loop, which it fails on.
+        return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(gradients(*micro_batch))), None
 
-    split = ({name: parts(x) for name, x in batch.items()}, jax.random.split(rng, accumulate_steps))
-    first = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], split))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    total, _ = jax.lax.scan(add, zeros, split)
+    micro_batches = ({name: split(x) for name, x in batch.items()}, jax.random.split(rng, accumulate_steps))
+    shapes = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], micro_batches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, micro_batches)
     return total

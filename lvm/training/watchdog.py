@@ -1,4 +1,7 @@
-"""Ends a run that stands still: a supervisor can restart what has ended, not what waits for ever."""
+"""Hang watchdog: exits with code 76 and dumps all stacks when a step exceeds its deadline.
+
+A supervisor restarts a process that has exited, not one that hangs.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,21 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from lvm.common.errors import EXIT_STALLED, UserError
+from lvm.common.errors import EXIT_STALLED
+from lvm.common.validation import check_positive
 
-_REMEMBERED = 100  # steps whose median is the usual time
+_WINDOW = 100  # steps that the median is taken over
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
-    """When a run counts as stalled, in seconds.
+    """Deadlines after which a run counts as stalled.
 
     Attributes:
-      factor: steps of this many times the median are too long …
-      min_timeout_s: … but not those shorter than this.
-      startup_timeout_s: for restoring, and for compiling with the first step.
-      pause_timeout_s: for an evaluation, for drawing pictures, and for waiting for a checkpoint.
+      factor: deadline of a step, in multiples of the median step time …
+      min_timeout_s: … and at least this long.
+      startup_timeout_s: for the restore, and for the first step with its compilation.
+      pause_timeout_s: for an evaluation, for rendering pictures, and for waiting for a checkpoint.
     """
 
     factor: float = 10.0
@@ -36,54 +40,55 @@ class WatchdogConfig:
     pause_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                raise UserError(f"{field.name}: {getattr(self, field.name)} is not positive")
+        check_positive(self, *(field.name for field in dataclasses.fields(self)))
 
 
 class Watchdog:
-    """While in its context, something must end in time, or all stacks are printed and the process exits with 76."""
+    """Watches the run inside its context; a missed deadline ends the process."""
 
     def __init__(self, config: WatchdogConfig):
         self._config = config
-        self._steps: deque[float] = deque(maxlen=_REMEMBERED)
-        self._limit, self._what = config.startup_timeout_s, "the start"
-        self._mark = time.monotonic()
-        self._ended = threading.Event()
+        self._step_times: deque[float] = deque(maxlen=_WINDOW)
+        self._timeout_s, self._activity = config.startup_timeout_s, "the start"
+        self._started_at = time.monotonic()
+        self._stopped = threading.Event()
 
     def __enter__(self) -> Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._ended.set()
+        self._stopped.set()
 
     def step_ended(self) -> None:
-        """Another step's results are there."""
+        """Records the end of a step and starts the next one's deadline."""
         now = time.monotonic()
-        if self._what != "the start":  # the first step has compiled
-            self._steps.append(now - self._mark)
-        usual = statistics.median(self._steps) if self._steps else 0.0
-        self._mark, self._what = now, "a step"
-        self._limit = max(self._config.factor * usual, self._config.min_timeout_s)
+        if self._activity != "the start":  # which includes compilation
+            self._step_times.append(now - self._started_at)
+        median = statistics.median(self._step_times) if self._step_times else 0.0
+        self._started_at, self._activity = now, "a step"
+        self._timeout_s = max(self._config.factor * median, self._config.min_timeout_s)
 
     @contextlib.contextmanager
-    def pausing(self, what: str) -> Iterator[None]:
-        """Time between steps that is not a step's."""
-        limit, before = self._limit, self._what
-        self._mark, self._limit, self._what = time.monotonic(), self._config.pause_timeout_s, what
+    def pause(self, activity: str) -> Iterator[None]:
+        """Applies `pause_timeout_s` to work between steps, and leaves it out of the step's time."""
+        timeout_s, previous = self._timeout_s, self._activity
+        self._start(self._config.pause_timeout_s, activity)
         yield
-        self._mark, self._limit, self._what = time.monotonic(), limit, before
+        self._start(timeout_s, previous)
+
+    def _start(self, timeout_s: float, activity: str) -> None:
+        self._started_at, self._timeout_s, self._activity = time.monotonic(), timeout_s, activity
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._limit / 10)):
-            waited = time.monotonic() - self._mark
-            if waited > self._limit:
-                self._end(waited)
+        while not self._stopped.wait(min(1.0, self._timeout_s / 10)):
+            elapsed = time.monotonic() - self._started_at
+            if elapsed > self._timeout_s:
+                self._exit(elapsed)
 
-    def _end(self, waited: float) -> None:
+    def _exit(self, elapsed: float) -> None:
         print(
-            f"error: stalled: {self._what} has not ended in {waited:.0f} s (limit {self._limit:.0f} s); "
+            f"error: stalled: {self._activity} has not ended in {elapsed:.0f} s (limit {self._timeout_s:.0f} s); "
             "the stacks of all threads follow",
             file=sys.stderr,
             flush=True,

@@ -1,4 +1,4 @@
-"""The loss of next-code prediction, against the same sums in numpy."""
+"""Next-token loss and updates, against the same sums in NumPy."""
 
 import dataclasses
 import functools
@@ -63,60 +63,62 @@ def _logits(params, tokens, positions):
     return merge(objective().graphdef, params)(tokens, positions, "xla")
 
 
-def losses_in_numpy(made):
-    logits = _logits(state()["params"], made["tokens"][:, :-1], made["positions"])
+def numpy_losses(example):
+    logits = _logits(state()["params"], example["tokens"][:, :-1], example["positions"])
     likelihoods = log_softmax(np.asarray(logits, np.float64), axis=-1)
-    return -np.take_along_axis(likelihoods, made["tokens"][:, 1:, None], -1)[..., 0]
+    return -np.take_along_axis(likelihoods, example["tokens"][:, 1:, None], -1)[..., 0]
 
 
 @jax.jit
-def _means(params, made):
-    return weighted_means(objective()._loss(params, made, jax.random.key(0))[1])
+def _means(params, example):
+    return weighted_means(objective()._loss(params, example, jax.random.key(0))[1])
 
 
-def loss_of(made):
-    metrics = {name: float(value) for name, value in _means(state()["params"], made).items()}
+def loss_of(example):
+    metrics = {name: float(value) for name, value in _means(state()["params"], example).items()}
     return metrics.pop("loss"), metrics
 
 
-def test_the_loss_is_the_mean_over_the_targets_that_count():
-    made = batch()
-    wanted = losses_in_numpy(made)[made["loss_mask"]].mean()
-    np.testing.assert_allclose(loss_of(made)[0], wanted, rtol=1e-5)
+def test_loss_is_mean_over_unmasked_targets():
+    example = batch()
+    expected = numpy_losses(example)[example["loss_mask"]].mean()
+    np.testing.assert_allclose(loss_of(example)[0], expected, rtol=1e-5)
 
 
-def test_each_sources_loss_is_the_mean_over_its_targets():
-    made = batch()
-    losses, metrics = losses_in_numpy(made), loss_of(made)[1]
+def test_component_loss_is_mean_over_its_targets():
+    example = batch()
+    losses, metrics = numpy_losses(example), loss_of(example)[1]
     assert set(metrics) == {"loss/cats", "loss/dogs", "loss/owls"}
-    for number, name in enumerate(("cats", "dogs")):
-        mine = made["loss_mask"] & (made["component_ids"] == number)
-        np.testing.assert_allclose(metrics[f"loss/{name}"], losses[mine].mean(), rtol=1e-5)
+    for index, name in enumerate(("cats", "dogs")):
+        counted = example["loss_mask"] & (example["component_ids"] == index)
+        np.testing.assert_allclose(metrics[f"loss/{name}"], losses[counted].mean(), rtol=1e-5)
     assert np.isnan(metrics["loss/owls"])
 
 
 def test_masked_targets_do_not_count():
-    made = batch()
-    row, place = np.argwhere(~made["loss_mask"] & (np.arange(C) == C - 1))[0]  # the last: no input sees it
-    other = {**made, "tokens": made["tokens"].copy()}
-    other["tokens"][row, place + 1] = (other["tokens"][row, place + 1] + 1) % 20
-    np.testing.assert_equal(loss_of(other), loss_of(made))
-    other["loss_mask"] = made["loss_mask"].copy()
-    other["loss_mask"][row, place] = True
-    assert loss_of(other)[0] != loss_of(made)[0]
+    example = batch()
+    row, position = np.argwhere(~example["loss_mask"] & (np.arange(C) == C - 1))[
+        0
+    ]  # the last: no input sees it
+    other = {**example, "tokens": example["tokens"].copy()}
+    other["tokens"][row, position + 1] = (other["tokens"][row, position + 1] + 1) % 20
+    np.testing.assert_equal(loss_of(other), loss_of(example))
+    other["loss_mask"] = example["loss_mask"].copy()
+    other["loss_mask"][row, position] = True
+    assert loss_of(other)[0] != loss_of(example)[0]
 
 
-def test_a_batch_without_targets_costs_nothing():
-    made = batch()
-    made["loss_mask"] = np.zeros((B, C), bool)
-    assert loss_of(made)[0] == 0
+def test_batch_without_targets_has_zero_loss():
+    example = batch()
+    example["loss_mask"] = np.zeros((B, C), bool)
+    assert loss_of(example)[0] == 0
 
 
-def test_an_update_descends_and_counts_its_step():
-    made, update = batch(mask=False), compiled("update")
+def test_update_descends_and_counts_steps():
+    example, update = batch(mask=False), compiled("update")
     current, losses = state(), []
     for _ in range(5):
-        current, metrics = update(current, made, jax.random.key(0))
+        current, metrics = update(current, example, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     assert losses == sorted(losses, reverse=True)
     assert len(set(losses)) == 5
@@ -124,26 +126,30 @@ def test_an_update_descends_and_counts_its_step():
     assert float(metrics["learning_rate"]) == pytest.approx(0.01)
 
 
-def test_the_norms_are_those_of_all_gradients_and_parameters():
-    made, before = batch(), state()["params"]
-    after, metrics = compiled("update")(state(), made, jax.random.key(0))
+def test_norms_cover_all_gradients_and_parameters():
+    example, before = batch(), state()["params"]
+    after, metrics = compiled("update")(state(), example, jax.random.key(0))
     norm = lambda tree: np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))  # noqa: E731
-    moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, after["params"])
-    np.testing.assert_allclose(metrics["grad_norm"], norm(moved) / 0.01, rtol=1e-3)  # plain gradient descent
+    updates = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, after["params"])
+    np.testing.assert_allclose(
+        metrics["grad_norm"], norm(updates) / 0.01, rtol=1e-3
+    )  # plain gradient descent
     np.testing.assert_allclose(metrics["param_norm"], norm(after["params"]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_the_heldout_loss_is_the_mean_over_the_targets_of_all_batches(parts):
-    made = [batch(seed) for seed in (100, 101)]
-    wanted = np.concatenate([losses_in_numpy(x)[x["loss_mask"]] for x in made]).mean()
-    task = dataclasses.replace(objective(heldout=2), objective=ObjectiveConfig(accumulate_steps=parts))
-    assert task.evaluate(state()) == {"heldout_loss": pytest.approx(wanted, rel=1e-5)}
+@pytest.mark.parametrize("accumulate_steps", [1, 3])
+def test_heldout_loss_is_mean_over_all_targets(accumulate_steps):
+    batches = [batch(seed) for seed in (100, 101)]
+    expected = np.concatenate([numpy_losses(x)[x["loss_mask"]] for x in batches]).mean()
+    task = dataclasses.replace(
+        objective(heldout=2), objective=ObjectiveConfig(accumulate_steps=accumulate_steps)
+    )
+    assert task.evaluate(state()) == {"heldout_loss": pytest.approx(expected, rel=1e-5)}
     assert task.evaluate(state(), stopping=lambda: True) == {}
     assert objective().evaluate(state()) == {}
 
 
-def test_fresh_parameters_follow_the_key():
+def test_init_depends_on_key_alone():
     again = compiled("init")(jax.random.key(0, impl="rbg"))
     np.testing.assert_array_equal(again["params"]["head"], state()["params"]["head"])
     assert not np.array_equal(state(seed=1)["params"]["head"], state()["params"]["head"])
@@ -151,52 +157,56 @@ def test_fresh_parameters_follow_the_key():
 
 def test_pictures_come_from_render_pictures():
     assert objective().pictures(state()) == {}
-    drawn = dataclasses.replace(objective(), render_pictures=lambda state: {"step": state["step"]})
-    assert drawn.pictures(state()) == {"step": 0}
+    picture = np.full((2, 3, 3), 7, np.uint8)
+    task = dataclasses.replace(
+        objective(), render_pictures=lambda state: {"x": picture + np.uint8(state["step"])}
+    )
+    np.testing.assert_array_equal(task.pictures(state())["x"], picture)
 
 
-def test_a_kernel_that_can_not_run_here_is_refused_at_once():
+def test_unavailable_kernel_is_refused():
     with pytest.raises(UserError, match="attention: cudnn needs a GPU, this is cpu"):
         dataclasses.replace(objective(), config=dataclasses.replace(CONFIG, attention="cudnn"))
 
 
-def test_the_squared_normaliser_is_added_to_what_is_minimised():
-    made = batch()
+def test_z_loss_is_added_to_minimized_total():
+    example = batch()
     weighted = dataclasses.replace(objective(), objective=ObjectiveConfig(z_loss=0.1))
-    total, sums = jax.jit(weighted._loss)(state()["params"], made, jax.random.key(0))
-    logits = np.asarray(_logits(state()["params"], made["tokens"][:, :-1], made["positions"]), np.float64)
-    log_z = logsumexp(logits, axis=-1)[made["loss_mask"]]
+    total, sums = jax.jit(weighted._loss)(state()["params"], example, jax.random.key(0))
+    logits = np.asarray(
+        _logits(state()["params"], example["tokens"][:, :-1], example["positions"]), np.float64
+    )
+    log_z = logsumexp(logits, axis=-1)[example["loss_mask"]]
     np.testing.assert_allclose(total, sums["loss"][0] + 0.1 * np.sum(log_z**2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [3])
-def test_accumulated_gradients_are_those_of_the_whole_batch(steps):
-    # Masks differ between the parts, so that a mean of means would show.
-    made = batch()
-    parts = dataclasses.replace(objective(), objective=ObjectiveConfig(accumulate_steps=steps))
-    whole_state, whole = compiled("update")(state(), made, jax.random.key(0))
-    parts_state, metrics = jax.jit(parts.update)(state(), made, jax.random.key(0))
+def test_accumulated_gradients_equal_whole_batch():
+    # Masks differ between micro-batches, so a mean of means would differ.
+    example = batch()
+    accumulating = dataclasses.replace(objective(), objective=ObjectiveConfig(accumulate_steps=3))
+    whole_state, whole = compiled("update")(state(), example, jax.random.key(0))
+    accumulated, metrics = jax.jit(accumulating.update)(state(), example, jax.random.key(0))
     for a, b in zip(
-        jax.tree.leaves(parts_state["params"]), jax.tree.leaves(whole_state["params"]), strict=True
+        jax.tree.leaves(accumulated["params"]), jax.tree.leaves(whole_state["params"]), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     for name, value in whole.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
 
 
-def test_sentences_of_one_row_do_not_see_each_other():
+def test_segments_of_one_row_are_independent():
     # Two sentences in a row give what each gives alone.
     spec = {**objective().batch_spec, "segment_ids": jax.ShapeDtypeStruct((B, C), np.int32)}
     segmented = dataclasses.replace(objective(), batch_spec=spec)
-    made = batch(mask=False)
-    made["positions"] = np.tile(np.array([0, 1, 2, 0, 1, 2], np.int32), (B, 1))
-    made["segment_ids"] = np.tile(np.array([1, 1, 1, 2, 2, 2], np.int32), (B, 1))
-    total, _ = jax.jit(segmented._loss)(state()["params"], made, jax.random.key(0))
+    example = batch(mask=False)
+    example["positions"] = np.tile(np.array([0, 1, 2, 0, 1, 2], np.int32), (B, 1))
+    example["segment_ids"] = np.tile(np.array([1, 1, 1, 2, 2, 2], np.int32), (B, 1))
+    total, _ = jax.jit(segmented._loss)(state()["params"], example, jax.random.key(0))
     halves = 0.0
     for half in (slice(0, 3), slice(3, 6)):
-        logits = _logits(state()["params"], made["tokens"][:, :-1][:, half], made["positions"][:, half])
+        logits = _logits(state()["params"], example["tokens"][:, :-1][:, half], example["positions"][:, half])
         likelihoods = log_softmax(np.asarray(logits, np.float64), axis=-1)
-        halves -= np.take_along_axis(likelihoods, made["tokens"][:, 1:][:, half, None], -1).sum()
+        halves -= np.take_along_axis(likelihoods, example["tokens"][:, 1:][:, half, None], -1).sum()
     np.testing.assert_allclose(total, halves, rtol=1e-5)
 
 
@@ -207,7 +217,7 @@ def test_sentences_of_one_row_do_not_see_each_other():
         (MeshConfig(data=2, sequence=4), {}, "sequence: 4 doesn't divide the context of 6"),
     ],
 )
-def test_a_mesh_that_does_not_divide_the_batch_is_refused_at_once(mesh, options, message):
+def test_mesh_that_does_not_divide_batch_is_refused(mesh, options, message):
     spec = {
         name: jax.ShapeDtypeStruct((6, *x.shape[1:]), x.dtype) for name, x in objective().batch_spec.items()
     }
@@ -217,6 +227,6 @@ def test_a_mesh_that_does_not_divide_the_batch_is_refused_at_once(mesh, options,
 
 
 @pytest.mark.parametrize("change", [{"z_loss": -1.0}, {"logits_chunk": 0}, {"accumulate_steps": 0}])
-def test_impossible_objectives_are_named(change):
-    with pytest.raises(UserError, match=f"{next(iter(change))}: "):
+def test_objective_config_names_bad_field(change):
+    with pytest.raises(UserError, match=f"{next(iter(change))}="):
         ObjectiveConfig(**change)

@@ -1,3 +1,5 @@
+"""The hang watchdog, in processes of its own."""
+
 import subprocess
 import sys
 
@@ -7,11 +9,11 @@ from lvm.common.errors import UserError
 from lvm.training.watchdog import WatchdogConfig
 from tests.commands import ROOT
 
-# What a run does under a watchdog, given as code, in a process of its own.
+# A program that runs code under a watchdog.
 RUN = """
 import sys, time
 from lvm.training.watchdog import Watchdog, WatchdogConfig
-def waits_here(seconds):
+def hang_here(seconds):
     time.sleep(seconds)
 with Watchdog(WatchdogConfig(**{config})) as watchdog:
     {body}
@@ -32,39 +34,39 @@ def run(body, **config):
 
 
 @pytest.mark.parametrize(
-    ("body", "config", "what"),
+    ("body", "config", "activity"),
     [
-        ("watchdog.step_ended(); waits_here(30)", {}, "a step has not ended in"),
-        ("waits_here(30)", {"startup_timeout_s": 0.5}, "the start has not ended in"),
+        ("watchdog.step_ended(); hang_here(30)", {}, "a step has not ended in"),
+        ("hang_here(30)", {"startup_timeout_s": 0.5}, "the start has not ended in"),
         (
-            "watchdog.step_ended()\n    with watchdog.pausing('an evaluation'): waits_here(30)",
+            "watchdog.step_ended()\n    with watchdog.pause('an evaluation'): hang_here(30)",
             {"pause_timeout_s": 0.5},
             "an evaluation has not",
         ),
     ],
 )
-def test_a_run_that_stands_still_ends_with_76_and_all_stacks(body, config, what):
-    ended = run(body, **config)
-    assert ended.returncode == 76
-    assert f"error: stalled: {what}" in ended.stderr
-    assert "in waits_here" in ended.stderr
-    assert "done" not in ended.stdout
+def test_stalled_run_exits_76_with_all_stacks(body, config, activity):
+    process = run(body, **config)
+    assert process.returncode == 76
+    assert f"error: stalled: {activity}" in process.stderr
+    assert "in hang_here" in process.stderr
+    assert "done" not in process.stdout
 
 
 @pytest.mark.parametrize(
     "body",
     [
         "[(time.sleep(0.1), watchdog.step_ended()) for _ in range(10)]",
-        "watchdog.step_ended()\n    with watchdog.pausing('an evaluation'): time.sleep(1.5)\n    time.sleep(0.2)",
+        "watchdog.step_ended()\n    with watchdog.pause('an evaluation'): time.sleep(1.5)\n    time.sleep(0.2)",
         "[(time.sleep(0.2), watchdog.step_ended()) for _ in range(4)]; time.sleep(1.0)",  # 10 × the median
     ],
 )
-def test_a_run_that_goes_on_is_left_alone(body):
-    ended = run(body)
-    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+def test_progressing_run_is_left_alone(body):
+    process = run(body)
+    assert (process.returncode, process.stdout) == (0, "done\n"), process.stderr
 
 
 @pytest.mark.parametrize("name", ["factor", "min_timeout_s", "startup_timeout_s", "pause_timeout_s"])
-def test_impossible_limits_are_named(name):
-    with pytest.raises(UserError, match=f"{name}: 0.0 is not positive"):
+def test_watchdog_config_names_bad_field(name):
+    with pytest.raises(UserError, match=f"{name}=0.0 must be positive"):
         WatchdogConfig(**{name: 0.0})
