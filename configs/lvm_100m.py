@@ -1,7 +1,7 @@
 """A size below the paper's (arXiv 2312.00785): 117,174,400 parameters with the vocabulary of 8192 codes, 420B tokens.
 
 Hardware: TPU v4-256 (128 chips) or more; the mesh fits v4, v5e, v5p and v6e.
-Plan on v5e:16x16, data 256: 5.32 of 16 GiB a chip; a step takes 0.04 s at least (flops).
+Plan on v5e:16x16, data 256: 5.32 of 16 GiB per chip; minimum step time 0.04 s (flops).
 Measured step time and MFU: not measured.
 """
 

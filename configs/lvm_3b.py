@@ -1,7 +1,7 @@
 """The paper's 3B (arXiv 2312.00785): 3,275,740,800 parameters with the vocabulary of 8192 codes, 420B tokens.
 
 Hardware: TPU v4-256 (128 chips) or more; the mesh fits v4, v5e, v5p and v6e.
-Plan on v5e:16x16, data 4 × fsdp 64: 6.47 of 16 GiB a chip; a step takes 1.17 s at least (flops).
+Plan on v5e:16x16, data 4 × fsdp 64: 6.47 of 16 GiB per chip; minimum step time 1.17 s (flops).
 Measured step time and MFU: not measured.
 """
 

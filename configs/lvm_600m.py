@@ -1,7 +1,7 @@
 """The paper's 600M (arXiv 2312.00785): 648,875,520 parameters with the vocabulary of 8192 codes, 420B tokens.
 
 Hardware: TPU v4-256 (128 chips) or more; the mesh fits v4, v5e, v5p and v6e.
-Plan on v5e:16x16, data 16 × fsdp 16: 7.75 of 16 GiB a chip; a step takes 0.19 s at least (flops).
+Plan on v5e:16x16, data 16 × fsdp 16: 7.75 of 16 GiB per chip; minimum step time 0.19 s (flops).
 Measured step time and MFU: not measured.
 """
 

@@ -17,101 +17,95 @@ import jax
 from lvm.common import cli
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
-from lvm.hardware import compiler_options as compiler_flags
 from lvm.hardware.accelerators import GIB, resolve
-from lvm.planning import report, search, topology
-from lvm.planning.estimate import Memory
-from lvm.planning.plan import Plan, Target, make_plan, resolve_config
+from lvm.hardware.compiler_options import compiler_options
+from lvm.planning import search
+from lvm.planning.estimate import MemoryModel
+from lvm.planning.plan import Plan, Target, make_plan, resolve_config, with_choice
+from lvm.planning.report import format_plan
+from lvm.planning.topology import topology_devices
 from lvm.training.config import TrainConfig
 
 
-def target_of(name: str, slices: int = 1, hbm_gib: float = 0.0) -> Target:
-    """Where a step is to run.
+def make_target(name: str, slices: int = 1, hbm_gib: float = 0.0) -> Target:
+    """The hardware to plan for.
 
     Args:
-      name: as `lvm.hardware.accelerators.resolve` takes it.
-      slices: of it.
-      hbm_gib: memory of a GPU in place of the table's; 0 takes that.
+      name: a slice, as `lvm.hardware.accelerators.resolve` takes it.
+      slices: number of slices.
+      hbm_gib: memory of a GPU; 0 takes the table's.
 
     Raises:
-      UserError: no such chips, libtpu isn't there, or memory is given for a TPU.
+      UserError: no such hardware, libtpu is not installed, or memory is set for a TPU.
     """
-    described = resolve(name)
-    if described.shape:
+    slice_ = resolve(name)
+    if slice_.shape:
         if hbm_gib:
-            raise UserError(f"--hbm_gib: {hbm_gib}; the memory of {described.generation} is known")
-        devices = tuple(topology.devices(described, slices))
-        return Target(described, slices, devices, described.accelerator.hbm_bytes)
+            raise UserError(f"--hbm_gib={hbm_gib} is for GPUs; {slice_.generation} has a fixed memory")
+        return Target(slice_, slices, tuple(topology_devices(slice_, slices)), slice_.accelerator.hbm_bytes)
     if slices > 1:
         raise UserError(
-            f"--slices: {slices}; GPUs have none: name their number, as in {described.generation}-64"
+            f"--slices={slices} is for TPUs; give the number of GPUs, as in {slice_.generation}-64"
         )
     jax.config.update("jax_platforms", "cpu")
-    return Target(described, 1, (), int(hbm_gib * GIB) or described.accelerator.hbm_bytes)
+    return Target(slice_, 1, (), int(hbm_gib * GIB) or slice_.accelerator.hbm_bytes)
 
 
 def plan(config: TrainConfig, target: Target, num_codes: int = 8192) -> tuple[Plan, str | None]:
-    """The plan of a configuration, and a line with the nearest that would fit where it doesn't.
+    """The plan of a configuration, and an error message with the nearest that would fit if it does not.
 
     Raises:
-      UserError: the mesh doesn't divide chips, model or batch.
+      UserError: the mesh does not divide chips, model or batch.
     """
-    memory = Memory()
-    found = make_plan(resolve_config(config, target, num_codes), target, memory)
-    return found, None if found.fits else _too_large(found, memory)
+    memory = MemoryModel()
+    result = make_plan(resolve_config(config, target, num_codes), target, memory)
+    return result, None if result.fits else _too_large(result, memory)
 
 
 def search_plan(config: TrainConfig, target: Target, num_codes: int = 8192) -> list[Plan]:
-    """What `--search` compiled, the proposal last.
+    """Plans tried by a search, the proposal last. Batch size and mesh are searched, except `sequence` and `tensor`.
 
     Raises:
       UserError: nothing fits; names the smallest slice that would.
     """
-    memory = Memory()
-    start = resolve_config(_any_batch(config, target), target, num_codes)
-    found = search.best(start, target, memory)
-    if not found:
-        raise UserError(_too_large(make_plan(start, dataclasses.replace(target, devices=()), memory), memory))
-    return found
-
-
-def _any_batch(config: TrainConfig, target: Target) -> TrainConfig:
-    """With a batch and a mesh that divide: the search has its own, but for `sequence` and `tensor`."""
+    memory = MemoryModel()
     mesh = dataclasses.replace(config.mesh, data=-1, fsdp=1)
-    parts = dataclasses.replace(config.objective, accumulate_steps=1)
-    return dataclasses.replace(config, mesh=mesh, batch_size=target.chips, objective=parts)
+    config = resolve_config(with_choice(config, config.model.remat, mesh, target.chips, 1), target, num_codes)
+    plans = search.search(config, target, memory)
+    if not plans:
+        raise UserError(
+            _too_large(make_plan(config, dataclasses.replace(target, devices=()), memory), memory)
+        )
+    return plans
 
 
-def _too_large(found: Plan, memory: Memory) -> str:
-    target = found.target
-    needed, usable = found.total_bytes / GIB, target.usable_bytes / GIB
-    problem = f"{target.name}: needs {needed:.2f} GiB a chip, {usable:.2f} may be used"
-    nearest = search.nearest(found, memory)
-    return f"{problem}; the nearest that fits: {nearest[0]}" if nearest else f"{problem}; nothing nearer fits"
+def _too_large(plan: Plan, memory: MemoryModel) -> str:
+    needed, usable = plan.total_bytes / GIB, plan.target.usable_bytes / GIB
+    nearest = search.nearest_fit(plan, memory)
+    hint = f"the nearest that fits: {nearest}" if nearest else "nothing similar fits"
+    return f"{plan.target.name}: needs {needed:.2f} GiB per chip, {usable:.2f} are usable; {hint}"
 
 
 def _run(args: cli.Args) -> None:
     config = from_config_dict(TrainConfig, args.config)
-    target = target_of(args.topology, args.slices, args.hbm_gib)
-    compiler_flags.compiler_options(
-        target.described.accelerator.platform, config.flags
-    )  # refused before a compile
-    complaint = None
+    target = make_target(args.topology, args.slices, args.hbm_gib)
+    compiler_options(target.slice.accelerator.platform, config.flags)  # rejects invalid ones before a compile
+    error = None
     if args.search:
         plans = search_plan(config, target, args.num_codes)
     else:
-        found, complaint = plan(config, target, args.num_codes)
-        plans = [found]
+        result, error = plan(config, target, args.num_codes)
+        plans = [result]
     if args.json:
         print(json.dumps(plans[-1].to_json()))
     else:
-        for found in plans[:-1]:
-            print(f"tried {search.keys(found.config)}: {found.total_bytes / GIB:.2f} GiB a chip")
+        for tried in plans[:-1]:
+            print(f"tried {search.format_choice(tried.config)}: {tried.total_bytes / GIB:.2f} GiB per chip")
         if args.search:
-            print(f"proposed: {search.keys(plans[-1].config)}\n")
-        print("\n".join(report.lines(plans[-1])))
-    if complaint:
-        raise UserError(complaint)
+            print(f"proposed: {search.format_choice(plans[-1].config)}\n")
+        print("\n".join(format_plan(plans[-1])))
+    if error:
+        raise UserError(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
-"""Plans of all of the paper's sizes on all kinds of pods, as the table of docs/tpu.md.
+"""Plans of the paper's model sizes on all TPU generations: the table of docs/tpu.md.
 
     python -m scripts.table_plans --out=runs/plans
 
-Each plan is a process of `lvm.plan --json`; what it prints is kept in `--out`, and a plan that is there isn't made
-again. One takes minutes on two cores.
+Each plan runs `lvm plan --json` in a process of its own; its output is kept in `--out` and reused. One takes minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lvm.common import cli, files
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.hardware.accelerators import GIB, resolve
-from lvm.hardware.sharding import AXES
 from lvm.planning.collectives import BETWEEN_SLICES, PADDING, ideal_collective_bytes
+from lvm.planning.meshes import format_mesh
 from lvm.training.config import TrainConfig
 
 SIZES = ("100m", "300m", "600m", "1b", "3b", "7b")
@@ -32,12 +32,12 @@ TWO_SLICES = ("3b", ("v5e:16x16", 2))
 
 _HEADINGS = (
     "model", "chips", "mesh", "remat", "parameters", "optimizer", "temporaries", "total, GiB", "fits",
-    "flops", "hbm", "ici, s", "received, GB", "of theory", "padding", "compiled",
+    "flops", "hbm", "ici, s", "received, GB", "× ideal", "padding", "compiled",
 )  # fmt: skip
 
 
 def all_plans() -> list[tuple[str, tuple[str, int]]]:
-    """(size, (topology, slices)) of every line of the table."""
+    """(size, (topology, slices)) of every row of the table."""
     return [*((size, target) for target in TARGETS for size in SIZES), TWO_SLICES]
 
 
@@ -45,8 +45,8 @@ def _path(size: str, topology: str, slices: int, folder: pathlib.Path) -> pathli
     return folder / f"{size}-{slices}x{topology.replace(':', '-')}.json"
 
 
-def planned(size: str, topology: str, slices: int, folder: pathlib.Path) -> dict[str, Any]:
-    """The object that `lvm.plan --json` prints, made unless it is there.
+def load_or_make_plan(size: str, topology: str, slices: int, folder: pathlib.Path) -> dict[str, Any]:
+    """The object of `lvm plan --json`, from `folder` if it is there.
 
     Raises:
       UserError: the plan failed.
@@ -65,33 +65,28 @@ def planned(size: str, topology: str, slices: int, folder: pathlib.Path) -> dict
     return files.read_json(path)
 
 
-def row(size: str, found: dict[str, Any]) -> list[str]:
-    """The cells of a plan."""
-    config = from_config_dict(TrainConfig, found["config"])
-    slices = found["chips"] // resolve(found["topology"]).chips
-    mesh = " × ".join(
-        f"{axis} {getattr(config.mesh, axis)}" for axis in AXES if getattr(config.mesh, axis) > 1
-    )
-    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-    parts = config.objective.accumulate_steps
-    wanted = ideal_collective_bytes(config.model, config.batch_size, sizes, slices, parts)
-    wanted.pop(BETWEEN_SLICES, None)
-    sent = {collective["kind"]: collective["bytes"] for collective in found["collectives"]}
-    padding, between = sent.pop(PADDING, 0.0), sent.pop(BETWEEN_SLICES, 0.0)
-    memory, seconds = found["per_chip"], found["roofline_seconds"]
-    total = sum(sent.values())
+def row(size: str, plan: dict[str, Any]) -> list[str]:
+    """Cells of a plan."""
+    config = from_config_dict(TrainConfig, plan["config"])
+    slices = plan["chips"] // resolve(plan["topology"]).chips
+    ideal = ideal_collective_bytes(config, slices)
+    ideal.pop(BETWEEN_SLICES, None)
+    received = {collective["kind"]: collective["bytes"] for collective in plan["collectives"]}
+    padding, between = received.pop(PADDING, 0.0), received.pop(BETWEEN_SLICES, 0.0)
+    memory, seconds = plan["per_chip"], plan["roofline_seconds"]
+    total = sum(received.values())
     return [
         size,
-        f"{f'{slices} × ' if slices > 1 else ''}{found['topology']}",
-        mesh,
+        f"{f'{slices} × ' if slices > 1 else ''}{plan['topology']}",
+        format_mesh(config.mesh),
         config.model.remat,
-        *(f"{memory[f'{part}_bytes'] / GIB:.2f}" for part in ("params", "optimizer", "temp", "total")),
-        f"{'yes' if found['fits'] else 'no'}, of {memory['hbm_bytes'] / GIB:.0f}",
+        *(f"{memory[f'{name}_bytes'] / GIB:.2f}" for name in ("params", "optimizer", "temp", "total")),
+        f"{'yes' if plan['fits'] else 'no'}, of {memory['hbm_bytes'] / GIB:.0f}",
         *(f"{seconds[name]:.3f}" for name in ("flops", "hbm", "ici")),
         f"{total / 1e9:.2f}" + (f" + {between / 1e9:.2f} between slices" if between else ""),
-        f"{total / sum(wanted.values()):.3f}",
+        f"{total / sum(ideal.values()):.3f}",
         f"{padding / 1e9:.2f}",
-        f"{found['compile_seconds']:.0f} s",
+        f"{plan['compile_seconds']:.0f} s",
     ]
 
 
@@ -101,18 +96,18 @@ def table(rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in ([*_HEADINGS], marks, *rows)]
 
 
-def header(found: dict[str, Any]) -> str:
-    """A plan as the line of a configuration's header."""
-    cells = dict(zip(_HEADINGS, row("", found), strict=True))
-    seconds = found["roofline_seconds"]
+def header(plan: dict[str, Any]) -> str:
+    """A plan as the line in a configuration's header."""
+    cells = dict(zip(_HEADINGS, row("", plan), strict=True))
+    seconds = plan["roofline_seconds"]
     limit = max(seconds, key=lambda name: seconds[name])
-    memory = f"{cells['total, GiB']} of {found['per_chip']['hbm_bytes'] / GIB:.0f} GiB a chip"
-    least = f"a step takes {seconds[limit]:.2f} s at least ({limit})"
+    memory = f"{cells['total, GiB']} of {plan['per_chip']['hbm_bytes'] / GIB:.0f} GiB per chip"
+    least = f"minimum step time {seconds[limit]:.2f} s ({limit})"
     return f"Plan on {cells['chips']}, {cells['mesh']}: {memory}; {least}."
 
 
 def write(lines: list[str], headers: dict[str, str]) -> None:
-    """Puts the table into docs/tpu.md, and each size's header into its configuration."""
+    """Writes the table into docs/tpu.md and each size's header into its configuration."""
     page = pathlib.Path("docs/tpu.md")
     before, _, rest = page.read_text().partition(_BEGIN)
     text = "\n".join([before + _BEGIN, *lines, _END + rest.partition(_END)[2]])
@@ -131,9 +126,9 @@ def _run(args: cli.Args) -> None:
     for size, (topology, slices) in all_plans():
         if args.made and not _path(size, topology, slices, folder).exists():
             continue
-        found = planned(size, topology, slices, folder)
-        rows.append(row(size, found))
-        headers |= {size: header(found)} if (topology, slices) == TARGETS[0] else {}
+        plan = load_or_make_plan(size, topology, slices, folder)
+        rows.append(row(size, plan))
+        headers |= {size: header(plan)} if (topology, slices) == TARGETS[0] else {}
     print("\n".join(table(rows)))
     if args.write:
         write(table(rows), headers)

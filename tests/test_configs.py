@@ -12,8 +12,8 @@ from lvm.evaluate import EvalConfig
 from lvm.hardware.accelerators import resolve
 from lvm.model.nnx_utils import abstract_module, count_params
 from lvm.model.transformer import SIZES, Transformer
-from lvm.planning.estimate import Memory, count_parameters
-from lvm.planning.plan import Target, estimated, resolve_config
+from lvm.planning.estimate import MemoryModel, count_parameters
+from lvm.planning.plan import Target, estimate_plan, resolve_config
 from lvm.training.config import TrainConfig
 from tests.commands import ROOT
 from tokenizer.config import TokenizerConfig
@@ -66,7 +66,7 @@ def test_a_paper_config_is_the_papers_model_and_fits_by_estimate(size, monkeypat
     assert dataclasses.replace(config.model, remat="none") == SIZES[size]
     assert config.loop.with_total_steps(config.batch_size * model.context).total_steps == 200_272
     for described in (target("v5e:16x16"), target("v4:4x4x8"), target("v5p:4x4x8"), target("v6e:16x16")):
-        assert estimated(resolve_config(config, described, 8192), described, Memory()).fits
+        assert estimate_plan(resolve_config(config, described, 8192), described, MemoryModel()).fits
     two = target("v5e:16x16", 2)
     assert resolve_config(config, two, 8192).mesh.data % 2 == 0
 

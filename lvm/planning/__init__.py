@@ -1,1 +1,1 @@
-"""A step on devices that aren't there: compiled, read, and judged."""
+"""Planning: memory, collectives and roofline of a training step on devices that are not attached."""

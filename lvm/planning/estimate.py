@@ -1,115 +1,88 @@
-"""What a step needs of a chip's memory, by a formula: for chips that no compiler is here for, and to search with."""
+"""Analytic memory model of a training step: for chips that nothing compiles for here, and to prune a search."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from lvm.hardware.sharding import MeshConfig
 from lvm.model.transformer import ModelConfig
-from lvm.planning.collectives import layer_matrices
+from lvm.planning.collectives import layer_weight_shapes
+from lvm.training.config import TrainConfig
 
-# In numbers of the compute dtype a token and layer, what the backward pass finds saved: (widths D, widths F). "none"
-# adds to "dots" what lies between the products: norms, rotated queries and keys, the two halves of SwiGLU.
+# Elements saved for the backward pass per token and layer: (multiple of hidden_size, multiple of mlp_size). "none" adds
+# to "dots" what lies between the matrix products: norms, rotated queries and keys, the two halves of SwiGLU.
 _SAVED = {"none": (11, 4), "dots": (5, 2), "attention": (1, 0), "full": (0, 0)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What decides a chip's memory.
-
-    Attributes:
-      model: its vocabulary size and policy of rematerialisation set.
-      mesh: no axis is -1.
-      rows: of a batch.
-      parts: `accumulate_steps`.
-      chunk: tokens of a row whose logits are in memory at once.
-    """
-
-    model: ModelConfig
-    mesh: MeshConfig
-    rows: int
-    parts: int
-    chunk: int
-
-    @property
-    def ways(self) -> int:
-        """Chips that share what is split like a parameter."""
-        return self.mesh.fsdp * self.mesh.tensor
-
-    @property
-    def rows_at_once(self) -> float:
-        """Rows that one chip works on at a time."""
-        return self.rows / (self.mesh.data * self.mesh.fsdp * self.parts)
-
-
 def count_parameters(model: ModelConfig) -> int:
-    """Numbers of a model with its vocabulary size set."""
+    """Parameters of a model with its vocabulary size set."""
     D = model.hidden_size
-    layers = model.num_layers * (sum(math.prod(shape) for shape in layer_matrices(model)) + 2 * D)
+    layers = model.num_layers * (sum(math.prod(shape) for shape in layer_weight_shapes(model)) + 2 * D)
     return layers + D + (1 if model.tie_embeddings else 2) * model.vocabulary_size * D
 
 
-def temporaries(shape: Shape) -> dict[str, float]:
-    """Bytes a chip by what they are for; those of weights and those of activations are `weights` and `activations`.
+def temp_bytes(config: TrainConfig) -> Float[np.ndarray, 2]:
+    """Bytes of temporaries per chip that scale with the weights, and with the activations.
 
-    - weights: gradients in float32 and what the optimizer makes of them before it is known that they are finite, 10
-      bytes a parameter that the chip keeps; one layer's matrices gathered, and their gradients before they are
-      scattered; embedding and head, gathered, and their gradients in float32.
-    - activations: what enters each layer, what rematerialisation keeps of each, one layer's own while it is
-      differentiated, three arrays of a chunk's logits in float32.
+    - weights: gradients in float32 and the optimizer's updates before they are known to be finite, 10 bytes for each
+      parameter of the chip's shard; one layer's gathered weights and their gradients before the scatter; embedding and
+      output projection, gathered, and their gradients in float32.
+    - activations: the input of each layer, what rematerialization saves, one layer's own during its backward pass,
+      three arrays of a chunk's logits in float32.
+
+    Args:
+      config: vocabulary size, mesh and rematerialization policy resolved.
     """
-    model, mesh = shape.model, shape.mesh
-    width = 2 if model.dtype == "bfloat16" else 4
+    model, mesh, objective = config.model, config.mesh, config.objective
+    width = jnp.dtype(model.dtype).itemsize
     D, F, V = model.hidden_size, model.mlp_size / mesh.tensor, model.vocabulary_size / mesh.tensor
-    tokens = shape.rows_at_once * model.context / mesh.sequence
-    kept = 10.0 * count_parameters(model) / shape.ways
-    layer = 2.0 * width * sum(math.prod(matrix) for matrix in layer_matrices(model)) / mesh.tensor
-    ends = (2 * width + 2 * 4) * V * D
-    of_d, of_f = _SAVED[model.remat]
-    statistics = 4.0 * tokens * model.num_heads if of_d else 0.0
-    entering = width * tokens * D * model.num_layers
-    saved = model.num_layers * (width * tokens * (of_d * D + of_f * F) + statistics)
-    own = width * tokens * (8 * D + 4 * F)
-    logits = 3 * 4.0 * min(shape.chunk, model.context / mesh.sequence) * V * shape.rows_at_once
-    return {"weights": kept + layer + ends, "activations": entering + saved + own + logits}
+    rows = config.batch_size / (
+        mesh.data * mesh.fsdp * objective.accumulate_steps
+    )  # per chip and micro-batch
+    tokens = rows * model.context / mesh.sequence
+    shard = 10.0 * count_parameters(model) / (mesh.fsdp * mesh.tensor)
+    layer = 2.0 * width * sum(math.prod(shape) for shape in layer_weight_shapes(model)) / mesh.tensor
+    embeddings = (2 * width + 2 * 4) * V * D
+    saved_hidden, saved_mlp = _SAVED[model.remat]
+    statistics = 4.0 * tokens * model.num_heads if saved_hidden else 0.0
+    inputs = width * tokens * D * model.num_layers
+    saved = model.num_layers * (width * tokens * (saved_hidden * D + saved_mlp * F) + statistics)
+    backward = width * tokens * (8 * D + 4 * F)
+    logits = 3 * 4.0 * min(objective.logits_chunk, model.context / mesh.sequence) * V * rows
+    return np.array([shard + layer + embeddings, inputs + saved + backward + logits])
 
 
-class Memory:
-    """The formula, fitted to what compiled programs needed.
+class MemoryModel:
+    """`temp_bytes`, calibrated by compiled programs.
 
-    Without any it is as it stands; with one, both its terms are scaled alike; with more, each by its own factor.
+    Unscaled without any; with one, both terms have a common scale; with more, each has its own.
     """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[Shape, float]] = []
+        self._terms: list[np.ndarray] = []
+        self._measured: list[float] = []
 
-    def learn(self, shape: Shape, found: float) -> None:
-        """That a program's temporaries are `found` bytes a chip."""
-        self._seen.append((shape, found))
+    def observe(self, config: TrainConfig, measured_bytes: float) -> None:
+        """Adds the temporaries of a compiled program, in bytes per chip."""
+        self._terms.append(temp_bytes(config))
+        self._measured.append(measured_bytes)
 
-    def temporaries(self, shape: Shape) -> float:
-        """Bytes a chip."""
-        return float(np.dot(_terms(shape), self._factors()))
+    def temp_bytes(self, config: TrainConfig) -> float:
+        """Bytes of temporaries per chip."""
+        return float(temp_bytes(config) @ self._scales())
 
-    def _factors(self) -> np.ndarray:
-        if not self._seen:
+    def _scales(self) -> Float[np.ndarray, 2]:
+        if not self._terms:
             return np.ones(2)
-        terms = np.array([_terms(shape) for shape, _ in self._seen])
-        found = np.array([size for _, size in self._seen])
-        common = float((found / terms.sum(1)).mean())
-        if len(self._seen) == 1:
+        terms, measured = np.array(self._terms), np.array(self._measured)
+        common = float((measured / terms.sum(1)).mean())
+        if len(terms) == 1:
             return np.full(2, common)
-        # Relative errors count; what the programs don't tell apart stays near the common factor.
+        # Least squares of relative errors, with a weak pull to the common scale for what the programs do not determine.
         pull = 0.05 * np.eye(2)
-        left = np.concatenate([terms / found[:, None], pull])
-        right = np.concatenate([np.ones(len(found)), pull @ np.full(2, common)])
-        return np.clip(np.linalg.lstsq(left, right)[0], 0.25, 4.0)
-
-
-def _terms(shape: Shape) -> Sequence[float]:
-    found = temporaries(shape)
-    return [found["weights"], found["activations"]]
+        matrix = np.concatenate([terms / measured[:, None], pull])
+        targets = np.concatenate([np.ones(len(measured)), pull @ np.full(2, common)])
+        return np.clip(np.linalg.lstsq(matrix, targets)[0], 0.25, 4.0)

@@ -1,6 +1,7 @@
-"""Reads the text of a compiled program: which instructions run, and how often.
+"""Parser for compiled HLO text: the instructions that run in one step, with the trip counts of their loops.
 
-XLA's own cost analysis counts the body of a loop once; a step of a scanned model is little else than such bodies.
+XLA's cost analysis counts a loop body once, and a scanned model's step is little else than loop bodies. The text is
+parsed because jaxlib's `HloModule` bindings expose neither shapes nor attributes.
 """
 
 from __future__ import annotations
@@ -10,20 +11,15 @@ import math
 import re
 from collections.abc import Iterator
 
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0}  # the others have their bits in their name
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0}  # other dtypes have their width in their name
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALL_ROLES = {"fusion": "calls", "call": "to_apply", "async-start": "calls"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
-    """What an instruction gives, or one part of it.
-
-    Attributes:
-      dtype: as XLA names it.
-      shape: sizes.
-      layout: order, tiles and memory space.
-    """
+class HloArray:
+    """Result of an instruction, or one element of a tuple result; `layout` has order, tiles and memory space."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -31,28 +27,26 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Its size without the padding of tiles."""
-        bits = _BITS.get(self.dtype)
-        if bits is None:
-            found = re.search(r"\d+", self.dtype)
-            bits = int(found[0]) if found else 0
+        """Size without tile padding."""
+        digits = re.search(r"\d+", self.dtype)
+        bits = _BITS.get(self.dtype, int(digits[0]) if digits else 0)
         return math.prod(self.shape) * bits // 8
 
     @property
     def in_hbm(self) -> bool:
-        """Whether it lies in the device's main memory: `S(1)` and on are the memories on the chip."""
+        """True unless the layout names an on-chip memory space, `S(1)` or higher."""
         return not re.search(r"S\([1-9]\d*\)", self.layout)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """One line of a computation. `literal` is the text in parentheses: operands, a constant, a parameter's index."""
 
     name: str
     operation: str
-    arrays: tuple[Array, ...]
+    arrays: tuple[HloArray, ...]
     operands: tuple[str, ...]
-    literal: str  # what stands in the parentheses
+    literal: str
     attributes: str
     is_root: bool
 
@@ -60,35 +54,62 @@ class Instruction:
     def bytes(self) -> int:
         return sum(array.bytes for array in self.arrays)
 
-    def called(self, role: str) -> str | None:
-        """The computation that it calls as `body`, `condition`, `calls` …"""
-        return dict(_CALLED.findall(self.attributes)).get(role)
+    @property
+    def hbm_bytes(self) -> int:
+        return sum(array.bytes for array in self.arrays if array.in_hbm)
+
+    @property
+    def tuple_index(self) -> int | None:
+        """`index` of a get-tuple-element."""
+        match = re.search(r"index=(\d+)", self.attributes)
+        return int(match[1]) if match else None
+
+    @property
+    def branches(self) -> list[str]:
+        """Computations of a conditional."""
+        listed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        if listed:
+            return re.findall(r"[\w.\-]+", listed[1])
+        return [name for role, name in _CALLED.findall(self.attributes) if role.endswith("_computation")]
+
+    def called(self, role: str) -> str:
+        """Name of the computation called as `body`, `condition`, `calls` …; "" if there is none."""
+        return dict(_CALLED.findall(self.attributes)).get(role, "")
 
     def attribute(self, name: str) -> str:
-        """The value of `name="value"` among its attributes; "" where there is none."""
-        found = re.search(rf'\b{name}="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        """Value of `name="value"` among the attributes; "" if absent."""
+        match = re.search(rf'\b{name}="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
 
-Computation = dict[str, Instruction]  # by name, in the order in which they run
+class Computation(dict[str, Instruction]):
+    """Instructions by name, in execution order."""
+
+    @property
+    def root(self) -> Instruction:
+        return next(i for i in self.values() if i.is_root)
+
+    def parameter(self, index: int) -> Instruction:
+        return next(i for i in self.values() if i.operation == "parameter" and i.literal == str(index))
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """An instruction, where it stands, and how often it runs in one step.
+class Execution:
+    """An instruction in its context.
 
     Attributes:
-      computation: the one it stands in.
-      scope: name of the nearest computation around it that isn't fused.
-      fused: whether it stands inside a fusion.
-      times: how often.
+      instruction: the instruction.
+      computation: the computation that contains it.
+      scope: name of the nearest enclosing computation that is not fused.
+      fused: inside a fusion.
+      count: executions per step.
     """
 
     instruction: Instruction
     computation: Computation
     scope: str
     fused: bool
-    times: int
+    count: int
 
 
 class Program:
@@ -99,81 +120,73 @@ class Program:
 
     Attributes:
       computations: by name.
-      entry: the name of the one that runs.
-      uncounted_loops: loops whose number of rounds isn't written in the program; their bodies are counted once.
+      entry: name of the entry computation.
+      unknown_trip_counts: loops whose trip count is not in the program; their bodies count once.
     """
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
         self.entry = ""
-        self.uncounted_loops: list[str] = []
-        current: Computation = {}
+        self.unknown_trip_counts: list[str] = []
+        current = Computation()
         for line in text.splitlines():
             if line and not line[0].isspace():
-                found = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-                if found and not line.startswith("HloModule"):
-                    current = self.computations[found[2]] = {}
-                    self.entry = found[2] if found[1] else self.entry
+                header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+                if header and not line.startswith("HloModule"):
+                    current = self.computations[header[2]] = Computation()
+                    self.entry = header[2] if header[1] else self.entry
             elif " = " in line:
                 instruction = _parse(line)
                 current[instruction.name] = instruction
 
-    def runs(self) -> Iterator[Run]:
-        """Every instruction that runs, those inside fusions after the fusion."""
-        yield from self._runs(self.entry, self.entry, False, 1)
+    def executions(self) -> Iterator[Execution]:
+        """Every instruction that runs; those inside a fusion follow the fusion."""
+        yield from self._executions(self.entry, self.entry, False, 1)
 
-    def _runs(self, name: str, scope: str, fused: bool, times: int) -> Iterator[Run]:
+    def _executions(self, name: str, scope: str, fused: bool, count: int) -> Iterator[Execution]:
         computation = self.computations[name]
         for instruction in computation.values():
-            yield Run(instruction, computation, scope, fused, times)
-            if instruction.operation == "while":
-                rounds = self.rounds(instruction, computation)
-                body = instruction.called("body") or ""
-                yield from self._runs(body, body, False, times * rounds)
-                continue
-            if instruction.operation == "conditional":
-                branches = re.findall(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-                named = re.findall(r"%?([\w.\-]+)", branches[0]) if branches else []
-                named += [c for r, c in _CALLED.findall(instruction.attributes) if r.endswith("_computation")]
-                for branch in named:
-                    yield from self._runs(branch, branch, False, times)
-                continue
-            role = {"fusion": "calls", "call": "to_apply", "async-start": "calls"}.get(instruction.operation)
-            inner = instruction.called(role) if role else None
-            if inner:
-                inside = fused or role == "calls"
-                yield from self._runs(inner, scope if inside else inner, inside, times)
+            yield Execution(instruction, computation, scope, fused, count)
+            operation = instruction.operation
+            if operation == "while":
+                body, trips = instruction.called("body"), self.trip_count(instruction, computation)
+                yield from self._executions(body, body, False, count * trips)
+            elif operation == "conditional":
+                for branch in instruction.branches:
+                    yield from self._executions(branch, branch, False, count)
+            elif callee := instruction.called(_CALL_ROLES.get(operation, "")):
+                inside = fused or operation != "call"
+                yield from self._executions(callee, scope if inside else callee, inside, count)
 
-    def rounds(self, loop: Instruction, around: Computation) -> int:
-        """How often a `while` runs its body."""
+    def trip_count(self, loop: Instruction, caller: Computation) -> int:
+        """Iterations of a `while` in the computation `caller`."""
         known = re.search(r'known_trip_count[^}]*?"?n"?:"?(\d+)', loop.attributes)
         if known:
             return int(known[1])
-        condition = self.computations[loop.called("condition") or ""]
-        called = [i.called("calls") for i in condition.values()]
-        inside = [i for name in called if name for i in self.computations[name].values()]
-        limits = {int(i.literal) for i in [*condition.values(), *inside] if _is_count(i)}
-        if len(limits) != 1:
-            if loop.name not in self.uncounted_loops:
-                self.uncounted_loops.append(loop.name)
-            return 1
-        return max(1, limits.pop() - self._first(loop, condition, around))
-
-    @staticmethod
-    def _first(loop: Instruction, condition: Computation, around: Computation) -> int:
-        """Where a loop's count begins: 0, but for loops of which the compiler took the first rounds out."""
-        indices = [
-            re.search(r"index=(\d+)", i.attributes) for i in condition.values() if i.arrays == (_COUNT,)
+        condition = self.computations[loop.called("condition")]
+        fused = [
+            i for call in condition.values() for i in self.computations.get(call.called("calls"), {}).values()
         ]
-        begun = around.get(loop.operands[0]) if loop.operands else None
-        for index in indices:
-            if index and begun and begun.operation == "tuple":
-                value = around.get(begun.operands[int(index[1])])
-                return int(value.literal) if value and _is_count(value) else 0
-        return 0
+        limits = {int(i.literal) for i in [*condition.values(), *fused] if _is_count(i)}
+        if len(limits) != 1:
+            if loop.name not in self.unknown_trip_counts:
+                self.unknown_trip_counts.append(loop.name)
+            return 1
+        return max(1, limits.pop() - _initial_count(loop, condition, caller))
 
 
-_COUNT = Array("s32", ())
+_COUNT = HloArray("s32", ())
+
+
+def _initial_count(loop: Instruction, condition: Computation, caller: Computation) -> int:
+    """First value of the loop counter: above 0 where the compiler has peeled iterations."""
+    init = caller.get(loop.operands[0]) if loop.operands else None
+    for instruction in condition.values():
+        index = instruction.tuple_index if instruction.arrays == (_COUNT,) else None
+        if index is not None and init and init.operation == "tuple":
+            value = caller.get(init.operands[index])
+            return int(value.literal) if value and _is_count(value) else 0
+    return 0
 
 
 def _is_count(instruction: Instruction) -> bool:
@@ -186,7 +199,7 @@ def _parse(line: str) -> Instruction:
     right = re.sub(r"/\*.*?\*/", "", right)
     end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
     arrays = tuple(
-        Array(dtype, tuple(int(d) for d in shape.split(",") if d), layout)
+        HloArray(dtype, tuple(int(d) for d in shape.split(",") if d), layout)
         for dtype, shape, layout in _ARRAY.findall(right[:end])
     )
     rest = right[end:].lstrip()
@@ -205,10 +218,10 @@ def _parse(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
-            return place
+            return index
     raise ValueError(f"no closing parenthesis: {text[:80]}")

@@ -1,4 +1,4 @@
-"""Which meshes divide a model, its batch and a number of chips."""
+"""Meshes that divide a model, its batch and the chips."""
 
 from __future__ import annotations
 
@@ -8,29 +8,40 @@ import math
 from lvm.common.errors import UserError
 from lvm.hardware.sharding import AXES, MeshConfig
 from lvm.model.transformer import ModelConfig
+from lvm.training.config import TrainConfig
 
 
-def resolved(asked: MeshConfig, chips: int) -> MeshConfig:
-    """With what the others leave in place of -1, rounded down where they don't divide the chips."""
-    fixed = math.prod(getattr(asked, axis) for axis in AXES if getattr(asked, axis) != -1)
-    return dataclasses.replace(asked, **{a: max(1, chips // fixed) for a in AXES if getattr(asked, a) == -1})
+def format_mesh(mesh: MeshConfig) -> str:
+    """`data 4 × fsdp 64`: the axes larger than 1; "1" if there are none."""
+    return " × ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1) or "1"
+
+
+def resolve_mesh(mesh: MeshConfig, chips: int) -> MeshConfig:
+    """Replaces -1 by the chips that the other axes leave, rounded down."""
+    fixed = math.prod(getattr(mesh, axis) for axis in AXES if getattr(mesh, axis) != -1)
+    return dataclasses.replace(mesh, **{a: max(1, chips // fixed) for a in AXES if getattr(mesh, a) == -1})
 
 
 def valid_meshes(
-    model: ModelConfig, asked: MeshConfig, chips: int, slices: int, rows: int = 0, parts: int = 1
+    model: ModelConfig,
+    mesh: MeshConfig,
+    chips: int,
+    slices: int,
+    batch_size: int = 0,
+    accumulate_steps: int = 1,
 ) -> list[MeshConfig]:
-    """Meshes with the `sequence` and `tensor` that are asked for, which divide the model and the chips.
+    """Every `data` × `fsdp` that divides model, chips and batch, with the `sequence` and `tensor` of `mesh`.
 
     Args:
-      model: its vocabulary size set.
-      asked: see above.
-      chips: of all slices.
-      slices: that `data` goes over.
-      rows: of a batch that they must divide too; 0 for any.
-      parts: `accumulate_steps`.
+      model: vocabulary size set.
+      mesh: gives `sequence`, `tensor` and `zero1`.
+      chips: chips of all slices.
+      slices: slices that `data` spans.
+      batch_size: rows per step; 0 for any.
+      accumulate_steps: micro-batches per step.
     """
-    sequence, tensor = asked.sequence, asked.tensor
-    fits = (
+    sequence, tensor = mesh.sequence, mesh.tensor
+    divides = (
         model.num_heads % (sequence * tensor) == 0
         and model.kv_heads % tensor == 0
         and model.mlp_size % tensor == 0
@@ -38,54 +49,44 @@ def valid_meshes(
         and model.context % sequence == 0
         and chips % (sequence * tensor * slices) == 0
     )
-    if not fits:
+    if not divides:
         return []
-    ways = chips // (sequence * tensor)
-    found = [
-        dataclasses.replace(asked, data=ways // fsdp, fsdp=fsdp)
-        for fsdp in range(1, ways // slices + 1)
-        if ways % (fsdp * slices) == 0 and model.hidden_size % fsdp == 0
+    shards = chips // (sequence * tensor)
+    return [
+        dataclasses.replace(mesh, data=shards // fsdp, fsdp=fsdp)
+        for fsdp in range(1, shards // slices + 1)
+        if shards % (fsdp * slices) == 0
+        and model.hidden_size % fsdp == 0
+        and batch_size % (shards * accumulate_steps) == 0
     ]
-    return [mesh for mesh in found if rows % (mesh.data * mesh.fsdp * parts) == 0]
 
 
-def checked(
-    model: ModelConfig, asked: MeshConfig, chips: int, slices: int, rows: int, parts: int
-) -> MeshConfig:
-    """The mesh that is asked for, without -1.
+def validate_mesh(config: TrainConfig, chips: int, slices: int) -> MeshConfig:
+    """The mesh of `config` without -1.
 
     Raises:
-      UserError: it doesn't divide the chips, the model or the batch; names the nearest that does.
+      UserError: the mesh does not divide chips, model or batch; names the nearest that does.
     """
-    wanted = resolved(asked, chips)
-    if wanted in valid_meshes(model, wanted, chips, slices, rows, parts):
-        return wanted
-    said = " × ".join(f"{axis} {getattr(wanted, axis)}" for axis in AXES)
-    problem = f"config.mesh: {said} doesn't divide {chips} chips{_in(slices)}, {rows} rows"
-    problem += f" in {parts} parts" if parts > 1 else ""
-    problem += f", a hidden size of {model.hidden_size} and {model.num_heads} heads"
-    plain = dataclasses.replace(wanted, sequence=1, tensor=1)
-    for shape in (wanted, plain):
-        possible = valid_meshes(model, shape, chips, slices, rows, parts)
-        if possible:
-            return _refuse(problem, _nearest(possible, wanted))
-    possible = valid_meshes(model, wanted, chips, slices) or valid_meshes(model, plain, chips, slices)
-    if not possible:
-        raise UserError(f"{problem}; no mesh of so many chips does")
-    mesh = _nearest(possible, wanted)
-    ways = mesh.data * mesh.fsdp
-    more = max(1, round(rows / ways)) * ways
-    return _refuse(problem, mesh, f" with config.batch_size={more} config.objective.accumulate_steps=1")
-
-
-def _refuse(problem: str, mesh: MeshConfig, more: str = "") -> MeshConfig:
-    keys = " ".join(f"config.mesh.{axis}={getattr(mesh, axis)}" for axis in AXES)
-    raise UserError(f"{problem}; the nearest that does: {keys}{more}")
-
-
-def _nearest(possible: list[MeshConfig], wanted: MeshConfig) -> MeshConfig:
-    return min(possible, key=lambda mesh: abs(math.log(mesh.fsdp / wanted.fsdp)))
-
-
-def _in(slices: int) -> str:
-    return f" in {slices} slices" if slices > 1 else ""
+    model, batch_size, steps = config.model, config.batch_size, config.objective.accumulate_steps
+    mesh = resolve_mesh(config.mesh, chips)
+    unsplit = dataclasses.replace(mesh, sequence=1, tensor=1)
+    valid = valid_meshes(model, mesh, chips, slices, batch_size, steps)
+    if mesh in valid:
+        return mesh
+    valid = valid or valid_meshes(model, unsplit, chips, slices, batch_size, steps)
+    batch = ""
+    if not valid:
+        valid = valid_meshes(model, mesh, chips, slices) or valid_meshes(model, unsplit, chips, slices)
+        shards = valid[0].data * valid[0].fsdp if valid else 1
+        rows = max(1, round(batch_size / shards)) * shards
+        batch = f" config.batch_size={rows} config.objective.accumulate_steps=1"
+    problem = (
+        f"config.mesh: {format_mesh(mesh)} does not divide {chips} chips{f' in {slices} slices' * (slices > 1)}, "
+        f"config.batch_size={batch_size}{f' in {steps} micro-batches' * (steps > 1)}, "
+        f"hidden_size={model.hidden_size} or num_heads={model.num_heads}"
+    )
+    if not valid:
+        raise UserError(f"{problem}; no mesh of {chips} chips does")
+    nearest = min(valid, key=lambda candidate: abs(math.log(candidate.fsdp / mesh.fsdp)))
+    keys = " ".join(f"config.mesh.{axis}={getattr(nearest, axis)}" for axis in AXES)
+    raise UserError(f"{problem}; nearest valid: {keys}{batch}")

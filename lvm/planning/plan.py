@@ -1,94 +1,90 @@
-"""A plan: what a step needs, sends and takes at least, on chips that aren't there."""
+"""Plan of a training step on devices that are not attached: memory, collectives, roofline."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lvm.common.config import to_json
 from lvm.data.mixture.rows import batch_spec
 from lvm.hardware import compiler_options
 from lvm.hardware.accelerators import Slice
-from lvm.hardware.sharding import AXES, MeshConfig, make_mesh
+from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model.flops import train_flops_per_token
-from lvm.model.transformer import REMAT_POLICIES, ModelConfig
+from lvm.model.transformer import REMAT_POLICIES
 from lvm.model.vocabulary import Vocabulary
 from lvm.planning import collectives, meshes, roofline
-from lvm.planning.collectives import Collective
-from lvm.planning.estimate import Memory, Shape, count_parameters
+from lvm.planning.collectives import BETWEEN_SLICES, PADDING, Collective
+from lvm.planning.estimate import MemoryModel
 from lvm.planning.hlo import Program
 from lvm.training import optimizer
+from lvm.training.config import TrainConfig
 from lvm.training.memory import USABLE_FRACTION, required_bytes, state_bytes
 from lvm.training.next_token import NextTokenTask
 from lvm.training.step import Step
 
-if TYPE_CHECKING:
-    from lvm.training.config import TrainConfig
+_COMPILE_THRESHOLD = 1.3  # a policy whose estimate exceeds the usable memory by this factor is not compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a step is to run.
+    """Hardware that a step is planned for.
 
     Attributes:
-      described: the slice.
-      slices: how many of it.
-      devices: of all slices, as libtpu describes them; () where nothing can be compiled (GPUs).
-      hbm_bytes: of a chip.
+      slice: the slice.
+      slices: number of slices.
+      devices: devices of all slices, as libtpu describes them; () where nothing can be compiled (GPUs).
+      hbm_bytes: memory of a chip.
     """
 
-    described: Slice
+    slice: Slice
     slices: int
     devices: tuple[Any, ...]
     hbm_bytes: int
 
     @property
     def chips(self) -> int:
-        return self.described.chips * self.slices
+        return self.slice.chips * self.slices
 
     @property
     def usable_bytes(self) -> int:
-        """What a step may take of a chip's memory."""
+        """Memory of a chip that a step may use."""
         return int(USABLE_FRACTION * self.hbm_bytes)
 
     @property
     def name(self) -> str:
-        name = self.described.libtpu_name or self.described.name
+        name = self.slice.libtpu_name or self.slice.name
         return name if self.slices == 1 else f"{self.slices} × {name}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What was found; bytes are those of one chip.
+    """Result of planning; bytes are per chip.
 
     Attributes:
-      target: where.
-      config: what was planned, its mesh without -1, its vocabulary and rematerialisation chosen.
-      parameters: of the model.
-      params_bytes, optimizer_bytes, temp_bytes, total_bytes: of memory; the total has a batch too.
-      flops_per_step: of the model, by `lvm.model.flops`, attention counted by half.
-      sent: collectives by kind.
-      theory: what fully sharded training should send, by kind.
-      seconds: of a step, at least: by `flops`, `hbm`, `ici`, and `network` between slices.
+      target: the hardware.
+      config: the configuration, with mesh, vocabulary size and rematerialization policy resolved.
+      params_bytes, optimizer_bytes, temp_bytes, total_bytes: memory; the total includes a batch.
+      hbm_traffic: bytes read and written per step.
+      collectives: bytes received, by kind.
       compile_seconds: None for an estimate.
-      notes: what a reader should know.
+      notes: caveats for the reader.
     """
 
     target: Target
     config: TrainConfig
-    parameters: int
     params_bytes: int
     optimizer_bytes: int
     temp_bytes: int
     total_bytes: int
-    flops_per_step: float
-    sent: list[Collective]
-    theory: dict[str, float]
-    seconds: dict[str, float]
-    compile_seconds: float | None
+    hbm_traffic: float
+    collectives: list[Collective]
+    compile_seconds: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -96,184 +92,162 @@ class Plan:
         return self.total_bytes <= self.target.usable_bytes
 
     @property
-    def shape(self) -> Shape:
-        return shape_of(self.config)
+    def flops_per_step(self) -> float:
+        """Model FLOPs by `lvm.model.flops`, causal."""
+        model = self.config.model
+        return self.config.batch_size * model.context * train_flops_per_token(model, model.context, "causal")
+
+    @functools.cached_property
+    def roofline_seconds(self) -> dict[str, float]:
+        """Lower bounds of the step time by `flops`, `hbm`, `ici`, and `network` between slices."""
+        flops = roofline.hardware_flops(self.config.model, self.config.batch_size)
+        return roofline.roofline_seconds(
+            self.target.slice, self.target.chips, flops, self.hbm_traffic, self.collectives
+        )
 
     @property
-    def least_seconds(self) -> float:
-        """Of a step, when all limits but the slowest are hidden behind it."""
-        return max(self.seconds.values())
+    def min_step_seconds(self) -> float:
+        """Step time if the slowest resource hides all others."""
+        return max(self.roofline_seconds.values())
+
+    @property
+    def ideal_bytes(self) -> dict[str, float]:
+        """Bytes that ideal fully sharded training would receive, by kind."""
+        return collectives.ideal_collective_bytes(self.config, self.target.slices)
+
+    @property
+    def ideal_ratio(self) -> float | None:
+        """Bytes received within a slice, without padding, relative to the ideal; None if the ideal is 0."""
+        received = sum(c.bytes for c in self.collectives if c.kind not in (PADDING, BETWEEN_SLICES))
+        ideal = sum(size for kind, size in self.ideal_bytes.items() if kind != BETWEEN_SLICES)
+        return received / ideal if ideal else None
 
     def to_json(self) -> dict[str, Any]:
         """The object of `--json`."""
         memory = ("params_bytes", "optimizer_bytes", "temp_bytes", "total_bytes")
         return {
-            "topology": self.target.described.libtpu_name or self.target.described.name,
+            "topology": self.target.slice.libtpu_name or self.target.slice.name,
             "chips": self.target.chips,
             "config": to_json(self.config),
             "per_chip": {n: getattr(self, n) for n in memory} | {"hbm_bytes": self.target.hbm_bytes},
             "fits": self.fits,
             "flops_per_step": self.flops_per_step,
-            "collectives": [{"kind": c.kind, "bytes": c.bytes, "count": c.count} for c in self.sent],
-            "roofline_seconds": {name: self.seconds[name] for name in ("flops", "hbm", "ici")},
+            "collectives": [{"kind": c.kind, "bytes": c.bytes, "count": c.count} for c in self.collectives],
+            "roofline_seconds": {name: self.roofline_seconds[name] for name in ("flops", "hbm", "ici")},
             "compile_seconds": self.compile_seconds,
         }
 
 
-def shape_of(config: TrainConfig) -> Shape:
-    """What of a resolved configuration decides memory."""
-    objective = config.objective
-    return Shape(
-        config.model, config.mesh, config.batch_size, objective.accumulate_steps, objective.logits_chunk
-    )
-
-
 def resolve_config(config: TrainConfig, target: Target, num_codes: int) -> TrainConfig:
-    """With the vocabulary of so many codes, and a mesh that divides chips, model and batch.
+    """Sets the vocabulary size for `num_codes` codes and replaces -1 in the mesh.
 
     Raises:
-      UserError: no mesh like the one asked for does.
+      UserError: the mesh does not divide chips, model or batch.
     """
     size = config.model.vocabulary_size or Vocabulary.for_codes(num_codes).size
-    model = dataclasses.replace(config.model, vocabulary_size=size)
-    parts = config.objective.accumulate_steps
-    mesh = meshes.checked(model, config.mesh, target.chips, target.slices, config.batch_size, parts)
-    return dataclasses.replace(config, model=model, mesh=mesh)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary_size=size))
+    return dataclasses.replace(config, mesh=meshes.validate_mesh(config, target.chips, target.slices))
 
 
-def with_choice(config: TrainConfig, remat: str, mesh: MeshConfig, rows: int, parts: int) -> TrainConfig:
-    """The same with other rematerialisation, mesh, batch and parts of it."""
+def with_choice(
+    config: TrainConfig, remat: str, mesh: MeshConfig, batch_size: int, accumulate_steps: int
+) -> TrainConfig:
+    """The configuration with the keys that a search chooses."""
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, remat=remat),
         mesh=mesh,
-        batch_size=rows,
-        objective=dataclasses.replace(config.objective, accumulate_steps=parts),
+        batch_size=batch_size,
+        objective=dataclasses.replace(config.objective, accumulate_steps=accumulate_steps),
     )
 
 
-def make_plan(config: TrainConfig, target: Target, memory: Memory) -> Plan:
-    """By compiling where `target` has devices, else by the formula; `remat="auto"` becomes the lightest that fits.
+def make_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> Plan:
+    """Compiles where `target` has devices, else estimates; `remat="auto"` becomes the lightest policy that fits.
 
     Args:
-      config: resolved (`resolve_config`).
-      target: see `Target`.
-      memory: the formula; learns what was compiled.
+      config: from `resolve_config`.
+      target: the hardware.
+      memory: the memory model, updated with what is compiled.
     """
     policies = list(REMAT_POLICIES) if config.model.remat == "auto" else [config.model.remat]
     for policy in policies:
-        model = dataclasses.replace(config.model, remat=policy)
-        tried = dataclasses.replace(config, model=model)
-        last = policy == policies[-1]
-        # Far too large by the formula: not worth a compile.
-        if not last and _guessed_total(tried, target, memory) > 1.3 * target.usable_bytes:
-            continue
-        plan = compiled(tried, target, memory) if target.devices else estimated(tried, target, memory)
-        if plan.fits or last:
-            return plan
-    raise AssertionError("the last policy returns")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
+        if policy != policies[-1]:
+            estimate = sum(_state_bytes(config)) + memory.temp_bytes(config)
+            if estimate > _COMPILE_THRESHOLD * target.usable_bytes:
+                continue
+        plan = (compile_plan if target.devices else estimate_plan)(config, target, memory)
+        if plan.fits:
+            break
+    return plan
 
 
-def compiled(config: TrainConfig, target: Target, memory: Memory) -> Plan:
-    """Compiles the step as training would and reads the program."""
+def compile_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> Plan:
+    """Compiles the step as training would, and analyzes the program."""
     step = make_step(config, target)
-    began = time.monotonic()
+    start = time.monotonic()
     needed = required_bytes(step)
-    took = time.monotonic() - began
-    held = state_bytes(step)
-    if needed is None:  # the compiler itself says that it's too large: by how much, only the formula tells
-        guess = estimated(config, target, memory)
-        total = max(guess.total_bytes, target.hbm_bytes + 1)
-        refused = ("the compiler refuses it as too large; temporaries and what is sent are estimates",)
-        return dataclasses.replace(guess, total_bytes=total, compile_seconds=took, notes=refused)
+    seconds = time.monotonic() - start
+    if needed is None:  # rejected by the compiler, which does not say by how much
+        estimate = estimate_plan(config, target, memory)
+        total = max(estimate.total_bytes, target.hbm_bytes + 1)
+        note = "the compiler rejects it as too large; temporaries and collectives are estimates"
+        return dataclasses.replace(estimate, total_bytes=total, compile_seconds=seconds, notes=(note,))
     executable = step.compile()
     program = Program(executable.as_text())
-    sent = collectives.collective_bytes(program, collectives.weights_of(config.model), target.chips)
-    temporary = int(executable.memory_analysis().temp_size_in_bytes)
-    memory.learn(shape_of(config), temporary)
-    notes = [f"loops whose rounds aren't known are counted once: {', '.join(program.uncounted_loops)}"]
-    return _plan(
-        config, target, held["parameters"], held["optimizer"], temporary, needed, sent,
-        roofline.hbm_bytes(program), took, tuple(notes) if program.uncounted_loops else (),
-    )  # fmt: skip
+    temporaries = int(executable.memory_analysis().temp_size_in_bytes)
+    memory.observe(config, temporaries)
+    state, traffic = state_bytes(step), roofline.hbm_bytes(program)
+    sent = collectives.collective_bytes(program, collectives.weight_shapes(config.model), target.chips)
+    loops = ", ".join(program.unknown_trip_counts)
+    notes = (f"loops of unknown trip count are counted once: {loops}",) if loops else ()
+    sizes = state["parameters"], state["optimizer"], temporaries, needed
+    return Plan(target, config, *sizes, traffic, sent, seconds, notes)
 
 
-def estimated(config: TrainConfig, target: Target, memory: Memory) -> Plan:
-    """By formula alone."""
-    params, moments = _state_bytes(config)
-    temporary = int(memory.temporaries(shape_of(config)))
-    sent = [Collective(kind, size, 0) for kind, size in _theory(config, target).items()]
-    # A row of activations is written and read about as often as it is kept; weights in every pass.
-    touched = 2 * temporary + 3 * (params + moments)
-    note = "an estimate: no program was compiled, memory is a formula and what is sent is theory"
+def estimate_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> Plan:
+    """Plans by formula, without compiling."""
+    params_bytes, optimizer_bytes = _state_bytes(config)
+    state, temporaries = params_bytes + optimizer_bytes, int(memory.temp_bytes(config))
     batch = 12 * config.batch_size * config.model.context // (config.mesh.data * config.mesh.fsdp)
-    total = params + moments + temporary + batch
-    return _plan(config, target, params, moments, temporary, total, sent, touched, None, (note,))
+    sizes = params_bytes, optimizer_bytes, temporaries, state + temporaries + batch
+    traffic = 2 * temporaries + 3 * state  # activations are written and read once, the state in every pass
+    ideal = collectives.ideal_collective_bytes(config, target.slices)
+    sent = [Collective(kind, size, 0) for kind, size in ideal.items()]
+    notes = ("an estimate: no program was compiled, memory is a formula and collectives are ideal",)
+    return Plan(target, config, *sizes, traffic, sent, notes=notes)
 
 
 def make_step(config: TrainConfig, target: Target) -> Step:
-    """The step that `lvm.train` would run there."""
+    """The step that `lvm.train` would run on the target."""
+    mesh = make_mesh(config.mesh, target.devices)
+    platform = target.slice.accelerator.platform
+    options = compiler_options.compiler_options(platform, config.flags, config.deterministic)
+    return Step(_make_task(config, mesh), mesh, config.seed, config.mesh.zero1, options)
+
+
+def _make_task(config: TrainConfig, mesh: Mesh | None) -> NextTokenTask:
     tokens = config.batch_size * config.model.context
     tx, schedule = optimizer.build(config.optimizer, config.loop.with_total_steps(tokens).total_steps, tokens)
     spec = batch_spec(config.batch_size, config.model.context, config.data.packing == "whole")
-    mesh = make_mesh(config.mesh, target.devices)
-    task = NextTokenTask(
+    return NextTokenTask(
         config.model, spec, list(config.data.components), tx, schedule, mesh, config.objective
     )
-    options = compiler_options.compiler_options(
-        target.described.accelerator.platform, config.flags, config.deterministic
-    )
-    return Step(task, mesh, config.seed, config.mesh.zero1, options)
-
-
-def _plan(
-    config: TrainConfig, target: Target, params: int, moments: int, temporary: int, total: int,
-    sent: list[Collective], touched: float, took: float | None, notes: tuple[str, ...],
-) -> Plan:  # fmt: skip
-    model, tokens = config.model, config.batch_size * config.model.context
-    computed = roofline.computed_flops(model, config.batch_size)
-    return Plan(
-        target=target,
-        config=config,
-        parameters=count_parameters(model),
-        params_bytes=params,
-        optimizer_bytes=moments,
-        temp_bytes=temporary,
-        total_bytes=total,
-        flops_per_step=tokens * train_flops_per_token(model, model.context, "causal"),
-        sent=sent,
-        theory=_theory(config, target),
-        seconds=roofline.seconds(target.described, target.chips, computed, touched, sent),
-        compile_seconds=took,
-        notes=notes,
-    )
-
-
-def _theory(config: TrainConfig, target: Target) -> dict[str, float]:
-    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-    parts = config.objective.accumulate_steps
-    return collectives.ideal_collective_bytes(config.model, config.batch_size, sizes, target.slices, parts)
-
-
-def _guessed_total(config: TrainConfig, target: Target, memory: Memory) -> float:
-    return sum(_state_bytes(config)) + memory.temporaries(shape_of(config))
 
 
 def _state_bytes(config: TrainConfig) -> tuple[int, int]:
-    """Bytes a chip of the parameters and of the rest of the state: matrices are split, vectors aren't."""
-    tokens = config.batch_size * config.model.context
-    tx, schedule = optimizer.build(config.optimizer, config.loop.with_total_steps(tokens).total_steps, tokens)
-    model: ModelConfig = dataclasses.replace(config.model, attention="xla")
-    spec = batch_spec(1, model.context, False)
-    task = NextTokenTask(model, spec, [], tx, schedule, None, config.objective)
+    """Bytes per chip of the parameters and of the rest of the state; matrices are sharded, vectors are replicated."""
+    model = dataclasses.replace(config.model, attention="xla")
+    task = _make_task(dataclasses.replace(config, model=model), None)
     state = jax.eval_shape(task.init, jax.random.key(0))
-    ways = config.mesh.fsdp * config.mesh.tensor
+    shards = config.mesh.fsdp * config.mesh.tensor
 
-    def size(tree: Any, ways: int) -> int:
+    def size(tree: Any, shards: int) -> int:
         return sum(
-            x.size * x.dtype.itemsize // (ways if x.ndim > 1 and x.shape[-1] > 1 else 1)
+            x.size * x.dtype.itemsize // (shards if x.ndim > 1 and x.shape[-1] > 1 else 1)
             for x in jax.tree.leaves(tree)
         )
 
     copies = config.mesh.data if config.mesh.zero1 else 1
-    return size(state["params"], ways), size(state["training"], ways * copies)
+    return size(state["params"], shards), size(state["training"], shards * copies)

@@ -1,88 +1,77 @@
-"""A plan as lines to read."""
+"""Text report of a plan."""
 
 from __future__ import annotations
 
-from lvm.hardware.sharding import AXES
-from lvm.planning.collectives import BETWEEN_SLICES, PADDING
+from lvm.hardware.accelerators import GIB, GIGA, TERA
+from lvm.planning.collectives import PADDING, Collective
+from lvm.planning.estimate import count_parameters
+from lvm.planning.meshes import format_mesh
 from lvm.planning.plan import Plan
 
-_GIB, _GB, _TERA = 2**30, 10**9, 10**12
 _LIMITS = {
-    "flops": "peak bfloat16, what is computed again counted",
-    "hbm": "bandwidth of memory",
+    "flops": "peak bfloat16, recomputation included",
+    "hbm": "HBM bandwidth",
     "ici": "links between chips, all of them busy",
     "network": "network between slices",
 }
 
 
-def lines(plan: Plan) -> list[str]:
-    """The whole plan."""
-    return [*_heading(plan), "", *_memory(plan), "", *_roofline(plan), "", *_sent(plan), *_ending(plan)]
+def format_plan(plan: Plan) -> list[str]:
+    """Lines of the report."""
+    compiled = [] if plan.compile_seconds is None else ["", f"compiled in {plan.compile_seconds:.0f} s"]
+    return [*_heading(plan), "", *_memory(plan), "", *_roofline(plan), "", *_collectives(plan), *compiled]
 
 
 def _heading(plan: Plan) -> list[str]:
-    config, model = plan.config, plan.config.model
-    mesh = " × ".join(
-        f"{axis} {getattr(config.mesh, axis)}" for axis in AXES if getattr(config.mesh, axis) > 1
-    )
-    rows = f"{config.batch_size} rows of {model.context} tokens"
-    parts = config.objective.accumulate_steps
+    config, steps = plan.config, plan.config.objective.accumulate_steps
+    rows = f"{config.batch_size} rows of {config.model.context} tokens"
+    rows += f" in {steps} micro-batches" if steps > 1 else ""
     return [
-        f"{plan.target.name}: {plan.target.chips} chips, mesh {mesh or 'of one'}",
-        f"{plan.parameters:,} parameters, {rows}{f' in {parts} parts' if parts > 1 else ''}, remat {model.remat}",
+        f"{plan.target.name}: {plan.target.chips} chips, mesh {format_mesh(config.mesh)}",
+        f"{count_parameters(config.model):,} parameters, {rows}, remat {config.model.remat}",
         *plan.notes,
     ]
 
 
 def _memory(plan: Plan) -> list[str]:
-    parts = {
+    sizes = {
         "parameters": plan.params_bytes,
         "optimizer": plan.optimizer_bytes,
         "temporaries": plan.temp_bytes,
         "total, with a batch": plan.total_bytes,
     }
-    limit = f"{plan.target.usable_bytes / _GIB:.2f} of {plan.target.hbm_bytes / _GIB:.2f} GiB may be used"
+    limit = f"{plan.target.usable_bytes / GIB:.2f} of {plan.target.hbm_bytes / GIB:.2f} GiB usable"
     return [
-        f"{'memory a chip':<22} {'GiB':>8}",
-        *(f"  {name:<20} {size / _GIB:>8.2f}" for name, size in parts.items()),
+        f"{'memory per chip':<22} {'GiB':>8}",
+        *(f"  {name:<20} {size / GIB:>8.2f}" for name, size in sizes.items()),
         f"  {'fits' if plan.fits else 'DOES NOT FIT'}: {limit}",
     ]
 
 
 def _roofline(plan: Plan) -> list[str]:
-    slowest = max(plan.seconds, key=lambda name: plan.seconds[name])
-    peak = plan.target.described.accelerator.peak_flops * plan.target.chips
-    bound = plan.flops_per_step / peak / plan.least_seconds
+    seconds = plan.roofline_seconds
+    peak = plan.target.slice.accelerator.peak_flops * plan.target.chips
+    mfu = plan.flops_per_step / peak / plan.min_step_seconds
     return [
-        f"{'a step takes at least':<22} {'seconds':>8}   by",
-        *(f"  {name:<20} {value:>8.4f}   {_LIMITS[name]}" for name, value in plan.seconds.items()),
-        f"  {plan.flops_per_step / _TERA:,.1f} TFLOP a step; MFU (causal) is {bound:.1%} at most, limited by {slowest}",
+        f"{'minimum step time':<22} {'seconds':>8}   limit",
+        *(f"  {name:<20} {value:>8.4f}   {_LIMITS[name]}" for name, value in seconds.items()),
+        f"  {plan.flops_per_step / TERA:,.1f} TFLOP per step; MFU (causal) is at most {mfu:.1%}, limited by "
+        f"{max(seconds, key=seconds.__getitem__)}",
     ]
 
 
-def _sent(plan: Plan) -> list[str]:
+def _collectives(plan: Plan) -> list[str]:
     if plan.target.chips == 1:
-        return ["one chip sends nothing"]
-    table = [f"{'received a chip':<22} {'GB':>8} {'theory':>8} {'count':>7} {'overlapped':>11}"]
-    sent = {collective.kind: collective for collective in plan.sent}
-    for kind in [*sent, *(kind for kind in plan.theory if kind not in sent)]:
-        found = sent.get(kind)
-        size, count = (found.bytes, found.count) if found else (0.0, 0)
-        theory = "" if kind == PADDING else f"{plan.theory.get(kind, 0) / _GB:.3f}"
-        beside = f"{found.overlapped / found.bytes:.0%}" if found and found.bytes and found.count else ""
-        table.append(f"  {kind:<20} {size / _GB:>8.3f} {theory:>8} {count or '':>7} {beside:>11}")
-    ratio = of_theory(plan)
-    if ratio is not None and plan.compile_seconds is not None:
-        table.append(f"  without padding {ratio:.3f} times what fully sharded training should send")
+        return ["no communication on one chip"]
+    table = [f"{'received per chip':<22} {'GB':>8} {'ideal':>8} {'count':>7} {'overlapped':>11}"]
+    received = {collective.kind: collective for collective in plan.collectives}
+    for kind in dict.fromkeys([*received, *plan.ideal_bytes]):
+        sent = received.get(kind, Collective(kind, 0.0, 0))
+        ideal = "" if kind == PADDING else f"{plan.ideal_bytes.get(kind, 0) / GIGA:.3f}"
+        overlapped = f"{sent.overlapped_bytes / sent.bytes:.0%}" if sent.bytes and sent.count else ""
+        table.append(
+            f"  {kind:<20} {sent.bytes / GIGA:>8.3f} {ideal:>8} {sent.count or '':>7} {overlapped:>11}"
+        )
+    if plan.ideal_ratio is not None and plan.compile_seconds is not None:
+        table.append(f"  {plan.ideal_ratio:.3f} times ideal fully sharded training, without padding")
     return table
-
-
-def of_theory(plan: Plan) -> float | None:
-    """Bytes received without padding by what theory has; None where theory has nothing."""
-    found = sum(c.bytes for c in plan.sent if c.kind not in (PADDING, BETWEEN_SLICES))
-    wanted = sum(size for kind, size in plan.theory.items() if kind != BETWEEN_SLICES)
-    return found / wanted if wanted else None
-
-
-def _ending(plan: Plan) -> list[str]:
-    return [] if plan.compile_seconds is None else ["", f"compiled in {plan.compile_seconds:.0f} s"]

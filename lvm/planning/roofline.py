@@ -1,4 +1,4 @@
-"""How fast a step could be at best: by its arithmetic, by what it moves through memory, by what it sends."""
+"""Roofline of a step: lower bounds on its time by arithmetic, HBM traffic and communication."""
 
 from __future__ import annotations
 
@@ -6,124 +6,115 @@ from lvm.hardware.accelerators import Slice
 from lvm.model.flops import train_flops_per_token
 from lvm.model.transformer import ModelConfig
 from lvm.planning.collectives import BETWEEN_SLICES, KINDS, Collective
-from lvm.planning.hlo import Computation, Instruction, Program, Run
+from lvm.planning.hlo import Computation, Execution, Instruction, Program
 
-# These only name or order what others made.
+# Operations that move no data.
 _FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "iota", "opt-barrier", "async-start", "async-update", "async-done",
 }  # fmt: skip
-_THROUGH = ("bitcast", "reshape")
+_VIEWS = ("bitcast", "reshape")
 
 
 def hbm_bytes(program: Program) -> int:
-    """Bytes that a step reads from and writes to a chip's main memory, loops counted as often as they run.
+    """Bytes that a step reads from and writes to one chip's HBM, loop bodies times their trip count.
 
-    A fusion reads its operands and writes its results once. Of an array that it only slices it reads the slice, and
-    where it writes into a part of one, it writes the part. What stays in the memory on the chip costs nothing.
+    A fusion reads its operands and writes its results once; of an array that it slices it reads the slice, and of one
+    that it updates in place it writes the update. On-chip memory is free.
     """
-    return sum(run.times * _moved(run, program) for run in program.runs() if not run.fused)
+    return sum(run.count * _traffic(run, program) for run in program.executions() if not run.fused)
 
 
-def _moved(run: Run, program: Program) -> int:
+def _traffic(run: Execution, program: Program) -> int:
     instruction = run.instruction
     operation = instruction.operation
     if operation in _FREE or operation.endswith("-done"):
         return 0
     if operation == "fusion":
-        return _by_fusion(instruction, run.computation, program)
-    operands = [run.computation[name] for name in instruction.operands if name in run.computation]
-    written = _in_hbm(instruction)
+        return _fusion_traffic(instruction, run.computation, program)
+    operands = [run.computation[name].hbm_bytes for name in instruction.operands if name in run.computation]
+    written = instruction.hbm_bytes
     if operation in ("dynamic-slice", "slice", "gather"):
         return 2 * written
     if operation == "dynamic-update-slice":
-        return 2 * _in_hbm(operands[1])
-    if operation.endswith("-start"):  # gives its operands again beside its results
-        written = max(0, written - sum(_in_hbm(operand) for operand in operands))
-    return written + sum(_in_hbm(operand) for operand in operands)
+        return 2 * operands[1]
+    if operation.endswith("-start"):  # the results repeat the operands
+        written = max(0, written - sum(operands))
+    return written + sum(operands)
 
 
-def _in_hbm(instruction: Instruction) -> int:
-    return sum(array.bytes for array in instruction.arrays if array.in_hbm)
-
-
-def _by_fusion(fusion: Instruction, around: Computation, program: Program) -> int:
-    inside = program.computations[fusion.called("calls") or ""]
+def _fusion_traffic(fusion: Instruction, caller: Computation, program: Program) -> int:
+    body = program.computations[fusion.called("calls")]
     total = 0
-    for place, name in enumerate(fusion.operands):
-        if name in around and _in_hbm(around[name]):
-            total += _read(_parameter(inside, place), inside, program)
-    root = next(i for i in inside.values() if i.is_root)
-    results = [inside[name] for name in root.operands] if root.operation == "tuple" else [root]
+    for index, name in enumerate(fusion.operands):
+        if name in caller and caller[name].hbm_bytes:
+            total += _bytes_read(body.parameter(index), body, program)
+    results = [body[name] for name in body.root.operands] if body.root.operation == "tuple" else [body.root]
     for array, result in zip(fusion.arrays, results, strict=False):
         if array.in_hbm:
-            total += _written(result, inside)
+            total += _bytes_written(result, body)
     return total
 
 
-def _parameter(inside: Computation, place: int) -> Instruction:
-    return next(i for i in inside.values() if i.operation == "parameter" and i.literal == str(place))
-
-
-def _read(value: Instruction, inside: Computation, program: Program) -> int:
-    """What of an array a fusion reads."""
+def _bytes_read(value: Instruction, body: Computation, program: Program) -> int:
+    """Bytes of a value that its users in a fusion read."""
     total = 0
-    for user in (i for i in inside.values() if value.name in i.operands):
-        if user.operation in _THROUGH:
-            total += _read(user, inside, program)
+    for user in (i for i in body.values() if value.name in i.operands):
+        if user.operation in _VIEWS:
+            total += _bytes_read(user, body, program)
         elif user.operation == "fusion":
-            within = program.computations[user.called("calls") or ""]
-            total += _read(_parameter(within, user.operands.index(value.name)), within, program)
+            inner = program.computations[user.called("calls")]
+            total += _bytes_read(inner.parameter(user.operands.index(value.name)), inner, program)
         elif user.operation in ("dynamic-slice", "slice"):
             total += user.bytes
         elif user.operation == "dynamic-update-slice" and user.operands[0] == value.name:
-            continue  # written into
+            continue  # updated in place
         elif user.operation == "tuple" or user.operation.removesuffix("-start") in KINDS:
-            continue  # handed on; what a collective moves is counted where it ends
+            continue  # passed on; a collective's traffic is counted where it ends
         else:
             return value.bytes
     return min(total, value.bytes)
 
 
-def _written(result: Instruction, inside: Computation) -> int:
-    while result.operation in _THROUGH:
-        result = inside[result.operands[0]]
+def _bytes_written(result: Instruction, body: Computation) -> int:
+    while result.operation in _VIEWS:
+        result = body[result.operands[0]]
     if result.operation == "dynamic-update-slice":
-        return inside[result.operands[1]].bytes
+        return body[result.operands[1]].bytes
     return 0 if result.operation == "parameter" else result.bytes
 
 
-def computed_flops(model: ModelConfig, rows: int) -> float:
-    """Operations of a step over `rows` rows with what rematerialisation computes again: `lvm.model.flops`, causal."""
-    tokens = rows * model.context
-    whole = tokens * train_flops_per_token(model, model.context, "causal")
-    forward = whole / 3
+def hardware_flops(model: ModelConfig, batch_size: int) -> float:
+    """FLOPs of a step with rematerialization: `lvm.model.flops` (causal) and what the backward pass recomputes."""
+    tokens = batch_size * model.context
+    total = tokens * train_flops_per_token(model, model.context, "causal")
+    forward = total / 3
     logits = 2.0 * tokens * model.hidden_size * model.vocabulary_size
     scores = 2.0 * tokens * model.num_layers * model.num_heads * model.head_dim * model.context
-    again = {"full": forward - logits, "attention": forward - logits - scores}.get(model.remat, 0.0)
-    return whole + again + logits  # the logits' are computed again under every policy
+    recomputed = {"full": forward - logits, "attention": forward - logits - scores}.get(model.remat, 0.0)
+    return total + recomputed + logits  # every policy recomputes the logits
 
 
-def seconds(
-    described: Slice, chips: int, flops: float, memory: float, sent: list[Collective]
+def roofline_seconds(
+    slice_: Slice, chips: int, flops: float, hbm_traffic: float, collectives: list[Collective]
 ) -> dict[str, float]:
-    """Lower bounds of a step's time: each as if it alone took time, at the chip's published peak.
+    """Step time if each resource were the only limit, at the chip's published peak.
 
     Args:
-      described: the slice, or the GPUs, with their peaks.
-      chips: that share `flops`, of all slices.
-      flops: of all chips.
-      memory: bytes through one chip's main memory.
-      sent: what a chip receives; padding travels too.
+      slice_: the slice, or the GPUs.
+      chips: chips of all slices, which share `flops`.
+      flops: FLOPs of all chips.
+      hbm_traffic: bytes through one chip's HBM.
+      collectives: bytes that a chip receives; padding is transferred too.
     """
-    within = sum(collective.bytes for collective in sent if collective.kind != BETWEEN_SLICES)
-    between = sum(collective.bytes for collective in sent if collective.kind == BETWEEN_SLICES)
-    accelerator = described.accelerator
-    found = {
+    within = sum(collective.bytes for collective in collectives if collective.kind != BETWEEN_SLICES)
+    between = sum(collective.bytes for collective in collectives if collective.kind == BETWEEN_SLICES)
+    accelerator = slice_.accelerator
+    seconds = {
         "flops": flops / chips / accelerator.peak_flops,
-        "hbm": memory / accelerator.hbm_bandwidth,
-        "ici": within / described.link_bandwidth,
+        "hbm": hbm_traffic / accelerator.hbm_bandwidth,
+        "ici": within / slice_.link_bandwidth,
     }
     if between and accelerator.network_bandwidth:
-        found["network"] = between / accelerator.network_bandwidth
-    return found
+        seconds["network"] = between / accelerator.network_bandwidth
+    return seconds

@@ -1,67 +1,58 @@
-"""Finds what fits: by a formula fitted to a few compiles, the winner confirmed by one."""
+"""Search for mesh, batch size and rematerialization: pruned by the memory model, confirmed by compiling."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lvm.hardware import accelerators
-from lvm.hardware.accelerators import Slice
 from lvm.model.transformer import REMAT_POLICIES
 from lvm.planning import meshes
-from lvm.planning.estimate import Memory
-from lvm.planning.plan import Plan, Target, estimated, make_plan, with_choice
+from lvm.planning.estimate import MemoryModel
+from lvm.planning.plan import Plan, Target, estimate_plan, make_plan, with_choice
+from lvm.training.config import TrainConfig
 
-if TYPE_CHECKING:
-    from lvm.training.config import TrainConfig
-
-MOST_COMPILES = 4  # that the formula is fitted to
-_MOST_ROWS = 16  # on one chip
-_HEADROOM = 0.97  # of what a step may take: what is proposed by formula must not just miss
+MAX_COMPILES = 4  # that calibrate the memory model
+_ROWS_PER_CHIP = (1, 2, 4, 8, 16)
+_HEADROOM = 0.97  # of the usable memory, for proposals of the memory model
+_TIE = 1.01  # step times within this factor rank equal
 
 
-def best(config: TrainConfig, target: Target, memory: Memory) -> list[Plan]:
-    """Plans on the way to the fastest that fits; the last one is it, compiled where anything can be.
+def search(config: TrainConfig, target: Target, memory: MemoryModel) -> list[Plan]:
+    """Plans tried, the best that fits last; compiled if the target has devices. Empty if the model says none fits.
 
-    Candidates are all meshes that divide, 1 to 16 rows a chip, and every policy of rematerialisation. The fastest has
-    the least roofline time a row; of those within a hundredth of it, the lightest rematerialisation, then the largest
-    batch. Nothing is returned where nothing fits by the formula.
+    Candidates are all valid meshes, 1 to 16 rows per chip, and every rematerialization policy. The best has the least
+    roofline time per row; within 1 %, the lightest policy, then the largest batch.
 
     Args:
-      config: resolved; its mesh says which `sequence` and `tensor`.
-      target: where.
-      memory: the formula; learns from each compile.
+      config: resolved; its mesh gives `sequence` and `tensor`.
+      target: the hardware.
+      memory: the memory model, updated with each compile.
     """
     tried: list[Plan] = []
-    # The last one that the formula proposes is compiled too: it has been fitted to those before.
-    while len(tried) <= MOST_COMPILES:
-        found = _fastest(config, target, memory, tried)
-        if found is None or any(plan.config == found.config for plan in tried):
+    while len(tried) <= MAX_COMPILES:  # the proposal calibrated by MAX_COMPILES is compiled too
+        proposal = _propose(config, target, memory, tried)
+        if proposal is None or any(plan.config == proposal.config for plan in tried):
             break
         if not target.devices:
-            return [found]
-        tried.append(make_plan(found.config, target, memory))
+            return [proposal]
+        tried.append(make_plan(proposal.config, target, memory))
     fitting = [plan for plan in tried if plan.fits]
     if not fitting:
         return []
-    winner = min(fitting, key=_order(min(_per_row(plan) for plan in fitting)))
-    return [*(plan for plan in tried if plan is not winner), winner]
+    best = min(fitting, key=_rank(fitting))
+    return [*(plan for plan in tried if plan is not best), best]
 
 
-def _fastest(config: TrainConfig, target: Target, memory: Memory, tried: list[Plan]) -> Plan | None:
-    plans = [p for p in _candidates(config, target, memory) if _may_fit(p, tried)]
-    return min(plans, key=_order(min(_per_row(plan) for plan in plans))) if plans else None
-
-
-def _candidates(config: TrainConfig, target: Target, memory: Memory) -> list[Plan]:
-    found = []
-    for mesh in meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices):
-        for remat in REMAT_POLICIES:
-            for rows in (1, 2, 4, 8, _MOST_ROWS):
-                choice = with_choice(config, remat, mesh, rows * mesh.data * mesh.fsdp, 1)
-                found.append(estimated(choice, target, memory))
-    return found
+def _propose(config: TrainConfig, target: Target, memory: MemoryModel, tried: list[Plan]) -> Plan | None:
+    candidates = [
+        estimate_plan(with_choice(config, remat, mesh, rows * mesh.data * mesh.fsdp, 1), target, memory)
+        for mesh in meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices)
+        for remat in REMAT_POLICIES
+        for rows in _ROWS_PER_CHIP
+    ]
+    plans = [plan for plan in candidates if _may_fit(plan, tried)]
+    return min(plans, key=_rank(plans)) if plans else None
 
 
 def _may_fit(plan: Plan, tried: list[Plan]) -> bool:
@@ -71,76 +62,72 @@ def _may_fit(plan: Plan, tried: list[Plan]) -> bool:
     return plan.total_bytes <= _HEADROOM * plan.target.usable_bytes
 
 
-def _per_row(plan: Plan) -> float:
-    return plan.least_seconds / plan.config.batch_size
+def _seconds_per_row(plan: Plan) -> float:
+    return plan.min_step_seconds / plan.config.batch_size
 
 
-def _order(least: float) -> Callable[[Plan], tuple[float, int, int, int]]:
+def _rank(plans: list[Plan]) -> Callable[[Plan], tuple[float, int, int, int]]:
+    fastest = min(_seconds_per_row(plan) for plan in plans)
+
     def key(plan: Plan) -> tuple[float, int, int, int]:
-        slower = _per_row(plan) / least
+        slowdown = _seconds_per_row(plan) / fastest
         policy = list(REMAT_POLICIES).index(plan.config.model.remat)
-        # Within a hundredth all are alike.
-        return (0.0 if slower < 1.01 else slower, policy, -plan.config.batch_size, plan.config.mesh.fsdp)
+        return 0.0 if slowdown < _TIE else slowdown, policy, -plan.config.batch_size, plan.config.mesh.fsdp
 
     return key
 
 
-def nearest(plan: Plan, memory: Memory) -> tuple[str, Plan | Slice] | None:
-    """What would fit in place of a plan that doesn't, as keys of the configuration or a larger slice.
+def nearest_fit(plan: Plan, memory: MemoryModel) -> str | None:
+    """Configuration keys, or a larger slice, with which a plan that does not fit would; None if there are none.
 
-    First a heavier policy of rematerialisation, then smaller parts of the batch, then more chips to split the state
-    over, then a larger slice. Where programs can be compiled, the proposal was, and fits.
+    Tries a heavier rematerialization policy, then smaller micro-batches, then a larger `fsdp`, then a larger slice.
+    Confirmed by compiling if the target has devices, except for a larger slice.
     """
-    for choice in _easier(plan):
-        guess = estimated(choice, plan.target, memory)
-        if guess.total_bytes > plan.target.usable_bytes:
-            continue
-        found = make_plan(choice, plan.target, memory) if plan.target.devices else guess
-        if found.fits:
-            return _keys(plan.config, choice), found
-    return _larger(plan, memory)
+    for choice in _lighter_choices(plan):
+        proposal = estimate_plan(choice, plan.target, memory)
+        if proposal.fits and plan.target.devices:
+            proposal = make_plan(choice, plan.target, memory)
+        if proposal.fits:
+            return format_choice(choice, plan.config)
+    return _larger_slice(plan, memory)
 
 
-def _easier(plan: Plan) -> list[TrainConfig]:
+def _lighter_choices(plan: Plan) -> list[TrainConfig]:
     config, target = plan.config, plan.target
-    policies, rows, parts = list(REMAT_POLICIES), config.batch_size, config.objective.accumulate_steps
+    policies, batch_size, steps = list(REMAT_POLICIES), config.batch_size, config.objective.accumulate_steps
     heavier = policies[policies.index(config.model.remat) + 1 :]
-    found = [with_choice(config, remat, config.mesh, rows, parts) for remat in heavier]
-    possible = meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices, rows)
-    for mesh in sorted(possible, key=lambda mesh: mesh.fsdp):
+    choices = [with_choice(config, remat, config.mesh, batch_size, steps) for remat in heavier]
+    valid = meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices, batch_size)
+    for mesh in sorted(valid, key=lambda mesh: mesh.fsdp):
         if mesh.fsdp < config.mesh.fsdp:
             continue
-        most = rows // (mesh.data * mesh.fsdp)
-        for count in (parts * 2**power for power in range(7)):
-            if most % count == 0 and (mesh, count) != (config.mesh, parts):
-                found.append(with_choice(config, "full", mesh, rows, count))
-    return found
+        for count in (steps * 2**power for power in range(7)):
+            if batch_size // (mesh.data * mesh.fsdp) % count == 0 and (mesh, count) != (config.mesh, steps):
+                choices.append(with_choice(config, "full", mesh, batch_size, count))
+    return choices
 
 
-def _larger(plan: Plan, memory: Memory) -> tuple[str, Slice] | None:
-    """The smallest larger slice of the same chips, by the formula alone."""
-    described, config = plan.target.described, plan.config
-    for larger in accelerators.slices_of(described.accelerator) if described.shape else ():
-        if larger.chips <= described.chips:
+def _larger_slice(plan: Plan, memory: MemoryModel) -> str | None:
+    """The smallest larger slice of the same chips, by the memory model alone."""
+    slice_, config = plan.target.slice, plan.config
+    for larger in accelerators.slices_of(slice_.accelerator) if slice_.shape else ():
+        if larger.chips <= slice_.chips:
             continue
-        target = dataclasses.replace(plan.target, described=larger, devices=())
-        possible = meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices)
-        for mesh in possible:
-            ways = mesh.data * mesh.fsdp
-            choice = with_choice(config, "full", mesh, -(-config.batch_size // ways) * ways, 1)
-            if estimated(choice, target, memory).fits:
-                return f"{larger.libtpu_name} with {_keys(config, choice)} (by estimate)", larger
+        target = dataclasses.replace(plan.target, slice=larger, devices=())
+        for mesh in meshes.valid_meshes(config.model, config.mesh, target.chips, target.slices):
+            shards = mesh.data * mesh.fsdp
+            choice = with_choice(config, "full", mesh, -(-config.batch_size // shards) * shards, 1)
+            if estimate_plan(choice, target, memory).fits:
+                return f"{larger.libtpu_name} with {format_choice(choice, config)} (by estimate)"
     return None
 
 
-def keys(config: TrainConfig) -> str:
-    """What a search chooses, as it is said at the command line."""
-    return " ".join(f"config.{key}={value}" for key, value in _choices(config).items())
-
-
-def _keys(old: TrainConfig, new: TrainConfig) -> str:
-    before = _choices(old)
-    return " ".join(f"config.{key}={value}" for key, value in _choices(new).items() if before[key] != value)
+def format_choice(config: TrainConfig, base: TrainConfig | None = None) -> str:
+    """The keys that a search chooses, as flags without dashes; with `base`, those that differ from it."""
+    before = {} if base is None else _choices(base)
+    return " ".join(
+        f"config.{key}={value}" for key, value in _choices(config).items() if before.get(key) != value
+    )
 
 
 def _choices(config: TrainConfig) -> dict[str, str | int]:

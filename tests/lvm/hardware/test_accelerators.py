@@ -130,7 +130,7 @@ def test_libtpu_knows_these_slices(name):
 
     known = slices_of(next(a for a in ACCELERATORS if a.name == name))
     for described in (found for found in known if found.chips <= 512):
-        devices = topology.devices(described)
+        devices = topology.topology_devices(described)
         assert len(devices) == described.chips, described.name
         assert accelerator_of(devices[0]) is described.accelerator
         assert len({device.process_index for device in devices}) == described.hosts, described.name

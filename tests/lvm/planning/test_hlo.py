@@ -1,9 +1,9 @@
-"""Programs as text: what runs how often, what it sends, what it moves through memory."""
+"""HLO text: trip counts, collectives and HBM traffic of small programs."""
 
 import pytest
 
 from lvm.planning.collectives import PADDING, collective_bytes
-from lvm.planning.hlo import Array, Program
+from lvm.planning.hlo import HloArray, Program
 from lvm.planning.roofline import hbm_bytes
 
 LOOP = """\
@@ -71,85 +71,81 @@ ENTRY %main (x0: bf16[8,32], g0: bf16[64,32]) -> bf16[8,32] {
 """
 
 
-@pytest.mark.parametrize(("first", "rounds"), [(0, 6), (2, 4)])
-def test_a_loop_runs_as_often_as_it_says(first, rounds):
+def collectives(text, weights):
+    return {c.kind: c for c in collective_bytes(Program(text), weights, chips=8)}
+
+
+@pytest.mark.parametrize(("first", "trips"), [(0, 6), (2, 4)])
+def test_program_trip_count(first, trips):
     program = Program(LOOP.replace("FIRST", str(first)))
     loop = program.computations[program.entry]["loop"]
-    assert program.rounds(loop, program.computations["main"]) == rounds
-    assert {run.times for run in program.runs() if run.scope == "body"} == {rounds}
-    assert program.uncounted_loops == []
+    assert program.trip_count(loop, program.computations["main"]) == trips
+    assert {run.count for run in program.executions() if run.scope == "body"} == {trips}
+    assert program.unknown_trip_counts == []
 
 
-def test_a_loop_that_does_not_say_is_reported():
+def test_program_unknown_trip_count_is_reported():
     program = Program(LOOP.replace("constant(6)", "get-tuple-element(%state.1), index=0"))
-    assert len(list(program.runs())) > 10
-    assert program.uncounted_loops == ["loop"]
+    assert len(list(program.executions())) > 10
+    assert program.unknown_trip_counts == ["loop"]
 
 
-def test_instructions_are_read_with_their_parts():
+def test_program_parses_instructions():
     program = Program(LOOP)
     state = program.computations["body"]["state"]
     assert state.arrays == (
-        Array("s32", ()),
-        Array("bf16", (8, 32), "{1,0}"),
-        Array("bf16", (64, 32), "{1,0}"),
+        HloArray("s32", ()),
+        HloArray("bf16", (8, 32), "{1,0}"),
+        HloArray("bf16", (64, 32), "{1,0}"),
     )
     assert state.bytes == 4 + 2 * 8 * 32 + 2 * 64 * 32
-    assert Array("pred", (3,)).bytes == 3
-    assert not Array("bf16", (8,), "{0:T(8)(2,1)S(1)}").in_hbm
+    assert HloArray("pred", (3,)).bytes == 3
+    assert not HloArray("bf16", (8,), "{0:T(8)(2,1)S(1)}").in_hbm
 
 
-def test_collectives_are_counted_once_a_round_by_what_they_move():
-    found = {
-        c.kind: c
-        for c in collective_bytes(Program(LOOP.replace("FIRST", "0")), [(32, 32), (64, 32)], chips=8)
-    }
-    assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
-    gather, scatter, reduce = found["all-gather"], found["reduce-scatter"], found["all-reduce"]
-    # One gather a round, though it stands in two fusions; compute runs beside it.
-    assert (gather.count, gather.bytes, gather.overlapped) == (
-        6,
-        6 * 2 * 32 * 32 * 3 / 4,
-        6 * 2 * 32 * 32 * 3 / 4,
-    )
-    # An all-reduce of which each chip keeps its part.
-    assert (scatter.count, scatter.bytes, scatter.overlapped) == (6, 6 * 2 * 64 * 32 * 3 / 4, 0)
+def test_collective_bytes_of_a_loop():
+    received = collectives(LOOP.replace("FIRST", "0"), [(32, 32), (64, 32)])
+    assert set(received) == {"all-gather", "reduce-scatter", "all-reduce"}
+    gather, scatter, reduce = (received[kind] for kind in ("all-gather", "reduce-scatter", "all-reduce"))
+    # One gather per iteration, although two fusions contain it; it overlaps with compute.
+    size = 6 * 2 * 32 * 32 * 3 / 4
+    assert (gather.count, gather.bytes, gather.overlapped_bytes) == (6, size, size)
+    # An all-reduce whose result each chip slices.
+    assert (scatter.count, scatter.bytes, scatter.overlapped_bytes) == (6, 6 * 2 * 64 * 32 * 3 / 4, 0)
     assert (reduce.count, reduce.bytes) == (1, 2 * 4 * 10 * 7 / 8)
 
 
-def test_padded_shards_and_what_moves_them_back_are_padding():
-    # 4 chips share 60 rows: 15 each, padded to 16.
+def test_collective_bytes_separates_padding():
+    # 60 rows over 4 chips: 15 each, padded to 16.
     permute = "%moved = bf16[16,32]{1,0} collective-permute(%part), source_target_pairs={{0,1},{1,0}}"
     text = LOOP.replace("FIRST", "0").replace("  ROOT %out = (s32[]", f"  {permute}\n  ROOT %out = (s32[]")
-    found = {c.kind: c for c in collective_bytes(Program(text), [(60, 32)], chips=8)}
-    assert found["reduce-scatter"].bytes == 6 * 2 * 60 * 32 * 3 / 4
-    assert found[PADDING].bytes == 6 * (2 * 4 * 32 * 3 / 4 + 2 * 16 * 32)
-    assert found[PADDING].count == 6  # permutes; the padded scatters are counted as scatters
-    assert "collective-permute" not in found
+    received = collectives(text, [(60, 32)])
+    assert received["reduce-scatter"].bytes == 6 * 2 * 60 * 32 * 3 / 4
+    assert received[PADDING].bytes == 6 * (2 * 4 * 32 * 3 / 4 + 2 * 16 * 32)
+    assert received[PADDING].count == 6  # permutes; padded scatters count as scatters
+    assert "collective-permute" not in received
 
 
 @pytest.mark.parametrize(
     ("sent", "kind"),
     [
-        ("g", "all-gather"),  # comes around the loop as it was
-        ("x", "reduce-scatter"),  # was computed in the round before
+        ("g", "all-gather"),  # loop-carried, unchanged
+        ("x", "reduce-scatter"),  # computed in the previous iteration
         ("part", "reduce-scatter"),
     ],
 )
-def test_permutes_of_true_shards_count_as_what_they_replace(sent, kind):
+def test_collective_bytes_of_permutes(sent, kind):
     permute = (
         f"%moved = bf16[16,32]{{1,0}} collective-permute(%{sent}), source_target_pairs={{{{0,1}},{{1,0}}}}"
     )
     plain = LOOP.replace("FIRST", "0")
     text = plain.replace("  ROOT %out = (s32[]", f"  {permute}\n  ROOT %out = (s32[]")
-    without, found = (
-        {c.kind: c for c in collective_bytes(Program(t), [(64, 32)], chips=8)} for t in (plain, text)
-    )
-    assert found[kind].count == without[kind].count + 6
-    assert found[kind].bytes == without[kind].bytes + 6 * 2 * 16 * 32
+    without, received = (collectives(t, [(64, 32)]) for t in (plain, text))
+    assert received[kind].count == without[kind].count + 6
+    assert received[kind].bytes == without[kind].bytes + 6 * 2 * 16 * 32
 
 
-def test_memory_is_counted_by_what_fusions_read_and_write():
+def test_hbm_bytes_of_fusions():
     text = """\
 HloModule m, is_scheduled=true
 
@@ -176,5 +172,5 @@ ENTRY %main (a: f32[4,100], b: f32[4,100], k: s32[]) -> f32[4,100] {
   ROOT %sliced = f32[4,100]{1,0} fusion(%far, %b, %k), kind=kLoop, calls=%outer
 }
 """
-    # The first copy reads 1600, the second writes as much; the fusion reads a row of one array and writes one.
+    # The first copy reads 1600 bytes, the second writes 1600; the fusion reads one row of an array and writes one.
     assert hbm_bytes(Program(text)) == 1600 + 1600 + 400 + 400
