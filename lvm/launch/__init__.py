@@ -1,1 +1,1 @@
-"""What runs where."""
+"""Submission of runs to a backend: this machine, TPU VMs, GKE or Slurm."""

@@ -1,41 +1,53 @@
-"""Where runs go, by name: one way to submit to them all and to look after what is there."""
+"""Backends by name, with one interface to submit to them and to manage what was submitted."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.launch import code, gke, local, shell, slurm, tpu_vm
-from lvm.launch.local import Supervisor
-from lvm.launch.request import ClusterConfig, Request, Submitted
-from lvm.launch.shell import CommandError
+from lvm.launch.requests import ClusterConfig, Request, SubmittedRun
+from lvm.launch.shell import Command, CommandError
+
+
+class Backend(Protocol):
+    """Interface of the remote backends' modules.
+
+    `files` are written into the run's local folder, in which the commands of `submit` run; `status`, `logs`, `cancel` and
+    `list_runs` are commands that print their result; `watch` blocks until the run has ended.
+    """
+
+    def validate(self, request: Request) -> None: ...
+    def files(self, request: Request) -> dict[str, str]: ...
+    def submit(self, request: Request) -> list[Command]: ...
+    def status(self, run: SubmittedRun) -> Command: ...
+    def logs(self, run: SubmittedRun) -> Command: ...
+    def cancel(self, run: SubmittedRun) -> Command: ...
+    def list_runs(self, run: SubmittedRun) -> Command: ...
+    def watch(self, run: SubmittedRun, poll: float) -> int: ...
+
 
 LOCAL = "local"
-# Each has check, files and submit for a request; status, logs, cancel, listing and watch for what was submitted.
-_REMOTE: dict[str, Any] = {"tpu-vm": tpu_vm, "gke": gke, "slurm": slurm}
+_REMOTE: dict[str, Backend] = {"tpu-vm": tpu_vm, "gke": gke, "slurm": slurm}
 NAMES = (LOCAL, *_REMOTE)
-# The keys of a site that each place takes.
-SITE_KEYS = {LOCAL: (), **{name: place.SITE_KEYS for name, place in _REMOTE.items()}}
 _RECORD = "submitted.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class SubmitOptions:
-    """How a run is submitted.
+    """Options of a submission.
 
     Attributes:
-      commit: the code, "" for what is checked out.
-      ship_changes: see `code.commit`.
-      plan: whether `lvm.plan` must find that it fits.
-      dry_run: whether commands are printed and not run.
+      commit: revision of the code; "" is HEAD.
+      ship_changes: see `code.resolve_commit`.
+      plan: submits only what fits by `lvm.plan`.
+      dry_run: prints commands instead of running them.
     """
 
     commit: str = ""
@@ -44,143 +56,106 @@ class SubmitOptions:
     dry_run: bool = False
 
 
-def submit(on: str, request: Request, folder: Path, options: SubmitOptions) -> None:
-    """Writes a run's files into `folder`, and sends it off.
+def submit(backend: str, request: Request, folder: Path, options: SubmitOptions) -> None:
+    """Writes a run's files into `folder` and submits the run.
 
     Raises:
-      UserError: the place can't run it, it doesn't fit, or a command failed.
+      UserError: the backend cannot run the request, it does not fit, or a command failed.
     """
-    place = _REMOTE[on]
-    place.check(request)
-    if on == "slurm" and not options.dry_run:
-        _check_secrets(request)  # Slurm hands on what is there now, and a job may begin in days
-    request = dataclasses.replace(request, commit=code.commit(options.commit, options.ship_changes))
+    _REMOTE[backend].validate(request)
+    if backend == "slurm" and not options.dry_run:
+        _require_secrets(request)  # Slurm passes on the submitting environment
+    commit = code.resolve_commit(options.commit, options.ship_changes)
+    request = dataclasses.replace(request, commit=commit)
     if options.plan:
-        _plan(request)
+        _check_plan(request)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in place.files(request).items():
+    for name, text in _REMOTE[backend].files(request).items():
         (folder / name).write_text(text)
-    changes = code.changes(request.commit)
-    (folder / "changes.diff").unlink(missing_ok=True)  # of a submission before
-    if changes:
-        (folder / "changes.diff").write_text(changes)
-    record = {"on": on, "workdir": request.workdir, "commit": request.commit}
+    (folder / "changes.diff").unlink(missing_ok=True)  # of an earlier submission
+    if diff := code.uncommitted_diff(commit):
+        (folder / "changes.diff").write_text(diff)
+    record = {"on": backend, "workdir": request.workdir, "commit": commit}
     files.write_json(folder / _RECORD, {**record, "site": dataclasses.asdict(request.site)})
-    shell.run(code.archive_command(request.commit, folder / f"{request.commit}.tar.gz"), folder)
+    shell.run(code.archive_command(commit, folder / f"{commit}.tar.gz"), folder)
+    commands = _REMOTE[backend].submit(request)
     if options.dry_run:
-        print(f"cd {shell.show([str(folder)])}")
-    for command in place.submit(request):
-        if options.dry_run:
-            print(shell.show(command))
-        else:
-            shell.run(command, folder)
-    if not options.dry_run:
-        log_info(
-            f"{request.run}: submitted; `python -m lvm.submit status --on={on} --run={request.run}` asks for it"
-        )
-
-
-def run_here(request: Request, folder: Path, processes: int, grace: float, dry_run: bool) -> int:
-    """Runs it on this machine, in the foreground, and returns its exit code."""
-    _check_secrets(request)
-    if dry_run:
-        for line in shell.exports(request.environment):
-            print(line)
-        print(f"# {processes} processes of")
-        print(shell.show([sys.executable, *request.command]))
-        return 0
-    secrets = {name: os.environ[where] for name, where in request.secrets.items()}
-    environment = {**request.environment, **secrets}
-    place = local.LocalRun(folder)  # whose lock is held while it lives
-    with place.hold() as log:
-        files.write_json(folder / _RECORD, {"on": LOCAL, "workdir": request.workdir})
-        run = Supervisor(request.command, processes, request.max_restarts, grace, environment, log)
-        return run.run()
-
-
-def _check_secrets(request: Request) -> None:
-    missing = [where for where in request.secrets.values() if where not in os.environ]
-    if missing:
-        raise UserError(
-            f"--secret: {', '.join(missing)}: not in the environment, which is where secrets are here"
-        )
-
-
-def _plan(request: Request) -> None:
-    """Refuses what doesn't fit: as `lvm.plan` says it, with the nearest that does."""
-    if request.slice is None:
-        log_info("no plan: without --accelerator nobody knows the memory")
+        print("\n".join(map(shell.format_command, [["cd", str(folder)], *commands])))
         return
+    for command in commands:
+        shell.run(command, folder)
+    log_info(f"{request.name}: submitted; see `lvm submit status --on={backend} --run={request.name}`")
+
+
+def run_local(request: Request, folder: Path, processes: int, grace: float, dry_run: bool) -> int:
+    """Runs on this machine in the foreground; returns the exit code."""
+    _require_secrets(request)
+    if dry_run:
+        lines = shell.export_lines(request.environment)
+        command = shell.format_command([sys.executable, *request.command])
+        print("\n".join([*lines, f"# {processes} processes of", command]))
+        return 0
+    secrets = {name: os.environ[source] for name, source in request.secrets.items()}
+    environment = {**request.environment, **secrets}
+    local_run = local.LocalRun(folder)  # holds the lock while it lives
+    with local_run.acquire() as log:
+        files.write_json(folder / _RECORD, {"on": LOCAL, "workdir": request.workdir})
+        return local.Supervisor(
+            request.command, processes, request.max_restarts, grace, environment, log
+        ).run()
+
+
+def _require_secrets(request: Request) -> None:
+    missing = [source for source in request.secrets.values() if source not in os.environ]
+    if missing:
+        raise UserError(f"--secret: {', '.join(missing)} not set in the environment")
+
+
+def _check_plan(request: Request) -> None:
+    """Raises the error of `lvm.plan` if the run does not fit."""
+    if request.slice is None:
+        log_info("not planned: --accelerator is not set")
+        return
+    topology = request.slice.libtpu_name or request.slice.name
     for arguments in request.sweep or ((),):
-        name = request.slice.libtpu_name or request.slice.name
-        where = [f"--topology={name}", f"--slices={request.slices}"]
-        command = [sys.executable, "-m", "lvm.plan", *request.job, *arguments, *where]
-        log_info(f"planning: {shell.show(command)}")
+        target = [f"--topology={topology}", f"--slices={request.slices}"]
+        command = [sys.executable, "-m", "lvm.plan", *request.train_arguments, *arguments, *target]
+        log_info(f"planning: {shell.format_command(command)}")
         try:
             shell.run(command, Path.cwd())
         except CommandError as error:
-            said = [line for line in error.output.splitlines() if line.startswith("error: ")]
-            if not said:
+            messages = [line for line in error.output.splitlines() if line.startswith("error: ")]
+            if not messages:
                 raise
-            raise UserError(said[-1].removeprefix("error: ")) from error
+            raise UserError(messages[-1].removeprefix("error: ")) from error
 
 
-def find(on: str, run: str, given: ClusterConfig, folder: Path, workdir: str) -> Submitted:
-    """A run as it was submitted from here; what is not known here is what was given."""
+def load_submitted(backend: str, name: str, site: ClusterConfig, folder: Path, workdir: str) -> SubmittedRun:
+    """A submitted run by the record in `folder`; `site` and `workdir` take precedence over it if set."""
     folder.mkdir(parents=True, exist_ok=True)
-    site = given
     if (folder / _RECORD).exists():
         record = files.read_json(folder / _RECORD)
-        if record["on"] != on:
-            raise UserError(f"--on: {on}, but {run} was submitted to {record['on']} ({folder})")
-        if given == ClusterConfig() and on != LOCAL:
+        if record["on"] != backend:
+            raise UserError(f"--on={backend}, but {name} was submitted to {record['on']} ({folder})")
+        if site == ClusterConfig() and backend != LOCAL:
             site = ClusterConfig(**record["site"])
         workdir = workdir or record["workdir"]
-    return Submitted(run, site, folder, workdir)
+    return SubmittedRun(name, workdir, site, folder)
 
 
-def manage(verb: str, on: str, run: Submitted, poll: float) -> int:
-    """`status`, `logs`, `cancel`, `list` or `watch`; returns the exit code."""
-    if on == LOCAL:
-        return _look_after_local(verb, run, poll)
-    place = _REMOTE[on]
-    if verb == "watch":
-        return place.watch(run, poll)
-    asked: dict[str, Any] = {
-        "status": place.status,
-        "logs": place.logs,
-        "cancel": place.cancel,
-        "list": place.listing,
-    }
-    shell.run(asked[verb](run), run.folder)
-    return 0
-
-
-def _look_after_local(verb: str, run: Submitted, poll: float) -> int:
-    if verb == "list":
-        for folder in sorted(run.folder.glob("*/log.txt")):
-            print(f"{folder.parent.name}: {_state(local.LocalRun(folder.parent))}")
+def manage(verb: str, backend: str, run: SubmittedRun, poll: float) -> int:
+    """Executes `status`, `logs`, `cancel`, `list` or `watch`; returns the exit code."""
+    if backend == LOCAL:
+        local.manage(verb, run, poll)
         return 0
-    place = local.LocalRun(run.folder)
-    if not place.log.exists():
-        raise UserError(f"{run.run}: no run of this name was submitted to this machine ({run.folder})")
-    if verb == "logs":
-        print("".join(place.log.read_text().splitlines(keepends=True)[-200:]), end="")
-    elif verb == "status":
-        print(f"{run.run}: {_state(place)}; it lives in {run.workdir}")
-    elif verb == "watch":
-        while place.pid() is not None:
-            time.sleep(poll)
-        print(f"{run.run}: {_state(place)}")
-    else:
-        pid = place.pid()
-        if pid is None:
-            raise UserError(f"{run.run}: has ended already")
-        os.kill(pid, signal.SIGTERM)
-        print(f"{run.run}: told to save and end")
+    remote = _REMOTE[backend]
+    if verb == "watch":
+        return remote.watch(run, poll)
+    commands = {
+        "status": remote.status,
+        "logs": remote.logs,
+        "cancel": remote.cancel,
+        "list": remote.list_runs,
+    }
+    shell.run(commands[verb](run), run.folder)
     return 0
-
-
-def _state(place: local.LocalRun) -> str:
-    pid = place.pid()
-    return "has ended" if pid is None else f"running, process {pid}"

@@ -1,25 +1,22 @@
-"""Runs on GKE: a JobSet, of TPU slices or of hosts of GPUs."""
+"""GKE backend: a run is a JobSet of TPU slices or GPU hosts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from lvm.common import distributed, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.launch import shell
-from lvm.launch.request import ClusterConfig, Request, Submitted
+from lvm.launch.requests import ClusterConfig, Request, SubmittedRun
 from lvm.launch.shell import Command
 
-SITE_KEYS = ("project", "zone", "cluster", "namespace", "image", "queue", "service_account")
 MANIFEST = "jobset.yaml"
 _LABEL = "lvm-run"
 _PORT = 8476
-_GRACE = 300  # seconds between SIGTERM and the end: enough to save
+_GRACE = 300  # seconds from SIGTERM to SIGKILL: enough to save a checkpoint
 _GPU_LABELS = {
     "a100-40gb": "nvidia-tesla-a100",
     "a100-80gb": "nvidia-a100-80gb",
@@ -29,110 +26,99 @@ _GPU_LABELS = {
 }  # cloud.google.com/kubernetes-engine/docs/concepts/gpus
 
 
-def check(request: Request) -> None:
-    """Raises UserError for what a cluster can't run."""
-    request.site.need("project", "zone", "cluster", "image")
+def validate(request: Request) -> None:
+    """Raises UserError for a request that GKE cannot run."""
+    request.site.require("project", "zone", "cluster", "image")
+    request.require_gcs_workdir()
     if request.slice is None:
-        raise UserError(
-            "--accelerator: not given; wanted TPUs such as v5litepod-256, or GPUs such as h100-64"
-        )
-    if not request.workdir.startswith("gs://"):
-        raise UserError(f"--workdir: {request.workdir}: pods share nothing but storage; wanted gs://…")
+        raise UserError("--accelerator: required, TPUs such as v5litepod-256 or GPUs such as h100-64")
     if request.capacity == "reserved":
-        raise UserError(
-            "--reserved: on GKE it is the node pool that belongs to a reservation; leave this out"
-        )
+        raise UserError("--reserved: on GKE, reservations belong to node pools; omit the flag")
     if request.capacity == "queued" and not request.site.queue:
-        raise UserError("--queued: on GKE it is Kueue that queues; name its --queue")
-    pod = request.slice.accelerator.pod
-    if pod is not None and not pod.gke_accelerator:
-        raise UserError(f"--accelerator: GKE has no {request.slice.generation}")
-    if request.slice.accelerator.platform == "gpu":
+        raise UserError("--queued: on GKE, Kueue queues; set --queue")
+    accelerator, generation = request.slice.accelerator, request.slice.generation
+    if accelerator.pod is not None and not accelerator.pod.gke_accelerator:
+        raise UserError(f"--accelerator: GKE has no {generation}")
+    if accelerator.platform == "gpu":
         if request.slices > 1:
-            raise UserError("--slices: GPUs have none; give --accelerator all of them, such as h100-64")
-        if request.slice.generation not in _GPU_LABELS:
-            raise UserError(
-                f"--accelerator: GKE has no {request.slice.generation}; it has {', '.join(_GPU_LABELS)}"
-            )
+            raise UserError("--slices: for TPUs; give the number of GPUs, as in --accelerator=h100-64")
+        if generation not in _GPU_LABELS:
+            raise UserError(f"--accelerator: GKE has no {generation}; use one of {', '.join(_GPU_LABELS)}")
 
 
 def files(request: Request) -> dict[str, str]:
-    """The manifest."""
     return {MANIFEST: yaml.safe_dump(manifest(request), sort_keys=False)}
 
 
 def submit(request: Request) -> list[Command]:
-    """What creates the run, in the folder of its files."""
     site = request.site
     return [
         ["gcloud", "storage", "cp", f"{request.commit}.tar.gz", request.archive],
-        _credentials(site),
+        [
+            "gcloud",
+            "container",
+            "clusters",
+            "get-credentials",
+            site.cluster,
+            f"--project={site.project}",
+            f"--location={site.zone}",
+        ],
         [*_kubectl(site), "create", f"--filename={MANIFEST}"],
     ]
 
 
-def status(run: Submitted) -> Command:
-    return [*_kubectl(run.site), "get", "jobset,pods", f"--selector={_LABEL}={run.run}", "--output=wide"]
+def status(run: SubmittedRun) -> Command:
+    return [*_kubectl(run.site), "get", "jobset,pods", f"--selector={_LABEL}={run.name}", "--output=wide"]
 
 
-def logs(run: Submitted) -> Command:
-    lines = ["--prefix", "--tail=200", "--max-log-requests=1000"]
-    return [*_kubectl(run.site), "logs", f"--selector={_LABEL}={run.run}", *lines]
+def logs(run: SubmittedRun) -> Command:
+    options = ["--prefix", "--tail=200", "--max-log-requests=1000"]
+    return [*_kubectl(run.site), "logs", f"--selector={_LABEL}={run.name}", *options]
 
 
-def cancel(run: Submitted) -> Command:
-    return [*_kubectl(run.site), "delete", "jobset", run.run]
+def cancel(run: SubmittedRun) -> Command:
+    return [*_kubectl(run.site), "delete", "jobset", run.name]
 
 
-def listing(run: Submitted) -> Command:
+def list_runs(run: SubmittedRun) -> Command:
     return [*_kubectl(run.site), "get", "jobsets", f"--selector={_LABEL}", "--output=wide"]
 
 
-def watch(run: Submitted, poll: float) -> int:
-    """Says what becomes of the run until it has ended; the cluster itself starts it again.
+def watch(run: SubmittedRun, poll: float) -> int:
+    """Logs the run's state until it has ended; the cluster restarts it. Returns 0 if it completed, 1 if it failed."""
+    command = [*_kubectl(run.site), "get", "jobset", run.name, "--output=json"]
 
-    Returns:
-      0 where it completed, 1 where it failed.
-    """
-    state = [*_kubectl(run.site), "get", "jobset", run.run, "--output=json"]
-    shown = ""
+    def check() -> tuple[str, int | None]:
+        jobset = json.loads(shell.run(command, run.folder, quiet=True)).get("status", {})
+        terminal = jobset.get("terminalState")
+        code = (0 if terminal == "Completed" else 1) if terminal else None
+        return f"{terminal or 'running'}, {jobset.get('restarts', 0)} restarts", code
 
-    def look() -> int | None:
-        nonlocal shown
-        found = json.loads(shell.run(state, run.folder, quiet=True)).get("status", {})
-        now = f"{found.get('terminalState') or 'running'}, {found.get('restarts', 0)} restarts"
-        if now != shown:
-            log_info(f"{run.run}: {now}")
-        shown = now
-        if found.get("terminalState"):
-            return 0 if found["terminalState"] == "Completed" else 1
-        return None
-
-    return shell.watch(look, poll)
+    return shell.watch(run.name, check, poll)
 
 
 def manifest(request: Request) -> dict[str, Any]:
-    """The JobSet (`jobset.x-k8s.io/v1alpha2`) of a request."""
+    """The JobSet, `jobset.x-k8s.io/v1alpha2`."""
     assert request.slice is not None
     metadata: dict[str, Any] = {
-        "name": request.run,
+        "name": request.name,
         "namespace": request.site.namespace,
-        "labels": {_LABEL: request.run},
+        "labels": {_LABEL: request.name},
     }
     if request.site.queue:
         metadata["labels"]["kueue.x-k8s.io/queue-name"] = request.site.queue
     if request.slice.accelerator.platform == "tpu":
-        # One slice a job, and no two jobs on one slice.
+        # Each job has a slice to itself.
         metadata["annotations"] = {
             "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
         }
-    never = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"], "name": "not-again"}
+    fail = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"], "name": "not-again"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": metadata,
         "spec": {
-            "failurePolicy": {"maxRestarts": request.max_restarts, "rules": [never]},
+            "failurePolicy": {"maxRestarts": request.max_restarts, "rules": [fail]},
             "replicatedJobs": [
                 {"name": "host", "replicas": request.slices, "template": {"spec": _job(request)}}
             ],
@@ -142,16 +128,16 @@ def manifest(request: Request) -> dict[str, Any]:
 
 def _job(request: Request) -> dict[str, Any]:
     assert request.slice is not None
-    bad = [errors.EXIT_BAD_INPUT, errors.EXIT_DIVERGED]
+    final = [errors.EXIT_BAD_INPUT, errors.EXIT_DIVERGED]
     return {
         "parallelism": request.slice.hosts,
         "completions": request.slice.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": {
-            "rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": bad}}]
+            "rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": final}}]
         },
-        "template": {"metadata": {"labels": {_LABEL: request.run}}, "spec": _pod(request)},
+        "template": {"metadata": {"labels": {_LABEL: request.name}}, "spec": _pod(request)},
     }
 
 
@@ -166,14 +152,13 @@ def _pod(request: Request) -> dict[str, Any]:
         selector["cloud.google.com/gke-tpu-topology"] = slice_.topology
     else:
         selector["cloud.google.com/gke-accelerator"] = _GPU_LABELS[slice_.generation]
-    tolerations = [{"key": resource, "operator": "Exists", "effect": "NoSchedule"}]
     if request.capacity == "spot":
         selector["cloud.google.com/gke-spot"] = "true"
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": _GRACE,
         "nodeSelector": selector,
-        "tolerations": tolerations,
+        "tolerations": [{"key": resource, "operator": "Exists", "effect": "NoSchedule"}],
         "containers": [_container(request, resource)],
         "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}],
     }
@@ -186,16 +171,16 @@ def _pod(request: Request) -> dict[str, Any]:
 
 def _container(request: Request, resource: str) -> dict[str, Any]:
     assert request.slice is not None
-    variables: list[Mapping[str, Any]] = [
+    variables: list[dict[str, Any]] = [
         {"name": name, "value": _literal(value)} for name, value in request.environment.items()
     ]
-    variables += [_secret(name, where) for name, where in request.secrets.items()]
+    variables += [_secret(name, source) for name, source in request.secrets.items()]
     if request.slice.accelerator.platform == "gpu":
         variables += _ranks(request)
     return {
         "name": "lvm",
         "image": request.site.image,
-        # The image's entry point fetches the code and runs Python on the rest.
+        # The entry point of the image, lvm/launch/start.py, fetches the code and runs `python` with the rest.
         "args": [_literal(text) for text in (request.archive, *request.command)],
         "env": variables,
         "resources": {"limits": {resource: request.slice.chips_per_host}},
@@ -204,40 +189,33 @@ def _container(request: Request, resource: str) -> dict[str, Any]:
 
 
 def _ranks(request: Request) -> list[dict[str, Any]]:
-    """How GPU hosts find each other: JobSet gives every pod a name, and the job numbers them."""
+    """Variables by which GPU hosts join: JobSet names every pod, and the job indexes them."""
     assert request.slice is not None
     index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
     if request.slice.hosts == 1:
         return []
     return [
-        {"name": distributed.COORDINATOR, "value": f"{request.run}-host-0-0.{request.run}:{_PORT}"},
+        {"name": distributed.COORDINATOR, "value": f"{request.name}-host-0-0.{request.name}:{_PORT}"},
         {"name": distributed.NUM_PROCESSES, "value": str(request.slice.hosts)},
         {"name": distributed.PROCESS_ID, "valueFrom": index},
     ]
 
 
-def _secret(name: str, where: str) -> Mapping[str, Any]:
-    """`SECRET` or `SECRET/KEY` of the namespace; the key is the variable's name if it isn't said."""
-    secret, _, key = where.partition("/")
+def _secret(name: str, source: str) -> dict[str, Any]:
+    """Variable from the Kubernetes secret `SECRET` or `SECRET/KEY`; the key defaults to the variable's name."""
+    secret, _, key = source.partition("/")
     if not key:
         secret, key = secret.lower().replace("_", "-"), name
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
 
 
 def _literal(text: str) -> str:
-    """Kubernetes replaces `$(NAME)` in arguments and values, and takes `$$` for a dollar sign."""
+    """Escapes `$`: Kubernetes expands `$(NAME)` in arguments and values."""
     return text.replace("$", "$$")
 
 
-def _credentials(site: ClusterConfig) -> Command:
-    return [
-        "gcloud", "container", "clusters", "get-credentials", site.cluster,
-        f"--project={site.project}", f"--location={site.zone}",
-    ]  # fmt: skip
-
-
 def _kubectl(site: ClusterConfig) -> list[str]:
-    site.need("project", "zone", "cluster")
+    site.require("project", "zone", "cluster")
     return [
         "kubectl",
         f"--context=gke_{site.project}_{site.zone}_{site.cluster}",

@@ -1,4 +1,4 @@
-"""The commands of other programs: run, or printed as they would run; and what their failures mean in clear words."""
+"""Commands of external programs: run or printed, with their failures explained."""
 
 from __future__ import annotations
 
@@ -13,43 +13,28 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 
 Command = Sequence[str]
-_FAILURES = 5  # in a row, that end a watch
+_MAX_FAILURES = 5  # consecutive, while polling
 
 _INSTALL = {
     "gcloud": "https://cloud.google.com/sdk/docs/install",
     "kubectl": "`gcloud components install kubectl`",
     "sbatch": "Slurm's commands: submit from a login node of the cluster",
 }
-# What a program says → what it means; the first that is found counts.
-_MEANINGS = (
-    (
-        r"[Qq]uota|QUOTA_EXCEEDED",
-        "the quota doesn't allow this: ask for more of it, or take fewer or other chips",
-    ),
-    (
-        r"no more capacity|stockout|RESOURCE_EXHAUSTED",
-        "there is no capacity now: try --queued, another zone, or later",
-    ),
-    (r"preempted|SUSPENDED", "it was preempted: `submit watch` makes it anew"),
-    (
-        r"ALREADY_EXISTS|AlreadyExists|already exists",
-        "a run of this name exists: cancel it, or choose another --run",
-    ),
-    (r"NOT_FOUND|NotFound|not found|Invalid job id|does not exist", "there is no such thing there"),
-    (
-        r"PERMISSION_DENIED|Forbidden|forbidden|[Aa]ccess denied|Invalid account",
-        "it isn't allowed to this account",
-    ),
-    (
-        r"gcloud auth login|credentials|Unauthorized|You must be logged in",
-        "log in first: `gcloud auth login`",
-    ),
-    (r"invalid partition|Requested node configuration", "the partition or its nodes don't exist like this"),
-)
+# Pattern in a program's output → explanation; the first match counts.
+_EXPLANATIONS = {
+    r"[Qq]uota|QUOTA_EXCEEDED": "the quota does not allow this: request more, or use fewer or other chips",
+    r"no more capacity|stockout|RESOURCE_EXHAUSTED": "no capacity: try --queued, another zone, or later",
+    r"preempted|SUSPENDED": "preempted: `submit watch` requests it again",
+    r"ALREADY_EXISTS|AlreadyExists|already exists": "a run of this name exists: cancel it, or use another --run",
+    r"NOT_FOUND|NotFound|not found|Invalid job id|does not exist": "not found",
+    r"PERMISSION_DENIED|Forbidden|forbidden|[Aa]ccess denied|Invalid account": "this account has no permission",
+    r"gcloud auth login|credentials|Unauthorized|You must be logged in": "log in first: `gcloud auth login`",
+    r"invalid partition|Requested node configuration": "no such partition, or it has no such nodes",
+}
 
 
 class CommandError(UserError):
-    """A program that was run ended with an error. `output` is what it said."""
+    """An external program failed. `output` is what it printed."""
 
     def __init__(self, message: str, output: str):
         super().__init__(message)
@@ -57,65 +42,72 @@ class CommandError(UserError):
 
 
 def run(command: Command, folder: Path, quiet: bool = False) -> str:
-    """Runs a command to its end and returns what it printed.
+    """Runs a command and returns its standard output.
 
     Args:
-      command: program and arguments, as they are: no shell reads them.
-      folder: where it runs.
-      quiet: whether its output is only returned, and not shown as well.
+      command: program and arguments, not parsed by a shell.
+      folder: working directory.
+      quiet: does not print the output.
 
     Raises:
-      UserError: the program isn't installed.
-      CommandError: it ended with an error.
+      UserError: the program is not installed.
+      CommandError: it failed.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder)
+        result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder)
     except FileNotFoundError as error:
-        where = _INSTALL.get(command[0], "install it")
-        raise UserError(f"{command[0]} isn't installed: {where}") from error
-    if done.returncode:
-        raise CommandError(explain(command, done.stderr or done.stdout), done.stderr + done.stdout)
-    if not quiet and done.stdout:
-        print(done.stdout.rstrip("\n"), flush=True)
-    return done.stdout
+        raise UserError(f"{command[0]} is not installed: {_INSTALL.get(command[0], 'install it')}") from error
+    if result.returncode:
+        raise CommandError(_explain(command, result.stderr or result.stdout), result.stderr + result.stdout)
+    if not quiet and result.stdout:
+        print(result.stdout.rstrip("\n"), flush=True)
+    return result.stdout
 
 
-def watch(look: Callable[[], int | None], poll: float) -> int:
-    """Looks every `poll` seconds until a look returns an exit code.
+def watch(name: str, check: Callable[[], tuple[str, int | None]], poll: float) -> int:
+    """Calls `check` every `poll` seconds until it returns an exit code, and logs the state when it changes.
+
+    Args:
+      name: the run.
+      check: returns the run's state, and its exit code or None.
+      poll: seconds between calls.
 
     Raises:
-      CommandError: a program failed many times in a row; the first times may be the network's.
+      CommandError: `check` failed several times in a row.
     """
-    failures = 0
+    failures, last_state = 0, ""
     while True:
         try:
-            code = look()
-            failures = 0
+            state, code = check()
         except CommandError as error:
             failures += 1
-            if failures == _FAILURES:
+            if failures == _MAX_FAILURES:
                 raise
-            log_info(f"{error}; asking again")
-            code = None
-        if code is not None:
-            return code
+            log_info(f"{error}; retrying")
+        else:
+            failures = 0
+            if state != last_state:
+                log_info(f"{name}: {state}")
+            last_state = state
+            if code is not None:
+                return code
         time.sleep(poll)
 
 
-def explain(command: Command, output: str) -> str:
-    """One line about a failure: what it means, and what the program said last."""
+def _explain(command: Command, output: str) -> str:
+    """One line: the program, an explanation, and the last line of its output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = lines[-1][:300] if lines else "it said nothing"
+    last_line = lines[-1][:300] if lines else "no output"
     name = " ".join([word for word in command if not word.startswith("-")][:4])
-    meaning = next((words for pattern, words in _MEANINGS if re.search(pattern, output)), "it failed")
-    return f"{name}: {meaning} ({said})"
+    matches = (text for pattern, text in _EXPLANATIONS.items() if re.search(pattern, output))
+    return f"{name}: {next(matches, 'failed')} ({last_line})"
 
 
-def show(command: Command) -> str:
-    """The command as one would type it."""
+def format_command(command: Command) -> str:
+    """The command as typed in a shell."""
     return shlex.join(command)
 
 
-def exports(environment: Mapping[str, str]) -> list[str]:
-    """Lines of bash that set variables to these values, whatever is in them."""
+def export_lines(environment: Mapping[str, str]) -> list[str]:
+    """Lines of bash that export these variables, quoted."""
     return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]

@@ -1,4 +1,4 @@
-"""Runs under Slurm: a batch script that starts one process a node or a GPU, and queues itself again when preempted."""
+"""Slurm backend: a batch script with one process per node or GPU, which requeues itself when preempted."""
 
 from __future__ import annotations
 
@@ -6,41 +6,38 @@ import shlex
 
 from lvm.common import errors
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.launch import shell
-from lvm.launch.request import VARIABLE, Request, Submitted
+from lvm.launch.requests import VARIABLE, Request, SubmittedRun
 from lvm.launch.shell import Command
 
-SITE_KEYS = ("nodes", "gpus_per_node", "partition", "account", "time", "processes_per", "setup")
 SCRIPT = "job.sh"
-_GRACE = 300  # seconds before the end of its time that a job is told to save
+_GRACE = 300  # seconds before the time limit at which a job receives SIGTERM
 
 
-def check(request: Request) -> None:
-    """Raises UserError for what Slurm can't run."""
+def validate(request: Request) -> None:
+    """Raises UserError for a request that Slurm cannot run."""
     if request.slice is not None and request.slice.accelerator.platform != "gpu":
-        raise UserError(f"--accelerator: {request.slice.name}: wanted GPUs under Slurm, as in h100-64")
+        raise UserError(f"--accelerator={request.slice.name}: Slurm takes GPUs, as in h100-64")
     if request.slices > 1:
-        raise UserError("--slices: there are none under Slurm; give --nodes")
+        raise UserError("--slices: for TPUs; under Slurm use --nodes")
     if request.capacity != "on-demand":
-        raise UserError(f"--{request.capacity}: under Slurm the --partition decides on that")
-    for where in request.secrets.values():
-        if not VARIABLE.fullmatch(where):
+        raise UserError(f"--{request.capacity}: under Slurm, the --partition determines the capacity")
+    for variable in request.secrets.values():
+        if not VARIABLE.fullmatch(variable):
             raise UserError(
-                f"--secret: {where!r} is no name of an environment variable, which is where secrets are under Slurm"
+                f"--secret: {variable!r} is not an environment variable; Slurm takes secrets from those"
             )
-    if "://" in request.workdir or not request.workdir.startswith("/"):
-        raise UserError(f"--workdir: {request.workdir}: wanted a folder that all nodes see, from / on")
+    if not request.workdir.startswith("/"):
+        raise UserError(f"--workdir={request.workdir}: use an absolute path that all nodes share")
 
 
 def files(request: Request) -> dict[str, str]:
-    """The batch script; of a sweep, one of an array of which each task takes a run."""
+    """The batch script; each task of an array job runs one run of a sweep."""
     return {SCRIPT: _script(request)}
 
 
 def submit(request: Request) -> list[Command]:
-    """What creates the run, in the folder of its files."""
-    code, logs = f"{request.folder}/{request.commit}", _logs(request.workdir)
+    code, logs = f"{request.launch_folder}/{request.commit}", _log_folder(request.workdir)
     return [
         ["mkdir", "-p", code, logs],
         ["tar", "-xzf", f"{request.commit}.tar.gz", "-C", code],
@@ -48,77 +45,66 @@ def submit(request: Request) -> list[Command]:
     ]
 
 
-def status(run: Submitted) -> Command:
+def status(run: SubmittedRun) -> Command:
     columns = "--format=JobID%20,State%20,ExitCode,Elapsed,NNodes,Start,End"
-    return [
-        "sacct",
-        "-X",
-        f"--name={run.run}",
-        "--starttime=now-30days",
-        columns,
-    ]  # by default, of today alone
+    return ["sacct", "-X", f"--name={run.name}", "--starttime=now-30days", columns]  # default: since midnight
 
 
-def logs(run: Submitted) -> Command:
-    """The last lines of every log of the run."""
+def logs(run: SubmittedRun) -> Command:
     if not run.workdir:
-        raise UserError("--workdir: not given; a run's logs are in it")
-    pattern = f"{shlex.quote(_logs(run.workdir))}/{run.run}-*.out"
+        raise UserError("--workdir: required; it has the run's logs")
+    pattern = f"{shlex.quote(_log_folder(run.workdir))}/{run.name}-*.out"
     return ["bash", "-c", f"tail -n 200 {pattern}"]
 
 
-def cancel(run: Submitted) -> Command:
-    return ["scancel", "--me", f"--name={run.run}"]
+def cancel(run: SubmittedRun) -> Command:
+    return ["scancel", "--me", f"--name={run.name}"]
 
 
-def listing(run: Submitted) -> Command:
+def list_runs(run: SubmittedRun) -> Command:
     return ["squeue", "--me", "--format=%.20i %.40j %.10T %.12M %.6D %R"]
 
 
-def watch(run: Submitted, poll: float) -> int:
-    """Says what becomes of the run until none of its jobs is queued or running; Slurm itself starts it again.
+def watch(run: SubmittedRun, poll: float) -> int:
+    """Logs the states of the run's jobs until all have ended; jobs requeue themselves.
 
     Returns:
-      0 where all its jobs completed, 1 where one didn't.
+      0 if all jobs completed, else 1.
     """
-    queued = ["squeue", "--me", "--noheader", f"--name={run.run}", "--format=%T"]
-    shown = ""
+    queue = ["squeue", "--me", "--noheader", f"--name={run.name}", "--format=%T"]
+    final = [*status(run)[:-1], "--noheader", "--format=State"]
 
-    def look() -> int | None:
-        nonlocal shown
-        states = shell.run(queued, run.folder, quiet=True)
-        now = " ".join(states.split())
-        if not now:
-            shell.run(status(run), run.folder)
-            ended = shell.run([*status(run)[:-1], "--noheader", "--format=State"], run.folder, quiet=True)
-            return 0 if set(ended.split()) <= {"COMPLETED"} else 1
-        if now != shown:
-            log_info(f"{run.run}: {now}")
-        shown = now
-        return None
+    def check() -> tuple[str, int | None]:
+        states = shell.run(queue, run.folder, quiet=True).split()
+        if states:
+            return " ".join(states), None
+        states = shell.run(final, run.folder, quiet=True).split()
+        return " ".join(states), 0 if set(states) <= {"COMPLETED"} else 1
 
-    return shell.watch(look, poll)
+    code = shell.watch(run.name, check, poll)
+    shell.run(status(run), run.folder)
+    return code
 
 
-def _logs(workdir: str) -> str:
+def _log_folder(workdir: str) -> str:
     return f"{workdir.rstrip('/')}/logs"
 
 
-def _gpus(request: Request) -> tuple[int, int]:
-    """Nodes, and GPUs of each."""
+def _nodes_and_gpus(request: Request) -> tuple[int, int]:
+    """Nodes, and GPUs per node."""
     if request.slice is None:
         return request.site.nodes, request.site.gpus_per_node
     return request.slice.hosts, request.slice.chips_per_host
 
 
 def _options(request: Request, logs: str) -> list[str]:
-    """Arguments of `sbatch`, not lines of the script: nothing in them is read by a shell."""
+    """Arguments of `sbatch`; unlike lines of the script, no shell parses them."""
     site = request.site
-    nodes, gpus = _gpus(request)
+    nodes, gpus = _nodes_and_gpus(request)
     tasks = 1 if site.processes_per == "node" else gpus
     name = "%x-%A_%a.out" if request.sweep else "%x-%j.out"
     return [
-        f"--job-name={request.run}",
+        f"--job-name={request.name}",
         f"--nodes={nodes}",
         f"--ntasks-per-node={tasks}",
         f"--gpus-per-node={gpus}",
@@ -131,29 +117,29 @@ def _options(request: Request, logs: str) -> list[str]:
         *([f"--partition={site.partition}"] if site.partition else []),
         *([f"--account={site.account}"] if site.account else []),
         *([f"--time={site.time}"] if site.time else []),
-        # Secrets are in the environment that submits: Slurm hands it on, and nobody writes them down.
+        # Passes on the submitting environment, which has the secrets; they are written nowhere.
         "--export=ALL",
     ]
 
 
 def _script(request: Request) -> str:
     final = "|".join(str(code) for code in errors.FINAL)
-    places = request.secrets.items()
-    missing = [f': "${{{where}:?the secret {name} is not in the environment}}"' for name, where in places]
-    renamed = [f'export {name}="${{{where}}}"' for name, where in places if name != where]
+    secrets = request.secrets.items()
+    missing = [f': "${{{source}:?the secret {name} is not in the environment}}"' for name, source in secrets]
+    renamed = [f'export {name}="${{{source}}}"' for name, source in secrets if name != source]
     lines = [
         "#!/bin/bash",
-        f"# Run {request.run}: `sbatch` with the options beside this script starts it.",
+        f"# Run {request.name}: a batch script for `sbatch`.",
         "set -uo pipefail",
-        *shell.exports({**_devices(request), **request.environment}),
+        *shell.export_lines({**_devices(request), **request.environment}),
         *missing,
         *renamed,
         *([request.site.setup] if request.site.setup else []),
-        f"cd {shlex.quote(f'{request.folder}/{request.commit}')} || exit 1",
+        f"cd {shlex.quote(f'{request.launch_folder}/{request.commit}')} || exit 1",
         *_jobs(request),
-        "# A preempted job is told to end here too; it waits for its processes, which are saving.",
+        "# A preempted job receives SIGTERM here too; wait for its processes, which are saving.",
         "trap ':' TERM",
-        "# After the first process has ended, the others have time to end by themselves, with exit codes that say why.",
+        "# When one process has ended, the others have time to exit by themselves with meaningful codes.",
         f'srun --kill-on-bad-exit=0 --wait={_GRACE} python "${{job[@]}}" &',
         "step=$!",
         'wait "$step"',
@@ -168,7 +154,7 @@ def _script(request: Request) -> str:
 
 
 def _requeue(request: Request) -> list[str]:
-    """Starts the job again, unless it was cancelled or failed too often. To be preempted is no failure."""
+    """Requeues the job within the restart budget, unless it was canceled. Preemption is not counted."""
     return [
         'failures="failures-$SLURM_JOB_ID"',
         f'if [ "$code" != {errors.EXIT_PREEMPTED} ]; then echo "$code" >>"$failures"; else touch "$failures"; fi',
@@ -180,21 +166,21 @@ def _requeue(request: Request) -> list[str]:
 
 
 def _devices(request: Request) -> dict[str, str]:
-    """JAX takes one GPU a process under Slurm unless it is told otherwise."""
-    _, gpus = _gpus(request)
+    """Under Slurm, JAX uses one GPU per process by default."""
+    _, gpus = _nodes_and_gpus(request)
     if request.site.processes_per == "gpu":
         return {}
     return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(gpus)))}
 
 
 def _jobs(request: Request) -> list[str]:
-    """Lines that set `job`, the arguments after `python`."""
+    """Lines that set `job`, the arguments of `python`."""
     if not request.sweep:
         return [f"job=({shlex.join(request.command)})"]
     lines = ['case "$SLURM_ARRAY_TASK_ID" in']
-    for number, arguments in enumerate(request.sweep):
+    for index, arguments in enumerate(request.sweep):
         names = "+".join(text.removeprefix("--config.").replace("/", "_") for text in arguments)
         workdir = f"{request.workdir.rstrip('/')}/{names}"
-        job = ("-m", "lvm.train", *request.job, *arguments, f"--workdir={workdir}")
-        lines.append(f"  {number}) job=({shlex.join(job)}) ;;")
+        job = ("-m", "lvm.train", *request.train_arguments, *arguments, f"--workdir={workdir}")
+        lines.append(f"  {index}) job=({shlex.join(job)}) ;;")
     return [*lines, "esac"]

@@ -1,6 +1,6 @@
-"""What a container does first: `start.py ARCHIVE ARGUMENTS…` fetches the code and runs `python ARGUMENTS…` in it.
+"""Entry point of containers: `start.py ARCHIVE ARGUMENTS…` fetches the code and runs `python ARGUMENTS…` in it.
 
-It is copied into the image by itself, so it imports nothing of the project.
+Copied into the image by itself; imports nothing of the project.
 """
 
 import io
@@ -13,7 +13,7 @@ from etils import epath
 
 
 def main(archive: str, arguments: list[str]) -> None:
-    """Becomes `python` with these arguments, in a folder that holds the archive's files."""
+    """Unpacks the archive into a temporary folder and replaces this process by `python` there."""
     folder = tempfile.mkdtemp(prefix="lvm-")
     with tarfile.open(fileobj=io.BytesIO(epath.Path(archive).read_bytes())) as file:
         file.extractall(folder, filter="data")

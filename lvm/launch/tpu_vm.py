@@ -1,19 +1,16 @@
-"""Runs on TPU VMs: a queued resource, whose hosts start the run at every boot."""
+"""TPU VM backend: a run is a queued resource, whose hosts start the run at every boot."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
 
 from lvm.common import distributed, errors
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
 from lvm.launch import shell
-from lvm.launch.request import ClusterConfig, Request, Submitted
+from lvm.launch.requests import ClusterConfig, Request, SubmittedRun
 from lvm.launch.shell import Command, CommandError
 
-SITE_KEYS = ("project", "zone", "runtime_version", "service_account")
 SCRIPT, CREATE = "startup.sh", "create.json"
 _LOG = "/var/log/lvm.log"
 # cloud.google.com/tpu/docs/runtimes
@@ -25,121 +22,121 @@ _RUNTIMES = {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-_GONE = ("SUSPENDED", "SUSPENDING", "FAILED")
+_CAPACITY_FLAGS = {
+    "on-demand": [],
+    "spot": ["--spot"],
+    "reserved": ["--reserved"],
+    "queued": ["--valid-until-duration=7d"],
+}
+_LOST = ("SUSPENDED", "SUSPENDING", "FAILED")
 
 
-def check(request: Request) -> None:
-    """Raises UserError for what a TPU VM can't run."""
-    request.site.need("project", "zone")
+def validate(request: Request) -> None:
+    """Raises UserError for a request that TPU VMs cannot run."""
+    request.site.require("project", "zone")
+    request.require_gcs_workdir()
     if request.slice is None or request.slice.accelerator.platform != "tpu":
-        raise UserError("--accelerator: wanted a slice of TPUs, such as v5litepod-256")
-    if not request.workdir.startswith("gs://"):
-        raise UserError(f"--workdir: {request.workdir}: hosts share nothing but storage; wanted gs://…")
+        raise UserError("--accelerator: required, a TPU slice such as v5litepod-256")
 
 
 def files(request: Request) -> dict[str, str]:
-    """The script that every host runs at every boot, and the command that asks for the hosts, for `watch`."""
+    """The startup script of every host, and the command that creates the queued resource, for `watch`."""
     return {SCRIPT: _script(request), CREATE: json.dumps(_create(request), indent=1) + "\n"}
 
 
 def submit(request: Request) -> list[Command]:
-    """What creates the run, in the folder of its files."""
-    archive = f"{request.commit}.tar.gz"
+    folder = request.launch_folder
     return [
-        ["gcloud", "storage", "cp", archive, SCRIPT, CREATE, f"{request.folder}/"],
+        ["gcloud", "storage", "cp", f"{request.commit}.tar.gz", SCRIPT, CREATE, f"{folder}/"],
         _create(request),
-        # What hosts of an earlier run of this name left would end this one's `watch`. `rm` wants one to be there.
-        ["gcloud", "storage", "cp", CREATE, f"{request.folder}/ended-before"],
-        ["gcloud", "storage", "rm", f"{request.folder}/ended-*"],
+        # Exit codes of an earlier run of this name would end `watch`; `rm` fails unless there is at least one.
+        ["gcloud", "storage", "cp", CREATE, f"{folder}/ended-before"],
+        ["gcloud", "storage", "rm", f"{folder}/ended-*"],
     ]
 
 
 def _create(request: Request) -> list[str]:
     assert request.slice is not None
-    site, generation = request.site, request.slice.generation
-    one = [f"--node-id={request.run}"]
-    several = [f"--node-count={request.slices}", f"--node-prefix={request.run}"]
-    capacity = {
-        "on-demand": [],
-        "spot": ["--spot"],
-        "reserved": ["--reserved"],
-        "queued": ["--valid-until-duration=7d"],
-    }
+    site = request.site
+    if request.slices == 1:
+        nodes = [f"--node-id={request.name}"]
+    else:
+        nodes = [f"--node-count={request.slices}", f"--node-prefix={request.name}"]
     return [
-        *_resources(site, "create", request.run),
-        *(one if request.slices == 1 else several),
+        *_queued_resources(site, "create", request.name),
+        *nodes,
         f"--accelerator-type={request.slice.accelerator_type}",
-        f"--runtime-version={site.runtime_version or _RUNTIMES[generation]}",
+        f"--runtime-version={site.runtime_version or _RUNTIMES[request.slice.generation]}",
         f"--metadata-from-file=startup-script={SCRIPT}",
         "--labels=made-by=lvm",
         "--scopes=https://www.googleapis.com/auth/cloud-platform",
         *([f"--service-account={site.service_account}"] if site.service_account else []),
-        *capacity[request.capacity],
+        *_CAPACITY_FLAGS[request.capacity],
     ]
 
 
-def status(run: Submitted) -> Command:
-    return [*_resources(run.site, "describe", run.run), "--format=yaml(name,state,tpu)"]
+def status(run: SubmittedRun) -> Command:
+    return [*_queued_resources(run.site, "describe", run.name), "--format=yaml(name,state,tpu)"]
 
 
-def logs(run: Submitted) -> Command:
-    """The last lines of every host's log. Several slices have a node each: `RUN-0` is the first."""
+def logs(run: SubmittedRun) -> Command:
+    """The last lines of every host's log. With several slices, each is a node: `RUN-0` is the first."""
     tail = f"--command=tail -n 200 {_LOG}"
-    return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", run.run, *_where(run.site), "--worker=all", tail]
+    return [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "ssh",
+        run.name,
+        *_location(run.site),
+        "--worker=all",
+        tail,
+    ]
 
 
-def cancel(run: Submitted) -> Command:
-    return [*_resources(run.site, "delete", run.run), "--force", "--quiet"]
+def cancel(run: SubmittedRun) -> Command:
+    return [*_queued_resources(run.site, "delete", run.name), "--force", "--quiet"]
 
 
-def listing(run: Submitted) -> Command:
+def list_runs(run: SubmittedRun) -> Command:
     columns = "--format=table(name.basename(),state.state,tpu.nodeSpec[0].node.acceleratorType)"
-    return ["gcloud", "compute", "tpus", "queued-resources", "list", *_where(run.site), columns]
+    return [*_queued_resources(run.site, "list"), columns]
 
 
-def watch(run: Submitted, poll: float) -> int:
-    """Makes the run's hosts anew whenever they were preempted, until the run has ended; then gives them back.
+def watch(run: SubmittedRun, poll: float) -> int:
+    """Requests the run's hosts again whenever they are preempted, until the run has ended; then releases them.
 
     Returns:
       The run's exit code.
 
     Raises:
-      CommandError: what isn't mended by trying again.
+      CommandError: a command keeps failing.
     """
     if not (run.folder / CREATE).exists():
-        shell.run(
-            ["gcloud", "storage", "cp", f"{_folder(run)}/{SCRIPT}", f"{_folder(run)}/{CREATE}", "."],
-            run.folder,
-        )
-    again = json.loads((run.folder / CREATE).read_text())
-    shown = ""
+        paths = [f"{run.launch_folder}/{name}" for name in (SCRIPT, CREATE)]
+        shell.run(["gcloud", "storage", "cp", *paths, "."], run.folder)
+    create = json.loads((run.folder / CREATE).read_text())
 
-    def look() -> int | None:
-        nonlocal shown
+    def check() -> tuple[str, int | None]:
         code = _exit_code(run)
         if code is not None:
-            log_info(f"{run.run}: ended with exit code {code}; giving its hosts back")
             shell.run(cancel(run), run.folder)
-            return code
+            return f"ended with exit code {code}; hosts released", code
         state = _state(run)
-        if state != shown:
-            log_info(f"{run.run}: {state}")
-            shown = state
-        if state in _GONE:
+        if state in _LOST:
             shell.run(cancel(run), run.folder)
-            state = "deleted"
-        if state == "deleted":
-            log_info(f"{run.run}: asking for its hosts again")
-            shell.run(again, run.folder)
-            shown = ""
-        return None
+        if state in (*_LOST, "deleted"):
+            shell.run(create, run.folder)
+            state = f"{state}; requested again"
+        return state, None
 
-    return shell.watch(look, poll)
+    return shell.watch(run.name, check, poll)
 
 
-def _state(run: Submitted) -> str:
-    """Of the queued resource; "deleted" where there is none."""
-    command = [*_resources(run.site, "describe", run.run), "--format=json(state)"]
+def _state(run: SubmittedRun) -> str:
+    """State of the queued resource; "deleted" if there is none."""
+    command = [*_queued_resources(run.site, "describe", run.name), "--format=json(state)"]
     try:
         return json.loads(shell.run(command, run.folder, quiet=True))["state"]["state"]
     except CommandError as error:
@@ -148,76 +145,70 @@ def _state(run: Submitted) -> str:
         raise
 
 
-def _exit_code(run: Submitted) -> int | None:
-    """Of the run: the highest that a host left when it had ended for good; None as long as none has."""
+def _exit_code(run: SubmittedRun) -> int | None:
+    """The highest exit code that a host has uploaded; None while the run goes on."""
     try:
-        said = shell.run(["gcloud", "storage", "cat", f"{_folder(run)}/ended-*"], run.folder, quiet=True)
+        codes = shell.run(
+            ["gcloud", "storage", "cat", f"{run.launch_folder}/ended-*"], run.folder, quiet=True
+        )
     except CommandError as error:
         if "matched no objects" in error.output or "NOT_FOUND" in error.output:
             return None
         raise
-    return max(map(int, said.split()))
+    return max(map(int, codes.split()))
 
 
-def _folder(run: Submitted) -> str:
-    if not run.workdir:
-        raise UserError("--workdir: not given; what a run needs to be made anew is in it")
-    return f"{run.workdir.rstrip('/')}/launch/{run.run}"
+def _queued_resources(site: ClusterConfig, *command: str) -> list[str]:
+    return ["gcloud", "compute", "tpus", "queued-resources", *command, *_location(site)]
 
 
-def _resources(site: ClusterConfig, verb: str, run: str) -> list[str]:
-    return ["gcloud", "compute", "tpus", "queued-resources", verb, run, *_where(site)]
-
-
-def _where(site: ClusterConfig) -> list[str]:
-    site.need("project", "zone")
+def _location(site: ClusterConfig) -> list[str]:
+    site.require("project", "zone")
     return [f"--project={site.project}", f"--zone={site.zone}"]
 
 
 def _script(request: Request) -> str:
-    """Bash. Values are quoted, so that nothing in them is ever run; secrets are read when they are needed."""
-    quoted = {
-        name: shlex.quote(text) for name, text in (("archive", request.archive), ("folder", request.folder))
-    }
+    """The startup script, in bash. Values are quoted; secrets are read at run time."""
+    archive, folder = shlex.quote(request.archive), shlex.quote(request.launch_folder)
     secrets = [
-        f'  {name}="$(gcloud secrets versions access latest --secret={shlex.quote(where)})" || return 1\n'
+        f'  {name}="$(gcloud secrets versions access latest --secret={shlex.quote(source)})" || return 1\n'
         f"  export {name}"
-        for name, where in request.secrets.items()
+        for name, source in request.secrets.items()
     ]
-    lines: Sequence[str] = [
+    lines = [
         "#!/bin/bash",
-        f"# Run {request.run}: every host runs this at every boot, and goes on from the newest checkpoint.",
+        f"# Run {request.name}: every host runs this at every boot and resumes from the newest checkpoint.",
         "set -uo pipefail",
         f"exec >>{_LOG} 2>&1",
-        f"mkdir -p /opt/lvm/{request.run}",
-        f"cd /opt/lvm/{request.run} || exit 1",
+        f"mkdir -p /opt/lvm/{request.name}",
+        f"cd /opt/lvm/{request.name} || exit 1",
         "export HOME=/root UV_INSTALL_DIR=/opt/lvm/bin",
         "if [ -e ended ]; then exit 0; fi",
         "prepare() {",
         *secrets,
         "  if [ -e ready ]; then return 0; fi",
-        f'  gcloud storage rm {quoted["folder"]}/ended-"$(hostname)"',
+        f'  gcloud storage rm {folder}/ended-"$(hostname)"',
         "  rm -rf code environment && mkdir code || return 1",
-        f"  gcloud storage cp {quoted['archive']} code.tar.gz || return 1",
+        f"  gcloud storage cp {archive} code.tar.gz || return 1",
         "  tar -xzf code.tar.gz -C code || return 1",
         "  curl -LsSf https://astral.sh/uv/install.sh | sh || return 1",
         "  /opt/lvm/bin/uv venv --python 3.12 environment || return 1",
         "  /opt/lvm/bin/uv pip install --python environment/bin/python -r code/requirements.txt 'jax[tpu]' || return 1",
         "  touch ready",
         "}",
-        'until prepare; do echo "this host is not ready; trying again"; sleep 60; done',
-        *shell.exports(request.environment),
+        'until prepare; do echo "this host is not ready; retrying"; sleep 60; done',
+        *shell.export_lines(request.environment),
         f"export {distributed.COORDINATOR}=auto",
         "cd code || exit 1",
-        *_restarts(request),
+        *_run_until_final(request),
         'echo "$code" >../ended',
-        f'gcloud storage cp ../ended {quoted["folder"]}/ended-"$(hostname)"',
+        f'gcloud storage cp ../ended {folder}/ended-"$(hostname)"',
     ]
     return "\n".join(lines) + "\n"
 
 
-def _restarts(request: Request) -> list[str]:
-    """Runs it until it has ended for good. To be preempted is no failure."""
+def _run_until_final(request: Request) -> list[str]:
+    """Restarts within the budget, unless the exit code is final. Preemption is not counted."""
     once = [
         f"../environment/bin/python {shlex.join(request.command)}",
         "code=$?",
