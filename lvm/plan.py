@@ -44,9 +44,7 @@ def make_target(name: str, slices: int = 1, hbm_gib: float = 0.0) -> Target:
             raise UserError(f"--hbm_gib={hbm_gib} is for GPUs; {slice_.generation} has a fixed memory")
         return Target(slice_, slices, tuple(topology_devices(slice_, slices)), slice_.accelerator.hbm_bytes)
     if slices > 1:
-        raise UserError(
-            f"--slices={slices} is for TPUs; give the number of GPUs, as in {slice_.generation}-64"
-        )
+        raise UserError(f"--slices={slices} is for TPUs; use a number of GPUs, as in {slice_.generation}-64")
     jax.config.update("jax_platforms", "cpu")
     return Target(slice_, 1, (), int(hbm_gib * GIB) or slice_.accelerator.hbm_bytes)
 
@@ -73,9 +71,8 @@ def search_plan(config: TrainConfig, target: Target, num_codes: int = 8192) -> l
     config = resolve_config(with_choice(config, config.model.remat, mesh, target.chips, 1), target, num_codes)
     plans = search.search(config, target, memory)
     if not plans:
-        raise UserError(
-            _too_large(make_plan(config, dataclasses.replace(target, devices=()), memory), memory)
-        )
+        estimate = make_plan(config, dataclasses.replace(target, devices=()), memory)
+        raise UserError(_too_large(estimate, memory))
     return plans
 
 
@@ -112,13 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
     flags.config()
-    flags.string(
-        "topology", None, "v5e-256, v5litepod-256 or v5e:16x16; GPUs are h100-8, h200-64 …", required=True
-    )
-    flags.integer("slices", 1, "slices of it", lower_bound=1)
-    flags.boolean("search", False, "find batch, rematerialisation and mesh")
+    flags.string("topology", None, "slice or GPUs: v5e-256, v5litepod-256, v5e:16x16, h100-64", required=True)
+    flags.integer("slices", 1, "number of slices", lower_bound=1)
+    flags.boolean("search", False, "search for batch size, rematerialization and mesh")
     flags.boolean("json", False, "print one JSON object")
-    flags.integer("num_codes", 8192, "codes of the tokenizer, as the store would say", lower_bound=1)
+    flags.integer("num_codes", 8192, "codebook size of the tokenizer", lower_bound=1)
     flags.float("hbm_gib", 0.0, "memory of a GPU in GiB; 0 takes the table's", lower_bound=0.0)
     return flags.run(_run, argv)
 

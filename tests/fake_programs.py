@@ -1,4 +1,4 @@
-"""Programs of a cloud that aren't there: they note what they are asked, and answer as a test tells them to."""
+"""Fakes of external programs: they record their calls and answer as a test defines."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ with open(os.path.join(folder, "calls.jsonl"), "a") as file:
 with open(os.path.join(folder, "answers.json")) as file:
     answers = json.load(file)
 line = " ".join([name, *arguments])
-for number, (words, code, said) in enumerate(answers):
+for index, (words, code, output) in enumerate(answers):
     if words in line:
         if len([other for other in answers if other[0] == words]) > 1:
-            answers.pop(number)
+            answers.pop(index)
             with open(os.path.join(folder, "answers.json"), "w") as file:
                 json.dump(answers, file)
-        (sys.stderr if code else sys.stdout).write(said)
+        (sys.stderr if code else sys.stdout).write(output)
         sys.exit(code)
 """
 
 
 class Programs:
-    """Fakes in a folder that comes first on PATH.
+    """Fakes in a folder; with `path` as PATH, they take precedence.
 
     Args:
-      folder: theirs.
-      names: of the programs.
+      folder: the folder of the programs.
+      names: names of the programs.
     """
 
     def __init__(self, folder: Path, *names: str):
@@ -48,19 +48,19 @@ class Programs:
         self.answer()
 
     def answer(self, *answers: tuple[str, int, str]) -> None:
-        """(words of a command, exit code, what it says); of equal words the first is used up by one call."""
+        """Defines answers: (words of a command, exit code, output); several for the same words are used up in order."""
         (self._folder / "answers.json").write_text(json.dumps(answers))
 
     @property
     def calls(self) -> list[list[str]]:
         """Program and arguments of every call so far."""
-        return [arguments for arguments, _ in self._noted()]
+        return [arguments for arguments, _ in self._records()]
 
     @property
     def environments(self) -> list[dict[str, str]]:
         """The environment of every call so far."""
-        return [environment for _, environment in self._noted()]
+        return [environment for _, environment in self._records()]
 
-    def _noted(self) -> list[Any]:
+    def _records(self) -> list[Any]:
         path = self._folder / "calls.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,4 +1,4 @@
-"""Submitting to places that aren't there: hostile names, fakes of their programs, what is refused."""
+"""Remote backends with fake programs: quoting, management, errors."""
 
 import json
 import os
@@ -52,7 +52,7 @@ HOSTILE = {
 
 
 def dry_run(out, *arguments):
-    """What a dry run prints and writes."""
+    """Output and files of a dry run."""
     arguments = [*arguments, f"--out={out}", "--dry_run", "--plan=false", "--commit=HEAD"]
     printed = run("lvm.submit", *arguments)
     names = sorted(path.name for path in out.iterdir() if not path.name.endswith(".tar.gz"))
@@ -65,13 +65,13 @@ def manifest(out):
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-    """Fakes of the programs of all places."""
+    """Fakes of the programs of all backends."""
     fakes = Programs(tmp_path / "fakes", "gcloud", "kubectl", "sbatch", "squeue", "sacct", "scancel", "tail")
     monkeypatch.setenv("PATH", fakes.path)
     return fakes
 
 
-# --- Names and values that a shell would read
+# --- Quoting
 
 
 def job_arguments():
@@ -82,7 +82,7 @@ def hostile():
     return [*job_arguments(), *(f"--env={name}={value}" for name, value in HOSTILE.items())]
 
 
-def test_a_slurm_job_gets_values_as_they_are(tmp_path, programs, monkeypatch):
+def test_slurm_job_quotes_values_and_requeues(tmp_path, programs, monkeypatch):
     workdir = tmp_path / "it's a $(folder)"
     arguments = ["--on=slurm", "--run=a", f"--workdir={workdir}", "--secret=TOKEN", *hostile()]
     dry_run(tmp_path / "out", *arguments)
@@ -90,15 +90,15 @@ def test_a_slurm_job_gets_values_as_they_are(tmp_path, programs, monkeypatch):
     commit = next((tmp_path / "out").glob("*.tar.gz")).name.removesuffix(".tar.gz")
     (workdir / "launch" / "a" / commit).mkdir(parents=True)
     fakes = Programs(tmp_path / "fakes", "srun", "scontrol", "squeue")
-    refused = subprocess.run(["bash", script], capture_output=True, text=True)
-    assert refused.returncode != 0
-    assert "the secret TOKEN is not in the environment" in refused.stderr
+    result = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "the secret TOKEN is not in the environment" in result.stderr
     monkeypatch.setenv("TOKEN", "very secret")
     fakes.answer(("srun", 75, ""), ("squeue", 0, "RUNNING\n"))
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"}, capture_output=True, text=True
     )
-    assert done.returncode == 75
+    assert result.returncode == 75
     assert fakes.calls[0][:4] == ["srun", "--kill-on-bad-exit=0", "--wait=300", "python"]
     assert fakes.calls[0][4:] == ["-m", "lvm.train", *job_arguments(), f"--workdir={workdir}"]
     assert fakes.calls[2] == ["scontrol", "requeue", "7"]
@@ -106,19 +106,17 @@ def test_a_slurm_job_gets_values_as_they_are(tmp_path, programs, monkeypatch):
     fakes.answer(("srun", 65, ""))
     assert subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"}).returncode == 65
     assert [call[0] for call in fakes.calls[3:]] == ["srun"]
-    fakes.answer(("srun", 75, ""), ("squeue", 0, "COMPLETING\n"))  # it was cancelled
+    fakes.answer(("srun", 75, ""), ("squeue", 0, "COMPLETING\n"))  # canceled
     subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"})
     fakes.answer(("srun", 76, ""), ("squeue", 0, "RUNNING\n"))
     for _ in range(4):
         subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"})
-    assert [call[0] for call in fakes.calls].count("scontrol") == 1 + 3  # of at most three restarts
+    assert [call[0] for call in fakes.calls].count("scontrol") == 1 + 3  # the restart budget is three
     written = "".join(path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".gz")
     assert "very secret" not in written
 
 
-def test_a_host_of_tpus_gets_values_as_they_are_and_is_not_started_again_when_that_is_pointless(
-    tmp_path, programs
-):
+def test_tpu_host_quotes_values_and_restarts(tmp_path, programs):
     arguments = ["--on=tpu-vm", "--run=a", "--accelerator=v4-32", "--workdir=gs://b/a", *CLOUD, *hostile()]
     dry_run(tmp_path / "out", *arguments, "--secret=TOKEN=vault", "--max_restarts=2")
     host = tmp_path / "host"
@@ -132,7 +130,7 @@ def test_a_host_of_tpus_gets_values_as_they_are_and_is_not_started_again_when_th
     fakes = Programs(tmp_path / "fakes", "gcloud", "curl", "tar")
     Programs(host / "opt" / "bin", "uv")
     fakes.answer(("secrets versions access latest --secret=vault", 0, "very secret\n"))
-    # The environment that `uv` would have made: a Python that notes what it is asked.
+    # The environment that `uv` would create, with a fake Python.
     python = Programs(host / "opt" / "a" / "environment" / "bin", "python")
     (host / "script.sh").write_text(text.replace("rm -rf code environment && mkdir code", "mkdir code"))
     python.answer(("lvm.train", 76, ""), ("lvm.train", 65, ""))
@@ -146,66 +144,62 @@ def test_a_host_of_tpus_gets_values_as_they_are_and_is_not_started_again_when_th
     assert (host / "opt" / "a" / "ended").read_text() == "65\n"
     assert fakes.calls[-1][:3] == ["gcloud", "storage", "cp"]
     assert re.fullmatch(r"gs://b/a/launch/a/ended-.+", fakes.calls[-1][-1])
-    subprocess.run(["bash", host / "script.sh"], check=True)  # a reboot after the end
+    subprocess.run(["bash", host / "script.sh"], check=True)  # reboot after the run has ended
     assert len(python.calls) == 2
     assert "very secret" not in (host / "log").read_text() + text
 
 
 def expanded(text, environment):
-    """What Kubernetes makes of an argument or a value."""
+    """An argument or value as Kubernetes expands it."""
 
     def replace(match):
-        whole = match[0]
-        return "$" if whole == "$$" else environment.get(match[1], whole)
+        return "$" if match[0] == "$$" else environment.get(match[1], match[0])
 
     return re.sub(r"\$\$|\$\(([-._a-zA-Z0-9]+)\)", replace, text)
 
 
-def test_a_pod_gets_values_as_they_are(tmp_path):
+def test_pod_quotes_values(tmp_path):
     arguments = ["--on=gke", "--run=a", "--accelerator=v4-32", "--workdir=gs://b/$(HOME)", *GKE, *hostile()]
     dry_run(tmp_path / "out", *arguments)
-    container = manifest(tmp_path / "out")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
-        "spec"
-    ]["containers"][0]
+    job = manifest(tmp_path / "out")["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
     home = {"HOME": "/never"}
     assert {item["name"]: expanded(item["value"], home) for item in container["env"]} == HOSTILE
-    found = [expanded(text, home) for text in container["args"]]
-    assert found[1:] == ["-m", "lvm.train", *job_arguments(), "--workdir=gs://b/$(HOME)"]
+    arguments = [expanded(text, home) for text in container["args"]]
+    assert arguments[1:] == ["-m", "lvm.train", *job_arguments(), "--workdir=gs://b/$(HOME)"]
 
 
-# --- With the programs
+# --- Management
 
 
-def submitted(tmp_path, name, *more):
+def submit(tmp_path, name, *more):
     options = [f"--out={tmp_path / 'out'}", "--plan=false", "--commit=HEAD", *more]
     return run("lvm.submit", *REQUESTS[name], *options)
 
 
-def looked_after(tmp_path, verb, name, code=0, more=()):
+def manage(tmp_path, verb, name, code=0, more=()):
     on, label = REQUESTS[name][:2]
     return run("lvm.submit", verb, on, label, f"--out={tmp_path / 'out'}", "--poll=0.01", *more, code=code)
 
 
 @pytest.mark.parametrize("name", [name for name in REQUESTS if name != "slurm-sweep"])
-def test_a_run_is_submitted_looked_at_and_cancelled(tmp_path, programs, name):
+def test_submit_status_logs_cancel_list(tmp_path, programs, name):
     arguments = REQUESTS[name]
     if name.startswith("slurm"):
-        here = [f"--workdir={tmp_path / 'work'}"]
         programs.answer(("sbatch", 0, "12345\n"))
-        said = submitted(tmp_path, name, *here)
-        assert "12345" in said
+        assert "12345" in submit(tmp_path, name, f"--workdir={tmp_path / 'work'}")
         assert list((tmp_path / "work" / "launch" / "lvm-1b").glob("*/lvm/train.py"))
         programs.answer(("sacct", 0, "12345 RUNNING"), ("tail", 0, "step 1/2"))
         (tmp_path / "work" / "logs" / "lvm-1b-12345.out").touch()
     else:
-        assert "submitted; `python -m lvm.submit status" in submitted(tmp_path, name)
+        assert "submitted; see `lvm submit status" in submit(tmp_path, name)
         programs.answer(
             ("describe", 0, "state: RUNNING"), ("get jobset,pods", 0, "RUNNING"), ("tail -n", 0, "step 1/2"),
             ("logs", 0, "step 1/2"),
         )  # fmt: skip
-    assert "RUNNING" in looked_after(tmp_path, "status", name)
-    assert "step 1/2" in looked_after(tmp_path, "logs", name)
-    looked_after(tmp_path, "cancel", name)
+    assert "RUNNING" in manage(tmp_path, "status", name)
+    assert "step 1/2" in manage(tmp_path, "logs", name)
+    manage(tmp_path, "cancel", name)
     on, label = arguments[0].removeprefix("--on="), arguments[1].removeprefix("--run=")
     cancels = {
         "tpu-vm": ["gcloud", "compute", "tpus", "queued-resources", "delete", label, *CLOUD, "--force", "--quiet"],
@@ -213,12 +207,12 @@ def test_a_run_is_submitted_looked_at_and_cancelled(tmp_path, programs, name):
         "slurm": ["scancel", "--me", f"--name={label}"],
     }  # fmt: skip
     assert programs.calls[-1] == cancels[on]
-    looked_after(tmp_path, "list", name)
+    manage(tmp_path, "list", name)
     words = {"tpu-vm": "list", "gke": "jobsets", "slurm": "squeue"}
     assert words[on] in programs.calls[-1]
 
 
-def test_what_a_site_file_says_is_taken_and_flags_stand_above_it(tmp_path, programs):
+def test_site_file_is_read_and_flags_override_it(tmp_path, programs):
     (tmp_path / "site.yaml").write_text("project: theirs\nzone: eu-west4-b\n")
     arguments = [
         "--on=tpu-vm",
@@ -230,12 +224,12 @@ def test_what_a_site_file_says_is_taken_and_flags_stand_above_it(tmp_path, progr
     printed, _ = dry_run(tmp_path / "out", *arguments, f"--site={tmp_path / 'site.yaml'}", "--project=mine")
     assert "--project=mine --zone=eu-west4-b" in printed
     (tmp_path / "site.yaml").write_text("zones: eu-west4-b\n")
-    refused = run("lvm.submit", *arguments, f"--site={tmp_path / 'site.yaml'}", code=2)
-    assert "zones: no key of a site; there are project, zone," in refused
+    error = run("lvm.submit", *arguments, f"--site={tmp_path / 'site.yaml'}", code=2)
+    assert "site.zones: no such key" in error
 
 
-def test_a_preempted_run_is_made_anew_until_it_has_ended(tmp_path, programs):
-    submitted(tmp_path, "tpu-vm-300m-v4-32")
+def test_tpu_vm_watch_recreates_preempted_run(tmp_path, programs):
+    submit(tmp_path, "tpu-vm-300m-v4-32")
     none = ("storage cat", 1, "ERROR: The following URLs matched no objects or files")
     state = '{{"state": {{"state": "{}"}}}}'.format
     programs.answer(
@@ -243,10 +237,10 @@ def test_a_preempted_run_is_made_anew_until_it_has_ended(tmp_path, programs):
         ("describe", 0, state("PROVISIONING")), ("describe", 1, "no network"), ("describe", 0, state("ACTIVE")),
         ("describe", 0, state("SUSPENDED")), ("describe", 1, "ERROR: NOT_FOUND: no such resource"),
     )  # fmt: skip
-    said = looked_after(tmp_path, "watch", "tpu-vm-300m-v4-32")
-    assert "(no network); asking again" in said
-    assert "lvm-300m: SUSPENDED" in said
-    assert "lvm-300m: ended with exit code 0; giving its hosts back" in said
+    output = manage(tmp_path, "watch", "tpu-vm-300m-v4-32")
+    assert "(no network); retrying" in output
+    assert "lvm-300m: SUSPENDED; requested again" in output
+    assert "lvm-300m: ended with exit code 0; hosts released" in output
     verbs = [call[4] for call in programs.calls if call[3] == "queued-resources"]
     assert [verb for verb in verbs if verb != "describe"] == [
         "create",
@@ -259,19 +253,19 @@ def test_a_preempted_run_is_made_anew_until_it_has_ended(tmp_path, programs):
     assert creations[0] == creations[1] == creations[2]
 
 
-def test_a_watch_from_another_machine_fetches_what_it_needs(tmp_path, programs):
+def test_tpu_vm_watch_fetches_its_files(tmp_path, programs):
     _, written = dry_run(tmp_path / "there", *REQUESTS["tpu-vm-300m-v4-32"])
     here = tmp_path / "out"
     here.mkdir()
     (here / "create.json").write_text(written["create.json"])  # as `gcloud storage cp` would
     programs.answer(("storage cat", 0, "65\n"))
-    looked_after(tmp_path, "watch", "tpu-vm-300m-v4-32", 65, [*CLOUD, "--workdir=gs://bucket/lvm-300m"])
+    more = [*CLOUD, "--workdir=gs://bucket/lvm-300m"]
+    manage(tmp_path, "watch", "tpu-vm-300m-v4-32", 65, more)
     (here / "create.json").unlink()
     programs.answer(
         ("storage cp", 1, "ERROR: (gcloud.storage.cp) The following URLs matched no objects: NOT_FOUND")
     )
-    more = [*CLOUD, "--workdir=gs://bucket/lvm-300m"]
-    assert "there is no such thing there" in looked_after(tmp_path, "watch", "tpu-vm-300m-v4-32", 2, more)
+    assert "not found" in manage(tmp_path, "watch", "tpu-vm-300m-v4-32", 2, more)
     assert programs.calls[-1][:4] == [
         "gcloud",
         "storage",
@@ -281,46 +275,46 @@ def test_a_watch_from_another_machine_fetches_what_it_needs(tmp_path, programs):
 
 
 @pytest.mark.parametrize(("terminal", "code"), [("Completed", 0), ("Failed", 1)])
-def test_a_watch_of_a_cluster_ends_with_the_run(tmp_path, programs, terminal, code):
-    submitted(tmp_path, "gke-3b-2xv5p-128")
+def test_gke_watch_ends_with_the_run(tmp_path, programs, terminal, code):
+    submit(tmp_path, "gke-3b-2xv5p-128")
     programs.answer(
         ("get jobset", 0, '{"status": {"restarts": 1}}'),
         ("get jobset", 0, json.dumps({"status": {"restarts": 2, "terminalState": terminal}})),
     )
-    said = looked_after(tmp_path, "watch", "gke-3b-2xv5p-128", code)
-    assert "lvm-3b: running, 1 restarts" in said
-    assert f"lvm-3b: {terminal}, 2 restarts" in said
+    output = manage(tmp_path, "watch", "gke-3b-2xv5p-128", code)
+    assert "lvm-3b: running, 1 restarts" in output
+    assert f"lvm-3b: {terminal}, 2 restarts" in output
 
 
-def test_a_watch_of_a_queue_ends_with_the_run(tmp_path, programs):
-    submitted(tmp_path, "slurm-1b-8x8", f"--workdir={tmp_path / 'work'}")
+def test_slurm_watch_ends_with_the_run(tmp_path, programs):
+    submit(tmp_path, "slurm-1b-8x8", f"--workdir={tmp_path / 'work'}")
     programs.answer(
         ("squeue", 0, "PENDING\n"), ("squeue", 0, "RUNNING\n"), ("squeue", 0, ""), ("sacct", 0, "COMPLETED")
     )
-    said = looked_after(tmp_path, "watch", "slurm-1b-8x8")
-    assert said.index("PENDING") < said.index("RUNNING") < said.index("COMPLETED")
+    output = manage(tmp_path, "watch", "slurm-1b-8x8")
+    assert output.index("PENDING") < output.index("RUNNING") < output.index("COMPLETED")
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("output", "words"),
     [
-        ("ERROR: Quota 'TPUV4sPerProjectPerZone' exhausted. Limit 0", "the quota doesn't allow this"),
-        ("ERROR: There is no more capacity in the zone", "there is no capacity now: try --queued"),
+        ("ERROR: Quota 'TPUV4sPerProjectPerZone' exhausted. Limit 0", "the quota"),
+        ("ERROR: There is no more capacity in the zone", "no capacity: try --queued"),
         ("ERROR: ALREADY_EXISTS: Resource 'lvm-300m'", "a run of this name exists"),
-        ("ERROR: PERMISSION_DENIED: tpu.nodes.create", "it isn't allowed to this account"),
+        ("ERROR: PERMISSION_DENIED: tpu.nodes.create", "no permission"),
         ("Please run:\n  $ gcloud auth login\n", "log in first"),
-        ("", "it failed (it said nothing)"),
+        ("", "failed (no output)"),
     ],
 )
-def test_failures_are_clear_words(tmp_path, programs, said, words):
-    programs.answer(("queued-resources create", 1, said))
+def test_submit_explains_failures(tmp_path, programs, output, words):
+    programs.answer(("queued-resources create", 1, output))
     options = [f"--out={tmp_path / 'out'}", "--plan=false", "--commit=HEAD"]
-    output = run("lvm.submit", *REQUESTS["tpu-vm-300m-v4-32"], *options, code=2)
-    assert output.splitlines()[-1].startswith("error: gcloud compute tpus queued-resources: ")
-    assert words in output
+    error = run("lvm.submit", *REQUESTS["tpu-vm-300m-v4-32"], *options, code=2)
+    assert error.splitlines()[-1].startswith("error: gcloud compute tpus queued-resources: ")
+    assert words in error
 
 
-def test_a_program_that_is_not_there_is_named(tmp_path, monkeypatch):
+def test_submit_names_missing_program(tmp_path, monkeypatch):
     monkeypatch.setenv(
         "PATH",
         "/usr/bin-without-it:"
@@ -329,13 +323,13 @@ def test_a_program_that_is_not_there_is_named(tmp_path, monkeypatch):
         ),
     )
     output = run("lvm.submit", "status", "--on=slurm", "--run=a", f"--out={tmp_path}", code=2)
-    assert "sacct isn't installed" in output
+    assert "sacct is not installed" in output
 
 
-# --- What is refused
+# --- Errors
 
 
-def test_what_does_not_fit_is_not_submitted(tmp_path, programs):
+def test_submit_rejects_what_does_not_fit(tmp_path, programs):
     arguments = [
         "--on=slurm",
         "--run=a",
@@ -355,39 +349,39 @@ def test_what_does_not_fit_is_not_submitted(tmp_path, programs):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--on=tpu-vm", "--run=A_b", "--workdir=gs://b"], "--run: 'A_b' is no name of a run"),
-        (["--on=tpu-vm", "--workdir=gs://b"], "--run: not given"),
-        (["--on=tpu-vm", "--run=a", "--workdir=gs://b"], "--project, --zone: not given"),
-        (["--on=tpu-vm", "--run=a", "--workdir=/tmp/b", *CLOUD, "--accelerator=v4-32"], "wanted gs://"),
-        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", *CLOUD, "--accelerator=h100-8"], "wanted a slice of TPUs"),
+        (["--on=tpu-vm", "--run=A_b", "--workdir=gs://b"], "--run='A_b'"),
+        (["--on=tpu-vm", "--workdir=gs://b"], "--run: required"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b"], "--project, --zone: required"),
+        (["--on=tpu-vm", "--run=a", "--workdir=/tmp/b", *CLOUD, "--accelerator=v4-32"], "use gs://"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", *CLOUD, "--accelerator=h100-8"], "a TPU slice"),
         (["--on=tpu-vm", "--run=a", "--workdir=gs://b", *CLOUD, "--accelerator=v4-33"], "no such slice"),
-        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", "--spot", "--reserved"], "--spot, --reserved: choose one"),
-        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", "--processes=2"], "--processes: means nothing with"),
-        (["--on=gke", "--run=a", "--workdir=gs://b", "--sweep=seed=1,2"], "--sweep: means nothing with --on=gke"),
-        (["--on=gke", "--run=a", "--workdir=gs://b", *GKE], "--accelerator: not given"),
-        (["--on=gke", "--run=a", "--workdir=gs://b", *GKE, "--accelerator=v4-32", "--queued"], "name its --queue"),
-        (["--on=slurm", "--run=a", "--workdir=runs/b"], "wanted a folder that all nodes see"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--sweep=seed"], "wanted KEY=VALUE,VALUE"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--accelerator=v4-32"], "wanted GPUs under Slurm"),
-        (["--on=local", "--workdir=/tmp/b", "--accelerator=v4-32"], "--accelerator: means nothing with --on=local"),
-        (["--on=local", "--workdir=/tmp/b", "--secret=NOBODY_HAS_THIS"], "NOBODY_HAS_THIS: not in the environment"),
-        (["--on=local", "--workdir=/tmp/b", "--zone=a"], "--zone: means nothing with --on=local"),
-        (["--on=gke", "--run=a", "--workdir=gs://b", *GKE, "--nodes=8"], "--nodes: means nothing with --on=gke"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", "--spot", "--reserved"], "--spot, --reserved: use one"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", "--processes=2"], "--processes: has no effect with"),
+        (["--on=gke", "--run=a", "--workdir=gs://b", "--sweep=seed=1,2"], "--sweep: has no effect with --on=gke"),
+        (["--on=gke", "--run=a", "--workdir=gs://b", *GKE], "--accelerator: required"),
+        (["--on=gke", "--run=a", "--workdir=gs://b", *GKE, "--accelerator=v4-32", "--queued"], "set --queue"),
+        (["--on=slurm", "--run=a", "--workdir=runs/b"], "--workdir=runs/b"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--sweep=seed"], "--sweep='seed'"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--accelerator=v4-32"], "--accelerator=v4-32"),
+        (["--on=local", "--workdir=/tmp/b", "--accelerator=v4-32"], "--accelerator: has no effect with --on=local"),
+        (["--on=local", "--workdir=/tmp/b", "--secret=NOBODY_HAS_THIS"], "NOBODY_HAS_THIS not set"),
+        (["--on=local", "--workdir=/tmp/b", "--zone=a"], "--zone: has no effect with --on=local"),
+        (["--on=gke", "--run=a", "--workdir=gs://b", *GKE, "--nodes=8"], "--nodes: has no effect with --on=gke"),
         (["--on=gke", "--run=a", "--workdir=gs://b", *GKE, "--accelerator=v2-8"], "GKE has no v2"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--accelerator=h100-8", "--nodes=4"], "--nodes: means nothing"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--secret=A=a-$(b)"], "'a-$(b)' is no name of an environment"),
-        (["cancel", "--on=slurm", "--run=a", "--dry_run"], "--dry_run: means nothing with cancel"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--secret=NOBODY_HAS_THIS"], "NOBODY_HAS_THIS: not in the environ"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--env=A"], "--env: 'A'; wanted NAME=VALUE"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--env=A-B=1"], "'A-B' is no name of an environment variable"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--env=A=1", "--secret=A"], "--env and --secret both give A"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--processes_per=core"], "neither node nor gpu"),
-        (["--on=slurm", "--run=a", "--workdir=/b", "--nodes=0"], "nodes: 0 is not positive"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--accelerator=h100-8", "--nodes=4"], "--nodes: has no effect"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--secret=A=a-$(b)"], "'a-$(b)'"),
+        (["cancel", "--on=slurm", "--run=a", "--dry_run"], "--dry_run: has no effect with cancel"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--secret=NOBODY_HAS_THIS"], "NOBODY_HAS_THIS not set"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--env=A"], "--env='A': use NAME=VALUE"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--env=A-B=1"], "'A-B' is not a valid environment variable"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--env=A=1", "--secret=A"], "--env and --secret both set A"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--processes_per=core"], "site.processes_per='core'"),
+        (["--on=slurm", "--run=a", "--workdir=/b", "--nodes=0"], "site.nodes=0"),
         (["--on=slurm", "--run=a", "--workdir=/b", "--commit=nothing"], "rev-parse"),
-        (["status", "--on=local", "--run=nobody"], "no run of this name was submitted to this machine"),
+        (["status", "--on=local", "--run=nobody"], "nobody: no run of this name"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_submitted_is_one_clear_line(tmp_path, arguments, words):
+def test_submit_rejects_invalid_flags(tmp_path, arguments, words):
     config = [] if arguments[0] in ("status", "cancel") else ["--config=configs/lvm_300m.py"]
     output = run("lvm.submit", *arguments, *config, f"--out={tmp_path}", code=2)
     assert words in output

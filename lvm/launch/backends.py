@@ -19,8 +19,8 @@ from lvm.launch.shell import Command, CommandError
 class Backend(Protocol):
     """Interface of the remote backends' modules.
 
-    `files` are written into the run's local folder, in which the commands of `submit` run; `status`, `logs`, `cancel` and
-    `list_runs` are commands that print their result; `watch` blocks until the run has ended.
+    `files` are written into the run's local folder, where the commands of `submit` run. `status`, `logs`, `cancel` and
+    `list_runs` return one command each. `watch` blocks until the run has ended and returns its exit code.
     """
 
     def validate(self, request: Request) -> None: ...

@@ -12,15 +12,9 @@ import jax
 from lvm.common.errors import UserError
 from lvm.hardware.accelerators import Slice
 
-<<<<<<< HEAD
 INSTALL = "pip install '.[plan]'"
-# What libtpu would otherwise ask the machine it is on, and complain at length that it isn't a TPU's.
-_ABSENT = {
-=======
-INSTALL = "pip install -r requirements-plan.txt"
 # Without these, libtpu queries the metadata server and logs at length that this host has no TPU.
 _NO_TPU_ENVIRONMENT = {
->>>>>>> e84b965 (Planning speaks HLO and FSDP: trip counts, executions, MemoryModel, ideal bytes; what follows from a plan's config is a property)
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",

@@ -1,4 +1,4 @@
-"""What is shipped is a commit, and what isn't committed is refused or recorded."""
+"""Commits to ship, with and without uncommitted changes."""
 
 import subprocess
 
@@ -8,7 +8,7 @@ from lvm.common.errors import UserError
 from lvm.launch import code
 
 
-def test_changes_that_are_not_committed_are_refused_or_shipped_and_recorded(tmp_path, monkeypatch):
+def test_resolve_commit_with_uncommitted_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(code, "ROOT", tmp_path)
 
     def git(*arguments):
@@ -20,16 +20,16 @@ def test_changes_that_are_not_committed_are_refused_or_shipped_and_recorded(tmp_
     (tmp_path / "a.txt").write_text("old\n")
     git("add", "a.txt")
     git("commit", "-m", "first")
-    clean = code.commit("", ship_changes=False)
-    assert code.changes(clean) == ""
+    clean = code.resolve_commit("", ship_changes=False)
+    assert code.uncommitted_diff(clean) == ""
     (tmp_path / "a.txt").write_text("new\n")
     (tmp_path / "b.txt").write_text("untracked\n")
-    with pytest.raises(UserError, match=r"2 files aren't committed \(a\.txt, b\.txt\)"):
-        code.commit("", ship_changes=False)
-    shipped = code.commit("", ship_changes=True)
+    with pytest.raises(UserError, match=r"2 files .*\(a\.txt, b\.txt\)"):
+        code.resolve_commit("", ship_changes=False)
+    shipped = code.resolve_commit("", ship_changes=True)
     assert shipped != clean
-    assert "+new" in code.changes(shipped)
-    assert code.commit("HEAD", ship_changes=False) == clean
+    assert "+new" in code.uncommitted_diff(shipped)
+    assert code.resolve_commit("HEAD", ship_changes=False) == clean
     subprocess.run(code.archive_command(shipped, tmp_path / "code.tar.gz"), check=True)
     content = subprocess.run(
         ["tar", "-xzOf", tmp_path / "code.tar.gz", "a.txt"], capture_output=True, check=True
