@@ -1,24 +1,24 @@
-"""Print what a store holds and verify it against its manifest.
+"""Print the contents of a store and verify it against its manifest.
 
     lvm inspect STORE
 
-Compares checksums, records, indexes and counts with the manifest. With `--source` and `--tokenizer`, some scenes are
-encoded again and compared; with `--tokenizer` and `--sheet=FILE.png`, some are decoded onto a contact sheet. `--json`
-prints one JSON object. Exits with 1 and names shard and record where anything is damaged.
+Compares checksums, records, indexes and counts with the manifest. With `--source` and `--tokenizer`, re-encodes a
+sample of scenes and compares the codes; with `--tokenizer` and `--sheet=FILE.png`, decodes it onto a contact sheet.
+`--json` prints one JSON object. Exits with 1 if anything is damaged, naming shard and record.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image
 
 from lvm.common import cli, errors, files, statistics
@@ -34,205 +34,161 @@ from lvm.data.store.records import FILE_CHECKSUM_MISMATCH, check_size
 from lvm.inference.contact_sheet import Cell, render_sheet
 from tokenizer import Tokenizer
 
-_ACROSS, _LABEL = 16, 16  # images of a scene on a sheet, and characters of its key
+_MAX_IMAGES, _MAX_LABEL = 16, 16  # images per scene on a sheet, characters of its key
+_LONG = ("histogram", "shards", "skipped")  # fields of a manifest that no summary prints
 
 
 def find_problems(store: Store) -> Iterator[str]:
-    """All that is wrong with a store, a line each; where a record is at fault, in the words that training uses."""
-    yield from _manifest_problems(store)
-    counted = _Counts(store)
-    for shard in range(len(store.shards)):
-        found = list(counted.shard_problems(shard))
-        yield from found
-        named = shard in counted.damaged
-        yield from (problem for problem in _checksum_problems(store, shard, named) if problem not in found)
-    if not counted.damaged:
-        yield from counted.total_problems()
+    """Yields every problem of a store, one line each; damaged records in the words of training's errors."""
+    entries: list[dict[str, Any]] = []
+    yield from _manifest_problems(store, entries)
+    for shard, entry in enumerate(entries or store.manifest["shards"]):
+        problems = list(_shard_problems(store, shard, entry))
+        yield from problems
+        yield from (p for p in _checksum_problems(store, shard, bool(problems)) if p not in problems)
 
 
-def _manifest_problems(store: Store) -> Iterator[str]:
-    """The manifest is made of the header and the entries, and can be again."""
+def _manifest_problems(store: Store, entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Rebuilds the manifest from the header and the shards' entries, and compares; fills `entries`."""
+    path = store.path / MANIFEST
     try:
         header = files.read_json(store.path / HEADER)
-        entries = [
-            files.read_json(store.path / f"{shard['name']}.json") for shard in store.manifest["shards"]
-        ]
-        if header.pop("num_shards") != len(entries):
-            yield f"{store.path / MANIFEST}: has {len(entries)} shards, {HEADER} says another number"
-        again = files.as_json(writer.build_manifest(header, entries))
+        read = [files.read_json(store.path / f"{shard['name']}.json") for shard in store.manifest["shards"]]
+        num_shards = header.pop("num_shards")
+        rebuilt = files.as_json(writer.build_manifest(header, read))
     except (OSError, UserError, KeyError, IndexError, TypeError, ValueError) as error:
         yield f"{store.path}: {HEADER} or a shard's entry is missing or damaged: {error}"
         return
-    for key in sorted(again.keys() | store.manifest.keys()):
-        if again.get(key) != store.manifest.get(key):
-            yield f"{store.path / MANIFEST}: damaged: {key} is not that of {HEADER} and the shards' entries"
-    for shard, entry in enumerate(entries):
-        with contextlib.suppress(UserError):  # an index that can't be read is listed with its shard
-            groups = store.indexes[shard]["group"]
-            # Groups that couldn't be read are in the entry alone, and come with failures.
-            if len(groups) and not entry["failures"]:
-                extremes = [int(groups.min()), int(groups.max())]
-                if entry["group_hashes"] != extremes:
-                    name = f"{entry['name']}.json"
-                    yield f"{store.path / name}: damaged: group_hashes are not those of the index"
+    if num_shards != len(read):
+        yield f"{path}: has {len(read)} shards, {HEADER} {num_shards}"
+    for key in sorted(rebuilt.keys() | store.manifest.keys()):
+        if rebuilt.get(key) != store.manifest.get(key):
+            yield f"{path}: damaged: {key} differs from {HEADER} and the shards' entries"
+    if rebuilt["shards"] == store.manifest["shards"]:
+        entries += read
 
 
-def _checksum_problems(store: Store, shard: int, named: bool) -> Iterator[str]:
-    for name, listed in store.manifest["shards"][shard]["files"].items():
-        file = store.path / name
+def _checksum_problems(store: Store, shard: int, is_named: bool) -> Iterator[str]:
+    for name, expected in store.manifest["shards"][shard]["files"].items():
+        path = store.path / name
         try:
-            check_size(file, listed)
-            if files.sha256(file) != listed["sha256"]:
-                where = "" if named else "; each of its records is whole by itself"
-                yield f"{file}: {FILE_CHECKSUM_MISMATCH}{where}"
+            check_size(path, expected)
+            if files.sha256(path) != expected["sha256"]:
+                yield f"{path}: {FILE_CHECKSUM_MISMATCH}{'' if is_named else ', but every record is intact'}"
         except (UserError, OSError) as error:
             yield str(error)
 
 
-class _Counts:
-    """What is counted while all records are read.
-
-    Attributes:
-      damaged: the shards that couldn't be counted to their end.
-    """
-
-    def __init__(self, store: Store):
-        self._store = store
-        self.damaged: list[int] = []
-        self._histogram = np.zeros(2**16, np.int64)
-        self._images: collections.Counter[str] = collections.Counter()
-
-    def shard_problems(self, shard: int) -> Iterator[str]:
-        """Reads a shard's records and compares them with its index and its entry."""
-        store, entry = self._store, self._store.manifest["shards"][shard]
+def _shard_problems(store: Store, shard: int, entry: Mapping[str, Any]) -> Iterator[str]:
+    """Compares a shard's records with its index and its entry."""
+    try:
+        store.shards.check_opens(shard)
+        index = store.indexes[shard]
+    except UserError as error:
+        yield str(error)
+        return
+    statistics, is_damaged = writer.ShardStatistics(2**16), False
+    keys = [np.zeros(0, np.uint64)]  # hashes, by record
+    for record in range(entry["records"]):
+        rows = index[slice(*np.searchsorted(index["record"], [record, record + 1]))]
         try:
-            store.shards.check_opens(shard)
-            index = store.indexes[shard]
-        except UserError as error:
-            self.damaged.append(shard)
+            page = store.shards.page(shard, record)
+            if (
+                len(page) != len(rows)
+                or statistics.add(record, page, rows["group"].tolist()) != rows.tolist()
+            ):
+                raise index_mismatch(store.shards.record_name(shard, record))
+        except DamagedError as error:
+            is_damaged = True
             yield str(error)
-            return
-        hashes, scenes, images, whole = [np.zeros(0, np.uint64)], 0, 0, True
-        for record in range(entry["records"]):
-            low, high = np.searchsorted(index["record"], [record, record + 1])
-            try:
-                page = store.shards.page(shard, record)
-                _check_index(index[low:high], page, store.shards.record_name(shard, record))
-            except DamagedError as error:
-                whole = False
-                yield str(error)
-                continue
-            scenes, images = scenes + len(page), images + self._count(page)
-            hashes.append(np.array([content_hash(scene.key.encode()) for scene in page], np.uint64))
-        if not whole:
-            self.damaged.append(shard)
-            return
-        place = store.path / entry["name"]
-        if (scenes, images) != (entry["scenes"], entry["images"]):
-            wanted = f"{entry['scenes']} and {entry['images']}"
-            yield f"{place}: holds {scenes} scenes and {images} images, the manifest says {wanted}"
-        if repeated := scenes - len(np.unique(np.concatenate(hashes))):
-            yield f"{place}: {repeated} keys are there twice"
-
-    def _count(self, page: list[Scene]) -> int:
-        """Counts the codes and images of a page; returns how many images."""
-        self._histogram += np.bincount(
-            np.concatenate([scene.codes.ravel() for scene in page]), minlength=2**16
-        )
-        frames = sum(len(scene.codes) for scene in page)
-        names = self._store.stream_sets[page[0].stream_set]
-        self._images.update(dict.fromkeys(names, frames))
-        return frames * len(names)
-
-    def total_problems(self) -> Iterator[str]:
-        """Compares what was counted with the manifest."""
-        manifest, place = self._store.manifest, self._store.path / MANIFEST
-        if dict(self._images) != manifest["images_by_stream"]:
-            yield f"{place}: {dict(self._images)} images are there, it says {manifest['images_by_stream']}"
-        if not np.array_equal(np.trim_zeros(self._histogram, "b"), np.trim_zeros(manifest["histogram"], "b")):
-            yield f"{place}: the histogram is not that of the codes"
-
-
-def _check_index(rows: np.ndarray, page: list[Scene], where: str) -> None:
-    """Raises DamagedError where a record's entries of the index tell of other scenes."""
-    fields = ["slot", "frames", "stream_set", "class_id"]
-    found = [tuple(row) for row in rows[fields].tolist()]
-    if found != [(slot, len(s.codes), s.stream_set, s.class_id) for slot, s in enumerate(page)]:
-        raise index_mismatch(where)
+            continue
+        keys.append(np.array([content_hash(scene.key.encode()) for scene in page], np.uint64))
+    if is_damaged:
+        return
+    name, hashes, groups = store.path / entry["name"], np.concatenate(keys), index["group"]
+    if duplicates := len(hashes) - len(np.unique(hashes)):
+        yield f"{name}: {duplicates} duplicate keys"
+    expected = statistics.to_json()
+    histogram = expected.pop("histogram")
+    if not np.array_equal(
+        np.trim_zeros(histogram, "b"), np.trim_zeros(entry.get("histogram", histogram), "b")
+    ):
+        yield f"{name}: histogram differs from that of the codes"
+    if len(groups) and not entry["failures"]:  # groups of failures are in the entry only
+        expected["group_hashes"] = [int(groups.min()), int(groups.max())]
+    for key, value in expected.items():
+        if entry.get(key, value) != value:
+            yield f"{name}: the entry says {key} {entry[key]}, the shard has {value}"
 
 
 def sample_scenes(store: Store, count: int) -> Iterator[tuple[int, Scene]]:
-    """Scenes spread over the store, with their shard; damaged ones are left out."""
-    for number in np.unique(np.linspace(0, len(store) - 1, count).astype(int)).tolist() if len(store) else ():
-        try:
-            yield store.shard_of(number), store.scene(number)
-        except UserError:
-            continue  # listed by `find_problems`
+    """Yields evenly spaced scenes, each with its shard, without damaged ones (`find_problems` lists those)."""
+    for i in np.unique(np.linspace(0, len(store) - 1, count).astype(int)).tolist() if len(store) else ():
+        with contextlib.suppress(UserError):
+            yield store.shard_of(i), store.scene(i)
 
 
 def reencode(store: Store, source_spec: str, tokenizer: Tokenizer, count: int) -> list[str]:
-    """Encodes some scenes again; the problems found. Raises UserError for another source than the store's."""
+    """Re-encodes a sample of scenes and returns the differences. Raises UserError for another source."""
     augment = Augment(store.manifest.get("augment", 0), tokenizer.preprocess)
     source = open_source(source_spec, augment.source_preprocess)
     if files.as_json(source.describe()) != store.manifest["source"]:
-        raise UserError(f"--source: {source_spec} is not the source of {store.path}, or not as it was")
-    shards, found = len(store.manifest["shards"]), []
+        raise UserError(f"--source: {source_spec} is not the source of {store.path}, or has changed")
+    num_shards, problems = len(store.manifest["shards"]), []
     for shard, scene in sample_scenes(store, count):
-        slices = range(len(source) * shard // shards, len(source) * (shard + 1) // shards)
-        images = _images(source, slices, augment, scene.key)
+        scenes = range(len(source) * shard // num_shards, len(source) * (shard + 1) // num_shards)
+        images = _load_images(source, scenes, augment, scene.key)
+        T, S, N = scene.codes.shape
         if images is None:
-            found.append(f"{store.path}: {scene.key}: not in the source")
-            continue
-        frames, streams, _ = scene.codes.shape
-        if len(images) != frames * streams:
-            found.append(
-                f"{store.path}: {scene.key}: {len(images)} images are read of it, {frames * streams} are stored"
-            )
-            continue
-        codes = tokenizer.encode(images, store.manifest["batch_size"]).reshape(scene.codes.shape)
-        if wrong := int(np.count_nonzero(codes != scene.codes)):
-            found.append(f"{store.path}: {scene.key}: encoded again, {wrong} of {codes.size} codes differ")
-    return found
+            problems.append(f"{store.path}: {scene.key}: not in the source")
+        elif len(images) != T * S:
+            problems.append(f"{store.path}: {scene.key}: {T * S} images, the source has {len(images)}")
+        else:
+            codes = tokenizer.encode(images, store.manifest["batch_size"]).reshape(T, S, N)
+            if wrong := int(np.count_nonzero(codes != scene.codes)):
+                problems.append(
+                    f"{store.path}: {scene.key}: re-encoded, {wrong} of {codes.size} codes differ"
+                )
+    return problems
 
 
-def _images(source: ImageSource, slices: range, augment: Augment, key: str) -> np.ndarray | None:
-    """The images uint8 [n, R, R, 3] of the scene of this key, which is one of a slice of the source."""
+def _load_images(
+    source: ImageSource, scenes: range, augment: Augment, key: str
+) -> UInt8[np.ndarray, "n R R 3"] | None:
+    """Images of the scene with this key, or copy of a scene; None if `scenes` of the source don't have it."""
     original = key.rpartition("#")[0] if augment.copies else key
-    index = next((i for i in slices if source.info(i).key == original), None)
-    if index is None:
+    i = next((i for i in scenes if source.info(i).key == original), None)
+    if i is None:
         return None
-    chunk, before = ImageBatcher(source, [(index, index + 1)], augment)(0), 0
-    for read in chunk["scenes"]:
-        if read.num_images and read.info.key == key:
-            return chunk["images"][before : before + read.num_images]
-        before += read.num_images
+    batch, start = ImageBatcher(source, [(i, i + 1)], augment)(0), 0
+    for scene in batch["scenes"]:
+        if scene.num_images and scene.info.key == key:
+            return batch["images"][start : start + scene.num_images]
+        start += scene.num_images
     return None
 
 
-def write_sheet(store: Store, tokenizer: Tokenizer, count: int, file: pathlib.Path) -> None:
-    """Decodes the beginnings of some scenes onto a picture, a row each."""
+def write_sheet(store: Store, tokenizer: Tokenizer, count: int, path: pathlib.Path) -> None:
+    """Decodes the first images of a sample of scenes to a contact sheet, one row per scene."""
     rows = []
     for _, scene in sample_scenes(store, count):
         streams = store.stream_sets[scene.stream_set]
-        images = tokenizer.decode(scene.codes.reshape(-1, store.codes_per_image)[:_ACROSS])
-        labels = [scene.key[-_LABEL:], *(streams[place % len(streams)] for place in range(1, len(images)))]
+        images = tokenizer.decode(scene.codes.reshape(-1, store.codes_per_image)[:_MAX_IMAGES])
+        labels = [scene.key[-_MAX_LABEL:], *(streams[i % len(streams)] for i in range(1, len(images)))]
         rows.append([Cell(image, label) for image, label in zip(images, labels, strict=True)])
     if not rows:
-        raise UserError(f"{store.path}: no scene of it can be read and decoded")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(render_sheet(rows)).save(file)
+        raise UserError(f"{store.path}: has no readable scene")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(render_sheet(rows)).save(path)
 
 
 def summarize(store: Store) -> dict[str, Any]:
-    """The manifest without what is long, and figures made of it."""
+    """The manifest without its long fields, and statistics of it."""
     manifest = store.manifest
-    histogram = np.array(manifest["histogram"])
-    shards = manifest["shards"]
-    stored = sum(file["bytes"] for shard in shards for file in shard["files"].values())
-    long = ("histogram", "shards", "skipped")
-    return {key: value for key, value in manifest.items() if key not in long} | {
+    histogram, shards = np.array(manifest["histogram"]), manifest["shards"]
+    return {key: value for key, value in manifest.items() if key not in _LONG} | {
         "num_shards": len(shards),
-        "bytes": stored,
+        "bytes": sum(file["bytes"] for shard in shards for file in shard["files"].values()),
         "codes_used": int(np.count_nonzero(histogram)),
         "perplexity": float(statistics.perplexity(histogram)) if histogram.any() else 0.0,
         "failures": [failure for shard in shards for failure in shard["failures"]],
@@ -240,62 +196,57 @@ def summarize(store: Store) -> dict[str, Any]:
     }
 
 
-def format_summary(found: dict[str, Any]) -> list[str]:
-    """`summarize` as lines."""
-    tokenizer = found["tokenizer"]
+def format_summary(summary: dict[str, Any]) -> list[str]:
+    """Formats `summarize` as lines."""
+    tokenizer = summary["tokenizer"]
     height, width = tokenizer["grid"]
-    streams = ", ".join(f"{name} {count:,}" for name, count in sorted(found["images_by_stream"].items()))
-    versions = ", ".join(f"{name} {' and '.join(all_of)}" for name, all_of in found["versions"].items())
-    codecs = ", ".join(f"{name} ({codec['kind']})" for name, codec in found["streams"].items())
-    lines = [
-        f"version {found['version']}, {found['num_shards']} shards, {found['bytes']:,} bytes",
-        f"{found['scenes']:,} scenes, {found['images']:,} images: {streams or 'none'}",
-        f"tokenizer {tokenizer['hash'][:12]}: grids of {height}×{width}, {found['codes_used']:,} of "
-        f"{tokenizer['num_codes']:,} codes used, perplexity {found['perplexity']:.1f}",
-        f"made in {found.get('dtype', '?')} on {found.get('device_kind', '?')} with {versions or 'unknown versions'}",
+    streams = ", ".join(f"{name} {count:,}" for name, count in sorted(summary["images_by_stream"].items()))
+    versions = ", ".join(f"{name} {' and '.join(values)}" for name, values in summary["versions"].items())
+    codecs = ", ".join(f"{name} ({codec['kind']})" for name, codec in summary["streams"].items())
+    skipped, failures = summary["skipped"], summary["failures"]
+    return [
+        f"version {summary['version']}, {summary['num_shards']} shards, {summary['bytes']:,} bytes",
+        f"{summary['scenes']:,} scenes, {summary['images']:,} images: {streams or 'none'}",
+        f"tokenizer {tokenizer['hash'][:12]}: grids of {height}×{width}, {summary['codes_used']:,} of "
+        f"{tokenizer['num_codes']:,} codes used, perplexity {summary['perplexity']:.1f}",
+        f"encoded in {summary.get('dtype', '?')} on {summary.get('device_kind', '?')} with "
+        f"{versions or 'unknown versions'}",
         f"streams: {codecs}",
-        f"{len(found['classes'])} classes, {len(found['skipped'])} items of the source skipped, "
-        f"{len(found['failures'])} failures",
+        f"{len(summary['classes'])} classes, {len(skipped)} items of the source skipped, {len(failures)} failures",
+        *(f"  {item['key']}: {item['reason']}" for item in [*skipped, *failures]),
     ]
-    return lines + [f"  {item['key']}: {item['reason']}" for item in [*found["skipped"], *found["failures"]]]
 
 
-def _run(args: cli.Args) -> None:
+def _run(args: cli.Args) -> int:
     store = _open(args.store, args.stage_to)
-    if bool(args.source) > bool(args.tokenizer) or bool(args.sheet) > bool(args.tokenizer):
-        raise UserError("--source and --sheet need --tokenizer, which encodes and decodes")
+    if (args.source or args.sheet) and not args.tokenizer:
+        raise UserError("--source and --sheet need --tokenizer")
     if args.sheet and pathlib.Path(args.sheet).suffix.lower() != ".png":
-        raise UserError(f"--sheet: {args.sheet} is not a name of a picture; wanted one that ends in .png")
+        raise UserError(f"--sheet={args.sheet} must end in .png")
     if args.sample < 1:
-        raise UserError(f"--sample: {args.sample} is not positive")
-    found = summarize(store)
+        raise UserError(f"--sample={args.sample} must be positive")
+    summary, problems = summarize(store), []
     if not args.json:
-        print("\n".join([str(store.path), *format_summary(found)]))
-    wrong = []
+        print("\n".join([str(store.path), *format_summary(summary)]))
     for problem in find_problems(store) if args.verify else ():
-        wrong.append(problem)
+        problems.append(problem)
         if not args.json:
             print(problem)
-    again = _with_tokenizer(store, args) if args.tokenizer else []
+    differences = _with_tokenizer(store, args) if args.tokenizer else []
+    problems += differences
     if args.json:
-        print(
-            json.dumps(
-                {"store": str(store.path), **found, "problems": wrong + again}, indent=1, sort_keys=True
-            )
-        )
+        report = {"store": str(store.path), **summary, "problems": problems}
+        print(json.dumps(report, indent=1, sort_keys=True))
+    elif problems:
+        print("\n".join([*differences, f"{len(problems)} problem{'s' * (len(problems) > 1)}"]))
     else:
-        done = "all checksums, records and counts are right" if args.verify else "not verified"
-        encoded = f"; {args.sample} scenes encoded again" if args.source else ""
-        for problem in again:
-            print(problem)
-        bad = len(wrong) + len(again)
-        print(f"{bad} problem{'s' * (bad > 1)}" if bad else done + encoded)
-    if wrong or again:
-        sys.exit(errors.EXIT_ERROR)
+        verified = "all checksums, records and counts are right" if args.verify else "not verified"
+        print(verified + (f"; {args.sample} scenes re-encoded" if args.source else ""))
+    return errors.EXIT_ERROR if problems else errors.EXIT_DONE
 
 
 def _open(path: str, stage_to: str) -> Store:
-    """The store; ends the command with exit code 1 where its manifest is there and can't be read."""
+    """Opens a store; exits with 1, as for any other damage, if its manifest exists and is unreadable."""
     try:
         return Store(path, stage_to)
     except (UserError, KeyError, TypeError, ValueError) as error:
@@ -308,7 +259,7 @@ def _open(path: str, stage_to: str) -> Store:
 def _with_tokenizer(store: Store, args: cli.Args) -> list[str]:
     tokenizer = Tokenizer.load(args.tokenizer, store.manifest.get("dtype"))
     if tokenizer.identity()["hash"] != store.manifest["tokenizer"]["hash"]:
-        raise UserError(f"--tokenizer: {args.tokenizer} is not what made the codes of {store.path}")
+        raise UserError(f"--tokenizer: {args.tokenizer} did not make the codes of {store.path}")
     if args.sheet:
         write_sheet(store, tokenizer, args.sample, pathlib.Path(args.sheet))
     return reencode(store, args.source, tokenizer, args.sample) if args.source else []
@@ -317,14 +268,14 @@ def _with_tokenizer(store: Store, args: cli.Args) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__, positionals=("store",))
-    flags.string("store", None, "the store; the first argument", required=True)
+    flags.string("store", None, "store folder; also as the first argument", required=True)
     flags.boolean("json", False, "print JSON")
-    flags.boolean("verify", True, "read all of the store; --noverify reads its manifest alone")
-    flags.string("source", "", "what was encoded: some scenes are encoded again")
-    flags.string("tokenizer", "", "the tokenizer's folder, for --source and --sheet")
-    flags.integer("sample", 8, "how many scenes are encoded again, and drawn")
-    flags.string("sheet", "", "a PNG file for decoded scenes")
-    flags.string("stage_to", "", "a local folder that shards are copied to first")
+    flags.boolean("verify", True, "verify all files; --noverify reads only the manifest")
+    flags.string("source", "", "source of the store: re-encode a sample of scenes")
+    flags.string("tokenizer", "", "tokenizer folder, for --source and --sheet")
+    flags.integer("sample", 8, "number of scenes to re-encode and to decode")
+    flags.string("sheet", "", "PNG file for a contact sheet of decoded scenes")
+    flags.string("stage_to", "", "local folder to copy shards to before reading")
     return flags.run(_run, argv)
 
 

@@ -1,4 +1,4 @@
-"""A whole store passes; a changed byte anywhere is found, and records are named as training names them."""
+"""Verification of stores: an intact one passes, any changed byte is reported, in the words of training's errors."""
 
 import json
 import pathlib
@@ -30,22 +30,22 @@ SHAPES = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(1, 0)] * 5 + [(2, 2), (1, 0)]
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """The path of a store as the command writes it, header and all."""
+def intact(tmp_path_factory):
+    """The path of a store as tokenizer.encode writes it, header included."""
     from tests.lvm.conftest import NUM_CODES, header, make_scenes
 
-    folder = tmp_path_factory.mktemp("stores") / "whole"
+    folder = tmp_path_factory.mktemp("stores") / "intact"
     scenes = make_scenes(SHAPES)
     writer.begin_store(folder, header(), 2)
-    for shard, part in enumerate((scenes[:60], scenes[60:])):
-        writer.write_shard(folder, shard, 2, part, NUM_CODES)
+    for shard, shard_scenes in enumerate((scenes[:60], scenes[60:])):
+        writer.write_shard(folder, shard, 2, shard_scenes, NUM_CODES)
     assert writer.finish_store(folder) == []
     return folder
 
 
 @pytest.fixture
-def copy(whole, tmp_path):
-    return pathlib.Path(shutil.copytree(whole, tmp_path / "copy"))
+def copy(intact, tmp_path):
+    return pathlib.Path(shutil.copytree(intact, tmp_path / "copy"))
 
 
 def flip(file, at):
@@ -58,13 +58,13 @@ def problems(folder):
     return list(inspect.find_problems(Store(folder)))
 
 
-def test_a_whole_store_has_no_problem(whole):
-    assert problems(whole) == []
+def test_intact_store_has_no_problem(intact):
+    assert problems(intact) == []
 
 
 @given(st.data())
-def test_a_changed_byte_is_found_wherever_it_is(whole, tmp_path_factory, data):
-    folder = pathlib.Path(shutil.copytree(whole, tmp_path_factory.mktemp("flip") / "store"))
+def test_any_changed_byte_is_reported(intact, tmp_path_factory, data):
+    folder = pathlib.Path(shutil.copytree(intact, tmp_path_factory.mktemp("flip") / "store"))
     names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
     file = folder / data.draw(st.sampled_from(names))
     flip(file, data.draw(st.integers(0, file.stat().st_size - 1)))
@@ -72,81 +72,78 @@ def test_a_changed_byte_is_found_wherever_it_is(whole, tmp_path_factory, data):
     shutil.rmtree(folder)
 
 
-def test_a_damaged_record_is_named_in_the_words_that_training_uses(copy):
+def test_damaged_record_is_reported_as_reading_reports_it(copy):
     file, store = copy / "shard-00000-of-00002.array_record", Store(copy)
     codes = store.scene(7).codes.tobytes()
     flip(file, file.read_bytes().index(codes))
-    found = problems(copy)
-    with pytest.raises(DamagedError) as refused:
+    reported = problems(copy)
+    with pytest.raises(DamagedError) as error:
         Store(copy).scene(7)
-    assert found[0] == str(refused.value)
-    assert found[0].startswith(f"{file}, record 0: ")
-    assert found[1:] == [f"{file}: damaged: checksum differs from the manifest's"]
+    assert reported[0] == str(error.value)
+    assert reported[0].startswith(f"{file}, record 0: ")
+    assert reported[1:] == [f"{file}: damaged: checksum differs from the manifest's"]
 
 
-def test_a_changed_index_is_refused_as_it_is_named(copy):
+def test_damaged_index_is_reported_as_reading_reports_it(copy):
     file = copy / "shard-00001-of-00002.index"
-    flip(file, 4)  # frames of the first
-    with pytest.raises(UserError) as refused:
+    flip(file, 4)  # frames of the first scene
+    with pytest.raises(UserError) as error:
         Store(copy).entries(np.array([60]))
-    assert (
-        problems(copy) == [str(refused.value)] == [f"{file}: damaged: checksum differs from the manifest's"]
-    )
+    assert problems(copy) == [str(error.value)] == [f"{file}: damaged: checksum differs from the manifest's"]
 
 
-def test_a_changed_copy_of_an_index_is_named(copy, tmp_path):
+def test_damaged_staged_index_is_reported(copy, tmp_path):
     staged = Store(copy, stage_to=str(tmp_path / "staged"))
     staged.entries(np.arange(len(staged)))
     (file,) = (tmp_path / "staged").rglob("shard-00001-of-00002.index")
     flip(file, 4)
-    found = list(inspect.find_problems(Store(copy, stage_to=str(tmp_path / "staged"))))
-    assert found == [f"{file}: damaged: checksum differs from the manifest's"]
+    reported = list(inspect.find_problems(Store(copy, stage_to=str(tmp_path / "staged"))))
+    assert reported == [f"{file}: damaged: checksum differs from the manifest's"]
 
 
-def test_an_index_that_told_of_another_scene_from_the_start_is_named_with_its_record(copy):
+def test_index_of_other_scenes_is_reported_with_its_record(copy):
     name = "shard-00001-of-00002"
-    flip(copy / f"{name}.index", 4)  # frames of the first
+    flip(copy / f"{name}.index", 4)  # frames of the first scene
     entry = files.read_json(copy / f"{name}.json")
     entry["files"][f"{name}.index"]["sha256"] = files.sha256(copy / f"{name}.index")
     files.write_json(copy / f"{name}.json", entry)
     writer.finish_store(copy)
-    found = problems(copy)
-    with pytest.raises(DamagedError) as refused:
+    reported = problems(copy)
+    with pytest.raises(DamagedError) as error:
         Store(copy).scene(60)
-    assert found[0] == str(refused.value)
-    assert "record 0: the shard's index is damaged" in found[0]
+    assert reported[0] == str(error.value)
+    assert "record 0: the shard's index is damaged" in reported[0]
 
 
-def test_a_shard_whose_records_can_not_be_found_is_named_once(copy):
+def test_unreadable_shard_is_reported_once(copy):
     file = copy / "shard-00000-of-00002.array_record"
     for at in range(file.stat().st_size - 65536, file.stat().st_size - 65536 + 64):
         flip(file, at)
-    found = [problem for problem in problems(copy) if "checksum" not in problem]
-    with pytest.raises(DamagedError) as refused:
+    reported = [problem for problem in problems(copy) if "checksum" not in problem]
+    with pytest.raises(DamagedError) as error:
         Store(copy).scene(0)
-    assert found == [str(refused.value)]
+    assert reported == [str(error.value)]
 
 
-def test_missing_and_cut_off_files_are_named(copy):
+def test_missing_and_truncated_files_are_reported(copy):
     (copy / "shard-00000-of-00002.index").unlink()
     file = copy / "shard-00001-of-00002.array_record"
     file.write_bytes(file.read_bytes()[:-100])
-    found = "\n".join(problems(copy))
-    assert "shard-00000-of-00002.index: is missing, the manifest says" in found
-    assert f"{file}: has {file.stat().st_size} bytes, the manifest says" in found
+    reported = "\n".join(problems(copy))
+    assert "shard-00000-of-00002.index: is missing, the manifest says" in reported
+    assert f"{file}: has {file.stat().st_size} bytes, the manifest says" in reported
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("scenes", 3), ("histogram", [1]), ("images_by_stream", {}), ("classes", ["cow"])]
 )
-def test_a_manifest_that_says_something_else_is_named(copy, key, value):
+def test_manifest_unlike_the_shard_entries_is_reported(copy, key, value):
     manifest = files.read_json(copy / "manifest.json")
     files.write_json(copy / "manifest.json", manifest | {key: value})
-    assert any(f"{key} is not that of header.json" in problem for problem in problems(copy))
+    assert any(f"{key} differs from header.json" in problem for problem in problems(copy))
 
 
-def test_counts_that_were_wrong_from_the_start_are_found(tmp_path, new_scenes, manifest_header):
-    """Entries that agree with the manifest, and with nothing else."""
+def test_wrong_counts_in_a_consistent_store_are_reported(tmp_path, new_scenes, manifest_header):
     writer.begin_store(tmp_path, manifest_header(), 1)
     scenes = new_scenes([(1, 0)] * 5)
     writer.write_shard(tmp_path, 0, 1, [*scenes, scenes[0]], 16)
@@ -154,15 +151,18 @@ def test_counts_that_were_wrong_from_the_start_are_found(tmp_path, new_scenes, m
     entry |= {"scenes": 7, "histogram": [1] * 16, "images_by_stream_set": {"1": 14}}
     files.write_json(tmp_path / "shard-00000-of-00001.json", entry)
     writer.finish_store(tmp_path)
-    found = problems(tmp_path)
-    assert any("holds 6 scenes and 6 images, the manifest says 7 and 6" in problem for problem in found)
-    assert any("1 keys are there twice" in problem for problem in found)
-    assert any("the histogram is not that of the codes" in problem for problem in found)
-    assert any("{'rgb': 6} images are there, it says {'rgb': 7, 'segmentation': 7}" in p for p in found)
+    reported = problems(tmp_path)
+    name = tmp_path / "shard-00000-of-00001"
+    assert reported == [
+        f"{name}: 1 duplicate keys",
+        f"{name}: histogram differs from that of the codes",
+        f"{name}: the entry says scenes 7, the shard has 6",
+        f"{name}: the entry says images_by_stream_set {{'1': 14}}, the shard has {{'0': 6}}",
+    ]
 
 
 @pytest.mark.parametrize("packing", ["concat", "whole"])
-def test_training_refuses_a_damaged_record_or_skips_it_and_counts(copy, packing, caplog):
+def test_training_rejects_or_skips_damaged_records(copy, packing, caplog):
     file, store = copy / "shard-00000-of-00002.array_record", Store(copy)
     vocabulary = Vocabulary.for_codes(16)
 
@@ -175,7 +175,7 @@ def test_training_refuses_a_damaged_record_or_skips_it_and_counts(copy, packing,
         return Rows(Mixture(config, 0), vocabulary, 40, 4)
 
     before = [rows(False).batch(step) for step in range(4)]
-    # Of a page of half of the single images, four blocks of four.
+    # Damages four blocks of a page.
     for codes in [store.scene(damaged).codes.tobytes() for damaged in (0, 9, 20, 30)]:
         flip(file, file.read_bytes().index(codes))
     with pytest.raises(DamagedError, match=rf"{file}, record 0: "):
@@ -200,7 +200,7 @@ def test_training_refuses_a_damaged_record_or_skips_it_and_counts(copy, packing,
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
-    """A folder of a tokenizer, the config of a source, and a store of the one's codes of the other."""
+    """A folder with a tokenizer, the config of a source, and a store of the source encoded by the tokenizer."""
     folder = tmp_path_factory.mktemp("encoded")
     network = small("maskgit", resolution=32, channel_multipliers=(1, 2))
     weights.write(folder / "tokenizer", random_weights(network), "orbax")
@@ -213,30 +213,30 @@ def encoded(tmp_path_factory):
     return folder
 
 
-def test_the_command_prints_verifies_and_draws(encoded, tmp_path, copy):
+def test_command_prints_verifies_and_writes_a_sheet(encoded, tmp_path, copy):
     store = encoded / "store"
     options = [f"--tokenizer={encoded / 'tokenizer'}", f"--source={encoded / 'scenes.py'}", "--sample=3"]
     output = run("lvm.inspect", store, *options, f"--sheet={tmp_path / 'a.png'}")
     assert "10 scenes, 80 images: depth 20, edges 20, rgb 20, segmentation 20" in output
-    assert output.endswith("all checksums, records and counts are right; 3 scenes encoded again\n")
+    assert output.endswith("all checksums, records and counts are right; 3 scenes re-encoded\n")
     assert (tmp_path / "a.png").stat().st_size > 1000
     file = copy / "shard-00000-of-00002.array_record"
     flip(file, file.read_bytes().index(Store(copy).scene(0).codes.tobytes()))
-    found = json.loads(run("lvm.inspect", copy, "--json", code=1))
-    assert found["problems"][0].startswith(f"{file}, record 0: ")
-    assert (found["scenes"], found["codes_used"], found["num_shards"]) == (79, 16, 2)
+    report = json.loads(run("lvm.inspect", copy, "--json", code=1))
+    assert report["problems"][0].startswith(f"{file}, record 0: ")
+    assert (report["scenes"], report["codes_used"], report["num_shards"]) == (79, 16, 2)
 
 
-def test_what_is_asked_for_wrongly_is_refused(whole, tmp_path):
+def test_command_rejects_bad_flags(intact, tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     run("lvm.inspect", tmp_path, code=1)
-    output = run("lvm.inspect", whole, "--sheet=x.png", code=2)
-    assert "--source and --sheet need --tokenizer" in output
-    output = run("lvm.inspect", whole, "--sheet=x.txt", "--tokenizer=nowhere", code=2)
-    assert "--sheet: x.txt is not a name of a picture; wanted one that ends in .png" in output
+    output = run("lvm.inspect", intact, "--sheet=x.png", code=2)
+    assert "--tokenizer" in output
+    output = run("lvm.inspect", intact, "--sheet=x.txt", "--tokenizer=nowhere", code=2)
+    assert "--sheet=x.txt" in output
 
 
-def test_codes_that_are_not_those_of_the_source_are_found(encoded, monkeypatch):
+def test_reencode_reports_differing_codes(encoded, monkeypatch):
     store, tokenizer, source = (
         Store(encoded / "store"),
         Tokenizer.load(encoded / "tokenizer"),
@@ -244,8 +244,8 @@ def test_codes_that_are_not_those_of_the_source_are_found(encoded, monkeypatch):
     )
     assert inspect.reencode(store, str(source), tokenizer, 2) == []
     monkeypatch.setattr(tokenizer, "encode", lambda images, size: np.full((len(images), 256), 5))
-    found = inspect.reencode(store, str(source), tokenizer, 2)
-    assert len(found) == 2
-    assert "generated-0-000000: encoded again, " in found[0]
+    reported = inspect.reencode(store, str(source), tokenizer, 2)
+    assert len(reported) == 2
+    assert "generated-0-000000: re-encoded, " in reported[0]
     with pytest.raises(UserError, match="is not the source of"):
         inspect.reencode(store, "configs/demo_scenes.py", tokenizer, 2)

@@ -187,7 +187,7 @@ def test_leftovers_of_killed_processes_are_removed_at_the_end(tokenizer, whole, 
 
 def test_another_way_of_encoding_is_refused(tokenizer, tmp_path):
     folder = encode(tokenizer, tmp_path / "store")
-    with pytest.raises(UserError, match=r"made otherwise \(changed: batch_size: 2 → 3, num_shards: 4 → 5\)"):
+    with pytest.raises(UserError, match=r"\(changed: batch_size: 2 → 3, num_shards: 4 → 5\)"):
         encode(tokenizer, folder, num_shards=5, batch_size=3)
     with pytest.raises(UserError, match=r"changed: source"):
         encode(tokenizer, folder, source=Scenes(scenes=tuple(SCENES[:-1])))
@@ -258,7 +258,7 @@ def test_a_shard_that_another_process_writes_is_refused(tokenizer, tmp_path):
     with open(folder / ".shard-00000-of-00004.array_record.tmp", "wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(
-            UserError, match="another process is writing this shard; give each its own --shard"
+            UserError, match="another process is writing this shard"
         ):
             encode(tokenizer, folder)
     encode(tokenizer, folder)

@@ -36,16 +36,8 @@ _SHAPE = struct.Struct("<III")
 RECORD_HEADER_SIZE = _HEAD.size + _SHAPE.size
 
 # The index file of a shard: a `SCENE_DTYPE` per scene,
-SCENE_DTYPE = np.dtype(
-    [
-        ("record", "<u4"),
-        ("frames", "<u2"),
-        ("slot", "u1"),
-        ("stream_set", "u1"),
-        ("class_id", "<i4"),
-        ("group", "<u8"),
-    ]
-)
+SCENE_DTYPE = np.dtype("<u4, <u2, u1, u1, <i4, <u8")
+SCENE_DTYPE.names = ("record", "frames", "slot", "stream_set", "class_id", "group")
 # then a `RECORD_DTYPE` per record: offset of its blocks in the shard (`records.read_ranges`) and their number of grids.
 RECORD_DTYPE = np.dtype([("start", "<i8"), ("grids", "<i4")])
 # Both for one scene, and its shard.

@@ -24,17 +24,9 @@ from lvm.common.logging import log_info
 from lvm.data.mixture import split
 
 SUFFIX = ".jsonl"
-# Fields as in `format.SCENE_DTYPE`, and the byte range of the line.
-_LINE_DTYPE = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("size", "<u4"),
-        ("frames", "<u2"),
-        ("stream_set", "u1"),
-        ("class_id", "<i4"),
-        ("group", "<u8"),
-    ]
-)
+# Byte range of the line, then fields of `format.SCENE_DTYPE`.
+_LINE_DTYPE = np.dtype("<u8, <u4, <u2, u1, <i4, <u8")
+_LINE_DTYPE.names = ("offset", "size", "frames", "stream_set", "class_id", "group")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,18 +85,15 @@ def write_shard(
         temporary = {f"{name}{RECORDS_SUFFIX}": records, f"{name}{INDEX_SUFFIX}": index}
         for path in temporary.values():
             stack.callback(path.unlink, missing_ok=True)
+        statistics = ShardStatistics(num_codes)
         with files.clear_disk_errors(records):
-            written = _write_records(records, scenes, num_codes)
-        scene_index = np.array(written.entries, SCENE_DTYPE).tobytes()
-        index.write_bytes(scene_index + _locate_blocks(records, written).tobytes())
+            scene_index, record_index = _write_records(records, scenes, statistics)
+        index.write_bytes(scene_index.tobytes() + record_index.tobytes())
         entry = {
             "name": name,
-            "scenes": len(written.entries),
-            "records": len(written.records),
-            "images": int(sum(written.images.values())),
-            "images_by_stream_set": {str(i): count for i, count in sorted(written.images.items())},
-            "group_hashes": _extremes([entry[-1] for entry in written.entries] + skipped.groups),
-            "histogram": written.histogram.tolist(),
+            **statistics.to_json(),
+            "records": len(record_index),
+            "group_hashes": _extremes(scene_index["group"].tolist() + skipped.groups),
             "failures": skipped.failures,
             "versions": dict(versions or {}),
             "files": {
@@ -123,40 +120,51 @@ def _lock_shard(path: epath.Path) -> IO[str]:
     return lock
 
 
-@dataclasses.dataclass
-class _Written:
-    """Statistics of a shard's records.
+class ShardStatistics:
+    """Counts of a shard's records for its entry."""
 
-    Attributes:
-      histogram: int64 [num_codes].
-      entries: of the scene index.
-      images: by stream set.
-      records: header bytes, size in bytes and number of grids of each.
-    """
+    def __init__(self, num_codes: int):
+        self._num_scenes = 0
+        self._images: Counter[int] = Counter()  # by stream set
+        self._histogram = np.zeros(num_codes, np.int64)
 
-    histogram: np.ndarray
-    entries: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
-    images: Counter[int] = dataclasses.field(default_factory=Counter)
-    records: list[tuple[bytes, int, int]] = dataclasses.field(default_factory=list)
-    codes_per_image: int = 0
+    def add(self, record: int, scenes: Sequence[Scene], groups: Sequence[int]) -> list[tuple[int, ...]]:
+        """Counts the scenes of a record and returns their `SCENE_DTYPE` fields; `groups` are hashes."""
+        T, S, _ = scenes[0].codes.shape
+        self._num_scenes += len(scenes)
+        self._images[scenes[0].stream_set] += len(scenes) * T * S
+        codes = np.concatenate([scene.codes.ravel() for scene in scenes])
+        self._histogram += np.bincount(codes, minlength=len(self._histogram))
+        return [
+            (record, T, slot, scene.stream_set, scene.class_id, group)
+            for slot, (scene, group) in enumerate(zip(scenes, groups, strict=True))
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "scenes": self._num_scenes,
+            "images": int(sum(self._images.values())),
+            "images_by_stream_set": {str(i): count for i, count in sorted(self._images.items())},
+            "histogram": self._histogram.tolist(),
+        }
 
 
-def _write_records(path: epath.Path, scenes: Iterable[GroupedScene], num_codes: int) -> _Written:
+def _write_records(
+    path: epath.Path, scenes: Iterable[GroupedScene], statistics: ShardStatistics
+) -> tuple[np.ndarray, np.ndarray]:
+    """Writes and counts a shard's records; returns `SCENE_DTYPE` of its scenes and `RECORD_DTYPE` of its records."""
     pages: dict[int, list[GroupedScene]] = {}  # stream set → single-image scenes of its unfinished page
-    written = _Written(np.zeros(num_codes, np.int64))
+    index: list[tuple[int, ...]] = []
+    records: list[tuple[bytes, int, int, int]] = []
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), _OPTIONS)
 
     def write(page: Sequence[GroupedScene]) -> None:
-        record = format.pack([item.scene for item in page])
+        scenes, groups = [item.scene for item in page], [split.group_hash(item.group) for item in page]
+        record = format.pack(scenes)
         writer.write(record)
-        T, S, written.codes_per_image = page[0].scene.codes.shape
-        for slot, item in enumerate(page):
-            scene, group = item.scene, split.group_hash(item.group)
-            written.entries.append((len(written.records), T, slot, scene.stream_set, scene.class_id, group))
-            written.images[scene.stream_set] += T * S
-        codes = np.concatenate([item.scene.codes.ravel() for item in page])
-        written.histogram += np.bincount(codes, minlength=num_codes)
-        written.records.append((record[: format.RECORD_HEADER_SIZE], len(record), len(page) * T * S))
+        index.extend(statistics.add(len(records), scenes, groups))
+        T, S, N = scenes[0].codes.shape
+        records.append((record[: format.RECORD_HEADER_SIZE], len(record), len(page) * T * S, N))
 
     for item in scenes:
         frames, streams, _ = item.scene.codes.shape
@@ -170,23 +178,27 @@ def _write_records(path: epath.Path, scenes: Iterable[GroupedScene], num_codes: 
     for stream_set in sorted(pages):
         write(pages[stream_set])
     writer.close()
-    return written
+    return np.array(index, SCENE_DTYPE), _locate_blocks(path, records)
 
 
-def _locate_blocks(path: epath.Path, written: _Written) -> np.ndarray:
-    """Reads all records back, checks them, and returns where their blocks begin: `RECORD_DTYPE` [records].
+def _locate_blocks(path: epath.Path, records: Sequence[tuple[bytes, int, int, int]]) -> np.ndarray:
+    """Reads all records back, checks them, and returns where their blocks begin.
+
+    Args:
+      path: the file.
+      records: header, bytes, grids and codes per image of each record written to it.
 
     Raises:
       UserError: a record is not in the file as written.
     """
-    located, end = np.zeros(len(written.records), RECORD_DTYPE), 0
+    located, end = np.zeros(len(records), RECORD_DTYPE), 0
     with open(path, "rb") as file:
-        for i, (header, size, num_grids) in enumerate(written.records):
+        for i, (header, size, num_grids, codes_per_image) in enumerate(records):
             gap = _read(file, end, _MAX_RECORD_GAP).find(header)
-            blocks_size = format.blocks_size(num_grids, written.codes_per_image)
+            blocks_size = format.blocks_size(num_grids, codes_per_image)
             start, end = end + gap + size - blocks_size, end + gap + size
             blocks = _read(file, start, blocks_size)
-            if gap < 0 or format.unpack_blocks(blocks, num_grids, written.codes_per_image) is None:
+            if gap < 0 or format.unpack_blocks(blocks, num_grids, codes_per_image) is None:
                 raise UserError(
                     f"{path}: record {i} is not there as it was written: a disk fault, or a version of array_record "
                     "with another file layout"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from lvm.common.errors import UserError
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What every stream codec does. `parse` also reads images that are not exact, as a model's are."""
 

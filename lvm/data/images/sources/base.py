@@ -114,6 +114,7 @@ class ImageSource(Listing, Protocol):
         """
 
 
+@runtime_checkable
 class CodeSource(Listing, Protocol):
     """Scenes of ready codes, which no tokenizer encodes.
 

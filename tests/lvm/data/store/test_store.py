@@ -194,8 +194,8 @@ def large(tmp_path_factory):
         GroupedScene(Scene(f"scene {i}", i, 1 if x.shape[1] == 2 else 0, x), str(i))
         for i, x in enumerate(codes)
     ]
-    for shard, part in enumerate((scenes[:150], scenes[150:])):
-        writer.write_shard(folder, shard, 2, part, 8192)
+    for shard, shard_scenes in enumerate((scenes[:150], scenes[150:])):
+        writer.write_shard(folder, shard, 2, shard_scenes, 8192)
     header = {
         "tokenizer": {"weights": "", "hash": "", "grid": [16, 16], "num_codes": 8192},
         "streams": {"rgb": Image().to_json(), "depth": Image().to_json()},
