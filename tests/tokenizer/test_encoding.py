@@ -257,9 +257,7 @@ def test_a_shard_that_another_process_writes_is_refused(tokenizer, tmp_path):
     folder = encode(tokenizer, tmp_path / "store", [(1, 2)])
     with open(folder / ".shard-00000-of-00004.array_record.tmp", "wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(
-            UserError, match="another process is writing this shard"
-        ):
+        with pytest.raises(UserError, match="another process is writing this shard"):
             encode(tokenizer, folder)
     encode(tokenizer, folder)
 
