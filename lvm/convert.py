@@ -32,24 +32,23 @@ def convert(
     tokenizer: str = "",
     max_shard_bytes: int = models.MAX_SHARD_BYTES,
 ) -> LazyCheckpoint:
-    """Reads a model and writes it into a new folder; returns what was written.
+    """Converts a checkpoint into a new folder; returns what was written.
 
     Args:
-      src, dst: folders.
+      src: a model folder of any format.
+      dst: the new folder.
       format: of `dst`, one of `lvm.interop.models.FORMATS`.
-      step: of a workdir's checkpoints; the newest by default.
+      step: a step of the workdir `src`; the newest by default.
       dtype: one of `DTYPES`; as stored by default.
-      vocabulary_size: ids that the model has afterwards (`resize_vocabulary`); as many by default.
-      tokenizer: a tokenizer's folder, written beside the weights of "hf".
-      max_shard_bytes: bytes of a file of weights of "hf".
+      vocabulary_size: see `resize_vocabulary`; unchanged by default.
+      tokenizer: folder of a tokenizer to include; "hf" only.
+      max_shard_bytes: size of a weights file; "hf" only.
 
     Raises:
-      UserError: see `lvm.interop.models`; or a tokenizer that isn't the model's, or has no layout of diffusers.
+      UserError: see `lvm.interop.models`; or the tokenizer isn't the model's, or diffusers has no such network.
     """
     if tokenizer and format != "hf":
-        raise UserError(
-            f"--tokenizer: {tokenizer}: goes beside the weights of --to=hf alone, not of {format}"
-        )
+        raise UserError(f"--tokenizer={tokenizer} is only supported with --to=hf, not --to={format}")
     checkpoint = models.read(src, step)
     if vocabulary_size is not None:
         checkpoint = resize_vocabulary(checkpoint, vocabulary_size)
@@ -58,61 +57,54 @@ def convert(
 
     def finalize(folder: pathlib.Path) -> None:
         if format == "hf":
-            _describe(folder, checkpoint, tokenizer)
+            _write_card(folder, checkpoint, tokenizer)
 
     models.write(dst, checkpoint, format, max_shard_bytes, finalize)
     return checkpoint
 
 
-def _describe(folder: pathlib.Path, checkpoint: LazyCheckpoint, tokenizer: str) -> None:
-    """Writes the model card; the tokenizer and the example too, where one is given."""
+def _write_card(folder: pathlib.Path, checkpoint: LazyCheckpoint, tokenizer: str) -> None:
+    """Writes the model card, and the tokenizer with an example script if one is given."""
     identity: Mapping[str, Any] | None = checkpoint.record["tokenizer"]
     if tokenizer:
-        found = weights.read(tokenizer)
-        identity = Tokenizer(found.config, found.preprocess, found.params).identity()
+        loaded = weights.read(tokenizer)
+        identity = Tokenizer(loaded.config, loaded.preprocess, loaded.params).identity()
         models.check_tokenizer(checkpoint.record["tokenizer"], checkpoint.vocabulary, identity, tokenizer)
         try:
-            weights.write(folder / card.TOKENIZER, found, "diffusers")
+            weights.write(folder / card.TOKENIZER, loaded, "diffusers")
         except UserError as error:
-            raise UserError(f"--tokenizer: {tokenizer}: {error}") from None
-        files.write_atomically(folder / card.EXAMPLE, card.example_script(found.preprocess).encode())
+            raise UserError(f"--tokenizer={tokenizer}: {error}") from None
+        files.write_atomically(folder / card.EXAMPLE, card.example_script(loaded.preprocess).encode())
     else:
         log_info(
-            f"no {card.TOKENIZER}/ and no {card.EXAMPLE}: --tokenizer=FOLDER puts a published kind there"
+            f"no {card.TOKENIZER}/ and {card.EXAMPLE} are written; use --tokenizer=FOLDER to include them"
         )
-    readme = card.model_card(checkpoint, identity, bool(tokenizer))
-    files.write_atomically(folder / card.README, readme.encode())
+    text = card.model_card(checkpoint, identity, bool(tokenizer))
+    files.write_atomically(folder / card.README, text.encode())
 
 
-def check(first: str, second: str, rows: int, tolerance: float) -> bool:
-    """Prints how two checkpoints differ; returns whether their logits agree."""
-    found = compare(models.read(first), models.read(second), rows)
-    print(f"{first} and {second} on {rows} rows of {len(found.max_abs_diff)} random codes, in float32")
-    for line in found.report():
+def check(first: str, second: str, num_rows: int, tolerance: float) -> bool:
+    """Prints a comparison of two checkpoints; returns whether their logits agree within `tolerance`."""
+    comparison = compare(models.read(first), models.read(second), num_rows)
+    context = len(comparison.max_abs_diff)
+    print(f"{first} and {second} on {num_rows} rows of {context} random codes, in float32")
+    for line in comparison.report():
         print(line)
-    return bool(found.max_abs_diff.max() <= tolerance)
+    return bool(comparison.max_abs_diff.max() <= tolerance)
 
 
 def _run(args: cli.Args) -> int:
     if args.check:
-        if not check(args.src, args.dst, args.rows, args.tolerance):
-            return EXIT_ERROR
-        return EXIT_DONE
+        return EXIT_DONE if check(args.src, args.dst, args.rows, args.tolerance) else EXIT_ERROR
     if args.to is None:
-        raise UserError(f"--to: missing; one of {', '.join(models.FORMATS)}")
+        raise UserError(f"--to is missing; use one of {', '.join(models.FORMATS)}")
     if args.max_shard_gigabytes <= 0:
-        raise UserError(f"--max_shard_gigabytes: {args.max_shard_gigabytes} is not positive")
+        raise UserError(f"--max_shard_gigabytes={args.max_shard_gigabytes} must be positive")
+    max_shard_bytes = int(args.max_shard_gigabytes * 10**9)
     written = convert(
-        args.src,
-        args.dst,
-        args.to,
-        args.step,
-        args.dtype,
-        args.vocabulary,
-        args.tokenizer,
-        int(args.max_shard_gigabytes * 10**9),
+        args.src, args.dst, args.to, args.step, args.dtype, args.vocabulary, args.tokenizer, max_shard_bytes
     )
-    count = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in written.tensors.values())
+    count = sum(tensor.size for tensor in written.tensors.values())
     vocabulary = written.vocabulary
     log_info(
         f"{args.dst}: {count:,} parameters in {written.dtype}, {vocabulary.num_codes} codes of "
@@ -124,17 +116,17 @@ def _run(args: cli.Args) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__, positionals=("src", "dst"))
-    flags.string("src", None, "a model's folder, or a stream; the first argument", required=True)
-    flags.string("dst", None, "the folder to write; the second argument", required=True)
-    flags.enum("to", None, models.FORMATS, "what is written")
-    flags.integer("step", None, "of a workdir's checkpoints; the newest by default")
-    flags.enum("dtype", None, list(DTYPES), "what weights are stored in; as they are by default")
-    flags.integer("vocabulary", None, "ids that the model has afterwards, such as 8448 or 8292")
-    flags.string("tokenizer", "", "a tokenizer's folder, to put beside --to=hf")
-    flags.float("max_shard_gigabytes", models.MAX_SHARD_BYTES / 1e9, "a file of weights of --to=hf")
-    flags.boolean("check", False, "compare two checkpoints instead; exit code 1 where they differ")
-    flags.integer("rows", 2, "random rows that --check runs", lower_bound=1)
-    flags.float("tolerance", 1e-4, "largest difference of a logit that --check passes")
+    flags.string("src", None, "model folder or stream; the first argument", required=True)
+    flags.string("dst", None, "folder to write; the second argument", required=True)
+    flags.enum("to", None, models.FORMATS, "format to write")
+    flags.integer("step", None, "step of a workdir; the newest by default")
+    flags.enum("dtype", None, list(DTYPES), "dtype of the weights; as stored by default")
+    flags.integer("vocabulary", None, "resize the vocabulary to this many ids, e.g. 8448")
+    flags.string("tokenizer", "", "tokenizer folder to include with --to=hf")
+    flags.float("max_shard_gigabytes", models.MAX_SHARD_BYTES / 1e9, "size of a weights file of --to=hf")
+    flags.boolean("check", False, "compare two checkpoints; exit code 1 if they differ")
+    flags.integer("rows", 2, "random rows of --check", lower_bound=1)
+    flags.float("tolerance", 1e-4, "largest logit difference that --check accepts")
     return flags.run(_run, argv)
 
 

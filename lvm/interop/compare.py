@@ -1,123 +1,116 @@
-"""Two checkpoints of one model, compared by what they say of the same rows, a layer at a time."""
+"""Comparison of two checkpoints of one model by their activations and logits, one layer at a time."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from lvm.common.errors import UserError
 from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.model.nnx_utils import Params, abstract_module, merge
 from lvm.model.transformer import Layer, ModelConfig, RMSNorm, RopeCosSin, rope_cos_sin
 
-_AT_ONCE = 256  # positions whose logits are in memory together
-_SHOWN = (0, 1, 10, 100, 1000)  # positions of the report, and the last one
+_CHUNK = 256  # positions whose logits are in memory at once
+_REPORTED = (0, 1, 10, 100, 1000)  # positions in the report, beside the last
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What differs, in float32.
+    """Differences of two models, computed in float32.
 
     Attributes:
-      max_abs_diff: float32 [T], the largest difference of a code's logit at each position.
+      max_abs_diff: the largest absolute difference of a code's logit at each position.
       logit_std: the standard deviation of the first model's logits.
-      kl: float32 [T], the mean of KL(first ‖ second) over the codes at each position, in nats.
-      first_difference: the first part whose output isn't the same bits, "embedding", "layer 3" …; None if none is.
-      relative_difference: by how much it differs there, as a share of the output's root mean square.
+      kl: the mean KL(first ‖ second) over the codes at each position, in nats.
+      first_difference: the first module whose output isn't bit-identical, "embedding", "layer 3", …; None if all are.
+      relative_difference: its largest difference, divided by the root mean square of the output.
     """
 
-    max_abs_diff: np.ndarray
+    max_abs_diff: Float[np.ndarray, " T"]
     logit_std: float
-    kl: np.ndarray
+    kl: Float[np.ndarray, " T"]
     first_difference: str | None
     relative_difference: float
 
     def report(self) -> Iterator[str]:
-        """The report."""
-        worst = int(self.max_abs_diff.argmax())
+        """Yields the lines of a report."""
+        worst, last = int(self.max_abs_diff.argmax()), len(self.max_abs_diff) - 1
         yield (
-            f"largest difference of a logit: {self.max_abs_diff[worst]:.3g}, at position {worst}; logits spread over "
-            f"{self.logit_std:.3g}"
+            f"max logit difference: {self.max_abs_diff[worst]:.3g} at position {worst} "
+            f"(standard deviation of logits: {self.logit_std:.3g})"
         )
-        yield f"KL: {self.kl.mean():.3g} nats a code, {self.kl.max():.3g} at the worst position"
-        last = len(self.max_abs_diff) - 1
-        shown = [*(position for position in _SHOWN if position < last), last]
-        yield "by position: " + ", ".join(
-            f"{position}: {self.max_abs_diff[position]:.3g}" for position in shown
-        )
-        yield f"first layer that differs: {self.first_difference or 'none'}" + (
-            f", by {self.relative_difference:.3g} of its output" if self.first_difference else ""
-        )
+        yield f"KL divergence: {self.kl.mean():.3g} nats a code, {self.kl.max():.3g} at the worst position"
+        positions = [*(position for position in _REPORTED if position < last), last]
+        differences = (f"{position}: {self.max_abs_diff[position]:.3g}" for position in positions)
+        yield f"max logit difference by position: {', '.join(differences)}"
+        relative = f" (relative difference {self.relative_difference:.3g})" if self.first_difference else ""
+        yield f"first difference: {self.first_difference or 'none'}{relative}"
 
 
 def compare(first: LazyCheckpoint, second: LazyCheckpoint, num_rows: int = 2, seed: int = 0) -> Comparison:
-    """Runs both models on the same random codes, as many as both contexts hold; logits of codes alone count.
+    """Runs both models on the same random codes, up to the shorter context; only logits of codes are compared.
 
     Args:
-      first, second: of equal hidden size, layers and codes.
-      num_rows: of codes.
-      seed: draws them.
+      first, second: of equal hidden size, number of layers and number of codes.
+      num_rows: batch size.
+      seed: of the random codes.
 
     Raises:
-      UserError: they can't be the same model.
+      UserError: the sizes differ.
     """
-    _check_comparable(first, second)
+    _check_sizes(first, second)
     num_codes, T = first.vocabulary.num_codes, min(first.config.context, second.config.context)
     tokens = np.random.default_rng(seed).integers(0, num_codes, (num_rows, T))
     models = (first, second)
     hidden = [
         jnp.asarray(m.tensors["embedding"].read().astype(np.float32)[tokens]) for m in models
     ]  # [B, T, D]
-    differs, size = _differ("embedding", *hidden)
-    for number in range(first.config.num_layers):
-        hidden = [_layer(model, number, x) for model, x in zip(models, hidden, strict=True)]  # [B, T, D]
-        if differs is None:
-            differs, size = _differ(f"layer {number}", *hidden)
-    hidden = [_normed(model, x) for model, x in zip(models, hidden, strict=True)]  # [B, T, D]
-    if differs is None:
-        differs, size = _differ("the norm after the layers", *hidden)
-    heads = [_head(model)[:, :num_codes] for model in models]  # [D, K]
-    largest, kl, squares = [], [], 0.0
-    for start in range(0, T, _AT_ONCE):
-        parts = [x[:, start : start + _AT_ONCE] for x in hidden]
-        apart, divergence, square = _against(parts[0], heads[0], parts[1], heads[1])
-        largest.append(np.asarray(apart))
-        kl.append(np.asarray(divergence))
-        squares += float(square)
-    apart = np.concatenate(largest)
-    if differs is None and apart.any():
-        differs, size = "the output projection", float(apart.max())
-    return Comparison(apart, (squares / (num_rows * T)) ** 0.5, np.concatenate(kl), differs, size)
-
-
-def _check_comparable(first: LazyCheckpoint, second: LazyCheckpoint) -> None:
-    different = [
-        f"{name}: {getattr(first.config, name)}, there {getattr(second.config, name)}"
-        for name in ("hidden_size", "num_layers")
-        if getattr(first.config, name) != getattr(second.config, name)
+    difference = _difference("embedding", *hidden)
+    for i in range(first.config.num_layers):
+        hidden = [_run_layer(model, i, x) for model, x in zip(models, hidden, strict=True)]  # [B, T, D]
+        difference = difference or _difference(f"layer {i}", *hidden)
+    hidden = [_normalize(model, x) for model, x in zip(models, hidden, strict=True)]  # [B, T, D]
+    difference = difference or _difference("final norm", *hidden)
+    heads = [_load_head(model)[:, :num_codes] for model in models]  # [D, K]
+    chunks = [
+        jax.device_get(_compare_logits(*(x[:, start : start + _CHUNK] for x in hidden), *heads))
+        for start in range(0, T, _CHUNK)
     ]
-    codes = [model.vocabulary.num_codes for model in (first, second)]
-    if codes[0] != codes[1]:
-        different.append(f"num_codes: {codes[0]}, there {codes[1]}")
+    max_abs_diff, kl = (np.concatenate([chunk[i] for chunk in chunks]) for i in range(2))
+    if difference is None and max_abs_diff.any():
+        difference = "output projection", float(max_abs_diff.max())
+    variance = sum(float(chunk[2]) for chunk in chunks) / (num_rows * T)
+    return Comparison(max_abs_diff, variance**0.5, kl, *(difference or (None, 0.0)))
+
+
+def _check_sizes(first: LazyCheckpoint, second: LazyCheckpoint) -> None:
+    sizes = [
+        {
+            "hidden_size": model.config.hidden_size,
+            "num_layers": model.config.num_layers,
+            "num_codes": model.vocabulary.num_codes,
+        }
+        for model in (first, second)
+    ]
+    different = [f"{name}: {n} and {sizes[1][name]}" for name, n in sizes[0].items() if n != sizes[1][name]]
     if different:
-        raise UserError(f"{first.path} and {second.path}: not one model ({'; '.join(different)})")
+        raise UserError(f"{first.path} and {second.path}: not the same model ({'; '.join(different)})")
 
 
-def _layer(model: LazyCheckpoint, number: int, x: jax.Array) -> jax.Array:
-    """x [B, T, D] → [B, T, D]; one layer of the model is in memory."""
+def _run_layer(model: LazyCheckpoint, index: int, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     config = dataclasses.replace(model.config, dtype="float32")
     rope = rope_cos_sin(jnp.arange(x.shape[1])[None], config.head_dim, config.rope_theta)
-    return _program(config)(model.load_layer(number), x, rope)
+    return _layer_function(config)(model.load_layer(index), x, rope)
 
 
 @functools.lru_cache(maxsize=4)
-def _program(config: ModelConfig) -> Any:
+def _layer_function(config: ModelConfig) -> Callable[[Params, jax.Array, RopeCosSin], jax.Array]:
     graphdef, _ = abstract_module(lambda rngs: Layer(config, rngs))
 
     @jax.jit
@@ -128,32 +121,33 @@ def _program(config: ModelConfig) -> Any:
     return run
 
 
-def _normed(model: LazyCheckpoint, x: jax.Array) -> jax.Array:
+def _normalize(model: LazyCheckpoint, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     graphdef, _ = abstract_module(lambda rngs: RMSNorm(model.config.hidden_size, model.config.norm_epsilon))
     scale = jnp.asarray(model.tensors["norm.scale"].read(), jnp.float32)
     return merge(graphdef, {"scale": scale})(x)
 
 
-def _head(model: LazyCheckpoint) -> jax.Array:
-    tied = model.config.tie_embeddings
-    array = model.tensors["embedding" if tied else "head"].read().astype(np.float32)
-    return jnp.asarray(array.T if tied else array)  # [D, V]
+def _load_head(model: LazyCheckpoint) -> Float[Array, "D V"]:
+    is_tied = model.config.tie_embeddings
+    array = model.tensors["embedding" if is_tied else "head"].read().astype(np.float32)
+    return jnp.asarray(array.T if is_tied else array)
 
 
 @jax.jit
-def _against(
-    x: jax.Array, head: jax.Array, y: jax.Array, other: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden [B, T, D] and heads [D, K] → largest difference [T], mean KL [T], sum of the logits' variances []."""
+def _compare_logits(
+    x: Float[Array, "B T D"],
+    y: Float[Array, "B T D"],
+    head_x: Float[Array, "D K"],
+    head_y: Float[Array, "D K"],
+) -> tuple[Float[Array, " T"], Float[Array, " T"], Float[Array, ""]]:
+    """Returns the largest absolute difference, the mean KL divergence, and the sum of the logits' variances."""
     with jax.default_matmul_precision("highest"):
-        a, b = x @ head, y @ other  # [B, T, K]
+        a, b = x @ head_x, y @ head_y  # [B, T, K]
     log_p, log_q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)  # [B, T, K]
     kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)  # [B, T]
     return jnp.abs(a - b).max((0, 2)), jnp.maximum(kl, 0).mean(0), jnp.var(a, -1).sum()
 
 
-def _differ(name: str, x: jax.Array, y: jax.Array) -> tuple[str | None, float]:
+def _difference(name: str, x: jax.Array, y: jax.Array) -> tuple[str, float] | None:
     largest = float(jnp.abs(x - y).max())
-    if largest == 0:
-        return None, 0.0
-    return name, largest / max(float(jnp.sqrt(jnp.mean(x * x))), 1e-30)
+    return (name, largest / max(float(jnp.sqrt(jnp.mean(x * x))), 1e-30)) if largest else None

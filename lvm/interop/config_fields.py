@@ -1,27 +1,34 @@
-"""The config.json beside a Llama's weights, transformers' or EasyLM's, and what we put beside it.
+"""The config.json of transformers' and EasyLM's Llama folders, and our `lvm.json` beside it.
 
-Every field that changes the network is read; one whose value would need another network is an error.
+Every field that changes the network is read; a value that would need another network is an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
 from lvm.common import files
-from lvm.common.config import from_config_dict, to_json
+from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
-from lvm.interop.lazy_checkpoint import NO_RECORD, LazyCheckpoint
+from lvm.interop.layouts import Layout
+from lvm.interop.lazy_checkpoint import NO_RECORD, LazyCheckpoint, check_dtypes, load_vocabulary, special_ids
+from lvm.interop.tensors import Tensors, check_shapes
 from lvm.model.transformer import ModelConfig
-from lvm.training.workdir import current_record
+from lvm.model.vocabulary import Vocabulary
+from lvm.training.workdir import CONFIG, current_record
 
-RECORD = "lvm.json"  # what the training said of itself, beside weights in another format
+RECORD = "lvm.json"  # the run record, beside weights in another format
 
-_SIZES = {
+# The field of the context length.
+LLAMA_CONTEXT = "max_position_embeddings"
+EASYLM_CONTEXT = "max_sequence_length"
+_FIELDS = {
     "vocab_size": "vocabulary_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "mlp_size",
@@ -32,15 +39,15 @@ _SIZES = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
-# What a folder may leave out, with what their classes take then.
+# Optional fields, with the defaults of transformers' and EasyLM's classes.
 _DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
 }
-# Of transformers' Llama: what must be so, also where it is left out.
-_ONLY = {
+# Supported values of transformers' other fields; the first is the default.
+_SUPPORTED = {
     "model_type": ("llama",),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -50,89 +57,115 @@ _ONLY = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ConfigFormat:
-    """Whose config.json it is: the name of the context's field."""
+def common_fields(config: ModelConfig, vocabulary: Vocabulary, context_field: str) -> dict[str, Any]:
+    """The fields of config.json that transformers and EasyLM share."""
+    return {
+        **{field: getattr(config, ours) for field, ours in _FIELDS.items()},
+        "num_key_value_heads": config.kv_heads,
+        context_field: config.context,
+        "rope_theta": config.rope_theta,
+        **special_token_fields(vocabulary),
+    }
 
-    context_field: str
 
-    def to_fields(self, config: ModelConfig) -> dict[str, Any]:
-        """The fields that both have, of a model."""
-        values = {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()}
-        return values | {"num_key_value_heads": config.kv_heads, self.context_field: config.context}
+def special_token_fields(vocabulary: Vocabulary) -> dict[str, int | None]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`."""
+    return {f"{name}_token_id": token for name, token in special_ids(vocabulary).items()}
 
 
-LLAMA = ConfigFormat("max_position_embeddings")
-EASYLM = ConfigFormat("max_sequence_length")
+def read_checkpoint(
+    folder: epath.Path,
+    path: epath.Path,
+    fields: Mapping[str, Any],
+    context_field: str,
+    layout: Layout,
+    open_tensors: Callable[[ModelConfig], Tensors],
+) -> LazyCheckpoint:
+    """The checkpoint of a folder in another format.
+
+    Args:
+      folder: holds config.json.
+      path: the folder or file of the weights, for messages.
+      fields: of config.json.
+      context_field: the name of the field for the context length.
+      layout: of the tensors.
+      open_tensors: returns the tensors under the layout's names.
+
+    Raises:
+      UserError: an unsupported network, tensors that are not the network's, or an unknown vocabulary.
+    """
+    record, step = read_record(folder)
+    config = parse_config(fields, context_field, record, folder / CONFIG)
+    vocabulary = load_vocabulary(folder, config.vocabulary_size)
+    external = open_tensors(config)
+    check_shapes(external, layout.shapes(config), path)
+    check_dtypes(external, path)
+    checkpoint = LazyCheckpoint(
+        config, vocabulary, layout.import_tensors(external, config), record, step, os.fspath(path)
+    )
+    if "model" in record.get("config", {}):
+        return checkpoint
+    # Nothing tells the compute dtype: that of the weights, or float32 for float16, which isn't one of ours.
+    dtype = "bfloat16" if checkpoint.dtype == "bfloat16" else "float32"
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(config, dtype=dtype))
 
 
 def parse_config(
-    fields: Mapping[str, Any], family: ConfigFormat, record: Mapping[str, Any], where: str
+    fields: Mapping[str, Any], context_field: str, record: Mapping[str, Any], path: epath.Path
 ) -> ModelConfig:
-    """The model of a config.json; what it doesn't tell is as in its training's record, or as by default.
+    """The model of a config.json; settings that it lacks are the run record's, or defaults.
 
     Raises:
-      UserError: a size is missing or impossible, or a field asks for a network that isn't built.
+      UserError: a size is missing or impossible, or a field asks for an unsupported network.
     """
-    _check_only(fields, where)
-    values: dict[str, Any] = {}
-    for theirs, ours in {**_SIZES, family.context_field: "context"}.items():
-        if theirs == "num_key_value_heads":
-            heads = fields.get(theirs)
+    for name, supported in _SUPPORTED.items():
+        if name in fields and fields[name] not in supported:
+            raise UserError(f"{path}: {name}: {fields[name]!r} is not supported; expected {supported[0]!r}")
+    values: dict[str, Any] = {"rope_theta": _rope_theta(fields, path)}
+    for field, ours in {**_FIELDS, context_field: "context"}.items():
+        if field == "num_key_value_heads":
+            heads = fields.get(field)
             values[ours] = 0 if heads in (None, fields.get("num_attention_heads")) else heads
-        elif theirs in fields or theirs in _DEFAULTS:
-            values[ours] = fields.get(theirs, _DEFAULTS.get(theirs))
+        elif field in fields or field in _DEFAULTS:
+            values[ours] = fields.get(field, _DEFAULTS.get(field))
         else:
-            raise UserError(f"{where}: {theirs} is missing; the class's default isn't the checkpoint's")
-    values["rope_theta"] = _rope_theta(fields, where)
-    before = record.get("config", {}).get("model", {})
-    if before.get("num_kv_heads") == before.get("num_heads") and values["num_kv_heads"] == 0:
-        values["num_kv_heads"] = before.get("num_kv_heads", 0)  # two ways of saying the same
-    config: ModelConfig = from_config_dict(ModelConfig, before | values, where)
+            raise UserError(f"{path}: {field} is missing; add the checkpoint's value")
+    trained = record.get("config", {}).get("model", {})
+    if trained.get("num_kv_heads") == trained.get("num_heads") and values["num_kv_heads"] == 0:
+        values["num_kv_heads"] = trained.get("num_kv_heads", 0)  # 0 and num_heads mean the same
+    config: ModelConfig = from_config_dict(ModelConfig, trained | values, f"{path}")
     if fields.get("head_dim") not in (None, config.head_dim):
         raise UserError(
-            f"{where}: head_dim: {fields['head_dim']}, expected {config.head_dim}, hidden_size / heads"
+            f"{path}: head_dim: {fields['head_dim']} is not supported; expected hidden_size / heads, {config.head_dim}"
         )
     if config.vocabulary_size < 1:
-        raise UserError(f"{where}: vocab_size: {config.vocabulary_size} is not positive")
+        raise UserError(f"{path}: vocab_size: {config.vocabulary_size} must be positive")
     return config
 
 
-def _check_only(fields: Mapping[str, Any], where: str) -> None:
-    for name, right in _ONLY.items():
-        if name in fields and fields[name] not in right:
-            raise UserError(
-                f"{where}: {name}: {fields[name]!r}, expected {right[0]!r}: another network isn't built"
-            )
-
-
-def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
-    """transformers 5 has it in `rope_parameters`, 4 beside the other fields."""
+def _rope_theta(fields: Mapping[str, Any], path: epath.Path) -> float:
+    """The RoPE base, a member of `rope_parameters` in transformers 5 and a field of its own in 4."""
     rope = fields.get("rope_parameters") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise UserError(
-            f"{where}: rope_parameters: {rope!r}, expected rope_type 'default': no other is built"
-        )
+        raise UserError(f"{path}: rope_parameters: {rope!r} is not supported; expected rope_type 'default'")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
-            f"{where}: rope_parameters: {rope!r}, expected partial_rotary_factor 1: whole heads turn"
+            f"{path}: rope_parameters: {rope!r} is not supported; expected partial_rotary_factor 1"
         )
-    found = [value for value in (rope.get("rope_theta"), fields.get("rope_theta")) if value is not None]
-    if len(set(found)) > 1:
-        raise UserError(f"{where}: rope_theta: {found[1]!r}, but rope_parameters say {found[0]!r}")
-    return found[0] if found else _DEFAULTS["rope_theta"]
+    values = [value for value in (rope.get("rope_theta"), fields.get("rope_theta")) if value is not None]
+    if len(set(values)) > 1:
+        raise UserError(f"{path}: rope_theta: {values[1]!r}, but rope_parameters.rope_theta: {values[0]!r}")
+    return values[0] if values else _DEFAULTS["rope_theta"]
 
 
 def write_record(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
-    """Writes the vocabulary, and what the training said of itself."""
+    """Writes `vocabulary.json` and `lvm.json`."""
     checkpoint.vocabulary.save(folder)
-    record = dict(checkpoint.record)
-    record["config"] = {**record.get("config", {}), "model": to_json(checkpoint.config)}
-    files.write_json(folder / RECORD, {"record": record, "step": checkpoint.step})
+    files.write_json(folder / RECORD, {"record": checkpoint.export_record(), "step": checkpoint.step})
 
 
 def read_record(folder: epath.Path) -> tuple[dict[str, Any], int]:
-    """What `write_record` wrote of the training, and its step.
+    """The run record and step in `lvm.json`, or `NO_RECORD` and 0.
 
     Raises:
       UserError: the file is damaged.
@@ -140,8 +173,8 @@ def read_record(folder: epath.Path) -> tuple[dict[str, Any], int]:
     path = folder / RECORD
     if not path.exists():
         return dict(NO_RECORD), 0
-    found = files.read_json(path)
-    match found:
+    content = files.read_json(path)
+    match content:
         case {"record": {"config": {"model": dict()}, **_rest}, "step": int()}:
-            return {**NO_RECORD, **current_record(found["record"])}, found["step"]
-    raise UserError(f"{path}: expected record, with its config.model, and step; remove it to do without")
+            return {**NO_RECORD, **current_record(content["record"])}, content["step"]
+    raise UserError(f"{path}: expected record, with its config.model, and step; or remove the file")

@@ -1,154 +1,135 @@
-"""Folders of transformers' `LlamaForCausalLM`: config.json, generation_config.json and weights, one file or shards."""
+"""Folders of transformers' `LlamaForCausalLM`: config.json, generation_config.json, weights in one file or shards."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.interop.config_fields import LLAMA, parse_config, read_record, write_record
+from lvm.interop.config_fields import (
+    LLAMA_CONTEXT,
+    common_fields,
+    read_checkpoint,
+    special_token_fields,
+    write_record,
+)
 from lvm.interop.layouts import HUGGING_FACE
-from lvm.interop.lazy_checkpoint import LazyCheckpoint, check_tensors, load_vocabulary
-from lvm.interop.tensors import LazyTensor, check_shapes, read_safetensors, write_safetensors
+from lvm.interop.lazy_checkpoint import LazyCheckpoint
+from lvm.interop.tensors import LazyTensor, format_names, read_safetensors, write_safetensors
 from lvm.interop.torch_reader import read_state_dict
-from lvm.model.vocabulary import Vocabulary
+from lvm.model.transformer import ModelConfig
 from lvm.training.workdir import CONFIG
 
 GENERATION_CONFIG = "generation_config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-_DERIVED = re.compile(
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-)  # of old versions: no parameters
+# A buffer that old versions saved with the parameters.
+_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def has_weights(names: Sequence[str]) -> bool:
-    """Whether a folder with such files is transformers'."""
+    """Whether weights of transformers are among the file names."""
     return any(_WEIGHTS.fullmatch(name) for name in names)
 
 
 def read(folder: epath.Path) -> LazyCheckpoint:
-    """The model of such a folder.
+    """Opens such a folder.
 
     Raises:
-      UserError: another network than ours, a missing shard, tensors that are not the network's, or a vocabulary that
-        nothing declares.
+      UserError: an unsupported network, a missing shard, tensors that are not the network's, or an unknown
+        vocabulary.
     """
+
+    def open_tensors(config: ModelConfig) -> dict[str, LazyTensor]:
+        tensors = {name: t for name, t in _open_weights(folder).items() if not _BUFFERS.fullmatch(name)}
+        if config.tie_embeddings:  # some versions save the embedding twice
+            tensors.pop(HUGGING_FACE.name("head"), None)
+        return tensors
+
     fields = files.read_json(folder / CONFIG)
-    record, step = read_record(folder)
-    config = parse_config(fields, LLAMA, record, f"{folder / CONFIG}")
-    vocabulary = load_vocabulary(folder, config.vocabulary_size)
-    found = {name: tensor for name, tensor in _tensors(folder).items() if not _DERIVED.fullmatch(name)}
-    if config.tie_embeddings:  # which some versions write twice
-        found.pop(HUGGING_FACE.name("head"), None)
-    check_shapes(found, HUGGING_FACE.shapes(config), os.fspath(folder))
-    tensors = HUGGING_FACE.import_tensors(found, config)
-    check_tensors(tensors, config, folder)
-    checkpoint = LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(folder))
-    return checkpoint if "model" in record.get("config", {}) else infer_compute_dtype(checkpoint)
+    return read_checkpoint(folder, folder, fields, LLAMA_CONTEXT, HUGGING_FACE, open_tensors)
 
 
-def infer_compute_dtype(checkpoint: LazyCheckpoint) -> LazyCheckpoint:
-    """With the compute type of its tensors, where nothing else tells; float16 isn't one of ours."""
-    dtype = "bfloat16" if checkpoint.dtype == "bfloat16" else "float32"
-    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, dtype=dtype))
-
-
-def _tensors(folder: epath.Path) -> dict[str, LazyTensor]:
-    for name, read_file in ((SAFETENSORS, read_safetensors), (TORCH, read_state_dict)):
+def _open_weights(folder: epath.Path) -> dict[str, LazyTensor]:
+    for name, open_file in ((SAFETENSORS, read_safetensors), (TORCH, read_state_dict)):
         if (folder / name).exists():
-            return read_file(folder / name)
+            return open_file(folder / name)
         if (folder / f"{name}{INDEX}").exists():
-            return _sharded(folder / f"{name}{INDEX}", read_file)
+            return _open_shards(folder / f"{name}{INDEX}", open_file)
     raise UserError(
-        f"{folder}: shards of weights without {SAFETENSORS}{INDEX} or {TORCH}{INDEX}, which says what is in which"
+        f"{folder}: shards of weights without their index, {SAFETENSORS}{INDEX} or {TORCH}{INDEX}"
     )
 
 
-def _sharded(index: epath.Path, read_file: Any) -> dict[str, LazyTensor]:
-    read = files.read_json(index)
-    places = read.get("weight_map") if isinstance(read, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{index}: no weight_map; expected an object of tensors' names and their files")
-    names = sorted(set(places.values()))
-    missing = [name for name in names if not (index.parent / name).is_file()]
+def _open_shards(
+    index: epath.Path, open_file: Callable[[epath.Path], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
+    content = files.read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: no weight_map; expected an object of tensor names and their files")
+    names = sorted(set(weight_map.values()))
     outside = [name for name in names if pathlib.PurePath(name).name != name]
-    if missing or outside:
-        raise UserError(f"{index}: names {', '.join((outside or missing)[:8])}; not there beside it")
-    shards = {name: read_file(index.parent / name) for name in names}
-    absent = [f"{tensor} of {place}" for tensor, place in places.items() if tensor not in shards[place]]
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if outside or missing:
+        raise UserError(f"{index}: files not found in its folder: {format_names(outside or missing)}")
+    shards = {name: open_file(index.parent / name) for name in names}
+    absent = [f"{tensor} in {name}" for tensor, name in weight_map.items() if tensor not in shards[name]]
     if absent:
-        more = f"; and {len(absent) - 8} more" if len(absent) > 8 else ""
-        raise UserError(f"{index}: names tensors that aren't in their files: {'; '.join(absent[:8])}{more}")
-    return {tensor: shards[place][tensor] for tensor, place in places.items()}
+        raise UserError(f"{index}: tensors not found in their files: {format_names(absent)}")
+    return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
 
 
 def write(folder: pathlib.Path, checkpoint: LazyCheckpoint, max_shard_bytes: int) -> None:
-    """Writes such a folder's files, weights in shards of at most `max_shard_bytes` bytes each (or one tensor)."""
+    """Writes the files of such a folder, weights in shards of at most `max_shard_bytes` (or one tensor) each."""
     tensors = HUGGING_FACE.export_tensors(checkpoint.tensors)
     shards = list(_shards(tensors, max_shard_bytes))
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        single = len(shards) == 1
-        file = SAFETENSORS if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SAFETENSORS
         write_safetensors(folder / file, {name: tensors[name].read() for name in names})
-        places |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         files.write_json(folder / f"{SAFETENSORS}{INDEX}", index)
-    files.write_json(folder / CONFIG, _config(checkpoint))
-    files.write_json(folder / GENERATION_CONFIG, _generation_config(checkpoint.vocabulary))
-    write_record(folder, checkpoint)
-
-
-def _shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> Iterator[list[str]]:
-    names: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > max_shard_bytes:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += tensor.nbytes
-    yield names
-
-
-def _specials(vocabulary: Vocabulary) -> dict[str, int | None]:
-    return {f"{name}_token_id": getattr(vocabulary, name) for name in ("bos", "eos", "pad")}
-
-
-def _config(checkpoint: LazyCheckpoint) -> dict[str, Any]:
-    config = checkpoint.config
-    return {
+    config, vocabulary = checkpoint.config, checkpoint.vocabulary
+    fields = {
+        **common_fields(config, vocabulary, LLAMA_CONTEXT),
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **LLAMA.to_fields(config),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
-        # transformers 4 reads rope_theta and torch_dtype, 5 the others.
-        "rope_theta": config.rope_theta,
+        # transformers 4 reads rope_theta, rope_scaling and torch_dtype; 5 reads rope_parameters and dtype.
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "torch_dtype": checkpoint.dtype,
         "dtype": checkpoint.dtype,
-        **_specials(checkpoint.vocabulary),
     }
-
-
-def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    # Codes alone are images: generation gives no other id.
+    files.write_json(folder / CONFIG, fields)
+    # Only codes are images: no other id may be generated.
     suppressed = list(range(vocabulary.num_codes, vocabulary.size))
-    return _specials(vocabulary) | {"suppress_tokens": suppressed}
+    generation = {**special_token_fields(vocabulary), "suppress_tokens": suppressed}
+    files.write_json(folder / GENERATION_CONFIG, generation)
+    write_record(folder, checkpoint)
+
+
+def _shards(tensors: Mapping[str, LazyTensor], max_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > max_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names

@@ -1,4 +1,4 @@
-"""Training that begins with a stored model's weights, whatever folder they are in."""
+"""Training that starts from the weights of a model folder in any format."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lvm.model.vocabulary import Vocabulary
 from lvm.training.step import Step
 from lvm.training.task import State
 
-# What a model is; context, compute type and the like may be others than it was trained with.
-_SAME = (
+# Fields that weights depend on; context, compute dtype and others may differ.
+_ARCHITECTURE = (
     "hidden_size",
     "mlp_size",
     "num_layers",
@@ -35,54 +35,52 @@ _SAME = (
 def load_initial_model(
     folder: epath.PathLike, config: ModelConfig, vocabulary: Vocabulary, tokenizer: Mapping[str, Any]
 ) -> LazyCheckpoint:
-    """The model in a folder, float32, with as many ids as the training's vocabulary.
+    """Opens a model in float32, its vocabulary resized to the training's.
 
     Args:
-      folder: of any kind that `lvm.interop.models` reads.
-      config: the training's.
-      vocabulary: the training's.
-      tokenizer: the identity of the tokenizer that made the training's codes.
+      folder: in any format of `lvm.interop.models`.
+      config: of the training.
+      vocabulary: of the training.
+      tokenizer: identity of the tokenizer of the training's codes.
 
     Raises:
-      UserError: not such a folder, another model, or one of other codes.
+      UserError: not a model folder, or another architecture, number of codes or tokenizer.
     """
-    found = models.read(folder)
+    checkpoint = models.read(folder)
     different = [
-        f"config.model.{name}: {getattr(config, name)!r}, there {getattr(found.config, name)!r}"
-        for name in _SAME
-        if getattr(config, name) != getattr(found.config, name)
+        f"config.model.{name}={getattr(config, name)!r}, checkpoint: {getattr(checkpoint.config, name)!r}"
+        for name in _ARCHITECTURE
+        if getattr(config, name) != getattr(checkpoint.config, name)
     ]
-    if found.vocabulary.num_codes != vocabulary.num_codes:
-        different.append(f"codes: {vocabulary.num_codes}, there {found.vocabulary.num_codes}")
+    if checkpoint.vocabulary.num_codes != vocabulary.num_codes:
+        different.append(f"{vocabulary.num_codes} codes, checkpoint: {checkpoint.vocabulary.num_codes}")
     if different:
-        raise UserError(f"config.init_from: {folder}: another model ({'; '.join(different)})")
-    known = found.record["tokenizer"]
-    if known and known["hash"] != tokenizer.get("hash"):
-        raise UserError(f"config.init_from: {folder}: a model of another tokenizer's codes than the store's")
-    if found.vocabulary != vocabulary:
-        log_info(f"{folder}: its vocabulary becomes ours: {found.vocabulary} → {vocabulary}")
-    return with_dtype(resize_vocabulary(found, vocabulary.size), "float32")
+        raise UserError(f"config.init_from={folder}: another architecture: {'; '.join(different)}")
+    trained_with = checkpoint.record["tokenizer"]
+    if trained_with and trained_with["hash"] != tokenizer.get("hash"):
+        raise UserError(f"config.init_from={folder}: trained on codes of another tokenizer than the store's")
+    if checkpoint.vocabulary != vocabulary:
+        log_info(f"{folder}: vocabulary changes from {checkpoint.vocabulary} to {vocabulary}")
+    return with_dtype(resize_vocabulary(checkpoint, vocabulary.size), "float32")
 
 
 class WarmStartStep(Step):
-    """A step whose first state has a stored model's weights; its optimizer's state is a fresh one."""
+    """A `Step` whose initial state has the weights of a checkpoint and a fresh optimizer state."""
 
-    def __init__(self, model: LazyCheckpoint, *arguments: Any):
+    def __init__(self, checkpoint: LazyCheckpoint, *arguments: Any):
         super().__init__(*arguments)
-        self._model = model
+        self._checkpoint = checkpoint
 
     def init(self) -> State:
         """See `Step.init`."""
         state = super().init()
-        return state | {"params": _placed(self._model.tree(), state["params"])}
+        return state | {"params": jax.tree.map(_replace, state["params"], self._checkpoint.tree())}
 
 
-def _placed(tree: Any, like: Any) -> Any:
-    """Tensors where others lie, which they replace one after the other."""
-    if not isinstance(tree, LazyTensor):
-        return {key: _placed(tree[key], like.pop(key)) for key in tuple(like)}
-    sharding = like.sharding
-    like.delete()
-    array = tree.read()
-    # Copies: the state is donated, and devices that hold the same part must not share its memory.
+def _replace(old: jax.Array, tensor: LazyTensor) -> jax.Array:
+    """Loads a tensor with the sharding of an array, whose memory is freed first."""
+    sharding = old.sharding
+    old.delete()
+    array = tensor.read()
+    # Copies: the state is donated, and devices that hold the same shard must not share its memory.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))

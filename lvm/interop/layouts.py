@@ -1,7 +1,8 @@
-"""What transformers' Llama and EasyLM call our tensors, and how they lay them out.
+"""Tensor names and layouts of transformers' Llama and of EasyLM.
 
-As a matrix [in, out], a tensor of ours is EasyLM's kernel and the transpose of a torch weight. transformers turns the
-same halves of a head as we do; EasyLM turns neighbours, so its heads are [d/2, 2] where ours are [2, d/2].
+As a matrix [in, out], a tensor of ours is an EasyLM kernel and the transpose of a torch weight. RoPE rotates the two
+halves of a head in transformers as in our model; EasyLM rotates neighbors, so its heads are [d/2, 2] where ours are
+[2, d/2].
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from lvm.interop.lazy_checkpoint import tensor_shapes
 from lvm.interop.tensors import LazyTensor, Tensors
 from lvm.model.transformer import ModelConfig
 
-_TURNED = ("attention.query", "attention.key")
-_TABLES = ("embedding", "scale")  # the same everywhere: [V, D] and [D]
+_ROTATED = ("attention.query", "attention.key")
+_UNCHANGED = ("embedding", "scale")  # [V, D] and [D] in every layout
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way of writing a transformer.
+    """The names and axes of a transformer's tensors in another format.
 
     Attributes:
-      names: our name → theirs, `{}` for the number of the layer.
+      names: our name → theirs, with `{}` for the index of the layer.
       transposed: matrices are [out, in].
-      interleaved: neighbouring numbers of a head are turned together.
+      interleaved: RoPE rotates neighboring elements of a head.
     """
 
     names: Mapping[str, str]
@@ -36,76 +37,72 @@ class Layout:
     interleaved: bool
 
     def name(self, ours: str) -> str:
-        """`layers.3.mlp.gate` → their name of it."""
-        number = re.search(r"\d+", ours)
-        kind = ours if number is None else ours.replace(f".{number[0]}.", ".{}.", 1)
-        return self.names[kind].format(number and number[0])
+        """Their name of one of our tensors, such as `layers.3.mlp.gate`."""
+        index = re.search(r"\d+", ours)
+        if index is None:
+            return self.names[ours]
+        return self.names[ours.replace(f".{index[0]}.", ".{}.", 1)].format(index[0])
 
     def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """Their name of every tensor → its shape in their file."""
+        """The shape of every tensor by their names."""
         return {self.name(name): self._shape(name, shape) for name, shape in tensor_shapes(config).items()}
 
-    def import_tensors(self, theirs: Tensors, config: ModelConfig) -> dict[str, LazyTensor]:
-        """Their tensors under our names, in our layout, as they are read."""
-        return {
-            name: self._map(theirs[self.name(name)], name, shape, back=True)
-            for name, shape in tensor_shapes(config).items()
-        }
+    def import_tensors(self, external: Tensors, config: ModelConfig) -> dict[str, LazyTensor]:
+        """Their tensors under our names, converted when they are read."""
 
-    def export_tensors(self, ours: Tensors) -> dict[str, LazyTensor]:
+        def convert(name: str, shape: tuple[int, ...]) -> LazyTensor:
+            tensor = external[self.name(name)]
+            return LazyTensor(shape, tensor.dtype, lambda: self._to_ours(name, tensor.read(), shape))
+
+        return {name: convert(name, shape) for name, shape in tensor_shapes(config).items()}
+
+    def export_tensors(self, tensors: Tensors) -> dict[str, LazyTensor]:
         """The inverse of `import_tensors`."""
-        return {
-            self.name(name): self._map(t, name, self._shape(name, t.shape), back=False)
-            for name, t in ours.items()
-        }
 
-    def _map(self, tensor: LazyTensor, name: str, shape: tuple[int, ...], back: bool) -> LazyTensor:
-        def read() -> np.ndarray:
-            array = tensor.read()
-            return self._to_ours(name, array, shape) if back else self._to_theirs(name, array)
+        def convert(name: str, tensor: LazyTensor) -> LazyTensor:
+            shape = self._shape(name, tensor.shape)
+            return LazyTensor(shape, tensor.dtype, lambda: self._to_theirs(name, tensor.read()))
 
-        return LazyTensor(shape, tensor.dtype, read)
+        return {self.name(name): convert(name, tensor) for name, tensor in tensors.items()}
 
     def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if name.endswith(_TABLES):
+        if name.endswith(_UNCHANGED):
             return shape
-        inputs, outputs = _matrix(name, shape)
+        inputs, outputs = _matrix_shape(name, shape)
         return (outputs, inputs) if self.transposed else (inputs, outputs)
 
     def _to_theirs(self, name: str, array: np.ndarray) -> np.ndarray:
-        if name.endswith(_TABLES):
+        if name.endswith(_UNCHANGED):
             return array
-        if self.interleaved and name.endswith(_TURNED):
+        shape = _matrix_shape(name, array.shape)
+        if self.interleaved and name.endswith(_ROTATED):
             D, H, d = array.shape
             array = array.reshape(D, H, 2, d // 2).swapaxes(2, 3)  # [D, H, d/2, 2]
-            matrix = array.reshape(D, H * d)
-        else:
-            matrix = array.reshape(_matrix(name, array.shape))
+        matrix = array.reshape(shape)
         return np.ascontiguousarray(matrix.T if self.transposed else matrix)
 
     def _to_ours(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        if name.endswith(_TABLES):
+        if name.endswith(_UNCHANGED):
             return array
         matrix = array.T if self.transposed else array
-        if self.interleaved and name.endswith(_TURNED):
+        if self.interleaved and name.endswith(_ROTATED):
             D, H, d = shape
             matrix = matrix.reshape(D, H, d // 2, 2).swapaxes(2, 3)  # [D, H, 2, d/2]
         return np.ascontiguousarray(matrix.reshape(shape))
 
 
-def _matrix(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """A tensor's inputs and outputs: heads are outputs of query, key and value, inputs of the way back."""
-    inputs = 2 if name.endswith("attention.out") else 1
-    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Input and output sizes: heads are outputs of query, key and value, and inputs of the output projection."""
+    num_inputs = 2 if name.endswith("attention.out") else 1
+    return math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
 
 
-def _names(layer: str, tensor: str, top: tuple[str, ...], inner: tuple[str, ...]) -> dict[str, str]:
-    kinds = [f"attention.{part}" for part in ("query", "key", "value", "out")]
-    kinds += [f"mlp.{part}" for part in ("gate", "up", "down")]
-    kinds += ["attention_norm.scale", "mlp_norm.scale"]
-    found = dict(zip(("embedding", "norm.scale", "head"), top, strict=True))
-    pairs = zip(kinds, inner, strict=True)
-    return found | {f"layers.{{}}.{kind}": f"{layer}.{name}.{tensor}" for kind, name in pairs}
+def _names(layer: str, leaf: str, top: tuple[str, ...], inner: tuple[str, ...]) -> dict[str, str]:
+    ours = [f"attention.{name}" for name in ("query", "key", "value", "out")]
+    ours += ["mlp.gate", "mlp.up", "mlp.down", "attention_norm.scale", "mlp_norm.scale"]
+    names = dict(zip(("embedding", "norm.scale", "head"), top, strict=True))
+    pairs = zip(ours, inner, strict=True)
+    return names | {f"layers.{{}}.{name}": f"{layer}.{theirs}.{leaf}" for name, theirs in pairs}
 
 
 HUGGING_FACE = Layout(

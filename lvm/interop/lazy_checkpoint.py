@@ -1,7 +1,7 @@
-"""A transformer at rest: what it is, and its tensors by name, read when they are asked for.
+"""A transformer checkpoint: its configuration, and its tensors by name, read on demand.
 
-Every format is read into this and written from it, a layer at a time: the tensor `layers.3.mlp.gate` is
-`params["layers"]["mlp"]["gate"][3]` of the model in memory. No format needs to know another.
+The common representation of all formats: each is read into it and written from it one layer at a time. The tensor
+`layers.3.mlp.gate` is `params["layers"]["mlp"]["gate"][3]` of the model in memory.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lvm import __version__
+from lvm.common.config import to_json
 from lvm.common.errors import UserError
-from lvm.interop.tensors import BFLOAT16, LazyTensor, Tensors, cast, check_shapes, stack
+from lvm.interop.tensors import BFLOAT16, LazyTensor, Tensors, cast, check_shapes, format_names, stack
 from lvm.model.nnx_utils import Params, abstract_module
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import FILENAME, Vocabulary
 from lvm.training.workdir import RECORD_VERSION
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": BFLOAT16,
-    "float16": np.dtype(np.float16),
-}
-_PUBLISHED = Vocabulary(8192, 8292, bos=None, eos=None, pad=8192)  # of LVM's checkpoints
-_UNDECLARED = {_PUBLISHED.size: _PUBLISHED, 8448: Vocabulary.for_codes(8192)}
-_STACKED = "layers"
-# What is known of a model that wasn't trained here.
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+_PUBLISHED = Vocabulary(8192, 8292, bos=None, eos=None, pad=8192)  # of LVM's released checkpoints
+_KNOWN_VOCABULARIES = {_PUBLISHED.size: _PUBLISHED, 8448: Vocabulary.for_codes(8192)}
+_LAYERS = "layers."
+# The run record of a model that was trained elsewhere.
 NO_RECORD: dict[str, Any] = {
     "version": RECORD_VERSION, "kind": "lvm", "tokenizer": None, "stores": [], "sources": []
 }  # fmt: skip
@@ -39,16 +39,16 @@ NO_RECORD: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class LazyCheckpoint:
-    """A transformer at rest.
+    """A transformer checkpoint whose tensors are read on demand.
 
     Attributes:
-      config: its sizes, the vocabulary's among them.
+      config: the model.
       vocabulary: of `config.vocabulary_size` ids.
-      tensors: every parameter, one a layer.
-      record: what its training said of itself (`lvm.training.workdir`); `NO_RECORD` where nothing tells.
-      step: of that training; 0 where nothing tells.
-      path: the folder, for errors.
-      stacked: parameters that the file holds stacked, by their dotted names: read at once where all of one is needed.
+      tensors: every parameter, one tensor a layer (`tensor_shapes`).
+      record: the run record (`lvm.training.workdir`) of its training; `NO_RECORD` if unknown.
+      step: the training step; 0 if unknown.
+      path: its folder or file, for messages.
+      stacked: parameters that the file stores with layers stacked, by dotted name: read at once by `load_params`.
     """
 
     config: ModelConfig
@@ -61,114 +61,116 @@ class LazyCheckpoint:
 
     @property
     def dtype(self) -> str:
-        """That of most of its numbers."""
+        """The dtype that most bytes are stored in."""
         sizes: dict[str, int] = {}
         for tensor in self.tensors.values():
             sizes[str(tensor.dtype)] = sizes.get(str(tensor.dtype), 0) + tensor.nbytes
         return max(sizes, key=lambda name: sizes[name])
 
+    def export_record(self) -> dict[str, Any]:
+        """The run record to write beside exported weights, with this version of the package."""
+        config = {**self.record.get("config", {}), "model": to_json(self.config)}
+        return {**self.record, "config": config, "lvm_version": __version__}
+
     def load_params(self) -> Params:
-        """The parameters in memory, in their stored types, stacked as `Transformer` has them."""
-        return _on_device(self.tree())
+        """Reads all parameters, in their stored dtypes, stacked as in `Transformer`."""
+        return jax.tree.map(lambda tensor: jnp.asarray(tensor.read()), self.tree())
 
     def tree(self) -> dict[str, Any]:
-        """The tree of `Transformer`'s parameters, of tensors that are read when they are asked for."""
-        tree: dict[str, Any] = {}
+        """The parameter tree of `Transformer`, with lazy tensors as leaves."""
+        flat = {}
         for name in stacked_shapes(self.config):
-            *path, leaf = name.split(".")
-            node = functools.reduce(lambda node, key: node.setdefault(key, {}), path, tree)
             if name in self.stacked:
-                node[leaf] = self.stacked[name]
-            elif path[:1] == [_STACKED]:
-                layers = [self.tensors[n] for n in layer_names(name, self.config)]
-                node[leaf] = stack(layers, f"{self.path}: {name}")
+                flat[name] = self.stacked[name]
+            elif name.startswith(_LAYERS):
+                layers = [self.tensors[layer] for layer in layer_names(name, self.config)]
+                flat[name] = stack(layers, f"{self.path}: {name}")
             else:
-                node[leaf] = self.tensors[name]
-        return tree
+                flat[name] = self.tensors[name]
+        return unflatten_dict(flat, sep=".")
 
     def load_layer(self, index: int) -> Params:
-        """One layer's parameters in memory, float32."""
-        tree: dict[str, Any] = {}
-        prefix = f"{_STACKED}.{index}."
-        for name, tensor in self.tensors.items():
-            if name.startswith(prefix):
-                *path, leaf = name.removeprefix(prefix).split(".")
-                node = functools.reduce(lambda node, key: node.setdefault(key, {}), path, tree)
-                node[leaf] = jnp.asarray(tensor.read(), jnp.float32)
-        return tree
-
-
-def _on_device(tree: Any) -> Any:
-    if isinstance(tree, LazyTensor):
-        return jnp.asarray(tree.read())
-    return {key: _on_device(value) for key, value in tree.items()}
+        """Reads the parameters of one layer in float32."""
+        prefix = f"{_LAYERS}{index}."
+        flat = {
+            name.removeprefix(prefix): jnp.asarray(tensor.read(), jnp.float32)
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix)
+        }
+        return unflatten_dict(flat, sep=".")
 
 
 @functools.lru_cache(maxsize=8)
 def stacked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter as `Transformer` has them, by its dotted name."""
-    flat: dict[str, tuple[int, ...]] = {}
-
-    def walk(tree: Any, name: str) -> None:
-        if not isinstance(tree, dict):
-            flat[name] = tree.shape
-            return
-        for key, value in tree.items():
-            walk(value, f"{name}.{key}" if name else key)
-
-    walk(abstract_module(lambda rngs: Transformer(config, rngs))[1], "")
-    return flat
+    """The shape of every parameter of `Transformer`, layers stacked, by dotted name."""
+    params = abstract_module(lambda rngs: Transformer(config, rngs))[1]
+    return {name: leaf.shape for name, leaf in flatten_dict(params, sep=".").items()}
 
 
 def layer_names(name: str, config: ModelConfig) -> list[str]:
     """`layers.mlp.gate` → `layers.0.mlp.gate`, `layers.1.mlp.gate` …"""
-    rest = name.removeprefix(f"{_STACKED}.")
-    return [f"{_STACKED}.{number}.{rest}" for number in range(config.num_layers)]
+    return [f"{_LAYERS}{index}.{name.removeprefix(_LAYERS)}" for index in range(config.num_layers)]
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, one a layer, in the order in which they are used."""
-    whole = stacked_shapes(config)
-    stacked = {name: shape for name, shape in whole.items() if name.startswith(f"{_STACKED}.")}
-    found = {"embedding": whole["embedding"]}
-    for number in range(config.num_layers):
-        found |= {layer_names(name, config)[number]: shape[1:] for name, shape in stacked.items()}
-    return found | {name: whole[name] for name in ("norm.scale", "head") if name in whole}
+    """The shape of every tensor, one a layer, in the order of the forward pass."""
+    params = stacked_shapes(config)
+    shapes = {"embedding": params["embedding"]}
+    for index in range(config.num_layers):
+        shapes |= {
+            f"{_LAYERS}{index}.{name.removeprefix(_LAYERS)}": shape[1:]
+            for name, shape in params.items()
+            if name.startswith(_LAYERS)
+        }
+    return shapes | {name: params[name] for name in ("norm.scale", "head") if name in params}
 
 
-def check_dtypes(tensors: Tensors, where: str) -> None:
-    """That all tensors are of floating-point types that we know.
-
-    Raises:
-      UserError: lists those that are not.
-    """
+def check_dtypes(tensors: Tensors, path: str | os.PathLike[str]) -> None:
+    """Raises UserError, with names, unless the dtype of every tensor is one of `DTYPES`."""
     wrong = [f"{name} {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES.values()]
     if wrong:
-        raise UserError(f"{where}: {'; '.join(wrong[:8])}; expected {', '.join(DTYPES)}")
+        raise UserError(f"{path}: unsupported dtypes: {format_names(wrong)}; expected {', '.join(DTYPES)}")
+
+
+def check_tensors(tensors: Tensors, config: ModelConfig, path: str | os.PathLike[str]) -> None:
+    """Checks names, shapes and dtypes against the model's.
+
+    Raises:
+      UserError: lists the tensors that differ.
+    """
+    check_shapes(tensors, tensor_shapes(config), path)
+    check_dtypes(tensors, path)
 
 
 def load_vocabulary(folder: epath.Path, size: int) -> Vocabulary:
-    """The vocabulary of a folder's model: the declared one, or what two sizes mean undeclared.
+    """The vocabulary declared in a model folder, or a known one of that size.
 
     Raises:
-      UserError: the declaration is of another size, or there is none and the size tells nothing.
+      UserError: the declared size differs, or nothing is declared and the size is not a known one.
     """
     if (folder / FILENAME).exists():
-        found = Vocabulary.load(folder)
-        if found.size != size:
-            raise UserError(f"{folder / FILENAME}: size: {found.size}, the model's vocabulary has {size}")
-        return found
-    if size not in _UNDECLARED:
+        vocabulary = Vocabulary.load(folder)
+        if vocabulary.size != size:
+            raise UserError(
+                f"{folder / FILENAME}: size: {vocabulary.size}, the model's vocabulary has {size}"
+            )
+        return vocabulary
+    if size not in _KNOWN_VOCABULARIES:
         raise UserError(
-            f"{folder}: a vocabulary of {size} ids and no {FILENAME} beside the weights; undeclared, "
-            f"{' and '.join(map(str, _UNDECLARED))} alone are known to be codes (a language model's vocabulary has "
-            "none); declare num_codes, size, bos, eos and pad"
+            f"{folder}: vocabulary of {size} ids without a {FILENAME}; only sizes "
+            f"{' and '.join(map(str, _KNOWN_VOCABULARIES))} are known to be image codes. Declare num_codes, size, bos, "
+            "eos and pad there (a language model has no image codes)"
         )
-    return _UNDECLARED[size]
+    return _KNOWN_VOCABULARIES[size]
+
+
+def special_ids(vocabulary: Vocabulary) -> dict[str, int | None]:
+    """The ids of `bos`, `eos` and `pad`."""
+    return {name: getattr(vocabulary, name) for name in ("bos", "eos", "pad")}
 
 
 def with_dtype(checkpoint: LazyCheckpoint, dtype: str) -> LazyCheckpoint:
-    """The same in another floating-point type."""
+    """The checkpoint with tensors cast to a dtype of `DTYPES`."""
     tensors = {
         name: cast(tensor, DTYPES[dtype], f"{checkpoint.path}: {name}")
         for name, tensor in checkpoint.tensors.items()
@@ -177,11 +179,10 @@ def with_dtype(checkpoint: LazyCheckpoint, dtype: str) -> LazyCheckpoint:
 
 
 def resize_vocabulary(checkpoint: LazyCheckpoint, size: int) -> LazyCheckpoint:
-    """The same with a vocabulary of `size` ids.
+    """The checkpoint with a vocabulary of `size` ids.
 
-    Ids keep their rows, bit for bit, and specials their ids; each new id gets the mean of all rows, in the embedding
-    and in the output projection. So what a model says of codes doesn't change, but for the probability that the
-    new ids take.
+    Existing ids keep their rows bit for bit, and specials their ids. A new id gets the mean of all rows, in the
+    embedding and in the output projection: logits of existing ids don't change.
 
     Raises:
       UserError: a code or a special would be cut off.
@@ -189,34 +190,30 @@ def resize_vocabulary(checkpoint: LazyCheckpoint, size: int) -> LazyCheckpoint:
     old = checkpoint.vocabulary
     if size == old.size:
         return checkpoint
-    specials = {name: getattr(old, name) for name in ("bos", "eos", "pad")}
-    needed = max([old.num_codes, *(token + 1 for token in specials.values() if token is not None)])
-    if size < needed:
-        kept = ", ".join(f"{name} {token}" for name, token in specials.items() if token is not None)
+    specials = {name: token for name, token in special_ids(old).items() if token is not None}
+    min_size = max([old.num_codes, *(token + 1 for token in specials.values())])
+    if size < min_size:
+        names = ", ".join(f"{name} {token}" for name, token in specials.items()) or "no specials"
         raise UserError(
-            f"{checkpoint.path}: a vocabulary of {size} ids would cut off some of its {old.num_codes} codes and "
-            f"{kept or 'no specials'}; it needs {needed}"
+            f"{checkpoint.path}: vocabulary size {size} would cut off some of {old.num_codes} codes and {names}; "
+            f"use at least {min_size}"
         )
-    tensors = dict(checkpoint.tensors)
-    for name, axis in (("embedding", 0), ("head", 1)):
-        if name in tensors:
-            tensors[name] = _resized(tensors[name], axis, size)
+    axes = {"embedding": 0, "head": 1}
+    resized = {name: _resize(t, axes[name], size) for name, t in checkpoint.tensors.items() if name in axes}
     return dataclasses.replace(
         checkpoint,
         config=dataclasses.replace(checkpoint.config, vocabulary_size=size),
         vocabulary=dataclasses.replace(old, size=size),
-        tensors=tensors,
-        stacked={name: tensor for name, tensor in checkpoint.stacked.items() if name not in tensors},
+        tensors={**checkpoint.tensors, **resized},
     )
 
 
-def _resized(tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
+def _resize(tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
     shape = tuple(size if i == axis else n for i, n in enumerate(tensor.shape))
 
     def read() -> np.ndarray:
-        old = tensor.read()
+        old, new = tensor.read(), np.empty(shape, tensor.dtype)
         kept = min(size, old.shape[axis])
-        new = np.empty(shape, tensor.dtype)
         new_rows, old_rows = np.moveaxis(new, axis, 0), np.moveaxis(old, axis, 0)
         new_rows[:kept] = old_rows[:kept]
         if size > kept:
@@ -224,13 +221,3 @@ def _resized(tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
         return new
 
     return LazyTensor(shape, tensor.dtype, read)
-
-
-def check_tensors(tensors: Tensors, config: ModelConfig, where: str | os.PathLike[str]) -> None:
-    """That tensors are those of a model, in floating-point types.
-
-    Raises:
-      UserError: lists what is missing, unexpected, of another shape or of another type.
-    """
-    check_shapes(tensors, tensor_shapes(config), os.fspath(where))
-    check_dtypes(tensors, os.fspath(where))

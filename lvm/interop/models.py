@@ -1,4 +1,4 @@
-"""Transformers in folders: our workdirs and what others load, read by what is in them, and written."""
+"""Model folders: our workdirs, and the formats of transformers and EasyLM, detected by their contents."""
 
 from __future__ import annotations
 
@@ -10,45 +10,46 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
+from lvm.common.logging import log_warning
 from lvm.interop import easylm, hugging_face, workdirs
 from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.model.vocabulary import Vocabulary
 from lvm.training.workdir import CONFIG
 
 FORMATS = ("hf", "orbax", "easylm")
-MAX_SHARD_BYTES = 2 * 10**9  # bytes
+MAX_SHARD_BYTES = 2 * 10**9
 
 
 def read(folder: epath.PathLike, step: int | None = None) -> LazyCheckpoint:
-    """The model in a folder of any kind, or in a stream whose file is given and has its config.json beside it.
+    """Opens the checkpoint in a model folder.
 
     Args:
-      folder: a workdir, a folder of transformers' Llama, or EasyLM's.
-      step: of the workdir's checkpoints; the newest by default.
+      folder: a workdir, a folder of transformers' Llama or of EasyLM; or the file of a streaming checkpoint, with
+        its config.json beside it.
+      step: a step of the workdir; the newest by default.
 
     Raises:
-      UserError: not such a folder, a model that can't be built, or tensors that are not the model's.
+      UserError: not a model folder, an unsupported network, or tensors that are not the network's.
     """
     path = epath.Path(folder)
-    format, file = _detect_format(path)
+    format, stream = _detect_format(path)
     if format == "orbax":
         return workdirs.read(path, step)
     if step is not None:
-        raise UserError(f"{path}: holds one model; a step is chosen of a workdir's checkpoints alone")
-    return hugging_face.read(path) if file is None else easylm.read(file.parent, file)
+        raise UserError(f"{path}: not a workdir: it holds one checkpoint, and no step can be chosen")
+    return hugging_face.read(path) if stream is None else easylm.read(stream)
 
 
 def _detect_format(path: epath.Path) -> tuple[str, epath.Path | None]:
-    """What a folder is, and its stream if it is EasyLM's."""
+    """The format of a folder or file, and EasyLM's streaming checkpoint."""
     if path.is_file():
         if hugging_face.has_weights([path.name]):
-            raise UserError(f"{path}: a file of weights; give its folder, {path.parent}")
+            raise UserError(f"{path}: a weights file; give its folder, {path.parent}")
         return "easylm", path
     if not (path / CONFIG).exists():
         raise UserError(
-            f"{path}: not a model folder: {CONFIG} is missing; wanted a workdir of lvm training, or a folder of "
-            "transformers' or EasyLM's with weights beside it"
+            f"{path}: not a model folder: {CONFIG} is missing; expected a workdir of lvm training, or a folder of "
+            "transformers or EasyLM with weights"
         )
     fields = files.read_json(path / CONFIG)
     if not isinstance(fields, dict):
@@ -57,17 +58,17 @@ def _detect_format(path: epath.Path) -> tuple[str, epath.Path | None]:
         return "orbax", None
     if "_class_name" in fields:
         raise UserError(
-            f"{path / CONFIG}: _class_name: {fields['_class_name']!r}: a tokenizer's, wanted a model's"
+            f"{path / CONFIG}: _class_name: {fields['_class_name']!r} is a tokenizer; expected a model"
         )
     names = [file.name for file in path.iterdir() if file.is_file()]
     if hugging_face.has_weights(names):
         return "hf", None
-    found = easylm.list_streams(names)
-    if len(found) == 1:
-        return "easylm", path / found[0]
+    streams = easylm.list_streams(names)
+    if len(streams) == 1:
+        return "easylm", path / streams[0]
     raise UserError(
-        f"{path}: weights: {', '.join(found) or 'none'}; wanted model.safetensors, pytorch_model.bin, shards with "
-        "their index, or one EasyLM stream such as streaming_params (or give its path)"
+        f"{path}: weights: {', '.join(streams) or 'none'}; expected model.safetensors, pytorch_model.bin, shards with "
+        "their index, or one EasyLM stream such as streaming_params (or give the path of one)"
     )
 
 
@@ -78,18 +79,18 @@ def write(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     finalize: Callable[[pathlib.Path], None] = lambda folder: None,
 ) -> None:
-    """Writes a new folder of that kind of `FORMATS`; it is there as a whole or not at all.
+    """Writes a new model folder atomically.
 
     Args:
       folder: to write.
-      stored: the model.
-      kind: one of `FORMATS`.
-      max_shard_bytes: bytes of a file of weights, for "hf".
-      finish: adds files of its own to the folder, before it gets its name.
+      checkpoint: the model.
+      format: one of `FORMATS`.
+      max_shard_bytes: size of a weights file, for "hf".
+      finalize: called with the temporary folder before it is renamed, to add files.
 
     Raises:
-      UserError: the folder exists and isn't empty, or a tensor can't be written so.
-      OSError: the disk takes no more.
+      UserError: the folder exists and isn't empty, or the format can't hold a tensor.
+      OSError: the disk is full.
     """
     with files.clear_disk_errors(folder), files.new_folder(folder) as temporary:
         if format == "hf":
@@ -102,27 +103,25 @@ def write(
 
 
 def check_tokenizer(
-    known: Mapping[str, Any] | None,
+    expected: Mapping[str, Any] | None,
     vocabulary: Vocabulary,
     identity: Mapping[str, Any],
     folder: epath.PathLike,
 ) -> None:
-    """That a tokenizer is the one whose codes a model learned; where nothing tells, that it has as many codes.
+    """Checks that a tokenizer is the one that a model was trained with, or has as many codes if that is unknown.
 
     Args:
-      known: the identity that the model's record has, or None.
-      vocabulary: the model's.
+      expected: the tokenizer's identity in the model's run record, or None.
+      vocabulary: of the model.
       identity: `Tokenizer.identity()`.
-      folder: the tokenizer's, for the error.
+      folder: of the tokenizer, for messages.
 
     Raises:
-      UserError: it is another.
+      UserError: another tokenizer.
     """
-    if known and identity["hash"] != known["hash"]:
+    if expected and identity["hash"] != expected["hash"]:
         raise UserError(f"{folder}: not the tokenizer that the model was trained with")
     if identity["num_codes"] != vocabulary.num_codes:
-        raise UserError(
-            f"{folder}: a tokenizer of {identity['num_codes']} codes, the model has {vocabulary.num_codes}"
-        )
-    if not known:
-        log_info(f"{folder}: the model doesn't tell its tokenizer; this one is taken on trust")
+        raise UserError(f"{folder}: {identity['num_codes']} codes, but the model has {vocabulary.num_codes}")
+    if not expected:
+        log_warning(f"{folder}: can't be verified: the model's tokenizer isn't recorded")

@@ -1,6 +1,6 @@
-"""Tensors in a file: named, with shape and dtype, their numbers read when they are asked for.
+"""Lazy tensors: shape and dtype are known, data is read from the file on demand.
 
-A checkpoint is converted tensor by tensor: no two copies of it are ever in memory.
+Checkpoints are converted tensor by tensor and never are in memory as a whole.
 """
 
 from __future__ import annotations
@@ -12,39 +12,32 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
 from lvm.common import files
 from lvm.common.errors import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_LISTED = 8  # names of each kind in an error
-_SAFETENSORS = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": BFLOAT16,
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+_MAX_LISTED = 8
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a file that stays where it is until `read` is called.
+    """A tensor in a file.
 
     Attributes:
-      shape: as the file says.
-      dtype: as the file says.
-      read: the numbers, a new array in C order of this shape and dtype.
-      slices: what it is a stack of, where it is one.
+      shape: its shape.
+      dtype: its dtype.
+      read: returns the data, a new array in C order of this shape and dtype.
+      slices: tensors along the first axis, if it is a stack of tensors.
     """
 
     shape: tuple[int, ...]
@@ -64,109 +57,115 @@ class LazyTensor:
 Tensors = Mapping[str, LazyTensor]
 
 
-def from_array(array: np.ndarray) -> LazyTensor:
-    """A tensor that is in memory already."""
+def from_array(array: Shaped[np.ndarray, ...]) -> LazyTensor:
+    """Wraps an array in memory."""
     return LazyTensor(array.shape, array.dtype, lambda: np.array(array, order="C"))
 
 
 def cast(tensor: LazyTensor, dtype: np.dtype, name: str) -> LazyTensor:
-    """The tensor in another floating-point type.
+    """Casts a tensor to another floating-point dtype when it is read.
 
     Raises:
-      UserError: when it is read, if a number is beyond that type.
+      UserError: on read, if a finite value overflows; `name` is the tensor's, for the message.
     """
 
     def read() -> np.ndarray:
         array = tensor.read()
         with np.errstate(over="ignore"):
-            made = array.astype(dtype)
-        if not np.all(np.isfinite(made) | ~np.isfinite(array)):
-            raise UserError(f"{name}: holds numbers up to {np.abs(array).max():.3g}, beyond {dtype}")
-        return made
+            result = array.astype(dtype)
+        if not np.all(np.isfinite(result) | ~np.isfinite(array)):
+            raise UserError(f"{name}: values up to {np.abs(array).max():.3g} overflow {dtype}")
+        return result
 
     return tensor if tensor.dtype == dtype else LazyTensor(tensor.shape, dtype, read)
 
 
 def stack(tensors: Sequence[LazyTensor], name: str) -> LazyTensor:
-    """Tensors of one shape and dtype as one, [len(tensors), ...], read one after the other.
+    """Stacks tensors of one shape along a new first axis; they are read one by one.
 
     Raises:
-      UserError: their dtypes differ.
+      UserError: their dtypes differ; `name` is the stack's, for the message.
     """
-    dtypes = {tensor.dtype for tensor in tensors}
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors})
     if len(dtypes) > 1:
         raise UserError(
-            f"{name}: its layers are stored in {', '.join(sorted(map(str, dtypes)))}; convert to one --dtype"
+            f"{name}: layers have different dtypes ({', '.join(dtypes)}); convert to one with --dtype"
         )
     first = tensors[0]
+    shape = (len(tensors), *first.shape)
 
     def read() -> np.ndarray:
-        whole = np.empty((len(tensors), *first.shape), first.dtype)
-        for part, tensor in zip(whole, tensors, strict=True):
-            part[...] = tensor.read()
-        return whole
+        stacked = np.empty(shape, first.dtype)
+        for row, tensor in zip(stacked, tensors, strict=True):
+            row[...] = tensor.read()
+        return stacked
 
-    return LazyTensor((len(tensors), *first.shape), first.dtype, read, tuple(tensors))
+    return LazyTensor(shape, first.dtype, read, tuple(tensors))
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, by name.
+    """Opens the tensors of a safetensors file by name.
 
     Raises:
-      UserError: not such a file, or a tensor of a dtype that numpy has no name for.
+      UserError: not a safetensors file, or a dtype that numpy lacks.
     """
-    import safetensors  # where there is no such file, nothing needs it
+    import safetensors  # an optional dependency of folders without such a file
 
     try:
         file = safetensors.safe_open(os.fspath(path), framework="numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a safetensors file that can be read: {error}") from error
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
     tensors = {}
-    for name, part in slices.items():
-        if part.get_dtype() not in _SAFETENSORS:
-            known = ", ".join(_SAFETENSORS)
-            raise UserError(f"{path}: {name} has the dtype {part.get_dtype()}; expected one of {known}")
-        dtype = _SAFETENSORS[part.get_dtype()]
-        tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, functools.partial(_read_one, path, name))
+    for name, entry in slices.items():
+        dtype = _SAFETENSORS_DTYPES.get(entry.get_dtype())
+        if dtype is None:
+            supported = ", ".join(_SAFETENSORS_DTYPES)
+            raise UserError(f"{path}: {name} has dtype {entry.get_dtype()}; supported are {supported}")
+        tensors[name] = LazyTensor(
+            tuple(entry.get_shape()), dtype, functools.partial(_read_tensor, path, name)
+        )
     return tensors
 
 
-def _read_one(path: str | os.PathLike[str], name: str) -> np.ndarray:
+def _read_tensor(path: str | os.PathLike[str], name: str) -> np.ndarray:
     import safetensors
 
-    # Opened anew, since what is read of a mapped file counts as this process's memory until it is closed.
+    # Opened anew each time: pages of a mapping count as this process's memory until it is closed.
     with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
         return file.get_tensor(name)
 
 
 def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one safetensors file, flushed; arrays in C order. As torch's libraries expect, marked as theirs."""
+    """Writes a safetensors file of arrays in C order and flushes it to disk."""
     import safetensors.numpy
 
+    # transformers 4 refuses files without this metadata.
     safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
     files.flush(path)
 
 
-def check_shapes(tensors: Tensors, shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    """That `tensors` are those of `shapes`, no more and no less.
+def check_shapes(tensors: Tensors, shapes: Mapping[str, Sequence[int]], path: str | os.PathLike[str]) -> None:
+    """Checks that the tensors have exactly these names and shapes.
 
     Raises:
-      UserError: lists the missing, the unexpected and the wrongly shaped ones.
+      UserError: lists missing, unexpected and misshapen tensors.
     """
-    missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in tensors]
-    unexpected = [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in shapes]
-    wrong = [
-        f"{name} {list(tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != tuple(shape)
-    ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
-    problems = [f"{len(names)} {kind} ({_list(names)})" for kind, names in found.items() if names]
-    if problems:
-        raise UserError(f"{where}: not the tensors of this network: {'; '.join(problems)}")
+    problems = {
+        "missing": [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in tensors],
+        "unexpected": [f"{name} {list(t.shape)}" for name, t in tensors.items() if name not in shapes],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)}, expected {list(shape)}"
+            for name, shape in shapes.items()
+            if name in tensors and tuple(tensors[name].shape) != tuple(shape)
+        ],
+    }
+    listed = [f"{len(names)} {kind} ({format_names(names)})" for kind, names in problems.items() if names]
+    if listed:
+        raise UserError(f"{path}: not the tensors of this network: {'; '.join(listed)}")
 
 
-def _list(names: list[Any]) -> str:
-    more = len(names) - _LISTED
-    return "; ".join(names[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+def format_names(names: Sequence[str]) -> str:
+    """The first names, and the number of those left out: `a; b; and 3 more`."""
+    more = len(names) - _MAX_LISTED
+    return "; ".join(names[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lvm import __version__
 from lvm.common import files
-from lvm.common.config import from_config_dict, to_json
+from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.interop.lazy_checkpoint import (
     LazyCheckpoint,
@@ -76,6 +75,4 @@ def write(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
     tree = dataclasses.replace(checkpoint, stacked={}).tree()  # layer by layer, even if stored stacked
     save_lazy_params(folder, checkpoint.step, tree)
     checkpoint.vocabulary.save(folder)
-    config = {**checkpoint.record.get("config", {}), "model": to_json(checkpoint.config)}
-    record = {**checkpoint.record, "lvm_version": __version__, "config": config, "converted": True}
-    files.write_json(folder / CONFIG, record)
+    files.write_json(folder / CONFIG, {**checkpoint.export_record(), "converted": True})

@@ -1,4 +1,4 @@
-"""Small transformers at rest, every number drawn: a tensor that is swapped, turned or left out shows."""
+"""Small checkpoints of random values, so that a tensor that is swapped, transposed or missing shows."""
 
 import numpy as np
 
@@ -19,27 +19,31 @@ def small_config(vocabulary=SMALL, **changes):
 
 
 def small_model(vocabulary=SMALL, dtype="float32", seed=0, step=7, spread=0.15, **changes):
-    """Weights large enough that attention picks its keys by their positions; scales away from 1."""
+    """A checkpoint with weights large enough that attention depends on positions, and scales that differ from 1."""
     config = small_config(vocabulary, **changes)
     rng = np.random.default_rng(seed)
-    found = {}
+    arrays = {}
     for name, shape in tensor_shapes(config).items():
         array = np.float32(name.endswith("scale")) + spread * rng.standard_normal(shape, np.float32)
-        found[name] = tensors.from_array(array.astype(DTYPES[dtype]))
-    return LazyCheckpoint(config, vocabulary, found, NO_RECORD, step, "a small model")
+        arrays[name] = tensors.from_array(array.astype(DTYPES[dtype]))
+    return LazyCheckpoint(config, vocabulary, arrays, NO_RECORD, step, "a small model")
 
 
-def assert_same_tensors(found, wanted):
-    """That two models hold the same numbers, bit by bit, under the same names."""
-    assert list(found.tensors) == list(wanted.tensors)
-    for name, tensor in wanted.tensors.items():
-        read, right = found.tensors[name].read(), tensor.read()
-        assert (read.dtype, read.shape) == (right.dtype, right.shape), name
-        assert found.tensors[name].dtype == right.dtype, name
-        assert read.tobytes() == right.tobytes(), name
+def assert_same_tensors(actual, expected):
+    """Asserts bit-identical tensors of the same names, in the same order."""
+    assert list(actual.tensors) == list(expected.tensors)
+    for name, tensor in expected.tensors.items():
+        a, b = actual.tensors[name].read(), tensor.read()
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        assert actual.tensors[name].dtype == b.dtype, name
+        assert a.tobytes() == b.tobytes(), name
 
 
-def assert_same_model(found, wanted):
-    """The same, and that they are the same model otherwise."""
-    assert_same_tensors(found, wanted)
-    assert (found.config, found.vocabulary, found.step) == (wanted.config, wanted.vocabulary, wanted.step)
+def assert_same_model(actual, expected):
+    """Asserts bit-identical tensors and equal config, vocabulary and step."""
+    assert_same_tensors(actual, expected)
+    assert (actual.config, actual.vocabulary, actual.step) == (
+        expected.config,
+        expected.vocabulary,
+        expected.step,
+    )

@@ -1,4 +1,4 @@
-"""What we export is what transformers loads: logits at late positions, greedy answers, and the example beside it.
+"""Exports in transformers: logits at late positions, greedy generation, and the example script.
 
 Run by `make test-parity` with transformers 5, and by `make test-compat` with transformers 4.
 """
@@ -52,29 +52,29 @@ def exported(folder, vocabulary, tied=False, kv_heads=0, **options):
 @vocabularies
 @tied
 @grouped
-def test_logits_agree_at_late_positions(vocabulary, tied, kv_heads, tmp_path):
+def test_logits_match_at_late_positions(vocabulary, tied, kv_heads, tmp_path):
     checkpoint, theirs = exported(tmp_path / "hf", vocabulary, tied, kv_heads, max_shard_bytes=10**6)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     models.write(tmp_path / "ours", checkpoint, "orbax")
     tokens = np.random.default_rng(1).integers(0, vocabulary.size, (1, T))
     with torch.no_grad():
         hidden = theirs.model(torch.from_numpy(tokens), use_cache=False).last_hidden_state
-        wanted = theirs.lm_head(hidden[:, POSITIONS]).numpy()
-    assert wanted.std() > 0.5
-    found = LVM.load(tmp_path / "ours").logits(tokens)[:, POSITIONS]
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+        expected = theirs.lm_head(hidden[:, POSITIONS]).numpy()
+    assert expected.std() > 0.5
+    loaded = LVM.load(tmp_path / "ours").logits(tokens)[:, POSITIONS]
+    np.testing.assert_allclose(loaded, expected, rtol=0, atol=1e-4)
 
 
 @vocabularies
 @grouped
-def test_greedy_answers_agree(vocabulary, kv_heads, tmp_path):
+def test_greedy_generation_matches(vocabulary, kv_heads, tmp_path):
     _, theirs = exported(tmp_path / "hf", vocabulary, kv_heads=kv_heads)
     prompt = np.random.default_rng(2).integers(0, vocabulary.num_codes, (1, 300))
     if vocabulary.bos is not None:
         prompt[0, 0] = vocabulary.bos
     ids = torch.from_numpy(prompt)
     with torch.no_grad():
-        written = theirs.generate(
+        output = theirs.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=256,
@@ -82,19 +82,19 @@ def test_greedy_answers_agree(vocabulary, kv_heads, tmp_path):
             output_logits=True,
             return_dict_in_generate=True,
         )
-    wanted = written.sequences[0, prompt.shape[1] :].numpy()
-    assert len(wanted) == 256
-    assert wanted.max() < vocabulary.num_codes
-    found = LVM.load(tmp_path / "hf").generate_tokens(prompt, 256, temperature=0.0, codes_only=True)[0]
-    apart = np.flatnonzero(found != wanted)
-    if len(apart):
-        scores = np.sort(written.logits[apart[0]][0, : vocabulary.num_codes].numpy())
+    expected = output.sequences[0, prompt.shape[1] :].numpy()
+    assert len(expected) == 256
+    assert expected.max() < vocabulary.num_codes
+    loaded = LVM.load(tmp_path / "hf").generate_tokens(prompt, 256, temperature=0.0, codes_only=True)[0]
+    different = np.flatnonzero(loaded != expected)
+    if len(different):
+        scores = np.sort(output.logits[different[0]][0, : vocabulary.num_codes].numpy())
         assert scores[-1] - scores[-2] < 1e-4, (
-            f"the {apart[0]}th code: {found[apart[0]]}, there {wanted[apart[0]]}"
+            f"the {different[0]}th code: {loaded[different[0]]}, there {expected[different[0]]}"
         )
 
 
-def test_generation_knows_the_true_specials(tmp_path):
+def test_generation_config_has_special_ids(tmp_path):
     _, theirs = exported(tmp_path / "hf", OURS)
     for config in (theirs.config, theirs.generation_config):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (8192, 8193, 8194)
@@ -105,37 +105,37 @@ def test_generation_knows_the_true_specials(tmp_path):
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
-def test_what_transformers_saves_is_read(theta, tmp_path):
-    """Also after transformers wrote it anew, in its own version's fields."""
+def test_read_what_transformers_saves(theta, tmp_path):
+    """Weights saved again by transformers, with the fields of its version."""
     checkpoint = small_model(OURS, num_heads=4, num_kv_heads=2, rope_theta=theta)
     models.write(tmp_path / "hf", checkpoint, "hf")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     theirs.save_pretrained(tmp_path / "saved")
     fields = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert ("rope_parameters" in fields) or ("rope_theta" in fields)
-    found = models.read(tmp_path / "saved")
-    assert_same_tensors(found, checkpoint)
-    assert found.vocabulary == OURS
-    assert dataclasses.replace(found.config, attention="xla") == checkpoint.config
+    loaded = models.read(tmp_path / "saved")
+    assert_same_tensors(loaded, checkpoint)
+    assert loaded.vocabulary == OURS
+    assert dataclasses.replace(loaded.config, attention="xla") == checkpoint.config
     torch.save(theirs.state_dict(), tmp_path / "saved" / "pytorch_model.bin")
     (tmp_path / "saved" / "model.safetensors").unlink()
     assert_same_tensors(models.read(tmp_path / "saved"), checkpoint)
 
 
-def test_a_resized_vocabulary_answers_alike(tmp_path):
+def test_resized_vocabulary_keeps_logits(tmp_path):
     checkpoint, _ = exported(tmp_path / "hf", PUBLISHED)
     models.write(tmp_path / "resized", resize_vocabulary(checkpoint, 8448), "hf")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "resized")
     tokens = np.random.default_rng(1).integers(0, 8192, (1, 200))
     with torch.no_grad():
-        wanted = theirs(torch.from_numpy(tokens)).logits[..., :8192].numpy()
-    found = LVM.load(tmp_path / "hf").logits(tokens)[..., :8192]
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+        expected = theirs(torch.from_numpy(tokens)).logits[..., :8192].numpy()
+    loaded = LVM.load(tmp_path / "hf").logits(tokens)[..., :8192]
+    np.testing.assert_allclose(loaded, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["squash", "center_crop"])
-def test_the_example_answers_as_we_do(mode, tmp_path):
-    """example.py, run as a user would: pictures in, a picture out."""
+def test_example_script_matches_our_generation(mode, tmp_path):
+    """Runs example.py as a user would, on image files."""
     pytest.importorskip("diffusers")
     network = small("lvm", resolution=32, codebook_size=64)
     weights.write(tmp_path / "tokenizer", random_weights(network, mode=mode), "orbax")
@@ -147,20 +147,20 @@ def test_the_example_answers_as_we_do(mode, tmp_path):
     rng = np.random.default_rng(3)
     names = [tmp_path / f"{name}.png" for name in ("x", "y", "query")]
     for name in names:
-        colours = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
-        PIL.Image.fromarray(colours).resize((90, 60), PIL.Image.Resampling.BILINEAR).save(name)
+        colors = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        PIL.Image.fromarray(colors).resize((90, 60), PIL.Image.Resampling.BILINEAR).save(name)
     out = tmp_path / "answer.png"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, tmp_path / "hf" / "example.py", *names, out],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     grids = tokenizer.encode(np.stack([tokenizer.read_image(name) for name in names]))
     answer = LVM.load(tmp_path / "hf").generate(grids[None], 1, temperature=0.0)[0]
-    wanted = tokenizer.decode(answer)[0].astype(int)
-    assert wanted.std() > 5
-    assert np.abs(np.asarray(PIL.Image.open(out)).astype(int) - wanted).max() <= 1
+    expected = tokenizer.decode(answer)[0].astype(int)
+    assert expected.std() > 5
+    assert np.abs(np.asarray(PIL.Image.open(out)).astype(int) - expected).max() <= 1
     lines = (tmp_path / "hf" / "example.py").read_text().splitlines()
     assert len([line for line in lines if line.strip()]) <= 30

@@ -1,4 +1,4 @@
-"""Two checkpoints compared: equal ones are equal, and what differs is named by its place."""
+"""Comparison of checkpoints: equal models, the first module that differs, and the figures."""
 
 import dataclasses
 
@@ -17,22 +17,22 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def changed(checkpoint, name, by):
-    """The same but for one number of one tensor."""
+    """The checkpoint with one value of one tensor changed."""
     array = checkpoint.tensors[name].read()
     array.flat[3] += by
     return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, name: tensors.from_array(array)})
 
 
-def test_equal_models_are_equal_whatever_they_are_stored_as(tmp_path):
+def test_compare_equal_models_in_two_formats(tmp_path):
     checkpoint = small_model(num_heads=4, num_kv_heads=2, context=300)
-    for kind in ("hf", "easylm"):
-        models.write(tmp_path / kind, checkpoint, kind)
-    found = compare(models.read(tmp_path / "hf"), models.read(tmp_path / "easylm"))
-    assert not found.max_abs_diff.any()
-    assert found.max_abs_diff.shape == (300,)
-    assert found.first_difference is None
-    assert found.logit_std > 0.1
-    assert list(found.report())[-1] == "first layer that differs: none"
+    for format in ("hf", "easylm"):
+        models.write(tmp_path / format, checkpoint, format)
+    comparison = compare(models.read(tmp_path / "hf"), models.read(tmp_path / "easylm"))
+    assert not comparison.max_abs_diff.any()
+    assert comparison.max_abs_diff.shape == (300,)
+    assert comparison.first_difference is None
+    assert comparison.logit_std > 0.1
+    assert list(comparison.report())[-1] == "first difference: none"
 
 
 @pytest.mark.parametrize(
@@ -42,61 +42,61 @@ def test_equal_models_are_equal_whatever_they_are_stored_as(tmp_path):
         ("layers.0.attention.key", "layer 0"),
         ("layers.1.mlp.down", "layer 1"),
         ("layers.2.attention_norm.scale", "layer 2"),
-        ("norm.scale", "the norm after the layers"),
-        ("head", "the output projection"),
+        ("norm.scale", "final norm"),
+        ("head", "output projection"),
     ],
 )
-def test_the_first_layer_that_differs_is_named(name, first):
+def test_compare_names_first_difference(name, first):
     checkpoint = small_model()
-    found = compare(checkpoint, changed(checkpoint, name, 0.5), num_rows=8)
-    assert found.first_difference == first
-    assert found.relative_difference > 1e-3
-    assert found.max_abs_diff.max() > 1e-3
-    assert found.kl.max() > 0
-    assert f"first layer that differs: {first}, by" in list(found.report())[-1]
+    comparison = compare(checkpoint, changed(checkpoint, name, 0.5), num_rows=8)
+    assert comparison.first_difference == first
+    assert comparison.relative_difference > 1e-3
+    assert comparison.max_abs_diff.max() > 1e-3
+    assert comparison.kl.max() > 0
+    assert f"first difference: {first} (" in list(comparison.report())[-1]
 
 
-def test_figures_are_those_of_the_logits(tmp_path):
+def test_compare_figures_match_logits(tmp_path):
     first, second = small_model(), changed(small_model(), "layers.1.mlp.up", 2.0)
-    found = compare(first, second, num_rows=3, seed=5)
+    comparison = compare(first, second, num_rows=3, seed=5)
     logits = []
-    for number, checkpoint in enumerate((first, second)):
-        models.write(tmp_path / str(number), checkpoint, "hf")
+    for i, checkpoint in enumerate((first, second)):
+        models.write(tmp_path / str(i), checkpoint, "hf")
         tokens = np.random.default_rng(5).integers(0, 16, (3, 32))
-        logits.append(LVM.load(tmp_path / str(number)).logits(tokens)[..., :16].astype(np.float64))
-    np.testing.assert_allclose(found.max_abs_diff, np.abs(logits[0] - logits[1]).max((0, 2)), atol=1e-5)
+        logits.append(LVM.load(tmp_path / str(i)).logits(tokens)[..., :16].astype(np.float64))
+    np.testing.assert_allclose(comparison.max_abs_diff, np.abs(logits[0] - logits[1]).max((0, 2)), atol=1e-5)
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in logits)
-    np.testing.assert_allclose(found.kl, (p * np.log(p / q)).sum(-1).mean(0), atol=1e-6)
+    np.testing.assert_allclose(comparison.kl, (p * np.log(p / q)).sum(-1).mean(0), atol=1e-6)
 
 
-def test_a_wrong_permutation_shows_at_late_positions():
-    """Heads turned by the other convention: alike at position 0, apart later."""
+def test_compare_wrong_rope_layout_differs_at_late_positions():
+    """Interleaved heads: equal logits at position 0, different ones later."""
     checkpoint = small_model(context=200)
-    turned = dict(checkpoint.tensors)
+    permuted = dict(checkpoint.tensors)
     for name in ("query", "key"):
         array = checkpoint.tensors[f"layers.0.attention.{name}"].read()
         D, H, d = array.shape
         wrong = array.reshape(D, H, 2, d // 2).swapaxes(2, 3).reshape(D, H, d)
-        turned[f"layers.0.attention.{name}"] = tensors.from_array(wrong)
-    found = compare(checkpoint, dataclasses.replace(checkpoint, tensors=turned))
-    assert found.first_difference == "layer 0"
-    assert found.max_abs_diff[0] < 1e-5
-    assert found.max_abs_diff[100:].max() > 1e-2
+        permuted[f"layers.0.attention.{name}"] = tensors.from_array(wrong)
+    comparison = compare(checkpoint, dataclasses.replace(checkpoint, tensors=permuted))
+    assert comparison.first_difference == "layer 0"
+    assert comparison.max_abs_diff[0] < 1e-5
+    assert comparison.max_abs_diff[100:].max() > 1e-2
 
 
-def test_another_vocabulary_of_the_same_codes_compares():
+def test_compare_ignores_ids_other_than_codes():
     checkpoint = small_model()
     assert compare(checkpoint, resize_vocabulary(checkpoint, 300)).first_difference is None
 
 
 @pytest.mark.parametrize(
-    ("other", "words"),
+    ("other", "message"),
     [
-        ({"num_layers": 2}, "num_layers: 3, there 2"),
-        ({"hidden_size": 32}, "hidden_size: 16, there 32"),
-        ({"vocabulary": Vocabulary.for_codes(32)}, "num_codes: 16, there 32"),
+        ({"num_layers": 2}, "num_layers: 3 and 2"),
+        ({"hidden_size": 32}, "hidden_size: 16 and 32"),
+        ({"vocabulary": Vocabulary.for_codes(32)}, "num_codes: 16 and 32"),
     ],
 )
-def test_what_can_not_be_one_model_is_refused(other, words):
-    with pytest.raises(UserError, match=f"not one model .*{words}"):
+def test_compare_rejects_different_sizes(other, message):
+    with pytest.raises(UserError, match=message):
         compare(small_model(), small_model(**other))

@@ -1,4 +1,4 @@
-"""EasyLM's streams: as EasyLM writes and computes them, and what is no whole one is named."""
+"""EasyLM's streaming checkpoints: conventions of EasyLM, and errors for files that are damaged."""
 
 import pickle
 
@@ -20,52 +20,52 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def interleaved_logits(named, config, tokens):
-    """LLaMA as EasyLM computes it, in float64: neighbours of a head are one complex number, turned by its position."""
+    """LLaMA as EasyLM computes it, in float64: RoPE rotates neighbors of a head as one complex number."""
     D, H, K = config.hidden_size, config.num_heads, config.kv_heads
     d, T = D // H, len(tokens)
-    read = {name: tensor.read().astype(np.float64) for name, tensor in named.items()}
+    arrays = {name: tensor.read().astype(np.float64) for name, tensor in named.items()}
     angles = np.outer(np.arange(T), config.rope_theta ** (-np.arange(0, d, 2) / d))
-    turns = np.exp(1j * angles)[:, None]  # [T, 1, d/2]
+    rotations = np.exp(1j * angles)[:, None]  # [T, 1, d/2]
 
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale
 
-    def turned(x):
+    def rotate(x):
         pairs = x.reshape(T, -1, d // 2, 2)
-        product = (pairs[..., 0] + 1j * pairs[..., 1]) * turns
+        product = (pairs[..., 0] + 1j * pairs[..., 1]) * rotations
         return np.stack([product.real, product.imag], -1).reshape(T, -1, d)
 
-    x = read["transformer.wte.embedding"][tokens]  # [T, D]
+    x = arrays["transformer.wte.embedding"][tokens]  # [T, D]
     for i in range(config.num_layers):
-        layer = {n.removeprefix(f"transformer.h.{i}."): a for n, a in read.items() if f".h.{i}." in n}
+        layer = {n.removeprefix(f"transformer.h.{i}."): a for n, a in arrays.items() if f".h.{i}." in n}
         h = norm(x, layer["attention_norm.kernel"])
-        query = turned(h @ layer["attention.wq.kernel"])  # [T, H, d]
-        key = np.repeat(turned(h @ layer["attention.wk.kernel"]), H // K, 1)
+        query = rotate(h @ layer["attention.wq.kernel"])  # [T, H, d]
+        key = np.repeat(rotate(h @ layer["attention.wk.kernel"]), H // K, 1)
         value = np.repeat((h @ layer["attention.wv.kernel"]).reshape(T, K, d), H // K, 1)
         scores = np.einsum("qhd,khd->hqk", query, key) / np.sqrt(d)
         scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
-        shares = np.exp(scores - scores.max(-1, keepdims=True))
-        shares /= shares.sum(-1, keepdims=True)
-        x = x + np.einsum("hqk,khd->qhd", shares, value).reshape(T, D) @ layer["attention.wo.kernel"]
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        x = x + np.einsum("hqk,khd->qhd", weights, value).reshape(T, D) @ layer["attention.wo.kernel"]
         h = norm(x, layer["ffn_norm.kernel"])
         gate = h @ layer["feed_forward.w1.kernel"]
         gated = gate / (1 + np.exp(-gate)) * (h @ layer["feed_forward.w3.kernel"])
         x = x + gated @ layer["feed_forward.w2.kernel"]
-    return norm(x, read["transformer.ln_f.kernel"]) @ read["lm_head.kernel"]
+    return norm(x, arrays["transformer.ln_f.kernel"]) @ arrays["lm_head.kernel"]
 
 
-def test_an_easylm_stream_answers_as_easylm_computes_it(tmp_path):
+def test_easylm_logits_match_interleaved_rope(tmp_path):
     checkpoint = small_model(num_heads=4, num_kv_heads=2, context=1100, hidden_size=32)
     models.write(tmp_path / "x", checkpoint, "easylm")
     named = {".".join(key): value for key, value in read_stream(tmp_path / "x" / "streaming_params").items()}
     tokens = np.random.default_rng(0).integers(0, SMALL.size, 1100)
-    wanted = interleaved_logits(named, checkpoint.config, tokens)
-    assert wanted.std() > 0.5
-    np.testing.assert_allclose(LVM.load(tmp_path / "x").logits(tokens[None])[0], wanted, rtol=0, atol=1e-4)
+    expected = interleaved_logits(named, checkpoint.config, tokens)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(LVM.load(tmp_path / "x").logits(tokens[None])[0], expected, rtol=0, atol=1e-4)
 
 
 def easylm_folder(folder, checkpoint, prefix=(), name="streaming_params", others=()):
-    """As EasyLM writes it: `prefix` before every key, other objects of a train state among them."""
+    """A folder as EasyLM writes it: `prefix` before every key, other objects of a train state before them."""
     models.write(folder, checkpoint, "easylm")
     stream = folder / "streaming_params"
     entries = [((*prefix, *key), value) for key, value in read_stream(stream).items()]
@@ -80,7 +80,7 @@ def easylm_folder(folder, checkpoint, prefix=(), name="streaming_params", others
 
 
 @pytest.mark.parametrize("prefix", [(), ("params",), ("params", "params")])
-def test_streams_with_any_beginning_of_their_keys(prefix, tmp_path):
+def test_read_easylm_key_prefixes(prefix, tmp_path):
     checkpoint = small_model(PUBLISHED, step=0)
     zeros = flax.serialization.to_bytes(np.zeros(3, np.float32))
     others = []
@@ -90,16 +90,16 @@ def test_streams_with_any_beginning_of_their_keys(prefix, tmp_path):
             (("opt_state", "mu", "params", "lm_head", "kernel"), zeros),
         ]
     folder = easylm_folder(tmp_path / "x", checkpoint, prefix, "streaming_train_state_500", others)
-    found = models.read(folder)
-    assert_same_tensors(found, checkpoint)
-    assert found.vocabulary == PUBLISHED
+    loaded = models.read(folder)
+    assert_same_tensors(loaded, checkpoint)
+    assert loaded.vocabulary == PUBLISHED
     assert_same_tensors(models.read(folder / "streaming_train_state_500"), checkpoint)  # the file itself
     (folder / "streaming_params").write_bytes(b"")
-    with pytest.raises(UserError, match=r"weights: streaming_params, streaming_train_state_500; wanted"):
+    with pytest.raises(UserError, match="weights: streaming_params, streaming_train_state_500"):
         models.read(folder)
 
 
-def test_easylm_to_ours_to_easylm_is_the_same_file(tmp_path):
+def test_easylm_orbax_easylm_is_byte_identical(tmp_path):
     models.write(tmp_path / "a", small_model(), "easylm")
     models.write(tmp_path / "b", models.read(tmp_path / "a"), "orbax")
     models.write(tmp_path / "c", models.read(tmp_path / "b"), "easylm")
@@ -107,33 +107,31 @@ def test_easylm_to_ours_to_easylm_is_the_same_file(tmp_path):
     assert first.read_bytes() == last.read_bytes()
 
 
-def test_arrays_that_flax_cuts_are_whole(tmp_path, monkeypatch):
+def test_read_stream_joins_chunked_arrays(tmp_path, monkeypatch):
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 64)
     array = np.arange(60, dtype=np.float32).reshape(5, 12)
     write_stream(tmp_path / "x", [(("a", "b"), tensors.from_array(array))])
-    (found,) = read_stream(tmp_path / "x").values()
-    assert (found.shape, found.dtype) == ((5, 12), np.float32)
-    np.testing.assert_array_equal(found.read(), array)
+    (loaded,) = read_stream(tmp_path / "x").values()
+    assert (loaded.shape, loaded.dtype) == ((5, 12), np.float32)
+    np.testing.assert_array_equal(loaded.read(), array)
 
 
 @given(cut=st.integers(1, 10**6))
 @settings(max_examples=25)
-def test_a_truncated_stream_is_one_clear_line(cut, tmp_path_factory):
+def test_read_easylm_rejects_truncated_stream(cut, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut")
     models.write(folder / "x", small_model(), "easylm")
     path = folder / "x" / "streaming_params"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: cut % (len(whole) - 1) + 1])
-    with pytest.raises(
-        UserError, match=r"streaming_params: (not a whole streaming checkpoint|not the tensors)"
-    ) as e:
+    content = path.read_bytes()
+    path.write_bytes(content[: cut % (len(content) - 1) + 1])
+    with pytest.raises(UserError, match=r"streaming_params: not (a complete|the tensors)") as e:
         models.read(folder / "x")
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 99, b"not msgpack at all", pickle.dumps({"a": 1})])
-def test_what_is_no_stream_is_named(content, tmp_path):
+def test_read_easylm_rejects_other_files(content, tmp_path):
     models.write(tmp_path / "x", small_model(), "easylm")
     (tmp_path / "x" / "streaming_params").write_bytes(content)
-    with pytest.raises(UserError, match=r"streaming_params: (not a whole|empty)"):
+    with pytest.raises(UserError, match=r"streaming_params: (not a complete|empty)"):
         models.read(tmp_path / "x")
