@@ -55,7 +55,7 @@ def test_a_second_run_redoes_nothing(demo):
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*.json") if path.name != "config.json"}
     output = run("scripts.demo", *TINY_DEMO, f"--out={demo}")
     assert output.count("training is complete at step 60") == 2
-    assert "this evaluation is there already" in output
+    assert "results.json is up to date" in output
     assert "answer.png is there already" in output
     manifest = demo / "store" / "manifest.json"
     assert all(path.stat().st_mtime_ns == before[path] for path in before if path != manifest)
@@ -331,8 +331,8 @@ def test_another_model_of_the_same_step_is_evaluated_anew(demo, tmp_path):
     common = ["--config=tests/configs/tiny_eval.py", f"--tokenizer={demo / 'tokenizer'}", f"--out={out}"]
     run("lvm.evaluate", *common, f"--model={demo / 'lvm'}")
     first = comparable(out / "results.json")
-    assert "is there already" in run("lvm.evaluate", *common, f"--model={demo / 'lvm'}")
-    assert "is there already" not in run("lvm.evaluate", *common, f"--model={model}")
+    assert "is up to date" in run("lvm.evaluate", *common, f"--model={demo / 'lvm'}")
+    assert "is up to date" not in run("lvm.evaluate", *common, f"--model={model}")
     assert comparable(out / "results.json") != first
 
 

@@ -1,4 +1,4 @@
-"""One page that holds an evaluation: figures, curves and pictures, all embedded."""
+"""A self-contained HTML page: metrics, curves and pictures, all embedded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+from jaxtyping import UInt8
 from matplotlib import pyplot
 
 from lvm.common.png import encode_png
@@ -33,50 +34,45 @@ td:nth-child(3) { color: #777; }
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and a picture uint8 [H, W, 3] or PNG bytes."""
+    """A heading, one or two sentences, and a picture as pixels or PNG."""
 
     title: str
     text: str
-    picture: np.ndarray | bytes
+    picture: UInt8[np.ndarray, "H W 3"] | bytes
+
+    @property
+    def png(self) -> bytes:
+        return self.picture if isinstance(self.picture, bytes) else encode_png(self.picture)
 
 
 def render_page(
     title: str, intro: str, table: Sequence[tuple[str, str, str]], sections: Sequence[Section]
 ) -> str:
-    """The whole page as HTML that needs nothing beside it.
-
-    Args:
-      title, intro: at its top.
-      table: rows of (figure, value, what it means).
-      sections: below the table, in order.
-    """
+    """A self-contained HTML page: title, introduction, a table of (name, value, meaning), then the sections."""
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table
     )
-    parts = [
-        f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
-        f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{_png64(section.picture)}">'
+    blocks = "".join(
+        f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p><img "
+        f'alt="{html.escape(section.title)}" src="data:image/png;base64,{base64.b64encode(section.png).decode()}">'
         for section in sections
-    ]
+    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"
-        f"<h2>Figures</h2><table>{rows}</table>{''.join(parts)}</html>\n"
+        f"<h2>Metrics</h2><table>{rows}</table>{blocks}</html>\n"
     )
 
 
 def plot_curves(
-    series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, log: bool = False
+    series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, log_y: bool = False
 ) -> bytes:
-    """A line plot as PNG: name → points (x, y)."""
+    """Plots name → points (x, y) as lines, as PNG."""
     figure, axes = pyplot.subplots(figsize=(7.2, 3.2), dpi=120)
     for name, points in series.items():
         x, y = zip(*points, strict=True)
         axes.plot(x, y, label=name, marker="o" if len(points) < 20 else None, linewidth=1.4, markersize=4)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    if log:
-        axes.set_yscale("log")
+    axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     if series:
@@ -88,10 +84,6 @@ def plot_curves(
     return buffer.getvalue()
 
 
-def metric_curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the lines of a `metrics.jsonl` that have the key."""
-    return [(line["step"], line[key]) for line in lines if key in line]
-
-
-def _png64(picture: np.ndarray | bytes) -> str:
-    return base64.b64encode(picture if isinstance(picture, bytes) else encode_png(picture)).decode()
+def metric_curve(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the records of a `metrics.jsonl` that have the key."""
+    return [(float(record["step"]), float(record[key])) for record in records if key in record]

@@ -1,4 +1,4 @@
-"""What evaluation is asked on: held-out scenes alone, as their source and their encoder give them."""
+"""Held-out scenes of an image source, and reconstruction metrics."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ from lvm.evaluation.reconstruction import reconstruction_metrics
 FRACTION = 0.5
 
 
-class Numbers:
-    """A source whose images show scene, frame and stream; every third scene has no segmentation."""
+class FakeSource:
+    """Images hold their scene, frame and stream indices; every third scene has no segmentation."""
 
-    name, skipped, classes = "numbers", (), ()
+    name, skipped, classes = "fake", (), ()
     streams = {"rgb": Image(), "segmentation": Palette(("nothing", "thing"), background=0)}  # noqa: RUF012
     stream_sets = (("rgb",), ("rgb", "segmentation"))
 
@@ -30,6 +30,9 @@ class Numbers:
     def info(self, index):
         streams = ("rgb",) if index % 3 == 0 else ("rgb", "segmentation")
         return SceneInfo(f"scene {index}", f"group {index // 2}", "", 1 + index % 4, streams)
+
+    def describe(self):
+        return {}
 
     def load(self, index):
         info = self.info(index)
@@ -45,40 +48,40 @@ class Numbers:
 @pytest.fixture
 def make_heldout(exact_codec):
     def make(source=None, fraction=FRACTION, max_scenes=99):
-        return Heldout(source or Numbers(), fraction, max_scenes, exact_codec[0])
+        return Heldout(source or FakeSource(), fraction, max_scenes, exact_codec[0])
 
     return make
 
 
-def numbers(heldout):
+def scene_indices(heldout):
     return [int(scene.info.key.split()[1]) for scene in heldout.scenes]
 
 
-def test_the_scenes_are_those_that_the_split_holds_out(make_heldout):
-    source = Numbers()
+def test_heldout_matches_the_split(make_heldout):
+    source = FakeSource()
     hashes = np.array([split.group_hash(source.info(i).group) for i in range(24)], np.uint64)
-    found = numbers(make_heldout())
-    assert found == np.flatnonzero(split.heldout_mask(hashes, FRACTION)).tolist()
-    assert 0 < len(found) < 24
+    indices = scene_indices(make_heldout())
+    assert indices == np.flatnonzero(split.heldout_mask(hashes, FRACTION)).tolist()
+    assert 0 < len(indices) < 24
 
 
-def test_no_more_are_read_than_asked_for_and_they_are_spread_over_the_source(make_heldout):
-    every, some = numbers(make_heldout()), numbers(make_heldout(max_scenes=3))
+def test_heldout_spreads_max_scenes_over_the_source(make_heldout):
+    all_scenes, some = scene_indices(make_heldout()), scene_indices(make_heldout(max_scenes=3))
     assert len(some) <= 3
-    assert some == every[:: -(-len(every) // 3)]
+    assert some == all_scenes[:: -(-len(all_scenes) // 3)]
 
 
-def test_images_and_their_codes_belong_together(make_heldout, exact_codec):
+def test_heldout_scene_image_matches_grid(make_heldout, exact_codec):
     for scene in make_heldout().scenes:
         for frame in range(len(scene.images)):
             for column, stream in enumerate(scene.info.streams):
                 image = scene.image(frame, stream)
-                number = int(scene.info.key.split()[1])
-                assert image[0, 0].tolist() == [number, frame, column]
+                index = int(scene.info.key.split()[1])
+                assert image[0, 0].tolist() == [index, frame, column]
                 np.testing.assert_array_equal(exact_codec[1](scene.grid(frame, stream)[None])[0], image)
 
 
-def test_all_images_of_a_stream_are_in_the_order_of_their_codes(make_heldout, exact_codec):
+def test_heldout_images_match_codes(make_heldout, exact_codec):
     heldout = make_heldout()
     for stream in ("rgb", "segmentation"):
         images = heldout.images(stream)
@@ -87,24 +90,24 @@ def test_all_images_of_a_stream_are_in_the_order_of_their_codes(make_heldout, ex
     assert len(heldout.images("rgb")) > len(heldout.images("segmentation"))
 
 
-def test_scenes_are_chosen_by_streams_and_frames(make_heldout):
+def test_with_streams_filters_by_streams_and_frames(make_heldout):
     for scene in make_heldout().with_streams(["segmentation"], min_frames=3):
-        number = int(scene.info.key.split()[1])
-        assert number % 3
-        assert number % 4 >= 2
+        index = int(scene.info.key.split()[1])
+        assert index % 3
+        assert index % 4 >= 2
 
 
-def test_a_scene_that_can_not_be_read_is_said_and_left_out(make_heldout, caplog):
-    lost = numbers(make_heldout())[0]
-    heldout = make_heldout(Numbers(unreadable=[lost]))
-    assert lost not in numbers(heldout)
+def test_heldout_logs_and_skips_unreadable_scenes(make_heldout, caplog):
+    lost = scene_indices(make_heldout())[0]
+    heldout = make_heldout(FakeSource(unreadable=[lost]))
+    assert lost not in scene_indices(heldout)
     assert heldout.failures == [Failure(f"scene {lost}", "cut off")]
     assert f"skipped scene {lost}: cut off" in caplog.text
 
 
-@pytest.mark.parametrize("options", [{"fraction": 0.0}, {"source": Numbers(unreadable=range(24))}])
-def test_nothing_held_out_is_refused(make_heldout, options):
-    with pytest.raises(UserError, match=r"no held-out scene can be read; heldout_fraction must be"):
+@pytest.mark.parametrize("options", [{"fraction": 0.0}, {"source": FakeSource(unreadable=range(24))}])
+def test_heldout_rejects_an_empty_split(make_heldout, options):
+    with pytest.raises(UserError, match="heldout_fraction="):
         make_heldout(**options)
 
 
@@ -120,7 +123,7 @@ def test_sentences_follow_the_recipe(make_heldout, exact_codec):
     assert (frames[:, :, 0] == frames[:, :1, 0]).all()
 
 
-def test_sentences_are_a_function_of_the_seed(make_heldout):
+def test_sentences_are_deterministic_in_the_seed(make_heldout):
     heldout = make_heldout()
     first, again, other = (heldout.sentences(Single(), 10, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -128,25 +131,25 @@ def test_sentences_are_a_function_of_the_seed(make_heldout):
 
 
 @pytest.mark.parametrize("recipe", [Single("depth"), Pairs(shots=99), Video(frames=9, strides=(1,))])
-def test_where_the_scenes_do_not_allow_a_recipe_there_are_no_sentences(make_heldout, recipe):
+def test_sentences_is_none_without_suitable_scenes(make_heldout, recipe):
     assert make_heldout().sentences(recipe, 10, seed=0) is None
 
 
-def test_an_exact_tokenizer_reconstructs_everything(make_heldout, exact_codec):
+def test_reconstruction_metrics_of_an_exact_tokenizer(make_heldout, exact_codec):
     heldout = make_heldout()
-    figures = reconstruction_metrics(heldout, exact_codec[1], 256)
-    assert figures["psnr"] == {"rgb": pytest.approx(100), "segmentation": pytest.approx(100)}
-    assert figures["round_trip_pixel_accuracy"] == 1
-    assert figures["round_trip_foreground_iou"] == 1
+    metrics = reconstruction_metrics(heldout, exact_codec[1], 256)
+    assert metrics["psnr"] == {"rgb": pytest.approx(100), "segmentation": pytest.approx(100)}
+    assert metrics["round_trip_pixel_accuracy"] == 1
+    assert metrics["round_trip_foreground_iou"] == 1
     codes = np.concatenate([heldout.codes("rgb").ravel(), heldout.codes("segmentation").ravel()])
-    assert figures["num_codes_counted"] == len(codes)
-    assert figures["codebook_usage"] == len(np.unique(codes)) / 256
+    assert metrics["num_codes_counted"] == len(codes)
+    assert metrics["codebook_usage"] == len(np.unique(codes)) / 256
     shares = np.unique(codes, return_counts=True)[1] / len(codes)
-    assert figures["codebook_perplexity"] == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
+    assert metrics["codebook_perplexity"] == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
 
 
-def test_a_tokenizer_that_forgets_is_seen_to(make_heldout, exact_codec):
+def test_reconstruction_metrics_of_a_constant_decoder(make_heldout, exact_codec):
     white = lambda codes: np.full_like(exact_codec[1](codes), 255)  # noqa: E731
-    figures = reconstruction_metrics(make_heldout(), white, 256)
-    assert max(figures["psnr"].values()) < 1
-    assert figures["round_trip_pixel_accuracy"] < 0.1
+    metrics = reconstruction_metrics(make_heldout(), white, 256)
+    assert max(metrics["psnr"].values()) < 1
+    assert metrics["round_trip_pixel_accuracy"] < 0.1

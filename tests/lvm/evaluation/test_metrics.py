@@ -1,4 +1,4 @@
-"""Figures against values worked by hand, or by scipy."""
+"""Metrics against values worked out by hand."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ from lvm.common import statistics
 from lvm.evaluation import metrics
 
 
-def test_iou_counts_shared_pixels_over_all():
+def test_iou_of_known_masks():
     masks = np.array([[[1, 1], [0, 0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]], bool)
     truth = np.array([[[0, 1], [1, 0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]], [[1, 0], [0, 0]]], bool)
     np.testing.assert_allclose(metrics.iou(masks, truth), [1 / 3, 1, 1, 0])
 
 
-def test_confusion_counts_truth_by_answer_and_leaves_out_what_is_ignored():
+def test_confusion_counts_and_ignores():
     truth = np.array([[0, 0, 1], [2, 2, 2]], np.uint8)
     labels = np.array([[0, 1, 1], [2, 0, 1]], np.uint8)
     assert metrics.confusion(labels, truth, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 1]]
@@ -24,16 +24,16 @@ def test_confusion_counts_truth_by_answer_and_leaves_out_what_is_ignored():
 
 
 @given(hnp.arrays(np.uint8, (2, 40), elements=st.integers(0, 200)))
-def test_confusion_is_that_of_a_loop(pair):
+def test_confusion_matches_a_loop(pair):
     labels, truth = pair
     counts = np.zeros((201, 201), int)
-    for answered, right in zip(labels, truth, strict=True):
-        counts[right, answered] += 1
+    for predicted, expected in zip(labels, truth, strict=True):
+        counts[expected, predicted] += 1
     np.testing.assert_array_equal(metrics.confusion(labels, truth, 201), counts)
 
 
-def test_mean_iou_is_over_the_classes_in_the_truth():
-    counts = np.array([[5, 1, 0], [2, 2, 1], [0, 0, 0]])  # nothing of class 2 is there, though it is answered
+def test_mean_iou_averages_classes_in_the_truth():
+    counts = np.array([[5, 1, 0], [2, 2, 1], [0, 0, 0]])  # class 2 is predicted, but absent from the truth
     first, second = 5 / (5 + 1 + 2), 2 / (2 + 3 + 1)
     assert metrics.mean_iou(counts) == pytest.approx((first + second) / 2)
     assert metrics.mean_iou(counts, exclude=[0]) == pytest.approx(second)
@@ -43,18 +43,18 @@ def test_mean_iou_is_over_the_classes_in_the_truth():
 def test_conditional_entropy_of_known_pairs():
     given_codes = np.array([[0, 0, 0, 0], [1, 1, 2, 2]])
     codes = np.array([[0, 1, 2, 3], [5, 5, 0, 1]])
-    # After 0 four codes are even (ln 4), after 1 one is sure, after 2 two are even (ln 2).
-    wanted = 4 / 8 * np.log(4) + 2 / 8 * 0 + 2 / 8 * np.log(2)
-    assert metrics.conditional_entropy(given_codes, codes, 6) == pytest.approx(wanted)
+    # After 0 four codes are uniform (ln 4), after 1 one is certain, after 2 two are uniform (ln 2).
+    expected = 4 / 8 * np.log(4) + 2 / 8 * 0 + 2 / 8 * np.log(2)
+    assert metrics.conditional_entropy(given_codes, codes, 6) == pytest.approx(expected)
 
 
 @given(hnp.arrays(np.uint16, (2, 50), elements=st.integers(0, 7)))
-def test_knowing_more_never_raises_entropy(pair):
+def test_conditioning_never_raises_entropy(pair):
     conditional = metrics.conditional_entropy(pair[0], pair[1], 8)
     assert -1e-9 <= conditional <= statistics.entropy(np.bincount(pair[1])) + 1e-9
 
 
-def test_the_bootstrap_interval_is_that_of_the_mean():
+def test_bootstrap_interval_of_the_mean():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
     low, high = metrics.bootstrap(values)
     error = 1.96 * values.std() / np.sqrt(400)

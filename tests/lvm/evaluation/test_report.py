@@ -1,4 +1,4 @@
-"""The page needs nothing beside it, and holds what it was given."""
+"""The HTML report is self-contained and shows its content unchanged."""
 
 import base64
 import html.parser
@@ -15,7 +15,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
 class Page(html.parser.HTMLParser):
-    """What a page refers to, and its text."""
+    """Collects references, tags and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -30,16 +30,15 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
-def make_page():
-    chart = report.plot_curves({"loss": [(1, 2.0), (2, 1.0)]}, "step", "loss")
-    sections = [Section("Answers", "what it wrote", PICTURE), Section("Loss", "while training", chart)]
-    return report.render_page(
-        "Title & <more>", "An <b>intro</b>", [("PSNR, x<y", "12.3 dB", "a & b")], sections
-    )
+def render():
+    chart = report.plot_curves({"loss": [(1.0, 2.0), (2.0, 1.0)]}, "step", "loss")
+    sections = [Section("Answers", "generated", PICTURE), Section("Loss", "during training", chart)]
+    table = [("PSNR, x<y", "12.3 dB", "a & b")]
+    return report.render_page("Title & <more>", "An <b>intro</b>", table, sections)
 
 
-def test_the_page_refers_to_nothing_outside_of_itself():
-    text = make_page()
+def test_page_has_no_external_references():
+    text = render()
     page = Page(text)
     assert len(page.references) == 2
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
@@ -48,30 +47,30 @@ def test_the_page_refers_to_nothing_outside_of_itself():
     assert not re.search(r"http|//|@import|url\(", without_pictures)
 
 
-def test_text_is_shown_as_it_was_given_and_is_no_markup():
-    page = Page(make_page())
-    shown = "".join(page.text)
-    for text in ("Title & <more>", "An <b>intro</b>", "PSNR, x<y", "12.3 dB", "a & b", "what it wrote"):
-        assert text in shown
+def test_page_escapes_text():
+    page = Page(render())
+    content = "".join(page.text)
+    for text in ("Title & <more>", "An <b>intro</b>", "PSNR, x<y", "12.3 dB", "a & b", "generated"):
+        assert text in content
     assert "b" not in page.tags
     assert page.tags.count("td") == 3
 
 
-def test_pictures_are_embedded_whole():
-    reference = Page(make_page()).references[0]
+def test_page_embeds_pictures_losslessly():
+    reference = Page(render()).references[0]
     data = base64.b64decode(reference.removeprefix("data:image/png;base64,"))
     np.testing.assert_array_equal(PIL.Image.open(io.BytesIO(data)), PICTURE)
 
 
-def test_equal_content_is_an_equal_page():
-    assert make_page() == make_page()
+def test_page_is_deterministic():
+    assert render() == render()
 
 
-def test_curves_are_pictures_that_differ_with_their_points():
+def test_plot_curves_depends_on_points_and_scale():
     series = {"a": [(1.0, 10.0), (2.0, 100.0)]}
     charts = [
         report.plot_curves(series, "x", "y"),
-        report.plot_curves(series, "x", "y", log=True),
+        report.plot_curves(series, "x", "y", log_y=True),
         report.plot_curves({**series, "b": [(1.0, 20.0)]}, "x", "y"),
         report.plot_curves({}, "x", "y"),
     ]
@@ -79,7 +78,7 @@ def test_curves_are_pictures_that_differ_with_their_points():
     assert all(PIL.Image.open(io.BytesIO(chart)).format == "PNG" for chart in charts)
 
 
-def test_a_training_curve_takes_the_lines_that_have_the_key():
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "heldout_loss": 9.0}, {"step": 3, "loss": 1.0}]
-    assert report.metric_curve(lines, "loss") == [(1, 3.0), (3, 1.0)]
-    assert report.metric_curve(lines, "perplexity") == []
+def test_metric_curve_takes_the_records_with_the_key():
+    records = [{"step": 1, "loss": 3.0}, {"step": 2, "heldout_loss": 9.0}, {"step": 3, "loss": 1.0}]
+    assert report.metric_curve(records, "loss") == [(1, 3.0), (3, 1.0)]
+    assert report.metric_curve(records, "perplexity") == []

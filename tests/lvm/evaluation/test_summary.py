@@ -1,4 +1,4 @@
-"""The page's figures are those of the results, in words."""
+"""The report's table, sections and files."""
 
 import json
 
@@ -9,7 +9,9 @@ import pytest
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.evaluation import prompted, summary
+from lvm.evaluation.heldout import Heldout
 from lvm.evaluation.report import Section
+from lvm.inference.pretrained import LVM
 
 RESULTS = {
     "request": {},
@@ -81,36 +83,36 @@ def lines(results=RESULTS):
     "line",
     [
         "PSNR, rgb | 23.5 dB | reconstruction",
-        "segmentation round trip | 98.7% | pixels of the right class after decoding",
+        "segmentation round trip | 98.7% | pixel accuracy after decoding",
         "segmentation round trip | 0.912 | foreground IoU after decoding",
         "codebook usage | 50.0% | of 123,456 codes",
         "codebook perplexity | 321 | of the same codes",
-        "next-code loss | 3.210 nats | 50.0% below the unigram entropy of the same codes, 6.420",
-        "video loss, images 3 on | 2.500 nats | 20.0% below the entropy given the same place of the frame "
-        "before, 3.125 (of 12,345 codes; plug-in 3.000)",
-        "perplexity, images 3 on | 0.22× | that of the first image",
-        "segmentation by prompt | 0.800 | foreground IoU of 64 queries, 95 % in 0.750 to 0.850; everything "
-        "0.300, copying an example 0.200",
-        "segmentation by prompt | 0.700 | class mIoU; classes by lot 0.250",
-        "segmentation by prompt | 90.0% | pixels of the right class; copying an example 60.0%",
-        "segmentation by prompt | 18.0 dB | PSNR; copying an example 9.0 dB",
+        "next-token loss | 3.210 nats | 50.0% below the unigram entropy of the same codes, 6.420",
+        "video loss, from image 3 | 2.500 nats | 20.0% below the entropy given the same position of the preceding "
+        "frame, 3.125 (of 12,345 codes; plug-in 3.000)",
+        "perplexity, from image 3 | 0.22× | that of the first image",
+        "segmentation by prompt | 0.800 | foreground IoU of 64 queries, 95 % CI 0.750 to 0.850; all foreground "
+        "0.300, copy baseline 0.200",
+        "segmentation by prompt | 0.700 | class mIoU; chance level 0.250",
+        "segmentation by prompt | 90.0% | pixel accuracy; copy baseline 60.0%",
+        "segmentation by prompt | 18.0 dB | PSNR; copy baseline 9.0 dB",
         "depth by prompt | 0.123 | AbsRel; δ1 90.0%, RMSE 0.5",
-        "task following | 95.0% | answers of the stream that the examples show, by their codes (segmentation 90%, "
-        "depth 100%); this judge is right on 99.0% of true images",
-        " | 70.0% | answers nearest, in pixels, to the query's true image of that stream",
+        "task following | 95.0% | task-following accuracy by codes (segmentation 90%, depth 100%); the classifier's "
+        "accuracy is 99.0%",
+        " | 70.0% | task-following accuracy by pixels",
     ],
 )
-def test_the_table_says_each_figure_with_its_unit_and_what_it_stands_beside(line):
+def test_metrics_table_has_units_and_baselines(line):
     assert line in lines()
 
 
-def test_what_was_not_measured_is_not_in_the_table():
+def test_metrics_table_omits_what_was_not_measured():
     tokenizer = {"psnr": {}, "num_codes_counted": 0, "codebook_usage": 0.0, "codebook_perplexity": 1.0}
     rows = lines({"tokenizer": tokenizer, "likelihood": {}, "prompted": {}})
     assert [row.split(" | ")[0] for row in rows] == ["codebook usage", "codebook perplexity"]
 
 
-def test_the_folder_holds_the_page_the_pictures_and_the_results(tmp_path):
+def test_write_report_writes_page_pictures_and_results(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     picture = np.full((3, 4, 3), 9, np.uint8)
@@ -125,33 +127,30 @@ def test_the_folder_holds_the_page_the_pictures_and_the_results(tmp_path):
     assert "Loss of the tokenizer" not in page
 
 
-class Repeats:
-    """A model that answers with the last image of the prompt."""
+class CopyLast(LVM):
+    """A model that repeats the last image of the prompt."""
+
+    def __init__(self):
+        pass
 
     def generate(self, grids, num_images, temperature):
         assert temperature == 0
         return np.repeat(np.asarray(grids)[:, -1:], num_images, axis=1)
 
 
-class Shown:
-    """As much of `Heldout` as the pictures ask for."""
-
+class FakeHeldout(Heldout):
     codecs = {"rgb": None, "segmentation": None, "depth": None}  # noqa: RUF012
 
     def __init__(self, scenes):
         self.scenes = scenes
 
-    def with_streams(self, streams):
-        return [scene for scene in self.scenes if set(streams) <= set(scene.info.streams)]
 
-
-def test_the_pictures_are_videos_tasks_and_reconstructions(make_heldout_scenes, exact_codec):
+def test_make_sections_of_videos_tasks_and_reconstructions(make_heldout_scenes, exact_codec):
     scenes, (_, decode) = make_heldout_scenes(4), exact_codec
     queries = prompted.make_queries(scenes, 12, 2, seed=0)
-    asked = [
-        prompted.answer_queries(queries, "rgb", "segmentation", lambda prompts, n: prompts[:, -1:], decode)
-    ]
-    sources = {
+    answer = lambda prompts, num_images: prompts[:, -1:]  # noqa: E731
+    tasks = [prompted.answer_queries(queries, "rgb", "segmentation", answer, decode)]
+    components = {
         "clips": ComponentConfig(Video(frames=2, strides=(1,))),
         "pairs": ComponentConfig(Pairs()),
         "single": ComponentConfig(Single()),
@@ -159,11 +158,11 @@ def test_the_pictures_are_videos_tasks_and_reconstructions(make_heldout_scenes, 
     }
     clips = np.stack([scene.codes[:, 0] for scene in scenes])
     sections = summary.make_sections(
-        Repeats(),
-        MixtureConfig(sources),
-        Shown(scenes),
+        CopyLast(),
+        MixtureConfig(components),
+        FakeHeldout(scenes),
         decode,
-        asked,
+        tasks,
         {"clips": clips, "single": clips[:, :1]},
     )
     titles = [section.title for section in sections]
