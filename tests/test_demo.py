@@ -153,7 +153,7 @@ def test_a_bad_prompt_is_one_clear_line(demo, tmp_path, arguments, words):
     ("module", "arguments", "words"),
     [
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.depth=3"], "depth"),
-        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.num_heads=3"], "num_heads: 3 heads"),
+        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.num_heads=3"], "num_heads=3 must"),
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.batch_size=many"], "batch_size"),
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.seed=-1"], "config.seed: -1 is negative"),
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.speed=1"], "--config: no such key: 'speed'"),

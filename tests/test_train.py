@@ -102,13 +102,13 @@ def test_a_run_lives_on_gs(demo, gcs):
             ["--config.mesh.data=8"],
             "config.batch_size: 2 is not divisible by data × fsdp × accumulate_steps = 8 × 1 × 1",
         ),
-        (["--config.mesh.data=1", "--config.mesh.tensor=8"], "has a dimension of 2, not divisible by 8"),
+        (["--config.mesh.data=1", "--config.mesh.tensor=8"], "has dimension 2, not divisible by 8"),
         (
             ["--config.mesh.data=1", "--config.mesh.sequence=8"],
             "sequence: 8 doesn't divide the context of 98",
         ),
         (["--config.mesh.data=3"], "config.mesh: 3 × 1 × 1 × 1 = 3 devices, but there are 8"),
-        (["--config.model.attention=splash"], "attention: splash needs a TPU, this is cpu"),
+        (["--config.model.attention=splash"], "attention=splash needs a TPU, this is cpu"),
         (
             ["--config.optimizer.name=sgd"],
             "config.optimizer.name: 'sgd' is not one of adamw, lion, adafactor, muon",

@@ -1,7 +1,7 @@
-"""What runs a model: chips by name with their figures as vendors publish them, and slices of them by every name in use.
+"""Accelerators with their published figures, and the slices they are offered in.
 
-One slice of 256 chips of TPU v5e is "v5e-256" here, "v5litepod-256" to Google's tools and "v5e:16x16" to libtpu;
-`resolve` takes all three.
+A slice of 256 TPU v5e chips is "v5e-256" here, "v5litepod-256" to gcloud and "v5e:16x16" to libtpu; `resolve` accepts
+all three.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from typing import Any
 from lvm.common.errors import UserError
 
 TERA, GIGA, GIB = 10**12, 10**9, 2**30
-_GPUS_A_HOST = 8
+_GPUS_PER_HOST = 8
+_SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
+_SMALL_SHAPES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # larger slices are whole cubes of 64 chips
 
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """What slices a generation of TPUs is had in.
+    """Slice shapes and names of a TPU generation.
 
     Attributes:
-      accelerator_type_prefix: of a slice, before the hyphen.
-      cores_per_chip: cores of a chip where a name's number counts cores, 1 where it counts chips.
+      accelerator_type_prefix: of gcloud's accelerator types, before the hyphen.
+      cores_per_chip: 2 where the number in a slice's name counts cores, 1 where it counts chips.
       gke_accelerator: value of the node label `cloud.google.com/gke-tpu-accelerator`.
-      torus_dimensions: of the torus.
+      torus_dimensions: 2 or 3.
       max_chips: of one slice.
       chips_per_host: in slices of more than one host.
-      chip_config: libtpu's name of how a chip's cores are used; "" is its default.
+      chip_config: libtpu's chip configuration; "" is its default.
     """
 
     accelerator_type_prefix: str
@@ -41,34 +43,31 @@ class Pod:
     chip_config: str = ""
 
     def topologies(self) -> list[tuple[int, ...]]:
-        """Every slice, by its chips along each dimension, from small to large."""
-        found: list[tuple[int, ...]]
+        """Slice shapes offered (chips along each torus dimension), by size."""
+        shapes: list[tuple[int, ...]]
         if self.torus_dimensions == 2:
-            flat = [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32)]
-            # The chips of v2 and v3 come by fours, 4 × 2 of them not alone.
-            found = [shape for shape in flat if self.cores_per_chip == 1 or shape not in ((1, 1), (2, 4))]
+            # v2 and v3 are offered in multiples of four chips, except 2 × 4.
+            shapes = [s for s in _SHAPES_2D if self.cores_per_chip == 1 or s not in ((1, 1), (2, 4))]
         else:
-            # Below one cube of 64 chips a few shapes, above it whole cubes side by side.
-            cubes = itertools.combinations_with_replacement(range(4, 25, 4), 3)
-            found = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *cubes]
-        return sorted((s for s in found if math.prod(s) <= self.max_chips), key=lambda s: (math.prod(s), s))
+            shapes = [*_SMALL_SHAPES_3D, *itertools.combinations_with_replacement(range(4, 25, 4), 3)]
+        return sorted((s for s in shapes if math.prod(s) <= self.max_chips), key=lambda s: (math.prod(s), s))
 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One JAX device of a kind: a chip, or a core of the TPUs whose chips have two (v2, v3).
+    """One JAX device of a kind: a chip, or a core of two-core chips (TPU v2, v3).
 
     Attributes:
-      name: as people say it.
-      device_kinds: what `jax.Device.device_kind` begins with.
+      name: as in `ACCELERATORS`.
+      device_kinds: prefixes of `jax.Device.device_kind`.
       platform: "tpu" or "gpu".
-      peak_flops: dense bfloat16 FLOP/s by the datasheet.
+      peak_flops: dense bfloat16 FLOP/s from the datasheet.
       hbm_bytes: memory.
       hbm_bandwidth: bytes/s of that memory.
-      link_bandwidth: bytes/s that it receives, and sends at the same time, over all of its links to the chips of its
-        slice (ICI) or the GPUs of its host (NVLink): half of what datasheets call bidirectional; 0 is not listed.
-      network_bandwidth: the same between slices or hosts, its share of the host's network; 0 is not listed.
-      pod: the slices of a TPU.
+      link_bandwidth: bytes/s in each direction, over all links to the chips of its slice (ICI) or the GPUs of its host
+        (NVLink): half of what datasheets call bidirectional; 0 if not published.
+      network_bandwidth: the same between slices or hosts, as a share of the host's network; 0 if not published.
+      pod: slices of a TPU; None for GPUs.
     """
 
     name: str
@@ -83,9 +82,9 @@ class Accelerator:
 
 
 # TPUs: cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e}: HBM; "Interchip Interconnect BW" 2400 (v4), 1600 (v5e), 4800
-# (v5p) and 3200 (v6e) Gbps; data center network of a pod divided by its chips (v5e, v6e) or of a chip (v5p). GPUs:
-# NVIDIA's datasheets, NVLink halved; the network is that of DGX systems, a port of 200 (A100) or 400 Gbps a GPU.
-# Longer device kinds stand before those that they begin with: the first match counts.
+# (v5p) and 3200 (v6e) Gbps; data center network per pod divided by its chips (v5e, v6e), or per chip (v5p). GPUs:
+# NVIDIA datasheets, NVLink halved; network of DGX systems, one port of 200 (A100) or 400 Gbps per GPU.
+# The first match counts: longer device kinds come before their prefixes.
 ACCELERATORS = (
     Accelerator(
         "v2", ("TPU v2",), "tpu", 22.5 * TERA, 8 * GIB, 350 * GIGA,
@@ -127,12 +126,12 @@ ACCELERATORS = (
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that are had together: a slice of a TPU pod, or GPUs.
+    """A slice of a TPU pod, or a number of GPUs.
 
     Attributes:
       accelerator: the kind.
-      chips, hosts, chips_per_host: how many; `chips` is `hosts` × `chips_per_host`.
-      shape: chips along each dimension of the torus; () for GPUs.
+      chips, hosts, chips_per_host: `chips` is `hosts` × `chips_per_host`.
+      shape: chips along each torus dimension; () for GPUs.
     """
 
     accelerator: Accelerator
@@ -147,12 +146,12 @@ class Slice:
 
     @property
     def topology(self) -> str:
-        """`16x16`, as GKE's label `gke-tpu-topology` has it; "" for GPUs."""
+        """`16x16`, the value of GKE's label `gke-tpu-topology`; "" for GPUs."""
         return "x".join(map(str, self.shape))
 
     @property
     def link_bandwidth(self) -> float:
-        """Bytes/s that a chip receives from the others; between GPUs of several hosts, by the hosts' network."""
+        """Bytes/s that a chip receives from the others; for GPUs on several hosts, over the hosts' network."""
         chip = self.accelerator
         if self.shape or self.hosts == 1:
             return chip.link_bandwidth
@@ -165,108 +164,97 @@ class Slice:
 
     @property
     def accelerator_type(self) -> str:
-        """`v5litepod-256`, as `gcloud` takes it; "" for GPUs."""
+        """gcloud's accelerator type, `v5litepod-256`; "" for GPUs."""
         pod = self.accelerator.pod
         return f"{pod.accelerator_type_prefix}-{self.chips * pod.cores_per_chip}" if pod else ""
 
     @property
     def name(self) -> str:
-        """`v5e-256`: the generation, and what Google counts in its names (cores on v2, v3, v4 and v5p)."""
+        """`v5e-256`: the generation and gcloud's count (of cores on v2, v3, v4 and v5p, of chips elsewhere)."""
         pod = self.accelerator.pod
         return f"{self.generation}-{self.chips * (pod.cores_per_chip if pod else 1)}"
 
 
 def resolve(name: str) -> Slice:
-    """The slice of a name: `v5e-256`, `v5litepod-256`, `v5e:16x16`; of GPUs `h100` (one) or `h100-8`.
+    """Parses a slice's name: `v5e-256`, `v5litepod-256`, `v5e:16x16`; for GPUs `h100` (one) or `h100-8`.
 
     Raises:
-      UserError: an unknown kind of chip, or a slice that doesn't exist; says the nearest that does.
+      UserError: an unknown accelerator, or a slice that is not offered; names the nearest one that is.
     """
-    kind, mark, size = re.fullmatch(r"(.*?)(?:(:|-)([\dx]+))?", name.strip().lower()).groups()  # type: ignore[union-attr]
-    found = [a for a in ACCELERATORS if kind in (a.name, a.pod.accelerator_type_prefix if a.pod else a.name)]
-    if not found:
+    kind, separator, size = re.fullmatch(r"(.*?)(?:(:|-)([\dx]+))?", name.strip().lower()).groups()  # type: ignore[union-attr]
+    matches = [a for a in ACCELERATORS if kind in (a.name, a.pod and a.pod.accelerator_type_prefix)]
+    if not matches:
         kinds = ", ".join(a.name for a in ACCELERATORS)
         raise UserError(
-            f"{name}: no such accelerator; there are {kinds}, as in v5e-256, v5litepod-256 or v5e:16x16"
+            f"{name}: unknown accelerator; use {kinds}, as in v5e-256, v5litepod-256 or v5e:16x16"
         )
-    accelerator = found[0]
+    accelerator = matches[0]
     if accelerator.pod is None:
-        return _gpus(accelerator, name, mark, size)
-    shape: tuple[int, ...] | None = None
-    wanted: float
-    if mark == ":" and re.fullmatch(r"\d+(x\d+)+", size):
-        shape = tuple(map(int, size.split("x")))
-        wanted = math.prod(shape)
-    elif mark == "-" and size.isdigit():
-        wanted = int(size) / accelerator.pod.cores_per_chip
+        return _gpus(accelerator, name, separator, size)
+    slices = [_slice(accelerator, shape) for shape in accelerator.pod.topologies()]
+    cores_per_chip = accelerator.pod.cores_per_chip
+    if separator == ":" and re.fullmatch(r"\d+(x\d+)+", size):
+        chips: float = math.prod(map(int, size.split("x")))
+        matching = [s for s in slices if s.topology == size]
+    elif separator == "-" and size.isdigit():
+        chips = int(size) / cores_per_chip
+        matching = [s for s in slices_of(accelerator) if s.chips == chips]
     else:
-        example = _slice(accelerator, accelerator.pod.topologies()[-1])
-        raise UserError(f"{name}: how many chips? as in {example.name} or {example.libtpu_name}")
-    return _find(accelerator, name, shape, wanted)
+        example = slices[-1]
+        raise UserError(f"{name}: the size is missing, as in {example.name} or {example.libtpu_name}")
+    if matching:
+        return matching[0]
+    nearest = min(slices_of(accelerator), key=lambda s: abs(math.log(s.chips / max(chips, 0.5))))
+    counts = " (the number counts cores, two per chip)" if separator == "-" and cores_per_chip == 2 else ""
+    raise UserError(
+        f"{name}: no such slice{counts}; the nearest is {nearest.name} = {nearest.libtpu_name}, {nearest.chips} chips"
+    )
 
 
 def slices_of(accelerator: Accelerator) -> list[Slice]:
-    """Every slice of a TPU, from small to large; of as many chips, the most cubic one alone."""
+    """Slices of a TPU by size; of those with equal chips, only the most cubic."""
     assert accelerator.pod is not None
     by_chips: dict[int, tuple[int, ...]] = {}
     for shape in accelerator.pod.topologies():
-        best = by_chips.get(math.prod(shape))
-        by_chips[math.prod(shape)] = min(shape, best, key=sum) if best else shape
+        chips = math.prod(shape)
+        by_chips[chips] = min(shape, by_chips.get(chips, shape), key=sum)
     return [_slice(accelerator, shape) for shape in by_chips.values()]
-
-
-def _find(accelerator: Accelerator, name: str, shape: tuple[int, ...] | None, wanted: float) -> Slice:
-    assert accelerator.pod is not None
-    if shape in accelerator.pod.topologies():
-        return _slice(accelerator, shape)
-    known = slices_of(accelerator)
-    for candidate in known:
-        if shape is None and candidate.chips == wanted:
-            return candidate
-    nearest = min(known, key=lambda s: abs(math.log(s.chips / max(wanted, 0.5))))
-    counted = (
-        " (the number counts cores, two a chip)" if accelerator.pod.cores_per_chip == 2 and not shape else ""
-    )
-    raise UserError(
-        f"{name}: no such slice{counted}; the nearest is {nearest.name} = {nearest.libtpu_name}, {nearest.chips} chips"
-    )
 
 
 def _slice(accelerator: Accelerator, shape: tuple[int, ...]) -> Slice:
     pod, chips = accelerator.pod, math.prod(shape)
     assert pod is not None
     # Eight chips of v5e and v6e are one host; larger slices have hosts of four.
-    alone = 8 if pod.cores_per_chip == 1 else pod.chips_per_host
-    chips_per_host = chips if chips <= alone else pod.chips_per_host
+    max_single_host = 8 if pod.cores_per_chip == 1 else pod.chips_per_host
+    chips_per_host = chips if chips <= max_single_host else pod.chips_per_host
     return Slice(accelerator, chips, chips // chips_per_host, chips_per_host, shape)
 
 
-def _gpus(accelerator: Accelerator, name: str, mark: str | None, size: str | None) -> Slice:
-    if mark == ":" or (size and not size.isdigit()):
-        raise UserError(f"{name}: GPUs have no topology; say how many, as in {accelerator.name}-8")
+def _gpus(accelerator: Accelerator, name: str, separator: str | None, size: str | None) -> Slice:
+    if separator == ":" or (size and not size.isdigit()):
+        raise UserError(f"{name}: GPUs have no topology; give their number, as in {accelerator.name}-8")
     count = int(size or 1)
-    per_host = min(count, _GPUS_A_HOST)
+    per_host = min(count, _GPUS_PER_HOST)
     if not count or count % per_host:
-        nearest = max(1, round(count / _GPUS_A_HOST)) * _GPUS_A_HOST
+        nearest = max(1, round(count / _GPUS_PER_HOST)) * _GPUS_PER_HOST
         raise UserError(
-            f"{name}: hosts have {_GPUS_A_HOST} GPUs; the nearest is {accelerator.name}-{nearest}"
+            f"{name}: hosts have {_GPUS_PER_HOST} GPUs; the nearest is {accelerator.name}-{nearest}"
         )
     return Slice(accelerator, count, count // per_host, per_host)
 
 
 def accelerator_of(device: Any) -> Accelerator | None:
-    """The accelerator that a JAX device is, or None for one that isn't listed (a CPU, say)."""
-    for accelerator in ACCELERATORS:
-        if device.device_kind.startswith(accelerator.device_kinds):
-            return accelerator
-    return None
+    """The table's entry for a JAX device; None if it has none (a CPU, for example)."""
+    return next((a for a in ACCELERATORS if device.device_kind.startswith(a.device_kinds)), None)
 
 
 def memory_bytes(device: Any) -> int | None:
-    """What programs may use of a device's memory: as its runtime says, else by the table; None if neither does."""
+    """Memory available to programs on a device: the runtime's limit, else the table's; None if unknown."""
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit")
-    except Exception:  # a device that isn't there (a topology's) raises its own runtime's error
+    except (
+        Exception
+    ):  # runtimes raise their own errors, for example for the devices of a topology description
         limit = None
     accelerator = accelerator_of(device)
     return limit or (accelerator.hbm_bytes if accelerator else None)

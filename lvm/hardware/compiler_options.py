@@ -1,7 +1,7 @@
-"""Options of the compiler: what a platform's programs are compiled with and why, and what a run says otherwise.
+"""XLA compiler options per platform, with the reason for each.
 
-They are passed to the compiler with each program (`compiler_options`), not through XLA_FLAGS: so they are part of a
-run's record, and a plan compiles with the same.
+They are passed with each program (`compiler_options=`), not through XLA_FLAGS: so they are recorded with a run, and
+`lvm plan` compiles with the same options.
 """
 
 from __future__ import annotations
@@ -15,46 +15,31 @@ OptionValue = bool | int | float | str
 # platform → option → (value, reason)
 DEFAULT_OPTIONS: dict[str, dict[str, tuple[OptionValue, str]]] = {
     "tpu": {
-        "xla_tpu_enable_latency_hiding_scheduler": (
-            True,
-            "starts what travels between chips early and waits for it late",
-        ),
-        "xla_tpu_enable_async_collective_fusion": (True, "matrix products and collectives run in one kernel"),
+        "xla_tpu_enable_latency_hiding_scheduler": (True, "starts collectives early and waits for them late"),
+        "xla_tpu_enable_async_collective_fusion": (True, "overlaps matrix products and collectives in one kernel"),
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": (
-            True,
-            "the next weights arrive while these are multiplied",
+            True, "the next layer's weights arrive during this layer's products",
         ),
         "xla_tpu_enable_async_collective_fusion_multiple_steps": (
-            True,
-            "one gather may stretch over several products: a layer's attention is shorter than its MLP's weights",
+            True, "one gather may span several products: a layer's attention is shorter than its MLP's weights",
         ),
-        "xla_tpu_overlap_compute_collective_tc": (True, "lets the core multiply while it sends"),
+        "xla_tpu_overlap_compute_collective_tc": (True, "computes on the core while it sends"),
     },
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": (
-            True,
-            "starts what travels between GPUs early and waits for it late; not on by default everywhere",
+            True, "starts collectives early and waits for them late; not the default everywhere",
         ),
     },
     "cpu": {},
-}
+}  # fmt: skip
 
-# What `deterministic` adds: without it two runs of one program may differ in their last bits.
+# Added by `deterministic`: without them two runs of one program may differ in their last bits.
 DETERMINISTIC_OPTIONS: dict[str, dict[str, tuple[OptionValue, str]]] = {
-    "tpu": {},  # its programs give the same bits every time
+    "tpu": {},
     "gpu": {
-        "xla_gpu_deterministic_ops": (
-            True,
-            "sums in a fixed order: scatters without atomics, cuDNN's fixed algorithms",
-        ),
-        "xla_gpu_exclude_nondeterministic_ops": (
-            True,
-            "an operation that has no such kernel is an error, not a risk",
-        ),
-        "xla_gpu_autotune_level": (
-            0,
-            "kernels aren't chosen by timing, which may end otherwise at the next start",
-        ),
+        "xla_gpu_deterministic_ops": (True, "reduces in a fixed order: no atomics, fixed cuDNN algorithms"),
+        "xla_gpu_exclude_nondeterministic_ops": (True, "fails if an operation has no deterministic kernel"),
+        "xla_gpu_autotune_level": (0, "does not pick kernels by timing, which varies between starts"),
     },
     "cpu": {},
 }
@@ -68,29 +53,36 @@ DETERMINISM_COST = {
 def compiler_options(
     platform: str, overrides: str = "", deterministic: bool = False
 ) -> dict[str, OptionValue]:
-    """The options that programs of a platform are compiled with.
+    """Compiler options for the programs of a platform.
 
     Args:
       platform: "tpu", "gpu" or "cpu".
-      overrides: `name=value name=value …`, set over the table or beside it; `name=` leaves the compiler its own
-        default. Names that the compiler doesn't know are refused when it compiles.
-      deterministic: adds what makes two runs equal to the bit; `DETERMINISM_COST` says what for.
+      overrides: `name=value name=value …`, added to the table or replacing its values; `name=` restores the
+        compiler's default. The compiler itself rejects unknown names.
+      deterministic: adds the options that make runs reproducible to the bit, at `DETERMINISM_COST`.
 
     Raises:
-      UserError: an override that isn't `name=value`, or one name twice.
+      UserError: an override that is not `name=value`, or a duplicate name.
     """
     table = DEFAULT_OPTIONS[platform] | (DETERMINISTIC_OPTIONS[platform] if deterministic else {})
     options = {name: value for name, (value, _) in table.items()}
-    for name, value in _parse(overrides).items():
-        if value == "":
-            options.pop(name, None)
+    names = set()
+    for override in overrides.split():
+        name, separator, value = override.removeprefix("--").partition("=")
+        if not separator or not name:
+            raise UserError(f"config.flags: {override!r} must be name=value; separate options by spaces")
+        if name in names:
+            raise UserError(f"config.flags: {name} is set twice")
+        names.add(name)
+        if value:
+            options[name] = _parse(value)
         else:
-            options[name] = _typed(value)
+            options.pop(name, None)
     return options
 
 
 def option_error(error: str, options: Mapping[str, OptionValue]) -> str | None:
-    """A compiler's complaint about one of `options` as a line for the user; None if it's about something else."""
+    """The message for the user if a compiler's error is about one of `options`, else None."""
     for name, value in options.items():
         if f"No such compile option: '{name}'" in error:
             return f"config.flags: {name}: this version of the compiler has no such option"
@@ -99,19 +91,7 @@ def option_error(error: str, options: Mapping[str, OptionValue]) -> str | None:
     return None
 
 
-def _parse(overrides: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for part in overrides.split():
-        name, mark, value = part.removeprefix("--").partition("=")
-        if not mark or not name:
-            raise UserError(f"config.flags: {part!r}; wanted name=value, with spaces between them")
-        if name in found:
-            raise UserError(f"config.flags: {name} stands there twice")
-        found[name] = value
-    return found
-
-
-def _typed(value: str) -> OptionValue:
+def _parse(value: str) -> OptionValue:
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     for kind in (int, float):

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says which of its axes a logical axis is split over."""
+"""The device mesh, and the table that maps logical axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 from lvm.common.errors import UserError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
-# logical axis → mesh axes. An axis that isn't listed is replicated.
+# logical axis → mesh axes; () is replicated
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
@@ -27,21 +27,21 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "vocabulary": ("tensor",),
     "layers": (),
-    "norm": (),  # too small to be worth gathering
+    "norm": (),  # too small to shard
     "head_dim": (),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. One axis may be -1: whatever the others leave.
+    """Number of devices along each mesh axis. One axis may be -1: all remaining devices.
 
     Attributes:
-      data: copies of the parameters, each with its own part of the batch; slices of a pod are told apart here.
-      fsdp: parameters, optimizer and batch are split; weights are gathered a layer at a time.
-      sequence: rows are split along their length, for contexts that one device can't hold.
-      tensor: heads, the inner size of the MLP and the vocabulary are split.
-      zero1: the optimizer's state is split over `data` too.
+      data: data parallelism over replicated parameters; TPU slices are connected along this axis.
+      fsdp: parameters, optimizer state and batch are sharded; weights are gathered a layer at a time.
+      sequence: rows are sharded along their length, for contexts that do not fit one device.
+      tensor: heads, the MLP's inner dimension and the vocabulary are sharded.
+      zero1: shards the optimizer state over `data` too.
     """
 
     data: int = -1
@@ -52,72 +52,62 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (all of them by default) with the four axes, each of type `Auto`.
+    """A mesh over `devices` (default: all) with the axes `AXES`, each of type `Auto`.
 
-    On TPUs of several slices, `data` goes over the slices (the slow network between them) first.
+    On several TPU slices, the slow network between slices carries `data` only.
 
     Raises:
-      UserError: the axes don't multiply to the number of devices, or `data` not to that of the slices.
+      UserError: the axis sizes do not multiply to the number of devices, or `data` is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [getattr(config, axis) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
-            f"config.mesh: {dict(zip(AXES, sizes, strict=True))}; one axis may be -1, the rest ≥ 1"
+            f"config.mesh={dict(zip(AXES, sizes, strict=True))}: one axis may be -1, the others must be positive"
         )
     shape = [max(1, len(devices) // fixed) if size == -1 else size for size in sizes]
     if math.prod(shape) != len(devices):
         raise UserError(
-            f"config.mesh: {' × '.join(map(str, shape))} = {math.prod(shape)} devices, "
-            f"but there are {len(devices)}"
+            f"config.mesh: {' × '.join(map(str, shape))} = {math.prod(shape)} devices, but there are {len(devices)}"
         )
-    return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _arranged(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
-    """The devices in the mesh's shape, neighbours on an axis near each other on the network."""
-    slices = _num_slices(devices)
-    # A mesh axis may take a part of a torus axis: without that, few shapes fit a three-dimensional torus.
+    # Only TPUs have slices: GPUs report their NVLink domain as `slice_index`, which FSDP may well cross.
+    is_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
+    # `allow_split_physical_axes`: few mesh shapes fit a three-dimensional torus otherwise.
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if shape[0] % slices:
-        raise UserError(f"config.mesh.data: {shape[0]} is not a multiple of the {slices} slices")
-    within = [shape[0] // slices, *shape[1:]]
-    between = [slices, *[1] * (len(AXES) - 1)]
-    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
-
-
-def _num_slices(devices: Sequence[Any]) -> int:
-    # Other platforms number something else by this name: GPUs their NVLink domains, which FSDP may well cross.
-    if devices[0].platform != "tpu":
-        return 1
-    return len({getattr(device, "slice_index", 0) for device in devices})
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape[0] % slices:
+        raise UserError(f"config.mesh.data={shape[0]} must be a multiple of the {slices} slices")
+    else:
+        within, between = [shape[0] // slices, *shape[1:]], [slices, *[1] * (len(AXES) - 1)]
+        array = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """While a function is traced under this, `current_mesh` is the mesh; with None or one device nothing is split."""
+    """Context in which functions are traced for `mesh`; a no-op for None or one device."""
     if mesh is None or mesh.size == 1:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh in use."""
+    """The mesh of the enclosing `use_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` split by its logical axes over the mesh in use."""
+def constrain(x: Shaped[Array, "*shape"], *axes: str | None) -> Shaped[Array, "*shape"]:
+    """Shards `x` by its logical axes over the current mesh, if there is one."""
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """The partition of an array with these logical axes, by `RULES`.
+    """The PartitionSpec of logical axes, by `RULES`.
 
     Raises:
-      ValueError: an unknown logical axis, or two that would be split over one mesh axis.
+      ValueError: an unknown logical axis, or two that map to one mesh axis.
     """
     for axis in axes:
         if axis is not None and axis not in RULES:
@@ -132,13 +122,16 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
 def shardings(mesh: Mesh, tree: Any, axes: Any) -> Any:
     """A sharding for each array of `tree`.
 
-    A leaf takes the logical axes of the parameter whose path its own path ends with (optimizer moments have
-    their parameter's path at their end) if the number of dimensions agrees; everything else is replicated.
+    A leaf takes the logical axes of the parameter whose path is the end of its own (as of optimizer moments), if the
+    numbers of dimensions agree; all others are replicated.
 
     Args:
-      mesh: where the arrays live.
-      tree: arrays or their shapes.
-      axes: nested dict of logical axes, a tuple at each parameter.
+      mesh: of the arrays.
+      tree: arrays or ShapeDtypeStructs.
+      axes: nested dict of logical axes, a tuple per parameter.
+
+    Raises:
+      UserError: a dimension that its mesh axes do not divide.
     """
     flat, _ = jax.tree.flatten_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     by_path = {_names(path): value for path, value in flat}
@@ -146,64 +139,65 @@ def shardings(mesh: Mesh, tree: Any, axes: Any) -> Any:
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         names = _names(path)
         for start in range(len(names)):
-            found = by_path.get(names[start:])
-            # One number alone is no moment of a parameter: factored optimizers keep it where they keep nothing.
-            if found is not None and len(found) == leaf.ndim and leaf.size > 1:
-                return NamedSharding(mesh, _divisible(found, leaf.shape, mesh, names))
+            matching = by_path.get(names[start:])
+            # Size 1 is no moment of a parameter: factored optimizers use it as a placeholder.
+            if matching is not None and len(matching) == leaf.ndim and leaf.size > 1:
+                _check_divisible(matching, leaf.shape, mesh, names)
+                return NamedSharding(mesh, partition_spec(matching))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map_with_path(sharding, tree)
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
-    """The first dimension of every array of a batch is split over `data` and `fsdp`.
+    """Sharding of a batch's arrays: the first dimension over `data` and `fsdp`.
 
     Raises:
-      UserError: they don't divide the batch.
+      UserError: they do not divide the batch.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
+    size = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % size:
         raise UserError(
-            f"config.batch_size: {batch_size} is not divisible by the mesh's data × fsdp = {ways}"
+            f"config.batch_size={batch_size} must be divisible by the mesh's data × fsdp = {size}"
         )
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
-def zero1_shardings(tree: Any, mesh: Mesh, placed: Any) -> Any:
-    """ZeRO-1: the shardings `placed` of `tree`, with `data` added to the largest dimension that it divides evenly.
+def zero1_shardings(tree: Any, mesh: Mesh, shardings: Any) -> Any:
+    """ZeRO-1: `shardings` of `tree`, with `data` added to the largest dimension that it divides evenly.
 
-    Arrays without such a dimension (scalars, small norms) stay as they were.
+    Arrays without such a dimension (scalars, small norms) keep their sharding.
     """
     data = mesh.shape["data"]
 
-    def split(leaf: Any, sharding: NamedSharding) -> NamedSharding:
+    def add_data(leaf: Any, sharding: NamedSharding) -> NamedSharding:
         entries = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
         for dimension in sorted(range(leaf.ndim), key=lambda i: -leaf.shape[i]):
             entry = entries[dimension]
             axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
             if data > 1 and leaf.shape[dimension] % (data * axis_size(mesh, axes)) == 0:
-                entries[dimension] = (*axes, "data")  # within the parameter's own part, so that parts nest
+                entries[dimension] = (*axes, "data")  # minor-most, so that shards nest within the parameter's
                 return NamedSharding(mesh, PartitionSpec(*entries))
         return sharding
 
-    return jax.tree.map(split, tree, placed)
+    return jax.tree.map(add_data, tree, shardings)
 
 
 def axis_size(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Number of devices along `axes`."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _names(path: Any) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _divisible(
+def _check_divisible(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, names: Sequence[str]
-) -> PartitionSpec:
-    for size, axis in zip(shape, axes, strict=True):
-        ways = axis_size(mesh, RULES.get(axis or "", ()))
-        if size % ways:
+) -> None:
+    for dimension, axis in zip(shape, axes, strict=True):
+        size = axis_size(mesh, RULES.get(axis or "", ()))
+        if dimension % size:
             raise UserError(
-                f"config.mesh: {'/'.join(names)} has a dimension of {size}, not divisible by {ways}"
+                f"config.mesh: {'/'.join(names)} has dimension {dimension}, not divisible by {size}"
             )
-    return partition_spec(axes)

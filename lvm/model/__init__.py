@@ -1,1 +1,1 @@
-"""The decoder-only transformer and its parts."""
+"""The decoder-only transformer, its attention kernels and its vocabulary."""

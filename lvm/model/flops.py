@@ -1,11 +1,10 @@
-"""The one count of floating-point operations: what every MFU and every plan is computed from.
+"""FLOPs of the model: the one count behind every MFU and every plan.
 
-A multiplication with an addition is two. Counted are the matrix products of a training step, as a model needs
-them: what rematerialisation repeats, padding, norms, softmax and the optimizer aren't. A backward pass is two
-forward passes. The convention is that of PaLM (arXiv 2204.02311, appendix B), in two variants:
+A multiply-add is two FLOPs; a backward pass is two forward passes. Only the model's matrix products count, not
+rematerialization, padding, norms, softmax or the optimizer (PaLM, arXiv 2204.02311, appendix B). Two conventions:
 
-- `causal`: a query attends to half of the context on average, and only that half is counted;
-- `whole`: the T × T products are counted as if nothing were masked, as many papers do.
+- `causal`: a query attends to half of the context on average, and only that half counts;
+- `whole`: the full T × T products count, masked or not, as in many papers.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ CONVENTIONS = ("causal", "whole")
 
 
 def forward_flops_per_token(config: ModelConfig, length: int, convention: str) -> float:
-    """Operations a token of a forward pass over rows of `length` tokens, the output projection included.
+    """FLOPs per token of a forward pass over rows of `length` tokens, including the output projection.
 
     Args:
-      config: the model, its vocabulary size set.
-      length: tokens a row.
-      convention: "causal" or "whole", see above.
+      config: the model, with its vocabulary size set.
+      length: tokens per row.
+      convention: "causal" or "whole".
 
     Raises:
       ValueError: another convention.
     """
     if convention not in CONVENTIONS:
-        raise ValueError(f"convention: {convention!r} is not one of {', '.join(CONVENTIONS)}")
+        raise ValueError(f"convention={convention!r} must be one of {', '.join(CONVENTIONS)}")
     D, F, d = config.hidden_size, config.mlp_size, config.head_dim
     projections = D * d * (2 * config.num_heads + 2 * config.kv_heads)  # query and out, key and value
     weights = config.num_layers * (projections + 3 * D * F) + D * config.vocabulary_size
-    attended = length / 2 if convention == "causal" else length
-    scores_and_sums = config.num_layers * 2 * config.num_heads * d * attended
-    return 2.0 * (weights + scores_and_sums)
+    num_keys = length / 2 if convention == "causal" else length
+    attention = config.num_layers * 2 * config.num_heads * d * num_keys  # scores and weighted sums
+    return 2.0 * (weights + attention)
 
 
 def train_flops_per_token(config: ModelConfig, length: int, convention: str) -> float:
-    """Operations a token of a training step: a forward pass and its backward pass. Same arguments."""
+    """FLOPs per token of a training step (forward and backward). Same arguments."""
     return 3.0 * forward_flops_per_token(config, length, convention)

@@ -1,9 +1,8 @@
-"""The LLaMA-style decoder that learns the next code, with its named sizes.
+"""The LLaMA-style decoder and its named sizes.
 
-RMSNorm before attention and MLP, rotary positions by half rotation, SwiGLU, no biases. Layers are stacked and
-run by one `jax.lax.scan`; for writing they stand one by one, each with its own cache, which a scan would copy at
-every token. Parameters are float32, compute is `dtype`; norms' statistics, rotary angles, softmax and logits are
-float32.
+RMSNorm before attention and MLP, half-rotation RoPE, SwiGLU, no biases. For training, layers are stacked and run by
+one `jax.lax.scan`; for decoding they are unrolled, each with its own KV cache: a scan would copy the cache at every
+token. Parameters are float32, compute is `dtype`; norm statistics, RoPE, softmax and logits are float32.
 """
 
 from __future__ import annotations
@@ -14,22 +13,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from lvm.common.errors import UserError
+from lvm.common.validation import check_choice, check_non_negative, check_positive
 from lvm.hardware import sharding
 from lvm.model import attention
 from lvm.model.sharded_matmul import sharded_matmul
 
 
 def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Whether an operation gives the attention kernel's result, or the statistics that its backward pass needs."""
-    # cuDNN's forward pass gives both at once and names neither.
+    """Matches the attention kernels' outputs and the statistics that their backward passes need."""
+    # cuDNN's forward pass is one primitive, which names neither.
     named = params.get("name") == attention.CHECKPOINT_NAME
     return named or primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 _policies = jax.checkpoint_policies
-# What the backward pass doesn't recompute, from most memory to least.
+# Activations that are saved for the backward pass, from most memory to least.
 REMAT_POLICIES = {
     "none": _policies.everything_saveable,
     "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _is_attention),
@@ -44,13 +45,14 @@ class ModelConfig:
 
     Attributes:
       hidden_size, mlp_size, num_layers, num_heads: as in LLaMA.
-      num_kv_heads: key-value heads, dividing `num_heads`; 0 means as many as `num_heads`.
-      vocabulary_size: 0 means the vocabulary of the data (its codes and 256 more ids).
-      context: the longest input, in tokens.
-      tie_embeddings: the output projection is the embedding, transposed.
+      num_kv_heads: key-value heads, a divisor of `num_heads`; 0 means `num_heads`.
+      vocabulary_size: 0 means the vocabulary of the data.
+      context: maximum input length in tokens.
+      init_std: standard deviation of the initial weights.
+      depth_scaled_init: scales the initial projections back to the residual stream by 1/√(2·num_layers), as in GPT-2.
+      tie_embeddings: the output projection is the transposed embedding.
       dtype: compute type, "bfloat16" or "float32".
       attention: "auto", or a kernel of `lvm.model.attention.KERNELS`.
-      depth_scaled_init: projections back to the residual stream start 1/√(2·num_layers) as large.
       remat: what the backward pass recomputes: "none" nothing, "dots" all but matrix products and attention,
         "attention" all but attention, "full" everything; "auto" is the first of these that fits in memory
         (`lvm.training.step`).
@@ -73,26 +75,18 @@ class ModelConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "mlp_size", "num_layers", "num_heads", "context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is not positive")
-        for name in ("rope_theta", "norm_epsilon", "init_std"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}: {getattr(self, name)} is not positive")
-        if self.num_kv_heads < 0:
-            raise UserError(f"num_kv_heads: {self.num_kv_heads} is negative; 0 means as many as num_heads")
-        if self.hidden_size % self.num_heads or self.head_dim % 2:
+        check_positive(self, "hidden_size", "mlp_size", "num_layers", "num_heads", "context")
+        check_positive(self, "rope_theta", "norm_epsilon", "init_std")
+        check_non_negative(self, "num_kv_heads")
+        if self.hidden_size % (2 * self.num_heads):
             raise UserError(
-                f"num_heads: {self.num_heads} heads don't divide hidden_size {self.hidden_size} into even parts"
+                f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size} into an even head dim"
             )
-        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_kv_heads: {self.num_kv_heads} doesn't divide num_heads {self.num_heads}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"dtype: {self.dtype!r} is not float32 or bfloat16")
-        if self.remat not in ("auto", *REMAT_POLICIES):
-            raise UserError(f"remat: {self.remat!r} is not one of auto, {', '.join(REMAT_POLICIES)}")
-        if self.attention not in attention.KERNELS:
-            raise UserError(f"attention: {self.attention!r} is not one of {', '.join(attention.KERNELS)}")
+        if self.num_heads % self.kv_heads:
+            raise UserError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        check_choice(self, "dtype", ("float32", "bfloat16"))
+        check_choice(self, "remat", ("auto", *REMAT_POLICIES))
+        check_choice(self, "attention", attention.KERNELS)
 
     @property
     def head_dim(self) -> int:
@@ -104,7 +98,7 @@ class ModelConfig:
 
     @property
     def residual_std(self) -> float:
-        """The initial spread of projections back to the residual stream (GPT-2's rule where it is scaled)."""
+        """Initial standard deviation of the projections back to the residual stream."""
         return self.init_std / (2 * self.num_layers) ** 0.5 if self.depth_scaled_init else self.init_std
 
 
@@ -122,6 +116,28 @@ SIZES: dict[str, ModelConfig] = {
     "7b": _size(4096, 11008, 32, 32),
 }
 
+Tokens = Int[Array, "B T"]  # also positions and segment ids
+Hidden = Float[Array, "B T D"]
+# Cosines and sines of the RoPE angles, float32 [B, T, 1, d/2] each; [1, T, ...] if all rows have the same positions.
+RopeCosSin = tuple[Float[Array, "#B T 1 half"], Float[Array, "#B T 1 half"]]
+# Keys and values of a layer, [B, K, S, d] each with S slots; a single row's have no batch dimension.
+Cache = tuple[Float[Array, "*B K S d"], Float[Array, "*B K S d"]]
+CACHE_AXES = ("batch", "kv_heads", None, None)
+
+
+class DecodePosition(NamedTuple):
+    """Position of the next token of each row.
+
+    Attributes:
+      position: RoPE position in the row.
+      slot: slot of the KV cache that is written, the same in all rows so that the cache is updated in place.
+      visible: slots that each row attends to, including `slot`.
+    """
+
+    position: Int[Array, " B"]
+    slot: Int[Array, ""]
+    visible: Bool[Array, "B S"]
+
 
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale over the last dimension, statistics in float32."""
@@ -130,14 +146,14 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)  # [B, T, D]
-        rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)  # [B, T, 1]
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.float32)
+        rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)  # [..., 1]
         return (wide * rms * self.scale[...]).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions; kernels are stored as [D, H, head_dim]."""
+    """Causal self-attention with RoPE; kernels are stored as [D, H, d] and [H, d, D]."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, H, K, size = config.hidden_size, config.num_heads, config.kv_heads, config.head_dim
@@ -148,23 +164,23 @@ class Attention(nnx.Module):
         residual = jax.nn.initializers.normal(config.residual_std)
         self.out = nnx.Param(residual(rngs.params(), (H, size, D)), axes=("heads", "head_dim", "embed"))
 
-    def project_qkv(self, x: jax.Array, rope: RopeCosSin) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, T, D] → query [B, T, H, d], key and value [B, T, K, d], the first two rotated."""
-        query = _to_heads(x, self.query[...], "heads")
-        key = _to_heads(x, self.key[...], "kv_heads")
-        value = _to_heads(x, self.value[...], "kv_heads")
+    def project_qkv(
+        self, x: Hidden, rope: RopeCosSin
+    ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
+        """Query, key and value, the first two with RoPE applied."""
+        query = _split_heads(x, self.query[...], "heads")
+        key = _split_heads(x, self.key[...], "kv_heads")
+        value = _split_heads(x, self.value[...], "kv_heads")
         return apply_rope(query, rope), apply_rope(key, rope), value
 
-    def project_out(self, heads: jax.Array) -> jax.Array:
-        """[B, T, H, d] → [B, T, D]."""
+    def project_out(self, heads: Float[Array, "B T H d"]) -> Hidden:
         out = self.out[...].reshape(-1, self.out.shape[-1])  # [H·d, D]
         return sharded_matmul(heads.reshape(*heads.shape[:2], -1), out, ("heads", "embed"))
 
 
-def _to_heads(x: jax.Array, kernel: jax.Array, heads: str) -> jax.Array:
-    """x [B, T, D], kernel [D, H, d] → [B, T, H, d]."""
+def _split_heads(x: Hidden, kernel: Float[Array, "D H d"], axis: str) -> Float[Array, "B T H d"]:
     D, H, size = kernel.shape
-    return sharded_matmul(x, kernel.reshape(D, H * size), ("embed", heads)).reshape(*x.shape[:2], H, size)
+    return sharded_matmul(x, kernel.reshape(D, H * size), ("embed", axis)).reshape(*x.shape[:2], H, size)
 
 
 class MLP(nnx.Module):
@@ -178,14 +194,14 @@ class MLP(nnx.Module):
         residual = jax.nn.initializers.normal(config.residual_std)
         self.down = nnx.Param(residual(rngs.params(), (F, D)), axes=("mlp", "embed"))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Hidden) -> Hidden:
         gate = sharded_matmul(x, self.gate[...], ("embed", "mlp"))  # [B, T, F]
         up = sharded_matmul(x, self.up[...], ("embed", "mlp"))  # [B, T, F]
-        return sharded_matmul(jax.nn.silu(gate) * up, self.down[...], ("mlp", "embed"))  # [B, T, D]
+        return sharded_matmul(jax.nn.silu(gate) * up, self.down[...], ("mlp", "embed"))
 
 
 class Layer(nnx.Module):
-    """One pre-norm block."""
+    """One pre-norm transformer block."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
@@ -193,25 +209,22 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mlp = MLP(config, rngs)
 
-    def __call__(
-        self, x: jax.Array, rope: RopeCosSin, kernel: str, segment_ids: jax.Array | None = None
-    ) -> jax.Array:
-        """x [B, T, D], segment_ids int32 [B, T] → [B, T, D]."""
+    def __call__(self, x: Hidden, rope: RopeCosSin, kernel: str, segment_ids: Tokens | None = None) -> Hidden:
         return self.prefill(x, rope, kernel, segment_ids)[0]
 
     def prefill(
-        self, x: jax.Array, rope: RopeCosSin, kernel: str, segment_ids: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache]:
-        """The same, and the keys and values [B, K, T, d] that a cache keeps of it."""
+        self, x: Hidden, rope: RopeCosSin, kernel: str, segment_ids: Tokens | None = None
+    ) -> tuple[Hidden, Cache]:
+        """Forward pass over whole rows; returns their keys and values for the cache."""
         query, key, value = self.attention.project_qkv(self.attention_norm(x), rope)
         x = x + self.attention.project_out(attention.attend(query, key, value, kernel, segment_ids))
         x = sharding.constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
         return x, (key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
 
     def decode_step(
-        self, x: jax.Array, rope: RopeCosSin, position: DecodePosition, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """The same over one new token a row, x [B, 1, D], written into the cache first."""
+        self, x: Float[Array, "B 1 D"], rope: RopeCosSin, position: DecodePosition, cache: Cache
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
+        """Forward pass over one new token per row; its key and value are written to the cache first."""
         query, key, value = self.attention.project_qkv(self.attention_norm(x), rope)  # [B, 1, H or K, d]
         keys, values = (
             _update_cache(old, new, position.slot) for old, new in zip(cache, (key, value), strict=True)
@@ -221,84 +234,66 @@ class Layer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), (keys, values)
 
 
-class DecodePosition(NamedTuple):
-    """Where a new token of each row goes.
-
-    Attributes:
-      position: int32 [B], its place in its row.
-      slot: int32 [], the cache's place that takes it: one for all rows, so that a cache is updated where it lies.
-      visible: bool [B, S], the cache's places that a row sees, `slot` among them.
-    """
-
-    position: jax.Array
-    slot: jax.Array
-    visible: jax.Array
-
-
-RopeCosSin = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary angles, float32 [B, T, 1, d/2]
-Cache = tuple[
-    jax.Array, jax.Array
-]  # keys and values of a layer, each [B, K, S, d], or [K, S, d] for a lone row
-CACHE_AXES = ("batch", "kv_heads", None, None)
-
-
 def _update_cache(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """A cache with new keys or values [B, 1, K, d] in one slot."""
+    """Writes keys or values [B, 1, K, d] to one slot of a cache."""
     new = new.reshape(*cache.shape[:-2], 1, cache.shape[-1])  # [(B,) K, 1, d]
     cache = jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=cache.ndim - 2)
     return sharding.constrain(cache, *CACHE_AXES[-cache.ndim :])
 
 
 class Transformer(nnx.Module):
-    """Embedding, layers, norm, output projection.
+    """Embedding, layers, final norm, output projection.
 
     Args:
-      config: its shape.
-      rngs: of the first parameters.
-      stacked: whether layers are stacked (`__call__`, `hidden`) or one by one (`prefill`, `decode_step`).
+      config: shape and numerics.
+      rngs: seeds of the initial parameters.
+      stacked: stacked layers for `__call__` and `hidden`, or separate ones for `prefill` and `decode_step`.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stacked: bool = True):
-        if config.vocabulary_size < 1:
-            raise UserError("vocabulary_size: must be set to build a model")
+        check_positive(config, "vocabulary_size")
         V, D = config.vocabulary_size, config.hidden_size
         normal = jax.nn.initializers.normal(config.init_std)
         self.embedding = nnx.Param(normal(rngs.params(), (V, D)), axes=("vocabulary", "embed"))
-        one_by_one = range(0 if stacked else config.num_layers)
-        self.layers: Any = (
-            _stack(config, rngs) if stacked else nnx.List([Layer(config, rngs) for _ in one_by_one])
-        )
+        if stacked:
+
+            @nnx.split_rngs(splits=config.num_layers)
+            @nnx.vmap(in_axes=0)
+            def make_layers(layer_rngs: nnx.Rngs) -> Layer:
+                return Layer(config, layer_rngs)
+
+            self.layers: Any = make_layers(rngs)
+        else:
+            self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(D, config.norm_epsilon)
         if not config.tie_embeddings:
             self.head = nnx.Param(normal(rngs.params(), (D, V)), axes=("embed", "vocabulary"))
         self.config = config
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, kernel: str, segment_ids: jax.Array | None = None
-    ) -> jax.Array:
-        """tokens, positions, segment_ids int32 [B, T] → logits float32 [B, T, V]."""
+        self, tokens: Tokens, positions: Tokens, kernel: str, segment_ids: Tokens | None = None
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits in float32."""
         return self.logits(self.hidden(tokens, positions, kernel, segment_ids))
 
     def hidden(
-        self, tokens: jax.Array, positions: jax.Array, kernel: str, segment_ids: jax.Array | None = None
-    ) -> jax.Array:
-        """The same up to what `logits` takes: [B, T, D] in the compute dtype."""
+        self, tokens: Tokens, positions: Tokens, kernel: str, segment_ids: Tokens | None = None
+    ) -> Hidden:
+        """Hidden states in the compute dtype, the input of `logits`."""
         graphdef, layers = nnx.split(self.layers)
         rope = self._rope(positions)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, layer)(x, rope, kernel, segment_ids), None
 
-        if self.config.remat not in (
-            "none",
-            "auto",
-        ):  # `auto` is resolved before training; elsewhere it's none
+        # Training resolves "auto" beforehand; elsewhere it means "none".
+        if self.config.remat not in ("none", "auto"):
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
         x, _ = jax.lax.scan(body, self._embed(tokens), layers)  # [B, T, D]
         return x
 
-    def prefill(self, tokens: jax.Array, positions: jax.Array, kernel: str) -> tuple[jax.Array, list[Cache]]:
-        """Whole rows int32 [B, T] → hidden [B, T, D], and what each layer's cache keeps of them [B, K, T, d]."""
+    def prefill(self, tokens: Tokens, positions: Tokens, kernel: str) -> tuple[Hidden, list[Cache]]:
+        """Hidden states of whole rows, and each layer's cache."""
         x, rope, caches = self._embed(tokens), self._rope(positions), []
         for layer in self.layers:
             x, cache = layer.prefill(x, rope, kernel)
@@ -306,23 +301,22 @@ class Transformer(nnx.Module):
         return x, caches
 
     def decode_step(
-        self, tokens: jax.Array, position: DecodePosition, caches: list[Cache]
-    ) -> tuple[jax.Array, list[Cache]]:
-        """One new token a row, int32 [B] → hidden [B, D], and the caches with its keys and values."""
+        self, tokens: Int[Array, " B"], position: DecodePosition, caches: list[Cache]
+    ) -> tuple[Float[Array, "B D"], list[Cache]]:
+        """Hidden states of one new token per row, and the updated caches."""
         x, rope, new_caches = self._embed(tokens[:, None]), self._rope(position.position[:, None]), []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.decode_step(x, rope, position, cache)
             new_caches.append(cache)
         return x[:, 0], new_caches
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden [..., D] → logits float32 [..., V]: inputs in the compute dtype, sums in float32."""
-        return jnp.matmul(
-            self.norm(x), self.output_projection().astype(x.dtype), preferred_element_type=jnp.float32
-        )
+    def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits of hidden states: inputs in the compute dtype, accumulation and output in float32."""
+        kernel = self.output_projection().astype(x.dtype)
+        return jnp.matmul(self.norm(x), kernel, preferred_element_type=jnp.float32)
 
-    def output_projection(self) -> jax.Array:
-        """The output projection, float32 [D, V]."""
+    def output_projection(self) -> Float[Array, "D V"]:
+        """The float32 output projection."""
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
     def _rope(self, positions: jax.Array) -> RopeCosSin:
@@ -330,25 +324,16 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         table = sharding.constrain(self.embedding[...].astype(self.config.dtype), "vocabulary", None)
-        # Looked up in float32, so that the gradients of a token's many places are summed in float32.
+        # Looked up in float32, so that the gradients of a token's many occurrences are summed in float32.
         x = table.astype(jnp.float32)[tokens].astype(self.config.dtype)  # [B, T, D]
         return sharding.constrain(x, "batch", "length", None)
 
 
-def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Layer:
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0)
-    def make(layer_rngs: nnx.Rngs) -> Layer:
-        return Layer(config, layer_rngs)
-
-    return make(rngs)
-
-
-def rope_cos_sin(positions: jax.Array, head_dim: int, theta: float) -> RopeCosSin:
-    """Cosines and sines of the rotary angles, float32 [B, T, 1, d/2] each.
+def rope_cos_sin(positions: Tokens, head_dim: int, theta: float) -> RopeCosSin:
+    """Cosines and sines of the RoPE angles.
 
     Args:
-      positions: int32 [B, T].
+      positions: of the tokens.
       head_dim: d, even.
       theta: base of the geometric series of wavelengths.
     """
@@ -358,8 +343,8 @@ def rope_cos_sin(positions: jax.Array, head_dim: int, theta: float) -> RopeCosSi
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: jax.Array, rope: RopeCosSin) -> jax.Array:
-    """Rotary position embedding by half rotation (the Hugging Face convention), in float32: x [B, T, H, d]."""
+def apply_rope(x: Float[Array, "B T H d"], rope: RopeCosSin) -> Float[Array, "B T H d"]:
+    """Rotary position embedding by half rotation (the Hugging Face convention), computed in float32."""
     cos, sin = rope
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, H, d/2]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

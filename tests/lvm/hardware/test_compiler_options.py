@@ -1,3 +1,5 @@
+"""XLA compiler options: tables, overrides, errors, and their record in a workdir."""
+
 import dataclasses
 import pathlib
 
@@ -28,13 +30,13 @@ from tests import small_step
 
 
 @pytest.mark.parametrize("table", [DEFAULT_OPTIONS, DETERMINISTIC_OPTIONS])
-def test_every_option_has_a_reason(table):
+def test_tables_give_every_option_a_reason(table):
     assert set(table) == {"tpu", "gpu", "cpu"} == set(DETERMINISM_COST)
     for options in table.values():
         assert all(reason and name.startswith("xla_") for name, (_, reason) in options.items())
 
 
-def test_overrides_stand_over_the_table():
+def test_overrides_replace_table_values():
     name = "xla_tpu_enable_latency_hiding_scheduler"
     assert compiler_options("tpu")[name] is True
     assert compiler_options("tpu", f"{name}=false xla_tpu_a=3 xla_tpu_b=0.5 xla_tpu_c=fast") == {
@@ -50,17 +52,17 @@ def test_overrides_stand_over_the_table():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("xla_a", r"config\.flags: 'xla_a'; wanted name=value"),
-        ("=3", r"config\.flags: '=3'; wanted name=value"),
-        ("xla_a=1 xla_a=2", r"config\.flags: xla_a stands there twice"),
+        ("xla_a", r"config\.flags: 'xla_a'"),
+        ("=3", r"config\.flags: '=3'"),
+        ("xla_a=1 xla_a=2", r"config\.flags: xla_a is set twice"),
     ],
 )
-def test_overrides_that_say_nothing_are_refused(overrides, message):
+def test_overrides_reject_malformed_and_duplicate(overrides, message):
     with pytest.raises(UserError, match=message):
         compiler_options("cpu", overrides)
 
 
-def test_deterministic_adds_to_gpus_alone():
+def test_deterministic_adds_options_on_gpu_only():
     assert compiler_options("gpu", deterministic=True)["xla_gpu_deterministic_ops"] is True
     assert (
         compiler_options("gpu", "xla_gpu_deterministic_ops=false", deterministic=True)[
@@ -73,46 +75,39 @@ def test_deterministic_adds_to_gpus_alone():
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_compiler_knows_what_gpus_are_asked_for(deterministic):
-    # The options of all platforms but TPU are one list to the compiler.
+def test_gpu_options_exist_in_the_compiler(deterministic):
+    # The compiler knows one list of options for all platforms but TPU, and rejects unknown ones.
     program = jax.jit(lambda x: x + 1).lower(jnp.ones(2))
     compiled = program.compile(compiler_options("gpu", deterministic=deterministic))
-    np.testing.assert_array_equal(compiled(jnp.ones(2)), [2, 2])  # an unknown option would have been refused
+    np.testing.assert_array_equal(compiled(jnp.ones(2)), [2, 2])
 
 
-def step_with(options):
-    made = small_step.make_step(MeshConfig(fsdp=2))
-    return Step(made.task, made.mesh, 0, options=options)
-
-
-def test_a_step_takes_its_platforms_options():
+def test_step_defaults_to_platform_options():
     assert small_step.make_step(None).compiler_options == compiler_options("cpu") == {}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"xla_nothing": True},
-            r"^config\.flags: xla_nothing: this version of the compiler has no such option$",
-        ),
+        ({"xla_nothing": True}, r"^config\.flags: xla_nothing: .* no such option$"),
         (
             {"xla_cpu_enable_fast_math": "perhaps"},
             r"^config\.flags: xla_cpu_enable_fast_math=perhaps: .*'perhaps' is not a valid bool",
         ),
     ],
 )
-def test_a_step_refuses_what_the_compiler_does_not_know(options, message):
+def test_step_names_options_the_compiler_rejects(options, message):
+    step = small_step.make_step(MeshConfig(fsdp=2))
     with pytest.raises(UserError, match=message):
-        step_with(options).compile()
+        Step(step.task, step.mesh, 0, options=options).compile()
 
 
-def test_other_complaints_of_the_compiler_are_not_taken_for_options():
+def test_option_error_ignores_other_errors():
     assert option_error("RESOURCE_EXHAUSTED: xla_a", {"xla_a": 1}) is None
 
 
 @pytest.mark.slow
-def test_a_run_records_what_it_was_compiled_with_and_goes_on_with_other_options(make_store, tmp_path):
+def test_run_records_options_and_resumes_with_others(make_store, tmp_path):
     store = make_store([(1, 0)] * 40)
     manifest = pathlib.Path(store, "manifest.json")
     files.write_json(manifest, files.read_json(manifest) | {"source": {}})
@@ -141,7 +136,5 @@ def test_a_run_records_what_it_was_compiled_with_and_goes_on_with_other_options(
     assert files.read_json(tmp_path / "run" / "config.json")["compiler_options"] == {}
     more = dataclasses.replace(config.loop, total_steps=4)
     wrong = dataclasses.replace(config, flags="xla_nothing=1", loop=more)
-    with pytest.raises(
-        UserError, match=r"config\.flags: xla_nothing: this version of the compiler has no such"
-    ):
+    with pytest.raises(UserError, match=r"config\.flags: xla_nothing: "):
         train(wrong, str(tmp_path / "run"))

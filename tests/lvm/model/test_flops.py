@@ -1,3 +1,5 @@
+"""FLOP counts by hand and against XLA's cost analysis."""
+
 import dataclasses
 
 import jax
@@ -12,7 +14,7 @@ WITH_VOCABULARY = {name: dataclasses.replace(size, vocabulary_size=8448) for nam
 
 
 @pytest.mark.parametrize("size", ["300m", "1b", "3b", "7b"])
-def test_a_short_row_costs_two_operations_a_weight(size):
+def test_short_rows_cost_two_flops_per_weight(size):
     config = WITH_VOCABULARY[size]
     _, params = abstract_module(lambda rngs: Transformer(config, rngs))
     norms = (2 * config.num_layers + 1) * config.hidden_size
@@ -20,7 +22,7 @@ def test_a_short_row_costs_two_operations_a_weight(size):
     assert forward_flops_per_token(config, 1, "causal") == pytest.approx(2 * weights, rel=1e-3)
 
 
-def test_1b_at_4096_by_hand():
+def test_train_flops_of_1b_by_hand():
     # Layers: 4 projections of 2048² and 3 of 2048 × 5504; the head 2048 × 8448; attention 2 · 2048 · T.
     weights = 22 * (4 * 2048**2 + 3 * 2048 * 5504) + 2048 * 8448
     whole = 22 * 2 * 2048 * 4096
@@ -28,8 +30,8 @@ def test_1b_at_4096_by_hand():
     assert train_flops_per_token(WITH_VOCABULARY["1b"], 4096, "causal") == 6 * (weights + whole / 2)
 
 
-def test_the_compiler_counts_the_same_matrix_products():
-    # One layer, since a scanned body is counted once; XLA counts the elementwise work too, so it finds more.
+def test_forward_flops_agree_with_xla():
+    # One layer, because XLA counts a scanned body once; it also counts elementwise operations.
     config = ModelConfig(
         hidden_size=256,
         mlp_size=512,
@@ -41,19 +43,19 @@ def test_the_compiler_counts_the_same_matrix_products():
     )
     graphdef, params = abstract_module(lambda rngs: Transformer(config, rngs))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
-    run = jax.jit(lambda p, t, at: merge(graphdef, p)(t, at, "xla"))
+    run = jax.jit(lambda p, t, positions: merge(graphdef, p)(t, positions, "xla"))
     counted = run.lower(params, tokens, tokens).compile().cost_analysis()["flops"]
     ours = forward_flops_per_token(config, 128, "whole") * 2 * 128
     assert ours < counted < 1.05 * ours
 
 
-def test_grouped_heads_save_key_and_value_projections():
+def test_grouped_heads_save_kv_projections():
     config = WITH_VOCABULARY["7b"]
     grouped = dataclasses.replace(config, num_kv_heads=8)
     saved = forward_flops_per_token(config, 4096, "causal") - forward_flops_per_token(grouped, 4096, "causal")
     assert saved == 2 * 32 * 2 * 4096 * (4096 - 1024)
 
 
-def test_an_unknown_convention_is_refused():
-    with pytest.raises(ValueError, match="'half' is not one of causal, whole"):
+def test_unknown_convention_is_rejected():
+    with pytest.raises(ValueError, match="'half' must be one of causal, whole"):
         forward_flops_per_token(WITH_VOCABULARY["1b"], 4096, "half")

@@ -1,4 +1,4 @@
-"""Modules as plain nested dicts of arrays, and back."""
+"""NNX modules as nested dicts of arrays, and back."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Net(nnx.Module):
         return sum(x @ block.kernel[...] * i for i, block in enumerate(self.blocks)) + self.bias[...]
 
 
-def test_parameters_are_a_nested_dict_with_string_keys():
+def test_split_gives_nested_dict_with_string_keys():
     _, params = nnx_utils.split(Net(nnx.Rngs(0)))
     assert set(params) == {"blocks", "bias", "stacked"}
     assert set(params["blocks"]) == {str(i) for i in range(11)}
@@ -37,14 +37,14 @@ def test_parameters_are_a_nested_dict_with_string_keys():
     assert params["stacked"]["kernel"].shape == (2, 3, 4)
 
 
-def test_a_merged_module_computes_what_the_module_did_inside_jit_too():
+def test_merge_inverts_split_under_jit():
     net, x = Net(nnx.Rngs(0)), jnp.ones((2, 3))
     graphdef, params = nnx_utils.split(net)
     jitted = jax.jit(lambda params, x: nnx_utils.merge(graphdef, params)(x))
     np.testing.assert_allclose(jitted(params, x), net(x), rtol=1e-6)
 
 
-def test_abstract_parameters_have_the_shapes_of_fresh_ones_and_the_same_graph():
+def test_abstract_module_matches_init_params():
     graphdef, shapes = nnx_utils.abstract_module(Net)
     params = nnx_utils.init_params(Net, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
@@ -53,19 +53,19 @@ def test_abstract_parameters_have_the_shapes_of_fresh_ones_and_the_same_graph():
     assert nnx_utils.merge(graphdef, params)(jnp.ones((1, 3))).shape == (1, 4)
 
 
-def test_fresh_parameters_are_a_function_of_the_key():
+def test_init_params_depend_on_the_key_alone():
     same, again, other = (nnx_utils.init_params(Net, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(same["blocks"]["0"]["kernel"], again["blocks"]["0"]["kernel"])
     assert not np.array_equal(same["blocks"]["0"]["kernel"], other["blocks"]["0"]["kernel"])
     assert not np.array_equal(same["blocks"]["0"]["kernel"], same["blocks"]["1"]["kernel"])
 
 
-def test_logical_axes_are_those_declared_and_layers_where_stacked():
+def test_logical_axes_add_layers_where_stacked():
     axes = nnx_utils.logical_axes(Net)
     assert axes["bias"] == (None,)
     assert axes["blocks"]["10"]["kernel"] == ("embed", "mlp")
     assert axes["stacked"]["kernel"] == ("layers", "embed", "mlp")
 
 
-def test_parameters_are_counted_without_being_made():
+def test_count_params_of_abstract_parameters():
     assert nnx_utils.count_params(nnx_utils.abstract_module(Net)[1]) == 11 * 12 + 4 + 2 * 12

@@ -1,3 +1,5 @@
+"""The decoder: published sizes, causality, remat, grouped heads, RoPE, and config checks."""
+
 import dataclasses
 
 import jax
@@ -33,13 +35,13 @@ def positions(tokens):
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_named_sizes_have_the_published_parameter_counts(size):
+def test_sizes_have_published_parameter_counts(size):
     config = dataclasses.replace(SIZES[size], vocabulary_size=8292)
     _, params = abstract_module(lambda rngs: Transformer(config, rngs))
     assert count_params(params) == PUBLISHED[size]
 
 
-def test_a_later_token_changes_no_earlier_logit():
+def test_later_tokens_change_no_earlier_logit():
     graphdef, params = build(TINY)
     tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 50)
     changed = tokens.at[:, 12].set((tokens[:, 12] + 1) % 50)
@@ -49,7 +51,7 @@ def test_a_later_token_changes_no_earlier_logit():
 
 
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
-def test_remat_changes_no_gradient(remat):
+def test_remat_keeps_gradients(remat):
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
 
     def gradient(config):
@@ -62,7 +64,7 @@ def test_remat_changes_no_gradient(remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-def test_tied_embeddings_have_no_head_and_fewer_parameters():
+def test_tied_embeddings_have_no_head():
     _, untied = abstract_module(lambda rngs: Transformer(TINY, rngs))
     tied_config = dataclasses.replace(TINY, tie_embeddings=True)
     graphdef, tied = build(tied_config)
@@ -72,7 +74,7 @@ def test_tied_embeddings_have_no_head_and_fewer_parameters():
     assert merge(graphdef, tied)(tokens, positions(tokens), "xla").shape == (1, 4, 50)
 
 
-def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values():
+def test_grouped_heads_equal_repeated_kv_heads():
     grouped_graph, grouped = build(dataclasses.replace(TINY, num_kv_heads=2))
     full_graph, full = build(TINY)
     full = {**grouped, "layers": {**grouped["layers"], "attention": dict(grouped["layers"]["attention"])}}
@@ -86,24 +88,24 @@ def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values():
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_rotation_depends_on_distance_alone():
+def test_rope_depends_on_relative_position():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(i, j):
-        turn = lambda x, at: apply_rope(x, rope_cos_sin(jnp.array([[at]]), 16, 10000.0))[0, 0, 0]  # noqa: E731
-        return turn(q, i) @ turn(k, j)
+        rotate = lambda x, p: apply_rope(x, rope_cos_sin(jnp.array([[p]]), 16, 10000.0))[0, 0, 0]  # noqa: E731
+        return rotate(q, i) @ rotate(k, j)
 
     assert float(score(7, 3)) == pytest.approx(float(score(3007, 3003)), abs=1e-3)
     assert abs(score(7, 3) - score(9, 3)) > 1e-3
 
 
-def test_rotation_turns_first_half_into_second():
+def test_rope_rotates_first_half_into_second():
     x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
-    turned = apply_rope(x, rope_cos_sin(jnp.array([[1]]), 4, 10000.0))[0, 0, 0]
-    np.testing.assert_allclose(turned, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
+    rotated = apply_rope(x, rope_cos_sin(jnp.array([[1]]), 4, 10000.0))[0, 0, 0]
+    np.testing.assert_allclose(rotated, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
 
 
-def test_bfloat16_compute_stays_near_float32():
+def test_bfloat16_compute_is_close_to_float32():
     graphdef, params = build(TINY)
     half_graph, _ = build(dataclasses.replace(TINY, dtype="bfloat16"))
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
@@ -112,7 +114,7 @@ def test_bfloat16_compute_stays_near_float32():
     np.testing.assert_allclose(exact, half, atol=0.02)
 
 
-def test_split_and_merge_are_inverse():
+def test_split_inverts_merge():
     graphdef, params = build(TINY)
     again_graph, again = split(merge(graphdef, params))
     assert jax.tree.structure(params) == jax.tree.structure(again)
@@ -120,16 +122,16 @@ def test_split_and_merge_are_inverse():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
-        ({"num_heads": 5}, "num_heads: 5 heads don't divide hidden_size 32"),
-        ({"num_kv_heads": 3}, "num_kv_heads: 3 doesn't divide num_heads 4"),
-        ({"dtype": "float16"}, "dtype: 'float16' is not float32 or bfloat16"),
-        ({"remat": "some"}, "remat: 'some' is not one of auto, none, dots, attention, full"),
-        ({"attention": "magic"}, "attention: 'magic' is not one of"),
-        ({"num_layers": 0}, "num_layers: 0 is not positive"),
+        ({"num_heads": 5}, "num_heads=5 must divide hidden_size=32"),
+        ({"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
+        ({"dtype": "float16"}, "dtype='float16' must be one of float32, bfloat16"),
+        ({"remat": "some"}, "remat='some' must be one of auto, none, dots, attention, full"),
+        ({"attention": "magic"}, "attention='magic' must be one of"),
+        ({"num_layers": 0}, "num_layers=0 must be positive"),
     ],
 )
-def test_impossible_values_are_named(change, words):
-    with pytest.raises(UserError, match=words):
+def test_config_names_impossible_values(change, message):
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(TINY, **change)

@@ -1,4 +1,4 @@
-"""The transformer against transformers' Llama in torch: one set of random weights, float32, up to late positions."""
+"""Parity with transformers' Llama in torch: same random weights, float32, long rows."""
 
 import functools
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-# Rotary angles that are wrong, or not in float32, show at late positions.
+# Wrong RoPE angles, or angles not in float32, show at late positions.
 B, T, V = 1, 1100, 131
 D, F, L, H = 64, 176, 3, 4
 
@@ -31,16 +31,16 @@ def our_config(kv_heads, tied):
 
 
 def random_params(config):
-    """Parameters large enough that attention picks its keys by their positions; scales away from 1."""
+    """Parameters large enough for attention to depend on positions; scales away from 1."""
     _, shapes = nnx_utils.abstract_module(lambda rngs: Transformer(config, rngs))
     rng = np.random.default_rng(0)
 
-    def draw(path, leaf):
+    def sample(path, leaf):
         if path[-1].key == "scale":
             return (1 + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
         return (0.15 * rng.standard_normal(leaf.shape)).astype(np.float32)
 
-    return jax.tree.map_with_path(draw, shapes)
+    return jax.tree.map_with_path(sample, shapes)
 
 
 def tokens():
@@ -48,7 +48,7 @@ def tokens():
 
 
 def to_hugging_face(params):
-    """Our tree under Llama's names: `[out, in]` matrices, one a layer."""
+    """Our parameters under Llama's names: one [out, in] matrix per layer."""
     named = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["norm"]["scale"]}
     if "head" in params:
         named["lm_head.weight"] = params["head"].T
@@ -67,7 +67,7 @@ def to_hugging_face(params):
 
 
 def llama(config, params):
-    """Transformers' model with our weights."""
+    """Transformers' model with our parameters."""
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=V,
@@ -98,11 +98,11 @@ def both(kv_heads, tied):
     config = our_config(kv_heads, tied)
     params, rows = random_params(config), tokens()
     graphdef, _ = nnx_utils.abstract_module(lambda rngs: Transformer(config, rngs))
-    positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    positions = jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1))
 
     def loss(params):
         model = nnx_utils.merge(graphdef, params)
-        hidden = model.hidden(rows[:, :-1], positions, "xla")
+        hidden = model.hidden(jnp.asarray(rows[:, :-1]), positions, "xla")
         losses, _ = token_losses(model.norm(hidden), model.output_projection(), rows[:, 1:], 512)
         return jnp.mean(losses), model.logits(hidden)
 
@@ -130,6 +130,6 @@ def test_logits_agree_at_every_position(kv_heads, tied):
 def test_gradients_agree_for_every_parameter(kv_heads, tied):
     (_, ours), (_, theirs) = both(kv_heads, tied)
     assert ours.keys() == theirs.keys()
-    for name, wanted in theirs.items():
-        error = np.linalg.norm(ours[name] - wanted) / np.linalg.norm(wanted)
+    for name, expected in theirs.items():
+        error = np.linalg.norm(ours[name] - expected) / np.linalg.norm(expected)
         assert error < 1e-5, f"{name}: {error:.1e}"

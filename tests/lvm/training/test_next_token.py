@@ -165,7 +165,7 @@ def test_pictures_come_from_render_pictures():
 
 
 def test_unavailable_kernel_is_refused():
-    with pytest.raises(UserError, match="attention: cudnn needs a GPU, this is cpu"):
+    with pytest.raises(UserError, match="attention=cudnn needs a GPU, this is cpu"):
         dataclasses.replace(objective(), config=dataclasses.replace(CONFIG, attention="cudnn"))
 
 
