@@ -122,7 +122,7 @@ def random_images(job: Job) -> np.ndarray:
 def random_codes(job: Job) -> np.ndarray:
     """The codes of every contender: int32 [B, N]."""
     config = VARIANTS[job["network"]]
-    shape = (job["batch_size"], config.num_codes_per_image)
+    shape = (job["batch_size"], config.codes_per_image)
     return np.random.default_rng(1).integers(0, config.codebook_size, shape, dtype=np.int32)
 
 

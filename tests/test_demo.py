@@ -80,7 +80,7 @@ def test_the_tokenizer_names_what_is_wrong_with_images_and_codes(demo):
     t = Tokenizer.load(demo / "tokenizer")
     with pytest.raises(Exception, match=r"t\.preprocess\(image\)"):
         t.encode(np.zeros((1, 48, 64, 3), np.uint8))
-    with pytest.raises(Exception, match="float32, wanted uint8"):
+    with pytest.raises(Exception, match="float32, expected uint8"):
         t.encode(np.zeros((1, 32, 32, 3), np.float32))
     with pytest.raises(Exception, match=r"the codebook has 0\.\.63"):
         t.decode(np.full((1, 16), 64))

@@ -15,7 +15,7 @@ __all__ = ["Tokenizer"]
 
 
 def __getattr__(name: str) -> Any:
-    # Modules of the package stay importable one by one without loading all of it.
+    # Imported lazily: the package's modules can be imported one by one.
     if name == "Tokenizer":
         from tokenizer.pretrained import Tokenizer
 

@@ -22,7 +22,7 @@ def _run(args: cli.Args) -> None:
     config = found.config
     log_info(
         f"{args.dst}: {count_params(found.params):,} parameters, {config.codebook_size} codes of "
-        f"{config.codebook_dim}, {config.num_codes_per_image} an image of {config.resolution}×{config.resolution}, "
+        f"{config.codebook_dim}, {config.codes_per_image} an image of {config.resolution}×{config.resolution}, "
         f"{found.preprocess.mode}"
     )
 

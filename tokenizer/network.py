@@ -1,8 +1,8 @@
-"""The image ↔ code model: a convolutional encoder, a codebook and a decoder (VQGAN, arXiv 2012.09841).
+"""The image ↔ code network: convolutional encoder, codebook, decoder (VQGAN, arXiv 2012.09841).
 
-One class covers the three published networks (`VARIANTS`) and smaller ones: they differ in settings alone.
-Images are NHWC floats in [0, 1], kernels HWIO. Parameters are float32; the convolutions run in
-`compute_dtype`, while norms' statistics and the quantizer's distances are always float32.
+The three published networks (`VARIANTS`) and smaller ones are settings of one class. Images are NHWC floats in [0, 1],
+kernels HWIO. Parameters are float32 and convolutions run in `compute_dtype`; norm statistics and the quantizer's
+distances are always float32.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
 
 from lvm.common.errors import UserError
+from lvm.common.validation import check_choice, check_non_negative, check_positive
 from tokenizer import quantizers
 
 _CHOICES = {
@@ -28,46 +30,53 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class VQGANConfig:
-    """A network. The defaults are those of "lvm", the network released with LVM."""
+    """Settings of a network; the defaults are those of "lvm", the network released with LVM."""
 
-    resolution: int = 256  # pixels a side
-    patch_size: int = 1  # the first convolution is patch_size × patch_size with that stride; 1: a plain 3×3
+    resolution: int = 256  # side in pixels
+    patch_size: int = 1  # size and stride of the first convolution; 1 is a plain 3×3
     channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4, 6)  # one a stage; each further stage halves the side
-    encoder_blocks: int = 2  # residual blocks a stage
+    channel_multipliers: tuple[int, ...] = (
+        1,
+        2,
+        2,
+        4,
+        6,
+    )  # one per stage; each stage after the first halves the side
+    encoder_blocks: int = 2  # residual blocks per stage
     decoder_blocks: int = 3
-    middle_blocks: int = 2  # residual blocks at the lowest resolution, in the encoder and in the decoder
+    middle_blocks: int = 2  # residual blocks at the lowest resolution, in both encoder and decoder
     codebook_size: int = 8192
     codebook_dim: int = 64
     norm_groups: int = 32
-    block_bias: bool = True  # biases in the residual blocks' and the encoder's first convolutions
-    shortcut: str = "input"  # "output": where channels change a block gives h + W·h of its own output
+    block_bias: bool = True  # biases in the convolutions of residual blocks and in the encoder's first
+    shortcut: str = "input"  # or "output": where channels change, a block returns h + W·h of its own output h
     downsample: str = "strided_conv"  # or "average": 2×2 mean
     upsample: str = "nearest_conv"  # or "depth_to_space": a 3×3 to 4C, then [h2 w2 c] to space
     latent_kernel: int = 3  # the encoder's last convolution: 1 or 3
-    quant_convs: bool = True  # a 1×1 before and one after the quantizer
+    quant_convs: bool = True  # a 1×1 convolution before and one after the quantizer
     l2_normalize: bool = False  # latents and codebook rows of unit length
     compute_dtype: str = "float32"  # or "bfloat16"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                _reject(name, getattr(self, name), f"one of {choices}")
-        for name in ("resolution", "patch_size", "channels", "encoder_blocks", "decoder_blocks",
-                     "codebook_size", "codebook_dim", "norm_groups"):  # fmt: skip
-            if getattr(self, name) < 1:
-                _reject(name, getattr(self, name), "a positive integer")
-        if self.middle_blocks < 0:
-            _reject("middle_blocks", self.middle_blocks, "0 or more")
+            check_choice(self, name, choices)
+        check_positive(self, "resolution", "patch_size", "channels", "encoder_blocks", "decoder_blocks",
+                       "codebook_size", "codebook_dim", "norm_groups")  # fmt: skip
+        check_non_negative(self, "middle_blocks")
         if self.codebook_size > 65536:
-            _reject("codebook_size", self.codebook_size, "at most 65536: codes are stored as uint16")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            _reject("channel_multipliers", self.channel_multipliers, "a positive integer for each stage")
+            raise UserError(
+                f"codebook_size={self.codebook_size} must be at most 65536: codes are stored as uint16"
+            )
+        if min(self.channel_multipliers, default=0) < 1:
+            raise UserError(f"channel_multipliers={self.channel_multipliers} must be positive, one per stage")
         if self.resolution % self.downsampling:
-            _reject("resolution", self.resolution, f"a multiple of {self.downsampling}, the downsampling")
-        for width in self.widths:
-            if width % self.norm_groups:
-                _reject("norm_groups", self.norm_groups, f"a divisor of every stage's channels {self.widths}")
+            raise UserError(
+                f"resolution={self.resolution} must be a multiple of {self.downsampling}, the downsampling"
+            )
+        if any(width % self.norm_groups for width in self.widths):
+            raise UserError(
+                f"norm_groups={self.norm_groups} must divide the channels of every stage {self.widths}"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -76,7 +85,7 @@ class VQGANConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels of a code's side: f."""
+        """Side of a code's patch in pixels."""
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
     @property
@@ -86,14 +95,9 @@ class VQGANConfig:
         return side, side
 
     @property
-    def num_codes_per_image(self) -> int:
-        """Codes of one image."""
+    def codes_per_image(self) -> int:
         rows, columns = self.grid
         return rows * columns
-
-
-def _reject(key: str, found: Any, right: str) -> None:
-    raise UserError(f"{key}: {found!r}, expected {right}")
 
 
 _MASKGIT = VQGANConfig(
@@ -111,7 +115,7 @@ VARIANTS = {
 
 
 class Conv(nnx.Module):
-    """A 2-D convolution, [B, H, W, in] → [B, H/stride, W/stride, out]."""
+    """A 2-D convolution."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, config: VQGANConfig, rngs: nnx.Rngs,
@@ -124,28 +128,28 @@ class Conv(nnx.Module):
         self.padding = padding
         self.dtype = config.compute_dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B h w outputs"]:
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             self.kernel[...].astype(self.dtype),
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            # float32 is asked for when codes must be right: not TF32, which GPUs would take by default.
+            # Codes need true float32, not the TF32 that GPUs use by default.
             precision="highest" if self.dtype == "float32" else None,
         )
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class GroupNormSwish(nnx.Module):
-    """Group normalisation (float32 statistics, epsilon 1e-6), then x · sigmoid(x). Keeps shape and dtype."""
+    """Group normalization (float32 statistics, epsilon 1e-6), then swish, in the input's dtype."""
 
     def __init__(self, channels: int, config: VQGANConfig):
         self.scale = nnx.Param(jnp.ones(channels), axes=(None,))
         self.bias = nnx.Param(jnp.zeros(channels), axes=(None,))
         self.groups = config.norm_groups
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
         y = x.astype(jnp.float32).reshape(B, H * W, self.groups, C // self.groups)  # [B, HW, G, C/G]
         mean = y.mean((1, 3), keepdims=True)  # [B, 1, G, 1]
@@ -155,7 +159,7 @@ class GroupNormSwish(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """norm → swish → 3×3 → norm → swish → 3×3, and a shortcut. [B, H, W, in] → [B, H, W, out]."""
+    """norm → swish → 3×3 → norm → swish → 3×3, plus a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, config: VQGANConfig, rngs: nnx.Rngs):
         bias = config.block_bias
@@ -163,50 +167,49 @@ class ResidualBlock(nnx.Module):
         self.conv1 = Conv(inputs, outputs, 3, config, rngs, bias=bias)
         self.norm2 = GroupNormSwish(outputs, config)
         self.conv2 = Conv(outputs, outputs, 3, config, rngs, bias=bias)
-        self.shortcut_of = config.shortcut
-        shortcut_inputs = inputs if config.shortcut == "input" else outputs
+        self.shortcut_of_input = config.shortcut == "input"
+        source = inputs if self.shortcut_of_input else outputs
         changes = inputs != outputs
-        self.shortcut = Conv(shortcut_inputs, outputs, 1, config, rngs, bias=bias) if changes else None
+        self.shortcut = Conv(source, outputs, 1, config, rngs, bias=bias) if changes else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B H W outputs"]:
         h = self.conv1(self.norm1(x))  # [B, H, W, out]
         h = self.conv2(self.norm2(h))
         if self.shortcut is None:
             return h + x
-        return h + self.shortcut(x if self.shortcut_of == "input" else h)
+        return h + self.shortcut(x if self.shortcut_of_input else h)
 
 
 class Downsample(nnx.Module):
-    """[B, H, W, C] → [B, H/2, W/2, C]."""
+    """Halves height and width."""
 
     def __init__(self, channels: int, config: VQGANConfig, rngs: nnx.Rngs):
         learned = config.downsample == "strided_conv"
         padding = ((0, 1), (0, 1))
         self.conv = Conv(channels, channels, 3, config, rngs, stride=2, padding=padding) if learned else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
         if self.conv is not None:
             return self.conv(x)
-        # As a sum of four, not a reduction: on a CPU XLA would fuse that into the convolution before it, which then
-        # takes three times as long.
+        # A sum of four slices: on CPU, XLA would fuse a reduction into the preceding convolution, which is 3× slower.
         return (x[:, ::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2] + x[:, 1::2, 1::2]) / 4
 
 
 class Upsample(nnx.Module):
-    """[B, H, W, C] → [B, 2H, 2W, C]."""
+    """Doubles height and width."""
 
     def __init__(self, channels: int, config: VQGANConfig, rngs: nnx.Rngs):
-        self.by_depth = config.upsample == "depth_to_space"
-        self.conv = Conv(channels, 4 * channels if self.by_depth else channels, 3, config, rngs)
+        self.uses_depth_to_space = config.upsample == "depth_to_space"
+        self.conv = Conv(channels, 4 * channels if self.uses_depth_to_space else channels, 3, config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.by_depth:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        if self.uses_depth_to_space:
             return depth_to_space(self.conv(x), 2)
         return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
 class Stage(nnx.Module):
-    """Residual blocks at one resolution, then a change of resolution unless it is the last stage."""
+    """Residual blocks at one resolution, then a resampling in all stages but the last."""
 
     def __init__(
         self, inputs: int, outputs: int, blocks: int, resample: type[Downsample] | type[Upsample] | None,
@@ -217,61 +220,63 @@ class Stage(nnx.Module):
         )
         self.resample = resample(outputs, config, rngs) if resample else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B h w outputs"]:
         for block in self.blocks:
             x = block(x)
         return self.resample(x) if self.resample is not None else x
 
 
+def _stages(
+    widths: tuple[int, ...], blocks: int, resample: type[Downsample] | type[Upsample],
+    config: VQGANConfig, rngs: nnx.Rngs,
+) -> nnx.List[Stage]:  # fmt: skip
+    """Stages of the given widths in the order that they run."""
+    stages: nnx.List[Stage] = nnx.List([])
+    for i, width in enumerate(widths):
+        last = i + 1 == len(widths)
+        stages.append(Stage(widths[max(i - 1, 0)], width, blocks, None if last else resample, config, rngs))
+    return stages
+
+
 class Encoder(nnx.Module):
-    """Images [B, H, W, 3] → latents [B, h, w, codebook_dim]."""
+    """Images to latents, before the quantizer's convolution."""
 
     def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
         widths, patch, bias = config.widths, config.patch_size, config.block_bias
         self.conv_in = Conv(3, widths[0], 3 if patch == 1 else patch, config, rngs, bias=bias, stride=patch)
-        self.stages: nnx.List[Stage] = nnx.List([])
-        for i, width in enumerate(widths):
-            resample = Downsample if i + 1 < len(widths) else None
-            inputs = widths[max(i - 1, 0)]
-            self.stages.append(Stage(inputs, width, config.encoder_blocks, resample, config, rngs))
+        self.stages = _stages(widths, config.encoder_blocks, Downsample, config, rngs)
         self.middle = Stage(widths[-1], widths[-1], config.middle_blocks, None, config, rngs)
         self.norm_out = GroupNormSwish(widths[-1], config)
         self.conv_out = Conv(widths[-1], config.codebook_dim, config.latent_kernel, config, rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         x = self.conv_in(images)  # [B, H/patch, W/patch, widths[0]]
         for stage in self.stages:
             x = stage(x)
-        x = self.middle(x)  # [B, h, w, widths[-1]]
-        return self.conv_out(self.norm_out(x))
+        return self.conv_out(self.norm_out(self.middle(x)))
 
 
 class Decoder(nnx.Module):
-    """Quantized latents [B, h, w, codebook_dim] → images [B, H, W, 3]. `stages[0]` runs first."""
+    """Quantized latents to images. `stages[0]` runs first, at the lowest resolution."""
 
     def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
         widths, patch = config.widths[::-1], config.patch_size
         self.conv_in = Conv(config.codebook_dim, widths[0], 3, config, rngs)
         self.middle = Stage(widths[0], widths[0], config.middle_blocks, None, config, rngs)
-        self.stages: nnx.List[Stage] = nnx.List([])
-        for i, width in enumerate(widths):
-            resample = Upsample if i + 1 < len(widths) else None
-            inputs = widths[max(i - 1, 0)]
-            self.stages.append(Stage(inputs, width, config.decoder_blocks, resample, config, rngs))
+        self.stages = _stages(widths, config.decoder_blocks, Upsample, config, rngs)
         self.norm_out = GroupNormSwish(widths[-1], config)
         self.conv_out = Conv(widths[-1], 3 * patch * patch, 3, config, rngs)
         self.patch_size = patch
 
-    def __call__(self, latents: jax.Array) -> jax.Array:
+    def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         x = self.middle(self.conv_in(latents))  # [B, h, w, widths[-1]]
         for stage in self.stages:
             x = stage(x)
-        x = self.conv_out(self.norm_out(x))  # [B, H/patch, W/patch, 3·patch²]
-        return depth_to_space(x, self.patch_size)
+        return depth_to_space(self.conv_out(self.norm_out(x)), self.patch_size)
 
 
 class VQGAN(nnx.Module):
-    """Images ↔ codes. See `VQGANConfig` for the settings and `VARIANTS` for the published networks."""
+    """Encoder, codebook and decoder. Codes are in raster order; images are in [0, 1]."""
 
     def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
         self.config = config
@@ -283,41 +288,37 @@ class VQGAN(nnx.Module):
         rows = jax.random.normal(rngs.params(), (config.codebook_size, dim))
         self.codebook = nnx.Param(quantizers.normalize(rows), axes=(None, None))
 
-    def encode_latents(self, images: jax.Array) -> jax.Array:
-        """Images float [B, H, W, 3] in [0, 1] → latents float32 [B, h, w, C], as the quantizer compares them.
-
-        With `l2_normalize` each has unit length.
-        """
-        latents = self.encoder(images)  # [B, h, w, C]
+    def encode_latents(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        """Latents in float32, as the quantizer compares them: of unit length with `l2_normalize`."""
+        latents = self.encoder(images)
         if self.quant_conv is not None:
             latents = self.quant_conv(latents)
         latents = latents.astype(jnp.float32)
         return quantizers.normalize(latents) if self.config.l2_normalize else latents
 
-    def quantize(self, latents: jax.Array) -> jax.Array:
-        """Latents float32 [B, h, w, C] → codes int32 [B, h·w] in raster order."""
+    def quantize(self, latents: Float[Array, "B h w C"]) -> Int[Array, "B N"]:
         B, h, w, _ = latents.shape
         return quantizers.nearest_codes(latents, self.codebook[...]).reshape(B, h * w)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Images float [B, H, W, 3] in [0, 1] → codes int32 [B, h·w] in raster order."""
+    def encode(self, images: Float[Array, "B H W 3"]) -> Int[Array, "B N"]:
         return self.quantize(self.encode_latents(images))
 
-    def decode_latents(self, quantized: jax.Array) -> jax.Array:
-        """Codebook rows float32 [B, h, w, C] → images float32 [B, H, W, 3], not yet clipped to [0, 1]."""
+    def decode_latents(self, quantized: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Images in float32 of codebook rows, not clipped to [0, 1]."""
         if self.post_quant_conv is not None:
             quantized = self.post_quant_conv(quantized)
         return self.decoder(quantized).astype(jnp.float32)
 
-    def decode_float(self, codes: jax.Array) -> jax.Array:
-        """Codes int32 [B, N] of square grids → images float32 [B, H, W, 3], not yet clipped to [0, 1]."""
-        B, _ = codes.shape
+    def decode_float(self, codes: Int[Array, "B N"]) -> Float[Array, "B H W 3"]:
+        """Images in float32 of codes, not clipped to [0, 1]."""
         quantized = quantizers.lookup(codes, self.codebook[...])  # [B, N, C]
-        return self.decode_latents(quantized.reshape(B, *self.config.grid, -1))
+        return self.decode_latents(quantized.reshape(len(codes), *self.config.grid, -1))
 
 
-def depth_to_space(x: jax.Array, factor: int) -> jax.Array:
-    """[B, H, W, factor·factor·C], the depth ordered (row, column, channel) → [B, H·factor, W·factor, C]."""
+def depth_to_space(
+    x: Shaped[Array, "B H W depth"], factor: int
+) -> Shaped[Array, "B H*{factor} W*{factor} C"]:
+    """Moves depth, ordered (row, column, channel), to `factor` × `factor` pixels."""
     B, H, W, depth = x.shape
     C = depth // factor**2
     x = x.reshape(B, H, W, factor, factor, C).transpose(0, 1, 3, 2, 4, 5)  # [B, H, r, W, r, C]

@@ -1,40 +1,43 @@
 """Vector quantization: nearest codes, and a codebook learned by moving averages (VQ-VAE, arXiv 1711.00937).
 
-Pure functions of arrays. A codebook is float32 [K, C]; latents are float32 [..., C]; codes are int32 [...].
+Pure functions of arrays: a codebook has K rows of C channels, codes index its rows.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from lvm.model.nnx_utils import Params
 
 
-def normalize(vectors: jax.Array) -> jax.Array:
-    """Vectors float32 [..., C], each divided by its Euclidean length."""
+def normalize(vectors: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+    """Vectors scaled to unit Euclidean length."""
     squares = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
     return vectors * jax.lax.rsqrt(squares + 1e-12)
 
 
-def nearest_codes(latents: jax.Array, codebook: jax.Array, chunk: int = 2048) -> jax.Array:
-    """Latents [..., C], codebook [K, C] → int32 [...], the row at the least squared distance.
+def nearest_codes(
+    latents: Float[Array, "*n C"], codebook: Float[Array, "K C"], chunk: int = 2048
+) -> Int[Array, "*n"]:
+    """Index of the codebook row at the least squared distance; the lowest among equals. int32.
 
-    argmin |z − e|² = argmax z·e − ½|e|²; among equals the lowest code wins. Computed in float32 at the
-    highest precision, since near ties decide codes. The codebook is taken `chunk` rows at a time, which
-    bounds memory to latents × chunk; cutting the latents instead would cut across a sharded batch.
+    argmin |z − e|² = argmax z·e − ½|e|², in float32 at the highest precision, because near ties decide codes. The
+    codebook is scanned `chunk` rows at a time, which bounds memory to latents × chunk; chunks of the latents instead
+    would cut across a sharded batch.
     """
     latents = latents.astype(jnp.float32)
     K, C = codebook.shape
-    chunks = -(-K // chunk)
-    if chunks == 1:
+    num_chunks = -(-K // chunk)
+    if num_chunks == 1:
         return jnp.argmax(_scores(latents, codebook), axis=-1).astype(jnp.int32)
 
-    # Rows of padding are never the nearest: their score is −∞.
-    rows = jnp.pad(codebook, ((0, chunks * chunk - K), (0, 0))).reshape(chunks, chunk, C)
-    valid = (jnp.arange(chunks * chunk) < K).reshape(chunks, chunk)
+    # Padding rows score −∞.
+    rows = jnp.pad(codebook, ((0, num_chunks * chunk - K), (0, 0))).reshape(num_chunks, chunk, C)
+    valid = (jnp.arange(num_chunks * chunk) < K).reshape(num_chunks, chunk)
 
-    def best_of_chunk(
+    def update_best(
         best: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         best_score, best_code = best
@@ -46,8 +49,8 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array, chunk: int = 2048) ->
         return (jnp.where(better, score, best_score), jnp.where(better, code, best_code)), None
 
     start = (jnp.full(latents.shape[:-1], -jnp.inf), jnp.zeros(latents.shape[:-1], jnp.int32))
-    firsts = jnp.arange(chunks, dtype=jnp.int32) * chunk
-    (_, codes), _ = jax.lax.scan(best_of_chunk, start, (firsts, rows, valid))
+    firsts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
+    (_, codes), _ = jax.lax.scan(update_best, start, (firsts, rows, valid))
     return codes
 
 
@@ -56,31 +59,32 @@ def _scores(latents: jax.Array, rows: jax.Array) -> jax.Array:
     return products - 0.5 * jnp.sum(jnp.square(rows), axis=-1)
 
 
-def lookup(codes: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Codes int32 [...], codebook [K, C] → its rows, [..., C]; a code outside [0, K) counts as 0 or K − 1."""
+def lookup(codes: Int[Array, "*n"], codebook: Float[Array, "K C"]) -> Float[Array, "*n C"]:
+    """Codebook rows of the codes; codes outside [0, K) are clipped."""
     return jnp.take(codebook, codes, axis=0, mode="clip")
 
 
-def straight_through(latents: jax.Array, quantized: jax.Array) -> jax.Array:
-    """The value of `quantized` with the gradient of `latents`, both [..., C]."""
+def straight_through(latents: Float[Array, "*n C"], quantized: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+    """The value of `quantized` with the gradient of `latents`."""
     return latents + jax.lax.stop_gradient(quantized - latents)
 
 
-def init_moving_averages(codebook: jax.Array) -> Params:
-    """The statistics of codebook [K, C]: `counts` float32 [K], all 1, and `sums` float32 [K, C]."""
+def init_moving_averages(codebook: Float[Array, "K C"]) -> Params:
+    """Initial statistics: `counts` float32 [K], all 1, and `sums` float32 [K, C]."""
     return {"counts": jnp.ones(codebook.shape[0]), "sums": codebook}
 
 
 def update_codebook(
-    averages: Params, latents: jax.Array, codes: jax.Array, rng: jax.Array,
+    averages: Params, latents: Float[Array, "N C"], codes: Int[Array, " N"], rng: jax.Array,
     *, decay: float, dead_below: float, l2_normalize: bool,
-) -> tuple[Params, jax.Array]:  # fmt: skip
+) -> tuple[Params, Float[Array, "K C"]]:  # fmt: skip
     """One step of moving averages (arXiv 1711.00937, appendix A.1), then a reset of dead codes.
 
-    `latents` [N, C] and their `codes` [N] give each code's count and sum in the batch; the averages keep
-    `decay` of what they held. A code whose averaged count falls under `dead_below` takes the place of a
-    random latent of the batch and counts once (as in Jukebox, arXiv 2005.00341).
-    Returns (averages, codebook).
+    A code whose averaged count is below `dead_below` is replaced by a random latent of the batch with count 1 (as in
+    Jukebox, arXiv 2005.00341).
+
+    Returns:
+      The new averages, and the codebook that follows from them.
     """
     K = averages["counts"].shape[0]
     counts = jax.ops.segment_sum(jnp.ones(codes.shape), codes, num_segments=K)  # [K]
@@ -95,18 +99,18 @@ def update_codebook(
     return {"counts": counts, "sums": sums}, normalize(codebook) if l2_normalize else codebook
 
 
-def sample_latents(latents: jax.Array, count: int, rng: jax.Array) -> jax.Array:
-    """`count` rows of latents [N, C], drawn without replacement as long as there are enough."""
+def sample_latents(latents: Float[Array, "N C"], count: int, rng: jax.Array) -> Float[Array, "{count} C"]:
+    """`count` random rows, without replacement while they last."""
     rows = latents.shape[0]
     shuffled = jax.random.permutation(rng, rows)  # [N]
     return latents[shuffled[jnp.arange(count) % rows]]
 
 
-def histogram(codes: jax.Array, codebook_size: int) -> jax.Array:
-    """How often each code occurs: codes int32 [...] → float32 [K]."""
+def histogram(codes: Int[Array, "*n"], codebook_size: int) -> Float[Array, " K"]:
+    """Number of occurrences of each code, as float32."""
     return jnp.bincount(codes.reshape(-1), length=codebook_size).astype(jnp.float32)
 
 
-def usage(counts: jax.Array) -> jax.Array:
-    """The share of codes that occur at all in a `histogram` [K]: float32 in [0, 1]."""
+def usage(counts: Float[Array, " K"]) -> Float[Array, ""]:
+    """Share of codes that occur, of a `histogram`."""
     return jnp.mean((counts > 0).astype(jnp.float32))

@@ -14,7 +14,7 @@ from typing import Any
 
 from lvm.common.errors import UserError
 
-TERA, GIGA, GIB = 10**12, 10**9, 2**30
+TERA, GIGA, GIB = 1e12, 1e9, 2**30
 _GPUS_PER_HOST = 8
 _SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
 _SMALL_SHAPES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # larger slices are whole cubes of 64 chips

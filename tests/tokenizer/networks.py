@@ -14,27 +14,27 @@ SIZES = {"resolution": 64, "channels": 32, "codebook_size": 128, "codebook_dim":
 
 
 def small(variant, **sizes):
-    """A published network at reduced widths; the layouts of `lvm` need 32 groups, so its norms are of one channel."""
+    """A published network at reduced width; 32 norm groups of one channel, because the layouts of `lvm` fix 32."""
     return dataclasses.replace(VARIANTS[variant], **{**SIZES, **sizes})
 
 
 def random_weights(config, seed=0, **preprocess):
-    """Every number drawn: a tensor that is swapped, turned or left out shows."""
+    """Random weights everywhere, so that swapped, transposed or missing tensors show."""
     _, shapes = nnx_utils.abstract_module(lambda rngs: VQGAN(config, rngs))
     rng = np.random.default_rng(seed)
 
-    def draw(path, leaf):
+    def sample(path, leaf):
         if leaf.ndim == 1:  # scales around 1, biases around 0
             return np.float32(path[-1].key == "scale") + 0.1 * rng.standard_normal(leaf.shape, np.float32)
         fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-1]
         return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(fan_in))
 
-    params = jax.tree.map_with_path(draw, shapes)
+    params = jax.tree.map_with_path(sample, shapes)
     return Weights(config, Preprocess(config.resolution, **preprocess), params)
 
 
 def same_bits(params, others):
-    """That two trees hold the same float32 numbers, bit by bit, at the same places."""
+    """Asserts that two trees have equal float32 leaves, bit by bit."""
     assert jax.tree.structure(params) == jax.tree.structure(others)
     for path, leaf in jax.tree.leaves_with_path(params):
         other = others
@@ -44,7 +44,7 @@ def same_bits(params, others):
         np.testing.assert_array_equal(np.asarray(leaf).view(np.uint32), np.asarray(other).view(np.uint32))
 
 
-def check_same(found, wanted):
-    """That two tokenizers are the same, down to the bits of their parameters."""
-    assert (found.config, found.preprocess) == (wanted.config, wanted.preprocess)
-    same_bits(found.params, wanted.params)
+def check_same(stored, expected):
+    """Asserts that two tokenizers are equal, bit by bit."""
+    assert (stored.config, stored.preprocess) == (expected.config, expected.preprocess)
+    same_bits(stored.params, expected.params)

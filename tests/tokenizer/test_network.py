@@ -1,3 +1,5 @@
+"""The VQGAN network: published sizes, every setting, batch independence, and config checks."""
+
 import dataclasses
 
 import jax
@@ -17,7 +19,7 @@ TINY = VQGANConfig(
 
 def build(config):
     graphdef, params = nnx_utils.abstract_module(lambda rngs: VQGAN(config, rngs))
-    rng = np.random.default_rng(0)  # numpy needs no compile
+    rng = np.random.default_rng(0)  # numpy does not compile
 
     def fill(path, leaf):
         if path[-1].key in ("scale", "bias"):
@@ -35,13 +37,13 @@ def images(count, side=16, seed=0):
 @pytest.mark.parametrize(
     ("variant", "count"), [("maskgit", 54_515_587), ("lvm_old", 64_349_219), ("lvm", 146_244_675)]
 )
-def test_published_networks_have_their_parameter_counts(variant, count):
+def test_variants_have_published_parameter_counts(variant, count):
     _, params = nnx_utils.abstract_module(lambda rngs: VQGAN(VARIANTS[variant], rngs))
     assert nnx_utils.count_params(params) == count
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_published_networks_write_256_codes(variant):
+def test_variants_encode_to_256_codes(variant):
     config = VARIANTS[variant]
     graphdef, params = nnx_utils.abstract_module(lambda rngs: VQGAN(config, rngs))
     pixels = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
@@ -49,7 +51,7 @@ def test_published_networks_write_256_codes(variant):
     assert (codes.shape, codes.dtype) == ((2, 256), jnp.int32)
     decoded = jax.eval_shape(lambda p, c: nnx_utils.merge(graphdef, p).decode_float(c), params, codes)
     assert (decoded.shape, decoded.dtype) == ((2, 256, 256, 3), jnp.float32)
-    assert (config.grid, config.num_codes_per_image) == ((16, 16), 256)
+    assert (config.grid, config.codes_per_image) == ((16, 16), 256)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_published_networks_write_256_codes(variant):
         {"compute_dtype": "bfloat16", "l2_normalize": True},
     ],
 )
-def test_every_setting_encodes_and_decodes(changes):
+def test_encode_and_decode_with_every_setting(changes):
     config = dataclasses.replace(TINY, **changes)
     graphdef, params = nnx_utils.split(build(config))
 
@@ -75,19 +77,19 @@ def test_every_setting_encodes_and_decodes(changes):
 
     latents, codes, decoded, from_rows = run(params, images(3))
     assert (latents.shape, latents.dtype) == ((3, *config.grid, 4), jnp.float32)
-    assert (codes.shape, codes.dtype) == ((3, config.num_codes_per_image), jnp.int32)
+    assert (codes.shape, codes.dtype) == ((3, config.codes_per_image), jnp.int32)
     assert (decoded.shape, decoded.dtype) == ((3, 16, 16, 3), jnp.float32)
     np.testing.assert_array_equal(decoded, from_rows)
     if config.l2_normalize:
         np.testing.assert_allclose(jnp.linalg.norm(latents, axis=-1), 1.0, atol=1e-5)
 
 
-def test_parameters_stay_float32_under_bfloat16():
+def test_bfloat16_keeps_float32_parameters():
     _, params = nnx_utils.split(build(dataclasses.replace(TINY, compute_dtype="bfloat16")))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
 
-def test_codes_do_not_depend_on_the_batch():
+def test_codes_are_independent_of_the_batch():
     graphdef, params = nnx_utils.split(build(TINY))
     encode = jax.jit(lambda p, x: nnx_utils.merge(graphdef, p).encode(x))
     seven = images(7)
@@ -105,7 +107,7 @@ def test_codes_are_in_raster_order():
     np.testing.assert_array_equal(model.quantize(latents), jnp.arange(16)[None])
 
 
-def test_depth_to_space_reads_depth_as_row_column_channel():
+def test_depth_to_space_orders_row_column_channel():
     x = jnp.arange(8).reshape(1, 1, 1, 8)
     np.testing.assert_array_equal(depth_to_space(x, 2)[0], [[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
 
@@ -121,18 +123,18 @@ def test_parameter_paths_are_stable():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shortcut": "none"}, "shortcut: 'none'"),
-        ({"compute_dtype": "float16"}, "compute_dtype: 'float16'"),
-        ({"latent_kernel": 2}, "latent_kernel: 2"),
-        ({"resolution": 18}, "resolution: 18, expected a multiple of 4"),
-        ({"norm_groups": 3}, "norm_groups: 3"),
-        ({"channel_multipliers": ()}, "channel_multipliers: ()"),
-        ({"codebook_size": 65537}, "codebook_size: 65537"),
-        ({"codebook_dim": 0}, "codebook_dim: 0"),
-        ({"middle_blocks": -1}, "middle_blocks: -1"),
+        ({"shortcut": "none"}, "shortcut='none'"),
+        ({"compute_dtype": "float16"}, "compute_dtype='float16'"),
+        ({"latent_kernel": 2}, "latent_kernel=2"),
+        ({"resolution": 18}, "resolution=18 must be a multiple of 4"),
+        ({"norm_groups": 3}, "norm_groups=3"),
+        ({"channel_multipliers": ()}, "channel_multipliers=()"),
+        ({"codebook_size": 65537}, "codebook_size=65537"),
+        ({"codebook_dim": 0}, "codebook_dim=0"),
+        ({"middle_blocks": -1}, "middle_blocks=-1"),
     ],
 )
-def test_bad_settings_are_refused_by_name(changes, message):
+def test_config_names_impossible_values(changes, message):
     with pytest.raises(UserError) as caught:
         dataclasses.replace(TINY, **changes)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""A loaded tokenizer: an image's codes are its own, whatever comes with it and wherever it is encoded."""
+"""A loaded tokenizer: codes are independent of batch, padding and device."""
 
 import jax
 import numpy as np
@@ -14,14 +14,14 @@ SIDE = 32
 
 def tokenizer_of(variant, **sizes):
     config = small(variant, resolution=SIDE, channel_multipliers=(1, 1, 2), codebook_size=512, **sizes)
-    found = random_weights(config)
-    plain = Tokenizer(config, found.preprocess, found.params)
+    stored = random_weights(config)
+    plain = Tokenizer(config, stored.preprocess, stored.params)
     latents = plain.encode_latents(pictures(8))  # [8, N, C]
     rng = np.random.default_rng(1)
-    shape = found.params["codebook"].shape
-    # With the latents' mean and scale, so that many codes are in use, and near ties among them.
+    shape = stored.params["codebook"].shape
+    # Mean and scale of the latents, so that many codes are in use, with near ties among them.
     rows = latents.mean((0, 1)) + latents.std((0, 1)) * rng.standard_normal(shape)
-    return Tokenizer(config, found.preprocess, found.params | {"codebook": rows.astype(np.float32)})
+    return Tokenizer(config, stored.preprocess, stored.params | {"codebook": rows.astype(np.float32)})
 
 
 def pictures(count):
@@ -29,8 +29,8 @@ def pictures(count):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_codes_are_an_images_own(variant):
-    """Alone, in batches of 7 and 64, beside padding, on one device or eight: the same codes, in float32."""
+def test_codes_are_independent_of_batch_and_device(variant):
+    """Alone, in batches of 7 and 64, with padding, on one device or eight: the same codes, in float32."""
     assert len(jax.local_devices()) == 8
     tokenizer, images = tokenizer_of(variant), pictures(64)
     together = tokenizer.encode(images)  # 64 images: eight devices of eight
@@ -44,18 +44,18 @@ def test_codes_are_an_images_own(variant):
     np.testing.assert_array_equal(tokenizer.encode_async(images), together)
     on_one = np.concatenate([np.asarray(tokenizer.encoder(images[i : i + 8], 1)) for i in range(0, 64, 8)])
     np.testing.assert_array_equal(on_one, together)
-    # Every call runs the same program on each device, so that not only codes but latents are the same bits.
+    # Each device runs the same program in every call, so that latents agree to the bit too.
     latents = tokenizer.encode_latents(images)
     np.testing.assert_array_equal(tokenizer.encode_latents(images[:3]), latents[:3])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_codes_of_other_batch_sizes(batch_size):
+def test_codes_are_independent_of_batch_size(batch_size):
     tokenizer, images = tokenizer_of("lvm"), pictures(64)
     np.testing.assert_array_equal(tokenizer.encode(images, batch_size), tokenizer.encode(images))
 
 
-def test_decoding_on_every_device_gives_the_same_images():
+def test_decode_is_independent_of_devices():
     tokenizer = tokenizer_of("maskgit")
     codes = np.random.default_rng(0).integers(0, 512, (20, tokenizer.codes_per_image))
     together = tokenizer.decode_float(codes)
@@ -71,11 +71,11 @@ def test_bfloat16_changes_few_codes():
     assert 0 < np.mean(codes[0] != codes[1]) < 0.2
 
 
-def test_what_is_no_image_or_code_is_refused():
+def test_wrong_shapes_dtypes_and_codes_are_rejected():
     tokenizer = tokenizer_of("maskgit")
-    with pytest.raises(UserError, match=r"\[1, 16, 16, 3\], wanted \[B, 32, 32, 3\]"):
+    with pytest.raises(UserError, match=r"\[1, 16, 16, 3\], expected \[B, 32, 32, 3\]"):
         tokenizer.encode(np.zeros((1, 16, 16, 3), np.uint8))
-    with pytest.raises(UserError, match="float64, wanted uint8"):
+    with pytest.raises(UserError, match="float64, expected uint8"):
         tokenizer.encode(np.zeros((1, 32, 32, 3)))
     with pytest.raises(UserError, match=r"from 0 to 512, the codebook has 0\.\.511"):
         tokenizer.decode(np.array([[0] * 63 + [512]]))

@@ -1,3 +1,5 @@
+"""Vector quantization: nearest codes, moving averages, and usage."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +22,12 @@ def test_nearest_codes_equal_brute_force(chunk):
 
 
 @pytest.mark.parametrize("chunk", [2, 2048])
-def test_of_equally_near_codes_the_lowest_wins(chunk):
+def test_nearest_codes_break_ties_to_the_lowest(chunk):
     codebook = jnp.ones((7, 3))
     np.testing.assert_array_equal(quantizers.nearest_codes(jnp.ones((2, 3)), codebook, chunk), [0, 0])
 
 
-def test_look_up_inverts_nearest_codes():
+def test_lookup_inverts_nearest_codes():
     codebook = jnp.asarray(normal(16, 4))
     codes = jnp.array([[3, 0], [15, 7]])
     rows = quantizers.lookup(codes, codebook)
@@ -33,7 +35,7 @@ def test_look_up_inverts_nearest_codes():
     np.testing.assert_array_equal(quantizers.nearest_codes(rows, codebook), codes)
 
 
-def test_straight_through_has_the_value_of_the_one_and_the_gradient_of_the_other():
+def test_straight_through_value_and_gradient():
     latents, quantized = jnp.asarray(normal(5)), jnp.asarray(normal(5, seed=1))
     value, pullback = jax.vjp(quantizers.straight_through, latents, quantized)
     np.testing.assert_allclose(value, quantized, rtol=1e-6)
@@ -58,7 +60,7 @@ def test_update_codebook_by_hand():
     np.testing.assert_allclose(updated, sums / counts[:, None], rtol=1e-5, atol=1e-6)
 
 
-def test_dead_codes_take_the_place_of_latents():
+def test_update_codebook_resets_dead_codes_to_latents():
     codebook, latents = jnp.asarray(normal(8, 2)), jnp.asarray(normal(32, 2, seed=1))
     averages = {"counts": jnp.array([1.0] * 6 + [0.01] * 2), "sums": codebook}
     averages, updated = quantizers.update_codebook(
@@ -70,7 +72,7 @@ def test_dead_codes_take_the_place_of_latents():
     np.testing.assert_array_equal(averages["counts"][6:], 1.0)
 
 
-def test_l2_normalized_codebooks_keep_unit_length():
+def test_update_codebook_keeps_unit_length():
     latents = quantizers.normalize(jnp.asarray(normal(32, 3)))
     codebook = quantizers.sample_latents(latents, 8, jax.random.key(0))
     _, updated = quantizers.update_codebook(
@@ -80,7 +82,7 @@ def test_l2_normalized_codebooks_keep_unit_length():
     np.testing.assert_allclose(jnp.linalg.norm(updated, axis=-1), 1.0, atol=1e-6)
 
 
-def test_random_latents_repeat_only_when_there_are_too_few():
+def test_sample_latents_repeats_only_when_too_few():
     latents = jnp.arange(6.0)[:, None]
     assert len(np.unique(quantizers.sample_latents(latents, 6, jax.random.key(0)))) == 6
     assert quantizers.sample_latents(latents, 15, jax.random.key(0)).shape == (15, 1)
