@@ -1,14 +1,16 @@
-"""Picture files to read: good ones of every odd kind, and bad ones with the reason that each is refused for."""
+"""Image files for tests: readable ones of unusual formats, and bad ones with the reason of each failure."""
 
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
+import pytest
 
 from lvm.data.images.sources import ImageSource
 
@@ -16,21 +18,21 @@ RED, GREEN = (255, 0, 0), (0, 255, 0)
 
 
 def photo(width: int = 48, height: int = 32, seed: int = 0) -> np.ndarray:
-    """Smooth colours, uint8 [H, W, 3]."""
+    """Returns smooth random colors, uint8 [H, W, 3]."""
     small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return np.asarray(PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC))
 
 
 def encode_image(pixels: np.ndarray | PIL.Image.Image, format: str = "PNG", **options) -> bytes:
-    """A picture file."""
+    """Encodes an image file."""
     file = io.BytesIO()
-    picture = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(pixels)
-    picture.save(file, format, **options)
+    image = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(pixels)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
 def _bomb() -> bytes:
-    """A PNG whose header promises 20,000 × 20,000 pixels."""
+    """Returns a PNG whose header claims 20,000 × 20,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -40,13 +42,13 @@ def _bomb() -> bytes:
 
 
 def _palette() -> PIL.Image.Image:
-    picture = PIL.Image.new("P", (8, 8), 1)
-    picture.putpalette([*RED, *GREEN])
-    return picture
+    image = PIL.Image.new("P", (8, 8), 1)
+    image.putpalette([*RED, *GREEN])
+    return image
 
 
 def _turned() -> bytes:
-    """Green, and red at the left as it is to be seen; stored lying on its side, to be turned by 90° clockwise."""
+    """Returns a JPEG, upright red at the left and green at the right, stored sideways with EXIF orientation 6."""
     upright = PIL.Image.new("RGB", (64, 32), GREEN)
     upright.paste(RED, (0, 0, 32, 32))
     exif = PIL.Image.Exif()
@@ -56,21 +58,21 @@ def _turned() -> bytes:
     )
 
 
-# name → (content, a part of the reason)
-BAD = {
+# name → (content, part of the reason)
+BAD_FILES = {
     "truncated.jpg": (encode_image(photo(64, 64), "JPEG")[:-200], "truncated"),
     "empty.jpg": (b"", "the file is empty (0 bytes)"),
-    "text.png": (b"no picture at all", "not a picture that can be decoded"),
+    "text.png": (b"no image at all", "not an image that can be decoded"),
     "bomb.png": (_bomb(), "exceeds limit"),
     "animated.gif": (
         encode_image(photo(), "GIF", save_all=True, append_images=[PIL.Image.fromarray(photo(seed=1))]),
-        "an animation of 2 frames",
+        "animation of 2 frames",
     ),
 }
-# name → (content, what its pixel at the left is)
-ODD = {
+# name → (content, color of its left pixel)
+UNUSUAL_FILES = {
     "cmyk.jpg": (encode_image(PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), RED),
-    "grey16.png": (encode_image(np.full((8, 8), 100 * 257, np.uint16)), (100, 100, 100)),
+    "gray16.png": (encode_image(np.full((8, 8), 100 * 257, np.uint16)), (100, 100, 100)),
     "palette.png": (encode_image(_palette()), GREEN),
     "still.gif": (encode_image(_palette(), "GIF"), GREEN),
     "turned.jpg": (_turned(), RED),
@@ -82,16 +84,27 @@ ODD = {
 
 
 def check_image_files(source: ImageSource, name_of: Callable[[str], str] = lambda key: key) -> None:
-    """That a source of `BAD` and `ODD` at 16 × 16 lists the ones and reads the others; `name_of` a key is the file."""
+    """Checks that a source of all at 16 × 16 lists the bad files and reads the others; `name_of` maps keys to files."""
     names = [name_of(source.info(index).key) for index in range(len(source))]
-    assert sorted(names) == sorted(BAD | ODD)
+    assert sorted(names) == sorted(BAD_FILES | UNUSUAL_FILES)
     for index, name in enumerate(names):
         scene = source.load(index)
-        if name in BAD:
+        if name in BAD_FILES:
             assert (scene.images.shape, scene.info.num_frames) == ((0, 1, 16, 16, 3), 0), name
             assert [failure.key for failure in scene.failures] == [scene.info.key], name
-            assert BAD[name][1] in scene.failures[0].reason
+            assert BAD_FILES[name][1] in scene.failures[0].reason
         else:
             assert (scene.images.shape, scene.failures) == ((1, 1, 16, 16, 3), ()), name
             left = scene.images[0, 0, 8, 2].astype(int)
-            assert np.abs(left - ODD[name][1]).max() <= 4, (name, left)
+            assert np.abs(left - UNUSUAL_FILES[name][1]).max() <= 4, (name, left)
+
+
+def check_copies(source: ImageSource) -> None:
+    """Checks that a source pickles, describes itself equally, and checks indices."""
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy.load(0).images, source.load(0).images)
+    assert copy.describe() == source.describe()
+    with pytest.raises(IndexError):
+        source.load(len(source))
+    with pytest.raises(IndexError):
+        source.info(-1)

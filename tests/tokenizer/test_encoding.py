@@ -13,7 +13,7 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.images.augment import Augment
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
+from lvm.data.images.sources.base import Failure, ImageSource, SceneImages, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.store.reader import Store
 from lvm.data.streams.codecs import Image, Palette
@@ -38,7 +38,7 @@ SCENES = [(1, 0, 0)] * 9 + [
 
 
 @dataclasses.dataclass
-class Scenes:
+class Scenes(ImageSource):
     """Images of random pixels; some can't be read."""
 
     resolution: int = SIDE
@@ -237,14 +237,14 @@ def test_all_images_of_a_copy_have_one_window_and_are_mirrored_together():
         found.add((int(top), int(min(left, right)), bool(left < right)))
     assert len(found) > 8
     assert {flipped for *_, flipped in found} == {True, False}
-    with pytest.raises(UserError, match="--augment: -1 is negative"):
+    with pytest.raises(UserError, match="--augment=-1 must"):
         Augment(-1, preprocess)
 
 
 def test_a_scene_without_frames_is_listed(tokenizer, tmp_path):
     source = Scenes(scenes=((1, 0, 0), (0, 0, 0)))
     (shard,) = Store(encode(tokenizer, tmp_path / "store", num_shards=1, source=source)).manifest["shards"]
-    assert shard["failures"] == [{"key": "scene 1", "reason": "it holds no frame"}]
+    assert shard["failures"] == [{"key": "scene 1", "reason": "it has no frames"}]
 
 
 def test_a_chunk_holds_few_images_where_videos_come_after_photos():

@@ -1,11 +1,12 @@
-"""Crops and flips of scenes before they are encoded: codes can't be augmented later."""
+"""Random crops and flips of scenes before encoding: codes can't be augmented later."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
@@ -13,20 +14,19 @@ from lvm.data.images.sources.base import SceneImages
 from lvm.data.mixture import split
 from lvm.data.streams.codecs import Codec
 
-_LARGER = 1.125  # the side of what is cropped, in sides of an image
+_CROP_SCALE = 1.125  # side of the images that crops are taken from, relative to the crop's
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """Seeded copies of every scene, each cropped at random and mirrored by chance.
+    """Seeded copies of every scene, each cropped and flipped at random.
 
-    A crop takes a window of the image's size out of a larger one, pixel by pixel: nothing is resampled, so that the
-    colours of a palette and the readings of a depth map stay what they are. All frames and streams of a scene have the
-    same window, and are mirrored together, by their codecs.
+    A crop is a window of a larger image, pixel by pixel: nothing is resampled, so palette colors and depth stay exact.
+    All frames and streams of a scene share the window, and are flipped together by their codecs.
 
     Attributes:
-      copies: k; 0 leaves scenes as they are.
-      preprocess: of the images that come out.
+      copies: copies per scene; 0 leaves scenes as they are.
+      preprocess: that of the resulting images.
 
     Raises:
       UserError: a negative number of copies.
@@ -37,39 +37,44 @@ class Augment:
 
     def __post_init__(self) -> None:
         if self.copies < 0:
-            raise UserError(f"--augment: {self.copies} is negative")
+            raise UserError(f"--augment={self.copies} must not be negative")
 
     @property
     def source_preprocess(self) -> Preprocess:
-        """What the source's images must be made by."""
+        """The preprocess that the source must use."""
         if not self.copies:
             return self.preprocess
-        side = round(_LARGER * self.preprocess.resolution)
-        return dataclasses.replace(self.preprocess, resolution=max(side, self.preprocess.resolution + 1))
+        R = self.preprocess.resolution
+        return dataclasses.replace(self.preprocess, resolution=max(round(_CROP_SCALE * R), R + 1))
 
     def __call__(self, scene: SceneImages, codecs: Mapping[str, Codec]) -> Iterator[SceneImages]:
-        """The scene's copies, `key#0` … of its group; the scene itself where there are none to make.
+        """Yields the scene's copies, `key#0` … of its group; the scene itself if `copies` is 0.
 
         Args:
-          scene: images [T, S, side, side, 3] by `source_preprocess`.
-          codecs: of its streams.
+          scene: a scene preprocessed by `source_preprocess`.
+          codecs: codecs of its streams.
         """
         if not self.copies:
             yield scene
             return
         side, R = scene.images.shape[2], self.preprocess.resolution
-        for number in range(self.copies):
-            info = dataclasses.replace(scene.info, key=f"{scene.info.key}#{number}")
+        for copy in range(self.copies):
+            info = dataclasses.replace(scene.info, key=f"{scene.info.key}#{copy}")
             rng = np.random.default_rng(split.content_hash(info.key.encode()))
             top, left = rng.integers(0, side - R, 2, endpoint=True)
-            images = scene.images[:, :, top : top + R, left : left + R]  # [T, S, R, R, 3]
+            images = scene.images[:, :, top : top + R, left : left + R]
             if rng.random() < 0.5:
                 images = mirror_images(images, [codecs[stream] for stream in info.streams])
             yield SceneImages(info, images)
 
 
-def mirror_images(images: np.ndarray, codecs: list[Codec]) -> np.ndarray:
-    """A scene's images uint8 [T, S, R, R, 3], of streams with these codecs, as a mirror shows them."""
+def mirror_images(
+    images: UInt8[np.ndarray, "T S R R 3"], codecs: Sequence[Codec]
+) -> UInt8[np.ndarray, "T S R R 3"]:
+    """Flips a scene horizontally, each stream by its codec."""
     return np.stack(
-        [np.stack([codec.mirror(x) for codec, x in zip(codecs, frame, strict=True)]) for frame in images]
+        [
+            np.stack([codec.mirror(image) for codec, image in zip(codecs, frame, strict=True)])
+            for frame in images
+        ]
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lvm.common.errors import UserError
-from lvm.data.images.sources.base import Failure, SceneImages, SceneInfo
+from lvm.data.images.sources.base import Failure, ImageSource, SceneImages, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.streams.codecs import Image, Palette
@@ -14,7 +14,7 @@ from lvm.evaluation.reconstruction import reconstruction_metrics
 FRACTION = 0.5
 
 
-class FakeSource:
+class FakeSource(ImageSource):
     """Images hold their scene, frame and stream indices; every third scene has no segmentation."""
 
     name, skipped, classes = "fake", (), ()

@@ -1,22 +1,33 @@
-"""What a source is: scenes of images, listed without decoding and loaded one at a time."""
+"""Scenes, and the base classes of what lists and loads them: image sources and code sources."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+from jaxtyping import UInt8, UInt16
 
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources import listing
+from lvm.data.images.sources.image_file import ImageFile, UnreadableError
+from lvm.data.images.sources.readers import STREAMS, Reader, declared_streams, make_readers, read_frame
 from lvm.data.streams.codecs import Codec
+
+Location = TypeVar("Location")  # where a scene's data is, as its source needs it
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Something that was found and is not used.
+    """Data that is not used.
 
     Attributes:
-      key: what it is: a path inside the source, a scene, or a frame of a scene.
+      key: a path inside the source, a scene, or a frame of a scene.
       reason: why it is not used.
     """
 
@@ -26,14 +37,14 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class SceneInfo:
-    """What is known of a scene without decoding it.
+    """Metadata of a scene, known without decoding.
 
     Attributes:
-      key: names the scene within its source.
-      group: the original photo or video; scenes of one group belong on one side of any split.
-      class_name: the class of what it shows, or "".
+      key: identifies the scene within its source.
+      group: the original photo or video; a split never separates scenes of one group.
+      class_name: class label, or "".
       num_frames: frames T.
-      streams: names of the streams, in the order of its images.
+      streams: stream names, in the order of the scene's images.
     """
 
     key: str
@@ -45,89 +56,228 @@ class SceneInfo:
 
 @dataclasses.dataclass(frozen=True)
 class SceneImages:
-    """A scene with its images.
+    """A decoded scene.
 
     Attributes:
-      info: the scene, with the frames that are really there.
-      images: uint8 [T, S, R, R, 3], streams in the order of `info.streams`; T may be 0.
-      failures: the frames that could not be read and were left out.
+      info: the scene's metadata; `num_frames` counts the frames in `images`.
+      images: streams in the order of `info.streams`; T may be 0.
+      failures: frames that could not be read and were dropped.
     """
 
     info: SceneInfo
-    images: np.ndarray
+    images: UInt8[np.ndarray, "T S R R 3"]
     failures: tuple[Failure, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneCodes:
-    """A scene whose images are codes already.
+    """A scene that is stored as codes.
 
     Attributes:
-      info: the scene, with the frames that are really there.
-      codes: uint16 [T, S, N], streams in the order of `info.streams`; T may be 0.
-      failures: what could not be read and was left out.
+      info: the scene's metadata; `num_frames` counts the frames in `codes`.
+      codes: streams in the order of `info.streams`; T may be 0.
+      failures: data that could not be read and was dropped.
     """
 
     info: SceneInfo
-    codes: np.ndarray
+    codes: UInt16[np.ndarray, "T S N"]
     failures: tuple[Failure, ...] = ()
 
 
-class Listing(Protocol):
-    """Scenes by number, as they were listed.
+@dataclasses.dataclass(frozen=True)
+class PathConfig:
+    """Parameters of a source of files. `path` is a file, a folder, or a pattern such as "data/train-*.parquet"."""
+
+    path: str = ""
+
+
+class SceneSource(abc.ABC, Generic[Location]):
+    """Base class of all sources: scenes by index, listed up front without decoding.
+
+    A subclass sets the class attributes and implements `_list_file`, or `_list_scenes` if its scenes are not in files
+    of their own. A source is pickled for worker processes without its `unpicklable` attributes, which `_reset` sets.
+
+    Args:
+      preprocess: converts decoded images to the model's size.
+      **parameters: the fields of `config_class`.
 
     Attributes:
-      name: a short name for logs and manifests.
-      streams: the codec of every stream that any scene has.
+      config: the parameters.
+      name: short name for logs and manifests.
+      streams: codec of every stream that any scene has.
       stream_sets: the distinct stream tuples of the scenes, sorted.
       classes: the distinct class names of the scenes, sorted, without "".
-      skipped: what was found when listing and is not used.
+      skipped: data that listing found and that is not used.
+
+    Raises:
+      UserError: an unknown parameter, an impossible value, or no usable scene.
     """
+
+    kind: ClassVar[str]
+    config_class: ClassVar[type] = PathConfig  # a frozen dataclass
+    required: ClassVar[tuple[str, ...]] = ("path",)  # parameters that must not be empty
+    scene_noun: ClassVar[str] = "scene"  # for "found no usable …"
+    read_errors: ClassVar[tuple[type[Exception], ...]] = (OSError,)  # skip a file that can't be listed
+    unpicklable: ClassVar[tuple[str, ...]] = ()
 
     name: str
     streams: Mapping[str, Codec]
     stream_sets: tuple[tuple[str, ...], ...]
-    classes: tuple[str, ...]
-    skipped: tuple[Failure, ...]
+    classes: tuple[str, ...] = ()
+    skipped: tuple[Failure, ...] = ()
+
+    def __init__(self, preprocess: Preprocess, **parameters: Any) -> None:
+        self.config: Any = from_config_dict(self.config_class, parameters, self.kind)
+        for key in self.required:
+            if not getattr(self.config, key):
+                raise UserError(f"{self.kind}.{key} is missing")
+        streams = getattr(self.config, "streams", ())
+        if isinstance(streams, Mapping) and streams and "rgb" not in streams:
+            raise UserError(f"{self.kind}.streams: {sorted(streams)} lack rgb; name every stream to read")
+        self._preprocess, self._skipped = preprocess, list[Failure]()
+        self._origin = getattr(self.config, self.required[0]) if self.required else self.kind  # for errors
+        self._files: list[str] = []  # in `_root`; their sizes and tails are part of the identity
+        self._stream_names: tuple[str, ...] = STREAMS  # in the order of a scene
+        self._reset()
+        self._scenes: list[tuple[SceneInfo, Location]] = list(self._list_scenes())
+        self.skipped = tuple(self._skipped)
+        if not len(self):
+            reason = f" ({self.skipped[0].key}: {self.skipped[0].reason})" if self.skipped else ""
+            raise UserError(f"{self._origin}: found no usable {self.scene_noun}{reason}")
+        if self._scenes:
+            self.stream_sets = tuple(sorted({info.streams for info, _ in self._scenes}))
+            self.classes = tuple(sorted({info.class_name for info, _ in self._scenes} - {""}))
 
     def __len__(self) -> int:
-        """The number of scenes."""
+        return len(self._scenes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in self.unpicklable}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
 
     def info(self, index: int) -> SceneInfo:
-        """What is known of scene `index`; `num_frames` counts frames that may yet turn out unreadable.
+        """Returns the metadata of a scene; some of its `num_frames` may turn out unreadable.
 
-        Raises IndexError outside of [0, len).
+        Raises:
+          IndexError: outside of [0, len).
         """
+        return self._scene(index)[0]
 
     def describe(self) -> dict[str, Any]:
-        """The kind and parameters as JSON: equal for equal sources, wherever they lie."""
+        """Returns the kind and parameters as JSON: equal for equal sources, wherever their files are."""
+        fields = {"kind": self.kind, "num_scenes": len(self)}
+        return fields | ({"listing": listing.hash_files(self._root, self._files)} if self._files else {})
+
+    def _list_scenes(self) -> Iterable[tuple[SceneInfo, Location]]:
+        """Lists the scenes of all files. A source that overrides `__len__` and `info` may yield none."""
+        root, files = listing.find_files(self.config.path, listing.SUFFIXES[self.kind], self._skip)
+        self._set_root(root)
+        for file in files:
+            try:
+                scenes = list(self._list_file(file))
+            except UnreadableError as error:
+                self._skip(file, str(error))
+            except self.read_errors as error:
+                self._skip(file, f"can't be read: {listing.relative_to(root, error)}")
+            else:
+                self._files.append(file)
+                yield from scenes
+
+    def _list_file(self, file: str) -> Iterable[tuple[SceneInfo, Location]]:
+        """Lists the scenes of a file. Raises UnreadableError or one of `read_errors`."""
+        raise NotImplementedError
+
+    def _reset(self) -> None:
+        """Sets the attributes that can't be pickled, such as open files and locks."""
+
+    def _scene(self, index: int) -> tuple[SceneInfo, Location]:
+        listing.check_index(index, len(self))
+        return self._scenes[index]
+
+    def _skip(self, key: str, reason: str) -> None:
+        self._skipped.append(Failure(key, reason))
+
+    def _set_root(self, root: pathlib.Path) -> None:
+        """Sets the folder that the source's paths are relative to."""
+        self._root, self.name = root, root.resolve().name
+        names = (*STREAMS, *declared_streams(root), *getattr(self.config, "streams", ()))
+        self._stream_names = tuple(dict.fromkeys(names))
+
+    def _codecs_json(self) -> dict[str, Any]:
+        return {stream: codec.to_json() for stream, codec in self.streams.items()}
 
 
-@runtime_checkable
-class ImageSource(Listing, Protocol):
-    """Scenes of images. Loading a scene is a pure function of the source and the number."""
+class ImageSource(SceneSource[Location]):
+    """Base class of the image sources. `load` is a pure function of source and index."""
 
+    @abc.abstractmethod
     def load(self, index: int) -> SceneImages:
-        """Scene `index` with its images; a frame with any stream that can't be read is left out and listed.
+        """Decodes a scene. A frame with an unreadable stream is dropped and listed in `failures`.
 
-        Raises IndexError outside of [0, len).
+        Raises:
+          IndexError: outside of [0, len).
         """
 
+    def _scene_images(
+        self, info: SceneInfo, frames: Sequence[np.ndarray], reasons: Iterable[str] = ()
+    ) -> SceneImages:
+        """Stacks the readable frames [S, R, R, 3] of a scene; `reasons` are those of its failures."""
+        R = self._preprocess.resolution
+        images = np.stack(frames) if frames else np.empty((0, len(info.streams), R, R, 3), np.uint8)
+        failures = tuple(Failure(info.key, reason) for reason in reasons)
+        return SceneImages(dataclasses.replace(info, num_frames=len(frames)), images, failures)
 
-@runtime_checkable
-class CodeSource(Listing, Protocol):
-    """Scenes of ready codes, which no tokenizer encodes.
+
+class ImageFileSource(ImageSource[Location]):
+    """Base class of sources whose frames are image files, one per stream. A subclass implements `_open_scene`."""
+
+    def __init__(self, preprocess: Preprocess, **parameters: Any) -> None:
+        super().__init__(preprocess, **parameters)
+        used = {stream for streams in self.stream_sets for stream in streams}
+        self._readers = self._make_readers([stream for stream in self._stream_names if stream in used])
+        self.streams = {stream: reader.codec for stream, reader in self._readers.items()}
+
+    def load(self, index: int) -> SceneImages:
+        """See `ImageSource.load`. A failure's key is the scene's; its reason begins with the file."""
+        info, scene_files = self._open_scene(index)
+        frames, reasons = [], []
+        for files in scene_files:
+            try:
+                frames.append(read_frame(self._readers, files, info.streams, self._preprocess))
+            except UnreadableError as error:
+                reasons.append(str(error))
+        return self._scene_images(info, frames, reasons)
+
+    @abc.abstractmethod
+    def _open_scene(self, index: int) -> tuple[SceneInfo, Iterable[Mapping[str, ImageFile]]]:
+        """Returns a scene's metadata and, for each frame, the image file of each stream."""
+
+    def _make_readers(self, streams: Sequence[str]) -> dict[str, Reader]:
+        return make_readers(self._root, {stream: self._stream_files(stream) for stream in streams})
+
+    def _stream_files(self, stream: str) -> Iterator[ImageFile]:
+        for index in range(len(self)):
+            yield from (files[stream] for files in self._open_scene(index)[1] if stream in files)
+
+
+class CodeSource(SceneSource[Location]):
+    """Base class of sources of codes, which no tokenizer encodes.
 
     Attributes:
-      num_codes: size of the codebook; every code lies below.
+      num_codes: size of the codebook; every code is below it.
       grid: rows and columns of an image's codes.
     """
 
     num_codes: int
     grid: tuple[int, ...]
 
+    @abc.abstractmethod
     def load_codes(self, index: int) -> SceneCodes:
-        """Scene `index` with its codes.
+        """Reads the codes of a scene.
 
-        Raises IndexError outside of [0, len).
+        Raises:
+          IndexError: outside of [0, len).
         """

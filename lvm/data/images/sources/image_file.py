@@ -1,4 +1,4 @@
-"""A picture file, wherever its bytes lie, as pixels, or the reason why not."""
+"""Decoding of image files, on disk or inside an archive. Every failure has a reason."""
 
 from __future__ import annotations
 
@@ -10,41 +10,39 @@ from collections.abc import Callable
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+from jaxtyping import UInt8
 
 from lvm.data.images.preprocess import Preprocess, apply_exif_orientation
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MAX_PIXELS = 64_000_000
-# Further pictures of other formats (MPO, TIFF) are previews and pages.
-_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+# In other multi-image formats (MPO, TIFF), further images are previews and pages.
+_ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+
+Content = pathlib.Path | Callable[[], bytes]  # a path, or a function that reads the file's bytes
 
 
 class UnreadableError(Exception):
-    """A file that can't become an image; the message is the reason, without the file's name."""
+    """A file that cannot be decoded. The message is the reason, without the file's name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """A picture file.
-
-    Attributes:
-      name: what failures call it: its path inside the source.
-      content: its path, or what reads its bytes.
-    """
+    """An undecoded image file. `name` identifies it in failures: its path inside the source."""
 
     name: str
-    content: pathlib.Path | Callable[[], bytes]
+    content: Content
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodedImage:
-    """A decoded picture.
+    """A decoded image.
 
     Attributes:
-      pixels: turned as its EXIF orientation says.
-      size: width and height of the whole picture, as `pixels` is turned.
-      extent: how many of the columns and rows of `pixels` it covers.
-      format: of the file, such as "JPEG".
+      pixels: the image, EXIF orientation applied.
+      size: width and height of the full image, oriented as `pixels`.
+      extent: columns and rows of `pixels` that the image covers.
+      format: file format, such as "JPEG".
     """
 
     pixels: PIL.Image.Image
@@ -53,8 +51,8 @@ class DecodedImage:
     format: str
 
 
-def open_image(content: pathlib.Path | Callable[[], bytes]) -> PIL.Image.Image:
-    """Opens a picture by its header, without decoding. Raises UnreadableError."""
+def open_image(content: Content) -> PIL.Image.Image:
+    """Opens an image by its header, without decoding. Raises UnreadableError."""
     try:
         file: pathlib.Path | io.BytesIO
         if isinstance(content, pathlib.Path):
@@ -63,66 +61,54 @@ def open_image(content: pathlib.Path | Callable[[], bytes]) -> PIL.Image.Image:
             file, size = io.BytesIO(data := content()), len(data)
         if size == 0:
             raise UnreadableError("the file is empty (0 bytes)")
-        picture = PIL.Image.open(file)
-        if picture.format in _ANIMATED and getattr(picture, "is_animated", False):
-            frames = getattr(picture, "n_frames", "several")
-            raise UnreadableError(
-                f"an animation of {frames} frames; a photo has one, a video is a source itself"
-            )
+        image = PIL.Image.open(file)
+        if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
+            num_frames = getattr(image, "n_frames", "several")
+            raise UnreadableError(f"animation of {num_frames} frames; read it as a video source")
     except PIL.UnidentifiedImageError as error:
-        raise UnreadableError("not a picture that can be decoded") from error
+        raise UnreadableError("not an image that can be decoded") from error
     except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
         raise UnreadableError(f"cannot be opened: {error}") from error
-    width, height = picture.size
+    width, height = image.size
     if width * height > MAX_PIXELS:
-        picture.close()
+        image.close()
         raise UnreadableError(f"{width}×{height} is more than {MAX_PIXELS // 10**6} megapixels")
-    return picture
+    return image
 
 
-def decode_image(content: pathlib.Path | Callable[[], bytes], at_least: int = 0) -> DecodedImage:
-    """Decodes a picture.
+def decode_image(content: Content, min_side: int = 0) -> DecodedImage:
+    """Decodes an image.
 
     Args:
-      content: a path, or what reads the file's bytes.
-      at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as no side gets shorter than this;
-        0 for all pixels.
+      content: a path, or a function that reads the file's bytes.
+      min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as no side is below this; 0 for full size.
 
     Raises:
-      UnreadableError: it can't be decoded to its end.
+      UnreadableError: the file is corrupt or truncated.
     """
     with open_image(content) as opened:
-        size, extent, file_format = (
-            opened.size,
-            (float(opened.width), float(opened.height)),
-            opened.format or "",
-        )
+        size, extent = opened.size, (float(opened.width), float(opened.height))
         try:
-            if at_least and (drafted := opened.draft(None, (at_least, at_least))):
+            if min_side and (drafted := opened.draft(None, (min_side, min_side))):
                 extent = drafted[1][2:]
             opened.load()
-            turned = apply_exif_orientation(opened)
+            oriented = apply_exif_orientation(opened)
         except MemoryError:
             raise
-        # Pillow's decoders raise whatever a corrupt file makes them stumble over.
-        except Exception as error:
-            truncated = "truncated" in str(error)
-            raise UnreadableError("truncated" if truncated else f"corrupt: {error}") from error
-        if turned is not opened and _sideways(opened):
+        except Exception as error:  # Pillow's decoders raise errors of any type on corrupt files
+            reason = "truncated" if "truncated" in str(error) else f"corrupt: {error}"
+            raise UnreadableError(reason) from error
+        if opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # turned by 90° or 270°
             size, extent = size[::-1], extent[::-1]
-        return DecodedImage(turned, size, extent, file_format)
+        return DecodedImage(oriented, size, extent, opened.format or "")
 
 
-def read_image(content: pathlib.Path | Callable[[], bytes], preprocess: Preprocess) -> np.ndarray:
-    """A picture file as an image, uint8 [R, R, 3]. Raises UnreadableError, and UserError as `Preprocess` does."""
-    picture = decode_for(content, preprocess)
-    return preprocess(picture.pixels, picture.extent)
-
-
-def decode_for(content: pathlib.Path | Callable[[], bytes], preprocess: Preprocess) -> DecodedImage:
-    """Decodes what `preprocess` will make an image of, by its rule. Raises UnreadableError."""
+def decode_for(content: Content, preprocess: Preprocess) -> DecodedImage:
+    """Decodes an image as `preprocess.decode` says. Raises UnreadableError."""
     return decode_image(content, preprocess.resolution if preprocess.decode == "reduced" else 0)
 
 
-def _sideways(picture: PIL.Image.Image) -> bool:
-    return picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+def read_image(content: Content, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
+    """Decodes and preprocesses an image. Raises UnreadableError, and UserError as `Preprocess` does."""
+    image = decode_for(content, preprocess)
+    return preprocess(image.pixels, image.extent)

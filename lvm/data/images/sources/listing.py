@@ -1,4 +1,4 @@
-"""What lies on disk: files in natural order, what is passed over, and a hash that tells two listings apart."""
+"""Finding, reading and hashing the files of a source."""
 
 from __future__ import annotations
 
@@ -9,66 +9,74 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lvm.common.errors import UserError
-from lvm.data.images.sources.base import Failure
 
 SETTINGS_FILES = ("classes.json", "streams.json")
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif",
 )  # fmt: skip
+SUFFIXES = {  # of the files of each kind of source; a folder of image files has its own listing
+    "video": VIDEO_SUFFIXES,
+    "tar": (".tar",),
+    "array_record": (".array_record", ".arrayrecord"),
+    "parquet": (".parquet",),
+    "jsonl": (".jsonl",),
+}
 NOT_UTF8 = "its name is not UTF-8"
-_ENDS = ".index.json"  # what a source leaves beside its files
+_INDEX_SUFFIX = ".index.json"  # written by sources beside their files
+
+Skip = Callable[[str, str], None]  # receives a path inside the source, and the reason
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
-    """A sort key that puts frame 2 before frame 10; of 2 and 02, which are one number, the order is always the same."""
+    """Returns a sort key that puts frame 2 before frame 10; ties, such as 2 and 02, are broken by the name."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))], name
 
 
 def printable(name: str) -> str:
-    """A file's name as it can be printed and stored: another one where its bytes are not UTF-8."""
+    """Returns the name with bytes that are not UTF-8 escaped."""
     return name.encode(errors="backslashreplace").decode()
 
 
-def walk_files(top: pathlib.Path, skip: Callable[[pathlib.Path, str], None]) -> Iterator[tuple[str, str]]:
-    """All files under `top` but hidden ones as (folder, name), in natural order; links are followed.
+def walk_files(top: pathlib.Path, skip: Skip) -> Iterator[tuple[str, str]]:
+    """Yields the files under `top`, except hidden ones, as (folder, name) in natural order. Follows links.
 
     Args:
       top: the folder.
-      skip: is told of each folder that can't be listed, or is listed already, of names that no key can be made of,
-        and the reason.
+      skip: receives paths below `top` that are not used: folders that can't be listed or were listed before,
+        and names that are not UTF-8.
     """
 
-    def unlisted(error: OSError) -> None:
-        skip(pathlib.Path(error.filename), f"can't be listed: {error.strerror}")
+    def relative(path: str) -> str:
+        return pathlib.PurePath(path).relative_to(top).as_posix()
 
     seen: set[str] = set()
-    for folder, subfolders, names in os.walk(top, followlinks=True, onerror=unlisted):
+    on_error = lambda error: skip(relative(error.filename), f"can't be listed: {error.strerror}")  # noqa: E731
+    for folder, subfolders, names in os.walk(top, followlinks=True, onerror=on_error):
         real = os.path.realpath(folder)
-        if real in seen:  # a link may lead to a folder that it lies in
-            skip(pathlib.Path(folder), "a link to a folder that is listed already")
+        if real in seen:  # a link may lead to a folder that contains it
+            skip(relative(folder), "a link to a folder that is listed already")
             subfolders.clear()
             continue
         seen.add(real)
-        relative = pathlib.PurePath(folder).relative_to(top).as_posix().removeprefix(".")
         for entries in (subfolders, names):
             entries[:] = sorted((entry for entry in entries if not entry.startswith(".")), key=natural_key)
             for entry in [entry for entry in entries if printable(entry) != entry]:
-                skip(pathlib.Path(folder, printable(entry)), NOT_UTF8)
+                skip(relative(os.path.join(folder, printable(entry))), NOT_UTF8)
                 entries.remove(entry)
         for name in names:
-            yield relative, name
+            yield relative(folder).removeprefix("."), name
 
 
-def find_files(path: str, suffixes: Sequence[str], skipped: list[Failure]) -> tuple[pathlib.Path, list[str]]:
-    """The files that a source is of.
+def find_files(path: str, suffixes: Sequence[str], skip: Skip) -> tuple[pathlib.Path, list[str]]:
+    """Finds the files of a source.
 
     Args:
-      path: a file, a folder (all below it that end in one of `suffixes`), or a pattern with * and ? of files.
+      path: a file, a folder (all files below it that end in one of `suffixes`), or a pattern of files with * and ?.
       suffixes: in lower case, with their dot.
-      skipped: gets what else lies in a folder, or fits a pattern, with the reason.
+      skip: receives the other files of a folder or pattern.
 
     Returns:
-      The folder that they lie in, and their paths below it, in natural order.
+      The root folder, and the files' paths below it in natural order.
 
     Raises:
       UserError: there is no such file.
@@ -80,18 +88,17 @@ def find_files(path: str, suffixes: Sequence[str], skipped: list[Failure]) -> tu
             raise UserError(f"{path}: {expected}")
         return root.parent, [root.name]
     if root.is_dir():
-        skip = lambda folder, reason: skipped.append(Failure(folder.relative_to(root).as_posix(), reason))  # noqa: E731
-        found = ["/".join(filter(None, place)) for place in walk_files(root, skip)]
+        candidates = ["/".join(filter(None, entry)) for entry in walk_files(root, skip)]
     else:
-        root, found = _glob(path)
+        root, candidates = _glob(path)
     files = []
-    for file in found:
+    for file in candidates:
         if file.lower().endswith(tuple(suffixes)):
             files.append(file)
-        elif pathlib.PurePath(file).name not in SETTINGS_FILES and not file.endswith(_ENDS):
-            skipped.append(Failure(file, f"does not end in {', '.join(suffixes)}"))
+        elif pathlib.PurePath(file).name not in SETTINGS_FILES and not file.endswith(_INDEX_SUFFIX):
+            skip(file, f"does not end in {', '.join(suffixes)}")
     if not files:
-        raise UserError(f"{path}: found {'none' if found else 'nothing'} there; {expected}")
+        raise UserError(f"{path}: found {'none' if candidates else 'nothing'} there; {expected}")
     return root, files
 
 
@@ -99,38 +106,38 @@ def _glob(path: str) -> tuple[pathlib.Path, list[str]]:
     parts = pathlib.PurePath(path).parts
     plain = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts) - 1)
     root = pathlib.Path(*parts[:plain]) if plain else pathlib.Path()
-    found = (file for file in root.glob("/".join(parts[plain:])) if file.is_file())
-    return root, sorted((file.relative_to(root).as_posix() for file in found), key=natural_key)
+    matches = (file for file in root.glob("/".join(parts[plain:])) if file.is_file())
+    return root, sorted((file.relative_to(root).as_posix() for file in matches), key=natural_key)
 
 
-def size_and_tail(path: pathlib.Path, most: int = 256) -> tuple[int, bytes]:
-    """A file's size and its last bytes, which in compressed files depend on all before; unreadable: none."""
+def size_and_tail(path: pathlib.Path, max_bytes: int = 256) -> tuple[int, bytes]:
+    """Returns a file's size and last bytes, which in compressed files depend on all before; (0, b"") if unreadable."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - most))
+            file.seek(max(0, size - max_bytes))
             return size, file.read()
     except OSError:
         return 0, b""
 
 
-def hash_files(root: pathlib.Path, files: Iterable[str], most: int = 65536) -> str:
-    """A hash of files' names, sizes and last bytes; these hold the index of all formats that have one."""
+def hash_files(root: pathlib.Path, files: Iterable[str], max_bytes: int = 65536) -> str:
+    """Hashes the files' names, sizes and last bytes, which hold the index of every format that has one."""
     digest = hashlib.sha256()
     for file in files:
-        size, end = size_and_tail(root / file, most)
-        digest.update(f"{file} {size}\n".encode() + end)
+        size, tail = size_and_tail(root / file, max_bytes)
+        digest.update(f"{file} {size}\n".encode() + tail)
     return digest.hexdigest()
 
 
-def check_index(index: int, count: int) -> None:
-    """Raises IndexError for a scene that there isn't."""
-    if not 0 <= index < count:
-        raise IndexError(f"scene {index} of {count}")
+def check_index(index: int, num_scenes: int) -> None:
+    """Raises IndexError unless `index` is in [0, num_scenes)."""
+    if not 0 <= index < num_scenes:
+        raise IndexError(f"scene {index} of {num_scenes}")
 
 
 def read_range(path: pathlib.Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file, by any number of threads at once. Raises OSError, also where there are fewer."""
+    """Reads `size` bytes of a file; thread-safe. Raises OSError, also for a file that ends early."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         data = os.pread(descriptor, size, offset)
@@ -144,5 +151,5 @@ def read_range(path: pathlib.Path, offset: int, size: int) -> bytes:
 
 
 def relative_to(root: pathlib.Path, error: Exception) -> str:
-    """An error's text with the paths below `root` as they are there: a store tells no folder of the machine."""
-    return str(error).replace(f"{root}{os.sep}", "")
+    """Returns an error's text with paths relative to `root`: a store must not name folders of this machine."""
+    return str(getattr(error, "strerror", None) or error).replace(f"{root}{os.sep}", "")

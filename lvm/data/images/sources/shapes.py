@@ -1,6 +1,6 @@
-"""The renderer of the generated scenes: shapes as signed distances, all frames of a scene at once.
+"""Renderer of generated scenes: shapes as signed distances, all frames of a scene at once.
 
-Lengths are in image sides: the image is [0, 1] × [0, 1], x to the right, y down. A signed distance is
+Lengths are relative to the image's side: the image is [0, 1] × [0, 1], x to the right, y down. A signed distance is
 negative inside of a shape. Arrays are float32, frames first: [T, R, R].
 """
 
@@ -11,11 +11,12 @@ import dataclasses
 from collections.abc import Callable, Collection
 
 import numpy as np
+from jaxtyping import Bool, Float32
 
-NEAR, FAR = 1.0, 10.0  # the range of depths, in metres
-BACKGROUND_DEPTH = (9.5, 6.0)  # of the background's top and bottom row
-BACKGROUND_NORMAL = np.array([0.0, -0.5, 0.75**0.5], np.float32)  # a plane whose lower part is nearer
-BULGE = 0.75  # sine of the angle by which a shape's normal leans outward at distance 1 from its centre
+NEAR, FAR = 1.0, 10.0  # range of depths in meters
+BACKGROUND_DEPTH = (9.5, 6.0)  # at the background's top and bottom row
+BACKGROUND_NORMAL = np.array([0.0, -0.5, 0.75**0.5], np.float32)  # a plane that is nearer at the bottom
+BULGE = 0.75  # sine of the outward tilt of a shape's normal at distance 1 from its center
 
 
 def _disk(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -31,7 +32,7 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Folds the plane onto one tenth of the star, then measures the distance to its one edge there."""
+    """Folds the plane onto one tenth of the star and returns the distance to its one edge there."""
     cosine, sine = 0.80901699, 0.58778525  # of 36 degrees
     u, v = np.abs(u), -v
     for across in (cosine, -cosine):
@@ -61,25 +62,24 @@ TEXTURES = ("plain", "stripes", "checks", "dots")
 
 @dataclasses.dataclass(frozen=True)
 class Texture:
-    """Two colours (RGB in [0, 255], float32 [3]) in a pattern with a period, fixed to what it covers."""
+    """A periodic pattern of two RGB colors in [0, 255], fixed to the surface."""
 
     pattern: str
     period: float
-    colours: tuple[np.ndarray, np.ndarray]
+    colors: tuple[Float32[np.ndarray, 3], Float32[np.ndarray, 3]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One shape: where it is in frame 0 and how that changes a frame.
+    """A shape at frame 0, and its motion.
 
     Attributes:
-      class_id: an index of `CLASSES`.
-      depth: metres from the viewer; constant.
-      radius: its mean size; it pulses by `pulse` (a fraction), with `phase` at frame 0 and `pulse_rate`
-        radians a frame.
-      centre, velocity: (x, y) and its change a frame; it bounces off the sides of the image.
-      angle, spin: radians and radians a frame.
-      texture: its colours and pattern.
+      class_id: index in `CLASSES`.
+      depth: meters from the viewer; constant.
+      radius: mean size; it pulses by the fraction `pulse`, with `phase` at frame 0 and `pulse_rate` radians per frame.
+      center, velocity: (x, y) and its change per frame; it bounces off the image's borders.
+      angle, spin: radians, and radians per frame.
+      texture: colors and pattern.
     """
 
     class_id: int
@@ -88,7 +88,7 @@ class Shape:
     pulse: float
     pulse_rate: float
     phase: float
-    centre: np.ndarray
+    center: np.ndarray
     velocity: np.ndarray
     angle: float
     spin: float
@@ -97,24 +97,24 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Shapes from back to front, and the texture of the background."""
+    """Shapes, back to front, and the texture of the background."""
 
     shapes: tuple[Shape, ...]
     background: Texture
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draws the parameters of a scene: two to four shapes and a background."""
+    """Samples a scene: two to four shapes and a background."""
     count = int(rng.integers(2, 5))
-    depths = np.linspace(5, 1.5, count) + rng.uniform(-0.25, 0.25, count)  # falling: gaps exceed 1 m
+    depths = np.linspace(5, 1.5, count) + rng.uniform(-0.25, 0.25, count)  # descending: gaps exceed 1 m
     shapes = tuple(_sample_shape(rng, count, float(depth)) for depth in depths)
     hue, value = rng.uniform(), rng.uniform(0.3, 0.7)
-    colours = (_rgb(hue, 0.3, value), _rgb(hue + rng.uniform(-0.05, 0.05), 0.33, value * 0.9))
-    return Scene(shapes, Texture(_sample_pattern(rng), rng.uniform(0.22, 0.4), colours))
+    colors = (_rgb(hue, 0.3, value), _rgb(hue + rng.uniform(-0.05, 0.05), 0.33, value * 0.9))
+    return Scene(shapes, Texture(_sample_pattern(rng), rng.uniform(0.22, 0.4), colors))
 
 
 def _sample_pattern(rng: np.random.Generator) -> str:
-    # Half of all surfaces are plain: their motion can be foretold from few frames.
+    # Half of all surfaces are plain: their motion is predictable from few frames.
     return str(rng.choice(TEXTURES, p=[0.5 if name == "plain" else 0.5 / 3 for name in TEXTURES]))
 
 
@@ -130,7 +130,7 @@ def _sample_shape(rng: np.random.Generator, count: int, depth: float) -> Shape:
         pulse=rng.uniform(0.0, 0.1),
         pulse_rate=rng.uniform(0.3, 0.7),
         phase=rng.uniform(0, 2 * np.pi),
-        centre=rng.uniform(0.2, 0.8, 2),
+        center=rng.uniform(0.2, 0.8, 2),
         velocity=speed * np.array([np.cos(direction), np.sin(direction)]),
         angle=rng.uniform(0, 2 * np.pi),
         spin=rng.choice([-1, 1]) * rng.uniform(0.03, 0.15),
@@ -138,27 +138,27 @@ def _sample_shape(rng: np.random.Generator, count: int, depth: float) -> Shape:
     )
 
 
-def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32) * 255  # [3]
+def _rgb(hue: float, saturation: float, value: float) -> Float32[np.ndarray, 3]:
+    return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32) * 255
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """A shape in all frames: signed distance in pixels, texture in [0, 1], offset from its centre."""
+    """A shape in all frames: signed distance in pixels, texture in [0, 1], offset from its center in radii."""
 
-    distance: np.ndarray  # [T, R, R]
-    pattern: np.ndarray | float  # [T, R, R]
-    dx: np.ndarray  # [T, 1, R], radii
-    dy: np.ndarray  # [T, R, 1], radii
+    distance: Float32[np.ndarray, "T R R"]
+    pattern: Float32[np.ndarray, "T R R"] | float
+    dx: Float32[np.ndarray, "T 1 R"]
+    dy: Float32[np.ndarray, "T R 1"]
 
 
 def render(scene: Scene, T: int, R: int, streams: Collection[str]) -> dict[str, np.ndarray]:
-    """Draws the annotations that the named streams need.
+    """Renders the maps of the given streams.
 
     Returns:
-      rgb uint8 [T, R, R, 3]; segmentation (class id + 1, 0 is background) uint8 [T, R, R]; depth in metres,
-      float32 [T, R, R]; edges in [0, 1], float32 [T, R, R]; normals float32 [T, R, R, 3]; those that were
-      named. And `front`, uint8 [T, R, R]: the number of the shape that is seen, from 1, or 0.
+      Those given of: rgb uint8 [T, R, R, 3]; segmentation (class id + 1, 0 is background) uint8 [T, R, R]; depth in
+      meters, float32 [T, R, R]; edges in [0, 1], float32 [T, R, R]; normals float32 [T, R, R, 3]. And `front`, uint8
+      [T, R, R]: the number of the visible shape, from 1, or 0.
     """
     front = np.zeros((T, R, R), np.uint8)
     edges = np.zeros((T, R, R), np.float32)
@@ -195,10 +195,10 @@ def _layer(shape: Shape, T: int, R: int) -> _Layer:
     t = np.arange(T)[:, None]  # [T, 1]
     radius = shape.radius * (1 + shape.pulse * np.sin(shape.phase + shape.pulse_rate * t))  # [T, 1]
     margin = 0.8 * shape.radius
-    centre = _bounce(shape.centre + shape.velocity * t, margin, 1 - margin)  # [T, 2]
+    center = _bounce(shape.center + shape.velocity * t, margin, 1 - margin)  # [T, 2]
     pixels = (np.arange(R) + 0.5) / R  # [R]
-    dx = ((pixels - centre[:, :1]) / radius).astype(np.float32)[:, None, :]  # [T, 1, R]
-    dy = ((pixels - centre[:, 1:]) / radius).astype(np.float32)[:, :, None]  # [T, R, 1]
+    dx = ((pixels - center[:, :1]) / radius).astype(np.float32)[:, None, :]  # [T, 1, R]
+    dy = ((pixels - center[:, 1:]) / radius).astype(np.float32)[:, :, None]  # [T, R, 1]
     angle = (shape.angle + shape.spin * t)[:, :, None]  # [T, 1, 1]
     cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     u = cosine * dx + sine * dy  # [T, R, R]
@@ -210,15 +210,15 @@ def _layer(shape: Shape, T: int, R: int) -> _Layer:
 
 
 def _bounce(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Reflects x into [low, high] as often as it takes."""
+    """Reflects x into [low, high], repeatedly if necessary."""
     extent = high - low
     return low + extent - np.abs((x - low) % (2 * extent) - extent)
 
 
 def _pattern(
-    texture: Texture, u: np.ndarray, v: np.ndarray, period: float, period_in_pixels: float
+    texture: Texture, u: np.ndarray, v: np.ndarray, period: float, period_px: float
 ) -> np.ndarray | float:
-    """Which of the two colours is seen, in [0, 1] with borders a pixel wide; `period` in units of u and v."""
+    """Returns the blend of the two colors in [0, 1], borders one pixel wide; `period` is in units of u and v."""
     if texture.pattern == "plain":
         return 0.0
     frequency = np.float32(2 * np.pi / period)
@@ -227,43 +227,43 @@ def _pattern(
         wave = wave * np.sin(v * frequency)
     elif texture.pattern == "dots":
         wave = wave + np.sin(v * frequency) - np.float32(0.5)
-    return np.clip(np.float32(0.5) + wave * np.float32(period_in_pixels / (2 * np.pi)), 0, 1)
+    return np.clip(np.float32(0.5) + wave * np.float32(period_px / (2 * np.pi)), 0, 1)
 
 
-def _background(texture: Texture, R: int) -> np.ndarray:
-    """The background of one frame, darker towards its top, float32 [3, 1, R, R]."""
+def _background(texture: Texture, R: int) -> Float32[np.ndarray, "3 1 R R"]:
+    """Returns the background of one frame, darker towards its top."""
     pixels = ((np.arange(R) + 0.5) / R).astype(np.float32)
     x, y = pixels[None, :], pixels[:, None]
     u, v = np.broadcast_to((x + y) * np.float32(0.5**0.5), (R, R)), (x - y) * np.float32(0.5**0.5)
     pattern = np.broadcast_to(_pattern(texture, u, v, texture.period, texture.period * R), (R, R))
-    first, second = (colour[:, None, None] for colour in texture.colours)
+    first, second = (color[:, None, None] for color in texture.colors)
     return ((first + (second - first) * pattern) * (0.75 + 0.25 * y)).astype(np.float32)[:, None]
 
 
-def _blend(rgb: np.ndarray, layer: _Layer, texture: Texture) -> None:
-    """Lays a shape over rgb [3, T, R, R], with soft borders and light from the upper left."""
+def _blend(rgb: Float32[np.ndarray, "3 T R R"], layer: _Layer, texture: Texture) -> None:
+    """Blends a shape over rgb, with soft borders and light from the upper left."""
     cover = np.clip(0.5 - layer.distance, 0, 1)  # [T, R, R]
     light = np.clip(0.88 - 0.14 * (layer.dx + layer.dy), 0.5, 1)  # [T, R, R]
-    first, second = texture.colours
+    first, second = texture.colors
     for channel in range(3):
-        colour = layer.pattern * (second[channel] - first[channel]) + first[channel]
-        rgb[channel] += cover * (colour * light - rgb[channel])
+        color = layer.pattern * (second[channel] - first[channel]) + first[channel]
+        rgb[channel] += cover * (color * light - rgb[channel])
 
 
-def _outline(edges: np.ndarray, layer: _Layer, inside: np.ndarray) -> None:
-    """Draws a shape's border, about two pixels wide, and hides the borders behind the shape."""
+def _outline(edges: Float32[np.ndarray, "T R R"], layer: _Layer, inside: Bool[np.ndarray, "T R R"]) -> None:
+    """Adds a shape's border, about two pixels wide, and hides the borders behind the shape."""
     half_width = max(0.9, edges.shape[-1] / 192)
     edges[inside] = 0
     line = np.clip(half_width + 0.5 - np.abs(layer.distance), 0, 1)  # [T, R, R]
     np.maximum(edges, line, out=edges)
 
 
-def _bulge(normals: np.ndarray, layer: _Layer, inside: np.ndarray) -> None:
-    """Sets the normals [3, T, R, R] inside of a shape to those of a dome."""
+def _bulge(normals: Float32[np.ndarray, "3 T R R"], layer: _Layer, inside: Bool[np.ndarray, "T R R"]) -> None:
+    """Sets the normals inside of a shape to those of a dome."""
     x, y = np.broadcast_arrays(layer.dx, layer.dy)
     nx, ny = BULGE * x[inside], BULGE * y[inside]  # [M]
     length = np.sqrt(nx * nx + ny * ny)
-    shrink = np.minimum(1, 0.9 / np.maximum(length, 1e-6))  # the tips of a star lie beyond radius 1
+    shrink = np.minimum(1, 0.9 / np.maximum(length, 1e-6))  # the tips of a star are beyond radius 1
     nx, ny = nx * shrink, ny * shrink
     for axis, n in enumerate((nx, ny, np.sqrt(1 - nx * nx - ny * ny))):
         normals[axis][inside] = n

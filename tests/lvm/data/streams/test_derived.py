@@ -152,7 +152,7 @@ def test_any_source_can_have_them(tmp_path) -> None:
 def test_a_stream_that_is_there_already_or_unknown_is_refused() -> None:
     scenes = GeneratedSource(Preprocess(16), num_scenes=2, num_frames=1)
     for derived, message in (
-        (("blur",), "'blur' is none; expected some of edges, gray"),
+        (("blur",), "'blur' is unknown; expected some of edges, gray"),
         (("edges",), "'edges' is a stream of the source already"),
         (("gray", "gray"), "'gray' is a stream"),
     ):

@@ -1,4 +1,4 @@
-"""COCO-style JSON: boxes, masks and key points in the image's place, and what does not fit."""
+"""COCO source: boxes, masks and keypoints follow the image's geometry; malformed data is listed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def annotation(number: int, category: int = 7, image: int = 1, **fields) -> dict
 
 
 def write(folder: pathlib.Path, annotations: list[dict], images=None, categories=None) -> dict[str, str]:
-    """A dataset of one photo a.png with these annotations; the parameters of its source."""
+    """Writes a dataset of one photo a.png with these annotations; returns its source's parameters."""
     (folder / "images").mkdir(exist_ok=True)
     (folder / "images" / "a.png").write_bytes(encode_image(photo(WIDTH, HEIGHT)))
     images = images or [{"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}]
@@ -48,7 +48,7 @@ def parsed(source: CocoSource, stream: str):
     return source.streams[stream].parse(scene.images[0, scene.info.streams.index(stream)])
 
 
-def test_boxes_are_drawn_in_place_after_the_resize(tmp_path) -> None:
+def test_boxes_follow_the_resize(tmp_path) -> None:
     boxes = [
         annotation(1, bbox=[8, 4, 16, 8]),
         annotation(2, 1, bbox=[60, 20, 20, 20]),
@@ -61,24 +61,24 @@ def test_boxes_are_drawn_in_place_after_the_resize(tmp_path) -> None:
     cropped = CocoSource(Preprocess(20, "center_crop"), **where)  # keeps x in [20, 60)
     assert parsed(cropped, "boxes") == [Box(6, 0, 2, 2, 6)]
     image = squashed.load(0).images[0, 1]
-    assert (image[3, 3] == PALETTE[7]).all()  # a class has the colour of its category's id
+    assert (image[3, 3] == PALETTE[7]).all()  # a class has the color of its category's id
 
 
-def test_a_smaller_copy_of_an_image_has_the_same_annotations(tmp_path) -> None:
+def test_smaller_copy_of_an_image_has_the_same_annotations(tmp_path) -> None:
     where = write(tmp_path, [annotation(1, bbox=[8, 4, 16, 8], segmentation=[square(8, 4, 16)])])
     whole = CocoSource(Preprocess(20), **where).load(0).images
     (tmp_path / "images" / "a.png").write_bytes(encode_image(photo(WIDTH // 2, HEIGHT // 2)))
     np.testing.assert_array_equal(CocoSource(Preprocess(20), **where).load(0).images[:, 1:], whole[:, 1:])
 
 
-def test_smaller_things_are_drawn_over_larger_ones(tmp_path) -> None:
+def test_smaller_objects_are_rendered_over_larger_ones(tmp_path) -> None:
     inner, outer = annotation(1, 1, bbox=[20, 10, 10, 10]), annotation(2, bbox=[0, 0, 80, 40])
     for order in ([inner, outer], [outer, inner]):
-        found = parsed(CocoSource(Preprocess(40), **write(tmp_path, order)), "boxes")
-        assert Box(0, 10, 10, 15, 20) in found
+        boxes = parsed(CocoSource(Preprocess(40), **write(tmp_path, order)), "boxes")
+        assert Box(0, 10, 10, 15, 20) in boxes
 
 
-def test_polygons_and_both_kinds_of_rle_draw_the_same_mask(tmp_path) -> None:
+def test_polygons_and_rle_give_the_same_mask(tmp_path) -> None:
     polygon = [square(20, 10, 20), square(60, 30, 8)]
     encoded_mask = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygon, HEIGHT, WIDTH))
     mask = pycocotools.mask.decode(encoded_mask)
@@ -96,7 +96,7 @@ def test_polygons_and_both_kinds_of_rle_draw_the_same_mask(tmp_path) -> None:
     np.testing.assert_array_equal(maps[1], expected)
 
 
-def test_key_points_are_joints_in_place(tmp_path) -> None:
+def test_keypoints_become_joints(tmp_path) -> None:
     people = annotation(1, 1, keypoints=[20, 10, 2, 60, 10, 1, 0, 0, 0], num_keypoints=2)
     source = CocoSource(Preprocess(40), **write(tmp_path, [people]), radius=2)
     codec = source.streams["pose"]
@@ -108,7 +108,7 @@ def test_key_points_are_joints_in_place(tmp_path) -> None:
     assert len(right) == 0
 
 
-def test_a_scene_has_the_streams_it_has_annotations_for(tmp_path) -> None:
+def test_scene_has_the_streams_of_its_annotations(tmp_path) -> None:
     images = [
         {"id": n, "file_name": name, "width": WIDTH, "height": HEIGHT}
         for n, name in ((1, "a.png"), (2, "b.png"))
@@ -126,7 +126,7 @@ def test_a_scene_has_the_streams_it_has_annotations_for(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("height", [None, 0, "tall"])
-def test_an_image_without_a_size_is_listed(tmp_path, height) -> None:
+def test_image_without_size_is_skipped(tmp_path, height) -> None:
     images = [
         {"id": number, "file_name": f"{name}.png", "width": WIDTH, "height": of}
         for number, (name, of) in enumerate([("a", HEIGHT), ("b", height)], 1)
@@ -140,18 +140,18 @@ def test_an_image_without_a_size_is_listed(tmp_path, height) -> None:
     )
 
 
-def test_ids_beyond_the_palette_are_numbered_by_their_order(tmp_path) -> None:
+def test_large_category_ids_are_ranked(tmp_path) -> None:
     categories = [{"id": 9000, "name": "b"}, {"id": 300, "name": "a"}]
     where = write(tmp_path, [annotation(1, 9000, bbox=[0, 0, 80, 40])], categories=categories)
     source = CocoSource(Preprocess(8), **where)
     assert source.streams["boxes"].names == ("a", "b")
     assert parsed(source, "boxes") == [Box(1, 0, 0, 8, 8)]
     many = [{"id": n, "name": str(n)} for n in range(1000, 1256)]
-    with pytest.raises(UserError, match="256 categories; at most 255 have a colour"):
+    with pytest.raises(UserError, match="256 categories; at most 255 have a color"):
         CocoSource(Preprocess(8), **write(tmp_path, [], categories=many))
 
 
-def test_what_does_not_fit_is_listed(tmp_path) -> None:
+def test_inconsistent_entries_are_skipped(tmp_path) -> None:
     images = [
         {"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT},
         {"id": 1, "file_name": "b.png", "width": WIDTH, "height": HEIGHT},
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_listed(tmp_path) -> None:
     assert source.load(0).failures == ()
     for index, reason in (
         (1, "missing.png: cannot be opened"),
-        (2, "80×40 is of another shape than its annotations, 40×80"),
+        (2, "80×40 differs in aspect ratio from its annotations, 40×80"),
     ):
         scene = source.load(index)
         assert scene.images.shape == (0, 1, 16, 16, 3)
@@ -183,16 +183,16 @@ def test_what_does_not_fit_is_listed(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"bbox": [1, 2, 3]}, "annotation 1: can't be drawn"),
-        ({"segmentation": [[1, 2, 3]]}, "annotation 1: can't be drawn"),
+        ({"bbox": [1, 2, 3]}, "annotation 1: can't be rendered"),
+        ({"segmentation": [[1, 2, 3]]}, "annotation 1: can't be rendered"),
         (
             {"segmentation": {"size": [9, 9], "counts": [81]}},
-            "its mask is of \\[9, 9\\], the image of \\[40, 80\\]",
+            r"its mask is \[9, 9\], the image \[40, 80\]",
         ),
-        ({"keypoints": [1, 2, 2, 3]}, "annotation 1: can't be drawn"),
+        ({"keypoints": [1, 2, 2, 3]}, "annotation 1: can't be rendered"),
     ],
 )
-def test_an_annotation_that_can_not_be_drawn_is_a_failure(tmp_path, fields, reason) -> None:
+def test_malformed_annotation_is_a_failure(tmp_path, fields, reason) -> None:
     scene = CocoSource(Preprocess(16), **write(tmp_path, [annotation(1, 1, **fields)])).load(0)
     assert len(scene.images) == 0
     (failure,) = scene.failures
@@ -209,10 +209,10 @@ def test_an_annotation_that_can_not_be_drawn_is_a_failure(tmp_path, fields, reas
             '{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
             "lacks file_name",
         ),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "lists no image"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "no usable image"),
     ],
 )
-def test_malformed_files_are_named(tmp_path, content, message) -> None:
+def test_malformed_json_is_named(tmp_path, content, message) -> None:
     where = write(tmp_path, [])
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=message) as error:
@@ -220,13 +220,13 @@ def test_malformed_files_are_named(tmp_path, content, message) -> None:
     assert "a.json" in str(error.value)
 
 
-def test_bad_parameters_are_named(tmp_path) -> None:
+def test_coco_rejects_bad_parameters(tmp_path) -> None:
     where = write(tmp_path, [annotation(1, bbox=[0, 0, 1, 1])])
     for parameters, message in (
         ({"streams": ("depth",)}, "expected some of segmentation, boxes, pose"),
         ({"categories": ("dog",)}, "'dog' is none of"),
         ({"images": str(tmp_path / "nowhere")}, "no such folder"),
-        ({"images": ""}, "one is missing"),
+        ({"images": ""}, r"coco\.images is missing"),
     ):
         with pytest.raises(UserError, match=message):
             CocoSource(Preprocess(8), **(where | parameters))
@@ -234,7 +234,7 @@ def test_bad_parameters_are_named(tmp_path) -> None:
         CocoSource(Preprocess(8), **write(tmp_path, [], categories=[CATEGORIES[1]]), streams=("pose",))
 
 
-def test_as_a_config_with_derived_streams(tmp_path) -> None:
+def test_config_file_with_derived_streams(tmp_path) -> None:
     where = write(tmp_path, [annotation(1, bbox=[0, 0, 40, 40])])
     config = tmp_path / "source.py"
     config.write_text(

@@ -1,4 +1,4 @@
-"""Real images through every kind of source that fits them: the same images, whatever they lie in."""
+"""Real images through several kinds of source: equal images, whatever contains them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def photos() -> tuple[list[pathlib.Path], np.ndarray]:
-    """Some photos, and their images uint8 [n, R, R, 3]."""
+    """Returns photo paths, and their images uint8 [n, R, R, 3]."""
     source = open_source(str(SHARED_DATA / "photos"), medium)
     paths = [SHARED_DATA / "photos" / source.info(i).key for i in range(COUNT)]
     return paths, np.stack([source.load(i).images[0, 0] for i in range(COUNT)])
@@ -42,7 +42,7 @@ def images_of(spec: pathlib.Path) -> np.ndarray:
     return np.concatenate([scene.images[:, 0] for scene in scenes])
 
 
-def test_tars_records_and_tables_hold_the_same_images(photos, tmp_path) -> None:
+def test_tar_records_and_parquet_give_equal_images(photos, tmp_path) -> None:
     paths, expected = photos
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for path in paths:
@@ -56,28 +56,28 @@ def test_tars_records_and_tables_hold_the_same_images(photos, tmp_path) -> None:
         np.testing.assert_array_equal(images_of(tmp_path / name), expected)
 
 
-def test_a_video_shows_the_frames_it_was_made_of(tmp_path) -> None:
+def test_video_frames_match_their_images(tmp_path) -> None:
     folder = open_source(str(SHARED_DATA / "davis"), medium, {"clip_frames": 20})
     scene = folder.load(0)
     frames = sorted((SHARED_DATA / "davis" / "rgb" / scene.info.group).iterdir())[: len(scene.images)]
-    pictures = [PIL.Image.open(frame).convert("RGB") for frame in frames]
-    width, height = pictures[0].width // 2 * 2, pictures[0].height // 2 * 2
+    photos = [PIL.Image.open(frame).convert("RGB") for frame in frames]
+    width, height = photos[0].width // 2 * 2, photos[0].height // 2 * 2
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=12, options={"crf": "10"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture.resize((width, height)))))
+        for photo in photos:
+            container.mux(stream.encode(av.VideoFrame.from_image(photo.resize((width, height)))))
         container.mux(stream.encode())
-    shown = images_of(tmp_path / "a.mp4").astype(int)
-    assert shown.shape == scene.images[:, 0].shape
-    near = np.abs(shown - scene.images[:, 0]).mean((1, 2, 3))
-    apart = np.abs(shown[1:] - scene.images[:-1, 0]).mean((1, 2, 3))
+    decoded = images_of(tmp_path / "a.mp4").astype(int)
+    assert decoded.shape == scene.images[:, 0].shape
+    near = np.abs(decoded - scene.images[:, 0]).mean((1, 2, 3))
+    apart = np.abs(decoded[1:] - scene.images[:-1, 0]).mean((1, 2, 3))
     assert (near < 4).all()
     assert (near[1:] < apart).all()  # each frame is nearest to its own, not to the one before
 
 
 @pytest.mark.parametrize("name", ["photos", "davis"])
-def test_every_derived_stream_of_real_images(name) -> None:
+def test_derived_streams_of_real_images(name) -> None:
     source = open_source(str(SHARED_DATA / name), medium, {"derived": tuple(DERIVED)})
     scene = source.load(0)
     assert scene.images.shape[1] == len(source.info(0).streams)
@@ -86,7 +86,7 @@ def test_every_derived_stream_of_real_images(name) -> None:
             assert (scene.images[:, column] != scene.images[:, 0]).any(), stream
 
 
-def test_reduced_decoding_of_real_photos_is_near(photos) -> None:
+def test_reduced_decoding_of_real_photos_is_close(photos) -> None:
     _, expected = photos
     reduced = open_source(str(SHARED_DATA / "photos"), Preprocess(64, decode="reduced"))
     images = np.stack([reduced.load(i).images[0, 0] for i in range(COUNT)]).astype(int)

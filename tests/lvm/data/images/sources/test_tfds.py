@@ -1,4 +1,4 @@
-"""Datasets prepared by tensorflow-datasets as scenes, without TensorFlow."""
+"""TFDS source: prepared datasets, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.tfds import TfdsSource
 from lvm.data.streams.codecs import Depth, Palette
-from tests.image_files import BAD, ODD, check_image_files, encode_image, photo
+from tests.image_files import BAD_FILES, UNUSUAL_FILES, check_image_files, encode_image, photo
 
 small = Preprocess(16)
 Image, Text, Sequence = tfds.features.Image, tfds.features.Text, tfds.features.Sequence
 
 
 def prepare(folder: pathlib.Path, features: dict, examples: list[dict]) -> dict[str, str]:
-    """Prepares a dataset of these examples; the parameters of its source."""
+    """Prepares a dataset of these examples; returns its source's parameters."""
 
     class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """The dataset."""
@@ -72,7 +72,7 @@ def pets(tmp_path_factory) -> dict[str, str]:
     return prepare(tmp_path_factory.mktemp("tfds"), PETS, examples)
 
 
-def test_pictures_masks_depth_and_classes(pets) -> None:
+def test_images_masks_depth_and_classes(pets) -> None:
     source = TfdsSource(small, **pets, group="owner")
     infos = [source.info(i) for i in range(len(source))]
     assert [i.key for i in infos] == ["toy/train/0", "toy/train/1", "toy/train/2"]
@@ -89,7 +89,7 @@ def test_pictures_masks_depth_and_classes(pets) -> None:
     assert "tensorflow" not in sys.modules
 
 
-def test_by_name_and_by_split(pets) -> None:
+def test_dataset_by_name_and_split(pets) -> None:
     folder = pathlib.Path(pets["name"])
     named = TfdsSource(
         small, name="toy", data_dir=str(folder.parents[1]), split="train[1:]", streams={"rgb": "image"}
@@ -104,7 +104,7 @@ def test_by_name_and_by_split(pets) -> None:
         named.load(2)
 
 
-def test_sequences_of_pictures_are_videos(tmp_path) -> None:
+def test_image_sequences_are_videos(tmp_path) -> None:
     features = {
         "clip": Sequence({"frames": Image(shape=(None, None, 3)), "masks": Image(shape=(None, None, 1))})
     }
@@ -125,12 +125,12 @@ def test_sequences_of_pictures_are_videos(tmp_path) -> None:
     assert scene.failures == ()
     np.testing.assert_array_equal(scene.images[2, 0], small(photo(seed=2)))
     assert source.streams["segmentation"].names == ("background", "foreground")
-    with pytest.raises(UserError, match="its pictures are clip/frames, clip/masks; name that of each stream"):
+    with pytest.raises(UserError, match="columns of images are clip/frames, clip/masks"):
         TfdsSource(small, **where)
 
 
-def test_bad_pictures_are_listed_and_odd_ones_read(tmp_path) -> None:
-    files = {name: content for name, (content, _) in (BAD | ODD).items()}
+def test_tfds_lists_bad_files_and_reads_unusual_ones(tmp_path) -> None:
+    files = {name: content for name, (content, _) in (BAD_FILES | UNUSUAL_FILES).items()}
     examples = [{"image": file(content)} for content in files.values()]
     source = TfdsSource(small, **prepare(tmp_path, {"image": Image(shape=(None, None, 3))}, examples))
     check_image_files(source, lambda key: list(files)[int(key.rpartition("/")[2])])
@@ -140,21 +140,21 @@ def test_bad_pictures_are_listed_and_odd_ones_read(tmp_path) -> None:
     ("parameters", "message"),
     [
         ({"split": "test"}, "and a split of it"),
-        ({"streams": {"rgb": "owner"}}, "no picture 'owner'; it has"),
-        ({"streams": {"depth": "depth"}}, "lack rgb"),
+        ({"streams": {"rgb": "owner"}}, "no image feature 'owner'"),
+        ({"streams": {"depth": "depth"}}, r"tfds\.streams: \['depth'\]"),
         ({"class_name": "owner"}, "'owner' is no ClassLabel"),
         ({"group": "town"}, "no feature 'town'"),
         ({"name": "no_such_dataset"}, "no_such_dataset: tensorflow-datasets: DatasetNotFoundError"),
-        ({"name": ""}, "name: is missing"),
+        ({"name": ""}, r"tfds\.name is missing"),
     ],
 )
-def test_what_does_not_fit_is_named(pets, parameters, message) -> None:
+def test_tfds_rejects_bad_parameters(pets, parameters, message) -> None:
     with pytest.raises(UserError, match=message):
         TfdsSource(small, **(pets | parameters))
 
 
-def test_a_package_that_is_missing_is_named(pets, tmp_path, monkeypatch) -> None:
-    # A Video feature is made with TensorFlow's help, which isn't there.
+def test_missing_package_is_named(pets, tmp_path, monkeypatch) -> None:
+    # A Video feature needs TensorFlow, which isn't installed.
     folder = tmp_path / "1.0.0"
     folder.mkdir()
     for path in pathlib.Path(pets["name"]).iterdir():

@@ -1,4 +1,4 @@
-"""Folders of files as scenes: layouts, annotations, and files that are not as they should be."""
+"""Folder source: layouts, annotations, unreadable files, and settings."""
 
 from __future__ import annotations
 
@@ -23,25 +23,29 @@ needs_dev = pytest.mark.skipif(
 exact = Preprocess(8, filter="nearest")
 
 
+def open_folder(folder: pathlib.Path, preprocess: Preprocess = exact) -> FolderSource:
+    return FolderSource(preprocess, path=str(folder))
+
+
 def save(path: pathlib.Path, pixels: np.ndarray | None = None, mode: str | None = None) -> pathlib.Path:
-    """Writes pixels (or a grey 8 × 8 photo) as an image file, of a mode if one is named."""
+    """Writes pixels (default: a gray 8 × 8 photo) as an image file, with a palette for mode P."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full((8, 8, 3), 90, np.uint8) if pixels is None else pixels
-    picture = PIL.Image.fromarray(pixels)
+    image = PIL.Image.fromarray(pixels)
     if mode == "P":
-        picture.putpalette(PALETTE.ravel().tolist())
-    picture.save(path)
+        image.putpalette(PALETTE.ravel().tolist())
+    image.save(path)
     return path
 
 
 def ids(*values: int) -> np.ndarray:
-    """An 8 × 8 map of the given ids, a column each, the last one repeated."""
+    """Returns an 8 × 8 map with one column per id, the last one repeated."""
     return np.array([[values[min(x, len(values) - 1)] for x in range(8)]] * 8, np.uint8)
 
 
 def load_one(folder: pathlib.Path):
-    """The annotation beside rgb in the only frame of the only scene, read back, or the failure's reason."""
-    source = FolderSource(folder, exact)
+    """Parses the annotation in the only frame of the only scene, or returns the failure's reason."""
+    source = open_folder(folder)
     scene = source.load(0)
     if scene.failures:
         assert scene.images.shape[0] == scene.info.num_frames == 0
@@ -49,8 +53,10 @@ def load_one(folder: pathlib.Path):
     return source.streams[scene.info.streams[1]].parse(scene.images[0, 1])
 
 
-def beside(folder: pathlib.Path, stream: str, pixels: np.ndarray, mode: str | None = None) -> pathlib.Path:
-    """A folder with one photo and one annotation."""
+def write_pair(
+    folder: pathlib.Path, stream: str, pixels: np.ndarray, mode: str | None = None
+) -> pathlib.Path:
+    """Writes one photo and its annotation."""
     save(folder / "rgb" / "a.png")
     save(folder / stream / "a.png", pixels, mode)
     return folder
@@ -59,7 +65,7 @@ def beside(folder: pathlib.Path, stream: str, pixels: np.ndarray, mode: str | No
 # --- Layouts.
 
 
-def test_photos_and_videos_may_be_mixed(tmp_path) -> None:
+def test_folder_mixes_photos_and_videos(tmp_path) -> None:
     save(tmp_path / "photo10.jpg")
     save(tmp_path / "photo9.png")
     for i in range(1, 13):
@@ -85,7 +91,7 @@ def test_photos_and_videos_may_be_mixed(tmp_path) -> None:
     assert str(tmp_path) not in json.dumps(source.describe())
 
 
-def test_streams_lie_beside_rgb(tmp_path) -> None:
+def test_streams_are_siblings_of_rgb(tmp_path) -> None:
     for i in range(3):
         save(tmp_path / "rgb" / "v" / f"{i}.jpg")
         save(tmp_path / "edges" / "v" / f"{i}.png", ids(0, 255))
@@ -96,7 +102,7 @@ def test_streams_lie_beside_rgb(tmp_path) -> None:
     save(tmp_path / "edges" / "lost.png", ids(0))
     save(tmp_path / "flow" / "v" / "0.png")
     (tmp_path / "v.keypoints.json").write_text("{}")
-    source = FolderSource(tmp_path, exact)
+    source = open_folder(tmp_path)
     assert [source.info(i).key for i in range(2)] == ["alone.jpg", "v/clip-0000"]
     assert source.info(1).streams == ("rgb", "edges")
     assert source.stream_sets == (("rgb",), ("rgb", "edges"))
@@ -108,19 +114,19 @@ def test_streams_lie_beside_rgb(tmp_path) -> None:
     assert "rgb/lost" in skipped["edges/lost.png"]
 
 
-def test_every_stream_has_the_same_geometry(tmp_path) -> None:
+def test_streams_share_their_geometry(tmp_path) -> None:
     pattern = np.random.default_rng(0).integers(0, 4, (30, 50), dtype=np.uint8)
     save(tmp_path / "rgb" / "a.png", pattern * 60)
     save(tmp_path / "segmentation" / "a.png", pattern)
     for mode in ("squash", "center_crop"):
-        images = FolderSource(tmp_path, Preprocess(16, mode, "nearest")).load(0).images[0]
+        images = open_folder(tmp_path, Preprocess(16, mode, "nearest")).load(0).images[0]
         np.testing.assert_array_equal(images[1], PALETTE[images[0, ..., 0] // 60])
 
 
-def test_annotations_of_another_shape_than_the_photo_are_failures(tmp_path) -> None:
-    reason = load_one(beside(tmp_path, "segmentation", np.ones((4, 8), np.uint8)))
-    assert reason == "segmentation/a.png: 8×4 is of another shape than its rgb, 8×8"
-    halved = beside(tmp_path / "b", "segmentation", np.ones((4, 4), np.uint8))
+def test_aspect_mismatch_is_a_failure(tmp_path) -> None:
+    reason = load_one(write_pair(tmp_path, "segmentation", np.ones((4, 8), np.uint8)))
+    assert reason == "segmentation/a.png: 8×4 differs in aspect ratio from its rgb, 8×8"
+    halved = write_pair(tmp_path / "b", "segmentation", np.ones((4, 4), np.uint8))
     assert (load_one(halved) == 1).all()
 
 
@@ -128,17 +134,17 @@ def test_annotations_of_another_shape_than_the_photo_are_failures(tmp_path) -> N
 
 
 @pytest.mark.parametrize("mode", ["L", "P"])
-def test_class_ids_are_never_colours(tmp_path, mode) -> None:
+def test_gray_and_palette_files_hold_class_ids(tmp_path, mode) -> None:
     np.testing.assert_array_equal(
-        load_one(beside(tmp_path, "segmentation", ids(0, 3, 255), mode)), ids(0, 3, 255)
+        load_one(write_pair(tmp_path, "segmentation", ids(0, 3, 255), mode)), ids(0, 3, 255)
     )
 
 
 @pytest.mark.parametrize("pixels", [ids(0, 1).astype(bool), ids(0, 255)], ids=["1-bit", "0 and 255"])
-def test_masks_are_background_and_foreground(tmp_path, pixels) -> None:
-    folder = beside(tmp_path, "segmentation", pixels)
+def test_binary_masks_are_background_and_foreground(tmp_path, pixels) -> None:
+    folder = write_pair(tmp_path, "segmentation", pixels)
     np.testing.assert_array_equal(load_one(folder), ids(0, 1))
-    codec = FolderSource(folder, exact).streams["segmentation"]
+    codec = open_folder(folder).streams["segmentation"]
     assert codec == Palette(("background", "foreground"), background=0)
 
 
@@ -150,36 +156,36 @@ def test_masks_are_background_and_foreground(tmp_path, pixels) -> None:
         ({"0": "none", "1": "void"}, Palette(("none", "void"), background=0, ignore=1)),
     ],
 )
-def test_classes_json_names_the_classes(tmp_path, classes, codec) -> None:
+def test_classes_json_names_classes(tmp_path, classes, codec) -> None:
     (tmp_path / "classes.json").write_text(json.dumps(classes))
-    source = FolderSource(beside(tmp_path, "segmentation", ids(0, 1)), exact)
+    source = open_folder(write_pair(tmp_path, "segmentation", ids(0, 1)))
     assert source.streams["segmentation"] == codec
     np.testing.assert_array_equal(codec.parse(source.load(0).images[0, 1]), ids(0, 1))
     assert source.skipped == ()
 
 
-def test_an_id_without_a_name_is_a_failure(tmp_path) -> None:
+def test_unnamed_class_id_is_a_failure(tmp_path) -> None:
     (tmp_path / "classes.json").write_text('{"1": "person"}')
-    assert "class ids [7] have no name" in load_one(beside(tmp_path, "segmentation", ids(0, 7)))
+    assert "class ids [7] have no name" in load_one(write_pair(tmp_path, "segmentation", ids(0, 7)))
 
 
-def test_colours_are_looked_up_exactly(tmp_path) -> None:
+def test_rgb_segmentation_matches_colors_exactly(tmp_path) -> None:
     classes = {"0": {"name": "sky", "color": [128, 0, 0]}, "1": {"name": "road", "color": [128, 64, 128]}}
     (tmp_path / "classes.json").write_text(json.dumps(classes))
-    colours = np.array([[128, 0, 0], [128, 64, 128], [128, 64, 129]], np.uint8)
-    folder = beside(tmp_path, "segmentation", colours[ids(0, 1)])
+    colors = np.array([[128, 0, 0], [128, 64, 128], [128, 64, 129]], np.uint8)
+    folder = write_pair(tmp_path, "segmentation", colors[ids(0, 1)])
     np.testing.assert_array_equal(load_one(folder), ids(0, 1))
-    save(tmp_path / "segmentation" / "a.png", colours[ids(0, 2)])
-    expected = "segmentation/a.png: colour (128, 64, 129) is of no class in classes.json"
+    save(tmp_path / "segmentation" / "a.png", colors[ids(0, 2)])
+    expected = "segmentation/a.png: color (128, 64, 129) is of no class in classes.json"
     assert load_one(folder) == expected
 
 
-def test_colours_without_a_table_are_those_of_the_palette(tmp_path) -> None:
-    folder = beside(tmp_path, "segmentation", PALETTE[ids(0, 5, 200)])
+def test_rgb_segmentation_defaults_to_palette_colors(tmp_path) -> None:
+    folder = write_pair(tmp_path, "segmentation", PALETTE[ids(0, 5, 200)])
     np.testing.assert_array_equal(load_one(folder), ids(0, 5, 200))
 
 
-def test_a_jpeg_does_not_hold_class_ids(tmp_path) -> None:
+def test_jpeg_segmentation_is_a_failure(tmp_path) -> None:
     save(tmp_path / "rgb" / "a.jpg")
     save(tmp_path / "segmentation" / "a.jpg", ids(0, 1))
     assert "store segmentation as PNG" in load_one(tmp_path)
@@ -188,31 +194,29 @@ def test_a_jpeg_does_not_hold_class_ids(tmp_path) -> None:
 # --- Depth.
 
 
-def test_depth_is_in_millimetres(tmp_path) -> None:
+def test_depth_is_in_millimeters(tmp_path) -> None:
     depth = np.array([[0, 65535, 500, 4000, 9000, 9000, 9000, 9000]] * 8, np.uint16)
-    parsed = load_one(beside(tmp_path, "depth", depth))
+    parsed = load_one(write_pair(tmp_path, "depth", depth))
     np.testing.assert_allclose(parsed, np.where(depth == 65535, 0, depth), atol=10000 / 508)
 
 
-def test_streams_json_overrides_the_codec(tmp_path) -> None:
-    beside(tmp_path, "depth", np.full((8, 8), 450, np.uint16))
+def test_streams_json_overrides_codec(tmp_path) -> None:
+    write_pair(tmp_path, "depth", np.full((8, 8), 450, np.uint16))
     (tmp_path / "streams.json").write_text('{"depth": {"near": 400, "far": 5000}}')
-    assert FolderSource(tmp_path, exact).streams["depth"] == Depth(400, 5000, "mm")
+    assert open_folder(tmp_path).streams["depth"] == Depth(400, 5000, "mm")
     assert abs(load_one(tmp_path) - 450).max() < 10
 
 
-def test_grey_depth_is_taken_as_drawn(tmp_path) -> None:
-    folder = beside(tmp_path, "depth", ids(0, 1, 200, 255))
-    np.testing.assert_array_equal(
-        FolderSource(folder, exact).load(0).images[0, 1, ..., 0], ids(0, 1, 200, 255)
-    )
-    assert "mode RGB; depth is 16-bit" in load_one(beside(tmp_path / "b", "depth", PALETTE[ids(0, 1)]))
+def test_gray_depth_is_taken_as_rendered(tmp_path) -> None:
+    folder = write_pair(tmp_path, "depth", ids(0, 1, 200, 255))
+    np.testing.assert_array_equal(open_folder(folder).load(0).images[0, 1, ..., 0], ids(0, 1, 200, 255))
+    assert "mode RGB; depth is 16-bit" in load_one(write_pair(tmp_path / "b", "depth", PALETTE[ids(0, 1)]))
 
 
-# --- Files that are not as they should be.
+# --- Unreadable files and malformed settings.
 
 
-def test_unreadable_files_are_listed_and_the_rest_goes_on(tmp_path) -> None:
+def test_unreadable_frames_are_dropped_and_listed(tmp_path) -> None:
     rng = np.random.default_rng(0)
     for i in range(5):
         save(tmp_path / "rgb" / "v" / f"{i}.png", rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -221,40 +225,40 @@ def test_unreadable_files_are_listed_and_the_rest_goes_on(tmp_path) -> None:
     (tmp_path / "rgb/v/1.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "rgb/v/2.png").write_bytes(b"")
     (tmp_path / "segmentation/v/3.png").write_bytes(b"no image at all")
-    scene = FolderSource(tmp_path, exact).load(0)
+    scene = open_folder(tmp_path).load(0)
     assert scene.images.shape == (2, 2, 8, 8, 3)
     assert scene.info.num_frames == 2
     assert {f.key for f in scene.failures} == {"v/clip-0000"}
     assert [f.reason for f in scene.failures] == [
         "rgb/v/1.png: truncated",
         "rgb/v/2.png: the file is empty (0 bytes)",
-        "segmentation/v/3.png: not a picture that can be decoded",
+        "segmentation/v/3.png: not an image that can be decoded",
     ]
 
 
-def test_a_truncated_photo_leaves_an_empty_scene(tmp_path) -> None:
+def test_truncated_photo_leaves_an_empty_scene(tmp_path) -> None:
     data = save(tmp_path / "a.jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data.write_bytes(data.read_bytes()[:-200])
-    scene = FolderSource(tmp_path, exact).load(0)
+    scene = open_folder(tmp_path).load(0)
     assert scene.images.shape == (0, 1, 8, 8, 3)
     assert scene.failures[0].reason == "a.jpg: truncated"
 
 
-def test_decompression_bombs_are_refused_by_their_header(tmp_path) -> None:
+def test_decompression_bomb_is_refused_by_its_header(tmp_path) -> None:
     save(tmp_path / "good.png")
     PIL.Image.new("1", (8001, 8000)).save(tmp_path / "bomb.png")
-    assert FolderSource(tmp_path, exact).load(0).failures[0].reason == (
+    assert open_folder(tmp_path).load(0).failures[0].reason == (
         "bomb.png: 8001×8000 is more than 64 megapixels"
     )
 
 
-def test_names_that_are_not_utf8_are_listed(tmp_path) -> None:
+def test_non_utf8_names_are_skipped(tmp_path) -> None:
     save(tmp_path / "a.png")
     os.mkdir(os.fsencode(tmp_path) + b"/\xe9")
     pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(
         (tmp_path / "a.png").read_bytes()
     )
-    source = FolderSource(tmp_path, Preprocess(8))
+    source = open_folder(tmp_path, Preprocess(8))
     assert len(source) == 1
     assert {failure.key: failure.reason for failure in source.skipped} == {
         "\\udce9": "its name is not UTF-8",
@@ -263,18 +267,18 @@ def test_names_that_are_not_utf8_are_listed(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("names", [["1.png", "01.png", "001.png"], ["01.png", "001.png", "1.png"]])
-def test_the_order_is_not_the_disks(tmp_path, monkeypatch, names) -> None:
+def test_order_is_independent_of_the_disk(tmp_path, monkeypatch, names) -> None:
     for name in names:
         save(tmp_path / name)
     monkeypatch.setattr(os, "walk", lambda top, **options: iter([(str(top), [], list(names))]))
-    source = FolderSource(tmp_path, Preprocess(8))
+    source = open_folder(tmp_path, Preprocess(8))
     assert [source.info(i).key for i in range(3)] == ["001.png", "01.png", "1.png"]
 
 
-def test_a_link_to_a_parent_does_not_loop(tmp_path) -> None:
+def test_link_to_parent_does_not_loop(tmp_path) -> None:
     save(tmp_path / "v" / "0.png")
     (tmp_path / "v" / "up").symlink_to(tmp_path)
-    source = FolderSource(tmp_path, exact)
+    source = open_folder(tmp_path)
     assert len(source) == 1
     assert source.skipped[0].key == "v/up"
 
@@ -290,7 +294,7 @@ def test_a_link_to_a_parent_does_not_loop(tmp_path) -> None:
         ("orphans", "holds no image file"),
     ],
 )
-def test_what_is_no_source_is_named(tmp_path, name, message) -> None:
+def test_open_source_names_bad_path(tmp_path, name, message) -> None:
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -319,16 +323,19 @@ def test_what_is_no_source_is_named(tmp_path, name, message) -> None:
         ("streams.json", '{"segmentation": {"near": 3}}', "near"),
     ],
 )
-def test_malformed_settings_are_named(tmp_path, name, text, message) -> None:
+def test_malformed_settings_file_is_named(tmp_path, name, text, message) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        FolderSource(beside(tmp_path, "segmentation", ids(0, 1)), exact)
+        open_folder(write_pair(tmp_path, "segmentation", ids(0, 1)))
     assert str(tmp_path / name) in str(error.value)
 
 
-def test_bad_parameters_are_named(tmp_path) -> None:
+def test_folder_rejects_bad_parameters(tmp_path) -> None:
     save(tmp_path / "a.png")
-    for parameters, message in (({"clip_frames": 0}, "too small"), ({"clips": 1}, "clips: no such key")):
+    for parameters, message in (
+        ({"clip_frames": 0}, r"folder\.clip_frames=0"),
+        ({"clips": 1}, "clips: no such key"),
+    ):
         with pytest.raises(UserError, match=message):
             open_source(str(tmp_path), exact, parameters)
 
@@ -350,8 +357,8 @@ def test_bad_parameters_are_named(tmp_path) -> None:
         ("pose", ("rgb", "pose")),
     ],
 )
-def test_real_folders_load(name, streams) -> None:
-    source = FolderSource(SHARED_DATA / name, Preprocess(64))
+def test_real_folder_loads(name, streams) -> None:
+    source = open_folder(SHARED_DATA / name, Preprocess(64))
     assert source.stream_sets == (streams,)
     for index in (0, len(source) // 2, len(source) - 1):
         scene = source.load(index)
@@ -361,11 +368,11 @@ def test_real_folders_load(name, streams) -> None:
 
 
 @needs_dev
-def test_real_annotations_read_back() -> None:
-    camvid = FolderSource(SHARED_DATA / "camvid", exact).streams["segmentation"]
+def test_real_annotations_parse() -> None:
+    camvid = open_folder(SHARED_DATA / "camvid").streams["segmentation"]
     assert (camvid.names[3], camvid.background, camvid.names[camvid.ignore]) == ("Road", None, "Unlabelled")
-    coco = FolderSource(SHARED_DATA / "coco", exact).streams["segmentation"]
+    coco = open_folder(SHARED_DATA / "coco").streams["segmentation"]
     assert (coco.names[1], coco.names[12], coco.background, coco.ignore) == ("person", "", 0, None)
-    depth = FolderSource(SHARED_DATA / "depth", Preprocess(64))
-    metres = depth.streams["depth"].parse(depth.load(0).images[0, 1]) / 1000
-    assert 0.3 < metres[metres > 0].min() < metres.max() < 6
+    depth = open_folder(SHARED_DATA / "depth", Preprocess(64))
+    meters = depth.streams["depth"].parse(depth.load(0).images[0, 1]) / 1000
+    assert 0.3 < meters[meters > 0].min() < meters.max() < 6
