@@ -1,7 +1,8 @@
-"""What checkpoints cost: `python -m scripts.benchmark_checkpoint --size=100m --folder=DIR`.
+"""Benchmark of checkpoints: blocking time of a save, background write, checksum verification and restore.
 
-Saves a training state as the loop does, while steps go on; prints how long a step waits for it, how long the writing
-in the background takes, how long restoring and comparing checksums take, and the share of training that saving costs.
+    python -m scripts.benchmark_checkpoint --size=100m --folder=DIR
+
+Saves a training state as the loop does while steps continue, and prints the share of training time that saving costs.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ def measure(args: cli.Args, folder: pathlib.Path) -> None:
     rows = []
     _update(_trained(step.init()))  # compiles
     checkpoints = Checkpoints(folder, keep=1)
-    for number in range(1, args.repeats + 1):
-        state, usual = _update(state)
-        began = time.perf_counter()
-        checkpoints.save(state, number, {})
-        # Where arrays are not copied at once, the update that wants their memory waits for it or copies them.
+    for index in range(1, args.repeats + 1):
+        state, update_s = _update(state)
+        start = time.perf_counter()
+        checkpoints.save(state, index, {})
+        # Where the save has not copied the arrays yet, the update that donates them waits or copies.
         state, _ = _update(state)
-        waited = time.perf_counter() - began - usual
+        blocked_s = time.perf_counter() - start - update_s
         checkpoints.wait()
-        written = time.perf_counter() - began
-        began = time.perf_counter()
+        written_s = time.perf_counter() - start
+        start = time.perf_counter()
         checkpoints.latest_intact_step()
-        compared = time.perf_counter() - began
-        began = time.perf_counter()
-        jax.block_until_ready(checkpoints.restore(number, step.state))
-        rows.append((waited, written, compared, time.perf_counter() - began))
+        verified_s = time.perf_counter() - start
+        start = time.perf_counter()
+        jax.block_until_ready(checkpoints.restore(index, step.state))
+        rows.append((blocked_s, written_s, verified_s, time.perf_counter() - start))
     checkpoints.close()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {os.cpu_count()} cores")
     print(f"{args.size}: a state of {size / 1e9:.2f} GB, medians of {args.repeats}")
@@ -67,20 +68,20 @@ def measure(args: cli.Args, folder: pathlib.Path) -> None:
 
 
 def _trained(state: State) -> State:
-    """The state with moments as a run has them: no zeros, which would be compressed away."""
+    """Fills the state with random values, as during a run: zeros would be compressed away."""
     leaves, tree = jax.tree.flatten(state)
     noise = [
-        jax.random.normal(jax.random.key(number), leaf.shape) if leaf.dtype == jnp.float32 else leaf
-        for number, leaf in enumerate(leaves)
+        jax.random.normal(jax.random.key(index), leaf.shape) if leaf.dtype == jnp.float32 else leaf
+        for index, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(tree, noise)
 
 
 def _update(state: State) -> tuple[State, float]:
-    """Something that uses the state up, as a step does, and its seconds."""
-    began = time.perf_counter()
+    """Donates the state to an update, as a step does; returns the new one and the seconds."""
+    start = time.perf_counter()
     state = jax.block_until_ready(_double(state))
-    return state, time.perf_counter() - began
+    return state, time.perf_counter() - start
 
 
 _double = jax.jit(lambda state: jax.tree.map(lambda x: x + x, state), donate_argnums=0)
@@ -89,11 +90,11 @@ _double = jax.jit(lambda state: jax.tree.map(lambda x: x + x, state), donate_arg
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.string("size", "100m", "a size of lvm.model.transformer.SIZES")
-    flags.string("folder", "", "where to save; a temporary folder if empty")
-    flags.integer("every", 1000, "steps from one checkpoint to the next", lower_bound=1)
-    flags.float("step_seconds", 1.0, "seconds a step, for the share", lower_bound=1e-6)
-    flags.integer("repeats", 3, "checkpoints that are saved", lower_bound=1)
+    flags.string("size", "100m", "model size, of lvm.model.transformer.SIZES")
+    flags.string("folder", "", "folder for the checkpoints (default: a temporary one)")
+    flags.integer("every", 1000, "steps between checkpoints, for the share", lower_bound=1)
+    flags.float("step_seconds", 1.0, "seconds per step, for the share", lower_bound=1e-6)
+    flags.integer("repeats", 3, "number of checkpoints", lower_bound=1)
     return flags.run(_run, argv)
 
 

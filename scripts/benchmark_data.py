@@ -1,8 +1,8 @@
-"""Speed of the input: `python -m scripts.benchmark_data`, from stores to batches that a device could take.
+"""Benchmark of the data loader, from stores to batches ready for a device: `python -m scripts.benchmark_data`.
 
-Makes stores of random codes, mixes five recipes, and reads batches through the loader that training uses. Beside
-it, in the same run, sentences of the same lengths in LVM's JSONL, read the way its own loader does (a line
-at a time, base64, lists of Python numbers) and, as a stricter peer, with numpy from the line on.
+Writes stores of random codes, mixes five recipes, and reads batches through the training loader. The same run reads
+sentences of the same lengths from LVM's JSONL, as LVM's own loader does (line by line, base64, lists of Python
+integers) and, as a stricter peer, with numpy.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STORES = (("images", 256_000, 1, 1), ("annotated", 20_000, 1, 5), ("videos", 600
 
 def _run(args: cli.Args) -> None:
     if args.workers < 0 or min(args.seconds, args.context, args.batch_size, args.scenes) <= 0:
-        raise UserError("--workers must not be negative, the other numbers must be positive")
+        raise UserError("--workers must not be negative, the other flags must be positive")
     print(f"load before: {_load()}; {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} of them allowed")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         make_stores(pathlib.Path(folder), args.scenes)
@@ -64,7 +64,7 @@ def _run(args: cli.Args) -> None:
 
 
 def make_stores(folder: pathlib.Path, scale: float) -> None:
-    """Stores of random codes below `folder`, by `STORES`."""
+    """Writes the stores of `STORES` below `folder`, with random codes."""
     rng = np.random.default_rng(0)
     for name, count, frames, streams in STORES:
         (folder / name).mkdir()
@@ -73,9 +73,9 @@ def make_stores(folder: pathlib.Path, scale: float) -> None:
         def scenes(
             name: str = name, count: int = count, shape: tuple[int, int] = (frames, streams)
         ) -> Iterator:
-            for number in range(count):
+            for index in range(count):
                 codes = rng.integers(0, NUM_CODES, (*shape, GRID[0] * GRID[1]), dtype=np.uint16)
-                yield GroupedScene(Scene(f"{name} {number}", number % 40, 0, codes), f"{name} {number}")
+                yield GroupedScene(Scene(f"{name} {index}", index % 40, 0, codes), f"{name} {index}")
 
         write_shard(folder / name, 0, 1, scenes(), NUM_CODES)
         codecs = {stream: (Edges() if stream == "edges" else Image()).to_json() for stream in STREAMS}
@@ -83,28 +83,28 @@ def make_stores(folder: pathlib.Path, scale: float) -> None:
             "tokenizer": {"weights": "random", "hash": "random", "grid": list(GRID), "num_codes": NUM_CODES},
             "streams": codecs,
             "stream_sets": [list(STREAMS[:streams])],
-            "classes": [f"class {number}" for number in range(40)],
+            "classes": [f"class {i}" for i in range(40)],
         }
         write_manifest(folder / name, header, 1)
 
 
 def make_rows(args: cli.Args, folder: str, packing: str, shuffle: str = "all") -> Rows:
-    """Rows of five recipes, each a fifth of the codes."""
+    """Makes rows of five recipes, each with a fifth of the codes."""
     images, annotated, videos = (os.path.join(folder, name) for name, *_ in STORES)
-    # 15 images and what is around them are 3842 tokens: whole sentences leave room for a single image beside.
-    sources = {
+    # 15 images with BOS and EOS are 3842 tokens, which leaves room for a single image in a row of whole sentences.
+    components = {
         "single": ComponentConfig(Single(), store=images),
         "category": ComponentConfig(Category(images=15), store=images),
         "pairs": ComponentConfig(Pairs(target="depth", shots=7), store=annotated),
         "multi_annotation": ComponentConfig(MultiAnnotation(num_streams=5, shots=3), store=annotated),
         "video": ComponentConfig(Video(frames=15), store=videos),
     }
-    mixture = Mixture(MixtureConfig(sources, weigh_by="codes", packing=packing, shuffle=shuffle), seed=0)
+    mixture = Mixture(MixtureConfig(components, weigh_by="codes", packing=packing, shuffle=shuffle), seed=0)
     return Rows(mixture, VOCABULARY, args.context, args.batch_size)
 
 
 def write_lines(folder: pathlib.Path, context: int) -> pathlib.Path:
-    """2000 sentences of `context` random codes as LVM's JSONL."""
+    """Writes 2000 sentences of `context` random codes as LVM's JSONL."""
     rng, path = np.random.default_rng(1), folder / "sentences.jsonl"
     with open(path, "w") as file:
         for _ in range(2000):
@@ -113,11 +113,11 @@ def write_lines(folder: pathlib.Path, context: int) -> pathlib.Path:
 
 
 def read_like_lvm(path: pathlib.Path, batch_size: int, context: int) -> Iterator[np.ndarray]:
-    """Batches as EasyLM's JsonDataset makes them with its defaults: one process, Python lists, BOS and EOS added."""
+    """Makes batches as EasyLM's JsonDataset does by default: one process, Python lists, BOS and EOS added."""
     tokens: list[int] = []
     masks: list[float] = []
     size = batch_size * context
-    for line in _lines_with_places(path):
+    for line in _lines_with_tell(path):
         codes = np.frombuffer(base64.b64decode(json.loads(line)["tokens"]), "i4").tolist()
         tokens.extend([VOCABULARY.bos, *codes, VOCABULARY.eos])  # type: ignore[list-item]
         masks.extend([1.0 for _ in range(len(codes) + 2)])
@@ -130,21 +130,21 @@ def read_like_lvm(path: pathlib.Path, batch_size: int, context: int) -> Iterator
 
 
 def read_with_numpy(path: pathlib.Path, batch_size: int, context: int) -> Iterator[np.ndarray]:
-    """The same without a list of Python numbers: what JSON and base64 cost by themselves."""
-    size, parts, have = batch_size * context, [], 0
+    """The same without lists of Python integers: the cost of JSON and base64 alone."""
+    size, arrays, num_tokens = batch_size * context, [], 0
     for line in _lines(path):
-        parts += [np.array([VOCABULARY.bos]), jsonl.decode_line(line), np.array([VOCABULARY.eos])]
-        have += context + 2
-        if have > size:
-            stream = np.concatenate(parts, dtype=np.int32)
+        arrays += [np.array([VOCABULARY.bos]), jsonl.decode_line(line), np.array([VOCABULARY.eos])]
+        num_tokens += context + 2
+        if num_tokens > size:
+            stream = np.concatenate(arrays, dtype=np.int32)
             yield stream[:size].reshape(batch_size, -1)
-            parts, have = [stream[size:]], have - size
+            arrays, num_tokens = [stream[size:]], num_tokens - size
 
 
 def measure(args: cli.Args, make: Callable[[], Iterator[np.ndarray]]) -> float:
-    """Tokens a second of an iterator of batches, over `--seconds`, the first few left out."""
+    """Tokens per second of an iterator of batches over `--seconds`, without the first few."""
     iterator = make()
-    for _ in range(8):  # workers start, files come into the page cache
+    for _ in range(8):  # workers start, files enter the page cache
         next(iterator)
     start, tokens = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < args.seconds:
@@ -180,16 +180,16 @@ def _first_batches(args: cli.Args, folder: str, packing: str) -> None:
 
 
 def _memory(args: cli.Args, folder: str) -> None:
-    """Reads sentences one epoch after the other; says how much memory the process has at each tenth."""
-    source = make_rows(args, folder, "concat").mixture.components
-    single = next(part for part in source if part.name == "single")
-    count, used = max(10_000, int(1_000_000 * min(1.0, args.scenes))), []
+    """Reads sentences epoch after epoch and prints the resident memory after each tenth."""
+    components = make_rows(args, folder, "concat").mixture.components
+    single = next(component for component in components if component.name == "single")
+    count, resident_mib = max(10_000, int(1_000_000 * min(1.0, args.scenes))), []
     for tenth in range(11):
         if tenth:
             for first in range((tenth - 1) * count // 10, tenth * count // 10, 1000):
                 single.sentences(np.arange(first, first + 1000))
-        used.append(f"{_resident() / 2**20:.0f}")
-    print(f"MiB resident over {count:,} sentences of one image, by tenths: {', '.join(used)}")
+        resident_mib.append(f"{_resident() / 2**20:.0f}")
+    print(f"MiB resident over {count:,} sentences of one image, by tenths: {', '.join(resident_mib)}")
 
 
 def _resident() -> int:
@@ -203,8 +203,8 @@ def _lines(path: pathlib.Path) -> Iterator[bytes]:
             yield from file
 
 
-def _lines_with_places(path: pathlib.Path) -> Iterator[str]:
-    # LVM's loader asks for its place in the file after each line: that is what it resumes by.
+def _lines_with_tell(path: pathlib.Path) -> Iterator[str]:
+    # LVM's loader calls `tell` after each line, to resume from there.
     while True:
         with open(path) as file:
             while line := file.readline():
@@ -219,12 +219,12 @@ def _load() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.string("folder", None, "where the stores lie while it runs; the system's by default")
-    flags.integer("workers", 2, "processes that read; 0 for threads")
-    flags.integer("context", 4096, "inputs a row")
-    flags.integer("batch_size", 512, "rows a batch; 512 of 4096 are two million tokens")
-    flags.float("seconds", 10.0, "how long each is measured")
-    flags.float("scenes", 1.0, "size of the stores, relative to 256,000 images and what goes with it")
+    flags.string("folder", None, "folder for the stores (default: a temporary one)")
+    flags.integer("workers", 2, "reader processes; 0: threads")
+    flags.integer("context", 4096, "inputs per row")
+    flags.integer("batch_size", 512, "rows per batch; 512 of 4096 are two million tokens")
+    flags.float("seconds", 10.0, "seconds per measurement")
+    flags.float("scenes", 1.0, "scale of the stores, relative to 256,000 images")
     return flags.run(_run, argv)
 
 

@@ -1,11 +1,11 @@
-"""Images a second from JPEGs on disk to a store of codes, host and devices also by themselves, beside torch.
+"""Benchmark of encoding: images per second from JPEGs to a store, host and devices also alone, beside torch.
 
-    python -m scripts.benchmark_encode                                  a small network, where there is no accelerator
-    python -m scripts.benchmark_encode --network=maskgit --workers=8    a published one, with random weights
+    python -m scripts.benchmark_encode                                  a small network, for a CPU
+    python -m scripts.benchmark_encode --network=maskgit --workers=8    a published network with random weights
 
-The host's part is reading, decoding and resizing; torch's DataLoader does the same work with as many processes, where
-torch is installed. Each row is a process of its own, one after the other, timed from its first batch on: by wall
-clock, and by what its processes took of the processor, which says the same on a machine that others use.
+The host part is reading, decoding and resizing; torch's DataLoader does the same with as many workers, if torch is
+installed. Each row runs in its own process, timed from its first batch on, by wall clock and by CPU time, which other
+load does not affect.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.mixture import loader
 from lvm.model import nnx_utils
-from scripts.contenders import Clock, Report, contend, cpu_name, reporter
+from scripts.contenders import Clock, Report, contend, cpu_name, run_job
 from tokenizer import Tokenizer
 from tokenizer.encoding import Encoder
 from tokenizer.network import VARIANTS, VQGAN, VQGANConfig
@@ -41,13 +41,13 @@ _SMALL = VQGANConfig(
     codebook_size=1024, codebook_dim=8, norm_groups=8,
 )  # fmt: skip
 NETWORKS = {"small": _SMALL, **VARIANTS}
-SIZES = ((500, 375), (1280, 960))  # of the photos: as many sets have them, and as cameras and the web do
+SIZES = ((500, 375), (1280, 960))  # photo sizes: typical of datasets, and of cameras and the web
 _FAST = {"decode": "reduced", "resizer": "swscale"}
 _MODULE = "scripts.benchmark_encode"
 
 
 def make_photos(folder: pathlib.Path, size: tuple[int, int], count: int) -> int:
-    """JPEGs of smooth noise with some detail, about as large as photos are; returns the mean number of bytes."""
+    """Writes JPEGs of smooth noise with some detail, about as large as photos; returns their mean size in bytes."""
     folder.mkdir()
     rng, (width, height) = np.random.default_rng(0), size
 
@@ -55,14 +55,14 @@ def make_photos(folder: pathlib.Path, size: tuple[int, int], count: int) -> int:
         coarse = rng.integers(0, 256, (height // cell + 2, width // cell + 2, 3), dtype=np.uint8)
         return np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.float32)
 
-    for number in range(count):
+    for index in range(count):
         pixels = 0.7 * noise(64) + 0.2 * noise(12) + 0.1 * noise(3)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:06d}.jpg", quality=90)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:06d}.jpg", quality=90)
     return sum(file.stat().st_size for file in folder.iterdir()) // count
 
 
 def host(job: Job, report: Report) -> None:
-    """Reading and decoding alone, as the encoder's workers do it."""
+    """Measures reading and decoding alone, as in the encoder's workers."""
     for resizer, decode in (("pillow", "full"), ("swscale", "full"), ("swscale", "reduced")):
         preprocess = Preprocess(job["resolution"], decode=decode, resizer=resizer)
         source = open_source(job["folder"], preprocess)
@@ -76,7 +76,7 @@ def host(job: Job, report: Report) -> None:
 
 
 def random_tokenizer(job: Job) -> Tokenizer:
-    """The network with random weights, in the dtype for this device."""
+    """The network with random weights, in this device's compute dtype."""
     on_cpu = jax.default_backend() == "cpu"
     config = NETWORKS[job["network"]]
     config = VQGANConfig(**{**vars(config), "compute_dtype": "float32" if on_cpu else "bfloat16"})
@@ -85,18 +85,18 @@ def random_tokenizer(job: Job) -> Tokenizer:
 
 
 def device(job: Job, report: Report) -> None:
-    """The devices alone: images that are in memory already, with their way to the devices and the codes' way back."""
+    """Measures the devices alone: images in host memory to codes in host memory."""
     tokenizer, R = random_tokenizer(job), job["resolution"]
     size = job["batch_size"] * tokenizer.num_devices
     images = np.random.default_rng(0).integers(0, 256, (size, R, R, 3), dtype=np.uint8)
     np.asarray(tokenizer.encode_async(images))
-    start, calls, waiting = time.perf_counter(), 0, []
+    start, calls, pending = time.perf_counter(), 0, []
     while time.perf_counter() - start < job["seconds"] or calls < 3:
-        waiting.append(tokenizer.encode_async(images))
+        pending.append(tokenizer.encode_async(images))
         calls += 1
-        if len(waiting) > 2:
-            np.asarray(waiting.pop(0))
-    for codes in waiting:
+        if len(pending) > 2:
+            np.asarray(pending.pop(0))
+    for codes in pending:
         np.asarray(codes)
     rate = calls * size / (time.perf_counter() - start)
     name = jax.local_devices()[0].device_kind
@@ -104,7 +104,7 @@ def device(job: Job, report: Report) -> None:
 
 
 def end_to_end(job: Job, report: Report) -> None:
-    """JPEGs to a store, from the first shard on: starting processes and compiling come before that."""
+    """Measures JPEGs to a store, after the first shard: starting processes and compiling are excluded."""
     tokenizer = random_tokenizer(job)
     source = open_source(job["folder"], tokenizer.preprocess)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ _PARTS = {"host": host, "device": device, "end to end": end_to_end}
 
 
 def compare(args: cli.Args, folder: pathlib.Path, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """All rows for photos of one size."""
+    """Returns all rows for photos of one size."""
     resolution = NETWORKS[args.network].resolution
     job: Job = {
         "folder": str(folder),
@@ -138,13 +138,13 @@ def compare(args: cli.Args, folder: pathlib.Path, size: tuple[int, int]) -> list
     }
     records = []
     for contender, part in (("ours", "host"), ("torch", "host"), ("ours", "device"), ("ours", "end to end")):
-        found = contend(_MODULE, {**job, "contender": contender, "part": part}, args.limit)
-        records += [{"part": part, "what": contender, **record, "contender": contender} for record in found]
+        rows = contend(_MODULE, {**job, "contender": contender, "part": part}, args.limit)
+        records += [{"part": part, "what": contender, **record, "contender": contender} for record in rows]
     return records
 
 
 def table(records: list[dict[str, Any]], workers: int) -> list[str]:
-    """The rows, how ours compares with the fastest of torch's, and how many cores the devices could use."""
+    """Formats the rows, ours relative to the fastest of torch, and the number of cores that the devices could use."""
     titles = f"{'images/s':>10} {'a core second':>14} {'× torch':>9} {'by cores':>9}"
     lines = [f"{'part':<12} {'what':<36} {titles}"]
     peers = [r for r in records if r["contender"] == "torch" and "rate" in r]
@@ -155,45 +155,36 @@ def table(records: list[dict[str, Any]], workers: int) -> list[str]:
             continue
         lines.append(f"{start}{record['rate']:>10.1f}")
         if peers and record["part"] == "host":
-            against = [record[x] / max(peer[x] for peer in peers) for x in ("rate", "core_rate")]
-            lines[-1] += f" {record['core_rate']:>14.1f} {against[0]:>9.2f} {against[1]:>9.2f}"
+            relative = [record[x] / max(peer[x] for peer in peers) for x in ("rate", "core_rate")]
+            lines[-1] += f" {record['core_rate']:>14.1f} {relative[0]:>9.2f} {relative[1]:>9.2f}"
     rates = {r["part"]: r["rate"] for r in records if r["contender"] == "ours" and "rate" in r}
     if len(rates) == len(_PARTS):
-        possible = min(rates["host"], rates["device"])
-        lines.append(f"end to end is {rates['end to end'] / possible:.0%} of the slower of host and devices")
+        slower = min(rates["host"], rates["device"])
+        lines.append(f"end to end is {rates['end to end'] / slower:.0%} of the slower of host and devices")
         lines.append(
             f"the devices could use {rates['device'] / rates['host'] * workers:.1f} cores like these"
         )
     return lines
 
 
-def _run_job(job: Job) -> None:
-    report = reporter(job)
-    if job["contender"] == "ours":
-        _PARTS[job["part"]](job, report)
-        return
-    try:
-        from scripts import peer_torch_loader
-    except ImportError as error:
-        report({"failed": f"{error.name or error} isn't installed"})
-        return
-    peer_torch_loader.run(job, report)
-
-
 def _run(args: cli.Args) -> None:
     if args.job:
-        _run_job(json.loads(args.job))
+        run_job(
+            json.loads(args.job),
+            lambda job, report: _PARTS[job["part"]](job, report),
+            "scripts.peer_torch_loader",
+        )
         return
     if args.network not in NETWORKS:
         raise UserError(f"--network: {args.network!r} is not one of {', '.join(NETWORKS)}")
     if args.images < 256:
-        raise UserError(f"--images: {args.images} are too few to time; at least 256")
+        raise UserError(f"--images: {args.images} is too few to time; use at least 256")
     print(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             photos = pathlib.Path(folder, "photos")
-            held = make_photos(photos, size, args.images)
-            title = f"{args.images} JPEGs of {size[0]}×{size[1]}, {held / 1024:.0f} KiB each"
+            mean_bytes = make_photos(photos, size, args.images)
+            title = f"{args.images} JPEGs of {size[0]}×{size[1]}, {mean_bytes / 1024:.0f} KiB each"
             print(f"\n{title}, network {args.network}, {args.workers} worker processes")
             print("\n".join(table(compare(args, photos, size), args.workers)))
     print(f"\nload after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
@@ -202,13 +193,13 @@ def _run(args: cli.Args) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.string("network", "small", f"one of {', '.join(NETWORKS)}")
+    flags.string("network", "small", f"network, one of {', '.join(NETWORKS)}")
     flags.integer("images", 2048, "photos of each size")
-    flags.integer("workers", os.cpu_count() or 1, "processes that read, of ours and of torch's")
-    flags.integer("batch_size", 64, "images a device in each call")
-    flags.float("seconds", 10.0, "how long the devices by themselves are timed")
-    flags.float("limit", 600.0, "seconds after which a row is given up")
-    flags.string("job", "", "for the rows themselves")
+    flags.integer("workers", os.cpu_count() or 1, "reader processes, of ours and of torch")
+    flags.integer("batch_size", 64, "images per device and call")
+    flags.float("seconds", 10.0, "seconds to time the devices alone")
+    flags.float("limit", 600.0, "time limit of a row in seconds")
+    flags.string("job", "", "internal: the work of one row, as JSON")
     return flags.run(_run, argv)
 
 

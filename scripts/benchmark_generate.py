@@ -1,11 +1,11 @@
-"""Speed of reading prompts and writing answers beside transformers' `generate`: the same weights, one table.
+"""Benchmark of prefill and decoding beside transformers' `generate`: the same weights, one table.
 
-    python -m scripts.benchmark_generate --size=1b                       an accelerator
-    JAX_PLATFORMS=cpu python -m scripts.benchmark_generate --size=100m   a CPU
+    python -m scripts.benchmark_generate --size=1b                       on an accelerator
+    JAX_PLATFORMS=cpu python -m scripts.benchmark_generate --size=100m   on a CPU
 
-Weights are random, written once as transformers' Llama, and loaded by both. Each contender has a process of its own,
-one after the other. Decoding is timed from an early token of an answer to its last, after `--cached` tokens were read.
-The exit code is 1 where ours gave no figure.
+Weights are random, written once as transformers' Llama, and loaded by both. Each contender runs in its own process, one
+after the other. Decoding is timed from an early token of the answer to its last, after a prefill of `--cached` tokens.
+Exits with 1 if ours has no figure.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lvm.model.vocabulary import Vocabulary
 from scripts.contenders import Report, contend, cpu_name, run_job
 
 CODES = 8192
-_LOOKS = 4  # at an answer of ours while it is written
+_NUM_MARKS = 4  # timestamps within one of our answers
 _TITLES = (
     "contender",
     "rows",
@@ -79,8 +79,8 @@ def _run(args: cli.Args) -> None:
                 "machine": machine,
             }
             limit = max(0.1, (ends - time.monotonic()) / (len(contenders) - number))
-            found = contend("scripts.benchmark_generate", job, limit)
-            records += [{"contender": name, **record} for record in found]
+            results = contend("scripts.benchmark_generate", job, limit)
+            records += [{"contender": name, **record} for record in results]
     print("\n" + "\n".join(_about(args, records, load)))
     print("\n" + table(records))
     for line in verdicts(records):
@@ -91,43 +91,40 @@ def _run(args: cli.Args) -> None:
 
 
 def write_weights(folder: pathlib.Path, size: str) -> None:
-    """Random weights of a size, float32, as transformers' Llama."""
+    """Writes random float32 weights of a model size as transformers' Llama."""
     vocabulary = Vocabulary.for_codes(CODES)
     config = dataclasses.replace(SIZES[size], vocabulary_size=vocabulary.size, dtype="float32")
     rng = np.random.default_rng(0)
 
-    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def sample(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name.endswith("scale"):
             return np.ones(shape, np.float32)
         return config.init_std * rng.standard_normal(shape, dtype=np.float32)
 
-    drawn = {name: tensors.from_array(draw(name, shape)) for name, shape in tensor_shapes(config).items()}
-    models.write(folder, LazyCheckpoint(config, vocabulary, drawn, NO_RECORD, 0, str(folder)), "hf")
+    weights = {name: tensors.from_array(sample(name, shape)) for name, shape in tensor_shapes(config).items()}
+    models.write(folder, LazyCheckpoint(config, vocabulary, weights, NO_RECORD, 0, str(folder)), "hf")
 
 
 def prompts(rows: int, cached: int) -> np.ndarray:
-    """The prompts of every contender: codes int32 [rows, cached]."""
+    """Prompts of all contenders: codes int32 [rows, cached]."""
     return np.random.default_rng(rows).integers(0, CODES, (rows, cached), dtype=np.int32)
 
 
-Marks = list[tuple[int, float]]  # tokens written so far, and when
-Write = Callable[
-    [np.ndarray, int], tuple[np.ndarray, Marks]
-]  # prompts, tokens → new tokens [rows, tokens], marks
+Marks = list[tuple[int, float]]  # tokens generated so far, timestamp
+# (prompts, num_tokens) → new tokens [rows, tokens], marks
+Generate = Callable[[np.ndarray, int], tuple[np.ndarray, Marks]]
 
 
-def measure(variant: str, job: dict[str, Any], rows: int, write: Write) -> dict[str, Any]:
-    """Times calls of `write` after one that warms up: decoding from their first mark to their last."""
-    given, steps, prefills = prompts(rows, job["cached"]), [], []
-    write(given, job["tokens"])
+def measure(variant: str, job: dict[str, Any], rows: int, generate: Generate) -> dict[str, Any]:
+    """Times calls of `generate` after a warm-up call: decoding from the first mark to the last."""
+    prompt, steps, prefills = prompts(rows, job["cached"]), [], []
+    generate(prompt, job["tokens"])
     for _ in range(job["repeats"]):
         start = time.perf_counter()
-        answer, marks = write(given, job["tokens"])
+        answer, marks = generate(prompt, job["tokens"])
         (early, first), (late, last) = marks[0], marks[-1]
         steps.append((last - first) / (late - early))
-        prefills.append(
-            first - start - (early - 1) * steps[-1]
-        )  # the first token comes with the prompt's reading
+        prefills.append(first - start - (early - 1) * steps[-1])  # the prefill gives the first token
     step = statistics.median(steps)
     print(f"{variant}, {rows} rows: {1000 * step:.2f} ms a token")
     return {
@@ -142,7 +139,7 @@ def measure(variant: str, job: dict[str, Any], rows: int, write: Write) -> dict[
 
 
 def run_ours(job: dict[str, Any], report: Report) -> None:
-    """`LVM` of the folder, at every batch size."""
+    """Reports `LVM` of the job's folder at every batch size."""
     device = jax.devices()[0]
     dtype = job["dtype"]
     if dtype == "auto":
@@ -155,22 +152,27 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
         {"platform": device.platform, "device": device.device_kind, "dtype": dtype, "libraries": libraries}
     )
 
-    def write(given: np.ndarray, tokens: int) -> tuple[np.ndarray, Marks]:
+    def generate(prompts: np.ndarray, tokens: int) -> tuple[np.ndarray, Marks]:
         greedy, marks = SamplingParams(temperature=0.0), []
-        seen = generator.stream(
-            list(given), tokens, greedy, [0] * len(given), num_allowed=CODES, every=-(-tokens // _LOOKS)
+        stream = generator.stream(
+            list(prompts),
+            tokens,
+            greedy,
+            [0] * len(prompts),
+            num_allowed=CODES,
+            every=-(-tokens // _NUM_MARKS),
         )
-        for part in seen:
-            marks.append((part.shape[-1], time.perf_counter()))
-        return part[:, 0], marks
+        for answer in stream:
+            marks.append((answer.shape[-1], time.perf_counter()))
+        return answer[:, 0], marks
 
     for rows in job["batch_sizes"]:
-        needed = traffic(config, rows, job["cached"] + job["tokens"] // 2)
-        report({**measure("cache of fixed size", job, rows, write), "bytes": needed})
+        step_bytes = traffic(config, rows, job["cached"] + job["tokens"] // 2)
+        report({**measure("cache of fixed size", job, rows, generate), "bytes": step_bytes})
 
 
 def traffic(config: ModelConfig, rows: int, cached: int) -> int:
-    """Bytes that a step of decoding must read at least: every weight once but the embedding, and each row's cache."""
+    """Minimum bytes read by a decode step: every weight but the embedding once, and each row's KV cache."""
     sizes = {name: int(np.prod(shape)) for name, shape in tensor_shapes(config).items()}
     weights = sum(sizes.values()) - (0 if config.tie_embeddings else sizes["embedding"])
     cache = rows * cached * 2 * config.num_layers * config.kv_heads * config.head_dim
@@ -187,7 +189,7 @@ def _about(args: cli.Args, records: list[dict[str, Any]], load: tuple[float, ...
     name = cpu_name() if machine["platform"] == "cpu" else machine["device"]
     lines.append(f"{name}, {os.cpu_count()} cores, load {before} before and {after} after (1, 5, 15 minutes)")
     lines.append(
-        f"{args.size} in {machine['dtype']}, {args.cached} tokens cached, then {args.tokens} written, greedy; "
+        f"{args.size} in {machine['dtype']}, {args.cached} tokens cached, then {args.tokens} generated, greedy; "
         f"medians of {args.repeats} calls"
     )
     return lines
@@ -200,14 +202,14 @@ def _bandwidth(records: list[dict[str, Any]]) -> float:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A row for each contender, cache and batch size."""
+    """Formats a row for each contender, cache and batch size."""
     bandwidth = _bandwidth(records)
     lines: list[tuple[str, ...]] = [_TITLES]
     failed = []
     for record in records:
         if "failed" in record:
             failed.append(f"{record['contender']}: {record['failed']}")
-        if "rows" not in record:
+        if "rows per call" not in record:
             continue
         speed = record["bytes"] / record["milliseconds"] * 1000 if "bytes" in record else 0.0
         lines.append(
@@ -230,7 +232,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def verdicts(records: list[dict[str, Any]]) -> list[str]:
-    """For each batch size: ours against the fastest peer, by medians and by the best calls; whether tokens agree."""
+    """Compares ours with the fastest peer per batch size, by medians and by best calls, and the tokens of both."""
     lines = []
     for rows in sorted({record["rows"] for record in records if "rows" in record}):
         of_size = [record for record in records if record.get("rows") == rows]
@@ -251,16 +253,21 @@ def verdicts(records: list[dict[str, Any]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.string("size", "1b", f"one of {', '.join(SIZES)}")
-    flags.comma_list("batch_sizes", ["1", "32"], "rows")
-    flags.integer("cached", 1024, "tokens of a prompt", lower_bound=1)
-    flags.integer("tokens", 64, "tokens that are written", lower_bound=2)
-    flags.integer("repeats", 5, "calls that are timed", lower_bound=1)
-    flags.enum("peer", "transformers", ["transformers", "none"], "what stands beside ours")
-    flags.comma_list("caches", ["dynamic", "static"], "of transformers, each timed")
-    flags.enum("dtype", "auto", ["auto", "bfloat16", "float32"], "auto is float32 on a CPU alone")
-    flags.float("minutes", 9.0, "for all contenders; each has an even share of what is left")
-    flags.string("job", "", "one contender's work: what the command passes to its own processes")
+    flags.string("size", "1b", f"model size, one of {', '.join(SIZES)}")
+    flags.comma_list("batch_sizes", ["1", "32"], "rows per call")
+    flags.integer("cached", 1024, "prompt tokens", lower_bound=1)
+    flags.integer("tokens", 64, "tokens to generate", lower_bound=2)
+    flags.integer("repeats", 5, "timed calls", lower_bound=1)
+    flags.enum("peer", "transformers", ["transformers", "none"], "peer to compare with")
+    flags.comma_list("caches", ["dynamic", "static"], "caches of transformers to measure")
+    flags.enum(
+        "dtype",
+        "auto",
+        ["auto", "bfloat16", "float32"],
+        "compute dtype; auto: float32 on a CPU, else bfloat16",
+    )
+    flags.float("minutes", 9.0, "time limit of all contenders, shared evenly")
+    flags.string("job", "", "internal: the work of one contender, as JSON")
     return flags.run(_run, argv)
 
 

@@ -1,10 +1,10 @@
-"""Random reads from stores, and the memory they take.
+"""Benchmark of random reads from stores, and of their memory.
 
     python -m scripts.benchmark_store                  100,000 scenes of 16 grids; memory at 10k, 100k and 1M scenes
-    python -m scripts.benchmark_store --scale=0.01     the same of small stores
+    python -m scripts.benchmark_store --scale=0.01     the same with small stores
 
-Rates are of one process on one core, by wall clock and by the processor's own: a machine that others use shows in the
-first alone. Each row of memory is of a process of its own, after so many random reads.
+Rates are of one process on one core, by wall clock and by CPU time, which other load does not affect. Memory is
+measured in a fresh process per row, after the random reads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SHARDS, _BATCH = 4, 1000
 
 
 def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
-    """A store of random codes."""
+    """Writes a store of random codes."""
     header = {
         "tokenizer": {"weights": "random", "hash": "random", "grid": [GRID, GRID], "num_codes": NUM_CODES},
         "streams": {"rgb": Image().to_json()},
@@ -50,12 +50,12 @@ def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
         "classes": [],
     }
     begin_store(folder, header, _SHARDS)
-    many = np.random.default_rng(0).integers(0, NUM_CODES, (997, frames, 1, GRID * GRID), dtype=np.uint16)
+    codes = np.random.default_rng(0).integers(0, NUM_CODES, (997, frames, 1, GRID * GRID), dtype=np.uint16)
 
     def content(first: int, last: int) -> Iterator[GroupedScene]:
-        for number in range(first, last):
-            key = f"scene-{number:09d}"
-            yield GroupedScene(Scene(key, -1, 0, many[number % len(many)]), key)
+        for index in range(first, last):
+            key = f"scene-{index:09d}"
+            yield GroupedScene(Scene(key, -1, 0, codes[index % len(codes)]), key)
 
     for shard in range(_SHARDS):
         part = content(scenes * shard // _SHARDS, scenes * (shard + 1) // _SHARDS)
@@ -64,44 +64,44 @@ def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
     return Store(folder)
 
 
-def rate(name: str, read: Callable[[np.ndarray], object], numbers: np.ndarray, at_once: int) -> str:
-    """Reads `numbers`, so many at once; a line of the table."""
+def rate(name: str, read: Callable[[np.ndarray], object], indices: np.ndarray, batch_size: int) -> str:
+    """Reads the scenes at `indices`, `batch_size` at once; returns a line of the table."""
     wall, processor = time.perf_counter(), time.process_time()
-    for start in range(0, len(numbers), at_once):
-        read(numbers[start : start + at_once])
+    for start in range(0, len(indices), batch_size):
+        read(indices[start : start + batch_size])
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    count = len(numbers)
+    count = len(indices)
     return f"{name:<44} {count / wall:>12,.0f} {count / processor:>14,.0f}"
 
 
 def rates(store: Store, count: int) -> list[str]:
-    """Lines: records a second, singly and in batches."""
-    numbers = np.random.default_rng(1).integers(0, len(store), count)
-    frames = int(store.entries(numbers[:1])["frames"][0])
+    """Lines of the table: records per second, singly and in batches."""
+    indices = np.random.default_rng(1).integers(0, len(store), count)
+    frames = int(store.entries(indices[:1])["frames"][0])
 
-    def singly(one: np.ndarray) -> None:
-        store.scene(int(one[0]))
+    def singly(index: np.ndarray) -> None:
+        store.scene(int(index[0]))
 
-    def grids(some: np.ndarray) -> None:
-        of_all = np.tile(np.arange(frames), len(some))
-        store.grids(store.entries(some).repeat(frames), of_all, np.zeros(len(of_all), np.int64))
+    def grids(batch: np.ndarray) -> None:
+        frame_ids = np.tile(np.arange(frames), len(batch))
+        store.grids(store.entries(batch).repeat(frames), frame_ids, np.zeros(len(frame_ids), np.int64))
 
     lines = [f"{'records of 16 grids, random, checked':<44} {'a second':>12} {'a core second':>14}"]
-    lines.append(rate("Store.scene, singly", singly, numbers, 1))
-    lines.append(rate(f"Store.grids, all grids of {_BATCH} scenes at once", grids, numbers, _BATCH))
+    lines.append(rate("Store.scene, singly", singly, indices, 1))
+    lines.append(rate(f"Store.grids, all grids of {_BATCH} scenes at once", grids, indices, _BATCH))
     return lines
 
 
 def memory(folder: str, count: int) -> dict[str, float]:
-    """MiB resident of this process: before the store, opened, and after reads; and of those what is no file's."""
-    found = {"before": _resident("VmRSS")}
+    """Resident MiB of this process: before opening, after, after reads; `own` is the part that no file backs."""
+    resident = {"before": _resident("VmRSS")}
     store = Store(folder)
-    found["opened"] = _resident("VmRSS")
-    numbers = np.random.default_rng(2).integers(0, len(store), count)
+    resident["opened"] = _resident("VmRSS")
+    indices = np.random.default_rng(2).integers(0, len(store), count)
     for start in range(0, count, _BATCH):
-        some = numbers[start : start + _BATCH]
-        store.grids(store.entries(some), np.zeros_like(some), np.zeros_like(some))
-    return found | {"read": _resident("VmRSS"), "own": _resident("RssAnon")}
+        batch = indices[start : start + _BATCH]
+        store.grids(store.entries(batch), np.zeros_like(batch), np.zeros_like(batch))
+    return resident | {"read": _resident("VmRSS"), "own": _resident("RssAnon")}
 
 
 def _resident(field: str) -> float:
@@ -117,31 +117,30 @@ def _run(args: cli.Args) -> None:
     print(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
     with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
         store = make_store(pathlib.Path(folder, "rates"), int(RATE_SCENES * scale), RATE_FRAMES)
-        held = sum(
+        stored_bytes = sum(
             shard["files"][shard["name"] + RECORDS_SUFFIX]["bytes"] for shard in store.manifest["shards"]
         )
-        plain = len(store) * (512 * RATE_FRAMES + len("scene-000000000"))
+        minimum_bytes = len(store) * (512 * RATE_FRAMES + len("scene-000000000"))
         print(
-            f"{len(store):,} scenes of {RATE_FRAMES} grids: {held / plain - 1:.2%} over 512 bytes a grid and the keys"
+            f"{len(store):,} scenes of {RATE_FRAMES} grids: {stored_bytes / minimum_bytes - 1:.2%} over 512 bytes per "
+            "grid and the keys"
         )
         print("\n" + "\n".join(rates(store, reads)))
         print(f"\n{'MiB resident':<32} {'before':>8} {'opened':>8} {'read':>8} {'of it own':>10}")
-        for number, (scenes, frames) in enumerate(MEMORY):
-            place = pathlib.Path(folder, f"memory-{number}")
-            count = len(make_store(place, int(scenes * scale), frames))
+        for index, (scenes, frames) in enumerate(MEMORY):
+            path = pathlib.Path(folder, f"memory-{index}")
+            count = len(make_store(path, int(scenes * scale), frames))
             command = [
                 sys.executable,
                 "-m",
                 "scripts.benchmark_store",
-                f"--memory_of={place}",
+                f"--memory_of={path}",
                 f"--reads={reads}",
             ]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            columns = (
-                f"{found['before']:>8.0f} {found['opened']:>8.0f} {found['read']:>8.0f} {found['own']:>10.0f}"
-            )
+            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            columns = f"{row['before']:>8.0f} {row['opened']:>8.0f} {row['read']:>8.0f} {row['own']:>10.0f}"
             print(f"{f'{count:,} scenes of {frames}':<32} {columns}")
-            for file in place.iterdir():
+            for file in path.iterdir():
                 file.unlink()
     print(f"load after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
 
@@ -149,10 +148,10 @@ def _run(args: cli.Args) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.float("scale", 1.0, "of the numbers of scenes and reads")
-    flags.integer("reads", 50_000, "random reads of each row")
-    flags.string("folder", "", "where stores are made; some 10 GB at most")
-    flags.string("memory_of", "", "a store: prints what reading it takes and ends")
+    flags.float("scale", 1.0, "scale of the numbers of scenes and reads")
+    flags.integer("reads", 50_000, "random reads per row")
+    flags.string("folder", "", "folder for the stores, about 10 GB at most (default: a temporary one)")
+    flags.string("memory_of", "", "internal: measure this store in this process")
     return flags.run(_run, argv)
 
 

@@ -1,11 +1,11 @@
-"""Speed of the published tokenizers beside torch: same networks, same images, one table.
+"""Benchmark of the published tokenizers beside torch: same networks, same images, one table.
 
-    python -m scripts.benchmark_tokenizer                            one accelerator, torch if it is installed
-    python -m scripts.benchmark_tokenizer --profile=FOLDER           and where the time of ours goes
-    python -m scripts.benchmark_tokenizer --flips=64 --nospeed       how many codes bfloat16 changes
+    python -m scripts.benchmark_tokenizer                            one accelerator; torch if it is installed
+    python -m scripts.benchmark_tokenizer --profile=FOLDER           with a breakdown of our time
+    python -m scripts.benchmark_tokenizer --flips=64 --nospeed       share of codes that bfloat16 changes
 
-Ours is what `Tokenizer` runs, with random weights. Each contender has a process of its own, one after the other; one
-that fails says so in its row. The exit code is 1 where ours gave no figure.
+Ours is `Tokenizer` with random weights. Each contender runs in its own process, one after the other; a failure is
+reported in its row. Exits with 1 if ours has no figure.
 """
 
 from __future__ import annotations
@@ -35,28 +35,27 @@ from lvm.data.images.sources.generated import GeneratedSource
 from lvm.hardware import accelerators
 from lvm.model import nnx_utils
 from scripts import step_profile
-from scripts.contenders import Report, contend, cpu_name, reporter
+from scripts.contenders import Report, contend, cpu_name, run_job
 from tokenizer.network import VARIANTS, VQGAN
 from tokenizer.pretrained import DataParallel, Tokenizer
 
 Job = dict[str, Any]
-WORKS = ("encode", "decode")
-_PROFILED = 3  # calls in a trace
-# `scripts.step_profile` names the work of a training step; what it calls the optimizer's is elementwise here.
+_PROFILED_CALLS = 3
+# Kinds of `scripts.step_profile` that a tokenizer has; all others are elementwise work here.
 _KINDS = {"matmul": "convolutions and products", "idle": "idle", "collectives": "collectives"}
-_OTHERS = "norms and elementwise"
+_OTHER_KINDS = "norms and elementwise"
 
 
 def _run(args: cli.Args) -> None:
     if args.job:
-        _run_job(json.loads(args.job))
+        run_job(json.loads(args.job), run_ours, "scripts.peer_torch_vqgan")
         return
     for network in args.network:
         if network not in VARIANTS:
             raise UserError(f"--network: {network!r} is not one of {', '.join(VARIANTS)}")
     if args.speed:
         _compare(args)
-    for network in args.network if args.flips else ():  # last: this process takes the accelerator here
+    for network in args.network if args.flips else ():  # last: initializes this process's accelerator
         print(flips(network, args.flips))
 
 
@@ -84,7 +83,7 @@ def _compare(args: cli.Args) -> None:
 def _contend(
     args: cli.Args, network: str, name: str, limit: float, machine: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Runs a contender in a process of its own; its records, with a row for whatever went wrong."""
+    """Runs a contender in its own process; returns its records, with one more for a failure."""
     job = {
         "contender": name,
         "network": network,
@@ -100,27 +99,14 @@ def _contend(
     return [{"network": network, "contender": name, **record} for record in records]
 
 
-def _run_job(job: Job) -> None:
-    report = reporter(job)
-    if job["contender"] == "ours":
-        run_ours(job, report)
-        return
-    try:
-        from scripts import peer_torch_vqgan
-    except ImportError as error:
-        report({"failed": f"{error.name or error} isn't installed"})
-        return
-    peer_torch_vqgan.run(job, report)
-
-
 def random_images(job: Job) -> np.ndarray:
-    """The images of every contender: uint8 [B, R, R, 3]."""
+    """Images of all contenders: uint8 [B, R, R, 3]."""
     side = VARIANTS[job["network"]].resolution
     return np.random.default_rng(0).integers(0, 256, (job["batch_size"], side, side, 3), dtype=np.uint8)
 
 
 def random_codes(job: Job) -> np.ndarray:
-    """The codes of every contender: int32 [B, N]."""
+    """Codes of all contenders: int32 [B, N]."""
     config = VARIANTS[job["network"]]
     shape = (job["batch_size"], config.codes_per_image)
     return np.random.default_rng(1).integers(0, config.codebook_size, shape, dtype=np.int32)
@@ -134,7 +120,7 @@ def random_tokenizer(network: str, dtype: str) -> Tokenizer:
 
 
 def run_ours(job: Job, report: Report) -> None:
-    """Encoding and decoding of ours on one device, and their profiles where they are asked for."""
+    """Reports our encoding and decoding on one device, and their profiles if asked for."""
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     job = job | {
@@ -167,7 +153,7 @@ def _wait_for(function: DataParallel, rows: jax.Array) -> None:
 
 
 def measure(variant: str, work: str, job: Job, call: Callable[[], None]) -> dict[str, Any]:
-    """The row of a contender: the median of the calls after the warm-up, the compiling one among that."""
+    """Measures a contender: the median of the calls after warm-up (which compiles), as a row of the table."""
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -192,11 +178,11 @@ def measure(variant: str, work: str, job: Job, call: Callable[[], None]) -> dict
 
 
 def profile(call: Callable[[], None], hlo: str, folder: pathlib.Path) -> list[str]:
-    """Traces a few calls into `folder`; the lines of the table of where their time goes."""
+    """Traces a few calls into `folder`; returns the lines of a table of their time by kind of work."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with jax.profiler.trace(str(folder), profiler_options=options):
-        for _ in range(_PROFILED):
+        for _ in range(_PROFILED_CALLS):
             call()
     newest = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     with gzip.open(newest, "rt") as stream:
@@ -204,23 +190,23 @@ def profile(call: Callable[[], None], hlo: str, folder: pathlib.Path) -> list[st
     of_instruction = step_profile.kinds_of_instructions(hlo)
 
     def kind(event: dict[str, Any]) -> str:
-        return _KINDS.get(step_profile.kind_of_event(event, of_instruction), _OTHERS)
+        return _KINDS.get(step_profile.kind_of_event(event, of_instruction), _OTHER_KINDS)
 
-    shares = step_profile.where_time_goes(events, kind)
+    shares = step_profile.time_by_kind(events, kind)
     total = sum(shares.values())
     if not total:
-        return ["no operation of the device is in the trace"]
+        return ["the trace has no device operation"]
     lines = [f"{'kind of work':<26} {'ms a call':>10} {'share':>8}"]
-    for name in (*_KINDS.values(), _OTHERS):
+    for name in (*_KINDS.values(), _OTHER_KINDS):
         taken = shares.get(name, 0.0)
-        lines.append(f"{name:<26} {taken / 1000 / _PROFILED:>10.2f} {taken / total:>8.1%}")
+        lines.append(f"{name:<26} {taken / 1000 / _PROFILED_CALLS:>10.2f} {taken / total:>8.1%}")
     return lines
 
 
 def flips(network: str, count: int) -> str:
-    """How many codes of generated images bfloat16 changes, as a line.
+    """One line: the share of codes of generated images that bfloat16 changes.
 
-    The codebook is drawn with the mean and scale of the latents, so that many codes are in use.
+    The codebook is sampled with the mean and scale of the latents, so that many codes are used.
     """
     exact = random_tokenizer(network, "float32")
     source = GeneratedSource(exact.preprocess, num_scenes=count, num_frames=1, streams=("rgb",))
@@ -239,7 +225,7 @@ def flips(network: str, count: int) -> str:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The rows of all contenders, how ours compares with the best of torch, and the profiles."""
+    """Formats the rows of all contenders, ours relative to the fastest of torch, and the profiles."""
     titles = ["network", "contender", "work", "images a call", "ms a call", "images/s", "GFLOP/s", "× torch"]
     lines, profiles = [titles], []
     for record in records:
@@ -254,11 +240,11 @@ def table(records: list[dict[str, Any]]) -> str:
             operations = next((r["operations"] for r in same if "operations" in r), 0.0)
             rate = record["images_per_second"]
             row = [str(record["batch_size"]), f"{record['milliseconds']:.1f}", f"{rate:.2f}"]
-            lines.append([*start, *row, f"{operations * rate / 1e9:.0f}", _against_torch(record, same)])
+            lines.append([*start, *row, f"{operations * rate / 1e9:.0f}", _relative_to_torch(record, same)])
         elif "profile" in record:
             profiles += [
                 "",
-                f"{record['network']}, {record['work']} of ours by kind of work:",
+                f"{record['network']}, our {record['work']} by kind of work:",
                 *record["profile"],
             ]
     whole = [line for line in lines if len(line) == len(titles)]
@@ -267,7 +253,7 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(rows + profiles)
 
 
-def _against_torch(record: dict[str, Any], same: list[dict[str, Any]]) -> str:
+def _relative_to_torch(record: dict[str, Any], same: list[dict[str, Any]]) -> str:
     rates = [r["images_per_second"] for r in same if r["contender"] == "torch" and "images_per_second" in r]
     return (
         f"{record['images_per_second'] / max(rates):.2f}" if rates and record["contender"] == "ours" else ""
@@ -300,17 +286,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
     flags.comma_list("network", ["maskgit", "lvm"], f"networks, of {', '.join(VARIANTS)}")
-    flags.integer("batch_size", 0, "images a call; 0: 2 on a CPU, else 64", lower_bound=0)
-    flags.integer("steps", 8, "calls that are timed", lower_bound=1)
+    flags.integer("batch_size", 0, "images per call; 0: 2 on a CPU, else 64", lower_bound=0)
+    flags.integer("steps", 8, "timed calls", lower_bound=1)
     flags.integer("warmup", 2, "calls before them", lower_bound=1)
-    flags.enum("peer", "torch", ["torch", "none"], "what stands beside ours")
-    flags.enum("dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone")
-    flags.boolean("torch_compile", True, "whether torch compiles too")
-    flags.string("profile", "", "a folder for traces of ours; prints what its time is made of")
-    flags.integer("flips", 0, "images to compare bfloat16's codes with float32's on", lower_bound=0)
-    flags.boolean("speed", True, "whether speed is measured")
-    flags.float("minutes", 15.0, "for all contenders; each has an even share of what is left")
-    flags.string("job", "", "one contender's work: what the command passes to its own processes")
+    flags.enum("peer", "torch", ["torch", "none"], "peer to compare with")
+    flags.enum(
+        "dtype",
+        "auto",
+        ["auto", "bfloat16", "float32"],
+        "compute dtype; auto: float32 on a CPU, else bfloat16",
+    )
+    flags.boolean("torch_compile", True, "measure torch.compile too")
+    flags.string("profile", "", "folder for traces of ours; prints a breakdown")
+    flags.integer(
+        "flips", 0, "images to compare the codes of bfloat16 and float32 on; 0: none", lower_bound=0
+    )
+    flags.boolean("speed", True, "measure speed")
+    flags.float("minutes", 15.0, "time limit of all contenders, shared evenly")
+    flags.string("job", "", "internal: the work of one contender, as JSON")
     return flags.run(_run, argv)
 
 

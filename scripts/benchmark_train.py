@@ -1,10 +1,10 @@
-"""Speed of the training step beside transformers' Llama in torch: same shapes, same tokens, one table.
+"""Benchmark of the training step beside transformers' Llama in torch: same shapes, same tokens, one table.
 
-    python -m scripts.benchmark_train --size=1b,3b                   one accelerator, torch if it is installed
-    python -m scripts.benchmark_train --size=1b --profile=FOLDER     and where the time of ours goes
+    python -m scripts.benchmark_train --size=1b,3b                   one accelerator; torch if it is installed
+    python -m scripts.benchmark_train --size=1b --profile=FOLDER     with a breakdown of our step
 
-Ours is what `lvm.train` runs. Each contender has a process of its own, one after the other, so that neither holds
-memory from the other; one that fails says so in its row. The exit code is 1 where ours gave no figure.
+Ours is the step of `lvm train`. Each contender runs in its own process, one after the other; a failure is reported in
+its row. Exits with 1 if ours has no figure.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from scripts.contenders import Report, contend, cpu_name, one_line, run_job
 from scripts.step_profile import profile
 
 CODES, VOCABULARY = 8192, 8448
-_LONG_RUN = 10_000  # steps of the schedule, of which the benchmark runs the first few
-_MEMORY_SHARE = "0.92"  # of a GPU, for JAX: more than its default, since it is alone there
+_SCHEDULE_STEPS = 10_000  # the benchmark runs the first few
+_MEMORY_SHARE = "0.92"  # of a GPU, for JAX: above its default, since no other process uses the GPU
 _GIB = 2**30
 
 
@@ -80,7 +80,7 @@ def _check_flags(args: cli.Args) -> None:
 def _contend(
     args: cli.Args, size: str, name: str, limit: float, machine: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Runs a contender in a process of its own; its records, with a row for whatever went wrong."""
+    """Runs a contender in its own process; returns its records, with one more for a failure."""
     job = {
         "contender": name,
         "size": size,
@@ -94,21 +94,21 @@ def _contend(
         "compile": args.torch_compile,
         "profile": args.profile,
     }
-    # The older name and the newer one beside each other are an error.
-    given = {"XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"} & os.environ.keys()
-    environment = {} if given else {"XLA_CLIENT_MEM_FRACTION": _MEMORY_SHARE}
+    # Setting the old and the new name at once is an error.
+    is_set = {"XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"} & os.environ.keys()
+    environment = {} if is_set else {"XLA_CLIENT_MEM_FRACTION": _MEMORY_SHARE}
     records = contend("scripts.benchmark_train", job, limit, environment)
     return [{"size": size, "contender": name, **record} for record in records]
 
 
 def random_tokens(step: int, batch_size: int, context: int) -> np.ndarray:
-    """The tokens of a step, the same for every contender: int32 [B, C+1]."""
+    """Tokens of a step, equal for all contenders: int32 [B, C+1]."""
     rng = np.random.default_rng(step)
     return rng.integers(0, CODES, (batch_size, context + 1), dtype=np.int32)
 
 
 def run_ours(job: dict[str, Any], report: Report) -> None:
-    """Our step with each rematerialisation, and a profile of the fastest where one is asked for."""
+    """Reports our step with each remat policy, and a profile of the fastest if asked for."""
     device = jax.devices()[0]
     dtype = job["dtype"]
     if dtype == "auto":
@@ -133,14 +133,16 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
         try:
             start = time.perf_counter()
             step = make_step(dataclasses.replace(config, remat=remat), job["batch_size"])
-            needed = step.memory_bytes()  # compiles
-            print(f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {needed / _GIB:.1f} GiB")
-            if memory and needed > memory:
-                raise MemoryError(f"needs {needed / _GIB:.1f} of {memory / _GIB:.1f} GiB")
+            memory_needed = step.memory_bytes()  # compiles
+            print(
+                f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {memory_needed / _GIB:.1f} GiB"
+            )
+            if memory and memory_needed > memory:
+                raise MemoryError(f"needs {memory_needed / _GIB:.1f} of {memory / _GIB:.1f} GiB")
             variant += f", {step.task.kernel} attention"  # type: ignore[attr-defined]
-            # The stepper gets no name: its state must be gone before the next one makes its own.
-            measured = measure(variant, job, _stepper(step, job), needed)
-        except Exception as error:  # the next one may do
+            # The stepper is not kept: its state must be freed before the next one is allocated.
+            measured = measure(variant, job, _stepper(step, job), memory_needed)
+        except Exception as error:  # the next one may succeed
             print(f"{variant}: {one_line(str(error))}")
             report({"variant": variant, "failed": one_line(str(error))})
             continue
@@ -162,7 +164,7 @@ def _libraries() -> str:
 
 
 def rows_that_fit(config: ModelConfig, memory: int | None) -> int:
-    """Rows a batch by rule of thumb: weights, moments and gradients, and what a step keeps of every token."""
+    """Estimates the rows per batch from weights, moments, gradients and the activations kept per token."""
     if memory is None:
         return 1
     _, shapes = nnx_utils.abstract_module(lambda rngs: Transformer(config, rngs))
@@ -172,7 +174,7 @@ def rows_that_fit(config: ModelConfig, memory: int | None) -> int:
 
 
 def make_step(config: ModelConfig, batch_size: int) -> Step:
-    """The training step on one device, as `lvm.train` makes it."""
+    """Makes the training step of `lvm train` on one device."""
     B, C = batch_size, config.context
     spec = {
         "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
@@ -180,19 +182,19 @@ def make_step(config: ModelConfig, batch_size: int) -> Step:
         "positions": jax.ShapeDtypeStruct((B, C), np.int32),
         "component_ids": jax.ShapeDtypeStruct((B, C), np.int16),
     }
-    tx, schedule = optimizer.build(optimizer.OptimizerConfig(), _LONG_RUN)
+    tx, schedule = optimizer.build(optimizer.OptimizerConfig(), _SCHEDULE_STEPS)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     return Step(NextTokenTask(config, spec, ["random"], tx, schedule, mesh), mesh, seed=0)
 
 
 def _stepper(step: Step, job: dict[str, Any]) -> Callable[[int], tuple[float, float]]:
-    """(number of the step) → (seconds, loss), from a fresh state on."""
+    """Returns a function step → (seconds, loss) that starts from a fresh state."""
     state = step.init()
     jax.block_until_ready(state)
 
-    def run(number: int) -> tuple[float, float]:
+    def run(step_index: int) -> tuple[float, float]:
         nonlocal state
-        batch = step.shard_batch(_batch(number, job))
+        batch = step.shard_batch(_batch(step_index, job))
         jax.block_until_ready(batch)
         start = time.perf_counter()
         state, metrics = step(state, batch)
@@ -202,10 +204,10 @@ def _stepper(step: Step, job: dict[str, Any]) -> Callable[[int], tuple[float, fl
     return run
 
 
-def _batch(number: int, job: dict[str, Any]) -> dict[str, np.ndarray]:
+def _batch(step: int, job: dict[str, Any]) -> dict[str, np.ndarray]:
     B, C = job["batch_size"], job["context"]
     return {
-        "tokens": random_tokens(number, B, C),
+        "tokens": random_tokens(step, B, C),
         "loss_mask": np.ones((B, C), np.bool_),
         "positions": np.tile(np.arange(C, dtype=np.int32), (B, 1)),
         "component_ids": np.zeros((B, C), np.int16),
@@ -215,10 +217,10 @@ def _batch(number: int, job: dict[str, Any]) -> dict[str, np.ndarray]:
 def measure(
     variant: str, job: dict[str, Any], run: Callable[[int], tuple[float, float]], memory: int | None = None
 ) -> dict[str, Any]:
-    """The row of a contender: the median of the steps after the warm-up."""
-    warm = [run(number) for number in range(job["warmup"])]
-    timed = [run(job["warmup"] + number) for number in range(job["steps"])]
-    seconds, losses = [s for s, _ in timed], [loss for _, loss in warm + timed]
+    """Measures a contender: the median of the steps after warm-up, as a row of the table."""
+    warmup = [run(step) for step in range(job["warmup"])]
+    timed = [run(job["warmup"] + step) for step in range(job["steps"])]
+    seconds, losses = [s for s, _ in timed], [loss for _, loss in warmup + timed]
     if not all(math.isfinite(loss) for loss in losses):
         raise FloatingPointError(f"losses {losses}")
     median = statistics.median(seconds)
@@ -238,7 +240,7 @@ def measure(
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The rows of all contenders, and the profiles after them."""
+    """Formats the rows of all contenders, followed by the profiles."""
     titles = [
         "size",
         "contender",
@@ -261,7 +263,7 @@ def table(records: list[dict[str, Any]]) -> str:
             memory = f"{record['memory'] / _GIB:.1f}" if record["memory"] else "-"
             lines.append([*start, *row, memory, f"{first:.3f} to {last:.3f}"])
         elif "profile" in record:
-            profiles += ["", f"{record['size']}, a step of ours by kind of work:", *record["profile"]]
+            profiles += ["", f"{record['size']}, our step by kind of work:", *record["profile"]]
     whole = [line for line in lines if len(line) == len(titles)]
     widths = [max(len(line[i]) for line in (lines if i < 2 else whole)) for i in range(len(titles))]
     rows = [
@@ -271,7 +273,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def _mfu(record: dict[str, Any], records: list[dict[str, Any]]) -> list[float | None]:
-    """By each convention; None where no peak is known. The peaks are bfloat16's, so there is none for float32."""
+    """MFU by each convention; None where the peak is unknown: the datasheet's peaks are for bfloat16."""
     machine = _machine(records, record["size"])
     chip = _chip(machine)
     if chip is None or machine["dtype"] != "bfloat16":
@@ -290,10 +292,10 @@ def _chip(machine: dict[str, Any]) -> accelerators.Accelerator | None:
 
 
 def _machine_lines(args: cli.Args, records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
-    said = [record for record in records if "libraries" in record]
-    libraries = dict.fromkeys(r["libraries"] for r in said)
+    starts = [record for record in records if "libraries" in record]
+    libraries = dict.fromkeys(r["libraries"] for r in starts)
     lines = [", ".join([f"Python {platform.python_version()}", *libraries])]
-    machine = next((r for r in said if r["contender"] == "ours"), None)
+    machine = next((r for r in starts if r["contender"] == "ours"), None)
     if machine is None:
         return lines
     chip = _chip(machine)
@@ -303,9 +305,11 @@ def _machine_lines(args: cli.Args, records: list[dict[str, Any]], load: tuple[fl
     else:
         lines.append(machine["device"])
     if chip and machine["dtype"] == "bfloat16":
-        lines.append(f"MFU is of {chip.peak_flops / accelerators.TERA:g} TFLOP/s, {chip.name} in bfloat16")
+        lines.append(
+            f"MFU relative to {chip.peak_flops / accelerators.TERA:g} TFLOP/s, {chip.name} in bfloat16"
+        )
     else:
-        lines.append(f"no MFU: no peak is known of this device in {machine['dtype']}")
+        lines.append(f"no MFU: this device has no known peak in {machine['dtype']}")
     lines.append(
         f"compute in {machine['dtype']}, parameters and AdamW in float32, medians of {args.steps} steps"
     )
@@ -330,18 +334,23 @@ def _verdict(records: list[dict[str, Any]], size: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.comma_list("size", ["1b"], f"sizes, of {', '.join(SIZES)}")
-    flags.integer("context", 4096, "tokens a row", lower_bound=2)
-    flags.integer("batch_size", 0, "rows; 0: what the memory suggests", lower_bound=0)
-    flags.integer("steps", 8, "steps that are timed", lower_bound=1)
+    flags.comma_list("size", ["1b"], f"model sizes, of {', '.join(SIZES)}")
+    flags.integer("context", 4096, "tokens per row", lower_bound=2)
+    flags.integer("batch_size", 0, "rows; 0: estimated from the memory", lower_bound=0)
+    flags.integer("steps", 8, "timed steps", lower_bound=1)
     flags.integer("warmup", 3, "steps before them", lower_bound=1)
-    flags.comma_list("remat", ["dots", "none"], f"policies tried in turn, of {', '.join(REMAT_POLICIES)}")
-    flags.enum("peer", "torch", ["torch", "none"], "what stands beside ours")
-    flags.enum("dtype", "auto", ["auto", "bfloat16", "float32"], "of compute; auto is float32 on a CPU alone")
-    flags.boolean("torch_compile", True, "whether torch compiles")
-    flags.string("profile", "", "a folder for a trace of ours; prints what its time is made of")
-    flags.float("minutes", 7.5, "for all contenders; each has an even share of what is left")
-    flags.string("job", "", "one contender's work: what the command passes to its own processes")
+    flags.comma_list("remat", ["dots", "none"], f"remat policies to try, of {', '.join(REMAT_POLICIES)}")
+    flags.enum("peer", "torch", ["torch", "none"], "peer to compare with")
+    flags.enum(
+        "dtype",
+        "auto",
+        ["auto", "bfloat16", "float32"],
+        "compute dtype; auto: float32 on a CPU, else bfloat16",
+    )
+    flags.boolean("torch_compile", True, "use torch.compile")
+    flags.string("profile", "", "folder for a trace of our step; prints its breakdown")
+    flags.float("minutes", 7.5, "time limit of all contenders, shared evenly")
+    flags.string("job", "", "internal: the work of one contender, as JSON")
     return flags.run(_run, argv)
 
 

@@ -1,10 +1,9 @@
-"""The whole system, small: trains on images and paints a prompt's answer.
+"""Demo of the whole system: trains a small tokenizer and transformer and answers a prompt of images.
 
     python -m scripts.demo                      generated scenes
     python -m scripts.demo --images=FOLDER      your own images
 
-It calls the same commands that a user would, in order, and prints each. What is done is not done again: kill
-it at any moment and start it once more.
+Runs the user's commands in order and prints each. A demo that was killed resumes when it is started again.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from lvm.data.store.reader import Store
 from lvm.evaluation.summary import metrics_table
 
 _HELDOUT = 0.15
-_VIDEO_SHARE = 0.3  # of the sentences, where there are both videos and annotations
-_FRAMES = 8  # of the demo's videos
-_PASSES = 15  # at most, through one's own images
-_MADE = (
+_VIDEO_SHARE = 0.3  # share of video sentences where there are annotations too
+_FRAMES = 8  # frames of a demo video
+_MAX_EPOCHS = 15  # over user images
+_OUTPUTS = (
     "tokenizer",
     "store",
     "lvm",
@@ -49,11 +48,11 @@ _MADE = (
 
 
 def stage(title: str, module: str, *arguments: str) -> None:
-    """Runs one command of the project; ends the demo with its exit code if it fails."""
+    """Runs a command of the project and exits with its exit code if it fails."""
     command = [sys.executable, "-m", module, *arguments]
     print(f"\n== {title}\n$ {shlex.join(['python', *command[1:]])}")
     start = time.monotonic()
-    # A stage that outlived a killed demo would hold its workdir against the next one.
+    # The stage ends with the demo: an orphan would keep its workdir locked.
     environment = {"JAX_PLATFORMS": "cpu", **os.environ, cli.PARENT: str(os.getpid())}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
@@ -62,7 +61,7 @@ def stage(title: str, module: str, *arguments: str) -> None:
 
 
 def output_folder(images: str) -> pathlib.Path:
-    """`runs/demo`, or for a folder of images one that its path decides."""
+    """`runs/demo`, or a folder named after the path of the user's images."""
     if not images:
         return pathlib.Path("runs/demo")
     path = pathlib.Path(images).resolve()
@@ -71,35 +70,35 @@ def output_folder(images: str) -> pathlib.Path:
 
 
 def mixture_flags(store: Store) -> list[str]:
-    """Weights of the sentences that a store of any images may allow; training leaves out what it can't make."""
+    """Component weights that fit the streams of a store; training skips components without scenes."""
     annotations = [name for name in store.streams if name != "rgb"]
     has_video = bool((store.index["frames"] >= _FRAMES).any())
     weights = {"video": _VIDEO_SHARE if annotations else 1.0} if has_video else {}
     weights |= {name: (1 - weights.get("video", 0.0)) / len(annotations) for name in annotations}
     weights = weights or {"single": 1.0}
-    listed = ["video", "segmentation", "depth", "edges", "normals", "boxes", "pose", "single"]
-    flags = [f"--config.data.components.{name}.weight={weights.get(name, 0.0)}" for name in listed]
+    components = ["video", "segmentation", "depth", "edges", "normals", "boxes", "pose", "single"]
+    flags = [f"--config.data.components.{name}.weight={weights.get(name, 0.0)}" for name in components]
     return [*flags, "--config.data.allow_missing=true"]
 
 
 def steps_flag(store: Store, config: str) -> list[str]:
-    """Fewer steps for few images: a small folder, gone through too often, is learned by heart."""
+    """Limits the number of steps to `_MAX_EPOCHS` over a small folder, which would be memorized otherwise."""
     chosen = runpy.run_path(config)["get_config"]()
     images = sum(shard["images"] for shard in store.manifest["shards"])
-    enough = images * _PASSES // (chosen.batch_size * _FRAMES)
-    steps = min(chosen.loop.total_steps, max(enough, 2 * chosen.optimizer.warmup_steps + 1))
+    max_steps = images * _MAX_EPOCHS // (chosen.batch_size * _FRAMES)
+    steps = min(chosen.loop.total_steps, max(max_steps, 2 * chosen.optimizer.warmup_steps + 1))
     return [f"--config.loop.total_steps={steps}"]
 
 
 def images_that_fit(model: pathlib.Path) -> int:
-    """How many images the context of a trained model holds after BOS."""
+    """Number of images that fit into a trained model's context."""
     record = files.read_json(model / "config.json")
     height, width = record["tokenizer"]["grid"]
     return record["config"]["model"]["context"] // (height * width)
 
 
 def write_prompt(spec: str, resolution: int, folder: pathlib.Path, frames: int) -> list[str]:
-    """The first frames of a held-out video as PNG files; no files where there is none."""
+    """Writes the first frames of a held-out video as PNG files; returns their paths, none without such a video."""
     source = open_source(spec, Preprocess(resolution))
     infos = [source.info(i) for i in range(len(source))]
     mask = split.heldout_mask(np.array([split.group_hash(info.group) for info in infos], np.uint64), _HELDOUT)
@@ -115,22 +114,22 @@ def write_prompt(spec: str, resolution: int, folder: pathlib.Path, frames: int) 
     return []
 
 
-def remove_what_a_demo_made(folder: pathlib.Path) -> None:
-    """Removes an earlier demo's results, and nothing else that may lie in the folder."""
-    for name in _MADE:
+def remove_outputs(folder: pathlib.Path) -> None:
+    """Removes the outputs of an earlier demo and no other file of the folder."""
+    for name in _OUTPUTS:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    print(f"removed what an earlier demo made in {folder}")
+    print(f"removed the outputs of an earlier demo in {folder}")
 
 
 def _lock(folder: pathlib.Path) -> object:
     folder.mkdir(parents=True, exist_ok=True)
     lock = files.lock_file(folder / ".lock")
     if lock is None:
-        print(f"another demo is at work in {folder}; waiting for it to end ...")
+        print(f"another demo is running in {folder}; waiting for it to end ...")
         lock = files.lock_file(folder / ".lock", wait=True)
     return lock
 
@@ -139,13 +138,13 @@ def _run(args: cli.Args) -> None:
     start = time.monotonic()
     images, out = args.images, pathlib.Path(args.out or output_folder(args.images))
     source = images or args.source
-    open_source(source, Preprocess(64))  # a wrong folder is known before anything starts
+    open_source(source, Preprocess(64))  # fail early
     lock = _lock(out)
     if args.fresh:
-        remove_what_a_demo_made(out)
+        remove_outputs(out)
     tokenizer, store, model = str(out / "tokenizer"), str(out / "store"), str(out / "lvm")
     stage(
-        "1/5 The tokenizer learns to draw images with 64 codes",
+        "1/5 Train the tokenizer",
         "tokenizer.train",
         f"--config={args.tokenizer_config}",
         f"--workdir={tokenizer}",
@@ -153,26 +152,26 @@ def _run(args: cli.Args) -> None:
         f"--config.data.heldout_fraction={_HELDOUT}",
     )
     stage(
-        "2/5 Every image becomes codes, once",
+        "2/5 Encode every image",
         "tokenizer.encode",
         f"--tokenizer={tokenizer}",
         f"--source={source}",
         f"--out={store}",
     )
-    adapted = [*mixture_flags(Store(store)), *steps_flag(Store(store), args.lvm_config)] if images else []
+    overrides = [*mixture_flags(Store(store)), *steps_flag(Store(store), args.lvm_config)] if images else []
     stage(
-        "3/5 The transformer learns the next code",
+        "3/5 Train the transformer",
         "lvm.train",
         f"--config={args.lvm_config}",
         f"--workdir={model}",
         f"--config.data.store={store}",
         f"--config.data.heldout_fraction={_HELDOUT}",
         f"--config.tokenizer={tokenizer}",
-        *adapted,
+        *overrides,
     )
     common = [f"--model={model}", f"--tokenizer={tokenizer}"]
     stage(
-        "4/5 Asked on scenes it never saw",
+        "4/5 Evaluate on held-out scenes",
         "lvm.evaluate",
         f"--config={args.eval_config}",
         *common,
@@ -180,17 +179,17 @@ def _run(args: cli.Args) -> None:
         f"--out={out}",
     )
     resolution = files.read_json(out / "tokenizer" / "config.json")["config"]["model"]["resolution"]
-    answer, fit = out / "answer.png", min(images_that_fit(out / "lvm"), _FRAMES)
+    answer, max_images = out / "answer.png", min(images_that_fit(out / "lvm"), _FRAMES)
     if answer.exists() and answer.stat().st_mtime >= (out / "results.json").stat().st_mtime:
-        print(f"\n{answer} is there already")
-    elif prompt := write_prompt(source, resolution, out / "prompt", fit // 2):
+        print(f"\n{answer} exists already")
+    elif prompt := write_prompt(source, resolution, out / "prompt", max_images // 2):
         stage(
-            "5/5 A prompt of images, answered",
+            "5/5 Answer a prompt of images",
             "lvm.prompt",
             *common,
             "--sequence",
             *prompt,
-            f"--num_images={fit - len(prompt)}",
+            f"--num_images={max_images - len(prompt)}",
             f"--out={answer}",
         )
     else:
@@ -209,13 +208,13 @@ def _print_figures(out: pathlib.Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.string("images", "", "a folder of your own images, instead of generated scenes")
-    flags.boolean("fresh", False, "remove what an earlier demo did, and start anew")
-    flags.string("out", "", "where it goes; runs/demo… by default")
-    flags.string("source", "configs/demo_scenes.py", "the generated scenes' config")
-    flags.string("tokenizer_config", "configs/demo_tokenizer.py", "stage 1's config")
-    flags.string("lvm_config", "configs/demo_lvm.py", "stage 3's config")
-    flags.string("eval_config", "configs/eval_demo.py", "stage 4's config")
+    flags.string("images", "", "folder of your own images instead of generated scenes")
+    flags.boolean("fresh", False, "remove the outputs of an earlier demo first")
+    flags.string("out", "", "output folder (default: runs/demo…)")
+    flags.string("source", "configs/demo_scenes.py", "config of the generated scenes")
+    flags.string("tokenizer_config", "configs/demo_tokenizer.py", "config of stage 1")
+    flags.string("lvm_config", "configs/demo_lvm.py", "config of stage 3")
+    flags.string("eval_config", "configs/eval_demo.py", "config of stage 4")
     return flags.run(_run, argv)
 
 

@@ -1,8 +1,8 @@
-"""What `scripts.benchmark_train` measures ours against: transformers' Llama, trained by torch as well as it can.
+"""Peer of `scripts.benchmark_train`: transformers' Llama, trained by torch as fast as it can.
 
-Parameters, gradients and AdamW's state are float32, as ours are. Compute is by autocast to bfloat16, and the residual
-stream is bfloat16 too (autocast alone would leave it in float32, slower than ours). Forward and backward are
-compiled, AdamW is the fused one; clipping, weight decay and learning rates are those of ours.
+Parameters, gradients and AdamW state are float32, as in ours. Compute is bfloat16 by autocast, including the residual
+stream (which autocast alone leaves in float32, slower). Forward and backward are compiled, AdamW is fused; clipping,
+weight decay and learning rates are ours.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from scripts.contenders import one_line
 
 
 def run(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
-    """Reports a row for each attention backend on a GPU; on a CPU, for running as written and compiled.
+    """Reports a row for each attention backend on a GPU; on a CPU, eager and compiled.
 
     Args:
-      job: as `scripts.benchmark_train` passes it.
-      report: takes a row.
+      job: of `scripts.benchmark_train`.
+      report: receives each row.
     """
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -40,14 +40,14 @@ def run(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     if on_gpu:
         libraries += f" (CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()})"
-        torch.set_float32_matmul_precision("high")  # as XLA multiplies float32 there
+        torch.set_float32_matmul_precision("high")  # as XLA does for float32
     report({"libraries": libraries})
     transformers.AttentionInterface.register("plain_causal", _attend)
     for name, backend, compiled in _variants(on_gpu, job["compile"]):
         try:
             with sdpa_kernel([backend]) if backend else contextlib.nullcontext():
                 report(_measured(name, job, "cuda" if on_gpu else "cpu", compiled))
-        except Exception as error:  # the next one may do
+        except Exception as error:  # the next one may succeed
             print(f"{name}: {one_line(str(error))}")
             report({"variant": name, "failed": one_line(str(error))})
         torch.compiler.reset()
@@ -67,7 +67,7 @@ def _variants(on_gpu: bool, compiled: bool) -> list[tuple[str, SDPBackend | None
 def _attend(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **_: Any
 ) -> tuple[Any, None]:
-    # Transformers' own `sdpa` builds a mask while it is compiled (torch before 2.14), which flash and cuDNN don't take.
+    # Transformers' own `sdpa` builds a mask when compiled (torch before 2.14), which flash and cuDNN reject.
     assert attention_mask is None
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     return out.transpose(1, 2), None
@@ -93,13 +93,13 @@ def _measured(name: str, job: dict[str, Any], device: str, compiled: bool) -> di
     ]
     adamw = torch.optim.AdamW(groups, betas=(settings.b1, settings.b2), eps=settings.epsilon, fused=True)
 
-    def run(number: int) -> tuple[float, float]:
-        rows = torch.from_numpy(random_tokens(number, job["batch_size"], job["context"])).long().to(device)
+    def run(step: int) -> tuple[float, float]:
+        rows = torch.from_numpy(random_tokens(step, job["batch_size"], job["context"])).long().to(device)
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         _wait(device)
         start = time.perf_counter()
         for group in adamw.param_groups:
-            group["lr"] = settings.learning_rate * number / settings.warmup_steps
+            group["lr"] = settings.learning_rate * step / settings.warmup_steps
         loss = loss_of(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)

@@ -1,4 +1,4 @@
-"""What `scripts.benchmark_generate` measures ours against: transformers' `generate`, with each of its caches."""
+"""Peer of `scripts.benchmark_generate`: transformers' `generate` with each of its caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from scripts.benchmark_generate import Marks, Write, measure
+from scripts.benchmark_generate import Generate, Marks, measure
 from scripts.contenders import Report, one_line
 
 
@@ -18,8 +18,8 @@ def run(job: dict[str, Any], report: Report) -> None:
     """Reports a row for each cache and batch size.
 
     Args:
-      job: as `scripts.benchmark_generate` passes it.
-      report: takes a row.
+      job: of `scripts.benchmark_generate`.
+      report: receives each row.
     """
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -31,46 +31,46 @@ def run(job: dict[str, Any], report: Report) -> None:
     device = "cuda" if on_gpu else "cpu"
     dtype = getattr(torch, job["machine"]["dtype"])
     model = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype).to(device).eval()
-    # The answer has its full length, and ids beyond the codes are drawn by neither.
+    # Answers have full length; neither contender samples ids beyond the codes.
     model.generation_config.eos_token_id = None
     for cache in job["caches"]:
         for rows in job["batch_sizes"]:
             try:
-                report(measure(f"{cache} cache", job, rows, _writer(model, cache, device)))
-            except Exception as error:  # the next one may do
+                report(measure(f"{cache} cache", job, rows, _generate(model, cache, device)))
+            except Exception as error:  # the next one may succeed
                 print(f"{cache}, {rows}: {one_line(str(error))}")
                 report({"failed": f"{cache} cache, {rows} rows: {one_line(str(error))}"})
 
 
 class _Clock:
-    """What `generate` shows its tokens to: the prompt first, then one a row at a time."""
+    """Streamer that records when tokens arrive: the prompt first, then one token per row at a time."""
 
     def __init__(self) -> None:
         self.marks: Marks = []
-        self._shown = 0
+        self._num_puts = 0
 
     def put(self, _: Any) -> None:
-        """Notes the time, but of the prompt."""
-        if self._shown:
-            self.marks.append((self._shown, time.perf_counter()))
-        self._shown += 1
+        """Records the time of each token after the prompt."""
+        if self._num_puts:
+            self.marks.append((self._num_puts, time.perf_counter()))
+        self._num_puts += 1
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Part of the streamer interface; nothing to do."""
 
 
-def _writer(model: Any, cache: str, device: str) -> Write:
-    def write(given: np.ndarray, tokens: int) -> tuple[np.ndarray, Marks]:
-        prompt, clock = torch.from_numpy(given).long().to(device), _Clock()
+def _generate(model: Any, cache: str, device: str) -> Generate:
+    def generate(prompts: np.ndarray, tokens: int) -> tuple[np.ndarray, Marks]:
+        prompt, clock = torch.from_numpy(prompts).long().to(device), _Clock()
         with torch.inference_mode():
-            whole = model.generate(
+            output = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=tokens,
                 do_sample=False,
                 cache_implementation=None if cache == "dynamic" else cache,
-                streamer=clock,  # waits for each token, as whoever shows them does
+                streamer=clock,  # synchronizes after each token, like any streaming client
             )
-        return whole[:, given.shape[1] :].cpu().numpy(), clock.marks
+        return output[:, prompts.shape[1] :].cpu().numpy(), clock.marks
 
-    return write
+    return generate

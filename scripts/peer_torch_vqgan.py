@@ -1,8 +1,8 @@
-"""The published tokenizers in torch, as `scripts.benchmark_tokenizer` and the parity tests compare ours with.
+"""The published tokenizers in torch: peers of `scripts.benchmark_tokenizer` and of the parity tests.
 
-The released network of LVM is diffusers' `VQModel`. The two older ones are written here from their description, under
-the names that their torch files have, so that `load_state_dict` takes what `tokenizer.convert --to=torch` writes.
-Images and latents are NCHW.
+LVM's released network is diffusers' `VQModel`. The two older ones are written from their description, with the
+parameter names of their torch files, so that `load_state_dict` takes files of `tokenizer convert --to=torch`. Images and
+latents are NCHW.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tokenizer.network import VARIANTS, VQGANConfig
 
 
 class Block(nn.Module):
-    """norm → swish → 3×3, twice, and a shortcut where channels change; `names` are the shortcut's and its input."""
+    """Residual block: norm → swish → 3×3, twice; `shortcut` names the 1×1 that is used where channels change."""
 
     def __init__(self, inputs: int, outputs: int, groups: int, shortcut: str, of_output: bool):
         super().__init__()
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class MaskGIT(nn.Module):
-    """MaskGIT's tokenizer: average pooling down, nearest and a 3×3 up, shortcuts of a block's own output."""
+    """MaskGIT's tokenizer: average pooling down, nearest and a 3×3 up, shortcuts from a block's own output."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -95,7 +95,7 @@ class MaskGIT(nn.Module):
 
 
 class OldLVM(nn.Module):
-    """LVM's first tokenizer: MaskGIT's with the shortcut of a block's input, and depth to space going up."""
+    """LVM's first tokenizer: MaskGIT's with shortcuts from a block's input, and depth-to-space upsampling."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -142,7 +142,7 @@ class OldLVM(nn.Module):
 
 
 class ReleasedLVM(nn.Module):
-    """diffusers' `VQModel` with the two ways that a tokenizer is used."""
+    """diffusers' `VQModel` with the interface of the other two."""
 
     def __init__(self, model: diffusers.VQModel):
         super().__init__()
@@ -161,7 +161,7 @@ class ReleasedLVM(nn.Module):
 
 
 def released(config: VQGANConfig) -> ReleasedLVM:
-    """The released network of any size, with diffusers' own random weights."""
+    """LVM's released network at the config's size, with diffusers' random initialization."""
     stages = len(config.widths)
     model = diffusers.VQModel(
         block_out_channels=config.widths,
@@ -203,16 +203,16 @@ def _depth_to_space(x: torch.Tensor) -> torch.Tensor:
 def _nearest(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """[B, C, h, w] → [B, h·w], in float32 as ours."""
     rows = latents.float().flatten(2).transpose(1, 2)  # [B, N, C]
-    rows_of_codes = codebook.float()
-    return (rows @ rows_of_codes.T - 0.5 * rows_of_codes.square().sum(-1)).argmax(-1)
+    codes = codebook.float()
+    return (rows @ codes.T - 0.5 * codes.square().sum(-1)).argmax(-1)
 
 
 def run(job: Job, report: Report) -> None:
-    """Reports encoding and decoding, as written and compiled.
+    """Reports encoding and decoding, eager and compiled.
 
     Args:
-      job: as `scripts.benchmark_tokenizer` passes it.
-      report: takes a row.
+      job: of `scripts.benchmark_tokenizer`.
+      report: receives each row.
     """
     warnings.filterwarnings("ignore")
     if job["platform"] not in ("cpu", "gpu") or (job["platform"] == "gpu" and not torch.cuda.is_available()):
@@ -223,7 +223,7 @@ def run(job: Job, report: Report) -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     if job["dtype"] == "float32":
-        torch.set_float32_matmul_precision("highest")  # as ours multiplies float32
+        torch.set_float32_matmul_precision("highest")  # as in ours
         torch.backends.cudnn.allow_tf32 = False
     network = NETWORKS[job["network"]](VARIANTS[job["network"]]).eval()
     network = network.to(device, getattr(torch, job["dtype"]), memory_format=torch.channels_last)
@@ -232,7 +232,7 @@ def run(job: Job, report: Report) -> None:
             variant = f"channels last, {'compiled' if compiled else 'eager'}"
             try:
                 report(measure(variant, work, job, _call(network, work, job, device, compiled)))
-            except Exception as error:  # the next one may do
+            except Exception as error:  # the next one may succeed
                 print(f"{variant}: {one_line(str(error))}")
                 report({"variant": variant, "work": work, "failed": one_line(str(error))})
             torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of work: read off a trace of `jax.profiler`."""
+"""Breakdown of a training step by kind of work, from a trace of `jax.profiler`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import numpy as np
 
 from lvm.training.step import Step
 
-_PROFILED = 3  # steps in a trace
+_PROFILED_STEPS = 3
 KINDS = ("matmul", "attention", "elementwise and norms", "optimizer", "collectives", "other", "idle")
 
 
 def profile(step: Step, batch: Mapping[str, np.ndarray], folder: pathlib.Path) -> list[str]:
-    """Traces a few steps on one batch into `folder`; the lines of the table of where their time goes."""
+    """Traces a few steps on one batch into `folder`; returns the lines of a table of their time by kind of work."""
     state = step.init()
     batch = step.shard_batch(batch)
     state, metrics = step(state, batch)
@@ -28,56 +28,56 @@ def profile(step: Step, batch: Mapping[str, np.ndarray], folder: pathlib.Path) -
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with jax.profiler.trace(str(folder), profiler_options=options):
-        for _ in range(_PROFILED):
+        for _ in range(_PROFILED_STEPS):
             state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
     newest = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     with gzip.open(newest, "rt") as stream:
         events = json.load(stream)["traceEvents"]
     kinds = kinds_of_instructions(step.compile().as_text())
-    shares = where_time_goes(events, lambda event: kind_of_event(event, kinds))
+    shares = time_by_kind(events, lambda event: kind_of_event(event, kinds))
     total = sum(shares.values())
     if not total:
-        return ["no operation of the device is in the trace"]
+        return ["the trace has no device operation"]
     lines = [f"{'kind of work':<24} {'ms a step':>10} {'share':>8}"]
     for kind in KINDS:
         taken = shares.get(kind, 0.0)
-        lines.append(f"{kind:<24} {taken / 1000 / _PROFILED:>10.2f} {taken / total:>8.1%}")
-    lines.append(f"{'all':<24} {total / 1000 / _PROFILED:>10.2f} {1:>8.1%}")
+        lines.append(f"{kind:<24} {taken / 1000 / _PROFILED_STEPS:>10.2f} {taken / total:>8.1%}")
+    lines.append(f"{'all':<24} {total / 1000 / _PROFILED_STEPS:>10.2f} {1:>8.1%}")
     return lines
 
 
 def kinds_of_instructions(hlo: str) -> dict[str, str]:
-    """Name of an instruction of the compiled program, as `_key` has it → kind of work."""
+    """Instruction of the compiled program (its `_key`) → kind of work."""
     kinds: dict[str, str] = {}
-    products: set[str] = set()  # computations with a matrix product; callees come before their callers
+    products: set[str] = set()  # computations with a matrix product; callees precede their callers
     computation = ""
     for line in hlo.splitlines():
         if line and not line[0].isspace():
-            found = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)
-            computation = found[1] if found else ""
+            header = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)
+            computation = header[1] if header else ""
             continue
-        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
-        if not found:
+        instruction = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+        if not instruction:
             continue
-        called = re.search(r"calls=%?([\w.\-]+)", line)
-        product = bool(re.search(r"\b(dot|convolution)\(|cublas|__triton_gemm", line))
-        if product or (called and called[1] in products):
+        callee = re.search(r"calls=%?([\w.\-]+)", line)
+        is_product = bool(re.search(r"\b(dot|convolution)\(|cublas|__triton_gemm", line))
+        if is_product or (callee and callee[1] in products):
             products.add(computation)
-            product = True
-        name = re.search(r'op_name="([^"]*)"', line)
-        kinds[_key(found[1])] = _kind(found[1], name[1] if name else "", product)
+            is_product = True
+        op_name = re.search(r'op_name="([^"]*)"', line)
+        kinds[_key(instruction[1])] = _kind(instruction[1], op_name[1] if op_name else "", is_product)
     return kinds
 
 
-def _kind(instruction: str, op_name: str, product: bool) -> str:
+def _kind(instruction: str, op_name: str, is_product: bool) -> str:
     if re.search(r"all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|nccl", instruction, re.I):
         return "collectives"
     if re.search(r"attention|fmha|flash|sdpa", f"{op_name} {instruction}", re.I):
         return "attention"
-    if product or re.search(r"gemm|cublas|cutlass|nvjet|xmma|dot", instruction, re.I):
+    if is_product or re.search(r"gemm|cublas|cutlass|nvjet|xmma|dot", instruction, re.I):
         return "matmul"
-    if op_name and "jvp" not in op_name:  # what gradients are made of has been through it
+    if op_name and "jvp" not in op_name:  # gradients have passed through jvp
         return "optimizer"
     if op_name or re.search(r"fusion|reduce|broadcast|scatter|gather|slice|transpose|pad", instruction):
         return "elementwise and norms"
@@ -85,12 +85,12 @@ def _kind(instruction: str, op_name: str, product: bool) -> str:
 
 
 def kind_of_event(event: dict[str, Any], kinds: dict[str, str]) -> str:
-    """By the instruction that an event of the device says it belongs to, else by the kernel's name."""
+    """Kind of a device event, by its HLO instruction where it names one, else by the kernel's name."""
     kernel, instruction = event["name"], (event.get("args") or {}).get("hlo_op", "")
     by_name = _kind(kernel, "", False)
     if by_name in ("collectives", "attention", "matmul"):
-        found = kinds.get(_key(instruction), by_name)
-        return "attention" if "attention" in (found, by_name) else by_name
+        by_instruction = kinds.get(_key(instruction), by_name)
+        return "attention" if "attention" in (by_instruction, by_name) else by_name
     return kinds.get(_key(instruction)) or kinds.get(_key(kernel)) or by_name
 
 
@@ -98,10 +98,10 @@ def _key(name: str) -> str:
     return re.sub(r"\W", "_", name)
 
 
-def where_time_goes(events: list[Any], kind: Callable[[dict[str, Any]], str]) -> dict[str, float]:
-    """Kind of work → microseconds between the first operation's start and the last one's end.
+def time_by_kind(events: list[Any], kind: Callable[[dict[str, Any]], str]) -> dict[str, float]:
+    """Kind of work → microseconds, from the first operation's start to the last one's end.
 
-    Operations that run at the same time share it.
+    Concurrent operations share their time; time without any is idle.
     """
     edges: list[tuple[float, int, str]] = []
     for event in _device_events(events):
@@ -124,7 +124,7 @@ def where_time_goes(events: list[Any], kind: Callable[[dict[str, Any]], str]) ->
 
 
 def _device_events(events: list[Any]) -> Iterator[dict[str, Any]]:
-    """Operations of the streams of a GPU or of a TPU's core; of a CPU, those of every thread."""
+    """Operations on GPU streams or TPU cores; on a CPU, those of every thread."""
     labels = {
         (e["pid"], e.get("tid"), e["name"]): e["args"].get("name", "") for e in events if e.get("ph") == "M"
     }
@@ -137,7 +137,9 @@ def _device_events(events: list[Any]) -> Iterator[dict[str, Any]]:
         if what == "thread_name" and pid in devices and label.startswith(("Stream", "XLA Ops"))
     }
     for event in events:
-        if event.get("ph") != "X" or event["name"].startswith(("while", "conditional")):  # these hold others
+        if event.get("ph") != "X" or event["name"].startswith(
+            ("while", "conditional")
+        ):  # these contain other events
             continue
         if (event["pid"], event["tid"]) in streams or (not streams and "hlo_op" in (event.get("args") or {})):
             yield event

@@ -91,6 +91,6 @@ def test_the_time_of_a_trace_is_all_accounted_for():
         span(9, "step", 0.0, 100.0),
         span(1, "python", 0.0, 100.0, pid=2),
     ]
-    shares = step_profile.where_time_goes(events, lambda event: event["name"])
+    shares = step_profile.time_by_kind(events, lambda event: event["name"])
     assert shares == {"product": 10.0, "idle": 5.0, "sum": 4.0, "copy": 1.0}
-    assert not step_profile.where_time_goes([], lambda event: event["name"])
+    assert not step_profile.time_by_kind([], lambda event: event["name"])

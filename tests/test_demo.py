@@ -56,7 +56,7 @@ def test_a_second_run_redoes_nothing(demo):
     output = run("scripts.demo", *TINY_DEMO, f"--out={demo}")
     assert output.count("training is complete at step 60") == 2
     assert "results.json is up to date" in output
-    assert "answer.png is there already" in output
+    assert "answer.png exists already" in output
     manifest = demo / "store" / "manifest.json"
     assert all(path.stat().st_mtime_ns == before[path] for path in before if path != manifest)
 
