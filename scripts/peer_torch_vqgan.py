@@ -1,8 +1,8 @@
 """The published tokenizers in torch: peers of `scripts.benchmark_tokenizer` and of the parity tests.
 
 LVM's released network is diffusers' `VQModel`. The two older ones are written from their description, with the
-parameter names of their torch files, so that `load_state_dict` takes files of `tokenizer convert --to=torch`. Images and
-latents are NCHW.
+parameter names of their torch files, so that `load_state_dict` takes what `tokenizer convert --to=torch` writes. Images
+and latents are NCHW.
 """
 
 from __future__ import annotations
