@@ -165,7 +165,7 @@ def test_a_bad_prompt_is_one_clear_line(demo, tmp_path, arguments, words):
         (
             "lvm.train",
             ["--config=configs/demo_lvm.py", "--config.data.heldout_fraction=2"],
-            "config.data.heldout_fraction: 2.0 is not in [0, 1)",
+            "config.data.heldout_fraction=2.0 must be in [0, 1)",
         ),
         (
             "tokenizer.train",

@@ -185,7 +185,7 @@ def test_training_rejects_or_skips_damaged_records(copy, packing, caplog):
     (reason,) = skipping.skipped
     assert reason == problems(copy)[0]
     assert 1 < len(skipping.skipped[reason]) < 17
-    assert caplog.text.count(f"skipped: {reason} (1 damaged records, 1 sentences until now)") == 1
+    assert caplog.text.count(f"skipped: {reason} (1 damaged records, 1 sentences so far)") == 1
     lost = 0
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old["component_ids"], new["component_ids"])

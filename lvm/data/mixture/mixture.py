@@ -1,8 +1,7 @@
-"""Mixtures: which sentence comes n-th, by random access.
+"""Mixtures: the order of the sentences of all components, with random access.
 
-Sentences come in blocks of `BLOCK`. Each block holds every component in proportion to its weight, so the number
-of sentences (and of tokens) before any block has a closed form: the n-th sentence is found without counting
-through those before it.
+Sentences come in blocks of `BLOCK`. Each block has every component in proportion to its weight, so the number of
+sentences (and of tokens) before any block has a closed form: no sentence requires counting through those before it.
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int16, Int64
 
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.common.seeding import derive_seed
+from lvm.common.validation import check_choice
 from lvm.data.mixture.permutation import SHUFFLES
-from lvm.data.mixture.sentences import AnyStore, ComponentConfig, ComponentSentences, usable
+from lvm.data.mixture.sentences import AnyStore, ComponentConfig, ComponentSentences, usable_mask
 from lvm.data.mixture.split import check_fraction
 from lvm.data.store import jsonl
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore
@@ -36,7 +37,7 @@ BLOCK = 256
 _SCALE = 2**32  # cumulative weights are integers over this, so that sums are exact
 PERIOD = _SCALE // BLOCK  # blocks after which the number of each component's sentences in a block repeats
 
-ORDER = 2  # version of the rules by which (config, seed, n) tell the n-th sentence
+ORDER = 2  # version of the rules by which (config, seed, n) determine the n-th sentence
 PACKINGS = ("concat", "whole")
 LOSSES = ("all", "answers")
 _UNITS = ("sentences", "codes")
@@ -44,24 +45,23 @@ _UNITS = ("sentences", "codes")
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """Where sentences come from, and how they become rows.
+    """Components of a mixture, and how their sentences become rows.
 
     Attributes:
-      components: name → part.
-      store: the scene store of the parts that name none.
+      components: by name.
+      store: the scene store of components that name none.
       heldout_fraction: share of the groups that training never sees.
-      allow_missing: leave out parts whose store isn't there or lacks their streams or scenes, and say so,
-        instead of failing; the weights of the others are then shares of what is left.
-      weigh_by: what weights are shares of, "sentences" or "codes". (The paper's are of tokens, so of codes.)
-      packing: "concat" cuts one stream of all sentences into rows; "whole" puts whole sentences into them.
-      loss: what is learned, "all" tokens or the codes of the "answers" of each recipe alone.
-      shuffle: "all" mixes a component's scenes over all of its store; "blocks" takes neighbours together, for
-        storage where random reads are slow (`lvm.data.mixture.permutation.permute_pages`).
-      jsonl: what stores that are JSONL files don't tell.
-      stage_to: a local folder that shards are copied to, checked, when they are first read; needed for stores on
-        gs://.
-      skip_damaged: a sentence with an image whose record is damaged becomes PAD that bears no loss, is said and
-        counted, instead of ending the run. Which sentences come when doesn't change.
+      allow_missing: log and skip components whose store is missing or lacks their streams or scenes, instead of
+        failing; weights are then relative to the remaining ones.
+      weigh_by: the unit of weights, "sentences" or "codes". (The paper's are shares of tokens, so of codes.)
+      packing: "concat" cuts one stream of all sentences into rows; "whole" packs whole sentences into rows.
+      loss: on "all" tokens, or only on the codes of each recipe's "answers".
+      shuffle: "all" mixes a component's scenes over its whole store; "blocks" keeps neighbors together, for storage
+        with slow random reads (`lvm.data.mixture.permutation.permute_pages`).
+      jsonl: the format of stores that are JSONL files.
+      stage_to: a local folder that shards are copied to, and verified, on first read; required for stores on gs://.
+      skip_damaged: replace a sentence with a damaged record by PAD without loss, log and count it, instead of
+        failing. The order of the other sentences doesn't change.
     """
 
     components: dict[str, ComponentConfig] = dataclasses.field(default_factory=dict)
@@ -79,101 +79,107 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         choices = {"weigh_by": _UNITS, "packing": PACKINGS, "loss": LOSSES, "shuffle": SHUFFLES}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+            check_choice(self, name, allowed)
         check_fraction(self.heldout_fraction)
+
+    def store_of(self, component: ComponentConfig) -> str:
+        """The path of a component's store."""
+        return component.store or self.store
 
 
 class Mixture:
-    """All sentences of a training or held-out split, in their final order.
+    """All sentences of the training or held-out split, in their final order.
 
     Args:
-      config: the parts.
-      seed: the order's seed.
-      split: "train" or "heldout". Where a component has too few held-out scenes for a sentence, the held-out split
-        does without it, and says so; the training split does with `allow_missing` alone.
+      config: of the mixture.
+      seed: of the order.
+      split: "train" or "heldout". The held-out split skips, and logs, a component with too few held-out scenes for a
+        sentence; the training split does so only with `allow_missing`.
 
     Attributes:
-      components: the parts that are there, in the order of their names.
-      stores: theirs.
+      components: those present, sorted by name.
+      stores: all open stores.
       shares: float64 [components], of the sentences.
       seed: of the order within blocks.
 
     Raises:
-      UserError: no parts, weights that sum to zero, stores that are missing or lack a stream or scenes (all are
-        reported together), stores of different tokenizers.
+      UserError: no components, weights that sum to zero, missing stores, streams or scenes (all are reported
+        together), stores of different tokenizers.
     """
 
     def __init__(self, config: MixtureConfig, seed: int, split: str = "train"):
         if not config.components:
             raise UserError("config.data.components: empty; name at least one component")
-        # The order of names decides nothing.
-        parts = {name: part for name, part in sorted(config.components.items()) if part.weight > 0}
-        if not parts:
+        # Sorted: the order of keys in the configuration must not change the order of data.
+        configs = {name: c for name, c in sorted(config.components.items()) if c.weight > 0}
+        if not configs:
             raise UserError("config.data.components: the weights sum to zero; at least one must be positive")
-        stores, missing = _open_stores(config, parts)
+        stores, missing = _open_stores(config, configs)
         self.stores = list(stores.values())
         _check_one_tokenizer(stores)
-        present = {name: part for name, part in parts.items() if name not in missing}
-        missing |= _without_streams(config, present, stores)
-        made = [
+        for name in configs.keys() - missing.keys():
+            if reason := _check_scenes(configs[name], stores[config.store_of(configs[name])]):
+                missing[name] = reason
+        present = [name for name in configs if name not in missing]
+        components = [
             ComponentSentences(
                 name,
-                part,
-                stores[part.store or config.store],
+                configs[name],
+                stores[config.store_of(configs[name])],
                 config.heldout_fraction,
                 split,
-                _seed(seed, number, split),
+                _seed(seed, index, split),
                 config.shuffle,
             )
-            for number, (name, part) in enumerate(
-                (name, part) for name, part in parts.items() if name not in missing
-            )
+            for index, name in enumerate(present)
         ]
-        short = {
-            component.name: component.shortage() for component in made if not component.sentences_per_epoch
-        }
-        self.components = [component for component in made if component.sentences_per_epoch]
-        refused = missing if split == "heldout" and self.components else missing | short
-        _report(refused, missing | short, may_miss=config.allow_missing and bool(self.components))
-        self.config, self._given_seed = config, seed
+        self.components = [c for c in components if c.sentences_per_epoch]
+        skipped = missing | {c.name: c.shortage() for c in components if not c.sentences_per_epoch}
+        fatal = missing if split == "heldout" and self.components else skipped
+        if fatal and not (config.allow_missing and self.components):
+            reasons = "; ".join(f"{name} ({reason})" for name, reason in sorted(fatal.items()))
+            raise UserError(f"config.data.components: missing: {reasons}")
+        for name, reason in sorted(skipped.items()):
+            log_info(f"skipped component {name} ({reason})")
+        self.config, self._base_seed = config, seed
         self.seed = _seed(seed, len(self.components), split)
-        self._bounds = _bounds(config.weigh_by, self.components)
+        self._bounds = _cumulative_weights(config.weigh_by, self.components)
         self.shares = np.diff(self._bounds) / _SCALE
 
     def sentences_before(self, block: int) -> list[int]:
-        """How many sentences of each component lie before `block`."""
+        """The number of sentences of each component before `block`."""
         reached = [block * BLOCK * bound // _SCALE for bound in self._bounds]
         return [high - low for low, high in itertools.pairwise(reached)]
 
-    def block_counts(self, first: int, last: int) -> np.ndarray:
-        """How many sentences of each component lie in each of the blocks [first, last): int64 [blocks, components]."""
-        # Below PERIOD nothing overflows, and counts repeat after it.
-        edges = np.arange(first, last + 1, dtype=np.uint64)[:, None] * np.uint64(BLOCK)
+    def block_counts(self, first: int, last: int) -> Int64[np.ndarray, "blocks components"]:
+        """The number of sentences of each component in each of the blocks [first, last).
+
+        Raises:
+          ValueError: `last` is beyond `PERIOD`; products would overflow, and counts repeat after it.
+        """
         if last > PERIOD:
-            raise ValueError(f"blocks from {first} to {last} go beyond the period of {PERIOD}")
-        shares = np.array(
-            [bound % _SCALE for bound in self._bounds], np.uint64
-        )  # the last is all: it wraps to 0
-        reached = (edges * shares) >> np.uint64(32)
+            raise ValueError(f"blocks {first} to {last} are beyond the period of {PERIOD}")
+        edges = np.arange(first, last + 1, dtype=np.uint64)[:, None] * np.uint64(BLOCK)
+        bounds = np.array([bound % _SCALE for bound in self._bounds], np.uint64)  # the last wraps to 0
+        reached = (edges * bounds) >> np.uint64(32)
         reached[:, -1] = edges[:, 0]
         return np.diff(np.diff(reached.astype(np.int64), axis=1), axis=0)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (a mixture lives as long as its process)
-    def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The block's sentences: component ids int16 [BLOCK] and numbers within their component int64 [BLOCK]."""
+    def block(self, block: int) -> tuple[Int16[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """The component ids of a block's sentences, and their indices within their components; n = `BLOCK`."""
         first, last = self.sentences_before(block), self.sentences_before(block + 1)
         counts = [after - before for before, after in zip(first, last, strict=True)]
         ids = np.repeat(np.arange(len(counts)), counts)
         ids = ids[np.random.default_rng([self.seed, block]).permutation(BLOCK)]
-        numbers = np.zeros(BLOCK, np.int64)
+        indices = np.zeros(BLOCK, np.int64)
         for component, start in enumerate(first):
-            mine = ids == component
-            numbers[mine] = start + np.arange(np.count_nonzero(mine))
-        return ids.astype(np.int16), numbers
+            mask = ids == component
+            indices[mask] = start + np.arange(np.count_nonzero(mask))
+        return ids.astype(np.int16), indices
 
     def record(self) -> dict[str, Any]:
-        """All that decides which sentence comes n-th and how it is learned, as JSON: what a run must keep."""
+        """Everything that determines the order of sentences and the loss, as JSON; a run keeps it on resume."""
         components = {
             component.name: {
                 "recipe": to_json(component.recipe),
@@ -183,9 +189,8 @@ class Mixture:
             }
             for component, share in zip(self.components, self.shares, strict=True)
         }
-        fields = ("heldout_fraction", "packing", "loss", "shuffle")
-        chosen = {name: getattr(self.config, name) for name in fields}
-        return {"order": ORDER, "seed": self._given_seed, **chosen, "components": components}
+        fields = {f: getattr(self.config, f) for f in ("heldout_fraction", "packing", "loss", "shuffle")}
+        return {"order": ORDER, "seed": self._base_seed, **fields, "components": components}
 
     def identity(self) -> str:
         """A hash of `record`."""
@@ -193,15 +198,15 @@ class Mixture:
 
 
 def _open_stores(
-    config: MixtureConfig, parts: Mapping[str, ComponentConfig]
+    config: MixtureConfig, configs: Mapping[str, ComponentConfig]
 ) -> tuple[dict[str, AnyStore], dict[str, str]]:
-    """The stores that are there, by path, and what is wrong with the parts whose isn't."""
+    """Opens the components' stores. Returns them by path, and by component the reason why one can't be opened."""
     stores: dict[str, AnyStore] = {}
     missing = {}
-    for name, part in parts.items():
-        path = part.store or config.store
+    for name, component in configs.items():
+        path = config.store_of(component)
         if not path:
-            missing[name] = f"no store given: set config.data.components.{name}.store or config.data.store"
+            missing[name] = f"no store: set config.data.components.{name}.store or config.data.store"
         elif not epath.Path(path).exists():
             missing[name] = f"{path} doesn't exist; tokenizer.encode writes a store"
         elif path not in stores:
@@ -212,9 +217,9 @@ def _open_stores(
 
 def _check_one_tokenizer(stores: Mapping[str, AnyStore]) -> None:
     headers = {path: store.manifest["tokenizer"] for path, store in stores.items()}
-    kinds = {(*header["grid"], header["num_codes"]) for header in headers.values()}
-    weights = {header["hash"] for header in headers.values()} - {""}  # a JSONL file doesn't tell them
-    if len(kinds) > 1 or len(weights) > 1:
+    shapes = {(*header["grid"], header["num_codes"]) for header in headers.values()}
+    hashes = {header["hash"] for header in headers.values()} - {""}  # unknown for a JSONL file
+    if len(shapes) > 1 or len(hashes) > 1:
         listed = ", ".join(
             f"{path}: {header['hash'][:12] or 'unknown'}, grid {header['grid'][0]}×{header['grid'][1]}, "
             f"{header['num_codes']} codes"
@@ -223,44 +228,29 @@ def _check_one_tokenizer(stores: Mapping[str, AnyStore]) -> None:
         raise UserError(f"config.data: the stores hold codes of different tokenizers ({listed})")
 
 
-def _without_streams(
-    config: MixtureConfig, parts: Mapping[str, ComponentConfig], stores: Mapping[str, AnyStore]
-) -> dict[str, str]:
-    """What is wrong with the parts whose store has not one scene for them."""
-    missing = {}
-    for name, part in parts.items():
-        store, recipe = stores[part.store or config.store], part.recipe
-        if not any(usable(store, recipe, entries).any() for entries in store.indexes):
-            labelled = " with a class" if recipe.same_class else ""
-            missing[name] = (
-                f"{store.path} has no scene{labelled} of ≥ {recipe.min_frames} frames of {', '.join(recipe.streams)}"
-            )
-    return missing
+def _check_scenes(component: ComponentConfig, store: AnyStore) -> str:
+    """The reason why no scene of the store suits the component's recipe, or ""."""
+    recipe = component.recipe
+    if any(usable_mask(store, recipe, entries).any() for entries in store.indexes):
+        return ""
+    with_class = " with a class" if recipe.same_class else ""
+    streams = ", ".join(recipe.streams)
+    return f"{store.path} has no scene{with_class} of ≥ {recipe.min_frames} frames of {streams}"
 
 
-def _report(refused: Mapping[str, str], left_out: Mapping[str, str], may_miss: bool) -> None:
-    if refused and not may_miss:
-        listed = "; ".join(f"{name} ({reason})" for name, reason in sorted(refused.items()))
-        raise UserError(f"config.data.components: can't be made: {listed}")
-    for name, reason in sorted(left_out.items()):
-        log_info(f"left out of the mixture: {name} ({reason})")
-
-
-def _bounds(weigh_by: str, components: list[ComponentSentences]) -> list[int]:
+def _cumulative_weights(weigh_by: str, components: list[ComponentSentences]) -> list[int]:
     """Cumulative shares of the sentences, over `_SCALE`: [0, …, _SCALE]."""
-    grids = [component.recipe.num_grids if weigh_by == "codes" else 1 for component in components]
-    weights = [
-        Fraction(component.config.weight) / size for component, size in zip(components, grids, strict=True)
-    ]
-    bounds = [0] + [int(part / sum(weights) * _SCALE) for part in itertools.accumulate(weights)]
+    sizes = [component.recipe.num_grids if weigh_by == "codes" else 1 for component in components]
+    weights = [Fraction(c.config.weight) / size for c, size in zip(components, sizes, strict=True)]
+    bounds = [0] + [int(total / sum(weights) * _SCALE) for total in itertools.accumulate(weights)]
     for component, low, high in zip(components, bounds[:-1], bounds[1:], strict=True):
         if low == high:
             raise UserError(
-                f"config.data.components.{component.name}.weight: {component.config.weight:g} is under 1/{_SCALE} of "
-                "all; 0 leaves the component out"
+                f"config.data.components.{component.name}.weight={component.config.weight:g} is less than 1/{_SCALE} "
+                "of all; use 0 to disable the component"
             )
     return bounds
 
 
-def _seed(seed: int, number: int, split: str) -> int:
-    return derive_seed(seed, number, split == "heldout") >> 1
+def _seed(seed: int, index: int, split: str) -> int:
+    return derive_seed(seed, index, split == "heldout") >> 1

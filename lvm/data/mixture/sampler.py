@@ -1,35 +1,36 @@
-"""Which scenes make the sentences of an epoch: each scene once, in a new seeded order, by random access."""
+"""Sampling of scenes for sentences: each scene once an epoch, in a new seeded order, with random access."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from jaxtyping import Int, Int64, Shaped
 
 from lvm.data.mixture.permutation import permute_each, shuffle_indices
 
 _WORD = 64
-_CHUNK = 2**20  # scenes whose index is looked at at once
+_CHUNK = 2**20  # index entries processed at once
 
 
 class RankIndex:
-    """The scenes that fulfil a condition, found by rank; a quarter of a byte a scene is all that it keeps.
+    """Selects, by rank, the scenes that satisfy a predicate; takes two bits a scene.
 
     Args:
-      parts: entries of the index, part after part.
-      keep: entries [n] → bool [n].
+      indexes: arrays of index entries, shard after shard.
+      predicate: entries [n] → bool [n].
     """
 
-    def __init__(self, parts: Iterable[np.ndarray], keep: Callable[[np.ndarray], np.ndarray]):
+    def __init__(self, indexes: Iterable[np.ndarray], predicate: Callable[[np.ndarray], np.ndarray]):
         packed, self._total = [np.zeros(0, np.uint8)], 0
-        waiting = np.zeros(0, bool)  # what doesn't fill a byte yet
-        for chunk in split_chunks(parts):
+        pending = np.zeros(0, bool)  # less than a byte
+        for chunk in split_chunks(indexes):
             self._total += len(chunk)
-            waiting = np.concatenate([waiting, keep(chunk)])
-            whole = len(waiting) // 8 * 8
-            packed.append(np.packbits(waiting[:whole]))
-            waiting = waiting[whole:]
-        bits = np.concatenate([*packed, np.packbits(waiting)])
+            pending = np.concatenate([pending, predicate(chunk)])
+            full = len(pending) // 8 * 8
+            packed.append(np.packbits(pending[:full]))
+            pending = pending[full:]
+        bits = np.concatenate([*packed, np.packbits(pending)])
         self._words = np.pad(bits, (0, -len(bits) % (_WORD // 8))).reshape(-1, _WORD // 8)
         counts = np.bitwise_count(self._words).sum(axis=1, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(counts)])  # [words + 1]
@@ -37,8 +38,8 @@ class RankIndex:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def select(self, ranks: np.ndarray) -> np.ndarray:
-        """The numbers of the scenes of these ranks, int64 as `ranks`, each in [0, len)."""
+    def select(self, ranks: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The indices of the selected scenes at `ranks`, each in [0, len)."""
         if len(self) == self._total:
             return ranks
         flat = ranks.ravel()
@@ -48,24 +49,24 @@ class RankIndex:
         return (words * _WORD + np.argmax(reached, axis=1)).reshape(ranks.shape)
 
 
-def split_chunks(parts: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
-    """The same entries in chunks that fit in memory."""
-    for part in parts:
-        for start in range(0, len(part), _CHUNK):
-            yield part[start : start + _CHUNK]
+def split_chunks(indexes: Iterable[Shaped[np.ndarray, " n"]]) -> Iterable[Shaped[np.ndarray, " m"]]:
+    """Yields all entries in chunks that fit in memory."""
+    for index in indexes:
+        for start in range(0, len(index), _CHUNK):
+            yield index[start : start + _CHUNK]
 
 
 class SceneSampler:
-    """Sentences of k scenes each, whatever their classes.
+    """Samples k scenes of any class for each sentence.
 
     Args:
-      scenes: those to draw from.
+      scenes: the usable scenes.
       num_scenes: k.
       seed, shuffle: of the order (`permutation.SHUFFLES`).
 
     Attributes:
-      sentences_per_epoch: sentences an epoch; the fewer than k scenes that are left over are others in every epoch.
-      num_excluded: scenes that no epoch takes.
+      sentences_per_epoch: the remainder of fewer than k scenes differs from epoch to epoch.
+      num_excluded: scenes in no epoch.
     """
 
     num_excluded = 0
@@ -74,49 +75,48 @@ class SceneSampler:
         self._scenes, self._k, self._seed, self._shuffle = scenes, num_scenes, seed, shuffle
         self.sentences_per_epoch = len(scenes) // num_scenes
 
-    def scenes(self, places: np.ndarray, epoch: int) -> np.ndarray:
-        """Scene numbers of the sentences at `places` of an epoch: int64 [n] → [n, k]."""
-        each = places[:, None] * self._k + np.arange(self._k)
-        return self._scenes.select(
-            shuffle_indices(each, len(self._scenes), self._seed + epoch, self._shuffle)
-        )
+    def sample(self, sentences: Int[np.ndarray, " n"], epoch: int) -> Int64[np.ndarray, "n k"]:
+        """The scenes of the sentences at these indices of an epoch."""
+        ranks = sentences[:, None] * self._k + np.arange(self._k)
+        order = shuffle_indices(ranks, len(self._scenes), self._seed + epoch, self._shuffle)
+        return self._scenes.select(order)
 
 
 class ClassSampler:
-    """Sentences of k scenes of one class each. Classes of fewer than k are left out.
+    """Samples k scenes of one class for each sentence. Excludes classes of fewer than k scenes.
 
-    Keeps 8 bytes a scene, since a class may lie anywhere. Args, attributes: as `SceneSampler`, and
+    Takes 8 bytes a scene, since the scenes of a class may be anywhere. Args and attributes are `SceneSampler`'s, and
 
-      classes_of: scene numbers [n] → class ids [n].
+      class_ids: scene indices [n] → class ids [n].
+      largest_class: scenes of the largest class.
     """
 
     def __init__(
         self,
         scenes: RankIndex,
-        classes_of: Callable[[np.ndarray], np.ndarray],
+        class_ids: Callable[[np.ndarray], np.ndarray],
         num_scenes: int,
         seed: int,
         shuffle: str,
     ):
         self._k, self._seed, self._shuffle = num_scenes, seed, shuffle
-        numbers = scenes.select(np.arange(len(scenes)))
-        classes = classes_of(numbers)
-        self._members = numbers[np.argsort(classes, kind="stable")]
+        indices = scenes.select(np.arange(len(scenes)))
+        classes = class_ids(indices)
+        self._members = indices[np.argsort(classes, kind="stable")]  # by class
         _, sizes = np.unique(classes, return_counts=True)
-        self.largest = int(sizes.max(initial=0))
-        enough = sizes >= num_scenes
-        self.num_excluded = int(sizes[~enough].sum())
-        self._sizes, self._firsts = sizes[enough], (np.cumsum(sizes) - sizes)[enough]
+        self.largest_class = int(sizes.max(initial=0))
+        usable = sizes >= num_scenes
+        self.num_excluded = int(sizes[~usable].sum())
+        self._sizes, self._offsets = sizes[usable], (np.cumsum(sizes) - sizes)[usable]
         self._starts = np.concatenate([[0], np.cumsum(self._sizes // num_scenes)])  # in sentences
         self.sentences_per_epoch = int(self._starts[-1])
 
-    def scenes(self, places: np.ndarray, epoch: int) -> np.ndarray:
-        """Scene numbers of the sentences at `places` of an epoch: int64 [n] → [n, k]."""
-        sentences = shuffle_indices(
-            places, self.sentences_per_epoch, self._seed + epoch, self._shuffle, self._k
-        )
-        classes = np.searchsorted(self._starts, sentences, side="right") - 1
-        each = (sentences - self._starts[classes])[:, None] * self._k + np.arange(self._k)
-        which = np.repeat(classes, self._k)
-        ranks = permute_each(each.ravel(), self._sizes[which], self._seed + epoch, which)
-        return self._members[self._firsts[which] + ranks].reshape(each.shape)
+    def sample(self, sentences: Int[np.ndarray, " n"], epoch: int) -> Int64[np.ndarray, "n k"]:
+        """The scenes of the sentences at these indices of an epoch."""
+        seed = self._seed + epoch
+        order = shuffle_indices(sentences, self.sentences_per_epoch, seed, self._shuffle, self._k)
+        classes = np.searchsorted(self._starts, order, side="right") - 1
+        ranks = (order - self._starts[classes])[:, None] * self._k + np.arange(self._k)
+        repeated = np.repeat(classes, self._k)
+        permuted = permute_each(ranks.ravel(), self._sizes[repeated], seed, repeated)
+        return self._members[self._offsets[repeated] + permuted].reshape(ranks.shape)

@@ -7,28 +7,30 @@ import functools
 import math
 
 import numpy as np
+from jaxtyping import Bool, Int, Int32, Int64, Shaped, UInt16
 
 from lvm.common.errors import UserError
-from lvm.data.mixture import sampler
+from lvm.common.validation import check_non_negative
 from lvm.data.mixture.counter_rng import CounterRng
 from lvm.data.mixture.recipes import Grids, Recipe
+from lvm.data.mixture.sampler import ClassSampler, RankIndex, SceneSampler, split_chunks
 from lvm.data.store.jsonl import JsonlStore
 from lvm.data.store.reader import Store
 
 AnyStore = Store | JsonlStore
-_COUNTED = 2**22  # groups that are counted one by one; of more, a part is
+_SAMPLE = 2**22  # groups that are counted exactly; more are estimated from about as many
 
 
 @dataclasses.dataclass(frozen=True)
 class ComponentConfig:
-    """One part of a mixture.
+    """One component of a mixture.
 
     Attributes:
-      recipe: what its sentences are.
-      weight: its share, relative to the other weights, of the sentences or of the codes (`weigh_by`).
+      recipe: of its sentences.
+      weight: its share of the sentences or of the codes (`weigh_by`), relative to the other weights.
       store: its scene store, or a JSONL file of sentences; "" means the mixture's.
-      max_repetitions: how often an original image or video may come; 0 sets no limit. Scenes of one group are
-        copies of one original: where an original has 4 of them, an epoch repeats it 4 times.
+      max_repetitions: limit on how often an original image or video is shown; 0 sets none. Scenes of one group are
+        copies of one original: with 4 scenes a group, an epoch shows it 4 times.
     """
 
     recipe: Recipe
@@ -37,26 +39,24 @@ class ComponentConfig:
     max_repetitions: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise UserError(f"weight: {self.weight} is not a number from 0 on")
-        if not 0 <= self.max_repetitions < math.inf:
-            raise UserError(f"max_repetitions: {self.max_repetitions} is not a number from 0 on")
+        check_non_negative(self, "weight", "max_repetitions")
+        if math.inf in (self.weight, self.max_repetitions):
+            raise UserError(f"weight={self.weight} and max_repetitions={self.max_repetitions} must be finite")
 
 
 class ComponentSentences:
-    """The sentences of one component.
+    """The sentences of one component in one split.
 
     Args:
-      name: in the mixture.
-      config: its part there.
+      name, config: of the component.
       store: its scenes.
       heldout_fraction, split: "train" takes the groups that aren't held out, "heldout" the others.
       seed, shuffle: of the order.
 
     Attributes:
-      num_scenes: scenes that an epoch draws from.
-      sentences_per_epoch: sentences an epoch.
+      num_scenes: scenes that an epoch samples from.
       num_excluded: scenes of this split that lack frames or streams for the recipe, or whose class is too small.
+      sentences_per_epoch: sentences in an epoch.
     """
 
     def __init__(
@@ -70,114 +70,101 @@ class ComponentSentences:
         shuffle: str,
     ):
         self.name, self.recipe, self.config, self.store = name, config.recipe, config, store
-        self._seed, self._heldout_fraction, self._side = seed, heldout_fraction, split
-        selection = sampler.RankIndex(store.indexes, lambda entries: self._keep(entries))
-        in_split = sum(int(self._in_split(entries).sum()) for entries in sampler.split_chunks(store.indexes))
+        self._seed, self._heldout_fraction, self._split = seed, heldout_fraction, split
+        scenes = RankIndex(store.indexes, self._is_usable)
+        split_size = sum(int(self._in_split(entries).sum()) for entries in split_chunks(store.indexes))
         k = config.recipe.num_scenes
-        self._order: sampler.SceneSampler | sampler.ClassSampler
+        self._sampler: SceneSampler | ClassSampler
         if config.recipe.same_class:
-            self._order = sampler.ClassSampler(
-                selection, lambda numbers: _class_ids(store, numbers), k, seed, shuffle
-            )
+            self._sampler = ClassSampler(scenes, self._class_ids, k, seed, shuffle)
         else:
-            self._order = sampler.SceneSampler(selection, k, seed, shuffle)
-        self.num_scenes = len(selection) - self._order.num_excluded
-        self.num_excluded = in_split - self.num_scenes
-        self.sentences_per_epoch = self._order.sentences_per_epoch
-        self._columns = np.array(
-            [
-                [names.index(s) if s in names else -1 for s in self.recipe.streams]
-                for names in store.stream_sets
-            ]
-        ).reshape(len(store.stream_sets), -1)  # [stream sets, streams of the recipe]
+            self._sampler = SceneSampler(scenes, k, seed, shuffle)
+        self.num_scenes = len(scenes) - self._sampler.num_excluded
+        self.num_excluded = split_size - self.num_scenes
+        self.sentences_per_epoch = self._sampler.sentences_per_epoch
+        columns = [
+            [names.index(s) if s in names else -1 for s in self.recipe.streams] for names in store.stream_sets
+        ]
+        self._columns = np.array(columns).reshape(len(store.stream_sets), -1)  # [stream sets, streams]
 
     def shortage(self) -> str:
-        """Why there is no sentence, or ""."""
+        """The reason why an epoch has no sentence, or ""."""
         if self.sentences_per_epoch:
             return ""
         k = self.recipe.num_scenes
-        if isinstance(self._order, sampler.ClassSampler):
+        if isinstance(self._sampler, ClassSampler):
             return (
-                f"no class has {k} {self._side} scenes in {self.store.path} with the streams and frames for it, "
-                f"the largest has {self._order.largest}"
+                f"no class has {k} usable {self._split} scenes in {self.store.path}, "
+                f"the largest has {self._sampler.largest_class}"
             )
-        return (
-            f"{self.num_scenes} {self._side} scenes in {self.store.path} have the streams and frames for it, "
-            f"{k} are needed for a sentence"
-        )
+        return f"{self.num_scenes} usable {self._split} scenes in {self.store.path}, a sentence needs {k}"
 
-    def sentence(self, number: int) -> np.ndarray:
-        """The codes of the component's sentence at `number`: int32 [grids, N]."""
-        return self.sentences(np.array([number]))[0].astype(np.int32)
+    def sentence(self, index: int) -> Int32[np.ndarray, "grids N"]:
+        """The codes of the sentence at `index`."""
+        return self.sentences(np.array([index]))[0].astype(np.int32)
 
-    def sentences(self, numbers: np.ndarray) -> np.ndarray:
-        """The codes of the sentences at `numbers`, int64 [n]: uint16 [n, grids, N]."""
-        _, grids, entries = self._choose(numbers)
+    def sentences(self, indices: Int[np.ndarray, " n"]) -> UInt16[np.ndarray, "n grids N"]:
+        """The codes of the sentences at `indices`."""
+        _, grids, entries = self._select(indices)
         columns = self._columns[entries["stream_set"], grids.streams]
         codes = self.store.grids(entries.ravel(), grids.frames.ravel(), columns.ravel())
         return codes.reshape(*entries.shape, -1)
 
-    def select_grids(self, numbers: np.ndarray) -> tuple[np.ndarray, Grids]:
-        """Scene numbers int64 [n, grids] of the sentences at `numbers`, and which of their grids."""
-        scenes, grids, _ = self._choose(numbers)
+    def select_grids(self, indices: Int[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, "n grids"], Grids]:
+        """The scene index of each grid of the sentences at `indices`, and the grids."""
+        scenes, grids, _ = self._select(indices)
         return np.take_along_axis(scenes, grids.scenes, axis=1), grids
 
-    def _choose(self, numbers: np.ndarray) -> tuple[np.ndarray, Grids, np.ndarray]:
-        """Scene numbers int64 [n, scenes] of sentences, their grids, and the store's entry of each grid [n, grids]."""
-        scenes = np.empty((len(numbers), self.recipe.num_scenes), np.int64)
-        epoch_of, places = np.divmod(numbers, self.sentences_per_epoch)
-        for epoch in np.unique(epoch_of):
-            mine = epoch_of == epoch
-            scenes[mine] = self._order.scenes(places[mine], int(epoch))
+    def _select(self, indices: np.ndarray) -> tuple[np.ndarray, Grids, np.ndarray]:
+        """Scenes int64 [n, scenes] of sentences, their grids, and the store's entry of each grid [n, grids]."""
+        scenes = np.empty((len(indices), self.recipe.num_scenes), np.int64)
+        epochs, remainders = np.divmod(indices, self.sentences_per_epoch)
+        for epoch in np.unique(epochs):
+            mask = epochs == epoch
+            scenes[mask] = self._sampler.sample(remainders[mask], int(epoch))
         entries = self.store.entries(scenes.ravel()).reshape(scenes.shape)
-        grids = self.recipe.sample(entries["frames"].astype(np.int64), CounterRng(self._seed, numbers))
+        grids = self.recipe.sample(entries["frames"].astype(np.int64), CounterRng(self._seed, indices))
         return scenes, grids, np.take_along_axis(entries, grids.scenes, axis=1)
 
     @functools.cached_property
     def scenes_per_group(self) -> float:
-        """Scenes an original: how often an epoch repeats it. Estimated where there are millions of originals."""
-        share = max(
-            1, self.num_scenes // _COUNTED
-        )  # groups are told apart by hashes: a range of them is a sample
-        groups = np.zeros(0, np.uint64)
-        scenes = 0
-        for entries in sampler.split_chunks(self.store.indexes):
-            mine = entries["group"][self._keep(entries)]
-            mine = mine[mine % np.uint64(share) == 0]
-            groups, scenes = np.union1d(groups, mine), scenes + len(mine)
-        return scenes / max(1, len(groups))
+        """Mean number of scenes of an original image or video; estimated from a sample if there are millions."""
+        share = max(1, self.num_scenes // _SAMPLE)
+        groups, num_scenes = np.zeros(0, np.uint64), 0
+        for entries in split_chunks(self.store.indexes):
+            chunk = entries["group"][self._is_usable(entries)]
+            chunk = chunk[chunk % np.uint64(share) == 0]  # groups are hashes, so this is a random sample
+            groups, num_scenes = np.union1d(groups, chunk), num_scenes + len(chunk)
+        return num_scenes / max(1, len(groups))
 
     def repetitions(self, count: int) -> float:
-        """How often `count` sentences show an original, on average."""
+        """Mean number of times that the first `count` sentences show an original."""
         return count / self.sentences_per_epoch * self.scenes_per_group
 
     def check_repetitions(self, count: int) -> None:
-        """Raises UserError where the first `count` sentences would show originals too often."""
+        """Raises UserError if the first `count` sentences exceed `max_repetitions`."""
         limit = self.config.max_repetitions
         if limit and self.repetitions(count) > limit:
             raise UserError(
-                f"config.data.components.{self.name}.max_repetitions: {count} sentences are "
-                f"{count / self.sentences_per_epoch:.4g} epochs of it "
-                f"and show an original {self.repetitions(count):.4g} "
-                f"times, more than {limit:g}; "
-                "a smaller weight, fewer steps or more scenes would do"
+                f"config.data.components.{self.name}.max_repetitions={limit:g} is exceeded: {count} sentences are "
+                f"{count / self.sentences_per_epoch:.4g} epochs and show an original {self.repetitions(count):.4g} "
+                "times; use a smaller weight, fewer steps or more scenes"
             )
 
     def _in_split(self, entries: np.ndarray) -> np.ndarray:
         heldout = self.store.heldout(self._heldout_fraction, entries)
-        return heldout if self._side == "heldout" else ~heldout
+        return heldout if self._split == "heldout" else ~heldout
 
-    def _keep(self, entries: np.ndarray) -> np.ndarray:
-        return self._in_split(entries) & usable(self.store, self.recipe, entries)
+    def _is_usable(self, entries: np.ndarray) -> np.ndarray:
+        return self._in_split(entries) & usable_mask(self.store, self.recipe, entries)
+
+    def _class_ids(self, scenes: np.ndarray) -> np.ndarray:
+        parts = np.array_split(scenes, max(1, len(scenes) // _SAMPLE))
+        return np.concatenate([self.store.entries(part)["class_id"] for part in parts])
 
 
-def _class_ids(store: AnyStore, numbers: np.ndarray) -> np.ndarray:
-    parts = np.array_split(numbers, max(1, len(numbers) // _COUNTED))
-    return np.concatenate([store.entries(part)["class_id"] for part in parts])
-
-
-def usable(store: AnyStore, recipe: Recipe, entries: np.ndarray) -> np.ndarray:
-    """bool [n]: which scenes have the streams and frames for a recipe, and a class where it asks for one."""
-    has = np.array([set(recipe.streams) <= set(names) for names in store.stream_sets], bool)
-    fits = has[entries["stream_set"]] & (entries["frames"] >= recipe.min_frames)
-    return fits & (entries["class_id"] >= 0) if recipe.same_class else fits
+def usable_mask(store: AnyStore, recipe: Recipe, entries: Shaped[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Marks the scenes that have the streams and frames, and if required a class, for a recipe."""
+    has_streams = np.array([set(recipe.streams) <= set(names) for names in store.stream_sets], bool)
+    mask = has_streams[entries["stream_set"]] & (entries["frames"] >= recipe.min_frames)
+    return mask & (entries["class_id"] >= 0) if recipe.same_class else mask

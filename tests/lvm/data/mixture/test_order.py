@@ -62,12 +62,12 @@ class EveryScene(sampler.RankIndex):
 @pytest.mark.parametrize("packing", ["concat", "whole"])
 @pytest.mark.parametrize("shuffle", permutation.SHUFFLES)
 def test_two_billion_sentences_take_no_memory_and_no_time(monkeypatch, packing, shuffle):
-    monkeypatch.setattr(sampler, "RankIndex", EveryScene)
-    monkeypatch.setattr(sampler, "split_chunks", lambda parts: ())
+    monkeypatch.setattr(sentences_module, "RankIndex", EveryScene)
+    monkeypatch.setattr(sentences_module, "split_chunks", lambda indexes: ())
     monkeypatch.setattr(
         "lvm.data.mixture.mixture._open_stores", lambda config, parts: ({"huge": HugeStore(HUGE)}, {})
     )
-    monkeypatch.setattr("lvm.data.mixture.mixture._without_streams", lambda *arguments: {})
+    monkeypatch.setattr("lvm.data.mixture.mixture._check_scenes", lambda *arguments: "")
     tracemalloc.start()
     start = time.perf_counter()
     config = MixtureConfig(

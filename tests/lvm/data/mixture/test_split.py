@@ -49,18 +49,18 @@ def test_nothing_is_held_out_at_fraction_0():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
 def test_a_fraction_outside_is_refused(fraction):
-    with pytest.raises(UserError, match=rf"heldout_fraction: {fraction} is not in \[0, 1\)"):
+    with pytest.raises(UserError, match=rf"^heldout_fraction={fraction}"):
         heldout_mask(np.array([1, 2], np.uint64), fraction)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_single_group_can_not_be_on_two_sides(count):
-    with pytest.raises(UserError, match=r"heldout_fraction: .*at least two are needed"):
+    with pytest.raises(UserError, match=r"^heldout_fraction=0\.5 .*two"):
         heldout_mask(np.full(count, 5, np.uint64), 0.5)
 
 
 def test_no_scenes_can_not_be_split():
-    with pytest.raises(UserError, match="there are no scenes to hold any out of"):
+    with pytest.raises(UserError, match="^heldout_fraction.* scenes"):
         heldout_mask(np.zeros(0, np.uint64), 0.5)
 
 
