@@ -23,23 +23,23 @@ from lvm.training.config import TrainConfig
 
 
 def iter_sentences(mixture: Mixture) -> Iterator[np.ndarray]:
-    """The codes of all sentences in their order, uint16 [grids, N] each; without end."""
+    """Yields the codes of all sentences in order, uint16 [grids, N] each, indefinitely."""
     for block in itertools.count():
-        ids, numbers = mixture.block(block)
-        read = {
-            int(component): iter(mixture.components[component].sentences(numbers[ids == component]))
-            for component in np.unique(ids)
+        ids, indices = mixture.block(block)
+        sentences = {
+            component: iter(mixture.components[component].sentences(indices[ids == component]))
+            for component in np.unique(ids).tolist()
         }
         for component in ids.tolist():
-            yield next(read[component])
+            yield next(sentences[component])
 
 
 def _run(args: cli.Args) -> None:
     out, count = pathlib.Path(args.out), args.sentences
     if count < 1:
-        raise UserError(f"--sentences: {count} is not positive")
+        raise UserError(f"--sentences={count} must be positive")
     if out.suffix != SUFFIX:
-        raise UserError(f"--out: {out} doesn't end in {SUFFIX}, by which such files are told")
+        raise UserError(f"--out={out} must end in {SUFFIX}")
     config = from_config_dict(TrainConfig, args.config)
     with files.atomic_file(out) as file:
         for codes in itertools.islice(iter_sentences(Mixture(config.data, config.seed)), count):
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
     flags.config()
-    flags.string("out", None, "the file", required=True)
-    flags.integer("sentences", 1000, "how many")
+    flags.string("out", None, "output file, ending in .jsonl", required=True)
+    flags.integer("sentences", 1000, "number of sentences")
     return flags.run(_run, argv)
 
 

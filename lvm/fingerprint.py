@@ -27,26 +27,21 @@ from lvm.training.config import TrainConfig, make_rows
 
 
 def token_bytes(config: TrainConfig, start: int, count: int, workers: int) -> Iterator[bytes]:
-    """The tokens of the global batches from `start` on, on every process; each reads its own rows."""
+    """Yields the tokens of the global batches from `start` on, on every process; each reads its own rows."""
     rows = make_rows(config)
     shape = rows.batch_spec["tokens"].shape
-    # As the loop does: rows lie where the mesh puts them.
-    rows_sharding = sharding.batch_sharding(sharding.make_mesh(config.mesh), shape[0])
-    mine = loader.local_rows(rows_sharding, shape)
-    read = functools.partial(rows.batch, rows=mine)
+    rows_sharding = sharding.batch_sharding(sharding.make_mesh(config.mesh), shape[0])  # the training loop's
+    local = loader.local_rows(rows_sharding, shape)
+    read = functools.partial(rows.batch, rows=local)
     for batch in loader.prefetch_batches(read, start, start + count, workers):
-        tokens = loader.to_global(batch["tokens"], mine, rows_sharding, shape)
+        tokens = loader.to_global(batch["tokens"], local, rows_sharding, shape)
         yield np.ascontiguousarray(distributed.fetch(tokens), "<i4").tobytes()
 
 
 def _run(args: cli.Args) -> None:
-    for name, value, least in (
-        ("batches", args.batches, 1),
-        ("start", args.start, 0),
-        ("workers", args.workers, 0),
-    ):
-        if value < least:
-            raise UserError(f"--{name}: {value} is too small; it is at least {least}")
+    for name, minimum in (("batches", 1), ("start", 0), ("workers", 0)):
+        if getattr(args, name) < minimum:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least {minimum}")
     config = from_config_dict(TrainConfig, args.config)
     distributed.join(config.distributed)
     digest = hashlib.sha256()
@@ -65,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
     flags.config()
-    flags.integer("batches", 200, "how many batches")
-    flags.integer("start", 0, "the first one's step")
-    flags.integer("workers", 0, "processes that read for each process; 0 for threads")
-    flags.string("out", None, "file for the tokens themselves")
+    flags.integer("batches", 200, "number of batches")
+    flags.integer("start", 0, "step of the first batch")
+    flags.integer("workers", 0, "worker processes that read, for each process; 0 for threads")
+    flags.string("out", None, "file for the hashed bytes")
     return flags.run(_run, argv)
 
 

@@ -48,7 +48,9 @@ def prefetch_batches(
     """
     if workers < 0:
         raise UserError(f"workers={workers} must not be negative")
-    steps = grain.MapDataset.range(start, stop).map(_WorkerRead(read) if workers else read)
+    steps = grain.MapDataset.range(start, stop).map(
+        functools.partial(_read_compressed, read) if workers else read
+    )
     if not workers:
         _retain_memory()
         yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH))
@@ -101,21 +103,12 @@ def _decompress(
     return np.broadcast_to(data, shape).astype(dtype, order="C")
 
 
-class _WorkerRead:
-    """Reads and compresses batches in a worker process."""
-
-    _is_initialized = False
-
-    def __init__(self, read: Callable[[int], Mapping[str, np.ndarray]]):
-        self._read = read
-
-    def __call__(self, step: int) -> dict[str, dict[str, Any]]:
-        if not _WorkerRead._is_initialized:
-            _WorkerRead._is_initialized = True
-            _initialize_worker()
-        return compress(self._read(step))
+def _read_compressed(read: Callable[[int], Mapping[str, np.ndarray]], step: int) -> dict[str, dict[str, Any]]:
+    _initialize_worker()
+    return compress(read(step))
 
 
+@functools.cache
 def _initialize_worker() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:  # a killed parent doesn't end its workers

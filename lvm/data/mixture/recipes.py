@@ -110,7 +110,7 @@ class _OneStream(Recipe):
 
 @dataclasses.dataclass(frozen=True)
 class _TwoStreams(Recipe):
-    """Shared by recipes that pair an image of the stream `input` with its annotation in the stream `target`."""
+    """Shared by recipes that pair images x of the stream `input` with their annotations y, the stream `target`."""
 
     input: str = "rgb"
     target: str = "segmentation"
@@ -120,8 +120,22 @@ class _TwoStreams(Recipe):
             raise UserError(f"target={self.target!r} must differ from input")
 
     @property
+    def num_grids(self) -> int:
+        return len(self.answer_mask)
+
+    @property
     def streams(self) -> tuple[str, ...]:
         return (self.input, self.target)
+
+    @abc.abstractmethod
+    def _sample_frames(self, num_frames: np.ndarray, rng: CounterRng) -> np.ndarray:
+        """The frames of x, int64 [n, G / 2]."""
+
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        is_target = self.answer_mask
+        pair = np.where(is_target, np.cumsum(is_target), np.cumsum(~is_target)) - 1  # [G]
+        frames = self._sample_frames(num_frames, rng)[:, pair]
+        return _grids(frames, np.minimum(pair, self.num_scenes - 1), frames, is_target.astype(np.int64))
 
 
 class _Strided(Recipe):
@@ -263,17 +277,11 @@ class Pairs(_TwoStreams):
         return self.shots
 
     @property
-    def num_grids(self) -> int:
-        return 2 * self.shots
-
-    @property
     def answer_mask(self) -> np.ndarray:
         return np.tile([False, True], self.shots)
 
-    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
-        frames = np.repeat(rng.integers(num_frames), 2, axis=1)
-        index = np.arange(self.num_grids)
-        return _grids(frames, index // 2, frames, index % 2)
+    def _sample_frames(self, num_frames: np.ndarray, rng: CounterRng) -> np.ndarray:
+        return rng.integers(num_frames)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,13 +338,6 @@ class MultiAnnotation(Recipe):
 
 @dataclasses.dataclass(frozen=True)
 class _AnnotatedVideo(_Strided, _TwoStreams):
-    """Frames of a video and their annotations.
-
-    Attributes:
-      input, target: the streams of x and y.
-      frames, strides: as `Video`'s; 8 frames with their annotations are the paper's 16 images.
-    """
-
     frames: int = 8
     strides: tuple[int, ...] = (10, 20, 30)
 
@@ -344,14 +345,15 @@ class _AnnotatedVideo(_Strided, _TwoStreams):
         _Strided.__post_init__(self)
         _TwoStreams.__post_init__(self)
 
-    @property
-    def num_grids(self) -> int:
-        return 2 * self.frames
-
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved(_AnnotatedVideo):
-    """x1 y1 x2 y2 …: the frames of a video, each followed by its annotation."""
+    """x1 y1 x2 y2 …: the frames of a video, each followed by its annotation.
+
+    Attributes:
+      input, target: the streams of x and y.
+      frames, strides: as `Video`'s; 8 frames with their annotations are the paper's 16 images.
+    """
 
     kind = "interleaved"
 
@@ -359,21 +361,13 @@ class Interleaved(_AnnotatedVideo):
     def answer_mask(self) -> np.ndarray:
         return np.tile([False, True], self.frames)
 
-    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
-        frames = np.repeat(self._sample_frames(num_frames, rng), 2, axis=1)
-        return _grids(frames, 0, frames, np.arange(self.num_grids) % 2)
-
 
 @dataclasses.dataclass(frozen=True)
 class Separated(_AnnotatedVideo):
-    """x1 x2 … y1 y2 …: the frames of a video, then their annotations."""
+    """x1 x2 … y1 y2 …: the frames of a video, then their annotations. Attributes are `Interleaved`'s."""
 
     kind = "separated"
 
     @property
     def answer_mask(self) -> np.ndarray:
         return np.repeat([False, True], self.frames)
-
-    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
-        frames = np.tile(self._sample_frames(num_frames, rng), (1, 2))
-        return _grids(frames, 0, frames, np.arange(self.num_grids) // self.frames)

@@ -108,10 +108,6 @@ class Rows:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def spans(self, row: int) -> Spans:
-        """The spans of a row."""
-        return self.packer.spans(row, 1)
-
     def sentences_read(self, steps: int) -> list[int]:
         """Sentences of each component in the first `steps` batches, rounded up to whole blocks."""
         last = max(0, steps * self._batch_size - 1)

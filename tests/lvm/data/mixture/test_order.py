@@ -1,4 +1,4 @@
-"""The order of data is a function of (config, seed, step): at any size, by any number of processes and workers."""
+"""The order of data is a function of (config, seed, step), at any size and for any number of processes and workers."""
 
 import hashlib
 import os
@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
-from lvm.data.mixture import permutation, sampler
 from lvm.data.mixture.loader import prefetch_batches
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
+from lvm.data.mixture.permutation import SHUFFLES
 from lvm.data.mixture.recipes import Category, Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
+from lvm.data.mixture.sampler import RankIndex
 from lvm.data.store.format import SCENE_DTYPE
 from lvm.data.store.reader import Store
 from lvm.model.vocabulary import Vocabulary
@@ -27,8 +28,8 @@ from tests.commands import ROOT, run
 HUGE = 2_000_000_000
 
 
-class HugeStore:
-    """Two billion scenes of one image that nobody has: the codes of a grid tell its scene's number."""
+class HugeStore(Store):
+    """A store of two billion virtual one-image scenes, whose codes encode the index of the scene."""
 
     path, stream_sets, classes, codes_per_image, num_codes = "huge", (("rgb",),), (), 4, 2**16
     manifest = {"tokenizer": {"weights": "", "hash": "", "grid": [2, 2], "num_codes": 2**16}}  # noqa: RUF012
@@ -37,9 +38,9 @@ class HugeStore:
         self.indexes = [np.broadcast_to(np.array((0, 1, 0, 0, -1, 2**63), SCENE_DTYPE), (length,))]
 
     def entries(self, numbers):
-        found = np.array(self.indexes[0][numbers])
-        found["group"] = numbers
-        return found
+        entries = np.array(self.indexes[0][numbers])
+        entries["group"] = numbers
+        return entries
 
     def heldout(self, fraction, entries):
         return np.zeros(len(entries), bool)
@@ -51,19 +52,19 @@ class HugeStore:
         return "huge"
 
 
-class EveryScene(sampler.RankIndex):
-    """All scenes, without looking at each: what a selection holds is tested by itself."""
+class EveryScene(RankIndex):
+    """Selects all scenes without reading the index."""
 
-    def __init__(self, parts, keep):
-        self._total = sum(map(len, parts))
+    def __init__(self, indexes, predicate):
+        self._total = sum(map(len, indexes))
         self._starts = np.array([0, self._total])
 
 
 @pytest.mark.parametrize("packing", ["concat", "whole"])
-@pytest.mark.parametrize("shuffle", permutation.SHUFFLES)
-def test_two_billion_sentences_take_no_memory_and_no_time(monkeypatch, packing, shuffle):
-    monkeypatch.setattr(sentences_module, "RankIndex", EveryScene)
-    monkeypatch.setattr(sentences_module, "split_chunks", lambda indexes: ())
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_two_billion_sentences_are_fast_in_little_memory(monkeypatch, packing, shuffle):
+    monkeypatch.setattr("lvm.data.mixture.sentences.RankIndex", EveryScene)
+    monkeypatch.setattr("lvm.data.mixture.sentences.split_chunks", lambda indexes: ())
     monkeypatch.setattr(
         "lvm.data.mixture.mixture._open_stores", lambda config, parts: ({"huge": HugeStore(HUGE)}, {})
     )
@@ -93,60 +94,24 @@ def test_two_billion_sentences_take_no_memory_and_no_time(monkeypatch, packing, 
         assert not sentences[0] & sentences[HUGE // 4 - 4096]  # the same epoch
 
 
-@given(n=st.integers(1, 9000), seed=st.integers(0, 2**40), page=st.integers(1, 70), pages=st.integers(1, 9))
-def test_pages_are_permuted_as_a_bijection(n, seed, page, pages):
-    found = permutation.permute_pages(np.arange(n), n, seed, page, page * pages)
-    assert sorted(found.tolist()) == list(range(n))
-    some = np.arange(0, n, 7)
-    np.testing.assert_array_equal(permutation.permute_pages(some, n, seed, page, page * pages), found[some])
-
-
-def test_blocks_keep_neighbours_together_and_mix_all_the_same():
-    n = 100_000
-    found = permutation.shuffle_indices(np.arange(n), n, 3, "blocks")
-    window = found[: permutation.WINDOW]
-    assert len(np.unique(window // permutation.PAGE)) <= 2 * 65  # 64 pages, each over two of the aligned ones
-    assert np.abs(np.diff(window)).mean() > n / 10
-    assert (
-        len(
-            np.unique(
-                permutation.shuffle_indices(np.arange(n), n, 3, "all")[: permutation.WINDOW]
-                // permutation.PAGE
-            )
-        )
-        > 1000
-    )
-    assert not np.array_equal(found, permutation.shuffle_indices(np.arange(n), n, 4, "blocks"))
-
-
-@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5), seed=st.integers(0, 2**32))
-def test_many_permutations_at_once_are_bijections(sizes, seed):
-    places = np.repeat(np.arange(len(sizes)), sizes)
-    indices = np.concatenate([np.arange(size) for size in sizes])
-    found = permutation.permute_each(indices, np.array(sizes)[places], seed, places)
-    for place, size in enumerate(sizes):
-        assert sorted(found[places == place].tolist()) == list(range(size))
-
-
 @given(st.lists(st.lists(st.booleans(), max_size=200), max_size=4))
-def test_a_selection_finds_what_a_condition_keeps(parts):
+def test_rank_index_selects_by_predicate(parts):
     arrays = [np.array(part, bool) for part in parts]
-    selection = sampler.RankIndex(arrays, lambda entries: entries)
-    wanted = np.flatnonzero(np.concatenate([np.zeros(0, bool), *arrays]))
-    assert len(selection) == len(wanted)
-    np.testing.assert_array_equal(selection.select(np.arange(len(wanted))), wanted)
+    scenes = RankIndex(arrays, lambda entries: entries)
+    expected = np.flatnonzero(np.concatenate([np.zeros(0, bool), *arrays]))
+    assert len(scenes) == len(expected)
+    np.testing.assert_array_equal(scenes.select(np.arange(len(expected))), expected)
 
 
-@pytest.mark.parametrize("shuffle", permutation.SHUFFLES)
-def test_a_category_is_of_one_class_and_an_epoch_takes_each_scene_once(make_store, new_scenes, shuffle):
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_category_sentences_are_of_one_class_without_repeats(make_store, new_scenes, shuffle):
     path = make_store(new_scenes([(1, 0)] * 41))  # classes −1, 0, 1 in turn
     config = MixtureConfig({"category": ComponentConfig(Category(images=3))}, path, 0.0, shuffle=shuffle)
     component = Mixture(config, 0).components[0]
     store = Store(path)
     assert component.sentences_per_epoch == 4 + 4
     for epoch in range(2):
-        numbers = np.arange(8) + 8 * epoch
-        scenes = component.select_grids(numbers)[0]
+        scenes = component.select_grids(np.arange(8) + 8 * epoch)[0]
         classes = store.index["class_id"][scenes]
         assert (classes == classes[:, :1]).all()
         assert (classes >= 0).all()
@@ -155,17 +120,16 @@ def test_a_category_is_of_one_class_and_an_epoch_takes_each_scene_once(make_stor
     assert component.num_excluded == 14  # those without a class
 
 
-def test_a_class_with_too_few_scenes_is_left_out_and_counted(make_store, new_scenes):
+def test_small_classes_are_excluded_and_counted(make_store, new_scenes):
     path = make_store(new_scenes([(1, 0)] * 5))  # class 0 has two scenes, class 1 has one
-    made = Mixture(MixtureConfig({"category": ComponentConfig(Category(images=2))}, path, 0.0), 0).components[
-        0
-    ]
-    assert (made.sentences_per_epoch, made.num_scenes, made.num_excluded) == (1, 2, 3)
-    with pytest.raises(UserError, match=r"no class has 3 train scenes in .* the largest has 2"):
+    config = MixtureConfig({"category": ComponentConfig(Category(images=2))}, path, 0.0)
+    component = Mixture(config, 0).components[0]
+    assert (component.sentences_per_epoch, component.num_scenes, component.num_excluded) == (1, 2, 3)
+    with pytest.raises(UserError, match=r"no class has 3 .*train scenes in .* 2"):
         Mixture(MixtureConfig({"category": ComponentConfig(Category(images=3))}, path, 0.0), 0)
 
 
-def test_repetitions_count_copies_and_stop_at_their_cap(make_store, new_scenes):
+def test_repetitions_count_copies_and_are_limited(make_store, new_scenes):
     path = make_store(new_scenes([(1, 0)] * 12, groups=[f"group {i // 3}" for i in range(12)]))
     components = {"single": ComponentConfig(Single(), max_repetitions=6.0)}
     rows = Rows(Mixture(MixtureConfig(components, path, 0.0), 0), Vocabulary.for_codes(16), 6, 4)
@@ -174,14 +138,14 @@ def test_repetitions_count_copies_and_stop_at_their_cap(make_store, new_scenes):
     assert component.repetitions(24) == 6
     rows.batch(4)  # sentences 16 to 20, and a token of the next
     with pytest.raises(
-        UserError, match=r"single\.max_repetitions: 29 sentences are 2\.417 epochs .* 7\.25 times"
+        UserError, match=r"single\.max_repetitions=6 .* 29 sentences are 2\.417 epochs .* 7\.25 times"
     ):
         rows.batch(6)
-    with pytest.raises(UserError, match=r"max_repetitions: 256 sentences"):
+    with pytest.raises(UserError, match=r"max_repetitions=6 .* 256 sentences"):
         rows.check_repetitions(50)
 
 
-def test_weights_may_be_shares_of_the_codes(make_store):
+def test_weigh_by_codes(make_store):
     path = make_store([(3, 0)] * 12)
     components = {
         "single": ComponentConfig(Single()),
@@ -192,7 +156,7 @@ def test_weights_may_be_shares_of_the_codes(make_store):
     assert mixture.identity() != Mixture(MixtureConfig(components, path, 0.0), 0).identity()
 
 
-def test_a_mixture_is_known_by_what_decides_its_order(make_store):
+def test_identity_covers_everything_that_changes_the_order(make_store):
     path = make_store([(3, 0)] * 12)
 
     def identity(seed=0, **options):
@@ -203,20 +167,21 @@ def test_a_mixture_is_known_by_what_decides_its_order(make_store):
     assert len({identity(), *(identity(**change) for change in changed)}) == 5
 
 
-def test_missing_stores_are_reported_together_or_left_out(make_store, tmp_path, caplog):
+def test_missing_stores_are_reported_together_or_skipped(make_store, tmp_path, caplog):
     components = {
         "gone": ComponentConfig(Single(), store=str(tmp_path / "gone")),
         "here": ComponentConfig(Single(), store=make_store([(1, 0)] * 9)),
         "unset": ComponentConfig(Single()),
     }
-    with pytest.raises(UserError, match=r"made: gone \(.*/gone doesn't exist.*; unset \(no store given"):
+    with pytest.raises(UserError, match=r"gone \(.*/gone doesn't exist.*; unset \(no store"):
         Mixture(MixtureConfig(components), 0)
-    made = Mixture(MixtureConfig(components, allow_missing=True), 0)
-    assert ([component.name for component in made.components], made.shares.tolist()) == (["here"], [1.0])
-    assert "left out of the mixture: gone" in caplog.text
+    mixture = Mixture(MixtureConfig(components, allow_missing=True), 0)
+    assert [component.name for component in mixture.components] == ["here"]
+    assert mixture.shares.tolist() == [1.0]
+    assert "skipped component gone" in caplog.text
 
 
-# What follows runs real processes: the same hash whoever reads.
+# Real processes: the fingerprint is the same for any number of them.
 ARGUMENTS = ("--config=tests/configs/tiny_lvm.py", "--config.batch_size=8", "--config.model.context=40")
 
 
@@ -232,7 +197,7 @@ def flags(store_flag):
 
 
 def fingerprint(flags, processes=1, **options):
-    """The last line of `lvm.fingerprint` on so many processes; all must print it."""
+    """The last line of `lvm fingerprint` on `processes` processes, which must all print it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -267,7 +232,7 @@ def fingerprint(flags, processes=1, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["concat", "whole"])
-def test_the_first_200_batches_have_one_hash(flags, packing, tmp_path):
+def test_fingerprint_is_independent_of_processes_and_workers(flags, packing, tmp_path):
     flags = [*flags, f"--config.data.packing={packing}"]
     whole = fingerprint(flags, batches=200)
     assert whole == fingerprint(flags, processes=2, batches=200, workers=1)
@@ -282,7 +247,7 @@ def test_the_first_200_batches_have_one_hash(flags, packing, tmp_path):
     assert hashlib.sha256(first.read_bytes() + second.read_bytes()).hexdigest() == whole
 
 
-def test_the_fingerprint_is_of_the_tokens(flags, store_flag):
+def test_fingerprint_hashes_the_tokens(flags, store_flag):
     rows = Rows(
         Mixture(
             MixtureConfig(
@@ -300,33 +265,33 @@ def test_the_fingerprint_is_of_the_tokens(flags, store_flag):
         40,
         8,
     )
-    wanted = hashlib.sha256(
+    expected = hashlib.sha256(
         b"".join(rows.batch(step)["tokens"].astype("<i4").tobytes() for step in (2, 3, 4))
     )
-    assert fingerprint(flags, start=2, batches=3) == wanted.hexdigest()
+    assert fingerprint(flags, start=2, batches=3) == expected.hexdigest()
 
 
-def test_bad_numbers_are_bad_input(flags):
-    assert "--batches: 0 is too small" in run("lvm.fingerprint", *flags, "--batches=0", code=2)
+def test_fingerprint_refuses_0_batches(flags):
+    assert "--batches=0" in run("lvm.fingerprint", *flags, "--batches=0", code=2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_loader_gives_the_steps_in_order(make_store, workers):
+def test_prefetch_yields_steps_in_order(make_store, workers):
     path = make_store([(1, 0)] * 30)
     mixture = Mixture(MixtureConfig({"single": ComponentConfig(Single())}, path), 0)
     rows = Rows(mixture, Vocabulary.for_codes(16), 24, 4)
-    read = list(prefetch_batches(rows.batch, 3, 9, workers))
-    assert len(read) == 6
-    for step, batch in enumerate(read, 3):
+    yielded = list(prefetch_batches(rows.batch, 3, 9, workers))
+    assert len(yielded) == 6
+    for step, batch in enumerate(yielded, 3):
         for name, values in rows.batch(step).items():
             np.testing.assert_array_equal(batch[name], values)
 
 
-def test_errors_of_reading_come_through_the_loader(make_store):
+def test_prefetch_raises_errors_of_reading(make_store):
     path = make_store([(1, 0)] * 30)
     components = {"single": ComponentConfig(Single(), max_repetitions=1.0)}
     rows = Rows(Mixture(MixtureConfig(components, path, 0.0), 0), Vocabulary.for_codes(16), 24, 4)
     with pytest.raises(UserError, match="max_repetitions"):
         list(prefetch_batches(rows.batch, 0, 9))
-    with pytest.raises(UserError, match="workers: -1 is negative"):
+    with pytest.raises(UserError, match="workers=-1"):
         next(prefetch_batches(rows.batch, 0, 1, workers=-1))

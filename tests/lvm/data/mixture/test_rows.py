@@ -1,4 +1,4 @@
-"""Rows are the stream of all sentences, cut; any of them is there at once."""
+"""Concatenated rows are cuts of the stream of sentences, with random access."""
 
 import itertools
 import time
@@ -31,9 +31,9 @@ def make_rows(make_store):
     return make
 
 
-def row(rows, number):
+def read_row(rows, index):
     """Tokens [C+1] of a row, and the component of each target [C]."""
-    batch = Rows(rows.mixture, rows.vocabulary, rows.context, 1).batch(number)
+    batch = Rows(rows.mixture, rows.vocabulary, rows.context, 1).batch(index)
     return batch["tokens"][0], batch["component_ids"][0]
 
 
@@ -41,8 +41,8 @@ def naive_stream(mixture, vocabulary, blocks):
     """All tokens of the first blocks with their components, sentence after sentence."""
     tokens, components = [], []
     for block in range(blocks):
-        for component, number in zip(*mixture.block(block), strict=True):
-            sentence = mixture.components[component].sentence(int(number)).ravel().tolist()
+        for component, index in zip(*mixture.block(block), strict=True):
+            sentence = mixture.components[component].sentence(int(index)).ravel().tolist()
             specials = vocabulary.bos is not None
             sentence = [vocabulary.bos] * specials + sentence + [vocabulary.eos] * specials
             tokens += sentence
@@ -50,7 +50,7 @@ def naive_stream(mixture, vocabulary, blocks):
     return np.array(tokens), np.array(components)
 
 
-def test_a_sentence_is_wrapped_where_the_vocabulary_has_specials():
+def test_to_tokens_adds_specials_of_the_vocabulary():
     codes = np.array([[1, 2], [3, 4]])
     assert to_tokens(codes, OURS).tolist() == [16, 1, 2, 3, 4, 17]
     assert to_tokens(codes, BARE).tolist() == [1, 2, 3, 4]
@@ -59,27 +59,27 @@ def test_a_sentence_is_wrapped_where_the_vocabulary_has_specials():
 
 @pytest.mark.parametrize("vocabulary", [OURS, BARE], ids=["ours", "bare"])
 @pytest.mark.parametrize("context", [1, 7, 24, 1000])
-def test_rows_are_the_stream_of_sentences_cut(make_rows, vocabulary, context):
+def test_rows_are_cuts_of_the_stream(make_rows, vocabulary, context):
     rows = make_rows(vocabulary, context)
     stream, components = naive_stream(rows.mixture, vocabulary, blocks=3)
     last = (len(stream) - 1) // context - 1
-    for number in {0, 1, 2, last // 3, last // 2, last - 1, last}:
-        tokens, ids = row(rows, number)
-        np.testing.assert_array_equal(tokens, stream[number * context :][: context + 1])
-        np.testing.assert_array_equal(ids, components[number * context + 1 :][:context])
+    for index in {0, 1, 2, last // 3, last // 2, last - 1, last}:
+        tokens, ids = read_row(rows, index)
+        np.testing.assert_array_equal(tokens, stream[index * context :][: context + 1])
+        np.testing.assert_array_equal(ids, components[index * context + 1 :][:context])
 
 
-def test_every_row_of_a_block_and_neighbours_share_one_token(make_rows):
+def test_consecutive_rows_share_one_token(make_rows):
     rows = make_rows(context=24)
     stream, _ = naive_stream(rows.mixture, OURS, blocks=1)
-    made = [row(rows, number)[0] for number in range(len(stream) // 24)]
-    for one, following in itertools.pairwise(made):
+    tokens = [read_row(rows, index)[0] for index in range(len(stream) // 24)]
+    for one, following in itertools.pairwise(tokens):
         assert one[-1] == following[0]
-    inputs = np.concatenate([one[:-1] for one in made])
+    inputs = np.concatenate([one[:-1] for one in tokens])
     np.testing.assert_array_equal(inputs, stream[: len(inputs)])
 
 
-def test_a_batch_has_its_shapes_and_follows_on_the_one_before(make_rows):
+def test_batch_matches_its_spec_and_its_rows(make_rows):
     rows = make_rows(batch_size=3)
     for step in (0, 5):
         batch = rows.batch(step)
@@ -87,12 +87,12 @@ def test_a_batch_has_its_shapes_and_follows_on_the_one_before(make_rows):
             name: (spec.shape, spec.dtype) for name, spec in rows.batch_spec.items()
         }
         for i in range(3):
-            np.testing.assert_array_equal(batch["tokens"][i], row(rows, 3 * step + i)[0])
+            np.testing.assert_array_equal(batch["tokens"][i], read_row(rows, 3 * step + i)[0])
         np.testing.assert_array_equal(batch["positions"], np.tile(np.arange(24), (3, 1)))
         assert batch["loss_mask"].all()
 
 
-def test_component_ids_are_those_of_the_targets(make_rows):
+def test_component_ids_are_of_the_targets(make_rows):
     rows = make_rows(batch_size=5)
     stream, components = naive_stream(rows.mixture, OURS, blocks=1)
     batch = rows.batch(0)
@@ -101,7 +101,7 @@ def test_component_ids_are_those_of_the_targets(make_rows):
 
 
 @pytest.mark.parametrize("step", [0, 1, 12345])
-def test_a_batch_is_a_function_of_its_step(make_rows, step):
+def test_batch_is_a_function_of_its_step(make_rows, step):
     used = make_rows()
     for other in (3, 99, 4):
         used.batch(other)
@@ -110,14 +110,14 @@ def test_a_batch_is_a_function_of_its_step(make_rows, step):
     assert not np.array_equal(used.batch(step)["tokens"], make_rows(seed=1).batch(step)["tokens"])
 
 
-def test_the_rows_do_not_depend_on_the_batch_size(make_rows):
+def test_rows_do_not_depend_on_batch_size(make_rows):
     two, three = make_rows(batch_size=2), make_rows(batch_size=3)
     by_two = np.concatenate([two.batch(step)["tokens"] for step in range(3)])
     by_three = np.concatenate([three.batch(step)["tokens"] for step in range(2)])
     np.testing.assert_array_equal(by_two, by_three)
 
 
-def test_a_distant_step_takes_no_longer(make_rows):
+def test_batch_of_a_distant_step_is_fast(make_rows):
     rows = make_rows()
     start = time.perf_counter()
     batch = rows.batch(10**9)
@@ -127,6 +127,6 @@ def test_a_distant_step_takes_no_longer(make_rows):
     assert OURS.bos in batch["tokens"]
 
 
-def test_an_empty_batch_is_refused(make_rows):
-    with pytest.raises(UserError, match=r"config\.batch_size: 0 is not positive"):
+def test_batch_size_0_raises(make_rows):
+    with pytest.raises(UserError, match=r"config\.batch_size=0"):
         make_rows(batch_size=0)

@@ -146,4 +146,4 @@ def test_export_writes_the_training_order(make_store, tmp_path):
     assert len(lines) == 300
     for line in lines:
         assert decode_line(line).tolist() == next(wanted).ravel().tolist()
-    assert "doesn't end in .jsonl" in run("lvm.export", *flags, "--out=out.txt", code=2)
+    assert "--out=out.txt must end in .jsonl" in run("lvm.export", *flags, "--out=out.txt", code=2)

@@ -1,4 +1,4 @@
-"""Streams computed from rgb: what each is, and that a scene's key decides all that is drawn."""
+"""Derived streams: the content of each, and its dependence on the scene's key alone."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
+from lvm.data.images.augment import mirror_images
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.images.sources.derived import DerivedStreams
 from lvm.data.images.sources.generated import GeneratedSource
 from lvm.data.mixture.recipes import Pairs
-from lvm.data.streams.codecs import codec_from_json, mirror_scene
+from lvm.data.streams.codecs import codec_from_json
 from lvm.data.streams.derived import DERIVED, derive
 from tests.image_files import encode_image, photo
 
@@ -27,7 +28,7 @@ IMAGES = np.stack([photo(256, 256, seed) for seed in range(3)])
     key=st.text(max_size=5),
     seed=st.integers(0, 3),
 )
-def test_a_key_decides_what_is_drawn(stream, resolution, frames, key, seed) -> None:
+def test_derive_is_a_function_of_key_and_seed(stream, resolution, frames, key, seed) -> None:
     images = IMAGES[:frames, :resolution, :resolution]
     first = derive(stream, images, key, seed)
     assert (first.shape, first.dtype) == (images.shape, np.uint8)
@@ -35,28 +36,28 @@ def test_a_key_decides_what_is_drawn(stream, resolution, frames, key, seed) -> N
 
 
 @pytest.mark.parametrize("stream", sorted(set(DERIVED) - {"edges", "gray"}))
-def test_keys_and_seeds_draw_apart(stream) -> None:
-    looks = {derive(stream, IMAGES[:1], key, seed).tobytes() for key in "abcdefgh" for seed in (0, 1)}
-    assert len(looks) >= 3  # rotations and reductions have three
+def test_derive_differs_by_key_and_seed(stream) -> None:
+    results = {derive(stream, IMAGES[:1], key, seed).tobytes() for key in "abcdefgh" for seed in (0, 1)}
+    assert len(results) >= 3  # rotations and reductions have three
 
 
-def test_streams_draw_apart() -> None:
-    looks = {derive(stream, IMAGES[:1], "a").tobytes() for stream in DERIVED}
-    assert len(looks) == len(DERIVED)
+def test_derive_differs_by_stream() -> None:
+    results = {derive(stream, IMAGES[:1], "a").tobytes() for stream in DERIVED}
+    assert len(results) == len(DERIVED)
 
 
-def test_gray_is_the_luma() -> None:
+def test_gray_is_luma() -> None:
     pixels = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], np.uint8)
     levels = derive("gray", pixels[None], "")[0, 0]
     assert levels.tolist() == [[76] * 3, [150] * 3, [29] * 3, [255] * 3]  # .2989, .5870, .1140 of 255
 
 
-def test_edges_lie_where_things_end() -> None:
+def test_edges_are_at_object_boundaries() -> None:
     image = np.zeros((1, 64, 64, 3), np.uint8)
     image[:, 20:44, 20:44] = 255
-    drawn = derive("edges", image, "")[0, ..., 0]
-    assert set(np.unique(drawn)) == {0, 255}
-    rows, columns = np.nonzero(drawn)
+    edges = derive("edges", image, "")[0, ..., 0]
+    assert set(np.unique(edges)) == {0, 255}
+    rows, columns = np.nonzero(edges)
     distance = np.minimum.reduce(
         [abs(rows - 19.5), abs(rows - 43.5), abs(columns - 19.5), abs(columns - 43.5)]
     )
@@ -66,7 +67,7 @@ def test_edges_lie_where_things_end() -> None:
 
 
 def _mask(key: str, resolution: int = 256) -> np.ndarray:
-    """What is black of a white image, bool [R, R]."""
+    """The black pixels of a masked white image, bool [R, R]."""
     return derive("masked", np.full((1, resolution, resolution, 3), 255, np.uint8), key)[0, ..., 0] == 0
 
 
@@ -90,14 +91,14 @@ def test_masked_is_one_square_or_patches() -> None:
     assert np.abs(np.quantile(shares, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.1  # U(0, 1)
 
 
-def test_masked_scales_with_the_image_and_holds_for_all_frames() -> None:
+def test_masked_scales_and_is_the_same_in_all_frames() -> None:
     blocks = [_mask(f"key {number}", 64).reshape(8, 8, 8, 8).mean((1, 3)) for number in range(40)]
     assert any(np.isin(b, (0, 1)).all() and 0 < b.mean() < 1 for b in blocks)
     frames = derive("masked", np.full((2, 64, 64, 3), 255, np.uint8), "a")
     np.testing.assert_array_equal(frames[0], frames[1])
 
 
-def test_what_is_to_be_restored_is_told_by_its_statistics() -> None:
+def test_degradations_have_their_statistics() -> None:
     flat = np.full((2, 128, 128, 3), 128, np.uint8)
     noisy = derive("noisy", flat, "a").astype(float)
     assert 9 < noisy.std() < 52
@@ -115,17 +116,17 @@ def test_what_is_to_be_restored_is_told_by_its_statistics() -> None:
     assert np.abs(low.mean((1, 2)) - IMAGES.mean((1, 2))).max() < 3
 
 
-def test_rotated_is_a_quarter_turn_or_more() -> None:
+def test_rotated_is_by_90_180_or_270_degrees() -> None:
     for key in "abcdef":
-        turned = derive("rotated", IMAGES, key)
-        turns = [k for k in (0, 1, 2, 3) if (np.rot90(IMAGES, k, (1, 2)) == turned).all()]
+        rotated = derive("rotated", IMAGES, key)
+        turns = [k for k in (0, 1, 2, 3) if (np.rot90(IMAGES, k, (1, 2)) == rotated).all()]
         assert turns in ([1], [2], [3])
 
 
-# --- As streams of a source.
+# --- As streams of an image source.
 
 
-def test_any_source_can_have_them(tmp_path) -> None:
+def test_derived_streams_of_any_source(tmp_path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(encode_image(photo()))
     (tmp_path / "broken.png").write_bytes(encode_image(photo())[:50])
@@ -144,12 +145,12 @@ def test_any_source_can_have_them(tmp_path) -> None:
     } == source.streams
     assert source.describe() == plain.describe() | {"derived": ["gray", "masked"], "derived_seed": 3}
     assert (
-        mirror_scene(scene.images, [source.streams[s] for s in scene.info.streams]).shape
+        mirror_images(scene.images, [source.streams[s] for s in scene.info.streams]).shape
         == scene.images.shape
     )
 
 
-def test_a_stream_that_is_there_already_or_unknown_is_refused() -> None:
+def test_existing_or_unknown_derived_stream_raises() -> None:
     scenes = GeneratedSource(Preprocess(16), num_scenes=2, num_frames=1)
     for derived, message in (
         (("blur",), "'blur' is unknown; expected some of edges, gray"),
@@ -162,7 +163,7 @@ def test_a_stream_that_is_there_already_or_unknown_is_refused() -> None:
         DerivedStreams(GeneratedSource(Preprocess(16), streams=("depth",)), ("gray",))
 
 
-def test_stream_sets_stay_sorted() -> None:
+def test_derived_stream_sets_stay_sorted() -> None:
     class TwoSets(GeneratedSource):
         """Scenes of which some have depth."""
 
