@@ -33,7 +33,10 @@ class _Formatter(logging.Formatter):
         )
         library = "" if record.name == _LOGGER.name else f"{record.name}: "
         text = f"{time_of_day} {record.levelname[0]} {process}{library}{record.getMessage()}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        # A library's exception reaches the user as one error line of ours; its traceback is for debugging.
+        if record.exc_info and (not library or _LOGGER.isEnabledFor(logging.DEBUG)):
+            return f"{text}\n{self.formatException(record.exc_info)}"
+        return text
 
 
 def log_info(message: str) -> None:

@@ -90,15 +90,9 @@ def compare(first: LazyCheckpoint, second: LazyCheckpoint, num_rows: int = 2, se
 
 
 def _check_sizes(first: LazyCheckpoint, second: LazyCheckpoint) -> None:
-    sizes = [
-        {
-            "hidden_size": model.config.hidden_size,
-            "num_layers": model.config.num_layers,
-            "num_codes": model.vocabulary.num_codes,
-        }
-        for model in (first, second)
-    ]
-    different = [f"{name}: {n} and {sizes[1][name]}" for name, n in sizes[0].items() if n != sizes[1][name]]
+    sizes = [(m.config.hidden_size, m.config.num_layers, m.vocabulary.num_codes) for m in (first, second)]
+    pairs = zip(("hidden_size", "num_layers", "num_codes"), *sizes, strict=True)
+    different = [f"{name}: {a} and {b}" for name, a, b in pairs if a != b]
     if different:
         raise UserError(f"{first.path} and {second.path}: not the same model ({'; '.join(different)})")
 

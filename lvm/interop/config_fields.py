@@ -40,12 +40,7 @@ _FIELDS = {
     "tie_word_embeddings": "tie_embeddings",
 }
 # Optional fields, with the defaults of transformers' and EasyLM's classes.
-_DEFAULTS = {
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-}
+_DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False, "rope_theta": 1e4}
 # Supported values of transformers' other fields; the first is the default.
 _SUPPORTED = {
     "model_type": ("llama",),
@@ -81,15 +76,12 @@ def read_checkpoint(
     layout: Layout,
     open_tensors: Callable[[ModelConfig], Tensors],
 ) -> LazyCheckpoint:
-    """The checkpoint of a folder in another format.
+    """Opens a checkpoint in another format.
 
     Args:
-      folder: holds config.json.
-      path: the folder or file of the weights, for messages.
-      fields: of config.json.
-      context_field: the name of the field for the context length.
-      layout: of the tensors.
-      open_tensors: returns the tensors under the layout's names.
+      folder: contains config.json with these `fields`, of which `context_field` is the context length.
+      path: of the weights, for messages.
+      layout: of the tensors that `open_tensors` returns.
 
     Raises:
       UserError: an unsupported network, tensors that are not the network's, or an unknown vocabulary.

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lvm import __version__
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
-from lvm.interop.tensors import BFLOAT16, LazyTensor, Tensors, cast, check_shapes, format_names, stack
+from lvm.interop.tensors import BFLOAT16, LazyTensor, Tensors, cast, format_names, stack
 from lvm.model.nnx_utils import Params, abstract_module
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import FILENAME, Vocabulary
@@ -130,16 +130,6 @@ def check_dtypes(tensors: Tensors, path: str | os.PathLike[str]) -> None:
     wrong = [f"{name} {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES.values()]
     if wrong:
         raise UserError(f"{path}: unsupported dtypes: {format_names(wrong)}; expected {', '.join(DTYPES)}")
-
-
-def check_tensors(tensors: Tensors, config: ModelConfig, path: str | os.PathLike[str]) -> None:
-    """Checks names, shapes and dtypes against the model's.
-
-    Raises:
-      UserError: lists the tensors that differ.
-    """
-    check_shapes(tensors, tensor_shapes(config), path)
-    check_dtypes(tensors, path)
 
 
 def load_vocabulary(folder: epath.Path, size: int) -> Vocabulary:

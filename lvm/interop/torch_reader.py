@@ -81,7 +81,7 @@ class _RefusedError(Exception):
 
 
 class _Inert:
-    """Base class of what a pickle can create: refuses BUILD, the opcode that sets attributes."""
+    """Base class of what a pickle can create. BUILD, the opcode that sets attributes, is refused."""
 
     def __setstate__(self, state: object) -> None:
         raise _RefusedError(f"a state for {type(self).__name__}")
@@ -115,20 +115,14 @@ class _Global(_Inert):
 
     name: str
 
-    def __call__(self, *args: object) -> Any:
+    def __call__(self, *args: Any) -> Any:
         match self.name, args:
             case "collections.OrderedDict", () | (list(),):
                 return _OrderedDict(*args)
             case "torch._utils._rebuild_parameter", (_Tensor() as tensor, bool(), *_):
                 return tensor
-            case "torch._utils._rebuild_tensor_v2", (
-                _Storage() as data,
-                int(start),
-                tuple(dims),
-                tuple(strides),
-                *_,
-            ):
-                return _rebuild_tensor(data, start, dims, strides)
+            case "torch._utils._rebuild_tensor_v2", (_Storage(), int(), tuple(), tuple(), *_):
+                return _rebuild_tensor(*args[:4])
         raise _RefusedError(f"a call of {self.name} with {reprlib.repr(args)}")
 
 
@@ -136,9 +130,7 @@ def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple
     is_valid = all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides))
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if not is_valid or (0 not in shape and last >= storage.size):
-        raise ValueError(
-            f"shape {shape}, strides {strides}, offset {offset} in a storage of {storage.size} elements"
-        )
+        raise ValueError(f"shape {shape}, strides {strides}, offset {offset} in a storage of {storage.size}")
 
     def read() -> np.ndarray:
         if 0 in shape:
@@ -188,9 +180,7 @@ class _TensorUnpickler(pickle.Unpickler):
             raise ValueError(f"{name} is missing")
         entry = self._entries[self._root + name]
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise UserError(
-                f"{self._path}: {name} is compressed; torch.save never compresses: save it with torch"
-            )
+            raise UserError(f"{self._path}: {name} is compressed; save it again with torch.save")
         with open(self._path, "rb") as file:
             # The local header has its own lengths: its extra field may differ from the central directory's.
             file.seek(entry.header_offset + 26)
@@ -209,9 +199,8 @@ class _TensorUnpickler(pickle.Unpickler):
 def _check_sizes(program: bytes) -> None:
     """Refuses sizes beyond the pickle's own: the unpickler allocates what an argument claims before it reads."""
     num_tuples = 0
-    for opcode, argument, _ in pickletools.genops(
-        program
-    ):  # raises ValueError where an argument is cut short
+    # genops raises ValueError where an argument is longer than what is left.
+    for opcode, argument, _ in pickletools.genops(program):
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(program):
             raise ValueError(f"memo index {argument} in a pickle of {len(program)} bytes")
         num_tuples += opcode.name.startswith("TUPLE")

@@ -13,15 +13,14 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.config import from_config_dict
-from lvm.common.errors import UserError
 from lvm.interop.lazy_checkpoint import (
     LazyCheckpoint,
-    check_tensors,
+    check_dtypes,
     layer_names,
     stacked_shapes,
     tensor_shapes,
 )
-from lvm.interop.tensors import LazyTensor
+from lvm.interop.tensors import LazyTensor, check_shapes
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
 from lvm.training.checkpoint import intact_step, open_params, save_lazy_params
@@ -29,7 +28,7 @@ from lvm.training.workdir import CONFIG, read_record
 
 
 def read(folder: epath.Path, step: int | None = None) -> LazyCheckpoint:
-    """The model of a workdir's newest checkpoint, or that of `step`.
+    """Opens the newest checkpoint of a workdir, or that of `step`.
 
     Raises:
       UserError: not a workdir of a transformer's training, no such checkpoint, or a damaged one.
@@ -39,35 +38,27 @@ def read(folder: epath.Path, step: int | None = None) -> LazyCheckpoint:
     model = {**record["config"]["model"], "vocabulary_size": vocabulary.size}
     config = from_config_dict(ModelConfig, model, f"{folder / CONFIG}: config.model")
     step = intact_step(folder, step)
-    tensors, stacked = _tensors(folder, step, config)
-    check_tensors(tensors, config, f"{folder}: step {step}")
+    shapes = stacked_shapes(config)
+    arrays = open_params(folder, step, shapes)
+    params = {name: _lazy_tensor(array) for name, array in arrays.items()}
+    check_shapes(params, shapes, f"{folder}: step {step}")
+    check_dtypes(params, f"{folder}: step {step}")
+    stacked = {name: params.pop(name) for name in shapes if name.startswith("layers.")}
+    for name in stacked:
+        layers = enumerate(layer_names(name, config))
+        params |= {layer: _lazy_tensor(arrays[name], index) for index, layer in layers}
+    tensors = {name: params[name] for name in tensor_shapes(config)}
     return LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(folder), stacked)
 
 
-def _tensors(
-    folder: epath.Path, step: int, config: ModelConfig
-) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
-    """The parameters, one tensor a layer; and those stored stacked."""
-    tensors: dict[str, LazyTensor] = {}
-    stacked: dict[str, LazyTensor] = {}
-    for name, array in open_params(folder, step, stacked_shapes(config)).items():
-        shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
-        tensor = LazyTensor(shape, dtype, functools.partial(_read, array, ...))
-        if not name.startswith("layers."):
-            tensors[name] = tensor
-            continue
-        stacked[name] = tensor
-        if shape[0] != config.num_layers:
-            raise UserError(
-                f"{folder}: step {step}: {name} {list(shape)}, expected {config.num_layers} layers"
-            )
-        for index, layer_name in enumerate(layer_names(name, config)):
-            tensors[layer_name] = LazyTensor(shape[1:], dtype, functools.partial(_read, array, index))
-    return {name: tensors[name] for name in tensor_shapes(config)}, stacked
+def _lazy_tensor(array: Any, layer: int | None = None) -> LazyTensor:
+    """A tensor of a `tensorstore.TensorStore`, or a layer of it."""
+    shape = tuple(array.shape) if layer is None else tuple(array.shape[1:])
+    return LazyTensor(shape, np.dtype(array.dtype.numpy_dtype), functools.partial(_read, array, layer))
 
 
-def _read(array: Any, index: Any) -> np.ndarray:
-    return np.asarray(array[index].read().result())
+def _read(array: Any, layer: int | None) -> np.ndarray:
+    return np.asarray((array if layer is None else array[layer]).read().result())
 
 
 def write(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:

@@ -46,7 +46,7 @@ def test_convert_command_converts_and_checks(source, tmp_path):
     assert "--tokenizer" in output
     assert "parameters in bfloat16, 8192 codes of 8448 ids, step 7" in output
     assert models.read(tmp_path / "hf").vocabulary == dataclasses.replace(PUBLISHED, size=8448)
-    with pytest.raises(UserError, match="exists and isn't an empty folder"):
+    with pytest.raises(UserError, match="hf: exists"):
         convert.convert(str(source), str(tmp_path / "hf"), "hf")
     with pytest.raises(UserError, match="nowhere: not a model folder"):
         convert.convert(str(tmp_path / "nowhere"), str(tmp_path / "x"), "hf")
