@@ -140,7 +140,7 @@ def test_submit_losses_do_not_depend_on_process_count(demo, tmp_path):
     assert list(two) == list(range(1, 41))
 
 
-def test_submit_does_not_restart_on_bad_input(demo, tmp_path):
+def test_submit_bad_input_is_final(demo, tmp_path):
     invalid = arguments(demo, tmp_path, "--config.model.num_heads=5", processes=1)
     output = run("lvm.submit", *invalid, code=2)
     assert output.count("error: ") == 1
@@ -152,7 +152,7 @@ def test_submit_requires_config():
     assert "--config: required" in run("lvm.submit", "--workdir=/nowhere", code=2)
 
 
-def test_submit_does_not_restart_on_divergence(demo, tmp_path):
+def test_submit_divergence_is_final(demo, tmp_path):
     diverging = [
         "--config.optimizer.learning_rate=1e38",
         "--config.loop.max_skipped=2",
