@@ -1,4 +1,4 @@
-# The environment of a run; the code itself is fetched when a container starts (`lvm/launch/start.py`).
+# Environment of a run; the code is fetched when the container starts (`lvm/launch/start.py`).
 #   docker build --tag IMAGE .                                          TPUs
 #   docker build --tag IMAGE --build-arg PACKAGES="jax[cuda13]" .       GPUs
 FROM python:3.12-slim

@@ -68,6 +68,7 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
         workdir=args.workdir,
         site=site,
         train_arguments=train_arguments,
+        commit=args.commit,
         slice=resolve(args.accelerator) if args.accelerator else None,
         slices=args.slices,
         capacity=_capacity(args),
@@ -82,8 +83,7 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
         return backends.run_local(request, folder, args.processes, args.grace, args.dry_run)
     if request.slice is not None:
         _reject_flags(args, f"--accelerator={args.accelerator}", ["nodes", "gpus_per_node"])
-    options = backends.SubmitOptions(args.commit, args.ship_changes, args.plan, args.dry_run)
-    backends.submit(args.on, request, folder, options)
+    backends.submit(args.on, request, folder, args.ship_changes, args.plan, args.dry_run)
     return 0
 
 

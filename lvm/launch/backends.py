@@ -39,47 +39,39 @@ NAMES = (LOCAL, *_REMOTE)
 _RECORD = "submitted.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class SubmitOptions:
-    """Options of a submission.
+def submit(
+    backend: str, request: Request, folder: Path, ship_changes: bool, plan: bool, dry_run: bool
+) -> None:
+    """Writes a run's files into `folder` and submits the run.
 
-    Attributes:
-      commit: revision of the code; "" is HEAD.
+    Args:
+      backend: one of `NAMES` except `LOCAL`.
+      request: the run; its commit may be any revision.
+      folder: created unless it exists.
       ship_changes: see `code.resolve_commit`.
       plan: submits only what fits by `lvm.plan`.
       dry_run: prints commands instead of running them.
-    """
-
-    commit: str = ""
-    ship_changes: bool = False
-    plan: bool = True
-    dry_run: bool = False
-
-
-def submit(backend: str, request: Request, folder: Path, options: SubmitOptions) -> None:
-    """Writes a run's files into `folder` and submits the run.
 
     Raises:
       UserError: the backend cannot run the request, it does not fit, or a command failed.
     """
     _REMOTE[backend].validate(request)
-    if backend == "slurm" and not options.dry_run:
+    if backend == "slurm" and not dry_run:
         _require_secrets(request)  # Slurm passes on the submitting environment
-    commit = code.resolve_commit(options.commit, options.ship_changes)
-    request = dataclasses.replace(request, commit=commit)
-    if options.plan:
+    request = dataclasses.replace(request, commit=code.resolve_commit(request.commit, ship_changes))
+    if plan:
         _check_plan(request)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in _REMOTE[backend].files(request).items():
         (folder / name).write_text(text)
     (folder / "changes.diff").unlink(missing_ok=True)  # of an earlier submission
-    if diff := code.uncommitted_diff(commit):
+    if diff := code.uncommitted_diff(request.commit):
         (folder / "changes.diff").write_text(diff)
-    record = {"on": backend, "workdir": request.workdir, "commit": commit}
+    record = {"on": backend, "workdir": request.workdir, "commit": request.commit}
     files.write_json(folder / _RECORD, {**record, "site": dataclasses.asdict(request.site)})
-    shell.run(code.archive_command(commit, folder / f"{commit}.tar.gz"), folder)
+    shell.run(code.archive_command(request.commit, folder / f"{request.commit}.tar.gz"), folder)
     commands = _REMOTE[backend].submit(request)
-    if options.dry_run:
+    if dry_run:
         print("\n".join(map(shell.format_command, [["cd", str(folder)], *commands])))
         return
     for command in commands:
@@ -100,9 +92,10 @@ def run_local(request: Request, folder: Path, processes: int, grace: float, dry_
     local_run = local.LocalRun(folder)  # holds the lock while it lives
     with local_run.acquire() as log:
         files.write_json(folder / _RECORD, {"on": LOCAL, "workdir": request.workdir})
-        return local.Supervisor(
+        supervisor = local.Supervisor(
             request.command, processes, request.max_restarts, grace, environment, log
-        ).run()
+        )
+        return supervisor.run()
 
 
 def _require_secrets(request: Request) -> None:

@@ -116,7 +116,7 @@ class Request(Run):
 
     Attributes:
       train_arguments: arguments of `lvm.train` besides the workdir.
-      commit: the code.
+      commit: Git revision of the code.
       slice: the accelerators; None for this machine.
       slices: number of slices.
       capacity: one of `CAPACITIES`.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ _TILES = (8, 16, 32, 128)
 _COMPUTE = {"fusion", "custom-call", "convolution", "dot"}  # operations that can hide a collective
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Collective:
     """All collectives of one kind in a step.
 
@@ -37,6 +36,11 @@ class Collective:
     count: int
     overlapped_bytes: float = 0.0
 
+    def add(self, size: float, count: int, overlapped: bool) -> None:
+        self.bytes += size
+        self.count += count
+        self.overlapped_bytes += size * overlapped
+
 
 def collective_bytes(program: Program, weights: Iterable[Sequence[int]], chips: int) -> list[Collective]:
     """Collectives of a compiled step by kind.
@@ -50,14 +54,7 @@ def collective_bytes(program: Program, weights: Iterable[Sequence[int]], chips: 
       chips: chips of the program.
     """
     counter = _Counter(program, [tuple(shape) for shape in weights], chips)
-    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0.0])
-
-    def add(kind: str, size: float, count: int, overlapped: bool) -> None:
-        total = totals[kind]
-        total[0] += size
-        total[1] += count
-        total[2] += size * overlapped
-
+    totals = {kind: Collective(kind, 0.0, 0) for kind in (*KINDS, BETWEEN_SLICES, PADDING)}
     for run in _distinct_executions(program):
         counted = counter.count(run)
         if counted is None:
@@ -65,14 +62,10 @@ def collective_bytes(program: Program, weights: Iterable[Sequence[int]], chips: 
         kind, size, padding = counted
         overlapped = bool(run.instruction.attribute("chain_id")) or _is_overlapped(run)
         if padding:
-            add(PADDING, padding * run.count, 0 if size else run.count, overlapped)
+            totals[PADDING].add(padding * run.count, 0 if size else run.count, overlapped)
         if size or not padding:
-            add(kind, size * run.count, run.count, overlapped)
-    return [
-        Collective(kind, totals[kind][0], int(totals[kind][1]), totals[kind][2])
-        for kind in (*KINDS, BETWEEN_SLICES, PADDING)
-        if kind in totals
-    ]
+            totals[kind].add(size * run.count, run.count, overlapped)
+    return [total for total in totals.values() if total.count or total.bytes]
 
 
 def _distinct_executions(program: Program) -> Iterator[Execution]:

@@ -95,14 +95,9 @@ class Computation(dict[str, Instruction]):
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """An instruction in its context.
+    """An instruction of a computation, which runs `count` times per step.
 
-    Attributes:
-      instruction: the instruction.
-      computation: the computation that contains it.
-      scope: name of the nearest enclosing computation that is not fused.
-      fused: inside a fusion.
-      count: executions per step.
+    `scope` is the name of the nearest enclosing computation that is not fused; `fused` is True inside a fusion.
     """
 
     instruction: Instruction
