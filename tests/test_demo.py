@@ -361,7 +361,7 @@ def test_a_store_never_mixes_two_sources(demo, tmp_path):
     shard = next((tmp_path / "store").glob("shard-00001*.array_record"))
     whole = shard.read_bytes()
     shard.unlink()
-    assert "holds codes made otherwise" in run(
+    assert "holds codes made with other settings" in run(
         "tokenizer.encode", *common, f"--source={tmp_path / 'b'}", code=2
     )
     run("tokenizer.encode", *common, f"--source={tmp_path / 'a'}")

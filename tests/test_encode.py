@@ -1,4 +1,4 @@
-"""The encoder in processes of its own: killed, shared among several, joined by a launcher, always the same bytes."""
+"""tokenizer.encode in processes of its own: killed, sharing shards, joined by a launcher; always equal bytes."""
 
 import os
 import pathlib
@@ -21,7 +21,7 @@ SCENES, SHARDS = 160, 8
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """The flags of an encoding, but for --out."""
+    """Flags of an encoding job, without --out."""
     folder = tmp_path_factory.mktemp("job")
     config = small("maskgit", resolution=32, channel_multipliers=(1, 1, 2), codebook_size=64)
     weights.write(folder / "tokenizer", random_weights(config), "orbax")
@@ -40,8 +40,8 @@ def job(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(job, tmp_path_factory):
-    """An unbroken run's store, and how long it took."""
+def reference(job, tmp_path_factory):
+    """The store of an uninterrupted run, and its duration in seconds."""
     out, before = tmp_path_factory.mktemp("whole") / "store", time.monotonic()
     run("tokenizer.encode", *job, f"--out={out}", "--workers=1")
     return out, time.monotonic() - before
@@ -51,80 +51,82 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
 
 
-def kill_at_random_moments(job, whole, out, count, seed):
-    unbroken, seconds = whole
-    draw = random.Random(seed)
+def kill_at_random_moments(job, reference, out, count, seed):
+    expected, seconds = reference
+    rng = random.Random(seed)
     killed = 0
     while killed < count:
-        process = start("tokenizer.encode", *job, f"--out={out}", f"--workers={draw.randrange(3)}")
-        time.sleep(draw.uniform(0.3, 1.0) * seconds)  # before that, Python only imports
+        process = start("tokenizer.encode", *job, f"--out={out}", f"--workers={rng.randrange(3)}")
+        time.sleep(rng.uniform(0.3, 1.0) * seconds)  # before 0.3, Python only imports
         if process.poll() is None:
             process.kill()
             killed += 1
         output, _ = process.communicate()
-        if process.returncode == 0:  # done before the moment came: from the start again, in another folder
-            assert contents(out) == contents(unbroken)
+        if process.returncode == 0:  # finished before the kill: start over in another folder
+            assert contents(out) == contents(expected)
             out = out.with_name(f"{out.name}-{killed}")
         else:
             assert process.returncode == -9, output
     run("tokenizer.encode", *job, f"--out={out}", "--workers=0")
-    time.sleep(5)  # temporary files of the killed are nobody's by then
+    time.sleep(5)  # age at which temporary files of killed processes are removed
     run("tokenizer.encode", "--finish", f"--out={out}")
-    assert contents(out) == contents(unbroken)
+    assert contents(out) == contents(expected)
     store = Store(out)
     assert sorted(store.scene(i).key for i in range(len(store))) == [
         f"generated-0-{i:06d}" for i in range(SCENES)
     ]
 
 
-def test_killed_three_times_it_writes_what_an_unbroken_run_writes(job, whole, tmp_path):
-    kill_at_random_moments(job, whole, tmp_path / "store", 3, seed=0)
+def test_encode_killed_three_times_writes_equal_bytes(job, reference, tmp_path):
+    kill_at_random_moments(job, reference, tmp_path / "store", 3, seed=0)
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_writes_what_an_unbroken_run_writes(job, whole, tmp_path):
-    kill_at_random_moments(job, whole, tmp_path / "store", 20, seed=1)
+def test_encode_killed_twenty_times_writes_equal_bytes(job, reference, tmp_path):
+    kill_at_random_moments(job, reference, tmp_path / "store", 20, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_know_nothing_of_each_other_write_the_same(job, whole, tmp_path, processes):
+def test_independent_processes_write_equal_bytes(job, reference, tmp_path, processes):
     flags = [*job, f"--out={tmp_path / 'store'}", "--workers=0"]
     started = [start("tokenizer.encode", *flags, f"--shard={i}/{processes}") for i in range(processes)]
     for process in started:
         output, _ = process.communicate()
         assert process.returncode == 0, output
-    assert contents(tmp_path / "store") == contents(whole[0])
+    assert contents(tmp_path / "store") == contents(reference[0])
 
 
 @pytest.mark.slow
-def test_joined_processes_share_the_shards_and_leave_together(job, whole, tmp_path, monkeypatch):
+def test_joined_processes_share_shards_and_exit_together(job, reference, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         monkeypatch.setenv(distributed.COORDINATOR, f"localhost:{free.getsockname()[1]}")
     monkeypatch.setenv(distributed.NUM_PROCESSES, "2")
     started = []
-    for number in range(2):
-        monkeypatch.setenv(distributed.PROCESS_ID, str(number))
+    for process in range(2):
+        monkeypatch.setenv(distributed.PROCESS_ID, str(process))
         started.append(start("tokenizer.encode", *job, f"--out={tmp_path / 'store'}", "--workers=0"))
     outputs = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
-    assert contents(tmp_path / "store") == contents(whole[0])
+    assert contents(tmp_path / "store") == contents(reference[0])
 
 
-def test_what_is_missing_or_wrong_is_said(whole, tmp_path):
-    assert "--source: must be given" in run("tokenizer.encode", f"--out={tmp_path}", code=2)
+def test_encode_reports_missing_flags_and_finishes(reference, tmp_path):
+    assert "--source: required" in run("tokenizer.encode", f"--out={tmp_path}", code=2)
     (tmp_path / "a.jsonl").write_text("".join(jsonl.encode_line(np.full((n, 4), n)) for n in (1, 3)))
     (tmp_path / "codes.py").write_text(
         f"def get_config():\n    return dict(kind='jsonl', path='{tmp_path}/a.jsonl', num_codes=8, grid=(2, 2))\n"
     )
     ready = ["tokenizer.encode", f"--source={tmp_path / 'codes.py'}", f"--out={tmp_path / 'ready'}"]
-    assert "which can't be cropped" in run(*ready, "--augment=2", code=2)
+    assert "--augment=2" in run(*ready, "--augment=2", code=2)
     assert "2 scenes, 4 images, 2 of 8 codes used" in run(*ready)
     store = Store(tmp_path / "ready")
     assert [store.scene(i).codes[:, 0].tolist() for i in range(2)] == [[[n] * 4] * n for n in (1, 3)]
     assert "all checksums, records and counts are right" in run("lvm.inspect", tmp_path / "ready")
-    before = {name: os.stat(whole[0] / name).st_mtime_ns for name in contents(whole[0]) if "shard" in name}
-    (whole[0] / "manifest.json").unlink()
-    assert f"{SCENES} scenes" in run("tokenizer.encode", "--finish", f"--out={whole[0]}")
-    assert before == {name: os.stat(whole[0] / name).st_mtime_ns for name in before}
+    before = {
+        name: os.stat(reference[0] / name).st_mtime_ns for name in contents(reference[0]) if "shard" in name
+    }
+    (reference[0] / "manifest.json").unlink()
+    assert f"{SCENES} scenes" in run("tokenizer.encode", "--finish", f"--out={reference[0]}")
+    assert before == {name: os.stat(reference[0] / name).st_mtime_ns for name in before}

@@ -6,7 +6,7 @@
     python -m tokenizer encode --source=FILE.jsonl --out=STORE       codes that exist already
     python -m tokenizer encode --finish --out=STORE   write the manifest once all shards exist
 
-Each output shard holds a contiguous slice of the input's scenes; existing shards are skipped. Several processes share
+Each shard holds a contiguous range of the source's scenes; existing shards are skipped. Several processes share
 the shards, by `--shard` or when a launcher joins them (`lvm.common.distributed`); the bytes don't depend on their
 number. The process that completes the last shard writes the manifest.
 """
@@ -33,87 +33,87 @@ from lvm.data.store.reader import Store
 from tokenizer.encoding import CodeCopier, Encoder, ShardWriter
 from tokenizer.pretrained import Tokenizer
 
-_POLL = 1.0  # seconds
-_FEW = 1000  # scenes that are read before other processes would have started
+_POLL_S = 1.0
+_MIN_SCENES = 1000  # of a source that is worth starting worker processes for
 
 
 def parse_shard_flag(spec: str) -> tuple[int, int]:
-    """`"2/8"` → (2, 8): the third of eight. Raises UserError."""
-    found = re.fullmatch(r"(\d+)/(\d+)", spec)
-    if not found or not int(found[1]) < int(found[2]):
-        raise UserError(f"--shard: {spec!r}; it is i/n with i from 0 to n - 1, such as 0/8")
-    return int(found[1]), int(found[2])
+    """Parses `"2/8"`, the third of eight processes, as (2, 8). Raises UserError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", spec)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"--shard={spec} must be i/n with i from 0 to n - 1, for example 0/8")
+    return int(match[1]), int(match[2])
 
 
 def summarize_store(folder: str) -> str:
-    """What a finished store holds, in a line."""
+    """Counts of a finished store in one line."""
     manifest = Store(folder).manifest
-    used, codes = np.count_nonzero(manifest["histogram"]), len(manifest["histogram"])
+    used, num_codes = np.count_nonzero(manifest["histogram"]), len(manifest["histogram"])
     failures = sum(len(shard["failures"]) for shard in manifest["shards"])
-    failed = f", {failures} failures listed" if failures else ""
-    return f"{folder}: {manifest['scenes']} scenes, {manifest['images']} images, {used} of {codes} codes used{failed}"
+    line = f"{folder}: {manifest['scenes']} scenes, {manifest['images']} images, {used} of {num_codes} codes used"
+    return f"{line}, {failures} failures listed" if failures else line
 
 
 def finish(folder: str, wait: bool) -> None:
-    """Writes the manifest once all shards are there.
+    """Writes the manifest if all shards exist.
 
     Args:
       folder: the store.
-      wait: until the other processes' are, too: those that were joined leave together.
+      wait: wait for the shards of other processes: joined processes must exit together.
     """
     while missing := writer.finish_store(folder):
         if not wait:
             listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
             log_info(
-                f"{len(missing)} shards aren't there yet ({listed}); whoever writes the last one ends the store"
+                f"{len(missing)} shards are missing ({listed}); the process that writes the last one finishes"
             )
             return
-        time.sleep(_POLL)
+        time.sleep(_POLL_S)
     log_info(summarize_store(folder))
 
 
 def encode(args: cli.Args) -> None:
     """Encodes this process's shards."""
     if args.num_shards < 1 or args.batch_size < 1 or (args.workers or 0) < 0:
-        raise UserError("--num_shards and --batch_size must be at least 1, --workers at least 0")
+        raise UserError("--num_shards and --batch_size must be positive, --workers must not be negative")
     distributed.join(DistributedConfig())
     joined = jax.distributed.is_initialized()
     if joined and args.shard:
-        raise UserError("--shard: these processes are joined already, and share the shards by themselves")
-    part, parts = parse_shard_flag(args.shard) if args.shard else (jax.process_index(), jax.process_count())
-    writer = _writer(args)
-    if parts > (shards := writer.num_shards):
-        log_info(
-            f"{shards} shards leave {parts - shards} of {parts} processes without work; --num_shards makes more"
-        )
-    writer.run(part, parts)
+        raise UserError(f"--shard={args.shard}: joined processes share the shards without it")
+    process, num_processes = jax.process_index(), jax.process_count()
+    if args.shard:
+        process, num_processes = parse_shard_flag(args.shard)
+    shard_writer = _make_writer(args)
+    if (idle := num_processes - shard_writer.num_shards) > 0:
+        log_info(f"{idle} of {num_processes} processes have no shard; raise --num_shards to use them")
+    shard_writer.run(process, num_processes)
     finish(args.out, wait=joined)
 
 
-def _writer(args: cli.Args) -> ShardWriter:
+def _make_writer(args: cli.Args) -> ShardWriter:
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    # Ready codes need no tokenizer, and are not looked at by the size of its images.
+    # A source of codes needs no tokenizer and ignores the image size.
     augment = Augment(args.augment, tokenizer.preprocess if tokenizer else Preprocess(256))
     source = open_any_source(args.source, augment.source_preprocess)
-    for skipped in source.skipped:
-        log_info(f"skipped {skipped.key}: {skipped.reason}")
+    for failure in source.skipped:
+        log_info(f"skipped {failure.key}: {failure.reason}")
     num_shards = min(args.num_shards, len(source))
     if not isinstance(source, ImageSource):
         if augment.copies:
-            raise UserError("--augment: the source holds ready codes, which can't be cropped")
+            raise UserError(f"--augment={augment.copies}: the source holds codes, which can't be cropped")
         return CodeCopier(tokenizer, source, args.out, num_shards)
     if tokenizer is None:
-        raise UserError("--tokenizer: must be given to encode images")
+        raise UserError("--tokenizer: required to encode images")
     workers = args.workers
     if workers is None:
-        workers = max(1, (os.cpu_count() or 1) - 1) if len(source) >= _FEW else 0
+        workers = max(1, (os.cpu_count() or 1) - 1) if len(source) >= _MIN_SCENES else 0
     return Encoder(tokenizer, source, args.out, num_shards, args.batch_size, augment, workers)
 
 
 def _run(args: cli.Args) -> None:
     if not args.finish:
         if not args.source:
-            raise UserError("--source: must be given to encode; only --finish needs none")
+            raise UserError("--source: required, except with --finish")
         encode(args)
     elif missing := writer.finish_store(args.out):
         raise UserError(f"{args.out}: {len(missing)} shards are missing: {', '.join(missing[:10])}")
@@ -124,19 +124,18 @@ def _run(args: cli.Args) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.string("tokenizer", "", "a tokenizer's folder")
-    flags.string("source", "", "a folder of images or a source's config file")
-    flags.string("out", None, "the store to write, local or gs://", required=True)
-    flags.integer("num_shards", 4, "how many files the store is cut into")
-    flags.integer("batch_size", 64, "images a device in each call")
-    flags.integer("augment", 0, "seeded crops and flips of each scene; 0: each as it is")
-    flags.string("shard", "", "i/n: this process does the i-th of n parts, from 0 on")
-    flags.boolean("finish", False, "write the manifest of shards that are there, and nothing else")
-    flags.integer(
-        "workers",
-        None,
-        f"processes that read images, 0: threads; by default all cores but one, for sources of {_FEW} scenes or more",
+    flags.string("tokenizer", "", "tokenizer folder")
+    flags.string("source", "", "image source: a folder, a file, or a config file")
+    flags.string("out", None, "store to write, local or gs://", required=True)
+    flags.integer("num_shards", 4, "number of shards")
+    flags.integer("batch_size", 64, "images per device and call")
+    flags.integer("augment", 0, "seeded crops and flips of each scene; 0 encodes each scene as it is")
+    flags.string("shard", "", "i/n: encode the share of process i, from 0, of n independent processes")
+    flags.boolean("finish", False, "only write the manifest, if all shards exist")
+    workers = (
+        f"processes that read images, 0 for threads; default: cores - 1 from {_MIN_SCENES} scenes on, else 0"
     )
+    flags.integer("workers", None, workers)
     return flags.run(_run, argv)
 
 

@@ -1,4 +1,7 @@
-"""Slices of a source into shards of a store: images from worker processes, codes from the devices."""
+"""Encodes an image source into the shards of a store: images from worker processes, codes from the devices.
+
+Each shard holds a contiguous range of the source's scenes.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,20 @@ import dataclasses
 import importlib.metadata
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import PIL.features
 from etils import epath
+from jaxtyping import Array, UInt8, UInt16
 
 from lvm.common.errors import UserError
-from lvm.common.logging import duration, log_info
+from lvm.common.logging import Progress, log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.batches import DecodedScene, ImageBatcher
-from lvm.data.images.sources import CodeSource, ImageSource, SceneInfo
+from lvm.data.images.sources import CodeSource, Failure, ImageSource, SceneInfo
 from lvm.data.mixture import loader, split
 from lvm.data.store import writer
 from lvm.data.store.format import Scene
@@ -29,41 +33,44 @@ from lvm.data.store.writer import GroupedScene, SkippedItems
 from tokenizer.pretrained import Tokenizer
 
 T = TypeVar("T")
-Slices = Sequence[tuple[int, int]]  # first and last scene of each
+Ranges = Sequence[tuple[int, int]]  # first scene of each, and the end
+ShardScenes = tuple[
+    int, Iterator[GroupedScene], SkippedItems
+]  # index of the range, its scenes, what it skips
 
 _SOFTWARE = ("jax", "jaxlib", "numpy", "pillow", "av", "array_record")
-_AHEAD = 2  # device calls under way while the host prepares the next
-_SAY_EVERY = 10.0  # seconds
+_MAX_PENDING = 2  # batches on the devices while the host prepares the next
+_LOG_EVERY_S = 10.0
 
 
 @dataclasses.dataclass
-class _Call:
-    """A batch on its way through the devices.
+class _Batch:
+    """A batch of images of one range, on the devices.
 
     Attributes:
-      shard: that all of its images belong to.
-      scenes: those that begin with it, and those without images that came before the next that has some.
-      codes: uint16 [batch, N] on the devices; None where the shard's last scenes have no images.
-      count: images in it; the rest is padding.
+      range_index: of the range that all images belong to.
+      scenes: decoded since the previous batch; their images may continue in the next.
+      codes: None if the batch has no images, only scenes without any.
+      count: number of images; the rest is padding.
     """
 
-    shard: int
+    range_index: int
     scenes: list[DecodedScene]
-    codes: jax.Array | None
+    codes: UInt16[Array, "B N"] | None
     count: int
 
 
 class ShardWriter(abc.ABC):
-    """Turns slices of a source into shards, those that are missing.
+    """Writes the missing shards of a store of a source.
 
     Args:
-      tokenizer: the codes' meaning, as a manifest has it.
+      tokenizer: identity of the tokenizer, for the manifest.
       source: the scenes.
       folder: the store.
-      num_shards: how many shards the source is cut into; also an attribute.
+      num_shards: number of shards; also an attribute.
 
     Raises:
-      UserError: the scenes have more sets of streams than a store can tell.
+      UserError: the source has more than 256 stream sets, the limit of a store.
     """
 
     def __init__(
@@ -75,71 +82,70 @@ class ShardWriter(abc.ABC):
     ):
         self._identity, self.num_shards, self._folder = tokenizer, num_shards, epath.Path(folder)
         self._listing = source
-        self._classes = {name: number for number, name in enumerate(source.classes)}
-        self._stream_sets = {names: number for number, names in enumerate(source.stream_sets)}
+        self._classes = {name: i for i, name in enumerate(source.classes)}
+        self._stream_sets = {names: i for i, names in enumerate(source.stream_sets)}
         if len(self._stream_sets) > 256:
-            raise UserError(
-                f"{source.name}: {len(self._stream_sets)} sets of streams; a store has at most 256"
-            )
+            raise UserError(f"{source.name}: {len(self._stream_sets)} stream sets; a store has at most 256")
 
     def header(self) -> dict[str, Any]:
-        """What the manifest says of the whole store, known before anything is encoded."""
+        """Metadata of all shards, known before anything is encoded."""
         return {
             "tokenizer": self._identity,
             "source": self._listing.describe(),
-            "skipped": [{"key": item.key, "reason": item.reason} for item in self._listing.skipped],
+            "skipped": [dataclasses.asdict(failure) for failure in self._listing.skipped],
             "streams": {name: codec.to_json() for name, codec in self._listing.streams.items()},
             "stream_sets": [list(names) for names in self._listing.stream_sets],
             "classes": list(self._listing.classes),
         }
 
-    def run(self, part: int = 0, parts: int = 1) -> None:
-        """Writes the shards of a part that are missing. Several processes each do one of `parts`.
+    def run(self, process: int = 0, num_processes: int = 1) -> None:
+        """Writes the missing shards among every `num_processes`-th, from shard `process` on.
 
         Raises:
-          UserError: the folder holds something else, or codes made otherwise.
+          UserError: the folder holds something else, or a store with another header.
         """
         writer.begin_store(self._folder, self.header(), self.num_shards)
-        mine = range(part, self.num_shards, parts)
-        missing = [s for s in mine if writer.read_shard_entry(self._folder, s, self.num_shards) is None]
-        if len(missing) < len(mine):
-            log_info(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
-        slices = [self._slice(shard) for shard in missing]
-        meter = EncodingProgress(sum(last - first for first, last in slices))
-        for place, scenes, skipped in self._contents(slices, meter) if missing else ():
-            num_codes = self._identity["num_codes"]
-            writer.write_shard(
-                self._folder, missing[place], self.num_shards, scenes, num_codes, skipped, software_versions()
-            )
+        shards = range(process, self.num_shards, num_processes)
+        missing = [i for i in shards if writer.read_shard_entry(self._folder, i, self.num_shards) is None]
+        if len(missing) < len(shards):
+            log_info(f"{len(shards) - len(missing)} of {len(shards)} shards exist already")
+        size = len(self._listing)
+        ranges = [(size * i // self.num_shards, size * (i + 1) // self.num_shards) for i in missing]
+        progress = EncodingProgress(sum(end - first for first, end in ranges))
+        num_codes, versions = self._identity["num_codes"], software_versions()
+        for i, scenes, skipped in self._shards(ranges, progress) if missing else ():
+            shard = missing[i]
+            writer.write_shard(self._folder, shard, self.num_shards, scenes, num_codes, skipped, versions)
             for failure in skipped.failures:
                 log_info(f"skipped {failure['key']}: {failure['reason']}")
-            log_info(f"shard {missing[place] + 1}/{self.num_shards}: {meter.line()}")
+            log_info(f"shard {shard + 1}/{self.num_shards}: {progress.line()}")
 
     @abc.abstractmethod
-    def _contents(
-        self, slices: Slices, meter: EncodingProgress
-    ) -> Iterator[tuple[int, Iterator[GroupedScene], SkippedItems]]:
-        """The scenes of each slice, to be exhausted before the next is asked for; fills `SkippedItems`."""
+    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Iterator[ShardScenes]:
+        """Yields the scenes of each range; each iterator is exhausted before the next, and fills its `SkippedItems`."""
 
-    def _slice(self, shard: int) -> tuple[int, int]:
-        scenes, shards = len(self._listing), self.num_shards
-        return scenes * shard // shards, scenes * (shard + 1) // shards
-
-    def _scene(self, info: SceneInfo, codes: np.ndarray) -> GroupedScene:
+    def _store_scene(
+        self, info: SceneInfo, failures: Iterable[Failure], codes: np.ndarray, skipped: SkippedItems
+    ) -> Iterator[GroupedScene]:
+        """Yields the scene of codes [images, N] or [T, S, N] unless it is empty; records its failures."""
+        skipped.failures += map(dataclasses.asdict, failures)
+        if not len(codes):
+            skipped.groups.append(split.group_hash(info.group))
+            return
         class_id = self._classes.get(info.class_name, -1)
         grids = codes.reshape(info.num_frames, len(info.streams), -1)  # [T, S, N]
-        return GroupedScene(Scene(info.key, class_id, self._stream_sets[info.streams], grids), info.group)
+        yield GroupedScene(Scene(info.key, class_id, self._stream_sets[info.streams], grids), info.group)
 
 
 class CodeCopier(ShardWriter):
-    """Copies scenes of ready codes into a store.
+    """Copies scenes that are codes already.
 
     Args:
-      tokenizer: what made the codes; None where that isn't known.
-      source, folder, num_shards: as `ShardWriter` has them.
+      tokenizer: of the codes; None if it is unknown.
+      source, folder, num_shards: see `ShardWriter`.
 
     Raises:
-      UserError: the tokenizer's codes are of another form.
+      UserError: the tokenizer has another grid or codebook size.
     """
 
     def __init__(
@@ -147,42 +153,35 @@ class CodeCopier(ShardWriter):
     ):
         form = {"grid": list(source.grid), "num_codes": source.num_codes}
         identity = tokenizer.identity() if tokenizer else {"weights": "", "hash": "", **form}
-        if wrong := [f"{key} {form[key]}, not {identity[key]}" for key in form if identity[key] != form[key]]:
-            raise UserError(f"--tokenizer: is not what made the codes of the source: {'; '.join(wrong)}")
+        different = [f"{key} {form[key]}, not {identity[key]}" for key in form if identity[key] != form[key]]
+        if different:
+            raise UserError(f"--tokenizer: did not make the codes of the source: {'; '.join(different)}")
         super().__init__(identity, source, folder, num_shards)
         self._source = source
 
-    def _contents(
-        self, slices: Slices, meter: EncodingProgress
-    ) -> Iterator[tuple[int, Iterator[GroupedScene], SkippedItems]]:
-        for place, (first, last) in enumerate(slices):
+    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Iterator[ShardScenes]:
+        for i, scenes in enumerate(ranges):
             skipped = SkippedItems()
-            yield place, self._copied(first, last, skipped, meter), skipped
+            yield i, self._copy(range(*scenes), skipped, progress), skipped
 
-    def _copied(
-        self, first: int, last: int, skipped: SkippedItems, meter: EncodingProgress
+    def _copy(
+        self, scenes: Iterable[int], skipped: SkippedItems, progress: EncodingProgress
     ) -> Iterator[GroupedScene]:
-        for index in range(first, last):
-            with meter.waiting("host"):
-                found = self._source.load_codes(index)
-            skipped.failures += [{"key": item.key, "reason": item.reason} for item in found.failures]
-            meter.add(found.codes.shape[0] * found.codes.shape[1], 1)
-            if len(found.codes):
-                yield self._scene(found.info, found.codes)
-            else:
-                skipped.groups.append(split.group_hash(found.info.group))
+        for scene in progress.timed("host", map(self._source.load_codes, scenes)):
+            progress.add(scene.codes.shape[0] * scene.codes.shape[1], 1)
+            yield from self._store_scene(scene.info, scene.failures, scene.codes, skipped)
 
 
 class Encoder(ShardWriter):
-    """Encodes scenes of images into a store.
+    """Encodes scenes of images.
 
     Args:
-      tokenizer: the codes' meaning.
-      source: the scenes, by `augment.source_preprocess`.
-      folder, num_shards: as `ShardWriter` has them.
-      batch_size: images a device in each call; always full, the last one of a shard padded.
+      tokenizer: encodes them.
+      source: opened with `augment.source_preprocess`.
+      folder, num_shards: see `ShardWriter`.
+      batch_size: images per device and call; the last call of a shard is padded.
       augment: copies of each scene.
-      workers: processes that read and decode; 0 does so in threads of this one.
+      workers: processes that read and decode; 0 uses threads of this one.
     """
 
     def __init__(
@@ -200,7 +199,7 @@ class Encoder(ShardWriter):
         self._augment, self._workers = augment, workers
 
     def header(self) -> dict[str, Any]:
-        """See `ShardWriter.header`; and how the codes are made."""
+        """See `ShardWriter.header`; adds how the codes are computed."""
         return super().header() | {
             "dtype": self._tokenizer.config.compute_dtype,
             "device_kind": jax.local_devices()[0].device_kind,
@@ -208,34 +207,35 @@ class Encoder(ShardWriter):
             "augment": self._augment.copies,
         }
 
-    def _contents(
-        self, slices: Slices, meter: EncodingProgress
-    ) -> Iterator[tuple[int, Iterator[GroupedScene], SkippedItems]]:
-        chunks = ImageBatcher(self._source, slices, self._augment)
-        for place, calls in itertools.groupby(self._calls(chunks, meter), key=lambda call: call.shard):
+    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Iterator[ShardScenes]:
+        batcher = ImageBatcher(self._source, ranges, self._augment)
+        decoded = iter(loader.prefetch_batches(batcher, 0, len(batcher), self._workers))
+        batches = self._encode(progress.timed("host", decoded))
+        for i, of_range in itertools.groupby(batches, key=lambda batch: batch.range_index):
             skipped = SkippedItems()
-            yield place, self._scenes(calls, skipped, meter), skipped
+            yield i, self._collect(of_range, skipped, progress), skipped
 
-    def _calls(self, chunks: ImageBatcher, meter: EncodingProgress) -> Iterator[_Call]:
-        """All batches in order, each handed out when others are under way behind it, over the ends of shards too."""
-        waiting: collections.deque[_Call] = collections.deque()
-        read = meter.waiting_for_each(iter(loader.prefetch_batches(chunks, 0, len(chunks), self._workers)))
-        for place, parts in itertools.groupby(read, key=lambda chunk: int(chunk["range"])):
-            for images, count, scenes in self._batched(parts):
+    def _encode(self, decoded: Iterator[Mapping[str, np.ndarray]]) -> Iterator[_Batch]:
+        """Yields batches in order, each once `_MAX_PENDING` more are on the devices, across the ends of shards."""
+        pending: collections.deque[_Batch] = collections.deque()
+        for i, of_range in itertools.groupby(decoded, key=lambda chunk: int(chunk["range"])):
+            for images, count, scenes in self._full_batches(of_range):
                 codes = self._tokenizer.encode_async(images) if count else None
                 if codes is not None:
                     codes.copy_to_host_async()
-                waiting.append(_Call(place, scenes, codes, count))
-                if len(waiting) > _AHEAD:
-                    yield waiting.popleft()
-        yield from waiting
+                pending.append(_Batch(i, scenes, codes, count))
+                if len(pending) > _MAX_PENDING:
+                    yield pending.popleft()
+        yield from pending
 
-    def _batched(self, chunks: Iterator[Any]) -> Iterator[tuple[np.ndarray, int, list[DecodedScene]]]:
-        """Batches uint8 [B, R, R, 3] of one shard's images: how many there are, and the scenes up to there."""
+    def _full_batches(
+        self, decoded: Iterator[Mapping[str, np.ndarray]]
+    ) -> Iterator[tuple[UInt8[np.ndarray, "B R R 3"], int, list[DecodedScene]]]:
+        """Yields padded batches of one range, their number of images, and the scenes decoded up to there."""
         size, R = self._batch_size * self._tokenizer.num_devices, self._augment.preprocess.resolution
         batch, count = np.zeros((size, R, R, 3), np.uint8), 0
         scenes: list[DecodedScene] = []
-        for chunk in chunks:
+        for chunk in decoded:
             scenes += chunk["scenes"].tolist()
             images = chunk["images"]
             while len(images):
@@ -244,96 +244,78 @@ class Encoder(ShardWriter):
                 images, count = images[taken:], count + taken
                 if count == size:
                     yield batch, count, scenes
-                    # JAX may keep what it was given for longer than the call: the next batch gets memory of its own.
+                    # JAX may keep its argument beyond the call: the next batch needs memory of its own.
                     batch, count, scenes = np.zeros_like(batch), 0, []
         if count or scenes:
             yield batch, count, scenes
 
-    def _scenes(
-        self, calls: Iterator[_Call], skipped: SkippedItems, meter: EncodingProgress
+    def _collect(
+        self, batches: Iterator[_Batch], skipped: SkippedItems, progress: EncodingProgress
     ) -> Iterator[GroupedScene]:
-        """The scenes of one shard, as their last codes come from the devices."""
+        """Yields the scenes of one shard as their last codes arrive from the devices."""
         waiting: collections.deque[DecodedScene] = collections.deque()
         ready = np.zeros((0, self._tokenizer.codes_per_image), np.uint16)  # [images, N]
-        for call in calls:
-            waiting += call.scenes
-            if call.codes is not None:
-                with meter.waiting("device"):
-                    codes = np.asarray(call.codes)[: call.count]
-                ready = np.concatenate([ready, codes])
-            meter.add(call.count, sum(scene.is_last for scene in call.scenes))
+        for batch in batches:
+            waiting += batch.scenes
+            if batch.codes is not None:
+                with progress.waiting("device"):
+                    ready = np.concatenate([ready, np.asarray(batch.codes)[: batch.count]])
+            progress.add(batch.count, sum(scene.is_last for scene in batch.scenes))
             while waiting and len(ready) >= waiting[0].num_images:
                 scene = waiting.popleft()
-                skipped.failures += [{"key": item.key, "reason": item.reason} for item in scene.failures]
-                if scene.num_images:
-                    codes, ready = ready[: scene.num_images], ready[scene.num_images :]
-                    yield self._scene(scene.info, codes)
-                else:
-                    skipped.groups.append(split.group_hash(scene.info.group))
+                codes, ready = ready[: scene.num_images], ready[scene.num_images :]
+                yield from self._store_scene(scene.info, scene.failures, codes, skipped)
 
 
 class EncodingProgress:
-    """How fast images become codes, and what that waits for.
+    """Progress in scenes, images per second, and the shares of time spent waiting for images and for codes."""
 
-    Args:
-      total: scenes to do.
-    """
+    def __init__(self, num_scenes: int):
+        self._progress, self._done = Progress(num_scenes, unit="scenes"), 0
+        self._reset()
 
-    def __init__(self, total: int):
-        self._total, self._done = total, 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self._since, self._images, self._scenes = time.monotonic(), 0, 0
-        self._waited = {"host": 0.0, "device": 0.0}
+    def _reset(self) -> None:
+        self._start, self._images, self._waited_s = time.monotonic(), 0, {"host": 0.0, "device": 0.0}
 
     @contextlib.contextmanager
-    def waiting(self, whom: str) -> Iterator[None]:
+    def waiting(self, resource: str) -> Iterator[None]:
         """Counts the time inside as waiting for the "host" or the "device"."""
         start = time.monotonic()
         yield
-        self._waited[whom] += time.monotonic() - start
+        self._waited_s[resource] += time.monotonic() - start
 
-    def waiting_for_each(self, items: Iterator[T]) -> Iterator[T]:
-        """The items, the time until each counted as waiting for the host."""
+    def timed(self, resource: str, items: Iterator[T]) -> Iterator[T]:
+        """Yields the items; the time until each counts as waiting for `resource`."""
         while True:
-            with self.waiting("host"):
+            with self.waiting(resource):
                 item = next(items, None)
             if item is None:
                 return
             yield item
 
     def add(self, images: int, scenes: int) -> None:
-        """Counts what is encoded; says how it goes from time to time."""
-        self._images, self._scenes, self._done = (
-            self._images + images,
-            self._scenes + scenes,
-            self._done + scenes,
-        )
-        if time.monotonic() - self._since > _SAY_EVERY:
+        """Counts finished images and scenes; logs a line every few seconds."""
+        self._images, self._done = self._images + images, self._done + scenes
+        if time.monotonic() - self._start > _LOG_EVERY_S:
             log_info(self.line())
 
     def line(self) -> str:
-        """`120/400 scenes (30 %), 41.2 images/s, 1m32s left, host-bound: …`, of the time since the line before."""
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        shares = {whom: waited / seconds for whom, waited in self._waited.items()}
-        left = (
-            duration((self._total - self._done) * seconds / self._scenes) if self._scenes else "unknown time"
-        )
-        bound = max(shares, key=shares.__getitem__)
+        """`Progress.line`, with images/s and the shares of time waited since the previous line."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        shares = {resource: waited / seconds for resource, waited in self._waited_s.items()}
         line = (
-            f"{self._done}/{self._total} scenes ({self._done / self._total:.0%}), "
-            f"{self._images / seconds:.3g} images/s, {left} left, {bound}-bound: waited {shares['host']:.0%} of the "
-            f"time for images and {shares['device']:.0%} for codes"
+            f"{self._progress.line(self._done)}, {self._images / seconds:.3g} images/s, "
+            f"{max(shares, key=shares.__getitem__)}-bound: waited {shares['host']:.0%} of the time for images, "
+            f"{shares['device']:.0%} for codes"
         )
-        self._begin()
+        self._reset()
         return line
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of what images and codes are made by; of libjpeg-turbo the one that Pillow brings."""
-    found = {}
+    """Versions of the software that images and codes depend on; libjpeg-turbo is the one in Pillow."""
+    versions = {}
     for name in _SOFTWARE:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found | {"libjpeg_turbo": PIL.features.version("libjpeg_turbo") or ""}
+            versions[name] = importlib.metadata.version(name)
+    return versions | {"libjpeg_turbo": PIL.features.version("libjpeg_turbo") or ""}

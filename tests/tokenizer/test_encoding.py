@@ -1,4 +1,4 @@
-"""A source becomes a store: every scene once, with its own codes, the same bytes however the work is shared."""
+"""Encoding a source into a store: completeness, and equal bytes for any division of the work."""
 
 import dataclasses
 import fcntl
@@ -24,7 +24,7 @@ from tokenizer.encoding import Encoder, EncodingProgress
 
 SIDE = 16
 SETS = (("rgb",), ("rgb", "segmentation"))
-# frames, stream set, frames that can't be read
+# frames, stream set, unreadable frames
 SCENES = [(1, 0, 0)] * 9 + [
     (3, 1, 0),
     (2, 0, 1),
@@ -39,7 +39,7 @@ SCENES = [(1, 0, 0)] * 9 + [
 
 @dataclasses.dataclass
 class Scenes(ImageSource):
-    """Images of random pixels; some can't be read."""
+    """A source of random images, some of them unreadable."""
 
     resolution: int = SIDE
     scenes: tuple = tuple(SCENES)
@@ -73,15 +73,15 @@ class Scenes(ImageSource):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    found = random_weights(small("maskgit", resolution=SIDE, channel_multipliers=(1, 2), codebook_size=64))
-    return Tokenizer(found.config, found.preprocess, found.params)
+    weights = random_weights(small("maskgit", resolution=SIDE, channel_multipliers=(1, 2), codebook_size=64))
+    return Tokenizer(weights.config, weights.preprocess, weights.params)
 
 
-def encode(tokenizer, folder, parts=((0, 1),), num_shards=4, batch_size=2, copies=0, source=None, workers=0):
+def encode(tokenizer, folder, shares=((0, 1),), num_shards=4, batch_size=2, copies=0, source=None, workers=0):
     augment = Augment(copies, tokenizer.preprocess)
     source = source or Scenes(augment.source_preprocess.resolution)
-    for part in parts:
-        Encoder(tokenizer, source, folder, num_shards, batch_size, augment, workers).run(*part)
+    for share in shares:
+        Encoder(tokenizer, source, folder, num_shards, batch_size, augment, workers).run(*share)
         finish(str(folder), wait=False)
     return folder
 
@@ -91,12 +91,12 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tokenizer, tmp_path_factory):
+def reference(tokenizer, tmp_path_factory):
     return encode(tokenizer, tmp_path_factory.mktemp("stores") / "whole")
 
 
-def test_every_scene_is_there_once_with_its_own_codes_or_among_the_failures(tokenizer, whole):
-    store, source = Store(whole), Scenes()
+def test_store_has_every_scene_or_lists_its_failure(tokenizer, reference):
+    store, source = Store(reference), Scenes()
     stored = {scene.key: scene for scene in map(store.scene, range(len(store)))}
     assert len(stored) == len(store) == 15
     for index in range(len(source)):
@@ -115,77 +115,77 @@ def test_every_scene_is_there_once_with_its_own_codes_or_among_the_failures(toke
     assert [(failure["key"], failure["reason"]) for failure in failures] == listed
 
 
-def test_the_manifest_tells_how_the_codes_were_made(tokenizer, whole):
-    manifest = Store(whole).manifest
+def test_manifest_records_how_codes_were_computed(tokenizer, reference):
+    manifest = Store(reference).manifest
     assert manifest["tokenizer"] == files.as_json(tokenizer.identity())
     assert (manifest["dtype"], manifest["device_kind"], manifest["batch_size"]) == ("float32", "cpu", 2)
     assert {"jax", "jaxlib", "pillow", "libjpeg_turbo"} <= manifest["versions"].keys()
     assert all(len(versions) == 1 for versions in manifest["versions"].values())
     assert manifest["skipped"] == [{"key": "notes.txt", "reason": "not a picture"}]
     assert manifest["images_by_stream"] == {"rgb": 10 + 3 + 1 + 5 + 1 + 4, "segmentation": 3 + 5 + 1}
-    groups = [split.group_hash(f"group {number}") for number in range(9)]  # those that couldn't be read, too
+    groups = [split.group_hash(f"group {i}") for i in range(9)]  # unreadable ones included
     assert manifest["group_hashes"] == [min(groups), max(groups)]
 
 
 @pytest.mark.parametrize(
-    "parts", [[(1, 2), (0, 2)], [(3, 4), (1, 4), (0, 4), (2, 4)], [(0, 9), *((i, 9) for i in range(1, 9))]]
+    "shares", [[(1, 2), (0, 2)], [(3, 4), (1, 4), (0, 4), (2, 4)], [(0, 9), *((i, 9) for i in range(1, 9))]]
 )
-def test_any_number_of_processes_writes_the_same_bytes(tokenizer, whole, tmp_path, parts):
-    assert contents(encode(tokenizer, tmp_path / "store", parts)) == contents(whole)
+def test_any_number_of_processes_writes_equal_bytes(tokenizer, reference, tmp_path, shares):
+    assert contents(encode(tokenizer, tmp_path / "store", shares)) == contents(reference)
 
 
-def test_worker_processes_write_the_same_bytes(tokenizer, whole, tmp_path):
-    assert contents(encode(tokenizer, tmp_path / "store", workers=2)) == contents(whole)
+def test_worker_processes_write_equal_bytes(tokenizer, reference, tmp_path):
+    assert contents(encode(tokenizer, tmp_path / "store", workers=2)) == contents(reference)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_codes_and_records_depend_on_no_batch(tokenizer, whole, tmp_path, batch_size):
-    found = contents(encode(tokenizer, tmp_path / "store", batch_size=batch_size))
-    same = {name: data for name, data in contents(whole).items() if name.startswith("shard-")}
-    assert {name: found[name] for name in same} == same
+def test_shards_do_not_depend_on_the_batch_size(tokenizer, reference, tmp_path, batch_size):
+    files_written = contents(encode(tokenizer, tmp_path / "store", batch_size=batch_size))
+    expected = {name: data for name, data in contents(reference).items() if name.startswith("shard-")}
+    assert {name: files_written[name] for name in expected} == expected
 
 
-def test_every_call_has_one_shape_and_the_images_of_one_shard(tokenizer, tmp_path, monkeypatch):
+def test_every_batch_has_one_shape_and_one_shard(tokenizer, tmp_path, monkeypatch):
     shapes, counts = [], []
     encode_async = tokenizer.encode_async
 
-    def watched(images):
+    def recorded(images):
         shapes.append(images.shape)
         counts.append(int(images.any((1, 2, 3)).sum()))
         return encode_async(images)
 
-    monkeypatch.setattr(tokenizer, "encode_async", watched)
+    monkeypatch.setattr(tokenizer, "encode_async", recorded)
     store = Store(encode(tokenizer, tmp_path / "store", num_shards=3))
     assert set(shapes) == {(16, SIDE, SIDE, 3)}  # eight devices of two
-    in_shards = [shard["images"] for shard in store.manifest["shards"]]
+    per_shard = [shard["images"] for shard in store.manifest["shards"]]
     assert counts == [
-        n for images in in_shards for n in [16] * (images // 16) + [images % 16] * (images % 16 > 0)
+        n for images in per_shard for n in [16] * (images // 16) + [images % 16] * (images % 16 > 0)
     ]
 
 
-def test_what_is_there_is_not_encoded_again(tokenizer, whole, tmp_path, monkeypatch):
+def test_existing_shards_are_not_encoded_again(tokenizer, reference, tmp_path, monkeypatch):
     folder = encode(tokenizer, tmp_path / "store")
     (folder / "shard-00002-of-00004.json").unlink()
     (folder / "manifest.json").unlink()
     calls, run = [], encoding.ImageBatcher.__call__
     monkeypatch.setattr(
-        encoding.ImageBatcher, "__call__", lambda self, number: calls.append(number) or run(self, number)
+        encoding.ImageBatcher, "__call__", lambda self, index: calls.append(index) or run(self, index)
     )
-    assert contents(encode(tokenizer, folder)) == contents(whole)
+    assert contents(encode(tokenizer, folder)) == contents(reference)
     assert len(calls) == 1
     encode(tokenizer, folder)
     assert len(calls) == 1
 
 
-def test_leftovers_of_killed_processes_are_removed_at_the_end(tokenizer, whole, tmp_path):
+def test_finish_removes_leftovers_of_killed_processes(tokenizer, reference, tmp_path):
     folder = encode(tokenizer, tmp_path / "store")
     for name in (".manifest.json.999999999.tmp", ".shard-00002-of-00004.json.999999999.tmp"):
         (folder / name).touch()
         os.utime(folder / name, (0, 0))
-    assert contents(encode(tokenizer, folder)) == contents(whole)
+    assert contents(encode(tokenizer, folder)) == contents(reference)
 
 
-def test_another_way_of_encoding_is_refused(tokenizer, tmp_path):
+def test_changed_settings_are_rejected(tokenizer, tmp_path):
     folder = encode(tokenizer, tmp_path / "store")
     with pytest.raises(UserError, match=r"\(changed: batch_size: 2 → 3, num_shards: 4 → 5\)"):
         encode(tokenizer, folder, num_shards=5, batch_size=3)
@@ -197,63 +197,63 @@ def test_another_way_of_encoding_is_refused(tokenizer, tmp_path):
         encode(tokenizer, tmp_path / "other")
 
 
-def test_a_shard_of_which_nothing_can_be_read_is_empty(tokenizer, tmp_path):
+def test_shard_of_unreadable_scenes_is_empty(tokenizer, tmp_path):
     source = Scenes(scenes=((1, 0, 1), (2, 1, 2), (1, 0, 0), (1, 0, 0)))
     manifest = Store(encode(tokenizer, tmp_path / "store", num_shards=2, source=source)).manifest
     assert [shard["scenes"] for shard in manifest["shards"]] == [0, 2]
     assert len(manifest["shards"][0]["failures"]) == 3
 
 
-def test_a_scene_is_stored_as_so_many_crops_of_its_group(tokenizer, whole, tmp_path):
+def test_augmented_copies_share_the_group(tokenizer, reference, tmp_path):
     store = Store(encode(tokenizer, tmp_path / "store", copies=3))
     assert store.manifest["augment"] == 3
     index = store.index
     keys = {store.scene(i).key: index["group"][i] for i in range(len(store))}
     readable = [i for i, (frames, _, bad) in enumerate(SCENES) if frames > bad]
-    wanted = {f"scene {i}#{k}": split.group_hash(f"group {i // 2}") for i in readable for k in range(3)}
-    assert keys == wanted
-    assert store.manifest["group_hashes"] == Store(whole).manifest["group_hashes"]
+    expected = {f"scene {i}#{k}": split.group_hash(f"group {i // 2}") for i in readable for k in range(3)}
+    assert keys == expected
+    assert store.manifest["group_hashes"] == Store(reference).manifest["group_hashes"]
     failures = [failure for shard in store.manifest["shards"] for failure in shard["failures"]]
-    assert len(failures) == 4  # not once a copy
-    again = encode(tokenizer, tmp_path / "again", [(1, 2), (0, 2)], copies=3)
-    assert contents(again) == contents(store.path)
+    assert len(failures) == 4  # once per scene, not per copy
+    other = encode(tokenizer, tmp_path / "other", [(1, 2), (0, 2)], copies=3)
+    assert contents(other) == contents(store.path)
 
 
-def test_all_images_of_a_copy_have_one_window_and_are_mirrored_together():
+def test_augment_crops_all_images_of_a_copy_alike():
     side, R = 18, 16
     preprocess = dataclasses.replace(random_weights(small("maskgit", resolution=R)).preprocess)
     augment = Augment(16, preprocess)
     assert augment.source_preprocess.resolution == side
-    places = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1)  # [side, side, 2]
-    image = np.concatenate([places, np.zeros((side, side, 1), int)], -1).astype(np.uint8)
+    pixels = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1)  # [side, side, 2]
+    image = np.concatenate([pixels, np.zeros((side, side, 1), int)], -1).astype(np.uint8)
     scene = SceneImages(SceneInfo("a", "a", "", 3, SETS[1]), np.tile(image, (3, 2, 1, 1, 1)))
-    found = set()
+    crops = set()
     for number, copy in enumerate(augment(scene, Scenes.streams)):
         assert copy.info.key == f"a#{number}"
         assert (copy.images == copy.images[0, 0]).all()
         top, left, right = copy.images[0, 0, 0, 0, 0], copy.images[0, 0, 0, 0, 1], copy.images[0, 0, 0, -1, 1]
-        wanted = image[top : top + R, min(left, right) : min(left, right) + R]
-        np.testing.assert_array_equal(copy.images[0, 0], wanted if left < right else wanted[:, ::-1])
-        found.add((int(top), int(min(left, right)), bool(left < right)))
-    assert len(found) > 8
-    assert {flipped for *_, flipped in found} == {True, False}
+        expected = image[top : top + R, min(left, right) : min(left, right) + R]
+        np.testing.assert_array_equal(copy.images[0, 0], expected if left < right else expected[:, ::-1])
+        crops.add((int(top), int(min(left, right)), bool(left < right)))
+    assert len(crops) > 8
+    assert {flipped for *_, flipped in crops} == {True, False}
     with pytest.raises(UserError, match="--augment=-1 must"):
         Augment(-1, preprocess)
 
 
-def test_a_scene_without_frames_is_listed(tokenizer, tmp_path):
+def test_scene_without_frames_is_a_failure(tokenizer, tmp_path):
     source = Scenes(scenes=((1, 0, 0), (0, 0, 0)))
     (shard,) = Store(encode(tokenizer, tmp_path / "store", num_shards=1, source=source)).manifest["shards"]
     assert shard["failures"] == [{"key": "scene 1", "reason": "it has no frames"}]
 
 
-def test_a_chunk_holds_few_images_where_videos_come_after_photos():
+def test_image_batcher_bounds_images_of_late_videos():
     source = Scenes(scenes=((1, 0, 0),) * 60 + ((32, 1, 0),) * 60)
-    chunks = encoding.ImageBatcher(source, [(0, 120)], Augment(0, Preprocess(SIDE)))
-    assert max(len(chunks(number)["images"]) for number in (0, len(chunks) - 1)) == 64
+    batcher = encoding.ImageBatcher(source, [(0, 120)], Augment(0, Preprocess(SIDE)))
+    assert max(len(batcher(i)["images"]) for i in (0, len(batcher) - 1)) == 64
 
 
-def test_a_shard_that_another_process_writes_is_refused(tokenizer, tmp_path):
+def test_shard_of_another_process_is_rejected(tokenizer, tmp_path):
     folder = encode(tokenizer, tmp_path / "store", [(1, 2)])
     with open(folder / ".shard-00000-of-00004.array_record.tmp", "wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -262,24 +262,24 @@ def test_a_shard_that_another_process_writes_is_refused(tokenizer, tmp_path):
     encode(tokenizer, folder)
 
 
-def test_a_missing_shard_is_named_when_the_store_is_finished(tokenizer, tmp_path, caplog):
+def test_finish_names_missing_shards(tokenizer, tmp_path, caplog):
     folder = encode(tokenizer, tmp_path / "store", [(1, 2)])
-    assert "2 shards aren't there yet (shard-00000-of-00004, shard-00002-of-00004)" in caplog.text
+    assert "2 shards are missing (shard-00000-of-00004, shard-00002-of-00004)" in caplog.text
     with pytest.raises(UserError, match=r"not a finished store"):
         Store(folder)
-    with pytest.raises(UserError, match=r"no store was begun there \(header\.json is missing\)"):
+    with pytest.raises(UserError, match=r"header\.json is missing"):
         finish(str(tmp_path), wait=False)
 
 
-def test_parts_are_read_and_refused():
+def test_parse_shard_flag():
     assert parse_shard_flag("0/1") == (0, 1)
     assert parse_shard_flag("7/8") == (7, 8)
     for spec in ("8/8", "1", "-1/2", "a/b", "0/0"):
-        with pytest.raises(UserError, match=f"--shard: '{spec}'; it is i/n"):
+        with pytest.raises(UserError, match=f"--shard={spec} "):
             parse_shard_flag(spec)
 
 
-def test_the_meter_tells_what_it_waits_for(monkeypatch):
+def test_encoding_progress_reports_rates_and_waits(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(encoding.time, "monotonic", lambda: clock[0])
 
@@ -288,27 +288,26 @@ def test_the_meter_tells_what_it_waits_for(monkeypatch):
             clock[0] += seconds
             yield item
 
-    meter = EncodingProgress(40)
-    assert list(meter.waiting_for_each(after(3.0, [1, 2]))) == [1, 2]
-    with meter.waiting("device"):
+    progress = EncodingProgress(40)
+    assert list(progress.timed("host", after(3.0, [1, 2]))) == [1, 2]
+    with progress.waiting("device"):
         clock[0] += 1.0
     clock[0] += 1.0
-    meter.add(images=80, scenes=10)
-    line = meter.line()
-    assert line.startswith(
-        "10/40 scenes (25%), 10 images/s, 24s left, host-bound: waited 75% of the time for images"
+    progress.add(images=80, scenes=10)
+    assert progress.line() == (
+        "10/40 scenes, 1.25 scenes/s, 24s left, 10 images/s, host-bound: waited 75% of the time for images, "
+        "12% for codes"
     )
-    assert line.endswith("and 12% for codes")
     clock[0] += 4.0
-    with meter.waiting("device"):
+    with progress.waiting("device"):
         clock[0] += 4.0
-    meter.add(images=8, scenes=5)
-    assert meter.line().startswith("15/40 scenes (38%), 1 images/s, 40s left, device-bound")
+    progress.add(images=8, scenes=5)
+    assert progress.line().startswith("15/40 scenes, 0.625 scenes/s, 40s left, 1 images/s, device-bound")
 
 
-def test_a_store_on_gs_holds_the_same_bytes(tokenizer, whole, gcs, tmp_path):
+def test_remote_store_has_equal_bytes(tokenizer, reference, gcs, tmp_path):
     for order in ([0], [1, 0]):
         folder = epath.Path(f"{gcs}/store-{len(order)}")
-        encode(tokenizer, folder, [(part, len(order)) for part in order])
+        encode(tokenizer, folder, [(process, len(order)) for process in order])
         encode(tokenizer, folder)  # nothing is left to do
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents(whole)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents(reference)
