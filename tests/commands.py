@@ -1,4 +1,4 @@
-"""Runs the project's commands as a user would: in processes of their own."""
+"""Runs the project's commands in separate processes, as a user would."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TINY_DEMO = [
 
 
 def start(module: str, *arguments: str, devices: int = 1, **options) -> subprocess.Popen:
-    """A command of the project, started on as many CPU devices; its output is read with `communicate`."""
+    """Starts a command with the given number of CPU devices; read its output with `communicate`."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
@@ -86,7 +86,7 @@ def _run_command(module: str, arguments: list[str], environment: dict[str, str],
 
 def _environment(devices: int) -> dict[str, str]:
     return {
-        "JAX_COMPILATION_CACHE_DIR": _programs(),  # many commands here compile the same small programs
+        "JAX_COMPILATION_CACHE_DIR": _compilation_cache(),  # many commands here compile the same small programs
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -95,8 +95,8 @@ def _environment(devices: int) -> dict[str, str]:
 
 
 @functools.cache
-def _programs() -> str:
-    """A folder of this process's own, gone at its end."""
+def _compilation_cache() -> str:
+    """A temporary folder, removed when this process ends."""
     folder = tempfile.mkdtemp(prefix="lvm-programs-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -3,7 +3,7 @@
 from tests.commands import run
 
 
-def test_the_command_prints_every_figure(tmp_path):
+def test_benchmark_data_prints_every_figure(tmp_path):
     small = ("--scenes=0.003", "--seconds=0.2", "--batch_size=2", "--workers=0", f"--folder={tmp_path}")
     output = run("scripts.benchmark_data", *small)
     for packing in ("concat", "whole"):
@@ -15,5 +15,5 @@ def test_the_command_prints_every_figure(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_impossible_numbers_are_bad_input():
+def test_benchmark_data_rejects_bad_numbers():
     assert "must be positive" in run("scripts.benchmark_data", "--batch_size=0", code=2)

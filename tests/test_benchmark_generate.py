@@ -13,7 +13,7 @@ TINY = ("--size=debug", "--cached=16", "--tokens=8", "--repeats=1", "--batch_siz
 
 
 @pytest.mark.slow
-def test_the_command_prints_both_contenders():
+def test_benchmark_generate_prints_both_contenders():
     output = run("scripts.benchmark_generate", *TINY)
     assert "ours, cache of fixed size" in output
     assert "debug in float32, 16 tokens cached, then 8 written" in output
@@ -26,16 +26,16 @@ def test_the_command_prints_both_contenders():
         assert "× the fastest of transformers" in output
 
 
-def test_it_fails_where_ours_gives_no_figure():
+def test_benchmark_generate_fails_without_our_figure():
     assert "stopped after its 0 s" in run("scripts.benchmark_generate", *TINY, "--minutes=0", code=1)
 
 
-def test_an_unknown_size_is_bad_input():
+def test_benchmark_generate_rejects_unknown_size():
     assert "--size: 'huge' is not one of debug" in run("scripts.benchmark_generate", "--size=huge", code=2)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_a_step_reads_every_weight_but_the_embedding_and_each_rows_cache(dtype, size):
+def test_traffic_counts_weights_and_caches(dtype, size):
     config = dataclasses.replace(SIZES["debug"], vocabulary_size=8292, dtype=dtype)
     weights = 2_450_000  # of the published table, rounded
     read = traffic(config, rows=3, cached=100)
@@ -43,7 +43,7 @@ def test_a_step_reads_every_weight_but_the_embedding_and_each_rows_cache(dtype, 
     assert (read - cache) / size == pytest.approx(weights - 8292 * 128, rel=0.01)
 
 
-def test_the_verdict_is_against_the_fastest_peer():
+def test_verdicts_use_fastest_peer():
     def record(contender, milliseconds, answer):
         return {
             "contender": contender,

@@ -9,17 +9,17 @@ from scripts import benchmark_tokenizer
 from tests.commands import run
 
 
-def test_an_unknown_network_is_bad_input():
+def test_benchmark_tokenizer_rejects_unknown_network():
     output = run("scripts.benchmark_tokenizer", "--network=vqvae", code=2)
     assert "--network: 'vqvae' is not one of maskgit, lvm_old, lvm" in output
 
 
-def test_it_fails_where_ours_gives_no_figure():
+def test_benchmark_tokenizer_fails_without_our_figure():
     output = run("scripts.benchmark_tokenizer", "--network=maskgit", "--peer=none", "--minutes=0", code=1)
     assert "stopped after its 0 s" in output
 
 
-def test_contenders_get_the_same_images_and_codes():
+def test_contenders_get_equal_inputs():
     job = {"network": "lvm", "batch_size": 2}
     images, codes = benchmark_tokenizer.random_images(job), benchmark_tokenizer.random_codes(job)
     assert (images.shape, images.dtype, codes.shape) == ((2, 256, 256, 3), np.uint8, (2, 256))
@@ -27,7 +27,7 @@ def test_contenders_get_the_same_images_and_codes():
     assert 0 <= codes.min() < 100 < 8000 < codes.max() < 8192
 
 
-def test_a_figure_is_the_median_after_the_warm_up(monkeypatch):
+def test_measure_takes_median_after_warmup(monkeypatch):
     clock = iter([0, 90, 100, 101, 200, 204, 300, 302])  # warm-up of 90 s, then 1, 4 and 2
     monkeypatch.setattr(benchmark_tokenizer.time, "perf_counter", lambda: next(clock))
     calls = []
@@ -37,7 +37,7 @@ def test_a_figure_is_the_median_after_the_warm_up(monkeypatch):
     assert (row["milliseconds"], row["images_per_second"]) == (2000, 4)
 
 
-def test_the_table_compares_with_the_best_of_torch():
+def test_table_compares_with_fastest_torch_row():
     def row(contender, work, rate, **more):
         return {
             "network": "lvm", "contender": contender, "work": work, "variant": more.pop("variant", ""),
@@ -61,7 +61,7 @@ def test_the_table_compares_with_the_best_of_torch():
 
 
 @pytest.mark.slow
-def test_the_command_prints_both_contenders_and_the_profile(tmp_path):
+def test_benchmark_tokenizer_prints_contenders_and_profile(tmp_path):
     output = run(
         "scripts.benchmark_tokenizer", "--network=maskgit", "--batch_size=1", "--steps=1", "--warmup=1",
         "--notorch_compile", f"--profile={tmp_path}", "--flips=1",

@@ -11,7 +11,7 @@ TINY = ("--size=debug", "--context=16", "--batch_size=2", "--steps=1", "--warmup
 
 
 @pytest.mark.slow
-def test_the_command_prints_both_contenders_and_the_profile(tmp_path):
+def test_benchmark_train_prints_contenders_and_profile(tmp_path):
     output = run("scripts.benchmark_train", *TINY, "--remat=full", f"--profile={tmp_path}")
     rows = [line for line in output.splitlines() if line.startswith("debug  ")]
     assert "ours, remat full, xla attention" in rows[0]
@@ -28,12 +28,12 @@ def test_the_command_prints_both_contenders_and_the_profile(tmp_path):
     assert list(tmp_path.rglob("*.trace.json.gz"))
 
 
-def test_it_fails_where_ours_gives_no_figure():
+def test_benchmark_train_fails_without_our_figure():
     output = run("scripts.benchmark_train", *TINY, "--peer=none", "--minutes=0", code=1)
     assert "stopped after its 0 s" in output
 
 
-def test_an_unknown_size_is_bad_input():
+def test_benchmark_train_rejects_unknown_size():
     assert "--size: 'huge' is not one of debug" in run("scripts.benchmark_train", "--size=huge", code=2)
 
 
@@ -67,12 +67,12 @@ ENTRY %main (p: f32[2,2]) -> f32[2,2] {
         ("MemcpyD2D", "", "other"),
     ],
 )
-def test_a_kernel_is_told_by_its_instruction_or_its_name(kernel, instruction, wanted):
+def test_kind_of_event_by_instruction_or_kernel_name(kernel, instruction, wanted):
     event = {"name": kernel, "args": {"hlo_op": instruction} if instruction else {}}
     assert step_profile.kind_of_event(event, step_profile.kinds_of_instructions(HLO)) == wanted
 
 
-def test_the_time_of_a_trace_is_all_accounted_for():
+def test_time_by_kind_adds_up_to_whole_trace():
     def row(pid, tid, process, thread):
         yield {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": process}}
         yield {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": thread}}

@@ -1,4 +1,4 @@
-"""Every file of configs/ builds, and what it describes has shapes."""
+"""Every file of configs/ builds a valid configuration."""
 
 import dataclasses
 import runpy
@@ -35,7 +35,7 @@ def target(name, slices=1):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
-def test_every_config_builds_and_has_shapes(path, monkeypatch):
+def test_config_builds_with_shapes(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     values = config_of(path)
     if "objective" in values:
@@ -54,7 +54,7 @@ def test_every_config_builds_and_has_shapes(path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
-def test_a_paper_config_is_the_papers_model_and_fits_by_estimate(size, monkeypatch):
+def test_paper_config_has_papers_size_and_fits(size, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = ROOT / "configs" / f"lvm_{size}.py"
     config = from_config_dict(TrainConfig, config_of(path))
@@ -71,7 +71,7 @@ def test_a_paper_config_is_the_papers_model_and_fits_by_estimate(size, monkeypat
     assert resolve_config(config, two, 8192).mesh.data % 2 == 0
 
 
-def test_headers_say_what_was_not_measured():
+def test_config_headers_name_unmeasured_figures():
     for path in (ROOT / "configs").glob("lvm_*.py"):
         header = path.read_text().split('"""')[1]
         for word in (

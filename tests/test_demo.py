@@ -1,4 +1,4 @@
-"""The demo, small: every command in its order, on generated scenes; then what each says of bad input."""
+"""The demo at tiny size: every command in order on generated scenes; messages for bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.commands import ROOT, SHARED_DATA, TINY_DEMO, run, start
 from tokenizer import Tokenizer
 
 
-def test_the_page_holds_its_pictures_and_needs_no_network(demo):
+def test_page_embeds_pictures_and_needs_no_network(demo):
     page = (demo / "index.html").read_text()
     assert not re.search(r"https?://", page)
     assert page.count("data:image/png;base64,") >= 7
@@ -51,7 +51,7 @@ def test_training_writes_metrics_and_pictures(demo):
     assert (demo / "tokenizer" / "pictures" / "reconstructions-0000060.png").exists()
 
 
-def test_a_second_run_redoes_nothing(demo):
+def test_second_run_redoes_nothing(demo):
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*.json") if path.name != "config.json"}
     output = run("scripts.demo", *TINY_DEMO, f"--out={demo}")
     assert output.count("training is complete at step 60") == 2
@@ -61,7 +61,7 @@ def test_a_second_run_redoes_nothing(demo):
     assert all(path.stat().st_mtime_ns == before[path] for path in before if path != manifest)
 
 
-def test_the_tokenizer_loads_in_two_lines(demo):
+def test_tokenizer_api_in_two_lines(demo):
     t = Tokenizer.load(demo / "tokenizer")
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     codes = t.encode(images)
@@ -76,7 +76,7 @@ def test_the_tokenizer_loads_in_two_lines(demo):
     assert Tokenizer.load(demo / "tokenizer", dtype="bfloat16").decode(codes).shape == decoded.shape
 
 
-def test_the_tokenizer_names_what_is_wrong_with_images_and_codes(demo):
+def test_tokenizer_rejects_bad_images_and_codes(demo):
     t = Tokenizer.load(demo / "tokenizer")
     with pytest.raises(Exception, match=r"t\.preprocess\(image\)"):
         t.encode(np.zeros((1, 48, 64, 3), np.uint8))
@@ -87,7 +87,7 @@ def test_the_tokenizer_names_what_is_wrong_with_images_and_codes(demo):
     assert t.preprocess(np.zeros((48, 64, 3), np.uint8)).shape == (32, 32, 3)
 
 
-def test_the_model_loads_in_two_lines(demo):
+def test_model_api_in_two_lines(demo):
     m = LVM.load(demo / "lvm")
     grids = np.random.default_rng(0).integers(0, 64, (2, 3, 16))
     tokens = np.concatenate([[[m.vocabulary.bos]] * 2, grids.reshape(2, -1)], axis=1)
@@ -108,7 +108,7 @@ def test_the_model_loads_in_two_lines(demo):
         m.logits(np.zeros((1, 4), np.float32))
 
 
-def test_pairs_and_a_query_are_answered(demo, tmp_path):
+def test_prompt_answers_pairs_and_query(demo, tmp_path):
     frames = sorted((demo / "prompt").glob("*.png"))
     pairs = [f"{frames[0]}:{frames[1]}", f"{frames[1]}:{frames[2]}"]
     out = tmp_path / "answer.png"
@@ -141,7 +141,7 @@ def test_pairs_and_a_query_are_answered(demo, tmp_path):
         (["--sequence", "FRAME", "--top_k=5"], "--top_k: with --temperature=0"),
     ],
 )
-def test_a_bad_prompt_is_one_clear_line(demo, tmp_path, arguments, words):
+def test_prompt_bad_input_is_one_line(demo, tmp_path, arguments, words):
     arguments = [a.replace("FRAME", str(demo / "prompt" / "frame-1.png")) for a in arguments]
     common = [f"--model={demo / 'lvm'}", f"--tokenizer={demo / 'tokenizer'}", f"--out={tmp_path / 'a.png'}"]
     output = run("lvm.prompt", *arguments, *common, code=2)
@@ -186,13 +186,13 @@ def test_a_bad_prompt_is_one_clear_line(demo, tmp_path, arguments, words):
         ("tokenizer.train", ["--config=configs/demo_tokenizer.py", "--speed=9"], "speed"),
     ],
 )
-def test_a_bad_config_is_one_clear_line(tmp_path, module, arguments, words):
+def test_bad_config_is_one_line(tmp_path, module, arguments, words):
     output = run(module, *arguments, f"--workdir={tmp_path / 'w'}", code=2)
     assert len(output.strip().splitlines()) == 1, output
     assert words in output
 
 
-def test_a_workdir_of_another_config_is_refused(demo):
+def test_workdir_of_another_config_is_rejected(demo):
     output = run(
         "lvm.train",
         "--config=tests/configs/tiny_lvm.py",
@@ -204,7 +204,7 @@ def test_a_workdir_of_another_config_is_refused(demo):
     assert "config.optimizer.learning_rate: 0.0025 → 0.5" in output
 
 
-def test_a_tokenizer_is_not_taken_for_a_model(demo, tmp_path):
+def test_tokenizer_folder_is_not_a_model(demo, tmp_path):
     common = ["--config=tests/configs/tiny_eval.py", f"--out={tmp_path}"]
     output = run(
         "lvm.evaluate", *common, f"--model={demo / 'tokenizer'}", f"--tokenizer={demo / 'tokenizer'}", code=2
@@ -212,7 +212,7 @@ def test_a_tokenizer_is_not_taken_for_a_model(demo, tmp_path):
     assert "holds 'tokenizer', expected the workdir of a model of kind 'lvm'" in output
 
 
-def test_a_wrong_or_an_empty_folder_ends_the_demo_at_once(tmp_path):
+def test_bad_image_folder_fails_early(tmp_path):
     assert "expected a folder of images" in run("scripts.demo", "--images=/no/such/folder", code=2)
     assert str(tmp_path) in run("scripts.demo", f"--images={tmp_path}", code=2)
 
@@ -232,7 +232,7 @@ def write_folder(folder: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_corrupt_jpeg_among_good_ones_is_listed_and_skipped(tmp_path):
+def test_corrupt_jpeg_is_listed_and_skipped(tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     write_folder(images)
     broken = images / "rgb" / "video1" / "003.jpg"
@@ -252,13 +252,13 @@ def test_a_corrupt_jpeg_among_good_ones_is_listed_and_skipped(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the real images of ../shared/data")
 @pytest.mark.parametrize("name", ["camvid", "davis", "photos", "objects", "bsds", "pose", "coco"])
-def test_the_demo_runs_on_real_images(tmp_path, name):
+def test_demo_on_real_images(tmp_path, name):
     run("scripts.demo", *TINY_DEMO[1:], f"--images={SHARED_DATA / name}", f"--out={tmp_path}")
     assert (tmp_path / "index.html").exists()
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the real images of ../shared/data")
-def test_one_video_alone_can_not_be_held_out_of_itself(tmp_path):
+def test_single_video_cannot_be_held_out(tmp_path):
     arguments = [*TINY_DEMO[1:], f"--images={SHARED_DATA / 'depth'}", f"--out={tmp_path}"]
     assert "all scenes belong to one image or video" in run("scripts.demo", *arguments, code=2)
 
@@ -270,7 +270,7 @@ def comparable(results: pathlib.Path) -> dict:
 
 
 def killed_demo(out: pathlib.Path, moments: list[float]) -> None:
-    """Runs the tiny demo, killed with all its processes after each of the given numbers of seconds."""
+    """Runs the tiny demo and kills it with all its processes after each of the given delays in seconds."""
     for seconds in moments:
         process = start("scripts.demo", *TINY_DEMO, f"--out={out}", start_new_session=True)
         time.sleep(seconds)
@@ -279,13 +279,13 @@ def killed_demo(out: pathlib.Path, moments: list[float]) -> None:
     run("scripts.demo", *TINY_DEMO, f"--out={out}")
 
 
-def test_killed_at_three_moments_it_ends_with_the_same_figures(demo, tmp_path):
+def test_demo_killed_three_times_gives_same_figures(demo, tmp_path):
     killed_demo(tmp_path, [random.Random(seed).uniform(3, 25) for seed in range(3)])
     assert comparable(tmp_path / "results.json") == comparable(demo / "results.json")
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_it_ends_with_the_same_figures(demo, tmp_path):
+def test_demo_killed_twenty_times_gives_same_figures(demo, tmp_path):
     rng = random.Random(0)
     for attempt in range(4):
         out = tmp_path / str(attempt)
@@ -294,7 +294,7 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_figures(demo, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_demo_leaves_no_stage_behind(tmp_path):
+def test_killed_demo_leaves_no_stage_running(tmp_path):
     process = start("scripts.demo", *TINY_DEMO, f"--out={tmp_path}", start_new_session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "tokenizer" / ".lock").exists():
@@ -306,7 +306,7 @@ def test_a_killed_demo_leaves_no_stage_behind(tmp_path):
     run("tokenizer.train", "--config=tests/configs/tiny_tokenizer.py", workdir, share)
 
 
-def test_a_disk_that_takes_no_more_is_named_last_and_the_run_goes_on_later(tmp_path):
+def test_full_disk_is_named_and_run_resumes(tmp_path):
     arguments = ["--config=tests/configs/tiny_tokenizer.py", f"--workdir={tmp_path}"]
 
     def no_file_beyond_4_kb() -> None:
@@ -324,7 +324,7 @@ def test_a_disk_that_takes_no_more_is_named_last_and_the_run_goes_on_later(tmp_p
 
 
 @pytest.mark.slow
-def test_another_model_of_the_same_step_is_evaluated_anew(demo, tmp_path):
+def test_evaluation_reruns_for_another_model_of_same_step(demo, tmp_path):
     model, out = tmp_path / "lvm", tmp_path / "out"
     store = f"--config.data.store={demo / 'store'}"
     run("lvm.train", "--config=tests/configs/tiny_lvm.py", f"--workdir={model}", store, "--config.seed=7")
@@ -336,7 +336,7 @@ def test_another_model_of_the_same_step_is_evaluated_anew(demo, tmp_path):
     assert comparable(out / "results.json") != first
 
 
-def test_a_source_that_training_never_saw_must_be_said_to_be_one(demo, tmp_path):
+def test_evaluation_of_unseen_source_needs_flag(demo, tmp_path):
     write_folder(tmp_path / "images")
     common = [
         "--config=tests/configs/tiny_eval.py",
@@ -349,7 +349,7 @@ def test_a_source_that_training_never_saw_must_be_said_to_be_one(demo, tmp_path)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["heldout_scenes"] == 4
 
 
-def test_a_store_never_mixes_two_sources(demo, tmp_path):
+def test_store_rejects_second_source(demo, tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
         rng = np.random.default_rng(seed)
@@ -368,7 +368,7 @@ def test_a_store_never_mixes_two_sources(demo, tmp_path):
     assert shard.read_bytes() == whole  # a lost shard is written again, to the same bytes
 
 
-def test_readme_shows_the_demos_own_picture():
+def test_readme_shows_picture_of_demo():
     picture = re.search(r"\((docs/[^)]+\.(?:png|webp))\)", (ROOT / "README.md").read_text())
     assert picture
     assert (ROOT / picture[1]).stat().st_size < 300_000

@@ -37,16 +37,16 @@ def plan(*arguments: str) -> str:
         ("lint", "ruff check"),
     ],
 )
-def test_every_target_has_its_rules(target, command):
+def test_make_target_runs_its_command(target, command):
     assert command in plan(target)
 
 
-def test_fresh_and_images_reach_the_demo():
+def test_make_demo_passes_fresh_and_images():
     assert "--fresh" not in plan("demo")
     assert "--fresh" not in plan("demo", "FRESH=0")
     assert "--fresh" in plan("demo", "FRESH=1")
     assert '--images="my photos"' in plan("demo", "IMAGES=my photos")
 
 
-def test_another_interpreter_has_an_environment_of_its_own():
+def test_make_python_has_its_own_environment():
     assert ".venv-python3.12/bin/python -m pytest" in plan("test", "PYTHON=python3.12")

@@ -56,16 +56,16 @@ def run(*arguments):
         (["run", "--pairs", "a", "--out", "c"], ["run", "--pairs=a", "--out", "c"]),
     ],
 )
-def test_list_flags_take_all_values_up_to_the_next_flag(argv, expected):
+def test_list_flags_take_values_up_to_next_flag(argv, expected):
     assert spread_list_flags(argv, ["pairs"]) == expected
 
 
 @given(st.lists(st.text()))
-def test_without_list_flags_nothing_changes(argv):
+def test_spread_list_flags_without_lists_is_identity(argv):
     assert spread_list_flags(argv, []) == argv
 
 
-def test_a_command_that_ends_well_exits_0_with_its_list_flags_read():
+def test_success_exits_0_with_list_flags_parsed():
     done = run("--pairs", "a", "b", "--outcome=done")
     assert (done.returncode, done.stdout, done.stderr) == (0, "pairs ['a', 'b']\n", "")
 
@@ -80,13 +80,13 @@ def test_a_command_that_ends_well_exits_0_with_its_list_flags_read():
         ("exit", 75, ""),
     ],
 )
-def test_an_error_is_one_line_with_its_exit_code(outcome, code, error):
+def test_error_is_one_line_with_its_exit_code(outcome, code, error):
     ended = run(f"--outcome={outcome}")
     assert (ended.returncode, ended.stderr) == (code, error)
     assert ended.stdout == "pairs []\n"  # what was said before is not lost
 
 
-def test_a_bug_keeps_its_traceback_and_exits_1():
+def test_bug_keeps_traceback_and_exits_1():
     ended = run("--outcome=bug")
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr
@@ -97,7 +97,7 @@ def test_a_bug_keeps_its_traceback_and_exits_1():
     ("arguments", "named"),
     [(["--outcme=done"], "outcme"), (["--outcome=no"], "outcome"), (["stray"], "stray")],
 )
-def test_a_wrong_flag_is_one_line_that_names_it(arguments, named):
+def test_bad_flag_is_one_line_that_names_it(arguments, named):
     ended = run(*arguments)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")

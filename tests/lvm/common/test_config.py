@@ -65,16 +65,16 @@ drawings = st.builds(
 
 @settings(max_examples=10)
 @given(drawings)
-def test_a_config_comes_back_equal_from_a_config_dict(drawing):
+def test_config_dict_round_trip(drawing):
     assert from_config_dict(Drawing, to_config_dict(drawing)) == drawing
 
 
 @given(drawings)
-def test_a_config_comes_back_equal_from_json(drawing):
+def test_json_round_trip(drawing):
     assert from_config_dict(Drawing, json.loads(json.dumps(to_json(drawing)))) == drawing
 
 
-def test_a_mixture_comes_back_equal():
+def test_mixture_config_round_trip():
     sources = {
         "a": ComponentConfig(Video(strides=(3, 4)), 2.0),
         "b": ComponentConfig(Pairs(), store="elsewhere"),
@@ -83,14 +83,14 @@ def test_a_mixture_comes_back_equal():
     assert from_config_dict(MixtureConfig, to_config_dict(mixture)) == mixture
 
 
-def test_every_key_is_there_to_be_overridden():
+def test_config_dict_has_every_key():
     tree = to_config_dict(Drawing())
     assert set(tree) == {field.name for field in dataclasses.fields(Drawing)}
     tree.shape.side = 7
     assert from_config_dict(Drawing, tree).shape == Square(7)
 
 
-def test_an_integer_stands_for_a_float():
+def test_integer_is_accepted_for_float():
     radius = from_config_dict(Circle, {"kind": "circle", "radius": 3}).radius
     assert (radius, type(radius)) == (3.0, float)
 
@@ -114,12 +114,12 @@ def test_an_integer_stands_for_a_float():
         (None, r"^config: None is not a group of keys"),
     ],
 )
-def test_what_is_wrong_is_refused_by_its_full_key(values, message):
+def test_bad_value_is_rejected_by_full_key(values, message):
     with pytest.raises(UserError, match=message):
         from_config_dict(Drawing, values)
 
 
-def test_a_key_without_a_default_must_be_given():
+def test_key_without_default_is_required():
     with pytest.raises(UserError, match=r"^config\.a: .*missing.*'recipe'"):
         from_config_dict(ComponentConfig, ConfigDict({"weight": 1.0}), "config.a")
 

@@ -1,4 +1,4 @@
-"""Files are whole or absent, and equal values are equal bytes."""
+"""Atomic files, locks, JSON, object storage."""
 
 import hashlib
 import os
@@ -19,55 +19,55 @@ json_values = st.recursive(
 
 
 @given(value=json_values)
-def test_json_comes_back_equal(value, tmp_path_factory):
+def test_json_round_trip(value, tmp_path_factory):
     path = tmp_path_factory.mktemp("json") / "value.json"
     files.write_json(path, value)
     assert files.read_json(path) == value
 
 
-def test_equal_values_are_equal_bytes(tmp_path):
+def test_write_json_equal_values_equal_bytes(tmp_path):
     files.write_json(tmp_path / "a", {"x": 1, "y": [2]})
     files.write_json(tmp_path / "b", {"y": (2,), "x": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_writing_replaces_and_leaves_nothing_else(tmp_path):
+def test_write_atomically_replaces_and_leaves_no_temporary(tmp_path):
     files.write_atomically(tmp_path / "file", b"old, and longer")
     files.write_atomically(tmp_path / "file", b"new")
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
-def test_a_write_that_fails_names_the_file_and_leaves_nothing(tmp_path):
+def test_failed_write_names_file_and_leaves_no_temporary(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
         files.write_atomically(tmp_path / "taken", b"data")
     assert os.listdir(tmp_path) == ["taken"]
 
 
-def test_a_file_that_is_not_json_is_named(tmp_path):
+def test_read_json_names_malformed_file(tmp_path):
     (tmp_path / "bad.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"bad\.json: not JSON"):
         files.read_json(tmp_path / "bad.json")
 
 
-def test_as_json_is_what_json_gives_back():
+def test_as_json_round_trips_value():
     assert files.as_json({"a": (1, 2), 3: None}) == {"a": [1, 2], "3": None}
 
 
-def test_sha256_is_that_of_the_content(tmp_path):
+def test_sha256_of_content(tmp_path):
     (tmp_path / "file").write_bytes(b"some bytes")
     assert files.sha256(tmp_path / "file") == hashlib.sha256(b"some bytes").hexdigest()
 
 
-def test_flushing_changes_nothing(tmp_path):
+def test_flush_keeps_content(tmp_path):
     (tmp_path / "file").write_bytes(b"some bytes")
     files.flush(tmp_path / "file")
     files.sync_folder(tmp_path)
     assert (tmp_path / "file").read_bytes() == b"some bytes"
 
 
-def test_an_object_is_written_whole_and_read_back(gcs, tmp_path):
+def test_gcs_object_round_trip(gcs, tmp_path):
     path = f"{gcs}/a/value.json"
     files.write_json(path, {"x": 1})
     assert files.read_json(path) == {"x": 1}
@@ -84,7 +84,42 @@ def test_an_object_is_written_whole_and_read_back(gcs, tmp_path):
         files.download(f"{gcs}/a/none", tmp_path / "none")
 
 
-def test_what_is_remote_is_told_by_its_name():
+def test_is_remote_by_scheme():
     assert files.is_remote("gs://bucket/a")
     assert not files.is_remote("/tmp/a")
     assert not files.is_remote("a")
+
+
+def test_atomic_file_keeps_old_content_on_error(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with files.atomic_file(path) as file:
+            file.write(b"new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert path.read_bytes() == b"old"
+    with files.atomic_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lock_file_excludes_until_closed(tmp_path):
+    path = tmp_path / "lock"
+    first = files.lock_file(path)
+    assert first is not None
+    assert files.lock_file(path) is None
+    assert files.lock_file(path, shared=True) is None
+    first.close()
+    readers = [files.lock_file(path, shared=True) for _ in range(2)]
+    assert None not in readers
+    assert files.lock_file(path) is None
+    for reader in readers:
+        reader.close()
+    with files.lock_file(path, wait=True) as last:
+        assert not last.closed

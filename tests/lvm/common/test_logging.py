@@ -22,11 +22,11 @@ from tests.commands import ROOT
         (90061, "25h01m"),
     ],
 )
-def test_durations(seconds, text):
+def test_duration_format(seconds, text):
     assert logging.duration(seconds) == text
 
 
-def test_progress_gives_the_rate_since_the_line_before(monkeypatch):
+def test_progress_rate_since_previous_line(monkeypatch):
     now = iter([0.0, 10.0, 15.0])
     monkeypatch.setattr(logging.time, "monotonic", lambda: next(now))
     progress = logging.Progress(total=1000, done=100)
@@ -34,7 +34,7 @@ def test_progress_gives_the_rate_since_the_line_before(monkeypatch):
     assert progress.line(600) == "600/1000 steps, 80 steps/s, 5s left"
 
 
-def test_progress_without_progress_promises_nothing():
+def test_progress_without_rate_has_no_time_left():
     assert logging.Progress(10, unit="scenes").line(0) == "0/10 scenes"
 
 
