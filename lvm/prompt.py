@@ -12,6 +12,7 @@ sequence, a video.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 
 from lvm.common import cli, files
 from lvm.common.errors import UserError
@@ -30,16 +32,12 @@ from lvm.inference.pretrained import LVM
 from lvm.interop.models import check_tokenizer
 from tokenizer import Tokenizer
 
-_ANSWER = re.compile(r"candidate-\d+(-image-\d+\.png|\.mp4)")  # what `write_answers` puts beside the sheet
-_SHEET_SIDE = 96  # pixels of an image on the sheet, at least
+_ANSWER_FILE = re.compile(r"candidate-\d+(-image-\d+\.png|\.mp4)")
+_MIN_SHEET_SIDE = 96  # pixels of an image on the sheet
 
 
 def check_prompt_flags(sequence: list[str], pairs: list[str], query: str) -> None:
-    """That the flags are one kind of prompt.
-
-    Raises:
-      UserError: no prompt, two kinds of prompt at once, or pairs without a query.
-    """
+    """Raises UserError unless the flags give exactly one prompt: a sequence, or pairs with a query."""
     if bool(sequence) == bool(pairs):
         raise UserError("give either --sequence a.png b.png …, or --pairs x.png:y.png … with --query=q.png")
     if sequence and query:
@@ -49,62 +47,62 @@ def check_prompt_flags(sequence: list[str], pairs: list[str], query: str) -> Non
 
 
 def check_video_flags(paths: Sequence[str], rate: float, frames: int) -> None:
-    """That what is said of videos and folders is said where there are some. Raises UserError."""
+    """Rejects --rate and --frames when no input is a video or a folder. Raises UserError."""
     has_video = any(pathlib.Path(path).suffix.lower() in VIDEO_SUFFIXES for path in paths)
     if rate and not has_video:
-        raise UserError(f"--rate={rate:g} is of videos, and the prompt has none")
+        raise UserError(f"--rate={rate:g} applies to videos, and the prompt has none")
     if frames and not has_video and not any(pathlib.Path(path).is_dir() for path in paths):
-        raise UserError(f"--frames={frames} is of folders and videos, and the prompt has none")
+        raise UserError(f"--frames={frames} applies to folders and videos, and the prompt has none")
 
 
-def check_sampling_flags(temperature: float, drawn_by: Mapping[str, bool]) -> None:
-    """That nothing is said of drawing where nothing is drawn: flag → whether it was said. Raises UserError."""
-    said = [name for name, is_said in drawn_by.items() if is_said]
-    if said and not temperature:
-        raise UserError(
-            f"--{said[0]}: with --temperature=0, the default, the likeliest codes are taken and every answer is the "
-            "same; give a temperature, such as 1"
-        )
+def check_sampling_flags(temperature: float, flags: Mapping[str, bool]) -> None:
+    """Rejects sampling flags when the temperature is 0; `flags` maps each to whether it is set. Raises UserError."""
+    for name, is_set in flags.items():
+        if is_set and not temperature:
+            raise UserError(
+                f"--{name} has no effect with --temperature=0 (greedy); give a temperature, such as 1"
+            )
 
 
-def write_answers(out: epath.Path, prompt: prompts.Prompt, answers: np.ndarray, is_sequence: bool) -> None:
-    """Writes the sheet, and beside it a folder with each answer of uint8 [C, A, R, R, 3] and videos."""
+def write_answers(
+    out: epath.Path, prompt: prompts.Prompt, answers: UInt8[np.ndarray, "C A R R 3"], is_sequence: bool
+) -> None:
+    """Writes the contact sheet, and beside it a folder with each answer and, for a sequence, videos."""
     folder = out.parent / out.stem
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("candidate-*"):  # of a prompt before
-        if _ANSWER.fullmatch(old.name):
-            old.unlink()
-    for number, candidate in enumerate(answers, 1):
-        for place, image in enumerate(candidate, 1):
-            files.write_atomically(folder / f"candidate-{number}-image-{place}.png", encode_png(image))
+    for path in folder.glob("candidate-*"):
+        if _ANSWER_FILE.fullmatch(path.name):  # of an earlier prompt
+            path.unlink()
+    for c, candidate in enumerate(answers, 1):
+        for i, image in enumerate(candidate, 1):
+            files.write_atomically(folder / f"candidate-{c}-image-{i}.png", encode_png(image))
         if is_sequence:
-            moving = prompts.encode_mp4(np.concatenate([prompt.images, candidate]))
-            files.write_atomically(folder / f"candidate-{number}.mp4", moving)
-    side = max(_SHEET_SIDE, prompt.images.shape[1])
+            video = prompts.encode_mp4(np.concatenate([prompt.images, candidate]))
+            files.write_atomically(folder / f"candidate-{c}.mp4", video)
+    side = max(_MIN_SHEET_SIDE, prompt.images.shape[1])
     files.write_atomically(out, encode_png(prompts.answer_sheet(prompt, answers, side)))
 
 
 def _run(args: cli.Args) -> None:
     check_prompt_flags(args.sequence, args.pairs, args.query)
-    paths = [part for pair in args.pairs for member in pair.split(":") for part in member.split("+")]
-    query = [args.query] if args.query else []
-    check_video_flags([*args.sequence, *paths, *query], args.rate, args.frames)
-    drawn_by = {"candidates": args.candidates > 1} | {
-        name: bool(args[name].present) for name in ("top_k", "top_p", "seed")
-    }
-    check_sampling_flags(args.temperature, drawn_by)
+    members = [path for pair in args.pairs for member in pair.split(":") for path in member.split("+")]
+    paths = [path for path in (*args.sequence, *members, args.query) if path]
+    check_video_flags(paths, args.rate, args.frames)
+    sampling_flags = {name: bool(args[name].present) for name in ("top_k", "top_p", "seed")}
+    check_sampling_flags(args.temperature, {"candidates": args.candidates > 1} | sampling_flags)
     out = epath.Path(args.out)
     if out.suffix.lower() != ".png":
-        raise UserError(f"--out: {out} is not a name of a picture; wanted one that ends in .png")
+        raise UserError(f"--out={out} must end in .png")
     if args.tensor > jax.device_count():
-        raise UserError(f"--tensor: {args.tensor} devices wanted, there are {jax.device_count()}")
+        raise UserError(f"--tensor={args.tensor} exceeds the {jax.device_count()} devices")
     mesh = make_mesh(MeshConfig(data=1, tensor=args.tensor), jax.devices()[: args.tensor])
     tokenizer, model = Tokenizer.load(args.tokenizer), LVM.load(args.model, mesh=mesh)
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), args.tokenizer)
-    N = tokenizer.codes_per_image
-    check = lambda count: model.check_fits(count, N)  # noqa: E731
+    check = functools.partial(model.check_fits, codes_per_image=tokenizer.codes_per_image)
     reader = prompts.PromptReader(tokenizer.read_image, tokenizer.preprocess, args.rate, args.frames, check)
-    prompt = reader.sequence(args.sequence) if args.sequence else reader.pairs(args.pairs, args.query)
+    prompt = (
+        reader.read_sequence(args.sequence) if args.sequence else reader.read_pairs(args.pairs, args.query)
+    )
     check(len(prompt.images))
     num_images = args.num_images or prompt.num_answers
     codes = model.generate(
@@ -125,22 +123,24 @@ def _run(args: cli.Args) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.string("model", None, "a model's folder", required=True)
-    flags.string("tokenizer", None, "its tokenizer's folder", required=True)
+    flags.string("model", None, "model folder", required=True)
+    flags.string("tokenizer", None, "tokenizer folder", required=True)
     flags.strings("sequence", "images, folders and videos to continue")
-    flags.strings("pairs", "examples, image.png:answer.png")
+    flags.strings("pairs", "examples image.png:answer.png")
     flags.string("query", "", "the image to answer for, after --pairs")
-    flags.string("out", None, "the picture to write: the prompt and its answers", required=True)
-    flags.integer("num_images", 0, "images to answer with; 0: one, or as the examples have", lower_bound=0)
-    flags.integer("candidates", 1, "answers to give", lower_bound=1)
-    flags.float("temperature", 0.0, "0 takes the most likely code each time", lower_bound=0)
-    flags.integer("top_k", 0, "draw among the k most likely codes; 0 is all", lower_bound=0)
-    flags.float("top_p", 1.0, "draw among codes of that much probability")
-    flags.integer("seed", 0, "of the drawing")
+    flags.string("out", None, "PNG file for the contact sheet of prompt and answers", required=True)
+    flags.integer(
+        "num_images", 0, "images per answer; 0: one, or as many as the examples have", lower_bound=0
+    )
+    flags.integer("candidates", 1, "answers to sample", lower_bound=1)
+    flags.float("temperature", 0.0, "sampling temperature; 0 is greedy", lower_bound=0)
+    flags.integer("top_k", 0, "sample from the k most likely codes; 0: all", lower_bound=0)
+    flags.float("top_p", 1.0, "sample from the smallest set of codes with this total probability")
+    flags.integer("seed", 0, "sampling seed")
     flags.integer("drop", 0, "oldest images dropped when the context is full; 0: half", lower_bound=0)
-    flags.integer("frames", 0, "of a folder or video, its first so many; 0: all", lower_bound=0)
-    flags.float("rate", 0.0, "frames a second taken of a video; 0: all", lower_bound=0)
-    flags.integer("tensor", 1, "devices that share the model", lower_bound=1)
+    flags.integer("frames", 0, "use only the first N frames of a folder or video; 0: all", lower_bound=0)
+    flags.float("rate", 0.0, "frames per second taken of a video; 0: all", lower_bound=0)
+    flags.integer("tensor", 1, "devices for tensor parallelism", lower_bound=1)
     return flags.run(_run, argv)
 
 

@@ -1,4 +1,4 @@
-"""Prompts made of files: which images, in which order, and what stands above each when it is shown."""
+"""Prompts read from image files, folders and videos."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import av
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from lvm.common.errors import UserError
@@ -18,161 +19,167 @@ from lvm.data.images.sources.listing import VIDEO_SUFFIXES, natural_key
 from lvm.data.images.sources.video import VideoSource
 from lvm.inference.contact_sheet import Cell, render_sheet
 
-ReadImage = Callable[[pathlib.Path], np.ndarray]  # a picture file → its image uint8 [R, R, 3]
-_ALL = 1 << 20  # frames of a video that is taken whole
-_VIDEO_SIDE, _FRAMES_A_SECOND = 256, 4
+ReadImage = Callable[[pathlib.Path], np.ndarray]  # path of an image file → uint8 [R, R, 3]
+_ALL_FRAMES = 1 << 20
+_MIN_VIDEO_SIZE, _VIDEO_FPS = 256, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Images to ask with.
+    """Images of a prompt.
 
     Attributes:
-      labels: what each is called.
-      images: uint8 [K, R, R, 3].
-      num_answers: images that answer it: of a query as many as its examples have.
+      labels: one per image.
+      images: the images.
+      num_answers: images of an answer; for a query, as many as its examples have.
     """
 
     labels: tuple[str, ...]
-    images: np.ndarray
+    images: UInt8[np.ndarray, "K R R 3"]
     num_answers: int = 1
 
 
 class PromptReader:
-    """Reads pictures, folders of pictures and videos.
+    """Reads prompts from files.
 
     Args:
-      read: reads a picture file; raises UserError naming it.
-      preprocess: how frames of videos become images.
-      rate: frames a second that are taken of videos; 0 is all.
-      frames: of folders and videos, the first so many; 0 is all.
-      check: is told of how many images a folder or video is before any is read, and may refuse them.
+      read_file: reads an image file; raises UserError naming it.
+      preprocess: applied to frames of videos.
+      rate: frames per second taken of videos; 0 takes all.
+      max_frames: takes only the first frames of folders and videos; 0 takes all.
+      check_count: called with the number of images of a folder or video before any is read; may raise UserError.
     """
 
     def __init__(
         self,
-        read: ReadImage,
+        read_file: ReadImage,
         preprocess: Preprocess,
         rate: float = 0.0,
-        frames: int = 0,
-        check: Callable[[int], None] = lambda count: None,
+        max_frames: int = 0,
+        check_count: Callable[[int], None] = lambda count: None,
     ):
-        self._read, self._preprocess, self._rate, self._frames = read, preprocess, rate, frames
-        self._check = check
+        self._read_file, self._preprocess, self._check_count = read_file, preprocess, check_count
+        self._rate, self._max_frames = rate, max_frames
 
-    def images(self, path: str) -> list[np.ndarray]:
-        """The images of a picture, a folder (its pictures in natural order) or a video, each uint8 [R, R, 3].
+    def read_images(self, path: str) -> list[UInt8[np.ndarray, "R R 3"]]:
+        """Images of an image file, a folder (in natural order) or a video.
 
         Raises:
-          UserError: it can't be read, or is a folder without pictures.
+          UserError: unreadable, or a folder without images.
         """
-        place = pathlib.Path(path)
-        if place.is_dir():
-            self._check(len(files := self._listed(place)))
-            return [self._read(file) for file in files]
-        if place.suffix.lower() not in VIDEO_SUFFIXES:
-            return [self._read(place)]
-        source = VideoSource(self._preprocess, path=path, rate=self._rate, clip_frames=self._frames or _ALL)
-        self._check(source.info(0).num_frames)
+        file = pathlib.Path(path)
+        if file.is_dir():
+            self._check_count(len(listed := self._list(file)))
+            return [self._read_file(member) for member in listed]
+        if file.suffix.lower() not in VIDEO_SUFFIXES:
+            return [self._read_file(file)]
+        frames = self._max_frames or _ALL_FRAMES
+        source = VideoSource(self._preprocess, path=path, rate=self._rate, clip_frames=frames)
+        self._check_count(source.info(0).num_frames)
         scene = source.load(0)
         if scene.failures:
             raise UserError(f"{path}: {scene.failures[0].reason}")
         return list(scene.images[:, 0])
 
-    def image(self, path: str) -> np.ndarray:
-        """The only image of a path, uint8 [R, R, 3]. Raises UserError as `images` does, and where there are more."""
-        images = self.images(path)
+    def read_image(self, path: str) -> UInt8[np.ndarray, "R R 3"]:
+        """The only image of a path. Raises UserError as `read_images`, and for more than one image."""
+        images = self.read_images(path)
         if len(images) != 1:
-            raise UserError(f"{path}: holds {len(images)} images; wanted one picture")
+            raise UserError(f"{path} holds {len(images)} images; give a single image")
         return images[0]
 
-    def sequence(self, paths: Sequence[str]) -> Prompt:
-        """All images of the paths, one after the other. Raises UserError as `images` does."""
-        images = [image for path in paths for image in self.images(path)]
-        return Prompt(tuple(str(number) for number in range(1, len(images) + 1)), np.stack(images))
+    def read_sequence(self, paths: Sequence[str]) -> Prompt:
+        """All images of the paths in order. Raises UserError as `read_images`."""
+        images = [image for path in paths for image in self.read_images(path)]
+        return Prompt(tuple(str(i) for i in range(1, len(images) + 1)), np.stack(images))
 
-    def pairs(self, examples: Sequence[str], query: str) -> Prompt:
-        """Examples `x:y`, then the query that is to be answered likewise.
+    def read_pairs(self, examples: Sequence[str], query: str) -> Prompt:
+        """Examples `x:y`, then the query.
 
-        `x:y:z` shows two answers, one after the other. `x:y+z` shows one that combines two: z is laid over y wherever
-        it isn't black, as boxes, poses and edges are drawn. A member that is a folder stands for its pictures in turn.
+        `x:y:z` has two answers, one after the other. `x:y+z` has one that combines two: z is pasted over y wherever it
+        isn't black, as in renderings of boxes, poses and edges. A folder stands for its images, paired by file name.
 
         Raises:
-          UserError: an example of another form than the first or without an answer, folders of unequal
-            contents, a query that isn't one picture, or what can't be read.
+          UserError: examples without an answer or of different lengths, folders of different contents, a query of more
+            than one image, or an unreadable file.
         """
-        rows = [row for example in examples for row in self._rows(example)]
-        counts = {len(row) for row in rows}
-        if len(counts) > 1:
+        rows = [row for example in examples for row in self._read_example(example)]
+        lengths = {len(row) for row in rows}
+        if len(lengths) > 1:
             raise UserError(
-                f"--pairs: examples of {' and '.join(map(str, sorted(counts)))} images; all must have as many"
+                f"--pairs: examples of {' and '.join(map(str, sorted(lengths)))} images; give all the same number"
             )
-        asked = self.image(query)
-        names = "xyz" if (width := counts.pop()) <= 3 else [f"{i}." for i in range(width)]
-        labels = [f"{name}{number}" for number in range(1, len(rows) + 1) for name in names[:width]]
-        images = [image for row in rows for image in row]
-        return Prompt((*labels, "query"), np.stack([*images, asked]), width - 1)
+        return pairs_prompt(rows, self.read_image(query))
 
-    def _rows(self, example: str) -> list[list[np.ndarray]]:
+    def _read_example(self, example: str) -> list[list[np.ndarray]]:
+        """The rows of images that `x:y…` stands for: several if its members are folders."""
         members = [member.split("+") for member in example.split(":")]
-        if len(members) < 2 or not all(path for member in members for path in member):
-            raise UserError(f"--pairs: {example!r} is not of the form image.png:answer.png")
         paths = [path for member in members for path in member]
-        folders = [path for path in paths if pathlib.Path(path).is_dir()]
-        if not folders:
-            return [[self._combined(member) for member in members]]
-        stems = {path: [file.stem for file in self._listed(pathlib.Path(path))] for path in folders}
+        if len(members) < 2 or not all(paths):
+            raise UserError(f"--pairs: {example!r} is not of the form image.png:answer.png")
+        listed = {path: self._list(pathlib.Path(path)) for path in paths if pathlib.Path(path).is_dir()}
+        if not listed:
+            return [[self._overlay(member) for member in members]]
+        stems = {path: [file.stem for file in files] for path, files in listed.items()}
+        first = next(iter(stems))
         for path in paths:
-            if stems.get(path) != stems[folders[0]]:
+            if stems.get(path) != stems[first]:
                 raise UserError(
-                    f"--pairs: {folders[0]} and {path} are not two folders of pictures of the same names"
+                    f"--pairs: {first} and {path} are not two folders of images with the same names"
                 )
-        self._check(len(stems[folders[0]]) * len(members))
+        self._check_count(len(stems[first]) * len(members))
         return [
-            [
-                self._combined([str(self._listed(pathlib.Path(path))[i]) for path in member])
-                for member in members
-            ]
-            for i in range(len(stems[folders[0]]))
+            [self._overlay([listed[path][i] for path in member]) for member in members]
+            for i in range(len(stems[first]))
         ]
 
-    def _combined(self, paths: Sequence[str]) -> np.ndarray:
-        lowest, *others = [self._read(pathlib.Path(path)) for path in paths]
+    def _overlay(self, paths: Sequence[str | pathlib.Path]) -> np.ndarray:
+        """Pastes each image over the preceding ones wherever it isn't black."""
+        result, *others = [self._read_file(pathlib.Path(path)) for path in paths]
         for image in others:
-            lowest = np.where(image.any(axis=-1, keepdims=True), image, lowest)
-        return lowest
+            result = np.where(image.any(axis=-1, keepdims=True), image, result)
+        return result
 
-    def _listed(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        files = [
-            file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."
-        ]
+    def _list(self, folder: pathlib.Path) -> list[pathlib.Path]:
+        files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "."]
         if not files:
-            raise UserError(f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-        return sorted(files, key=lambda file: natural_key(file.name))[: self._frames or None]
+            raise UserError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        return sorted(files, key=lambda file: natural_key(file.name))[: self._max_frames or None]
 
 
-def answer_sheet(prompt: Prompt, answers: np.ndarray, side: int) -> np.ndarray:
-    """The prompt, and its answers uint8 [C, A, R, R, 3] framed, a candidate a row → uint8 [H, W, 3]."""
-    shown = [Cell(image, label) for label, image in zip(prompt.labels, prompt.images, strict=True)]
+def pairs_prompt(rows: Sequence[Sequence[np.ndarray]], query: UInt8[np.ndarray, "R R 3"]) -> Prompt:
+    """Prompt of examples (an image and its answers, all of the same number) and a query."""
+    width = len(rows[0])
+    names = "xyz" if width <= 3 else [f"{i}." for i in range(width)]
+    labels = [f"{name}{i}" for i in range(1, len(rows) + 1) for name in names[:width]]
+    images = [image for row in rows for image in row]
+    return Prompt((*labels, "query"), np.stack([*images, query]), width - 1)
+
+
+def answer_sheet(
+    prompt: Prompt, answers: UInt8[np.ndarray, "C A R R 3"], side: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Renders the prompt and its framed answers, one candidate per row."""
+    cells = [Cell(image, label) for label, image in zip(prompt.labels, prompt.images, strict=True)]
     rows: list[list[Cell | None]] = []
-    for number, candidate in enumerate(answers):
-        labels = [f"answer {number + 1}" if len(answers) > 1 else "answer"] * len(candidate)
-        framed = [Cell(image, label, True) for image, label in zip(candidate, labels, strict=True)]
-        rows.append([*(shown if number == 0 else [None] * len(shown)), *framed])
+    for index, candidate in enumerate(answers):
+        label = f"answer {index + 1}" if len(answers) > 1 else "answer"
+        framed = [Cell(image, label, True) for image in candidate]
+        rows.append([*(cells if index == 0 else [None] * len(cells)), *framed])
     return render_sheet(rows, side)
 
 
-def encode_mp4(images: np.ndarray) -> bytes:
-    """Images uint8 [T, R, R, 3] as an MP4 of a few frames a second, small ones enlarged."""
-    scale = max(1, _VIDEO_SIDE // images.shape[1])
-    side = images.shape[1] * scale // 2 * 2  # the format wants even sides
+def encode_mp4(images: UInt8[np.ndarray, "T R R 3"]) -> bytes:
+    """Encodes frames as an MP4 of a few frames per second, small ones enlarged."""
+    scale = max(1, _MIN_VIDEO_SIZE // images.shape[1])
+    size = images.shape[1] * scale // 2 * 2  # yuv420p needs an even size
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=_FRAMES_A_SECOND)
-        stream.width = stream.height = side
+        stream = container.add_stream("libx264", rate=_VIDEO_FPS)
+        stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         for image in images:
-            picture = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            frame = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
     return buffer.getvalue()

@@ -1,13 +1,13 @@
-"""Contact sheets show what they were given, where it belongs."""
+"""Layout of contact sheets."""
 
 import numpy as np
 import pytest
 
 from lvm.inference.contact_sheet import (
+    _BACKGROUND,
     _FRAME,
     _GAP,
     _LABEL,
-    _PAPER,
     Cell,
     answer_row,
     completion_sheet,
@@ -15,8 +15,8 @@ from lvm.inference.contact_sheet import (
 )
 
 
-def plain(colour, side=8):
-    return np.full((side, side, 3), colour, np.uint8)
+def plain(color, side=8):
+    return np.full((side, side, 3), color, np.uint8)
 
 
 def cell_at(picture, row, column, side):
@@ -25,17 +25,17 @@ def cell_at(picture, row, column, side):
     return picture[top : top + side, left : left + side]
 
 
-def test_images_lie_in_their_rows_and_columns_and_none_leaves_a_gap():
+def test_render_sheet_places_images_and_gaps():
     rows = [[Cell(plain(10)), Cell(plain(20))], [None, Cell(plain(30))]]
     picture = render_sheet(rows, side=8)
     assert picture.shape == (2 * (8 + _GAP + _LABEL) + _GAP, 2 * (8 + _GAP) + _GAP, 3)
     assert picture.dtype == np.uint8
-    for row, column, colour in ((0, 0, 10), (0, 1, 20), (1, 1, 30)):
-        np.testing.assert_array_equal(cell_at(picture, row, column, 8), plain(colour))
-    np.testing.assert_array_equal(cell_at(picture, 1, 0, 8), np.broadcast_to(_PAPER, (8, 8, 3)))
+    for row, column, color in ((0, 0, 10), (0, 1, 20), (1, 1, 30)):
+        np.testing.assert_array_equal(cell_at(picture, row, column, 8), plain(color))
+    np.testing.assert_array_equal(cell_at(picture, 1, 0, 8), np.broadcast_to(_BACKGROUND, (8, 8, 3)))
 
 
-def test_a_small_image_is_enlarged_without_blur():
+def test_render_sheet_enlarges_without_blur():
     image = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     np.testing.assert_array_equal(
         cell_at(render_sheet([[Cell(image)]], 8), 0, 0, 8), image.repeat(2, 0).repeat(2, 1)
@@ -43,55 +43,57 @@ def test_a_small_image_is_enlarged_without_blur():
 
 
 @pytest.mark.parametrize("size", [3, 16])
-def test_other_sizes_are_made_to_fit(size):
+def test_render_sheet_resizes_images(size):
     np.testing.assert_array_equal(cell_at(render_sheet([[Cell(plain(99, size))]], 8), 0, 0, 8), plain(99))
 
 
-def test_answers_alone_are_framed():
+def test_render_sheet_frames_answers_only():
     picture = render_sheet([[Cell(plain(10)), Cell(plain(20), "", True)]], side=8)
     framed = (picture == _FRAME).all(-1)
     assert framed[:, : _GAP + 8].sum() == 0
     assert framed.sum() > 4 * 8
-    np.testing.assert_array_equal(cell_at(picture, 0, 1, 8), plain(20))  # the frame covers nothing of it
+    np.testing.assert_array_equal(cell_at(picture, 0, 1, 8), plain(20))  # not covered by the frame
 
 
-def test_a_label_is_written_above_its_image():
-    without, labelled = render_sheet([[Cell(plain(0))]], 32), render_sheet([[Cell(plain(0), "depth")]], 32)
-    changed = (without != labelled).any((1, 2))
+def test_render_sheet_puts_labels_above_images():
+    without, labeled = render_sheet([[Cell(plain(0))]], 32), render_sheet([[Cell(plain(0), "depth")]], 32)
+    changed = (without != labeled).any((1, 2))
     assert changed.any()
     assert not changed[_GAP + _LABEL :].any()
 
 
-def test_answers_stand_after_the_gap():
+def test_answer_row_starts_after_the_gap():
     row = answer_row(2, [plain(1), plain(2)])
     assert row[:2] == [None, None]
     assert [(int(cell.image[0, 0, 0]), cell.is_answer) for cell in row[2:]] == [(1, True), (2, True)]
 
 
-@pytest.mark.parametrize(("grids", "share", "given"), [(4, 0.5, 2), (3, 0.5, 2), (5, 0.2, 1), (2, 0.1, 1)])
-def test_a_completion_is_asked_for_what_the_prompt_lacks(grids, share, given):
+@pytest.mark.parametrize(
+    ("grids", "fraction", "prompt"), [(4, 0.5, 2), (3, 0.5, 2), (5, 0.2, 1), (2, 0.1, 1)]
+)
+def test_completion_sheet_completes_the_prompt(grids, fraction, prompt):
     codes = np.arange(grids * 3).reshape(grids, 3)
-    asked = []
+    calls = []
 
-    def answer(prompt, num_images):
-        asked.append((prompt.tolist(), num_images))
+    def answer(codes, num_images):
+        calls.append((codes.tolist(), num_images))
         return np.full((num_images, 3), 200)
 
     def decode(codes):
         return np.stack([plain(grid[0], 96) for grid in codes])
 
-    picture = completion_sheet(codes, answer, decode, share)
-    assert asked == [(codes[:given].tolist(), grids - given)]
+    picture = completion_sheet(codes, answer, decode, fraction)
+    assert calls == [(codes[:prompt].tolist(), grids - prompt)]
     for column in range(grids):
         np.testing.assert_array_equal(cell_at(picture, 0, column, 96), plain(3 * column, 96))
-        below = 200 if column >= given else 255
+        below = 200 if column >= prompt else 255
         assert (cell_at(picture, 1, column, 96)[4:-4, 4:-4] == below).all()
 
 
-def test_a_single_image_has_nothing_to_complete():
-    picture = completion_sheet(np.zeros((1, 3), int), _never, lambda codes: plain(7, 96)[None])
+def test_completion_sheet_of_a_single_image():
+    picture = completion_sheet(np.zeros((1, 3), int), _fail, lambda codes: plain(7, 96)[None])
     np.testing.assert_array_equal(cell_at(picture, 0, 0, 96), plain(7, 96))
 
 
-def _never(prompt, num_images):
-    raise AssertionError("nothing was to be answered")
+def _fail(codes, num_images):
+    raise AssertionError("unexpected call")

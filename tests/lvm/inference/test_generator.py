@@ -1,3 +1,5 @@
+"""Generation with a KV cache against full forward passes."""
+
 import collections
 import dataclasses
 import functools
@@ -23,7 +25,7 @@ V, CODES, N, BOS, CONTEXT = (
     6,
     32,
     33,
-)  # 5 grids of 6 codes fit after BOS; so does a place that no grid fills
+)  # 5 grids of 6 codes fit after BOS, and 2 more tokens
 CONFIG = ModelConfig(
     hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=2, vocabulary_size=V, context=CONTEXT,
     dtype="float32", init_std=0.3,
@@ -54,20 +56,20 @@ def whole_forward():
 
 
 def logits(tokens):
-    """Of the token after the last, by one forward over all of them."""
+    """Logits of the token after the last, by one forward pass over all of them."""
     row = np.zeros((1, 64), np.int32)
     row[0, : len(tokens)] = tokens
     return np.asarray(whole_forward()(row)[len(tokens) - 1])
 
 
-def write(prompts, length, sampling, seeds, mesh=None, **options):
-    """Two candidates a prompt, codes alone, so that most tests run the same programs."""
+def generate(prompts, num_tokens, sampling, seeds, mesh=None, **options):
+    """Two candidates per prompt and codes alone, so that most tests run the same programs."""
     options = {"candidates": 2, "num_allowed": CODES, **options}
-    return generator(mesh)(prompts, length, sampling, seeds, **options)
+    return generator(mesh)(prompts, num_tokens, sampling, seeds, **options)
 
 
 def check_greedy(prompt, answer, window=None):
-    """Every token is what recomputing the window gives; returns after a tie, where the two may part."""
+    """Compares with full forwards over the window, up to a tie, where the two may diverge."""
     tokens = list(prompt)
     for token in answer.tolist():
         if window is not None and len(tokens) == 1 + 5 * N:
@@ -88,41 +90,41 @@ def grids(count, seed=0):
     return np.append(BOS, prompt(count * N, seed)).astype(np.int32)
 
 
-def test_the_cache_equals_recomputing_at_every_length_and_in_unequal_batches():
+def test_decode_matches_full_forward_in_unequal_batches():
     prompts = [prompt(1), prompt(13)]
-    together = write(prompts, 20, GREEDY, [0, 0])
-    for row, answer in zip(prompts, together, strict=True):
+    batched = generate(prompts, 20, GREEDY, [0, 0])
+    for row, answer in zip(prompts, batched, strict=True):
         check_greedy(row, answer[0])
         np.testing.assert_array_equal(answer[0], answer[1])
-    alone = write(prompts[1:], 20, GREEDY, [0], candidates=1)
-    np.testing.assert_array_equal(alone[0, 0], together[1, 0])
+    alone = generate(prompts[1:], 20, GREEDY, [0], candidates=1)
+    np.testing.assert_array_equal(alone[0, 0], batched[1, 0])
 
 
 @pytest.mark.parametrize("drop", [1, 2, 4])
-def test_after_a_slide_the_cache_equals_recomputing_the_window(drop):
+def test_re_prefill_matches_full_forward_of_the_window(drop):
     window = SlidingWindow(N, BOS, drop)
     prompts = [grids(1), grids(4, seed=1)]
-    answers = write(prompts, 7 * N, GREEDY, [0, 0], window=window)
+    answers = generate(prompts, 7 * N, GREEDY, [0, 0], window=window)
     for row, answer in zip(prompts, answers, strict=True):
         check_greedy(row, answer[0], window)
-    alone = write(prompts[1:], 7 * N, GREEDY, [0], window=window, candidates=1)
+    alone = generate(prompts[1:], 7 * N, GREEDY, [0], window=window, candidates=1)
     np.testing.assert_array_equal(alone[0, 0], answers[1, 0])
 
 
-def test_after_a_slide_there_is_room_for_rows_of_any_length():
-    """The longer row slides when the shorter one has just outgrown the padded length that both began with."""
+def test_re_prefill_has_slots_for_rows_of_any_length():
+    """The longer row slides when the shorter one has just outgrown their initial padded length."""
     config = dataclasses.replace(CONFIG, context=185, num_layers=1)
     one_layer = Generator(config, init_params(lambda rngs: Transformer(config, rngs), jax.random.key(0)))
     options = {"num_allowed": CODES, "window": SlidingWindow(16, BOS, 8)}
     prompts = [np.append(BOS, prompt(count * 16, seed=count)).astype(np.int32) for count in (7, 5)]
-    together = one_layer(prompts, 82, GREEDY, [0, 0], **options)
+    batched = one_layer(prompts, 82, GREEDY, [0, 0], **options)
     alone = one_layer(prompts[1:], 82, GREEDY, [0], **options)
-    np.testing.assert_array_equal(alone[0], together[1])
+    np.testing.assert_array_equal(alone[0], batched[1])
 
 
-def test_half_of_the_grids_that_fit_are_dropped_by_default():
+def test_window_drops_half_of_the_grids_by_default():
     half, default, one = (
-        write([grids(4)], 3 * N, GREEDY, [0], window=SlidingWindow(N, BOS, drop)) for drop in (2, 0, 1)
+        generate([grids(4)], 3 * N, GREEDY, [0], window=SlidingWindow(N, BOS, drop)) for drop in (2, 0, 1)
     )
     np.testing.assert_array_equal(half, default)
     np.testing.assert_array_equal(one[..., :N], default[..., :N])
@@ -138,92 +140,98 @@ def test_half_of_the_grids_that_fit_are_dropped_by_default():
     ],
     ids=["all axes", "data", "tensor"],
 )
-def test_eight_devices_write_what_one_writes(mesh):
-    prompts, samplings = [grids(1), grids(3, seed=1)], [GREEDY, SamplingParams(1.0, top_p=0.9)]
+def test_eight_devices_match_one(mesh):
+    prompts, params_by_row = [grids(1), grids(3, seed=1)], [GREEDY, SamplingParams(1.0, top_p=0.9)]
     one, eight = (
-        write(prompts, 5 * N, samplings, [1, 2], window=WINDOW, mesh=devices) for devices in (None, mesh)
+        generate(prompts, 5 * N, params_by_row, [1, 2], window=WINDOW, mesh=devices)
+        for devices in (None, mesh)
     )
     np.testing.assert_array_equal(one, eight)
 
 
 @given(st.data())
 @settings(max_examples=4)
-def test_a_row_depends_on_its_own_request_alone(data):
-    some = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2**40)), min_size=2, max_size=2))
-    prompts = [grids(count, seed=count) for count, _ in some]
-    samplings = [SamplingParams(1.0, top_k=9), SamplingParams(0.8, top_p=0.95)]
-    seeds = [seed for _, seed in some]
-    together = write(prompts, 3 * N, samplings, seeds, window=WINDOW)
+def test_rows_are_independent_of_the_batch(data):
+    requests = data.draw(
+        st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2**40)), min_size=2, max_size=2)
+    )
+    prompts = [grids(count, seed=count) for count, _ in requests]
+    params_by_row = [SamplingParams(1.0, top_k=9), SamplingParams(0.8, top_p=0.95)]
+    seeds = [seed for _, seed in requests]
+    batched = generate(prompts, 3 * N, params_by_row, seeds, window=WINDOW)
     for i in range(2):
-        alone = write(prompts[i : i + 1], 3 * N, samplings[i], seeds[i : i + 1], window=WINDOW)
-        np.testing.assert_array_equal(alone[0], together[i])
+        alone = generate(prompts[i : i + 1], 3 * N, params_by_row[i], seeds[i : i + 1], window=WINDOW)
+        np.testing.assert_array_equal(alone[0], batched[i])
 
 
 def test_seeds_and_candidates_differ():
-    rows = write([prompt(4), prompt(4)], 18, SamplingParams(), [7, 8])
+    rows = generate([prompt(4), prompt(4)], 18, SamplingParams(), [7, 8])
     assert (rows[0] != rows[1]).any()
     assert (rows[0, 0] != rows[0, 1]).any()
 
 
-def test_what_is_seen_while_it_is_written_is_the_beginning_of_the_answer():
+def test_stream_yields_prefixes_of_the_answer():
     options = {"num_allowed": CODES, "window": WINDOW, "candidates": 2}
     whole = generator()([grids(4)], 2 * N, SamplingParams(), [3], **options)
-    seen = list(generator().stream([grids(4)], 2 * N, SamplingParams(), [3], **options, every=4))
-    assert [part.shape[-1] for part in seen] == [4, 6, 10, 12]  # the window slides after 6
-    for part in seen:
+    parts = list(generator().stream([grids(4)], 2 * N, SamplingParams(), [3], **options, every=4))
+    assert [part.shape[-1] for part in parts] == [4, 6, 10, 12]  # the window slides after 6
+    for part in parts:
         np.testing.assert_array_equal(part, whole[..., : part.shape[-1]])
 
 
-def test_only_allowed_ids_are_drawn():
+def test_only_allowed_ids_are_sampled():
     hot = SamplingParams(temperature=5.0)
-    assert write([prompt(5)], 20, hot, [0]).max() >= 10
-    assert write([prompt(5)], 20, hot, [0], num_allowed=10).max() < 10
+    assert generate([prompt(5)], 20, hot, [0]).max() >= 10
+    assert generate([prompt(5)], 20, hot, [0], num_allowed=10).max() < 10
 
 
 def test_first_codes_follow_the_softmax():
-    """χ² of 2000 candidates' first codes against the model's own probabilities, those of few expected pooled."""
-    drawn = generator()([grids(2)], 1, SamplingParams(), [0], candidates=2000, num_allowed=CODES)[0, :, 0]
+    """χ² test of 2000 candidates' first codes against the model's probabilities; rare codes are pooled."""
+    ids = generator()([grids(2)], 1, SamplingParams(), [0], candidates=2000, num_allowed=CODES)[0, :, 0]
     scores = logits(grids(2))[:CODES].astype(np.float64)
-    shares = np.exp(scores - scores.max())
-    assert chi_square(drawn, shares / shares.sum()) < 0.999
+    probs = np.exp(scores - scores.max())
+    assert chi_square(ids, probs / probs.sum()) < 0.999
 
 
-def chi_square(drawn, shares):
-    """How far out the χ² of drawn ids lies: a share of its distribution."""
+def chi_square(ids, probs):
+    """Cumulative probability of the χ² statistic of sampled ids."""
     from scipy import stats
 
-    wanted, counts = shares * len(drawn), np.bincount(drawn, minlength=len(shares))
-    often = wanted >= 5
-    cells = [*zip(counts[often], wanted[often], strict=True), (counts[~often].sum(), wanted[~often].sum())]
-    statistic = sum((count - want) ** 2 / want for count, want in cells if want > 0)
-    return stats.chi2.cdf(statistic, len([want for _, want in cells if want > 0]) - 1)
+    expected, counts = probs * len(ids), np.bincount(ids, minlength=len(probs))
+    frequent = expected >= 5
+    cells = [
+        *zip(counts[frequent], expected[frequent], strict=True),
+        (counts[~frequent].sum(), expected[~frequent].sum()),
+    ]
+    statistic = sum((count - mean) ** 2 / mean for count, mean in cells if mean > 0)
+    return stats.chi2.cdf(statistic, len([mean for _, mean in cells if mean > 0]) - 1)
 
 
-def test_bfloat16_writes_codes():
+def test_bfloat16_generates_codes():
     half = Generator(ModelConfig(**{**vars(CONFIG), "dtype": "bfloat16"}), params())
     answer = half([grids(2)], 2 * N, GREEDY, [0], num_allowed=CODES)
     assert answer.shape == (1, 1, 2 * N)
     assert answer.max() < CODES
 
 
-def test_a_prompt_is_read_once_for_its_candidates(monkeypatch):
+def test_candidates_share_one_prefill(monkeypatch):
     from lvm.inference import decode
 
-    seen = collections.Counter()
+    shapes = collections.Counter()
     prefill = decode.prefill
     monkeypatch.setattr(
         decode,
         "prefill",
-        lambda params, rows, *a, **k: seen.update([rows.shape]) or prefill(params, rows, *a, **k),
+        lambda params, rows, *a, **k: shapes.update([rows.shape]) or prefill(params, rows, *a, **k),
     )
-    assert write([prompt(4)], 18, SamplingParams(), [7]).shape == (1, 2, 18)
-    assert seen == {(1, 128): 1}
+    assert generate([prompt(4)], 18, SamplingParams(), [7]).shape == (1, 2, 18)
+    assert shapes == {(1, 128): 1}
 
 
-def test_without_a_window_prompt_and_answer_must_fit_the_context():
-    assert write([prompt(14)], 20, GREEDY, [0]).shape == (1, 2, 20)
+def test_without_window_the_context_is_the_limit():
+    assert generate([prompt(14)], 20, GREEDY, [0]).shape == (1, 2, 20)
     with pytest.raises(UserError, match="need a context of 34; the model has 33"):
-        write([prompt(14)], 21, GREEDY, [0])
+        generate([prompt(14)], 21, GREEDY, [0])
 
 
 @pytest.mark.parametrize(
@@ -241,6 +249,6 @@ def test_without_a_window_prompt_and_answer_must_fit_the_context():
         ),
     ],
 )
-def test_impossible_requests_are_named(prompts, options, words):
+def test_stream_rejects_invalid_requests(prompts, options, words):
     with pytest.raises(UserError, match=words):
         generator()(prompts, **{"num_tokens": 4, "sampling": GREEDY, "seeds": [0] * len(prompts), **options})
