@@ -133,12 +133,15 @@ def test_prompt_answers_pairs_and_query(demo, tmp_path):
         (["--sequence", *["FRAME"] * 9], "holds 6 images"),
         (
             ["--sequence", "FRAME", "--frames=2"],
-            "--frames=2 is of folders and videos, and the prompt has none",
+            "--frames=2 applies to folders and videos, and the prompt has none",
         ),
-        (["--sequence", "FRAME", "--rate=2"], "--rate=2 is of videos, and the prompt has none"),
-        (["--pairs", "FRAME:FRAME", "--query=FRAME", "--frames=3"], "--frames=3 is of folders and videos"),
-        (["--sequence", "FRAME", "--candidates=2"], "--candidates: with --temperature=0, the default"),
-        (["--sequence", "FRAME", "--top_k=5"], "--top_k: with --temperature=0"),
+        (["--sequence", "FRAME", "--rate=2"], "--rate=2 applies to videos, and the prompt has none"),
+        (
+            ["--pairs", "FRAME:FRAME", "--query=FRAME", "--frames=3"],
+            "--frames=3 applies to folders and videos",
+        ),
+        (["--sequence", "FRAME", "--candidates=2"], "--candidates has no effect with --temperature=0"),
+        (["--sequence", "FRAME", "--top_k=5"], "--top_k has no effect with --temperature=0"),
     ],
 )
 def test_prompt_bad_input_is_one_line(demo, tmp_path, arguments, words):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lvm import playground
+from lvm.common import errors
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.inference.generator import SamplingParams
@@ -107,7 +108,7 @@ def test_session_rejects_invalid_uploads(session, examples, tmp_path):
         next(session.answer(session.sequence(images * 3), 1, 1, SamplingParams(), 0))
 
 
-def test_playground_without_gradio_names_the_package(monkeypatch):
+def test_playground_without_gradio_names_the_package(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(UserError, match=r"pip install '\.\[playground\]'"):
-        playground.main()
+    assert playground.main(["--model=m", "--tokenizer=t"]) == errors.EXIT_BAD_INPUT
+    assert "pip install '.[playground]'" in capsys.readouterr().err
