@@ -111,7 +111,7 @@ def test_a_run_lives_on_gs(demo, gcs):
         (["--config.model.attention=splash"], "attention=splash needs a TPU, this is cpu"),
         (
             ["--config.optimizer.name=sgd"],
-            "config.optimizer.name: 'sgd' is not one of adamw, lion, adafactor, muon",
+            "config.optimizer.name='sgd' must be one of adamw, lion, adafactor, muon",
         ),
     ],
 )

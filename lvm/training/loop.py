@@ -135,7 +135,7 @@ class Loop:
         self._seconds_at_peak = _seconds_at_peak(flops_per_step or {}, step.mesh)
         self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
-        self._tracer = StepProfiler(self._path, config.profile)
+        self._profiler = StepProfiler(self._path, config.profile)
         self._goodput, self._detector = Goodput(), SpikeDetector(config.spike)
         self._skipped_batches = SkippedBatches.load(self._path)
 
@@ -159,7 +159,7 @@ class Loop:
                             spike = error.with_traceback(None)
                         state, start = self._rewind(spike)
             finally:
-                self._tracer.stop()
+                self._profiler.stop()
                 with self._watchdog.pause("the last checkpoint"):
                     self._checkpoints.close()  # waits for the save under way
 
@@ -214,7 +214,7 @@ class Loop:
         clock = _Clock()
         reports: deque[tuple[int, Metrics]] = deque()  # of steps that may still be running
         for step, batch in enumerate(clock.wait_for(self._batches(start, total)), start + 1):
-            self._tracer.before(step)
+            self._profiler.start_step(step)
             state, metrics = self._step(state, batch)
             reports.append((step, metrics))
             last = step == total

@@ -1,4 +1,4 @@
-"""Whether a step fits in its devices' memory, what takes it, and what would fit instead: all found by compiling."""
+"""Device memory of a training step, measured by compiling it, and settings that would fit."""
 
 from __future__ import annotations
 
@@ -18,81 +18,83 @@ from lvm.model.transformer import REMAT_POLICIES
 from lvm.training.step import Step
 
 _GIB = 2**30
-USABLE_FRACTION = 0.95  # of a device's memory: allocators leave gaps, and evaluation has a program of its own
-_MOST_PARTS = 64  # of a batch, that are proposed
-MakeStep = Callable[[str, int], Step]  # (policy of rematerialisation, parts of a batch) → the step with them
+USABLE_FRACTION = 0.95  # of a device's memory: allocators fragment, and evaluation runs a program of its own
+_MAX_ACCUMULATE_STEPS = 64  # that are suggested
+MakeStep = Callable[[str, int], Step]  # (remat policy, accumulate_steps) → step
 
 
-def find_fitting_step(make_step: MakeStep, policy: str, parts: int) -> Step:
-    """The compiled step with this policy; with "auto", the one with the lightest that fits.
+def find_fitting_step(make_step: MakeStep, policy: str, accumulate_steps: int) -> Step:
+    """Returns a compiled step that fits in memory: with `policy`, or for "auto" with the first policy that fits.
 
     Args:
-      make_step: see `MakeStep`.
-      policy: of `lvm.model.transformer.REMAT_POLICIES`, or "auto".
-      parts: `accumulate_steps`.
+      make_step: (remat policy, accumulate_steps) → step.
+      policy: a key of `lvm.model.transformer.REMAT_POLICIES`, or "auto".
+      accumulate_steps: micro-batches per step.
 
     Raises:
-      UserError: it doesn't fit; says what takes the memory and the nearest that would fit.
+      UserError: it doesn't fit; names what takes the memory and the nearest settings that would fit.
     """
-    tried: list[str] = []
+    attempts: list[str] = []
     limit = 0
     for name in REMAT_POLICIES if policy == "auto" else (policy,):
-        step = make_step(name, parts)
-        known = memory_limit(step.mesh)
-        if known is None:
+        step = make_step(name, accumulate_steps)
+        known_limit = memory_limit(step.mesh)
+        if known_limit is None:
             if policy != "auto":
                 return step
             kind = step.mesh.devices.flat[0].device_kind
             raise UserError(
-                f"config.model.remat: auto needs to know the memory of {kind!r}, which isn't in "
-                "lvm/hardware/accelerators.py; "
-                "name a policy"
+                f"config.model.remat=auto: the memory of {kind!r} is not in lvm/hardware/accelerators.py; name a policy"
             )
-        limit, needed = known, required_bytes(step)
+        limit, needed = known_limit, required_bytes(step)
         if needed is not None and needed <= limit:
             if policy == "auto":
                 log_info(f"remat {name}: {needed / _GIB:.2f} of {limit / _GIB:.1f} GiB a device")
             return step
-        tried.append(f"{name} {'too much for the compiler' if needed is None else f'{needed / _GIB:.2f}'}")
+        attempts.append(f"{name} {'too much to compile' if needed is None else f'{needed / _GIB:.2f}'}")
     raise UserError(
-        f"config.model.remat: {policy} doesn't fit in {limit / _GIB:.2f} GiB a device (GiB needed: {', '.join(tried)}; "
-        f"{format_breakdown(step)}); {_nearest(make_step, policy, parts, limit)}"
+        f"config.model.remat={policy} doesn't fit in {limit / _GIB:.2f} GiB a device (GiB needed: "
+        f"{', '.join(attempts)}; {format_breakdown(step)}); {_suggest(make_step, policy, accumulate_steps, limit)}"
     )
 
 
-def explain_out_of_memory(make_step: MakeStep, step: Step, policy: str, parts: int) -> str:
-    """What takes the memory of a step that ran out of it, and the nearest that needs less.
+def explain_out_of_memory(make_step: MakeStep, step: Step, policy: str, accumulate_steps: int) -> str:
+    """Describes what takes the memory of a step that ran out of it, and the nearest settings that need less.
 
     Args:
-      make_step: see `MakeStep`.
-      step: the one that ran, compiled.
-      policy: its policy of rematerialisation.
-      parts: its parts of a batch.
+      make_step: see `find_fitting_step`.
+      step: the step that ran.
+      policy: its remat policy.
+      accumulate_steps: its micro-batches.
     """
     needed = required_bytes(step) or 0
-    found = _nearest(make_step, policy, parts, needed - 1)
-    return f"the step alone needs {needed / _GIB:.2f} GiB a device ({format_breakdown(step)}); {found}"
+    suggestion = _suggest(make_step, policy, accumulate_steps, needed - 1)
+    return f"the step alone needs {needed / _GIB:.2f} GiB a device ({format_breakdown(step)}); {suggestion}"
 
 
-def _nearest(make_step: MakeStep, policy: str, parts: int, limit: int) -> str:
-    """What would fit: a heavier policy first, then smaller parts of a batch with the heaviest."""
-    names = list(REMAT_POLICIES)
-    heavier = [] if policy == "auto" else names[names.index(policy) + 1 :]
-    smaller = [parts * 2**power for power in range(1, 7) if parts * 2**power <= _MOST_PARTS]
-    for name, count in [(name, parts) for name in heavier] + [(names[-1], count) for count in smaller]:
+def _suggest(make_step: MakeStep, policy: str, accumulate_steps: int, limit: int) -> str:
+    """Tries heavier remat policies first, then smaller micro-batches with the heaviest."""
+    policies = list(REMAT_POLICIES)
+    heavier = [] if policy == "auto" else policies[policies.index(policy) + 1 :]
+    settings = [(name, accumulate_steps) for name in heavier]
+    while (accumulate_steps := 2 * accumulate_steps) <= _MAX_ACCUMULATE_STEPS:
+        settings.append((policies[-1], accumulate_steps))
+    for name, count in settings:
         try:
             step = make_step(name, count)
-        except UserError:  # the mesh doesn't divide such parts
+        except UserError:  # the mesh doesn't divide such micro-batches
             continue
         needed = required_bytes(step)
         if needed is not None and needed <= limit:
-            found = f"config.model.remat={name} with config.objective.accumulate_steps={count}"
-            return f"{found} would fit ({needed / _GIB:.2f} GiB)"
-    return "nor would smaller parts of a batch: a larger config.mesh.fsdp might"
+            return (
+                f"config.model.remat={name} with config.objective.accumulate_steps={count} would fit "
+                f"({needed / _GIB:.2f} GiB)"
+            )
+    return "nor would smaller micro-batches; try a larger config.mesh.fsdp"
 
 
 def required_bytes(step: Step) -> int | None:
-    """What the update needs on each device; None where the compiler already refuses it."""
+    """Bytes that the update needs on each device; None if the compiler already refuses it."""
     try:
         return step.memory_bytes()
     except jax.errors.JaxRuntimeError as error:
@@ -102,33 +104,36 @@ def required_bytes(step: Step) -> int | None:
 
 
 def state_bytes(step: Step) -> dict[str, int]:
-    """Bytes a device of parameters, the rest of the state, and a batch."""
+    """Bytes a device of the parameters, the rest of the state, and a batch."""
 
     def size(tree: Any) -> int:
-        shards = [(np.prod(x.sharding.shard_shape(x.shape)), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
-        return int(sum(count * width for count, width in shards))
+        leaves = jax.tree.leaves(tree)
+        return int(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
-    parts = {"parameters": size(step.state["params"]), "optimizer": size(step.state["training"])}
-    return parts | {"batch": size(step.batch)}
+    return {
+        "parameters": size(step.state["params"]),
+        "optimizer": size(step.state["training"]),
+        "batch": size(step.batch),
+    }
 
 
 def format_breakdown(step: Step) -> str:
-    """GiB a device of parameters, the rest of the state, a batch and temporaries, as one line."""
-    parts = state_bytes(step)
+    """GiB a device of parameters, optimizer state, batch and temporaries, in one line."""
+    sizes = state_bytes(step)
     needed = required_bytes(step)
     if needed is not None:
-        parts["temporaries"] = needed - sum(parts.values())
-    return ", ".join(f"{name} {amount / _GIB:.2f}" for name, amount in parts.items())
+        sizes["temporaries"] = needed - sum(sizes.values())
+    return ", ".join(f"{name} {size / _GIB:.2f}" for name, size in sizes.items())
 
 
 def memory_limit(mesh: Mesh) -> int | None:
-    """Bytes that a step may use on each device; the same on every process, since all must choose the same program.
+    """Bytes that a step may use on each device; None if neither the runtime nor `lvm.hardware.accelerators` knows.
 
-    None where neither the device's runtime nor `lvm.hardware.accelerators` knows.
+    The first process decides for all, since all must choose the same program.
     """
-    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    device = mine[0] if mine else mesh.devices.flat[0]
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    device = local[0] if local else mesh.devices.flat[0]
     limit = accelerators.memory_bytes(device)
     if limit is None and device.platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, len(mine))
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, len(local))
     return None if limit is None else int(USABLE_FRACTION * distributed.broadcast(limit))

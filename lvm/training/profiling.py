@@ -17,27 +17,27 @@ from lvm.common.logging import log_info
 
 REQUEST = "profile.request"
 _REQUESTED_STEPS = 3
-_LOOK = 10.0  # seconds between looks for a request on gs://, where each takes longer than a step may
+_POLL_S = 10.0  # between looks for a request on gs://, which may take longer than a step
 
 
 class StepProfiler:
-    """Writes profiler traces of chosen steps, and of the next ones whenever `profile.request` appears.
+    """Traces chosen steps, and the next ones whenever `profile.request` appears in the workdir.
 
     Args:
-      workdir: traces go to `profile/` there.
-      steps: the first and the last step, or nothing.
+      workdir: traces go to its `profile/`.
+      steps: the first and the last step, or empty.
     """
 
     def __init__(self, workdir: epath.Path, steps: Sequence[int]):
         self._workdir = workdir
         self._first, self._last = steps or (0, 0)
-        self._tracing, self._looked = False, -_LOOK
+        self._tracing, self._polled_at = False, -_POLL_S
 
-    def before(self, step: int) -> None:
-        """Starts or stops a trace as this step asks for."""
+    def start_step(self, step: int) -> None:
+        """Starts or stops the trace before `step`."""
         if self._tracing and step > self._last:
             self.stop()
-        if not self._tracing and self._requested():
+        if not self._tracing and self._is_requested():
             (self._workdir / REQUEST).unlink(missing_ok=True)
             self._first, self._last = step, step + _REQUESTED_STEPS - 1
         if step == self._first and not self._tracing:
@@ -48,7 +48,7 @@ class StepProfiler:
             self._tracing = True
 
     def stop(self) -> None:
-        """Ends a trace that runs."""
+        """Stops the trace, if one is running."""
         if not self._tracing:
             return
         jax.profiler.stop_trace()
@@ -59,12 +59,11 @@ class StepProfiler:
                     files.put(path, self._workdir / "profile" / path.relative_to(self._local))
             shutil.rmtree(self._local)
 
-    def _requested(self) -> bool:
-        """Of the first process alone: the others would find the file gone."""
+    def _is_requested(self) -> bool:
+        if not distributed.is_first():  # which removes the file
+            return False
         now = time.monotonic()
-        if not distributed.is_first():
+        if files.is_remote(self._workdir) and now - self._polled_at < _POLL_S:
             return False
-        if files.is_remote(self._workdir) and now - self._looked < _LOOK:
-            return False
-        self._looked = now
+        self._polled_at = now
         return (self._workdir / REQUEST).exists()

@@ -1,8 +1,7 @@
-"""Going back before a spike of the loss, and around the batches that it came with.
+"""Loss-spike recovery: roll back to an earlier checkpoint and skip the offending batches.
 
-After the practice of PaLM (arXiv 2204.02311, section 5.1): the run returns to a checkpoint from before the spike and
-leaves out the batches around it. Which batches a run has left out is in its workdir, so that the order of data
-stays a function of configuration, seed, step and that list.
+As in PaLM (arXiv 2204.02311, section 5.1). The skipped batches are recorded in the workdir, so that the order of data
+stays a function of configuration, seed, step and that record.
 """
 
 from __future__ import annotations
@@ -16,19 +15,20 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
+from lvm.common.validation import check_non_negative
 
 FILENAME = "left-out.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class SpikeConfig:
-    """When a loss is a spike, and what is done about it.
+    """Detection of loss spikes, and recovery from them.
 
     Attributes:
-      deviations: how many standard deviations above the mean of the steps before; 0 looks for none.
-      window: how many steps before; as long as there are fewer, nothing is a spike.
-      skip_before: batches that are left out before the spike's own, which is left out too.
-      max_rewinds: spikes that are gone around; the next one ends the run.
+      deviations: threshold, in standard deviations above the mean of the previous losses; 0 turns detection off.
+      window: how many previous losses; with fewer there is no spike.
+      skip_before: batches skipped before the spike's own, which is skipped too.
+      max_rewinds: rewind limit; the next spike ends the run.
     """
 
     deviations: float = 0.0
@@ -37,35 +37,29 @@ class SpikeConfig:
     max_rewinds: int = 10
 
     def __post_init__(self) -> None:
-        if self.deviations < 0:
-            raise UserError(f"deviations: {self.deviations} is negative; 0 looks for no spikes")
+        check_non_negative(self, "deviations", "skip_before", "max_rewinds")
         if self.window < 2:
-            raise UserError(f"window: {self.window} steps have no deviation; wanted 2 or more")
-        for name in ("skip_before", "max_rewinds"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: {getattr(self, name)} is negative")
+            raise UserError(f"window={self.window} must be at least 2, for a standard deviation")
 
 
 class SpikeError(Exception):
     """The loss of a step is a spike.
 
     Attributes:
-      step: whose update had it (the first is 1).
-      loss: that loss.
-      mean: the mean of the steps before.
+      step: the step whose update had it; the first is 1.
     """
 
     def __init__(self, step: int, loss: float, mean: float):
         super().__init__(f"step {step}: the loss of {loss:.4f} is a spike (mean: {mean:.4f})")
-        self.step, self.loss, self.mean = step, loss, mean
+        self.step = step
 
 
 class SpikeDetector:
-    """Remembers the losses of the last steps and knows a spike among them.
+    """Compares each loss with those of the previous steps.
 
     Args:
-      config: see `SpikeConfig`.
-      losses: those of the steps before, as `recent` gave them.
+      config: the threshold and the window.
+      losses: of the previous steps, from `recent_losses`.
     """
 
     def __init__(self, config: SpikeConfig, losses: Sequence[float] = ()):
@@ -74,11 +68,11 @@ class SpikeDetector:
 
     @property
     def recent_losses(self) -> list[float]:
-        """What a checkpoint keeps, so that a resumed run sees the spikes that an unbroken one does."""
+        """State for a checkpoint, so that a resumed run detects the spikes that an uninterrupted one does."""
         return list(self._losses)
 
     def update(self, step: int, loss: float) -> None:
-        """Takes the loss of another step, one that was not skipped.
+        """Adds the loss of a step that was not skipped.
 
         Raises:
           SpikeError: it is a spike.
@@ -93,11 +87,11 @@ class SpikeDetector:
 
 
 class SkippedBatches:
-    """The batches that a run leaves out: ranges of batch numbers, in order and apart.
+    """The batches that a run skips.
 
     Attributes:
-      rewinds: how many spikes the run has gone around.
-      ranges: pairs of the first and the last batch of each.
+      rewinds: how often the run has rolled back.
+      ranges: (first, last) batch of each range, ascending and disjoint.
     """
 
     def __init__(self, rewinds: int = 0, ranges: Sequence[tuple[int, int]] = ()):
@@ -106,7 +100,7 @@ class SkippedBatches:
 
     @classmethod
     def load(cls, workdir: epath.PathLike) -> SkippedBatches:
-        """As a workdir has it.
+        """Reads a workdir's record; without one nothing is skipped.
 
         Raises:
           UserError: the file isn't what `save` wrote.
@@ -114,28 +108,28 @@ class SkippedBatches:
         path = epath.Path(workdir) / FILENAME
         if not path.exists():
             return cls()
-        found = files.read_json(path)
+        record = files.read_json(path)
         try:
-            return cls(found["rewinds"], [(first, last) for first, last in found["batches"]])
+            return cls(record["rewinds"], [(first, last) for first, last in record["batches"]])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not a list of batches that were left out: {error!r}") from error
+            raise UserError(f"{path}: not a record of skipped batches: {error!r}") from error
 
     def save(self, workdir: epath.PathLike) -> None:
-        """Into a workdir, whole or not at all."""
+        """Writes the workdir's record."""
         batches = [list(span) for span in self.ranges]
         files.write_json(epath.Path(workdir) / FILENAME, {"rewinds": self.rewinds, "batches": batches})
 
     def batch_index(self, step: int) -> int:
-        """The number of the batch after `step` updates: the `step`-th, from 0, of those that aren't left out."""
-        number = step
+        """Returns the batch after `step` updates: the `step`-th, from 0, of those not skipped."""
+        index = step
         for first, last in self.ranges:
-            if number < first:
+            if index < first:
                 break
-            number += last - first + 1
-        return number
+            index += last - first + 1
+        return index
 
     def add(self, first: int, last: int) -> None:
-        """Leaves out the batches [first, last] too, where they aren't yet: one more rewind."""
+        """Skips the batches [first, last] too, and counts a rewind."""
         merged: list[tuple[int, int]] = []
         for low, high in sorted([*self.ranges, (first, last)]):
             if merged and low <= merged[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""Schedules at their corners, what each optimizer does, and where its state lies."""
+"""Schedules, updates of each optimizer, and shapes and shardings of its state."""
 
 import dataclasses
 import functools
@@ -53,11 +53,11 @@ def random_like(tree, seed=0):
 
 
 def run(tx, params, *gradients):
-    """The last step's changes and the state after it, all steps at the same parameters."""
+    """Returns the last updates and the state after them; the parameters stay the same."""
     state, update = tx.init(params), jax.jit(tx.update)
     for gradient in gradients:
-        moved, state = update(gradient, state, params)
-    return moved, state
+        updates, state = update(gradient, state, params)
+    return updates, state
 
 
 def changes(config, params, *gradients):
@@ -67,14 +67,14 @@ def changes(config, params, *gradients):
 # Schedules.
 
 
-def test_the_schedule_warms_up_and_ends_where_it_says():
+def test_cosine_warms_up_and_ends_at_end_learning_rate():
     _, schedule = optimizer.build(CONFIG, 100)
     np.testing.assert_allclose([schedule(0), schedule(5), schedule(10)], [0, 0.05, 0.1], rtol=1e-5)
-    np.testing.assert_allclose(schedule(55), (0.1 + 0.01) / 2, rtol=1e-5)  # half of the cosine
+    np.testing.assert_allclose(schedule(55), (0.1 + 0.01) / 2, rtol=1e-5)  # halfway down the cosine
     np.testing.assert_allclose([schedule(100), schedule(1000)], 0.01, rtol=1e-5)
 
 
-def test_wsd_is_stable_and_then_goes_down_a_line():
+def test_wsd_is_constant_then_linear():
     _, schedule = optimizer.build(dataclasses.replace(CONFIG, schedule="wsd", decay_steps=20), 100)
     np.testing.assert_allclose([schedule(0), schedule(5)], [0, 0.05], rtol=1e-5)
     np.testing.assert_allclose([schedule(10), schedule(50), schedule(80)], 0.1, rtol=1e-5)
@@ -82,12 +82,12 @@ def test_wsd_is_stable_and_then_goes_down_a_line():
     np.testing.assert_allclose([schedule(100), schedule(1000)], 0.01, rtol=1e-5)
 
 
-def test_wsd_may_have_no_stable_part():
+def test_wsd_may_have_no_constant_phase():
     _, schedule = optimizer.build(dataclasses.replace(CONFIG, schedule="wsd", decay_steps=90), 100)
     np.testing.assert_allclose([schedule(10), schedule(55)], [0.1, 0.055], rtol=1e-5)
 
 
-def test_constant_stays_at_the_top():
+def test_constant_stays_at_peak():
     _, schedule = optimizer.build(
         OptimizerConfig(schedule="constant", learning_rate=0.1, warmup_steps=10), 100
     )
@@ -99,19 +99,19 @@ def test_constant_stays_at_the_top():
     "options",
     [{}, {"schedule": "wsd", "decay_steps": 20}, {"schedule": "constant", "end_learning_rate": 3e-5}],
 )
-def test_without_warm_up_it_starts_at_the_top(options):
+def test_schedule_without_warmup_starts_at_peak(options):
     _, schedule = optimizer.build(dataclasses.replace(CONFIG, warmup_steps=0, **options), 100)
     np.testing.assert_allclose(schedule(0), 0.1, rtol=1e-5)
 
 
-def test_lengths_in_tokens_are_rounded_up_to_steps():
+def test_lengths_in_tokens_round_up_to_steps():
     tokens = {"warmup_steps": 0, "warmup_tokens": 9 * 512 + 1, "decay_tokens": 20 * 512}
     _, schedule = optimizer.build(dataclasses.replace(CONFIG, schedule="wsd", **tokens), 100, 512)
     _, same = optimizer.build(dataclasses.replace(CONFIG, schedule="wsd", decay_steps=20), 100)
     assert [float(schedule(step)) for step in range(102)] == [float(same(step)) for step in range(102)]
 
 
-# What is done to parameters.
+# Updates.
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def compiled_loss_and_gradient():
     ("name", "moment_dtype"),
     [*((name, "float32") for name in NAMES), *((name, "bfloat16") for name in NAMES if name != "adafactor")],
 )
-def test_every_optimizer_teaches_a_small_transformer(name, moment_dtype):
+def test_optimizer_trains_small_transformer(name, moment_dtype):
     config = OptimizerConfig(
         name, learning_rate=1e-2 if name == "lion" else 2e-2, warmup_steps=5, moment_dtype=moment_dtype
     )
@@ -141,14 +141,14 @@ def test_every_optimizer_teaches_a_small_transformer(name, moment_dtype):
     losses = []
     for _ in range(60):
         loss, gradients = compiled_loss_and_gradient()(params)
-        moved, state = update(gradients, state, params)
-        params = optax.apply_updates(params, moved)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
         losses.append(float(loss))
-    assert losses[0] > 2 > 1 > losses[-1]  # nats; all codes alike are log 8 = 2.08
+    assert losses[0] > 2 > 1 > losses[-1]  # nats; uniform predictions have log 8 = 2.08
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_adamw_is_optax_adamw_to_the_bit(steps):
+def test_adamw_is_bit_identical_to_optax(steps):
     _, params = abstract_module(make)
     params, gradients = random_like(params), [random_like(params, seed) for seed in range(steps)]
     config = dataclasses.replace(CONFIG, clip_norm=1.0)
@@ -157,43 +157,43 @@ def test_adamw_is_optax_adamw_to_the_bit(steps):
     tx = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     assert jax.tree.structure(optimizer.build(config, 100)[0].init(params)) == jax.tree.structure(
         tx.init(params)
-    )  # so older checkpoints are read
-    wanted, _ = run(tx, params, *gradients)
-    jax.tree.map(np.testing.assert_array_equal, changes(config, params, *gradients), wanted)
+    )  # so older checkpoints restore
+    expected, _ = run(tx, params, *gradients)
+    jax.tree.map(np.testing.assert_array_equal, changes(config, params, *gradients), expected)
 
 
 @pytest.mark.parametrize("decay", ["matrices", "all"])
 @pytest.mark.parametrize("name", NAMES)
-def test_decay_is_a_share_of_the_learning_rate_in_every_optimizer(name, decay):
+def test_weight_decay_scales_with_learning_rate(name, decay):
     _, params = abstract_module(make)
     params = random_like(params)
     config = dataclasses.replace(AT_ONCE, name=name, weight_decay=0.5, weight_decay_mask=decay)
-    moved = by_name(changes(config, params, jax.tree.map(jnp.zeros_like, params)))
-    spared = {"embedding", "norm/scale", "layers/attention_norm/scale", "layers/mlp_norm/scale"}
+    updates = by_name(changes(config, params, jax.tree.map(jnp.zeros_like, params)))
+    exempt = {"embedding", "norm/scale", "layers/attention_norm/scale", "layers/mlp_norm/scale"}
     for path, value in by_name(params).items():
-        share = 0.0 if decay == "matrices" and path in spared else 0.1 * 0.5
-        np.testing.assert_allclose(moved[path], -share * value, rtol=1e-5, err_msg=path)
+        share = 0.0 if decay == "matrices" and path in exempt else 0.1 * 0.5
+        np.testing.assert_allclose(updates[path], -share * value, rtol=1e-5, err_msg=path)
 
 
-def test_matrices_are_decayed_and_nothing_else():
+def test_weight_decay_applies_to_matrices_alone():
     names = ("kernel", "scale", "bias", "embedding", "codebook")
     params = {"layer": {name: jnp.ones((2, 2)) for name in names}}
     config = dataclasses.replace(AT_ONCE, weight_decay=0.5)
-    moved = changes(config, params, jax.tree.map(jnp.zeros_like, params))["layer"]
-    np.testing.assert_allclose(moved.pop("kernel"), -0.1 * 0.5, rtol=1e-5)
-    assert all(not np.any(moved[name]) for name in names[1:])
+    updates = changes(config, params, jax.tree.map(jnp.zeros_like, params))["layer"]
+    np.testing.assert_allclose(updates.pop("kernel"), -0.1 * 0.5, rtol=1e-5)
+    assert all(not np.any(updates[name]) for name in names[1:])
 
 
 @pytest.mark.parametrize(("clip_norm", "scaled"), [(1.0, 0.1), (20.0, 1.0), (0.0, 1.0)])
-def test_gradients_above_the_norm_are_scaled_down(clip_norm, scaled):
+def test_gradients_above_clip_norm_are_scaled(clip_norm, scaled):
     # With b1 = b2 = 0 and a large epsilon, Adam's step is all but proportional to the gradient.
     config = dataclasses.replace(AT_ONCE, b1=0.0, b2=0.0, epsilon=1e6, clip_norm=clip_norm)
-    moved = changes(config, {"kernel": jnp.zeros(2)}, {"kernel": jnp.array([6.0, 8.0])})
-    np.testing.assert_allclose(moved["kernel"], -0.1 * scaled * np.array([6, 8]) / 1e6, rtol=1e-4)
+    updates = changes(config, {"kernel": jnp.zeros(2)}, {"kernel": jnp.array([6.0, 8.0])})
+    np.testing.assert_allclose(updates["kernel"], -0.1 * scaled * np.array([6, 8]) / 1e6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_sees_clipped_gradients_alone(name):
+def test_every_optimizer_gets_clipped_gradients(name):
     _, params = abstract_module(make)
     params, gradients = random_like(params), random_like(params, 1)
     norm = optax.tree.norm(gradients)
@@ -202,8 +202,8 @@ def test_every_optimizer_sees_clipped_gradients_alone(name):
         tx, _ = optimizer.build(dataclasses.replace(AT_ONCE, name=name, clip_norm=clip_norm), 100)
         return jax.tree.leaves(run(tx, params, gradients)[1])
 
-    wanted = state_after(0.0, jax.tree.map(lambda gradient: gradient / norm, gradients))
-    for leaf, other in zip(state_after(1.0, gradients), wanted, strict=True):
+    expected = state_after(0.0, jax.tree.map(lambda gradient: gradient / norm, gradients))
+    for leaf, other in zip(state_after(1.0, gradients), expected, strict=True):
         np.testing.assert_allclose(leaf, other, rtol=1e-4)
 
 
@@ -211,69 +211,69 @@ def test_every_optimizer_sees_clipped_gradients_alone(name):
 
 
 def as_matrix(name, layer):
-    """A kernel of one layer as the matrix that it multiplies with: inputs × outputs."""
+    """Reshapes one layer's kernel to the matrix that it multiplies by: inputs × outputs."""
     if name.endswith("/out"):
         return layer.reshape(-1, layer.shape[-1])
     return layer.reshape(layer.shape[0], -1)
 
 
-def test_muon_of_stacked_kernels_is_muon_of_each_layers_matrix():
+def test_muon_of_stacked_kernels_equals_muon_per_layer():
     _, params = abstract_module(make)
     params, gradients = random_like(params), [random_like(params, seed) for seed in (1, 2)]
     config = dataclasses.replace(AT_ONCE, name="muon", b1=0.8)
-    moved = by_name(changes(config, params, *gradients))
+    updates = by_name(changes(config, params, *gradients))
     _, schedule = optimizer.build(config, 100)
     alone = jax.jit(functools.partial(run, contrib.muon(schedule, beta=0.8, consistent_rms=0.2)))
-    kernels = [name for name in moved if name.startswith("layers/") and "norm" not in name]
+    kernels = [name for name in updates if name.startswith("layers/") and "norm" not in name]
     assert len(kernels) == 7
     for name in kernels:
         for layer in range(2):
             matrices = [{"kernel": as_matrix(name, by_name(g)[name][layer])} for g in (params, *gradients)]
-            wanted, _ = alone(*matrices)
-            found = as_matrix(name, moved[name][layer])
-            np.testing.assert_allclose(found, wanted["kernel"], rtol=1e-3, atol=1e-5, err_msg=name)
+            expected, _ = alone(*matrices)
+            actual = as_matrix(name, updates[name][layer])
+            np.testing.assert_allclose(actual, expected["kernel"], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_what_muon_leaves_moves_by_nesterovs_adamw():
+def test_muon_applies_nadamw_to_the_rest():
     _, params = abstract_module(make)
     params, gradients = random_like(params), [random_like(params, seed) for seed in (1, 2)]
     config = dataclasses.replace(AT_ONCE, name="muon", b1=0.8, b2=0.9, epsilon=0.1, weight_decay=0.5)
-    moved = by_name(changes(config, params, *gradients))
+    updates = by_name(changes(config, params, *gradients))
     _, schedule = optimizer.build(config, 100)
     adamw = optax.nadamw(schedule, 0.8, 0.9, 0.1, weight_decay=0.5, mask=optimizer._decay_mask)
-    wanted = by_name(run(adamw, params, *gradients)[0])
+    expected = by_name(run(adamw, params, *gradients)[0])
     for name in ("embedding", "head", "norm/scale", "layers/attention_norm/scale", "layers/mlp_norm/scale"):
-        np.testing.assert_allclose(moved[name], wanted[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_muon_steps_are_as_long_as_adamw_steps():
+def test_muon_updates_have_rms_of_adamw():
     # One learning rate serves both: AdamW's updates have an RMS of 0.2 to 0.4 of it in practice.
     _, params = abstract_module(make)
-    moved = by_name(
+    updates = by_name(
         changes(dataclasses.replace(AT_ONCE, name="muon"), random_like(params), random_like(params, 1))
     )
     for name in ("layers/attention/query", "layers/attention/out", "layers/mlp/up", "layers/mlp/down"):
-        assert 0.1 < float(jnp.sqrt(jnp.mean(moved[name] ** 2))) / 0.1 < 0.3
+        assert 0.1 < float(jnp.sqrt(jnp.mean(updates[name] ** 2))) / 0.1 < 0.3
 
 
-def test_muon_without_a_transformers_layers_is_refused():
+def test_muon_refuses_model_without_layers():
     params = {"encoder": {"kernel": jnp.zeros((3, 3, 4, 4)), "bias": jnp.zeros(4)}}
     tx, _ = optimizer.build(dataclasses.replace(AT_ONCE, name="muon"), 100)
-    with pytest.raises(UserError, match=r"^config\.optimizer\.name: 'muon' is for .* and here are none"):
+    with pytest.raises(UserError, match=r"^config\.optimizer\.name=muon needs .* has none"):
         tx.init(params)
 
 
-# The state: its types, its size, its place on a mesh.
+# State: dtypes, sizes, shardings.
 
 
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
-def test_the_first_moment_is_stored_as_asked_and_the_rest_in_float32(name, moment_dtype):
+def test_moment_dtype_applies_to_first_moment_alone(name, moment_dtype):
     _, params = abstract_module(make)
     tx, _ = optimizer.build(dataclasses.replace(AT_ONCE, name=name, moment_dtype=moment_dtype), 100)
     fresh = jax.eval_shape(tx.init, params)
-    moved, after = jax.eval_shape(tx.update, params, fresh, params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype("float32")}
+    updates, after = jax.eval_shape(tx.update, params, fresh, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
     for state in (fresh, after):
         floats = {name: leaf.dtype for name, leaf in by_name(state).items() if leaf.dtype != jnp.int32}
         first = {name for name in floats if "/mu/" in name}
@@ -285,7 +285,7 @@ def test_the_first_moment_is_stored_as_asked_and_the_rest_in_float32(name, momen
 @pytest.mark.parametrize(
     "size", ["100m", "3b"]
 )  # of all sizes, the narrowest heads, and an odd width of heads
-def test_adafactors_state_is_a_small_part_of_the_parameters(size):
+def test_adafactor_state_is_small(size):
     config = dataclasses.replace(SIZES[size], vocabulary_size=8448)
     _, params = abstract_module(lambda rngs: Transformer(config, rngs))
     tx, _ = optimizer.build(dataclasses.replace(AT_ONCE, name="adafactor"), 100)
@@ -305,36 +305,36 @@ MOMENTS = {  # of each parameter's shape: (of a kernel that Muon moves, of all o
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_moments_lie_where_their_parameter_does(name):
+def test_moments_are_sharded_like_their_parameter(name):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     axes = logical_axes(lambda rngs: make(rngs, WIDE))
     _, params = abstract_module(lambda rngs: make(rngs, WIDE))
     tx, _ = optimizer.build(dataclasses.replace(AT_ONCE, name=name, clip_norm=1.0), 100)
     state = jax.eval_shape(tx.init, params)
-    wanted, placed = (
+    expected, actual = (
         by_name(sharding.shardings(mesh, params, axes)),
         by_name(sharding.shardings(mesh, state, axes)),
     )
-    shapes, found = by_name(params), Counter()
+    shapes, counts = by_name(params), Counter()
     for path, leaf in by_name(state).items():
         owners = [
             owner for owner in shapes if path.endswith("/" + owner) and leaf.shape == shapes[owner].shape
         ]
         assert len(owners) <= 1
         for owner in owners:
-            assert placed[path] == wanted[owner], path
-            found[owner] += 1
+            assert actual[path] == expected[owner], path
+            counts[owner] += 1
         if not owners:
-            assert placed[path].spec == PartitionSpec(), path
+            assert actual[path].spec == PartitionSpec(), path
     if name == "adafactor":  # all else is factored
-        assert found == {owner: 1 for owner in shapes if owner.endswith("scale")}
+        assert counts == {owner: 1 for owner in shapes if owner.endswith("scale")}
     else:
         of_matrix, of_others = MOMENTS[name]
-        assert found == {o: of_matrix if o in optimizer._MATRICES else of_others for o in shapes}
+        assert counts == {o: of_matrix if o in optimizer._MATRICES else of_others for o in shapes}
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
-def test_an_update_on_a_mesh_is_that_of_one_device(name):
+def test_update_on_mesh_equals_one_device(name):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     axes = {
         "layers": {"attention": {"out": ("layers", "heads", "head_dim", "embed")}},
@@ -343,8 +343,8 @@ def test_an_update_on_a_mesh_is_that_of_one_device(name):
     params = {"layers": {"attention": {"out": jnp.zeros((2, 2, 64, 64))}}, "norm": {"scale": jnp.zeros(64)}}
     params, gradients = random_like(params), random_like(params, 1)
     tx, _ = optimizer.build(dataclasses.replace(AT_ONCE, name=name, weight_decay=0.5, clip_norm=1.0), 100)
-    wanted, _ = run(tx, params, gradients)
-    place = lambda tree: jax.device_put(tree, sharding.shardings(mesh, tree, axes))  # noqa: E731
-    moved, _ = jax.jit(tx.update)(place(gradients), place(tx.init(params)), place(params))
-    for path, leaf in by_name(moved).items():
-        np.testing.assert_allclose(leaf, by_name(wanted)[path], rtol=1e-3, atol=1e-4, err_msg=path)
+    expected, _ = run(tx, params, gradients)
+    put = lambda tree: jax.device_put(tree, sharding.shardings(mesh, tree, axes))  # noqa: E731
+    updates, _ = jax.jit(tx.update)(put(gradients), put(tx.init(params)), put(params))
+    for path, leaf in by_name(updates).items():
+        np.testing.assert_allclose(leaf, by_name(expected)[path], rtol=1e-3, atol=1e-4, err_msg=path)

@@ -1,4 +1,4 @@
-"""What an optimizer's configuration refuses, by key."""
+"""Optimizer settings that are refused, by key."""
 
 import dataclasses
 
@@ -12,34 +12,34 @@ CONFIG = OptimizerConfig(learning_rate=0.1, end_learning_rate=0.01, warmup_steps
 
 
 @pytest.mark.parametrize("total_steps", [5, 10])
-def test_a_warm_up_longer_than_the_run_is_refused(total_steps):
-    with pytest.raises(UserError, match=rf"warmup_steps: 10 is not below total_steps {total_steps}"):
+def test_build_refuses_warmup_longer_than_run(total_steps):
+    with pytest.raises(UserError, match=f"warmup_steps=10 must be below total_steps={total_steps}"):
         optimizer.build(CONFIG, total_steps)
 
 
 @pytest.mark.parametrize(
     ("options", "tokens_per_step", "problem"),
     [
-        ({"decay_steps": 91}, 0, "decay_steps: 91 after warmup_steps: 10 is longer than total_steps 100"),
+        ({"decay_steps": 91}, 0, "decay_steps=91 after warmup_steps=10 exceeds total_steps=100"),
         (
             {"warmup_steps": 0, "warmup_tokens": 1001, "decay_tokens": 8901},
             100,
-            r"decay_tokens: 8901 \(90 steps\) after warmup_tokens: 1001 \(11 steps\) is longer than total_steps 100",
+            r"decay_tokens=8901 \(90 steps\) after warmup_tokens=1001 \(11 steps\) exceeds total_steps=100",
         ),
         (
             {"warmup_steps": 0, "warmup_tokens": 9901, "decay_steps": 1},
             100,
-            r"warmup_tokens: 9901 \(100 steps\) is not below total_steps 100",
+            r"warmup_tokens=9901 \(100 steps\) must be below total_steps=100",
         ),
         (
             {"warmup_steps": 0, "warmup_tokens": 99, "decay_steps": 1},
             0,
-            "warmup_tokens: 99, but this training counts no tokens; use warmup_steps",
+            "warmup_tokens=99, but the task has no tokens; use warmup_steps",
         ),
-        ({"decay_tokens": 99}, 0, "decay_tokens: 99, but this training counts no tokens; use decay_steps"),
+        ({"decay_tokens": 99}, 0, "decay_tokens=99, but the task has no tokens; use decay_steps"),
     ],
 )
-def test_lengths_that_do_not_fit_the_run_are_refused(options, tokens_per_step, problem):
+def test_build_refuses_lengths_that_do_not_fit_run(options, tokens_per_step, problem):
     config = dataclasses.replace(CONFIG, schedule="wsd", **options)
     with pytest.raises(UserError, match=rf"^config\.optimizer\.{problem}$"):
         optimizer.build(config, 100, tokens_per_step)
@@ -48,15 +48,15 @@ def test_lengths_that_do_not_fit_the_run_are_refused(options, tokens_per_step, p
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"warmup_tokens": 5}, "warmup_tokens: 5 beside warmup_steps 2000; .* to 0"),
+        ({"warmup_tokens": 5}, "warmup_tokens=5 and warmup_steps=2000; .* to 0"),
         (
             {"schedule": "wsd", "decay_steps": 7, "decay_tokens": 5},
-            "decay_tokens: 5 beside decay_steps 7; .* to 0",
+            "decay_tokens=5 and decay_steps=7; .* to 0",
         ),
-        ({"schedule": "wsd"}, "decay_steps: 0; wsd needs decay_steps or decay_tokens"),
+        ({"schedule": "wsd"}, "decay_steps=0; wsd needs decay_steps or decay_tokens"),
     ],
 )
-def test_a_length_is_given_once(options, problem):
+def test_optimizer_config_refuses_both_units(options, problem):
     with pytest.raises(UserError, match=f"^{problem}"):
         OptimizerConfig(**options)
 
@@ -76,32 +76,32 @@ def test_a_length_is_given_once(options, problem):
         ({"schedule": "constant"}, "end_learning_rate", 0.0),
     ],
 )
-def test_an_option_that_nothing_uses_is_refused(choice, key, value):
+def test_optimizer_config_refuses_unused_option(choice, key, value):
     ((_, chosen),) = choice.items()
-    with pytest.raises(UserError, match=f"^{key}: {value}, but {chosen} has no use for it; leave it at "):
+    with pytest.raises(UserError, match=f"^{key}={value} has no effect with {chosen}; leave it at "):
         OptimizerConfig(**choice, **{key: value})
 
 
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("learning_rate", 0.0, "not positive"),
-        ("epsilon", -1.0, "not positive"),
-        ("end_learning_rate", -0.1, "negative"),
-        ("warmup_steps", -1, "negative"),
-        ("warmup_tokens", -1, "negative"),
-        ("decay_steps", -1, "negative"),
-        ("decay_tokens", -1, "negative"),
-        ("weight_decay", -0.1, "negative"),
-        ("clip_norm", -1.0, "negative"),
-        ("b1", 1.0, r"not in \[0, 1\)"),
-        ("b2", -0.1, r"not in \[0, 1\)"),
-        ("name", "sgd", "not one of adamw, lion, adafactor, muon"),
-        ("schedule", "linear", "not one of cosine, wsd, constant"),
-        ("weight_decay_mask", "some", "not one of matrices, all"),
-        ("moment_dtype", "float16", "not one of float32, bfloat16"),
+        ("learning_rate", 0.0, "be positive"),
+        ("epsilon", -1.0, "be positive"),
+        ("end_learning_rate", -0.1, "not be negative"),
+        ("warmup_steps", -1, "not be negative"),
+        ("warmup_tokens", -1, "not be negative"),
+        ("decay_steps", -1, "not be negative"),
+        ("decay_tokens", -1, "not be negative"),
+        ("weight_decay", -0.1, "not be negative"),
+        ("clip_norm", -1.0, "not be negative"),
+        ("b1", 1.0, r"be in \[0, 1\)"),
+        ("b2", -0.1, r"be in \[0, 1\)"),
+        ("name", "sgd", "be one of adamw, lion, adafactor, muon"),
+        ("schedule", "linear", "be one of cosine, wsd, constant"),
+        ("weight_decay_mask", "some", "be one of matrices, all"),
+        ("moment_dtype", "float16", "be one of float32, bfloat16"),
     ],
 )
-def test_impossible_values_are_refused_by_key(key, value, problem):
-    with pytest.raises(UserError, match=rf"^{key}: {value!r} is {problem}"):
+def test_optimizer_config_names_bad_field(key, value, problem):
+    with pytest.raises(UserError, match=rf"^{key}={value!r} must {problem}"):
         OptimizerConfig(**{key: value})
