@@ -1,4 +1,4 @@
-"""A training run killed at random moments, again and again, has the bits of one that never was."""
+"""A training run killed at random steps, repeatedly, has the bits of an unbroken one."""
 
 import os
 import random
@@ -20,15 +20,15 @@ OPTIONS = [
     "--config.loop.evaluate_every=0",
     "--config.loop.picture_every=0",
 ]
-TIMES = {"step_seconds", "input_wait_fraction", "tokens_per_second", "goodput"}  # no two runs share these
+TIMES = {"step_seconds", "input_wait_fraction", "tokens_per_second", "goodput"}  # differ between runs
 
 
 def kill_after(process: subprocess.Popen, steps: int) -> bool:
-    """Kills a run when it has printed so many steps; False where it came to its end before."""
+    """Kills a run after so many logged steps; returns False if it ended before."""
     assert process.stdout
     seen = 0
     for line in process.stdout:
-        seen += line.startswith("step ")
+        seen += " steps/s, " in line
         if seen == steps:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -37,31 +37,31 @@ def kill_after(process: subprocess.Popen, steps: int) -> bool:
 
 
 def saved(workdir, step):
-    """All arrays of a checkpoint, by their path."""
-    found = {}
-    for part in ("params", "training"):
-        tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / part)
+    """All arrays of a checkpoint, by path."""
+    arrays = {}
+    for item in ("params", "training"):
+        tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        found |= {part + jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    return found
+        arrays |= {item + jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return arrays
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(3, 60), pytest.param(20, 300, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_steps_has_the_bits_of_an_unbroken_one(demo, tmp_path, kills, steps):
+def test_killed_run_has_bits_of_unbroken_run(demo, tmp_path, kills, steps):
     options = [*OPTIONS, f"--config.data.store={demo / 'store'}", f"--config.loop.total_steps={steps}"]
     run("lvm.train", *options, f"--workdir={tmp_path / 'whole'}")
     killed = 0
     for attempt in range(kills):
-        moment = random.Random(attempt).randint(1, 2 * steps // (kills + 1))
+        kill_step = random.Random(attempt).randint(1, 2 * steps // (kills + 1))
         process = start("lvm.train", *options, f"--workdir={tmp_path / 'killed'}", start_new_session=True)
-        killed += kill_after(process, moment)
+        killed += kill_after(process, kill_step)
     assert killed == kills
-    assert f"step {steps}/{steps}" in run("lvm.train", *options, f"--workdir={tmp_path / 'killed'}")
-    whole, parts = saved(tmp_path / "whole", steps), saved(tmp_path / "killed", steps)
-    assert whole.keys() == parts.keys()
+    assert f"{steps}/{steps} steps" in run("lvm.train", *options, f"--workdir={tmp_path / 'killed'}")
+    whole, resumed = saved(tmp_path / "whole", steps), saved(tmp_path / "killed", steps)
+    assert whole.keys() == resumed.keys()
     assert len(whole) > 20
     for path, array in whole.items():
-        assert array.tobytes() == parts[path].tobytes(), path
+        assert array.tobytes() == resumed[path].tobytes(), path
     lines = [
         [
             {name: value for name, value in line.items() if name not in TIMES}

@@ -58,14 +58,14 @@ def losses(workdir):
 @pytest.mark.slow
 def test_submit_sigterm_to_one_rank_saves_on_all(demo, tmp_path):
     first = Run(demo, tmp_path / "run", *MANY, "--max_restarts=0")
-    first.until("step 15/")
+    first.until(" 15/")
     first.signal(1, signal.SIGTERM)
     assert first.wait() == 75, first.output
     saved = int(re.search(r"saved at step (\d+)", first.output)[1])
     assert max(losses(tmp_path / "run")) == saved
     second = Run(demo, tmp_path / "run", *MANY, "--max_restarts=0")
     second.until(f"from step {saved}")
-    second.until(f"step {saved + 3}/")
+    second.until(f" {saved + 3}/")
     second.process.send_signal(signal.SIGTERM)  # to the supervisor, which forwards it
     assert second.wait() == 75, second.output
     assert list(losses(tmp_path / "run")) == list(range(1, max(losses(tmp_path / "run")) + 1))
@@ -77,7 +77,7 @@ def test_submit_killed_rank_ends_run_which_resumes(demo, tmp_path, rank):
     # Rank 0 is the coordinator.
     options = [*MANY, "--config.loop.total_steps=120"]
     killed = Run(demo, tmp_path / "run", *options, "--grace=5", "--max_restarts=1")
-    killed.until("step 45/")
+    killed.until(" 45/")
     start_time = time.monotonic()
     killed.signal(rank, signal.SIGKILL)
     killed.until("restart 1 of 1 after exit code 137")
@@ -93,10 +93,10 @@ def test_submit_killed_rank_ends_run_which_resumes(demo, tmp_path, rank):
 
 @pytest.mark.slow
 def test_submit_watchdog_detects_stopped_rank(demo, tmp_path):
-    watchdog = ["--config.loop.watchdog.minimum=5.0", "--config.loop.watchdog.pause=30.0"]
+    watchdog = ["--config.loop.watchdog.min_timeout_s=5.0", "--config.loop.watchdog.pause_timeout_s=30.0"]
     options = [*MANY, "--config.loop.total_steps=200", *watchdog, "--grace=1", "--max_restarts=1"]
     stopped = Run(demo, tmp_path / "run", *options)
-    stopped.until("step 45/")
+    stopped.until(" 45/")
     stopped.signal(1, signal.SIGSTOP)
     start_time = time.monotonic()
     stopped.until("restart 1 of 1 after exit code 76")
@@ -119,7 +119,7 @@ def test_train_rank_ends_within_heartbeat_timeout(demo, tmp_path):
         ranks.append(start("lvm.train", *flags, "--config.distributed.heartbeat_timeout=10", devices=2))
     for name in ("LVM_COORDINATOR", "LVM_NUM_PROCESSES", "LVM_PROCESS_ID"):
         del os.environ[name]
-    while "step 10/" not in ranks[0].stdout.readline():
+    while " 10/" not in ranks[0].stdout.readline():
         assert ranks[0].poll() is None
     ranks[1].kill()
     start_time = time.monotonic()

@@ -47,7 +47,7 @@ def test_a_run_goes_on_on_another_mesh(demo, tmp_path):
     assert "remat none: 0." in first
     assert "attention by xla" in first.splitlines()[0]
     second = run("lvm.train", *shared, *OTHER_MESH, "--config.loop.total_steps=40", devices=8)
-    assert "going on from step 30" in second
+    assert "resuming from step 30" in second
     assert "resuming with a changed config.model.remat: 'auto' → 'full'" in second
     losses = [line["loss"] for line in metrics.read_metrics(tmp_path / "run") if "loss" in line]
     assert len(losses) == 4
@@ -65,8 +65,8 @@ def test_a_changed_mixture_must_be_accepted(demo, tmp_path):
         "lvm.train", *changed, "--config.accept_changed_mixture=true", "--config.loop.input_workers=1"
     )
     assert "resuming with a changed config.data.packing: 'concat' → 'whole'" in accepted
-    assert "going on from step 10" in accepted
-    assert "step 20/20" in accepted
+    assert "resuming from step 10" in accepted
+    assert "20/20 steps" in accepted
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_a_run_lives_on_gs(demo, gcs):
     ]
     run("lvm.train", *options, "--config.loop.total_steps=20")
     output = run("lvm.train", *options, "--config.loop.total_steps=40")
-    assert "gs://bucket/runs/one: going on from step 20" in output
+    assert "gs://bucket/runs/one: resuming from step 20" in output
     assert "compiled program found in the cache" in output
     there = epath.Path(f"{gcs}/runs/one")
     assert [line["step"] for line in metrics.read_metrics(there)] == [10, 20, 30, 40]

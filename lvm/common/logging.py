@@ -60,6 +60,12 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
+def format_progress(done: int, total: int, rate: float, unit: str = "steps") -> str:
+    """`1200/5000 steps, 41.2 steps/s, 1m32s left`, with `rate` in units a second."""
+    text = f"{done}/{total} {unit}"
+    return text if rate <= 0 else f"{text}, {rate:.3g} {unit}/s, {duration((total - done) / rate)} left"
+
+
 class Progress:
     """Rate and time left of work that is counted in `unit`s."""
 
@@ -68,11 +74,8 @@ class Progress:
         self._last_done, self._last_time = done, time.monotonic()
 
     def line(self, done: int) -> str:
-        """`1200/5000 steps, 41.2 steps/s, 1m32s left`; the rate is that since the previous line."""
+        """`format_progress` with the rate since the previous line."""
         now = time.monotonic()
         rate = (done - self._last_done) / max(now - self._last_time, 1e-9)
         self._last_done, self._last_time = done, now
-        text = f"{done}/{self._total} {self._unit}"
-        if rate <= 0:
-            return text
-        return f"{text}, {rate:.3g} {self._unit}/s, {duration((self._total - done) / rate)} left"
+        return format_progress(done, self._total, rate, self._unit)

@@ -1,4 +1,4 @@
-"""The training loop, for every `TrainTask`."""
+"""The training loop, shared by all tasks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from lvm.common import distributed, files
 from lvm.common.distributed import Preemption
 from lvm.common.errors import EXIT_PREEMPTED, DivergedError, UserError
-from lvm.common.logging import duration, log_info
+from lvm.common.logging import format_progress, log_info
 from lvm.common.png import encode_png
+from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.mixture import loader
 from lvm.hardware.accelerators import accelerator_of
 from lvm.training.checkpoint import Checkpoints, latest_step
@@ -32,26 +34,29 @@ from lvm.training.watchdog import Watchdog, WatchdogConfig
 from lvm.training.workdir import Workdir
 
 DIVERGED = "diverged.json"
-ReadBatch = Callable[[int, np.ndarray], Mapping[str, np.ndarray]]  # (step, rows) → those rows of its batch
-_STEPS_AHEAD = 2  # steps that may be under way while the next is prepared
+ReadBatch = Callable[
+    [int, Int[np.ndarray, "n"]], Mapping[str, np.ndarray]
+]  # (step, rows) → those rows of its batch
+_STEPS_AHEAD = 2  # dispatched before the oldest is waited for
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long a run is, and what it does how often (in steps; 0 is never, but at the end).
+    """Length of a run, and intervals in steps; with an interval of 0 only the last step counts.
 
     Attributes:
-      total_steps: the run's length; 0 where `total_tokens` gives it.
-      total_tokens: the same in tokens, rounded up to whole steps.
-      keep: how many of the newest checkpoints are kept.
-      keep_every: checkpoints of steps that it divides are kept for good; 0 for none.
-      max_skipped: so many steps in a row without a finite gradient end the run; each leaves all as it was.
-      input_workers: processes that read batches ahead; 0 reads in threads.
-      profile: the first and the last step of a trace into `profile/`; empty for none. A running job traces its next
-        steps when a file `profile.request` appears in its workdir.
-      compilation_cache: where compiled programs are kept for the next start; "" is JAX_COMPILATION_CACHE_DIR, or
-        else the workdir.
-      wandb: the Weights & Biases project, "project" or "entity/project", that metrics go to as well; "" for none.
+      total_steps: length of the run; 0 if `total_tokens` is set.
+      total_tokens: length of the run in tokens, rounded up to whole steps.
+      keep: how many of the latest checkpoints are kept.
+      keep_every: checkpoints of steps divisible by it are kept forever; 0 for none.
+      max_skipped: consecutive steps without a finite gradient that end the run; such steps change nothing.
+      input_workers: processes that prefetch batches; 0 prefetches in threads.
+      profile: first and last step of a trace into `profile/`; empty for none. A running job traces its next steps when
+        a file `profile.request` appears in its workdir.
+      compilation_cache: folder of the compilation cache; "" for JAX_COMPILATION_CACHE_DIR, or else the workdir's.
+      wandb: Weights & Biases project that also gets the metrics, "project" or "entity/project"; "" for none.
+      spike: loss-spike recovery.
+      watchdog: deadlines after which the run counts as stalled.
     """
 
     total_steps: int = 100_000
@@ -71,31 +76,32 @@ class LoopConfig:
     watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
-        if self.total_tokens < 0 or (self.total_tokens > 0) == (self.total_steps > 0):
+        check_non_negative(self, "total_steps", "total_tokens")
+        if (self.total_tokens > 0) == (self.total_steps > 0):
             raise UserError(
-                f"total_steps: {self.total_steps} and total_tokens: {self.total_tokens}; one of them is positive, "
-                "the other 0"
+                f"total_steps={self.total_steps} and total_tokens={self.total_tokens}; set one of them, and the other "
+                "to 0"
             )
-        for name in ("log_every", "keep", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is not positive")
-        for name in ("evaluate_every", "picture_every", "checkpoint_every", "keep_every", "input_workers"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: {getattr(self, name)} is negative")
+        check_positive(self, "log_every", "keep", "max_skipped")
+        check_non_negative(
+            self, "evaluate_every", "picture_every", "checkpoint_every", "keep_every", "input_workers"
+        )
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
-            raise UserError(f"profile: {self.profile}; wanted the first and the last step, or nothing")
+            raise UserError(f"profile={self.profile} must be empty, or the first and the last step")
 
     def with_total_steps(self, tokens_per_step: int) -> LoopConfig:
-        """The same with its length in steps; `tokens_per_step` is 0 for what has no tokens."""
+        """Converts the length to steps; `tokens_per_step` is 0 for a task without tokens."""
         if self.total_steps:
             return self
         if not tokens_per_step:
-            raise UserError("config.loop.total_tokens: there are no tokens here; give total_steps")
+            raise UserError(
+                f"config.loop.total_tokens={self.total_tokens}, but the task has no tokens; use total_steps"
+            )
         return dataclasses.replace(self, total_steps=-(-self.total_tokens // tokens_per_step), total_tokens=0)
 
 
 def is_finished(workdir: Workdir, config: LoopConfig) -> bool:
-    """Whether a workdir's newest checkpoint is that of the last step; says so if it is."""
+    """Checks, and logs, whether a workdir's latest checkpoint is that of the last step."""
     step = latest_step(workdir.path)
     if step is None or step < config.total_steps:
         return False
@@ -104,17 +110,17 @@ def is_finished(workdir: Workdir, config: LoopConfig) -> bool:
 
 
 class Loop:
-    """Runs a task from its workdir's newest sound checkpoint to the end.
+    """Runs a task from its workdir's latest intact checkpoint to the end.
 
     Args:
       step: a task's update on a mesh.
-      read_batch: (step, rows) → those rows of that step's global batch, a pure function.
-      config: see `LoopConfig`.
+      read_batch: (step, rows) → those rows of the step's global batch, a pure function.
+      config: length and intervals.
       workdir: where checkpoints, metrics and pictures go.
-      tokens_per_step: for the metrics `tokens` and `tokens_per_second`; 0 leaves them out.
-      flops_per_step: convention of `lvm.model.flops` → operations of a step; for the metrics `mfu_…`, on accelerators
-        whose peak is known.
-      memory_advice: what to say where a step runs out of memory; nothing by default.
+      tokens_per_step: for the metrics `tokens` and `tokens_per_second`; 0 omits them.
+      flops_per_step: FLOPs of a step by convention (`lvm.model.flops`), for the metrics `mfu_…` on accelerators with a
+        known peak.
+      memory_advice: text appended to the error when a step runs out of memory.
     """
 
     def __init__(
@@ -127,7 +133,7 @@ class Loop:
         flops_per_step: Mapping[str, float] | None = None,
         memory_advice: Callable[[], str] = lambda: "",
     ):
-        self._step, self._trainable = step, step.task
+        self._step, self._task = step, step.task
         self._read_batch, self._config = read_batch, config
         self._path = workdir.path
         self._tokens_per_step = tokens_per_step
@@ -136,18 +142,18 @@ class Loop:
         self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
         self._profiler = StepProfiler(self._path, config.profile)
-        self._goodput, self._detector = Goodput(), SpikeDetector(config.spike)
+        self._goodput, self._spikes = Goodput(), SpikeDetector(config.spike)
         self._skipped_batches = SkippedBatches.load(self._path)
 
     def run(self) -> State:
         """Trains to `total_steps` and returns the state.
 
         Raises:
-          DivergedError: too many steps in a row had no finite gradient, or too many losses were spikes.
+          DivergedError: too many consecutive steps had no finite gradient, or the rewind limit is reached.
           UserError: a device ran out of memory.
-          SystemExit: SIGTERM came; the step is saved, the exit code says so.
+          SystemExit: after SIGTERM, once the step is saved; the exit code is 75.
         """
-        with self._preemption, self._watchdog, self._memory_explained():
+        with self._preemption, self._watchdog, self._explain_out_of_memory():
             state, start = self._start()
             try:
                 while True:
@@ -155,16 +161,16 @@ class Loop:
                         try:
                             return self._train(state, start, self._config.total_steps)
                         except SpikeError as error:
-                            # Its frames hold the state, of which the memory is needed for the one to go back to.
+                            # The frames hold the state, whose memory the restored one needs.
                             spike = error.with_traceback(None)
                         state, start = self._rewind(spike)
             finally:
                 self._profiler.stop()
                 with self._watchdog.pause("the last checkpoint"):
-                    self._checkpoints.close()  # waits for the save under way
+                    self._checkpoints.close()
 
     @contextlib.contextmanager
-    def _memory_explained(self) -> Iterator[None]:
+    def _explain_out_of_memory(self) -> Iterator[None]:
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -177,123 +183,118 @@ class Loop:
         step = self._checkpoints.latest_intact_step()
         if step is None:
             self._goodput = self._goodput.reset()
-            self._detector = SpikeDetector(self._config.spike)
+            self._spikes = SpikeDetector(self._config.spike)
             return self._step.init(), 0
-        log_info(f"{self._path}: going on from step {step}")
+        log_info(f"{self._path}: resuming from step {step}")
         state, meta = self._checkpoints.restore(step, self._step.state)
         self._goodput = Goodput.from_meta(meta)
-        self._detector = SpikeDetector(self._config.spike, meta.get("losses", ()))
+        self._spikes = SpikeDetector(self._config.spike, meta.get("losses", ()))
         return state, step
 
     def _rewind(self, spike: SpikeError) -> tuple[State, int]:
-        """Back to before a spike, and around its batches. All processes see the same losses, so all come here."""
-        limits = self._config.spike
-        batch = self._skipped_batches.batch_index(spike.step - 1)
-        if self._skipped_batches.rewinds == limits.max_rewinds:
+        """Rolls back to before a spike and skips its batches. All processes see the same losses, so all call it."""
+        limits, skipped = self._config.spike, self._skipped_batches
+        batch = skipped.batch_index(spike.step - 1)
+        if skipped.rewinds == limits.max_rewinds:
             self._write_diverged([batch])
             raise DivergedError(
-                f"{self._path}: {spike}, and {limits.max_rewinds} were gone around already; its batch is in {DIVERGED}"
+                f"{self._path}: {spike}, and the rewind limit ({limits.max_rewinds}) is reached; its batch is in "
+                f"{DIVERGED}"
             )
-        with self._watchdog.pause("going back before a spike"):
+        with self._watchdog.pause("rolling back"):
             self._checkpoints.wait()
-            kept = self._checkpoints.all_steps()
-            early_enough = [step for step in kept if step < spike.step - limits.skip_before]
-            target = max(early_enough, default=min(kept, default=0))
-            # First the checkpoints, then the list: a kill in between meets the same spike again.
+            steps = self._checkpoints.all_steps()
+            before_spike = [step for step in steps if step < spike.step - limits.skip_before]
+            target = max(before_spike, default=min(steps, default=0))
+            # Checkpoints first: a kill in between leads to the same spike again.
             self._checkpoints.delete_after(target)
-            first = self._skipped_batches.batch_index(max(target, spike.step - 1 - limits.skip_before))
-            self._skipped_batches.add(first, batch)
+            first = skipped.batch_index(max(target, spike.step - 1 - limits.skip_before))
+            skipped.add(first, batch)
             if distributed.is_first():
-                self._skipped_batches.save(self._path)
-            log_info(
-                f"{spike}; batches {first} to {batch} are left out, rewind {self._skipped_batches.rewinds}"
-            )
+                skipped.save(self._path)
+            log_info(f"{spike}; skipping batches {first} to {batch}, rewind {skipped.rewinds}")
             return self._start()
 
     def _train(self, state: State, start: int, total: int) -> State:
         clock = _Clock()
-        reports: deque[tuple[int, Metrics]] = deque()  # of steps that may still be running
-        for step, batch in enumerate(clock.wait_for(self._batches(start, total)), start + 1):
+        pending: deque[tuple[int, Metrics]] = deque()  # of steps that may still be running
+        for step, batch in enumerate(clock.time_input(self._batches(start, total)), start + 1):
             self._profiler.start_step(step)
             state, metrics = self._step(state, batch)
-            reports.append((step, metrics))
+            pending.append((step, metrics))
             last = step == total
-            self._look_back(reports, 0 if last else _STEPS_AHEAD)
+            self._check_steps(pending, 0 if last else _STEPS_AHEAD)
             self._report(step, state, metrics, clock, last)
-            if last or _due(step, self._config.picture_every):
-                with clock.paused(state), self._watchdog.pause("drawing pictures"):
-                    self._draw(step, state)
+            if last or _is_due(step, self._config.picture_every):
+                with clock.paused(state), self._watchdog.pause("rendering pictures"):
+                    self._write_pictures(step, state)
             stopping = self._preemption.noticed()
-            if last or stopping or _due(step, self._config.checkpoint_every):
-                self._look_back(reports, 0)
-                with clock.paused(state):
-                    self._save(state, step)
+            if last or stopping or _is_due(step, self._config.checkpoint_every):
+                self._check_steps(pending, 0)
+                with clock.paused(state), self._watchdog.pause("saving a checkpoint"):
+                    meta = {**self._goodput.to_json(), "losses": self._spikes.recent_losses}
+                    self._checkpoints.save(state, step, meta)
             if stopping:
-                began = time.monotonic()
+                started_at = time.monotonic()
                 with self._watchdog.pause("the last checkpoint"):
                     self._checkpoints.wait()
-                log_info(f"SIGTERM: saved at step {step}, which took {time.monotonic() - began:.1f} s more")
+                log_info(f"SIGTERM: saved at step {step}, after {time.monotonic() - started_at:.1f} s")
                 raise SystemExit(EXIT_PREEMPTED)
         return state
 
     def _batches(self, start: int, total: int) -> Iterator[Batch]:
-        read = functools.partial(_read_own, self._read_batch, self._step.rows, self._skipped_batches)
+        read = functools.partial(_read_local, self._read_batch, self._step.rows, self._skipped_batches)
         for batch in loader.prefetch_batches(read, start, total, self._config.input_workers):
             yield self._step.shard_batch(batch)
 
-    def _save(self, state: State, step: int) -> None:
-        with self._watchdog.pause("saving a checkpoint"):
-            meta = {**self._goodput.to_json(), "losses": self._detector.recent_losses}
-            self._checkpoints.save(state, step, meta)
+    def _check_steps(self, pending: deque[tuple[int, Metrics]], ahead: int) -> None:
+        """Waits for all but the latest `ahead` steps, and checks each.
 
-    def _look_back(self, reports: deque[tuple[int, Metrics]], ahead: int) -> None:
-        """Waits for all but the `ahead` newest steps; ends the run where too many were skipped in a row.
-
-        Raises SpikeError where a loss is one.
+        Raises:
+          DivergedError: too many consecutive steps were skipped.
+          SpikeError: a loss is a spike.
         """
-        while len(reports) > ahead:
-            step, metrics = reports.popleft()
+        while len(pending) > ahead:
+            step, metrics = pending.popleft()
             in_row = int(metrics["skipped_in_row"])
             self._watchdog.step_ended()
             if in_row:
                 log_info(f"step {step}: the gradient is not finite; skipped, {in_row} in a row")
             if in_row >= self._config.max_skipped:
-                self._write_diverged(
-                    [self._skipped_batches.batch_index(n) for n in range(step - in_row, step)]
-                )
+                indices = [self._skipped_batches.batch_index(n) for n in range(step - in_row, step)]
+                self._write_diverged(indices)
                 raise DivergedError(
-                    f"{self._path}: no finite gradient in {in_row} steps, the last was {step}; "
-                    f"loss {float(metrics['loss'])}; their batches are in {DIVERGED}"
+                    f"{self._path}: no finite gradient in {in_row} steps up to {step}; loss "
+                    f"{float(metrics['loss'])}; their batches are in {DIVERGED}"
                 )
             if not in_row:
-                self._detector.update(step, float(metrics["loss"]))
+                self._spikes.update(step, float(metrics["loss"]))
 
-    def _write_diverged(self, numbers: Sequence[int]) -> None:
-        """Says which batches these were: their numbers, and the hash of the rows that this process read."""
+    def _write_diverged(self, indices: Sequence[int]) -> None:
+        """Writes the batches' indices, with hashes of the rows that the first process reads."""
         if distributed.is_first():
-            batches = {str(number): _hash(self._read_batch(number, self._step.rows)) for number in numbers}
+            batches = {str(index): _hash(self._read_batch(index, self._step.rows)) for index in indices}
             files.write_json(self._path / DIVERGED, {"batches": batches})
 
     def _report(self, step: int, state: State, metrics: Metrics, clock: _Clock, last: bool) -> None:
         values: dict[str, float] = {}
-        if last or _due(step, self._config.log_every):
+        if last or _is_due(step, self._config.log_every):
             values |= self._measure(step, metrics, clock)
-            seconds, left = values["step_seconds"], self._config.total_steps - step
-            rate = f"{1 / seconds:.3g} steps/s, {duration(left * seconds)} left"
-            log_info(f"step {step}/{self._config.total_steps}, {rate}, loss {values['loss']:.4f}")
-        if last or _due(step, self._config.evaluate_every):
+            progress = format_progress(step, self._config.total_steps, 1 / values["step_seconds"])
+            log_info(f"{progress}, loss {values['loss']:.4f}")
+        if last or _is_due(step, self._config.evaluate_every):
             with clock.paused(state), self._watchdog.pause("an evaluation"):
-                heldout = self._trainable.evaluate(state, self._preemption.noticed)
+                heldout = self._task.evaluate(state, self._preemption.noticed)
             if heldout:
                 log_info("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
             values |= heldout
         if values:
             self._metrics.write(step, values)
 
-    def _measure(self, step: int, metrics: dict[str, jax.Array], clock: _Clock) -> dict[str, float]:
-        # Reading the metrics waits for the step, so the clock measures steps that have ended. A source that
-        # the batch held no token of has no loss (NaN there).
+    def _measure(self, step: int, metrics: Metrics, clock: _Clock) -> dict[str, float]:
+        # Reading the metrics waits for the step, so the clock measures completed steps.
         values = {name: float(value) for name, value in metrics.items()}
+        # The loss of a component without tokens in the batch is NaN.
         values = {name: x for name, x in values.items() if not (name.startswith("loss/") and math.isnan(x))}
         seconds, waited, steps = clock.lap()
         values |= {
@@ -308,11 +309,10 @@ class Loop:
         memory = [(device.memory_stats() or {}).get("bytes_in_use", 0) for device in jax.local_devices()]
         if any(memory):
             values["memory_bytes"] = max(memory)
-        values |= {f"mfu_{name}": at_peak / seconds for name, at_peak in self._seconds_at_peak.items()}
-        return values
+        return values | {f"mfu_{name}": at_peak / seconds for name, at_peak in self._seconds_at_peak.items()}
 
-    def _draw(self, step: int, state: State) -> None:
-        pictures = self._trainable.pictures(state)  # all processes draw, one writes
+    def _write_pictures(self, step: int, state: State) -> None:
+        pictures = self._task.pictures(state)  # rendered by all processes, written by the first
         for name, picture in pictures.items() if distributed.is_first() else ():
             folder = self._path / "pictures"
             folder.mkdir(exist_ok=True)
@@ -320,12 +320,12 @@ class Loop:
 
 
 class _Clock:
-    """Time a step, and the share of it spent waiting for input."""
+    """Measures the time of a step, and the fraction of it spent waiting for input."""
 
     def __init__(self) -> None:
-        self._mark, self._waited, self._steps = time.monotonic(), 0.0, 0
+        self._started_at, self._waited, self._steps = time.monotonic(), 0.0, 0
 
-    def wait_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def time_input(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
             before = time.monotonic()
             batch = next(batches, None)
@@ -337,35 +337,34 @@ class _Clock:
 
     @contextlib.contextmanager
     def paused(self, state: State) -> Iterator[None]:
-        """Leaves out the time of what isn't training; the steps under way end before."""
+        """Waits for the running steps, then excludes the time of the context."""
         jax.block_until_ready(state)
         before = time.monotonic()
         yield
-        self._mark += time.monotonic() - before
+        self._started_at += time.monotonic() - before
 
     def lap(self) -> tuple[float, float, int]:
-        """Seconds a step, the share waited, and the steps, since the lap before."""
+        """Seconds per step, fraction waited, and number of steps, since the previous lap."""
         now = time.monotonic()
-        elapsed, steps = now - self._mark, self._steps
+        elapsed, steps = now - self._started_at, self._steps
         seconds, waited = elapsed / max(1, steps), self._waited / max(elapsed, 1e-9)
-        self._mark, self._waited, self._steps = now, 0.0, 0
+        self._started_at, self._waited, self._steps = now, 0.0, 0
         return seconds, waited, steps
 
 
 def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[str, float]:
-    """Seconds that a step would take at the devices' peak, by convention; nothing where the peak isn't known."""
+    """Seconds of a step at the devices' peak FLOP/s, by convention; empty if the peak is unknown."""
     accelerator = accelerator_of(mesh.devices.flat[0])
     if accelerator is None:
         return {}
     return {name: flops / (accelerator.peak_flops * mesh.size) for name, flops in flops_per_step.items()}
 
 
-def _read_own(
+def _read_local(
     read: ReadBatch, rows: np.ndarray, skipped: SkippedBatches, step: int
 ) -> Mapping[str, np.ndarray]:
-    return read(
-        skipped.batch_index(step), rows
-    )  # not a method of the loop: it may be sent to another process
+    # Not a method of the loop: input workers unpickle it in another process.
+    return read(skipped.batch_index(step), rows)
 
 
 def _hash(batch: Batch) -> str:
@@ -375,5 +374,5 @@ def _hash(batch: Batch) -> str:
     return digest.hexdigest()
 
 
-def _due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0

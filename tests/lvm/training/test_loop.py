@@ -1,4 +1,4 @@
-"""A run is one run: cut off and resumed anywhere, it gives the bits of an unbroken one."""
+"""The loop: interrupted and resumed anywhere, a run has the bits of an uninterrupted one."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import PIL.Image
 import pytest
-from absl import flags
 
 from lvm.common import cli
 from lvm.common.errors import DivergedError, UserError
@@ -26,11 +25,11 @@ from lvm.training.workdir import Workdir
 from tests.commands import ROOT
 
 TRUTH = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
-TIMES = {"step_seconds", "input_wait_fraction", "tokens_per_second", "goodput"}  # no two runs share these
+TIMES = {"step_seconds", "input_wait_fraction", "tokens_per_second", "goodput"}  # differ between runs
 
 
 class Regression:
-    """Linear regression with noise from the step's key, so that a wrong key or batch changes the bits."""
+    """Linear regression with noise from the step's key: a wrong key or batch changes the bits."""
 
     logical_axes = {"kernel": ("embed",)}  # noqa: RUF012
     batch_spec = {  # noqa: RUF012
@@ -54,7 +53,7 @@ class Regression:
     def _loss(self, params, batch, rng):
         noise = 0.01 * jax.random.normal(rng, batch["y"].shape)
         losses = (batch["x"] @ params["kernel"] - batch["y"] + noise) ** 2
-        # The second source is never there.
+        # The second component has no tokens.
         total, count = losses.sum(), jnp.float32(len(losses))
         nothing = jnp.float32(0)
         return total, {"loss": (total, count), "loss/here": (total, count), "loss/absent": (nothing, nothing)}
@@ -81,7 +80,7 @@ def nan_from(first):
 
 
 def broken_at(step):
-    """Batches, of which that of `step` can't be read."""
+    """Reads batches, but fails at that of `step`."""
 
     def read(number):
         if number == step:
@@ -92,7 +91,7 @@ def broken_at(step):
 
 
 def stopping_at(step, read=read_batch):
-    """Batches, the process asked to end while it reads that of `step`."""
+    """Reads batches, with SIGTERM at that of `step`."""
 
     def stopping(number):
         if number == step:
@@ -103,18 +102,18 @@ def stopping_at(step, read=read_batch):
 
 
 def release(folder):
-    """What the end of a process would do: the error that ended a run here still holds it, and so its lock."""
+    """Releases the lock as the end of a process would: the raised error still refers to the run that holds it."""
     (folder / ".lock").unlink()
 
 
 def train(folder, total=6, read=read_batch, task=None, tokens_per_step=0, seed=0, **options):
     options = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 0, "picture_every": 0, **options}
-    place = Workdir(folder, "lvm", {"config": {}})
+    workdir = Workdir(folder, "lvm", {"config": {}})
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     config = LoopConfig(total_steps=total, **options)
     task = task or Regression()
-    rows = lambda number, own: {name: x[own] for name, x in read(number).items()}  # noqa: E731
-    return Loop(Step(task, mesh, seed), rows, config, place, tokens_per_step).run()
+    read_rows = lambda index, rows: {name: x[rows] for name, x in read(index).items()}  # noqa: E731
+    return Loop(Step(task, mesh, seed), read_rows, config, workdir, tokens_per_step).run()
 
 
 def bits(state):
@@ -125,18 +124,18 @@ def timeless(folder):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read_metrics(folder)]
 
 
-def test_a_resumed_run_has_the_bits_and_the_metrics_of_an_unbroken_one(tmp_path):
+def test_resumed_run_has_bits_and_metrics_of_unbroken(tmp_path):
     whole = train(tmp_path / "whole", total=6)
     with pytest.raises(SystemExit):
-        train(tmp_path / "parts", total=6, read=stopping_at(3))
-    release(tmp_path / "parts")
-    parts = train(tmp_path / "parts", total=6)
-    assert bits(parts) == bits(whole)
-    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
-    assert [line["step"] for line in metrics.read_metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+        train(tmp_path / "resumed", total=6, read=stopping_at(3))
+    release(tmp_path / "resumed")
+    resumed = train(tmp_path / "resumed", total=6)
+    assert bits(resumed) == bits(whole)
+    assert timeless(tmp_path / "resumed") == timeless(tmp_path / "whole")
+    assert [line["step"] for line in metrics.read_metrics(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_a_lost_stretch_logged_is_logged_again_once(tmp_path):
+def test_metrics_of_lost_steps_are_logged_once(tmp_path):
     train(tmp_path / "whole", total=6)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         train(tmp_path / "cut", total=6, read=broken_at(5))
@@ -146,27 +145,27 @@ def test_what_a_lost_stretch_logged_is_logged_again_once(tmp_path):
     assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
 
 
-def test_another_seed_is_another_run(tmp_path):
+def test_seed_changes_run(tmp_path):
     assert bits(train(tmp_path / "a", total=1, seed=0)) != bits(train(tmp_path / "b", total=1, seed=1))
 
 
 def test_every_step_has_its_own_key(tmp_path):
     class Recorder(Regression):
         def _loss(self, params, batch, rng):
-            loss, found = super()._loss(params, batch, rng)
-            return loss, {**found, "drawn": (jax.random.uniform(rng), jnp.float32(1))}
+            loss, sums = super()._loss(params, batch, rng)
+            return loss, {**sums, "uniform": (jax.random.uniform(rng), jnp.float32(1))}
 
     train(tmp_path, total=10, task=Recorder(), checkpoint_every=0)
-    assert len({line["drawn"] for line in metrics.read_metrics(tmp_path)}) == 10
+    assert len({line["uniform"] for line in metrics.read_metrics(tmp_path)}) == 10
 
 
-def test_batches_arrive_in_their_order_each_once(tmp_path):
+def test_batches_arrive_once_in_order(tmp_path):
     class Recorder(Regression):
         batch_spec = {**Regression.batch_spec, "number": jax.ShapeDtypeStruct((8,), jnp.float32)}  # noqa: RUF012
 
         def _loss(self, params, batch, rng):
-            loss, found = super()._loss(params, batch, rng)
-            return loss, {**found, "seen": (batch["number"].sum(), jnp.float32(8))}
+            loss, sums = super()._loss(params, batch, rng)
+            return loss, {**sums, "seen": (batch["number"].sum(), jnp.float32(8))}
 
     def read(step):
         return {**read_batch(step), "number": np.full(8, step, np.float32)}
@@ -175,12 +174,12 @@ def test_batches_arrive_in_their_order_each_once(tmp_path):
     assert [line["seen"] for line in metrics.read_metrics(tmp_path)] == list(range(30))
 
 
-def test_it_learns(tmp_path):
+def test_loop_learns(tmp_path):
     state = train(tmp_path, total=400, log_every=100, checkpoint_every=0)
     np.testing.assert_allclose(state["params"]["kernel"][:4], TRUTH, atol=0.05)
 
 
-def test_metrics_come_when_due_and_at_the_end(tmp_path):
+def test_metrics_are_written_when_due_and_at_end(tmp_path):
     task = Regression()
     train(tmp_path, total=7, task=task, log_every=3, evaluate_every=2, tokens_per_step=80)
     lines = {line["step"]: line for line in metrics.read_metrics(tmp_path)}
@@ -197,7 +196,7 @@ def test_metrics_come_when_due_and_at_the_end(tmp_path):
     assert json.dumps(lines, allow_nan=False)
 
 
-def test_pictures_come_when_due_and_at_the_end(tmp_path):
+def test_pictures_are_written_when_due_and_at_end(tmp_path):
     train(tmp_path, total=5, picture_every=2)
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert names == [f"answers-{step:07d}.png" for step in (2, 4, 5)]
@@ -205,22 +204,22 @@ def test_pictures_come_when_due_and_at_the_end(tmp_path):
     np.testing.assert_array_equal(picture, np.full((2, 3, 3), 4))
 
 
-def test_a_finished_run_is_known_and_does_nothing(tmp_path, caplog):
+def test_finished_run_does_nothing(tmp_path, caplog):
     first = train(tmp_path, total=3)
-    place = Workdir(tmp_path, "lvm", {"config": {}})
-    assert is_finished(place, LoopConfig(total_steps=3))
+    workdir = Workdir(tmp_path, "lvm", {"config": {}})
+    assert is_finished(workdir, LoopConfig(total_steps=3))
     assert f"{tmp_path}: training is complete at step 3" in caplog.text
-    assert not is_finished(place, LoopConfig(total_steps=4))
-    del place  # and its lock
+    assert not is_finished(workdir, LoopConfig(total_steps=4))
+    del workdir  # releases its lock
     assert bits(train(tmp_path, total=3)) == bits(first)
     assert len(metrics.read_metrics(tmp_path)) == 3
 
 
-def test_a_fresh_workdir_is_not_finished(tmp_path):
+def test_fresh_workdir_is_not_finished(tmp_path):
     assert not is_finished(Workdir(tmp_path, "lvm", {}), LoopConfig(total_steps=1))
 
 
-def test_a_gradient_that_is_no_number_changes_nothing_but_the_count(tmp_path, caplog):
+def test_nonfinite_gradient_changes_counts_alone(tmp_path, caplog):
     def nan_at_third(step):
         return nan_from(2)(step) if step == 2 else read_batch(step)
 
@@ -237,15 +236,15 @@ def test_a_gradient_that_is_no_number_changes_nothing_but_the_count(tmp_path, ca
     assert np.isfinite(after["params"]["kernel"]).all()
 
 
-def test_a_device_out_of_memory_is_one_line_with_advice(tmp_path):
+def test_out_of_memory_is_one_line_with_advice(tmp_path):
     class Full(Step):
         def __call__(self, state, batch):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n 99 bytes")
 
-    place = Workdir(tmp_path, "lvm", {"config": {}})
+    workdir = Workdir(tmp_path, "lvm", {"config": {}})
     step = Full(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), 0)
-    rows = lambda number, own: {name: x[own] for name, x in read_batch(number).items()}  # noqa: E731
-    loop = Loop(step, rows, LoopConfig(total_steps=2), place, memory_advice=lambda: "take less")
+    read_rows = lambda index, rows: {name: x[rows] for name, x in read_batch(index).items()}  # noqa: E731
+    loop = Loop(step, read_rows, LoopConfig(total_steps=2), workdir, memory_advice=lambda: "take less")
     with pytest.raises(UserError) as error:
         loop.run()
     assert str(error.value) == (
@@ -254,26 +253,26 @@ def test_a_device_out_of_memory_is_one_line_with_advice(tmp_path):
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_too_many_of_them_in_a_row_end_the_run_and_name_their_batches(tmp_path, log_every):
-    with pytest.raises(DivergedError, match=rf"{tmp_path}: no finite gradient in 3 steps, the last was 7"):
+def test_max_skipped_ends_run_and_names_batches(tmp_path, log_every):
+    with pytest.raises(DivergedError, match=rf"{tmp_path}: no finite gradient in 3 steps up to 7"):
         train(tmp_path, total=99, read=nan_from(4), max_skipped=3, checkpoint_every=2, log_every=log_every)
-    state, _ = restored(tmp_path)
+    state, _ = restore(tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     batches = json.loads((tmp_path / "diverged.json").read_text())["batches"]
     assert list(batches) == ["4", "5", "6"]
     assert all(len(digest) == 64 for digest in batches.values())
 
 
-def restored(folder):
-    """The newest state that a run saved."""
+def restore(folder):
+    """The latest state that a run saved."""
     step = Step(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), 0)
     checkpoints = Checkpoints(folder, read_only=True)
-    found = checkpoints.restore(checkpoints.latest_step(), step.state)
+    restored = checkpoints.restore(checkpoints.latest_step(), step.state)
     checkpoints.close()
-    return found
+    return restored
 
 
-def test_a_trace_is_written_of_the_chosen_steps_and_on_request(tmp_path):
+def test_profile_traces_chosen_and_requested_steps(tmp_path):
     train(tmp_path, total=4, profile=(2, 3))
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     release(tmp_path)
@@ -283,7 +282,7 @@ def test_a_trace_is_written_of_the_chosen_steps_and_on_request(tmp_path):
     assert not (tmp_path / "profile.request").exists()
 
 
-def test_tensorboard_has_what_the_lines_have(tmp_path):
+def test_tensorboard_events_are_written(tmp_path):
     train(tmp_path, total=3, tokens_per_step=80)
     assert list((tmp_path / "tensorboard").glob("events.*"))
     line = metrics.read_metrics(tmp_path)[-1]
@@ -291,7 +290,7 @@ def test_tensorboard_has_what_the_lines_have(tmp_path):
     assert line["skipped_steps"] == 0
 
 
-def test_goodput_counts_only_what_was_kept(monkeypatch):
+def test_goodput_counts_kept_steps_alone(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(metrics.time, "time", lambda: now[0])
     first = metrics.Goodput()
@@ -303,7 +302,7 @@ def test_goodput_counts_only_what_was_kept(monkeypatch):
     assert metrics.Goodput.from_meta(saved).add(20) == pytest.approx(0.5)
 
 
-def test_a_signal_while_a_step_is_reported_saves_that_step(tmp_path):
+def test_sigterm_during_report_saves_that_step(tmp_path):
     class Interrupted(Regression):
         def evaluate(self, state, stopping):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -315,7 +314,7 @@ def test_a_signal_while_a_step_is_reported_saves_that_step(tmp_path):
     assert latest_step(tmp_path) == 3
 
 
-def test_a_run_that_is_stopped_saves_without_evaluating_first(tmp_path):
+def test_sigterm_saves_without_evaluating(tmp_path):
     task = Regression()
     with pytest.raises(SystemExit):
         train(tmp_path, total=99, task=task, read=stopping_at(10), checkpoint_every=0)
@@ -323,19 +322,19 @@ def test_a_run_that_is_stopped_saves_without_evaluating_first(tmp_path):
     assert latest_step(tmp_path) > 0
 
 
-def test_the_signals_old_handler_is_back_after_the_run(tmp_path):
+def test_signal_handler_is_restored_after_run(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     train(tmp_path, total=1)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_sigterm_saves_exits_75_and_the_run_goes_on_as_if_nothing_had_been(tmp_path):
+def test_sigterm_exits_75_and_run_resumes(tmp_path):
     command = [sys.executable, __file__, f"--workdir={tmp_path / 'stopped'}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     stopped = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     saved = latest_step(tmp_path / "stopped")
     assert stopped.returncode == 75, stopped.stderr
-    assert f"SIGTERM: saved at step {saved}, which took" in stopped.stdout
+    assert f"SIGTERM: saved at step {saved}, after" in stopped.stderr
     assert 0 < saved < 40
     assert [line["step"] for line in metrics.read_metrics(tmp_path / "stopped")] == list(range(1, saved + 1))
     resumed = train(tmp_path / "stopped", total=40, checkpoint_every=0)
@@ -346,33 +345,35 @@ def test_sigterm_saves_exits_75_and_the_run_goes_on_as_if_nothing_had_been(tmp_p
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("log_every", 0, "not positive"),
-        ("keep", 0, "not positive"),
-        ("evaluate_every", -1, "negative"),
-        ("picture_every", -1, "negative"),
-        ("checkpoint_every", -1, "negative"),
+        ("log_every", 0, "be positive"),
+        ("keep", 0, "be positive"),
+        ("evaluate_every", -1, "not be negative"),
+        ("picture_every", -1, "not be negative"),
+        ("checkpoint_every", -1, "not be negative"),
     ],
 )
-def test_impossible_lengths_are_refused_by_key(key, value, problem):
-    with pytest.raises(UserError, match=f"^{key}: {value} is {problem}"):
+def test_loop_config_names_bad_field(key, value, problem):
+    with pytest.raises(UserError, match=f"^{key}={value} must {problem}"):
         LoopConfig(**{key: value})
 
 
-if __name__ == "__main__":  # the run that the test above stops
-    jax.config.update("jax_num_cpu_devices", 8)
-    workdir = flags.DEFINE_string("workdir", None, "where the run lives")
-    cli.run(lambda: train(workdir.value, total=40, read=stopping_at(20), checkpoint_every=0))
-
-
 @pytest.mark.parametrize("lengths", [(0, 0), (5, 100), (-1, 0), (0, -1)])
-def test_a_length_is_given_once(lengths):
-    with pytest.raises(UserError, match=r"total_steps: .* and total_tokens: .*; one of them is positive"):
+def test_loop_config_needs_exactly_one_length(lengths):
+    with pytest.raises(UserError, match=r"^total_(steps|tokens)="):
         LoopConfig(total_steps=lengths[0], total_tokens=lengths[1])
 
 
-def test_a_length_in_tokens_is_rounded_up_to_steps():
+def test_total_tokens_rounds_up_to_steps():
     config = LoopConfig(total_steps=0, total_tokens=1001)
     assert config.with_total_steps(100).total_steps == 11
     assert LoopConfig(total_steps=7).with_total_steps(100).total_steps == 7
-    with pytest.raises(UserError, match="there are no tokens here"):
+    with pytest.raises(UserError, match="total_tokens=1001, but the task has no tokens"):
         config.with_total_steps(0)
+
+
+if __name__ == "__main__":  # run by test_sigterm_exits_75_and_run_resumes
+    jax.config.update("jax_num_cpu_devices", 8)
+    flags = cli.Flags(__doc__)
+    flags.string("workdir", None, "run directory", required=True)
+    run = lambda args: train(args.workdir, total=40, read=stopping_at(20), checkpoint_every=0)  # noqa: E731
+    cli.exit_process(flags.run(run))

@@ -1,4 +1,4 @@
-"""Around a spike of the loss: the same run as one that never had those batches."""
+"""Loss-spike recovery: the run equals one that never had the skipped batches."""
 
 import gc
 import json
@@ -16,11 +16,11 @@ from lvm.training.spikes import FILENAME, SkippedBatches, SpikeConfig, SpikeDete
 from tests.lvm.training.test_loop import bits, read_batch, release, stopping_at, timeless, train
 
 SPIKE = SpikeConfig(deviations=8.0, window=4, skip_before=1)
-stretches = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=8)
+ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=8)
 
 
 def spiking_at(*numbers, read=read_batch):
-    """Batches, of which those have targets that nobody could foresee."""
+    """Reads batches, with outlier targets in those numbered."""
 
     def spiked(number):
         batch = read(number)
@@ -29,44 +29,44 @@ def spiking_at(*numbers, read=read_batch):
     return spiked
 
 
-@given(stretches)
-def test_batches_come_in_order_and_none_that_is_left_out(found):
-    left_out = SkippedBatches()
-    for first, more in found:
-        left_out.add(first, first + more)
-    gone = {number for first, more in found for number in range(first, first + more + 1)}
-    wanted = [number for number in range(300) if number not in gone][:100]
-    assert [left_out.batch_index(step) for step in range(100)] == wanted
-    assert left_out.rewinds == len(found)
+@given(ranges)
+def test_batch_index_skips_ranges_in_order(ranges):
+    skipped = SkippedBatches()
+    for first, more in ranges:
+        skipped.add(first, first + more)
+    skipped_indices = {number for first, more in ranges for number in range(first, first + more + 1)}
+    expected = [number for number in range(300) if number not in skipped_indices][:100]
+    assert [skipped.batch_index(step) for step in range(100)] == expected
+    assert skipped.rewinds == len(ranges)
 
 
-def test_what_is_left_out_is_kept_in_the_workdir(tmp_path):
+def test_skipped_batches_round_trip(tmp_path):
     assert SkippedBatches.load(tmp_path).ranges == []
-    left_out = SkippedBatches()
-    left_out.add(7, 9)
-    left_out.save(tmp_path)
+    skipped = SkippedBatches()
+    skipped.add(7, 9)
+    skipped.save(tmp_path)
     again = SkippedBatches.load(tmp_path)
     assert (again.rewinds, again.ranges) == (1, [(7, 9)])
     (tmp_path / FILENAME).write_text("[3]")
-    with pytest.raises(UserError, match=f"{FILENAME}: not a list of batches"):
+    with pytest.raises(UserError, match=f"{FILENAME}: not a record of skipped batches"):
         SkippedBatches.load(tmp_path)
 
 
-def test_only_a_full_window_knows_a_spike():
+def test_detector_needs_full_window():
     watch = SpikeDetector(SpikeConfig(deviations=3.0, window=4))
     for step, loss in enumerate([90.0, 2.0, 2.2, 1.9, 2.1]):
-        watch.update(step, loss)  # the first is no spike, and leaves the window with the fifth
+        watch.update(step, loss)  # the first precedes the window and leaves it with the fifth
     with pytest.raises(SpikeError, match=r"step 9: the loss of 9\.0000 is a spike \(mean: 2\.05"):
         SpikeDetector(SpikeConfig(deviations=3.0, window=4), watch.recent_losses).update(9, 9.0)
-    SpikeDetector(SpikeConfig(window=4), watch.recent_losses).update(9, 9.0)  # nobody asked
+    SpikeDetector(SpikeConfig(window=4), watch.recent_losses).update(9, 9.0)  # detection is off
 
 
-def test_a_run_goes_around_a_spike_and_is_the_run_that_never_met_it(tmp_path, caplog):
+def test_rewound_run_equals_run_without_batches(tmp_path, caplog):
     spiked = train(tmp_path / "spiked", total=12, read=spiking_at(8), spike=SPIKE)
-    said = caplog.text
-    assert "step 9: the loss of" in said
-    assert "batches 7 to 8 are left out, rewind 1" in said
-    assert "going on from step 6" in said
+    log = caplog.text
+    assert "step 9: the loss of" in log
+    assert "skipping batches 7 to 8, rewind 1" in log
+    assert "resuming from step 6" in log
     without = train(
         tmp_path / "without", total=12, read=lambda n: read_batch(n if n < 7 else n + 2), spike=SPIKE
     )
@@ -75,7 +75,7 @@ def test_a_run_goes_around_a_spike_and_is_the_run_that_never_met_it(tmp_path, ca
     assert json.loads((tmp_path / "spiked" / FILENAME).read_text()) == {"rewinds": 1, "batches": [[7, 8]]}
 
 
-def test_a_run_cut_off_after_a_spike_still_leaves_its_batches_out(tmp_path):
+def test_resumed_run_still_skips_batches(tmp_path):
     whole = train(tmp_path / "whole", total=12, read=spiking_at(8), spike=SPIKE)
     with pytest.raises(SystemExit):
         train(tmp_path / "cut", total=12, read=stopping_at(11, spiking_at(8)), spike=SPIKE)
@@ -83,47 +83,45 @@ def test_a_run_cut_off_after_a_spike_still_leaves_its_batches_out(tmp_path):
     assert bits(train(tmp_path / "cut", total=12, read=spiking_at(8), spike=SPIKE)) == bits(whole)
 
 
-def test_a_resumed_run_sees_the_spike_that_an_unbroken_one_sees(tmp_path, caplog):
+def test_resumed_run_detects_same_spike(tmp_path, caplog):
     with pytest.raises(SystemExit):
         train(tmp_path, total=12, read=stopping_at(7, spiking_at(8)), spike=SPIKE)
     release(tmp_path)
     train(tmp_path, total=12, read=spiking_at(8), spike=SPIKE)
-    assert "batches 7 to 8 are left out, rewind 1" in caplog.text
+    assert "skipping batches 7 to 8, rewind 1" in caplog.text
 
 
 @pytest.mark.parametrize(("checkpoint_every", "kept"), [(0, 0), (2, 6)])
-def test_with_no_checkpoint_early_enough_it_goes_back_as_far_as_it_can(
-    tmp_path, caplog, checkpoint_every, kept
-):
+def test_rewind_falls_back_to_earliest_checkpoint(tmp_path, caplog, checkpoint_every, kept):
     spike = SpikeConfig(deviations=8.0, window=4, skip_before=6)
     train(tmp_path, total=10, read=spiking_at(8), spike=spike, checkpoint_every=checkpoint_every)
-    assert f"batches {max(kept, 2)} to 8 are left out" in caplog.text
+    assert f"skipping batches {max(kept, 2)} to 8" in caplog.text
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == list(range(1, 11))
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.all_steps()[-1] == 10
     checkpoints.close()
 
 
-def test_the_state_of_a_spike_is_gone_before_another_is_read(tmp_path, monkeypatch):
+def test_rewind_frees_state_before_restore(tmp_path, monkeypatch):
     def kernels():
         return sum(x.shape == (8,) and x.sharding.mesh.size == 8 for x in jax.live_arrays() if on_a_mesh(x))
 
-    found = []
+    counts = []
     restore = Checkpoints.restore
-    monkeypatch.setattr(Checkpoints, "restore", lambda *given: found.append(kernels()) or restore(*given))
+    monkeypatch.setattr(Checkpoints, "restore", lambda *args: counts.append(kernels()) or restore(*args))
     gc.collect()
     before = kernels()
     train(tmp_path, total=10, read=spiking_at(8), spike=SPIKE)
-    assert found == [before]
+    assert counts == [before]
 
 
 def on_a_mesh(array):
     return not array.is_deleted() and isinstance(array.sharding, jax.sharding.NamedSharding)
 
 
-def test_too_many_spikes_end_the_run_and_name_the_last_ones_batch(tmp_path):
+def test_rewind_limit_ends_run_and_names_batch(tmp_path):
     spike = SpikeConfig(deviations=8.0, window=4, skip_before=0, max_rewinds=1)
-    with pytest.raises(DivergedError, match=r"step 10: the loss of .* is a spike .*, and 1 were gone around"):
+    with pytest.raises(DivergedError, match=r"step 10: the loss of .* is a spike .*, and the rewind limit"):
         train(tmp_path, total=99, read=spiking_at(8, 10), spike=spike)
     assert list(json.loads((tmp_path / "diverged.json").read_text())["batches"]) == ["10"]
 
@@ -131,6 +129,6 @@ def test_too_many_spikes_end_the_run_and_name_the_last_ones_batch(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"), [("deviations", -1.0), ("window", 1), ("skip_before", -1), ("max_rewinds", -2)]
 )
-def test_impossible_limits_are_refused_by_key(key, value):
-    with pytest.raises(UserError, match=f"^{key}: {value} "):
+def test_spike_config_names_bad_field(key, value):
+    with pytest.raises(UserError, match=f"^{key}={value} must"):
         SpikeConfig(**{key: value})
