@@ -34,9 +34,8 @@ from lvm.training.watchdog import Watchdog, WatchdogConfig
 from lvm.training.workdir import Workdir
 
 DIVERGED = "diverged.json"
-ReadBatch = Callable[
-    [int, Int[np.ndarray, "n"]], Mapping[str, np.ndarray]
-]  # (step, rows) → those rows of its batch
+# (step, rows) → those rows of its batch
+ReadBatch = Callable[[int, Int[np.ndarray, " n"]], Mapping[str, np.ndarray]]
 _STEPS_AHEAD = 2  # dispatched before the oldest is waited for
 
 
