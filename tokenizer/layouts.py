@@ -1,8 +1,13 @@
-"""The published checkpoints of tokenizers: what their tensors are called and how they lie.
+"""Published tokenizer checkpoints: names, axes and config fields of their tensors.
 
-A `Layout` is one way of writing one of `VARIANTS`. It names tensors module by module: our path of a module, such as
-`("encoder", "stages", "0", "blocks", "1", "conv1")`, becomes theirs. `lvm`'s decoder counts its stages from the
-highest resolution, ours from the one that runs first.
+A `Layout` is one file format of one of `VARIANTS`. It names modules by templates: our path of a module, such as
+`("encoder", "stages", "0", "blocks", "1", "conv1")`, selects a template, whose fields are
+
+- `half`: encoder or decoder; `way`: down or up;
+- `i`, `j`: stage and block in the order that they run; `i1`, `j1`: the same counted from 1;
+- `r`: stage from the highest resolution on;
+- `n`: block among all of its half, in the order that they run;
+- `stages`: number of stages.
 """
 
 from __future__ import annotations
@@ -12,16 +17,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from lvm.model.nnx_utils import Params, abstract_module
-from tokenizer.layout_fields import (
-    Fields,
-    from_diffusers,
-    from_muse,
-    from_variant_fields,
-    to_diffusers,
-    to_muse,
-    to_variant_fields,
-)
+from tokenizer import layout_fields
+from tokenizer.layout_fields import Fields, from_variant_fields, to_variant_fields
 from tokenizer.network import VQGAN, VQGANConfig
 
 Path = tuple[str, ...]
@@ -31,194 +31,124 @@ _TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a kind of folder writes a variant.
+    """A file format of a variant.
 
     Attributes:
       variant: a key of `VARIANTS`.
-      kind: "torch", "diffusers" or "maskgit": what `tokenizer.convert --to` calls it.
-      codebook: the name of the codebook's tensor.
-      parts: our names of a residual block's parts → theirs, where they differ.
-      rename: path of a module → its name.
-      to_fields: what is written to config.json.
-      from_fields: the network of such a config.json; it names the field that is wrong.
+      kind: "torch", "diffusers" or "maskgit", the value of `tokenizer convert --to`.
+      codebook: name of the codebook's tensor.
+      aliases: names in a residual block that differ, ours → theirs.
+      templates: names of "block", "middle" (blocks), "resample", "conv_in", "conv_out" and "norm_out"; our own path if
+        missing. Keys may begin with "encoder." or "decoder.".
+      to_fields: network → fields of config.json.
+      from_fields: fields of config.json → network; raises UserError naming the file and the field.
     """
 
     variant: str
     kind: str
     codebook: str
-    parts: Mapping[str, str]
-    rename: Callable[[Path, VQGANConfig], str]
+    aliases: Mapping[str, str]
+    templates: Mapping[str, str]
     to_fields: Callable[[VQGANConfig], dict[str, Any]]
     from_fields: Callable[[Fields, str], VQGANConfig]
 
     def tensors(self, config: VQGANConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
-        """Each tensor's name → the path of our parameter, and the shape that it has in the file."""
+        """Maps each tensor's name to our parameter's path and the shape in the file."""
         return {
             self._name(path, config): (path, tuple(leaf.shape[i] for i in self.axes(leaf.ndim)))
-            for path, leaf in flatten(param_shapes(config)).items()
+            for path, leaf in flatten_dict(param_shapes(config)).items()
         }
 
     def axes(self, ndim: int) -> tuple[int, ...]:
-        """Which of our axes each axis in the file is: torch's kernels are [out, in, H, W]."""
+        """Transposition from our axes to those in the file: torch kernels are [out, in, H, W]."""
         return (3, 2, 0, 1) if ndim == 4 and self.kind != "maskgit" else tuple(range(ndim))
 
     def _name(self, path: Path, config: VQGANConfig) -> str:
         if path == ("codebook",):
             return self.codebook
         *module, leaf = path
-        name = self.rename(tuple(self.parts.get(part, part) for part in module), config)
-        return f"{name}.{leaf if self.kind == 'maskgit' else _TORCH_LEAVES[leaf]}"
+        leaf = leaf if self.kind == "maskgit" else _TORCH_LEAVES[leaf]
+        half, stages, i, j, n, suffix = module[0], len(config.widths), 0, 0, 0, ""
+        encoder = half == "encoder"
+        match module[1:]:
+            case ["stages", stage, "blocks", block, name]:
+                key, i, j, suffix = "block", int(stage), int(block), f".{self.aliases.get(name, name)}"
+                n = (
+                    i * config.encoder_blocks + j
+                    if encoder
+                    else config.middle_blocks + i * config.decoder_blocks + j
+                )
+            case ["middle", "blocks", block, name]:
+                key, j, suffix = "middle", int(block), f".{self.aliases.get(name, name)}"
+                n = stages * config.encoder_blocks + j if encoder else j
+            case ["stages", stage, "resample", "conv"]:
+                key, i = "resample", int(stage)
+            case rest:
+                key = ".".join(rest)
+        default = self.templates.get(key, ".".join(module))
+        template = self.templates.get(f"{half}.{key}", default)
+        r, way = (i, "down") if encoder else (stages - 1 - i, "up")
+        name = template.format(half=half, way=way, i=i, j=j, i1=i + 1, j1=j + 1, r=r, n=n, stages=stages)
+        return f"{name}{suffix}.{leaf}"
 
 
 @functools.lru_cache(maxsize=8)
 def param_shapes(config: VQGANConfig) -> Params:
-    """The shapes and dtypes of a network's parameters."""
+    """ShapeDtypeStructs of a network's parameters."""
     return abstract_module(lambda rngs: VQGAN(config, rngs))[1]
 
 
-def flatten(tree: Params, prefix: Path = ()) -> dict[Path, Any]:
-    """A nested dict as {path: leaf}."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    flat: dict[Path, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, (*prefix, key))
-    return flat
-
-
-def unflatten(flat: Mapping[Path, Any]) -> Params:
-    """The inverse of `flatten`."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
-
-
 def find_layout(variant: str | None, kind: str) -> Layout | None:
-    """The layout of that kind, or None where there is none."""
-    return next((item for item in LAYOUTS if (item.variant, item.kind) == (variant, kind)), None)
+    return next((layout for layout in LAYOUTS if (layout.variant, layout.kind) == (variant, kind)), None)
 
 
 def layout_kinds(variant: str | None) -> list[str]:
-    """The kinds of layout that a variant has beside our own."""
-    return [item.kind for item in LAYOUTS if item.variant == variant]
+    """Kinds of published layouts that a variant has."""
+    return [layout.kind for layout in LAYOUTS if layout.variant == variant]
 
 
-# --- Names ----------------------------------------------------------------------------------------------------
-
-
-def _lvm_torch(path: Path, config: VQGANConfig) -> str:
-    last = len(config.widths) - 1
-    match path:
-        case ("encoder", "stages", i, "blocks", j, part):
-            return f"encoder.down.{i}.block.{j}.{part}"
-        case ("encoder", "stages", i, "resample", "conv"):
-            return f"encoder.down.{i}.downsample.conv"
-        case ("decoder", "stages", i, "blocks", j, part):
-            return f"decoder.up.{last - int(i)}.block.{j}.{part}"
-        case ("decoder", "stages", i, "resample", "conv"):
-            return f"decoder.up.{last - int(i)}.upsample.conv"
-        case (half, "middle", "blocks", j, part):
-            return f"{half}.mid.block_{int(j) + 1}.{part}"
-    return ".".join(path)
-
-
-def _lvm_diffusers(path: Path, config: VQGANConfig) -> str:
-    way = "down" if path[0] == "encoder" else "up"
-    match path:
-        case (half, "stages", i, "blocks", j, part):
-            return f"{half}.{way}_blocks.{i}.resnets.{j}.{part}"
-        case (half, "stages", i, "resample", "conv"):
-            return f"{half}.{way}_blocks.{i}.{way}samplers.0.conv"
-        case (half, "middle", "blocks", j, part):
-            return f"{half}.mid_block.resnets.{j}.{part}"
-        case (half, "norm_out"):
-            return f"{half}.conv_norm_out"
-    return ".".join(path)
-
-
-def _maskgit_torch(path: Path, config: VQGANConfig) -> str:
-    match path:
-        case (half, "middle", "blocks", j, part):
-            return f"{half}.mid.{j}.{part}"
-        case ("decoder", "stages", i, "resample", "conv"):
-            return f"decoder.up.{len(config.widths) - 1 - int(i)}.upsample_conv"
-    return _lvm_torch(path, config)
-
-
-def _maskgit_flax(path: Path, config: VQGANConfig) -> str:
-    match path:
-        case (half, "stages" | "middle", *_, part) if part != "conv":
-            return f"{half}.ResBlock_{_block(path, config)}.{part}"
-        case ("decoder", "stages", i, "resample", "conv"):
-            return f"decoder.Conv_{int(i) + 1}"
-        case (half, "conv_in"):
-            return f"{half}.Conv_0"
-        case (half, "conv_out"):
-            return f"{half}.Conv_{1 if half == 'encoder' else len(config.widths)}"
-        case (half, "norm_out"):
-            return f"{half}.GroupNorm_0"
-    raise ValueError(path)
-
-
-def _lvm_old_torch(path: Path, config: VQGANConfig) -> str:
-    match path:
-        case (half, "stages" | "middle", *_, part) if part != "conv":
-            return f"{half}.blocks.{_block(path, config)}.{part}"
-        case ("decoder", "stages", i, "resample", "conv"):
-            return f"decoder.up_convs.{i}"
-        case (half, "conv_in"):
-            return f"{half}.conv1"
-        case (half, "conv_out"):
-            return f"{half}.{'conv2' if half == 'encoder' else 'conv6'}"
-        case (half, "norm_out"):
-            return f"{half}.norm1"
-    raise ValueError(path)
-
-
-def _block(path: Path, config: VQGANConfig) -> int:
-    """The number of a residual block where all of a half are counted in the order that they run."""
-    match path:
-        case ("encoder", "stages", i, "blocks", j, _):
-            return int(i) * config.encoder_blocks + int(j)
-        case ("encoder", "middle", "blocks", j, _):
-            return len(config.widths) * config.encoder_blocks + int(j)
-        case ("decoder", "stages", i, "blocks", j, _):
-            return config.middle_blocks + int(i) * config.decoder_blocks + int(j)
-        case ("decoder", "middle", "blocks", j, _):
-            return int(j)
-    raise ValueError(path)
-
-
-_FLAX_PARTS = {
-    "norm1": "GroupNorm_0",
-    "conv1": "Conv_0",
-    "norm2": "GroupNorm_1",
-    "conv2": "Conv_1",
-    "shortcut": "Conv_2",
+_LVM_TORCH = {
+    "block": "{half}.{way}.{r}.block.{j}",
+    "middle": "{half}.mid.block_{j1}",
+    "resample": "{half}.{way}.{r}.{way}sample.conv",
 }
+_LVM_DIFFUSERS = {
+    "block": "{half}.{way}_blocks.{i}.resnets.{j}",
+    "middle": "{half}.mid_block.resnets.{j}",
+    "resample": "{half}.{way}_blocks.{i}.{way}samplers.0.conv",
+    "norm_out": "{half}.conv_norm_out",
+}
+_MASKGIT_TORCH = _LVM_TORCH | {"middle": "{half}.mid.{j}", "resample": "{half}.up.{r}.upsample_conv"}
+_MASKGIT_FLAX = {
+    "block": "{half}.ResBlock_{n}",
+    "middle": "{half}.ResBlock_{n}",
+    "resample": "{half}.Conv_{i1}",
+    "conv_in": "{half}.Conv_0",
+    "encoder.conv_out": "encoder.Conv_1",
+    "decoder.conv_out": "decoder.Conv_{stages}",
+    "norm_out": "{half}.GroupNorm_0",
+}
+_LVM_OLD_TORCH = {
+    "block": "{half}.blocks.{n}",
+    "middle": "{half}.blocks.{n}",
+    "resample": "{half}.up_convs.{i}",
+    "conv_in": "{half}.conv1",
+    "encoder.conv_out": "encoder.conv2",
+    "decoder.conv_out": "decoder.conv6",
+    "norm_out": "{half}.norm1",
+}
+_FLAX_ALIASES = {
+    "norm1": "GroupNorm_0", "conv1": "Conv_0", "norm2": "GroupNorm_1", "conv2": "Conv_1", "shortcut": "Conv_2",
+}  # fmt: skip
+_VARIANT_FIELDS = (to_variant_fields, from_variant_fields)
+_MUSE_FIELDS = (layout_fields.to_muse, layout_fields.from_muse)
+_DIFFUSERS_FIELDS = (layout_fields.to_diffusers, layout_fields.from_diffusers)
+_CODEBOOK, _NIN = "quantize.embedding.weight", {"shortcut": "nin_shortcut"}
+_OLD_CODEBOOK, _OLD = "quantizer.embedding.weight", {"shortcut": "conv_out"}
 LAYOUTS = (
-    Layout(
-        "maskgit", "torch", "quantize.embedding.weight", {"shortcut": "nin_shortcut"},
-        _maskgit_torch, to_variant_fields, from_variant_fields,
-    ),
-    Layout(
-        "maskgit", "maskgit", "quantizer.codebook", _FLAX_PARTS,
-        _maskgit_flax, to_variant_fields, from_variant_fields,
-    ),
-    Layout(
-        "lvm_old", "torch", "quantizer.embedding.weight", {"shortcut": "conv_out"},
-        _lvm_old_torch, to_variant_fields, from_variant_fields,
-    ),
-    Layout(
-        "lvm", "torch", "quantize.embedding.weight", {"shortcut": "nin_shortcut"},
-        _lvm_torch, to_muse, from_muse,
-    ),
-    Layout(
-        "lvm", "diffusers", "quantize.embedding.weight", {"shortcut": "conv_shortcut"},
-        _lvm_diffusers, to_diffusers, from_diffusers,
-    ),
-)  # fmt: skip
+    Layout("maskgit", "torch", _CODEBOOK, _NIN, _MASKGIT_TORCH, *_VARIANT_FIELDS),
+    Layout("maskgit", "maskgit", "quantizer.codebook", _FLAX_ALIASES, _MASKGIT_FLAX, *_VARIANT_FIELDS),
+    Layout("lvm_old", "torch", _OLD_CODEBOOK, _OLD, _LVM_OLD_TORCH, *_VARIANT_FIELDS),
+    Layout("lvm", "torch", _CODEBOOK, _NIN, _LVM_TORCH, *_MUSE_FIELDS),
+    Layout("lvm", "diffusers", _CODEBOOK, {"shortcut": "conv_shortcut"}, _LVM_DIFFUSERS, *_DIFFUSERS_FIELDS),
+)

@@ -229,7 +229,7 @@ class Stage(nnx.Module):
 def _stages(
     widths: tuple[int, ...], blocks: int, resample: type[Downsample] | type[Upsample],
     config: VQGANConfig, rngs: nnx.Rngs,
-) -> nnx.List[Stage]:  # fmt: skip
+) -> nnx.List:  # fmt: skip
     """Stages of the given widths in the order that they run."""
     stages: nnx.List[Stage] = nnx.List([])
     for i, width in enumerate(widths):

@@ -28,9 +28,7 @@ from tokenizer import weights
 from tokenizer.network import VQGAN, VQGANConfig
 from tokenizer.objective import to_float, to_uint8
 
-BATCH_PER_DEVICE = (
-    8  # every call is padded to this many images per device, so that codes cannot depend on the batch
-)
+_BATCH = 8  # every call is padded to this many images per device, so that codes cannot depend on the batch
 _ENCODING, _DECODING = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")  # subtrees of the parameters
 
 Rows = Any  # an array [B, ...]
@@ -111,7 +109,7 @@ class Tokenizer:
         }
         return identity | {"hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
 
-    def encode(self, images: ArrayLike, batch_size: int = BATCH_PER_DEVICE) -> Int32[np.ndarray, "B N"]:
+    def encode(self, images: ArrayLike, batch_size: int = _BATCH) -> Int32[np.ndarray, "B N"]:
         """Codes of images, in raster order.
 
         Args:
@@ -123,9 +121,7 @@ class Tokenizer:
         """
         return self.encoder.in_batches(self._check_images(images, np.uint8), batch_size).astype(np.int32)
 
-    def encode_latents(
-        self, images: ArrayLike, batch_size: int = BATCH_PER_DEVICE
-    ) -> Float32[np.ndarray, "B N C"]:
+    def encode_latents(self, images: ArrayLike, batch_size: int = _BATCH) -> Float32[np.ndarray, "B N C"]:
         """Latents before quantization, of images as uint8 or as floats in [0, 1], [B, R, R, 3]."""
         if np.issubdtype(np.asarray(images).dtype, np.floating):
             images = self._check_images(images, np.floating).astype(np.float32)
@@ -134,9 +130,7 @@ class Tokenizer:
         latents = self._latents.in_batches(images, batch_size)
         return latents.reshape(len(images), self.codes_per_image, -1)
 
-    def decode_float(
-        self, codes: ArrayLike, batch_size: int = BATCH_PER_DEVICE
-    ) -> Float32[np.ndarray, "B R R 3"]:
+    def decode_float(self, codes: ArrayLike, batch_size: int = _BATCH) -> Float32[np.ndarray, "B R R 3"]:
         """Images of integer codes [B, N], not clipped to [0, 1].
 
         Raises:
@@ -149,7 +143,7 @@ class Tokenizer:
             raise UserError(f"codes: from {codes.min()} to {codes.max()}, the codebook has 0..{K - 1}")
         return self.decoder.in_batches(codes.astype(np.int32), batch_size)
 
-    def decode(self, codes: ArrayLike, batch_size: int = BATCH_PER_DEVICE) -> UInt8[np.ndarray, "B R R 3"]:
+    def decode(self, codes: ArrayLike, batch_size: int = _BATCH) -> UInt8[np.ndarray, "B R R 3"]:
         """Images of integer codes [B, N]: round(255·clip(x, 0, 1))."""
         return np.asarray(to_uint8(jnp.asarray(self.decode_float(codes, batch_size))))
 

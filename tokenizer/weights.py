@@ -1,8 +1,7 @@
-"""Tokenizers in folders: our own workdirs and the published layouts, read by what is in them, and written.
+"""Reads and writes tokenizer folders: our workdirs and published layouts, recognized by their config.json.
 
-Every folder has a `config.json`. Ours says `kind`; the published ones say their class, `_class_name`; beside a bare
-weights file a small one says `variant` (docs/interop.md). A `preprocess.json` tells how pictures become images; without
-one it is as the network's authors did.
+A workdir's config.json has `kind`, a published one its class (`_class_name`), and a small one beside a bare weights
+file `variant` (docs/interop.md). `preprocess.json` holds the preprocessing; default: that of the network's authors.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import flax.serialization
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lvm import __version__
 from lvm.common import files
@@ -25,14 +25,8 @@ from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.images.preprocess import Preprocess
-from lvm.interop.tensors import (
-    BFLOAT16,
-    LazyTensor,
-    check_shapes,
-    from_array,
-    read_safetensors,
-    write_safetensors,
-)
+from lvm.interop import tensors as interop
+from lvm.interop.tensors import LazyTensor
 from lvm.interop.torch_reader import read_state_dict
 from lvm.model.nnx_utils import Params
 from lvm.training.checkpoint import Checkpoints, load_params
@@ -44,26 +38,30 @@ from tokenizer.network import VQGANConfig
 
 KINDS = ("orbax", "torch", "diffusers", "maskgit")
 PREPROCESS = "preprocess.json"
-_MODES = {"maskgit": "center_crop", "lvm_old": "squash", "lvm": "squash"}  # as their authors prepare images
-_NAMES = {
+_MODES = {
+    "maskgit": "center_crop",
+    "lvm_old": "squash",
+    "lvm": "squash",
+}  # preprocessing of the networks' authors
+_FILENAMES = {
     "torch": "model.safetensors",
     "diffusers": "diffusion_pytorch_model.safetensors",
     "maskgit": "tokenizer.msgpack",
 }
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", "")
-_KINDS_OF_CLASS = {"VQGANModel": "torch", "VQModel": "diffusers"}
-_WIDENED = (np.dtype(np.float16), BFLOAT16)
+_KIND_OF_CLASS = {"VQGANModel": "torch", "VQModel": "diffusers"}
+_HALF_DTYPES = (np.dtype(np.float16), interop.BFLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A tokenizer at rest.
+    """A stored tokenizer.
 
     Attributes:
       config: the network.
-      preprocess: how pictures become its images.
-      params: its parameters, a nested dict of float32 arrays.
-      step: of the training that made them; 0 where nothing tells.
+      preprocess: maps images to the network's input size.
+      params: nested dict of float32 arrays.
+      step: training step; 0 if unknown.
     """
 
     config: VQGANConfig
@@ -73,28 +71,27 @@ class Weights:
 
 
 def read(folder: epath.PathLike) -> Weights:
-    """The tokenizer in a folder of any kind, or whose weights file is given and has its config.json beside it.
+    """Reads a folder of any kind, or a weights file with a config.json beside it.
 
     Raises:
-      UserError: not such a folder, a network that can't be built, or tensors that are not the network's.
+      UserError: not such a folder, an unsupported network, or tensors of another network.
     """
     path = epath.Path(folder)
     if path.is_file():
         return _read_published(path.parent, path)
-    if path.is_dir() and "kind" not in _fields(path):
+    if path.is_dir() and "kind" not in _read_fields(path):
         return _read_published(path, None)
     record = read_record(path, "tokenizer", ("config", "preprocess"))
     config = from_config_dict(VQGANConfig, record["config"]["model"], f"{path / CONFIG}: config.model")
-    preprocess = Preprocess.from_json(record["preprocess"])
-    params, step = load_params(path, layouts.param_shapes(config))
-    return Weights(config, preprocess, params, step)
+    preprocess = from_config_dict(Preprocess, record["preprocess"], f"{path / CONFIG}: preprocess")
+    return Weights(config, preprocess, *load_params(path, layouts.param_shapes(config)))
 
 
 def write(folder: epath.PathLike, weights: Weights, kind: str) -> None:
-    """Writes a new folder of that kind of `KINDS`; it is there as a whole or not at all.
+    """Writes a new folder of one of `KINDS`, atomically.
 
     Raises:
-      UserError: the folder exists and isn't empty, or the network can't be told in that kind of folder.
+      UserError: the folder exists and is not empty, or the layout cannot express the network.
     """
     layout = None if kind == "orbax" else _layout_for(weights.config, kind)
     with files.new_folder(folder) as temporary:
@@ -104,77 +101,77 @@ def write(folder: epath.PathLike, weights: Weights, kind: str) -> None:
             _write_published(temporary, weights, layout)
 
 
-# --- Published layouts ------------------------------------------------------------------------------------------
+def to_layout(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
+    """The tensors with the layout's names and axes."""
+    params = flatten_dict(weights.params)
+    tensors = {}
+    for name, (path, _) in layout.tensors(weights.config).items():
+        array = np.asarray(params[path])
+        tensors[name] = np.ascontiguousarray(array.transpose(layout.axes(array.ndim)))
+    return tensors
+
+
+# --- Reading published layouts ------------------------------------------------------------------------------------
 
 
 def _read_published(folder: epath.Path, file: epath.Path | None) -> Weights:
-    fields = _fields(folder)
+    fields, where = _read_fields(folder), os.fspath(folder / CONFIG)
     file = file or _weights_file(folder)
-    content = _content(file)
-    layout = _layout_of(fields, content, f"{folder / CONFIG}")
-    preprocess = _preprocess(folder)
-    if preprocess and layout.kind == "diffusers":  # whose sample_size is often left at its default
-        fields = {**fields, "sample_size": preprocess.resolution}
-    config = layout.from_fields(fields, f"{folder / CONFIG}")
+    file_format = _file_format(file)
+    layout = _layout_of(fields, file_format, where)
+    preprocess = None
+    if (folder / PREPROCESS).exists():
+        path = folder / PREPROCESS
+        preprocess = from_config_dict(Preprocess, files.read_json(path), os.fspath(path))
+        if layout.kind == "diffusers":  # whose sample_size is often left at its default
+            fields = {**fields, "sample_size": preprocess.resolution}
+    config = layout.from_fields(fields, where)
     preprocess = preprocess or Preprocess(config.resolution, _MODES[layout.variant])
     if preprocess.resolution != config.resolution:
         raise UserError(
             f"{folder / PREPROCESS}: resolution: {preprocess.resolution}, {CONFIG} says {config.resolution}"
         )
-    names = layout.tensors(config)
-    found = _open(file, content)
-    check_shapes(found, {name: shape for name, (_, shape) in names.items()}, os.fspath(file))
-    _check_dtypes(found, file)
-    params = {path: _parameter(found[name], layout) for name, (path, _) in names.items()}
-    return Weights(config, preprocess, layouts.unflatten(params))
+    names, tensors = layout.tensors(config), _open(file, file_format)
+    interop.check_shapes(tensors, {name: shape for name, (_, shape) in names.items()}, file)
+    _check_dtypes(tensors, file)
+    params = {path: _to_param(tensors[name], layout) for name, (path, _) in names.items()}
+    return Weights(config, preprocess, unflatten_dict(params))
 
 
-def _preprocess(folder: epath.Path) -> Preprocess | None:
-    path = folder / PREPROCESS
-    if not path.exists():
-        return None
-    try:
-        return Preprocess.from_json(files.read_json(path))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _parameter(tensor: LazyTensor, layout: Layout) -> jnp.ndarray:
+def _to_param(tensor: LazyTensor, layout: Layout) -> jnp.ndarray:
     array = tensor.read().transpose(np.argsort(layout.axes(len(tensor.shape))))
     return jnp.asarray(np.ascontiguousarray(array, np.float32))
 
 
-def _check_dtypes(found: Mapping[str, LazyTensor], file: epath.Path) -> None:
-    dtypes = {tensor.dtype for tensor in found.values()} - {np.dtype(np.float32)}
-    refused = dtypes - set(_WIDENED)
-    if refused:
-        names = [f"{name} {tensor.dtype}" for name, tensor in found.items() if tensor.dtype in refused]
-        raise UserError(f"{file}: {'; '.join(names[:8])}; expected float32, or half precision to be widened")
+def _check_dtypes(tensors: Mapping[str, LazyTensor], file: epath.Path) -> None:
+    dtypes = {tensor.dtype for tensor in tensors.values()} - {np.dtype(np.float32)}
+    unsupported = dtypes - set(_HALF_DTYPES)
+    if unsupported:
+        names = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype in unsupported]
+        raise UserError(f"{file}: {'; '.join(names[:8])}; expected float32, float16 or bfloat16")
     for dtype in sorted(map(str, dtypes)):
         log_info(f"{file}: tensors in {dtype} are widened to float32")
 
 
-def _layout_of(fields: Mapping[str, Any], content: str, where: str) -> Layout:
+def _layout_of(fields: Mapping[str, Any], file_format: str, where: str) -> Layout:
     if "variant" in fields:
-        kind = "maskgit" if content == "msgpack" else "torch"
-        layout = layouts.find_layout(fields["variant"], kind)
+        layout = layouts.find_layout(fields["variant"], "maskgit" if file_format == "msgpack" else "torch")
         if layout is None:
             raise UserError(
-                f"{where}: variant: {fields['variant']!r} beside a {content} file; expected one of "
-                f"{', '.join(_MODES)}, of which maskgit alone comes as msgpack"
+                f"{where}: variant: {fields['variant']!r} beside a {file_format} file; expected one of "
+                f"{', '.join(_MODES)}, of which only maskgit is published as msgpack"
             )
         return dataclasses.replace(layout, from_fields=from_variant_fields)
-    known = _KINDS_OF_CLASS.get(fields.get("_class_name", ""))
-    layout = layouts.find_layout("lvm", known) if known else None
+    layout = layouts.find_layout("lvm", _KIND_OF_CLASS.get(fields.get("_class_name", ""), ""))
     if layout is None:
         raise UserError(
             f"{where}: not a tokenizer's: it has {', '.join(sorted(fields)) or 'nothing'}; expected kind (a workdir), "
-            f"_class_name of {' or '.join(_KINDS_OF_CLASS)}, or variant (docs/interop.md)"
+            f"_class_name of {' or '.join(_KIND_OF_CLASS)}, or variant (docs/interop.md)"
         )
     return layout
 
 
-def _fields(folder: epath.Path) -> Mapping[str, Any]:
+def _read_fields(folder: epath.Path) -> Mapping[str, Any]:
     if not (folder / CONFIG).exists():
         raise UserError(
             f"{folder}: {CONFIG} is missing; a bare weights file needs a small one beside it, such as "
@@ -187,86 +184,73 @@ def _fields(folder: epath.Path) -> Mapping[str, Any]:
 
 
 def _weights_file(folder: epath.Path) -> epath.Path:
-    """The one weights file of a folder; safetensors where there is the same in torch's format too."""
-    found = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in _SUFFIXES and f.name[0] != ".")
-    found = [file for file in found if file.name not in ("LICENSE", "README")]
-    best = [file for file in found if file.suffix == ".safetensors"] or found
-    if len(best) == 1:
-        return best[0]
-    what = ", ".join(file.name for file in best) or "none"
-    raise UserError(
-        f"{folder}: weights files: {what}; expected one (or give its path), of {' '.join(_SUFFIXES)}"
-    )
+    """The only weights file of a folder; safetensors if there are the same weights in torch's format."""
+    paths = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in _SUFFIXES and f.name[0] != ".")
+    paths = [path for path in paths if path.name not in ("LICENSE", "README")]
+    paths = [path for path in paths if path.suffix == ".safetensors"] or paths
+    if len(paths) != 1:
+        names = ", ".join(path.name for path in paths) or "none"
+        raise UserError(
+            f"{folder}: weights files: {names}; expected one (or give its path), of {' '.join(_SUFFIXES)}"
+        )
+    return paths[0]
 
 
-def _content(file: epath.Path) -> str:
-    """What a weights file is, by its content."""
+def _file_format(file: epath.Path) -> str:
+    """The format of a weights file, from its first bytes."""
     with open(file, "rb") as stream:
         start = stream.read(9)
-    if start[8:9] == b"{":  # after eight bytes of its length, the header
+    if start[8:9] == b"{":  # the header follows eight bytes of its length
         return "safetensors"
-    older = start[:4] == b"\x80\x02\x8a\x0a"  # what torch.save wrote before its zip files
-    return "torch" if older or zipfile.is_zipfile(file) else "msgpack"
+    is_legacy_torch = start[:4] == b"\x80\x02\x8a\x0a"  # torch.save before it wrote zip files
+    return "torch" if is_legacy_torch or zipfile.is_zipfile(file) else "msgpack"
 
 
-def _open(file: epath.Path, content: str) -> dict[str, LazyTensor]:
-    if content == "torch":
+def _open(file: epath.Path, file_format: str) -> dict[str, LazyTensor]:
+    if file_format == "torch":
         return read_state_dict(file)
-    if content == "safetensors":
-        return read_safetensors(file)
+    if file_format == "safetensors":
+        return interop.read_safetensors(file)
     try:
         tree = flax.serialization.msgpack_restore(file.read_bytes())
-    except Exception as error:  # msgpack's are of many kinds
+    except Exception as error:  # msgpack raises many types
         raise UserError(f"{file}: not weights in msgpack, safetensors or torch's format: {error}") from error
     tree = tree.get("params", tree) if isinstance(tree, dict) else {}
-    flat = {".".join(map(str, path)): leaf for path, leaf in layouts.flatten(tree).items()}
-    others = [name for name, leaf in flat.items() if not isinstance(leaf, np.ndarray)]
-    if others or not flat:
+    leaves = flatten_dict(tree) if isinstance(tree, dict) else {}
+    arrays = {".".join(map(str, path)): leaf for path, leaf in leaves.items()}
+    others = [name for name, leaf in arrays.items() if not isinstance(leaf, np.ndarray)]
+    if others or not arrays:
         raise UserError(f"{file}: {', '.join(others[:8]) or 'nothing'}: expected a tree of arrays")
-    return {name: from_array(leaf) for name, leaf in flat.items()}
+    return {name: interop.from_array(array) for name, array in arrays.items()}
+
+
+# --- Writing ------------------------------------------------------------------------------------------------------
 
 
 def _layout_for(config: VQGANConfig, kind: str) -> Layout:
     variant = variant_of(config)
     layout = layouts.find_layout(variant, kind)
     if layout is None:
-        known = ", ".join(["orbax", *layouts.layout_kinds(variant)])
-        what = f"variant {variant}" if variant else "a network of our own"
-        raise UserError(f"{what} has no layout {kind!r}; it can be written as {known}")
-    told = to_json(layout.from_fields(files.as_json(layout.to_fields(config)), f"{kind} layout"))
-    meant = to_json(config) | {"compute_dtype": told["compute_dtype"]}
-    lost = [
-        f"{key}: {value!r} would be read as {told[key]!r}"
-        for key, value in meant.items()
-        if told[key] != value
-    ]
+        kinds = ", ".join(["orbax", *layouts.layout_kinds(variant)])
+        network = f"variant {variant}" if variant else "an unpublished network"
+        raise UserError(f"{network} has no layout {kind!r}; it can be written as {kinds}")
+    read_back = to_json(layout.from_fields(files.as_json(layout.to_fields(config)), f"{kind} layout"))
+    original = to_json(config) | {"compute_dtype": read_back["compute_dtype"]}
+    lost = [f"{k}: {v!r} would be read as {read_back[k]!r}" for k, v in original.items() if read_back[k] != v]
     if lost:
-        raise UserError(f"the {kind} layout of {variant} can't tell this network: {'; '.join(lost)}")
+        raise UserError(f"the {kind} layout of {variant} cannot express this network: {'; '.join(lost)}")
     return layout
 
 
-def to_layout(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
-    """Every tensor as the layout names it and lays it out."""
-    flat = layouts.flatten(weights.params)
-    found = {}
-    for name, (path, _) in layout.tensors(weights.config).items():
-        array = np.asarray(flat[path])
-        found[name] = np.ascontiguousarray(array.transpose(layout.axes(array.ndim)))
-    return found
-
-
 def _write_published(folder: pathlib.Path, weights: Weights, layout: Layout) -> None:
-    tensors, file = to_layout(weights, layout), folder / _NAMES[layout.kind]
+    tensors, file = to_layout(weights, layout), folder / _FILENAMES[layout.kind]
     if layout.kind == "maskgit":
-        tree = layouts.unflatten({tuple(name.split(".")): array for name, array in tensors.items()})
-        files.write_atomically(file, flax.serialization.msgpack_serialize({"params": tree}))
+        tree = {"params": unflatten_dict(tensors, sep=".")}
+        files.write_atomically(file, flax.serialization.msgpack_serialize(tree))
     else:
-        write_safetensors(file, tensors)
+        interop.write_safetensors(file, tensors)
     files.write_json(folder / CONFIG, layout.to_fields(weights.config))
     files.write_json(folder / PREPROCESS, weights.preprocess.to_json())
-
-
-# --- Our own ----------------------------------------------------------------------------------------------------
 
 
 def _write_workdir(folder: pathlib.Path, weights: Weights) -> None:
@@ -276,7 +260,7 @@ def _write_workdir(folder: pathlib.Path, weights: Weights) -> None:
         "kind": "tokenizer",
         "config": {"model": to_json(weights.config)},
         "preprocess": weights.preprocess.to_json(),
-        "converted": True,  # there is no training to go on with: a new run begins with these weights
+        "converted": True,  # no training state: a new run starts from these weights
     }
     checkpoints = Checkpoints(folder)
     state = {"params": weights.params, "training": {"step": np.int32(weights.step)}}

@@ -86,37 +86,19 @@ class Accelerator:
 # NVIDIA datasheets, NVLink halved; network of DGX systems, one port of 200 (A100) or 400 Gbps per GPU.
 # The first match counts: longer device kinds come before their prefixes.
 ACCELERATORS = (
-    Accelerator(
-        "v2", ("TPU v2",), "tpu", 22.5 * TERA, 8 * GIB, 350 * GIGA,
-        pod=Pod("v2", 2, "", 2, 256),
-    ),
-    Accelerator(
-        "v3", ("TPU v3",), "tpu", 61.5 * TERA, 16 * GIB, 450 * GIGA,
-        pod=Pod("v3", 2, "tpu-v3-slice", 2, 1024),
-    ),
-    Accelerator(
-        "v4", ("TPU v4",), "tpu", 275 * TERA, 32 * GIB, 1200 * GIGA, 300 * GIGA,
-        pod=Pod("v4", 2, "tpu-v4-podslice", 3, 4096, chip_config="megacore"),
-    ),
-    Accelerator(
-        "v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197 * TERA, 16 * GIB, 819 * GIGA, 200 * GIGA, 3.125 * GIGA,
-        pod=Pod("v5litepod", 1, "tpu-v5-lite-podslice", 2, 256),
-    ),
-    Accelerator(
-        "v5p", ("TPU v5p", "TPU v5"), "tpu", 459 * TERA, 95 * GIB, 2765 * GIGA, 600 * GIGA, 6.25 * GIGA,
-        pod=Pod("v5p", 2, "tpu-v5p-slice", 3, 6144),
-    ),
-    Accelerator(
-        "v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918 * TERA, 32 * GIB, 1600 * GIGA, 400 * GIGA, 12.5 * GIGA,
-        pod=Pod("v6e", 1, "tpu-v6e-slice", 2, 256),
-    ),
-    Accelerator(
-        "a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), "gpu", 312 * TERA, 40 * GIB,
-        1555 * GIGA, 300 * GIGA, 25 * GIGA,
-    ),
-    Accelerator(
-        "a100-80gb", ("NVIDIA A100",), "gpu", 312 * TERA, 80 * GIB, 2039 * GIGA, 300 * GIGA, 25 * GIGA
-    ),
+    Accelerator("v2", ("TPU v2",), "tpu", 22.5 * TERA, 8 * GIB, 350 * GIGA, pod=Pod("v2", 2, "", 2, 256)),
+    Accelerator("v3", ("TPU v3",), "tpu", 61.5 * TERA, 16 * GIB, 450 * GIGA, pod=Pod("v3", 2, "tpu-v3-slice", 2, 1024)),
+    Accelerator("v4", ("TPU v4",), "tpu", 275 * TERA, 32 * GIB, 1200 * GIGA, 300 * GIGA,
+                pod=Pod("v4", 2, "tpu-v4-podslice", 3, 4096, chip_config="megacore")),
+    Accelerator("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197 * TERA, 16 * GIB, 819 * GIGA, 200 * GIGA, 3.125 * GIGA,
+                pod=Pod("v5litepod", 1, "tpu-v5-lite-podslice", 2, 256)),
+    Accelerator("v5p", ("TPU v5p", "TPU v5"), "tpu", 459 * TERA, 95 * GIB, 2765 * GIGA, 600 * GIGA, 6.25 * GIGA,
+                pod=Pod("v5p", 2, "tpu-v5p-slice", 3, 6144)),
+    Accelerator("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918 * TERA, 32 * GIB, 1600 * GIGA, 400 * GIGA, 12.5 * GIGA,
+                pod=Pod("v6e", 1, "tpu-v6e-slice", 2, 256)),
+    Accelerator("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), "gpu", 312 * TERA, 40 * GIB,
+                1555 * GIGA, 300 * GIGA, 25 * GIGA),
+    Accelerator("a100-80gb", ("NVIDIA A100",), "gpu", 312 * TERA, 80 * GIB, 2039 * GIGA, 300 * GIGA, 25 * GIGA),
     Accelerator("h100-pcie", ("NVIDIA H100 PCIe",), "gpu", 756 * TERA, 80 * GIB, 2000 * GIGA, 64 * GIGA, 25 * GIGA),
     Accelerator("h100", ("NVIDIA H100",), "gpu", 989 * TERA, 80 * GIB, 3350 * GIGA, 450 * GIGA, 50 * GIGA),
     Accelerator("h200", ("NVIDIA H200",), "gpu", 989 * TERA, 141 * 10**9, 4800 * GIGA, 450 * GIGA, 50 * GIGA),

@@ -6,6 +6,7 @@ They are passed with each program (`compiler_options=`), not through XLA_FLAGS: 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 from lvm.common.errors import UserError
@@ -95,8 +96,6 @@ def _parse(value: str) -> OptionValue:
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(value)
-        except ValueError:
-            pass
     return value

@@ -9,10 +9,7 @@ rematerialization, padding, norms, softmax or the optimizer (PaLM, arXiv 2204.02
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lvm.model.transformer import ModelConfig
+from lvm.model.transformer import ModelConfig
 
 CONVENTIONS = ("causal", "whole")
 

@@ -1,4 +1,4 @@
-"""The command that converts, and training that begins with what it wrote."""
+"""tokenizer.convert, and training from converted weights."""
 
 import dataclasses
 import itertools
@@ -23,13 +23,13 @@ pytest.importorskip("safetensors")
 TINY = {"resolution": 16, "channel_multipliers": (1, 2), "codebook_size": 16, "codebook_dim": 4}
 
 
-def test_the_command_converts(tmp_path):
+def test_convert_command(tmp_path):
     published = random_weights(small("maskgit", **TINY))
     weights.write(tmp_path / "maskgit", published, "maskgit")
     said = run("tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=orbax")
     assert "16 codes of 4, 64 an image of 16×16" in said
     check_same(weights.read(tmp_path / "out"), published)
-    assert "exists and isn't an empty folder" in run(
+    assert "exists and is not an empty folder" in run(
         "tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=torch", code=2
     )
     assert "nowhere: not a model folder" in run(
@@ -38,44 +38,46 @@ def test_the_command_converts(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_begins_with_converted_weights(tmp_path):
+def test_training_starts_from_converted_weights(tmp_path):
     config = VQGANConfig(
         resolution=32, patch_size=8, channels=16, channel_multipliers=(1,), encoder_blocks=1, decoder_blocks=1,
         middle_blocks=0, codebook_size=64, codebook_dim=4, norm_groups=4, block_bias=False, latent_kernel=1,
         quant_convs=False,
-    )  # fmt: skip  # that of tests/configs/tiny_tokenizer.py
-    wanted = random_weights(config)
-    weights.write(tmp_path / "converted", wanted, "orbax")
+    )  # fmt: skip  # as in tests/configs/tiny_tokenizer.py
+    initial = random_weights(config)
+    weights.write(tmp_path / "converted", initial, "orbax")
 
     tiny = tiny_tokenizer.get_config()
     tiny.loss.autoencoder_steps = 0
-    # With a learning rate of nothing and averages that keep all, what it begins with is what comes out.
+    # With no learning rate and frozen averages, training returns its initial weights.
     tiny.optimizer.update({"learning_rate": 1e-30, "end_learning_rate": 1e-30, "warmup_steps": 1})
     tiny.loss.update({"dead_below": 0.0, "ema_decay": 0.9999999})
     tiny.loop.total_steps = 2
 
-    def begin(workdir, **changes):
+    def start(workdir, **changes):
         tiny_config = dataclasses.replace(from_config_dict(TokenizerConfig, tiny), **changes)
         training.train(tiny_config, tmp_path / workdir)
 
     with pytest.raises(UserError, match=r"converted weights and no training; start one .* new --workdir"):
-        begin("converted")
-    start = {"init_from": str(tmp_path / "converted")}
+        start("converted")
+    init = {"init_from": str(tmp_path / "converted")}
     with pytest.raises(UserError, match=r"autoencoder_steps: 8, expected 0"):
-        begin("run", **start, loss=LossConfig(autoencoder_steps=8))
+        start("run", **init, loss=LossConfig(autoencoder_steps=8))
     with pytest.raises(UserError, match=r"config\.model\.codebook_size: 32, there 64"):
-        begin("other", **start, model=dataclasses.replace(config, codebook_size=32))
-    begin("run", **start)
-    found = weights.read(tmp_path / "run")
-    assert found.step == 2
-    codebook, wanted_codebook = found.params.pop("codebook"), wanted.params.pop("codebook")
-    same_bits(found.params, wanted.params)
-    np.testing.assert_allclose(codebook, wanted_codebook, atol=1e-3)  # seeding would have made it another
+        start("other", **init, model=dataclasses.replace(config, codebook_size=32))
+    start("run", **init)
+    stored = weights.read(tmp_path / "run")
+    assert stored.step == 2
+    codebook, initial_codebook = stored.params.pop("codebook"), initial.params.pop("codebook")
+    same_bits(stored.params, initial.params)
+    np.testing.assert_allclose(codebook, initial_codebook, atol=1e-3)  # it is not seeded anew
 
 
-def test_no_module_of_ours_needs_torch_or_unpickles():
+def test_no_module_imports_torch_or_pickle():
     folders = [pathlib.Path(weights.__file__).parent, pathlib.Path(files.__file__).parent]
     for file in itertools.chain(*(folder.rglob("*.py") for folder in folders)):
         lines = [line.strip() for line in file.read_text().splitlines()]
-        found = [line for line in lines if line.startswith(("import torch", "from torch", "import pickle\n"))]
-        assert not found, f"{file}: {found}"
+        imports = [
+            line for line in lines if line.startswith(("import torch", "from torch", "import pickle\n"))
+        ]
+        assert not imports, f"{file}: {imports}"

@@ -1,7 +1,6 @@
-"""The three networks against torch: diffusers has the released one, `scripts.peer_torch_vqgan` the others.
+"""Parity of the three networks with torch: diffusers for the released one, `scripts.peer_torch_vqgan` for the others.
 
-Random weights at reduced widths, and the released one at its own: what is compared is the arithmetic, the layout of the
-parameters, and the files between the two.
+Random weights at reduced width, and the released network at full width; compares arithmetic, layouts and files.
 """
 
 import dataclasses
@@ -24,8 +23,8 @@ peers = pytest.importorskip("scripts.peer_torch_vqgan")
 _FILES = {"torch": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors"}
 
 
-def in_jax(found, images):
-    graphdef, _ = nnx_utils.abstract_module(lambda rngs: VQGAN(found.config, rngs))
+def run_jax(stored, images):
+    graphdef, _ = nnx_utils.abstract_module(lambda rngs: VQGAN(stored.config, rngs))
 
     @jax.jit
     def run(params, images):
@@ -34,21 +33,21 @@ def in_jax(found, images):
         codes = model.quantize(latents)
         return latents, codes, model.decode_float(codes)
 
-    return [np.asarray(x) for x in run(found.params, images)]
+    return [np.asarray(x) for x in run(stored.params, images)]
 
 
-def spread_codebook(found, images):
-    """A codebook with the latents' mean and scale in each channel: else one code would be nearest to all."""
-    latents, _, _ = in_jax(found, images)
+def spread_codebook(stored, images):
+    """Gives the codebook the latents' mean and scale per channel, so that many codes are in use."""
+    latents, _, _ = run_jax(stored, images)
     rng = np.random.default_rng(1)
-    shape = found.params["codebook"].shape
+    shape = stored.params["codebook"].shape
     rows = latents.mean((0, 1, 2)) + latents.std((0, 1, 2)) * rng.standard_normal(shape)
-    return dataclasses.replace(found, params=found.params | {"codebook": rows.astype(np.float32)})
+    return dataclasses.replace(stored, params=stored.params | {"codebook": rows.astype(np.float32)})
 
 
-def check_agreement(found, theirs, images, different=5):
-    """That ours and torch's network give the same latents, codes (but for near ties) and images."""
-    ours, codes, decoded = in_jax(found, images)
+def check_agreement(stored, theirs, images, different=5):
+    """Asserts equal latents, codes (except near ties) and images of our network and torch's."""
+    ours, codes, decoded = run_jax(stored, images)
     with torch.no_grad():
         latents = theirs.latents(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
         their_codes = theirs.codes(latents).numpy()
@@ -56,7 +55,7 @@ def check_agreement(found, theirs, images, different=5):
     latents = latents.numpy().transpose(0, 2, 3, 1)  # [B, h, w, C]
     np.testing.assert_allclose(ours, latents, atol=1e-4, rtol=0)
 
-    rows = np.asarray(found.params["codebook"], np.float64)
+    rows = np.asarray(stored.params["codebook"], np.float64)
     flat = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
     distances = np.square(flat).sum(-1)[:, None] - 2 * flat @ rows.T + np.square(rows).sum(-1)  # [B·N, K]
     nearest_two = np.partition(distances, 1, axis=-1)[:, :2]
@@ -75,20 +74,20 @@ def pixels(count=3, side=64):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ours_to_torch(variant, tmp_path):
-    """What `convert` writes is loaded by torch's network, strictly, and does the same."""
-    found = spread_codebook(random_weights(small(variant)), pixels())
+def test_converted_weights_load_in_torch(variant, tmp_path):
+    """Torch loads what `write` writes, strictly, and computes the same."""
+    stored = spread_codebook(random_weights(small(variant)), pixels())
     kind = "diffusers" if variant == "lvm" else "torch"
-    weights.write(tmp_path / "out", found, kind)
-    theirs = peers.NETWORKS[variant](found.config).eval()
+    weights.write(tmp_path / "out", stored, kind)
+    theirs = peers.NETWORKS[variant](stored.config).eval()
     state = safetensors.load_file(tmp_path / "out" / _FILES[kind])
     (theirs.model if variant == "lvm" else theirs).load_state_dict(state, strict=True)
-    check_agreement(found, theirs, pixels())
+    check_agreement(stored, theirs, pixels())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_torch_to_ours(variant, tmp_path):
-    """What torch wrote, also as its pickle, is read as the same numbers and does the same."""
+def test_torch_weights_load_here(variant, tmp_path):
+    """Weights written by torch, as safetensors or as a pickle, are read exactly and compute the same."""
     config = small(variant)
     torch.manual_seed(0)
     theirs = peers.NETWORKS[variant](config).eval()
@@ -98,41 +97,41 @@ def test_torch_to_ours(variant, tmp_path):
     folder = tmp_path / "in"
     if variant == "lvm":
         theirs.model.save_pretrained(folder)
-        found = weights.read(folder)
+        stored = weights.read(folder)
     else:
         folder.mkdir()
         torch.save(theirs.state_dict(), folder / "xh_ckpt.pth")
         fields = {"variant": variant, "resolution": 64, "channels": 32}
         weights.files.write_json(folder / "config.json", fields | {"codebook_size": 128, "codebook_dim": 8})
-        found = weights.read(folder)
-    assert found.config == config
-    found = spread_codebook(found, pixels())
+        stored = weights.read(folder)
+    assert stored.config == config
+    stored = spread_codebook(stored, pixels())
     name = {"maskgit": "quantize", "lvm_old": "quantizer", "lvm": "model.quantize"}[variant]
     codebook = theirs.get_parameter(f"{name}.embedding.weight")
-    codebook.data = torch.from_numpy(np.array(found.params["codebook"]))
-    check_agreement(found, theirs, pixels())
+    codebook.data = torch.from_numpy(np.array(stored.params["codebook"]))
+    check_agreement(stored, theirs, pixels())
 
 
-def test_diffusers_itself_opens_and_writes_our_folder(tmp_path):
-    found = spread_codebook(random_weights(small("lvm")), pixels())
-    weights.write(tmp_path / "ours", found, "diffusers")
+def test_diffusers_round_trips_our_folder(tmp_path):
+    stored = spread_codebook(random_weights(small("lvm")), pixels())
+    weights.write(tmp_path / "ours", stored, "diffusers")
     theirs = diffusers.VQModel.from_pretrained(tmp_path / "ours")
-    check_agreement(found, peers.ReleasedLVM(theirs.eval()), pixels())
+    check_agreement(stored, peers.ReleasedLVM(theirs.eval()), pixels())
     theirs.save_pretrained(tmp_path / "theirs", safe_serialization=False)  # a pickle of torch
     assert not list((tmp_path / "theirs").glob("*.safetensors"))
     again = weights.read(tmp_path / "theirs")
-    assert again.config == found.config
-    same_bits(again.params, found.params)
+    assert again.config == stored.config
+    same_bits(again.params, stored.params)
 
 
-def test_the_released_network_at_its_own_size():
+def test_released_network_at_full_width():
     config = dataclasses.replace(VARIANTS["lvm"], resolution=32)  # fewer pixels, all parameters
     images = pixels(3, side=32)
-    found = spread_codebook(random_weights(config), images)
+    stored = spread_codebook(random_weights(config), images)
     state = {
         name: torch.from_numpy(array)
-        for name, array in weights.to_layout(found, weights.layouts.find_layout("lvm", "diffusers")).items()
+        for name, array in weights.to_layout(stored, weights.layouts.find_layout("lvm", "diffusers")).items()
     }
     theirs = peers.released(config)
     theirs.model.load_state_dict(state, strict=True)
-    check_agreement(found, theirs, images)
+    check_agreement(stored, theirs, images)

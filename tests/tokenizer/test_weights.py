@@ -1,4 +1,4 @@
-"""Tokenizers through files: every chain of layouts gives the same bits back, and what doesn't fit is named."""
+"""Tokenizer folders: conversions between layouts are exact, and mismatches are named."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ def kinds_of(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_published_networks_have_the_names_that_their_files_have(variant):
+def test_layouts_have_published_names_and_shapes(variant):
     config = VARIANTS[variant]
     for kind in layouts.layout_kinds(variant):
         names = layouts.find_layout(variant, kind).tensors(config)
@@ -106,19 +106,17 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_chain_of_layouts_gives_the_same_bits(variant, tmp_path):
-    wanted = random_weights(small(variant, **TINY), mode="center_crop", filter="lanczos")
+def test_conversions_between_layouts_are_exact(variant, tmp_path):
+    original = random_weights(small(variant, **TINY), mode="center_crop", filter="lanczos")
     folders = {}
     for kind in kinds_of(variant):
         folders[kind] = tmp_path / kind
-        weights.write(folders[kind], wanted, kind)
-        check_same(weights.read(folders[kind]), wanted)
-    for source, target in itertools.product(
-        folders, folders
-    ):  # every step is exact, so every chain of them is
+        weights.write(folders[kind], original, kind)
+        check_same(weights.read(folders[kind]), original)
+    for source, target in itertools.product(folders, folders):
         folder = tmp_path / f"{source}-{target}"
         weights.write(folder, weights.read(folders[source]), target)
-        check_same(weights.read(folder), wanted)
+        check_same(weights.read(folder), original)
 
 
 @st.composite
@@ -126,7 +124,7 @@ def networks(draw):
     variant = draw(st.sampled_from(sorted(VARIANTS)))
     stages = draw(st.integers(1, 3))
     blocks = draw(st.integers(1, 2))
-    free = variant != "lvm"  # whose layouts tell one number of blocks, and no groups
+    free = variant != "lvm"  # its layouts have one number of blocks and no groups
     return small(
         variant,
         resolution=2 ** (stages - 1) * draw(st.integers(1, 5)),
@@ -144,27 +142,25 @@ def networks(draw):
 @pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(config=networks(), seed=st.integers(0, 99), data=st.data())
-def test_networks_of_any_size_survive_any_chain(config, seed, data):
-    wanted = random_weights(config, seed)
+def test_chains_of_conversions_are_exact_at_any_size(config, seed, data):
+    original = random_weights(config, seed)
     chain = data.draw(
         st.lists(st.sampled_from(layouts.layout_kinds(variant_of(config))), min_size=1, max_size=3)
     )
-    found = wanted
+    stored = original
     with tempfile.TemporaryDirectory() as folder:
-        for number, kind in enumerate(chain):
-            weights.write(f"{folder}/{number}", found, kind)
-            found = weights.read(f"{folder}/{number}")
-            check_same(found, wanted)
+        for i, kind in enumerate(chain):
+            weights.write(f"{folder}/{i}", stored, kind)
+            stored = weights.read(f"{folder}/{i}")
+            check_same(stored, original)
 
 
-def test_a_network_of_our_own_has_our_layout_alone(tmp_path):
-    wanted = random_weights(OWN)
-    weights.write(tmp_path / "ours", wanted, "orbax")
-    check_same(weights.read(tmp_path / "ours"), wanted)
-    with pytest.raises(
-        UserError, match="a network of our own has no layout 'torch'; it can be written as orbax"
-    ):
-        weights.write(tmp_path / "torch", wanted, "torch")
+def test_unpublished_network_has_only_orbax_layout(tmp_path):
+    original = random_weights(OWN)
+    weights.write(tmp_path / "ours", original, "orbax")
+    check_same(weights.read(tmp_path / "ours"), original)
+    with pytest.raises(UserError, match="no layout 'torch'; it can be written as orbax"):
+        weights.write(tmp_path / "torch", original, "torch")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +171,7 @@ def test_a_network_of_our_own_has_our_layout_alone(tmp_path):
         ("lvm", "maskgit", "variant lvm has no layout 'maskgit'; .* as orbax, torch, diffusers"),
     ],
 )
-def test_a_pair_without_a_common_layout_is_refused(variant, kind, message, tmp_path):
+def test_write_rejects_layouts_of_other_variants(variant, kind, message, tmp_path):
     with pytest.raises(UserError, match=message):
         weights.write(tmp_path / "out", random_weights(small(variant, **TINY)), kind)
     assert not list(tmp_path.iterdir())
@@ -190,28 +186,28 @@ def test_a_pair_without_a_common_layout_is_refused(variant, kind, message, tmp_p
         ({"channel_multipliers": (2, 2)}, "torch", "channel_mult: .2, 2., expected 1 as the first"),
     ],
 )
-def test_what_a_layout_cant_tell_is_refused(sizes, kind, message, tmp_path):
+def test_write_rejects_what_a_layout_cannot_express(sizes, kind, message, tmp_path):
     with pytest.raises(UserError, match=message):
         weights.write(tmp_path / "out", random_weights(small("lvm", **{**TINY, **sizes})), kind)
 
 
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    wanted = random_weights(small("maskgit", **TINY))
+def test_write_is_atomic(tmp_path, monkeypatch):
+    original = random_weights(small("maskgit", **TINY))
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").touch()
-    with pytest.raises(UserError, match="full: exists and isn't an empty folder"):
-        weights.write(tmp_path / "full", wanted, "torch")
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(UserError, match="full: exists and is not an empty folder"):
+        weights.write(tmp_path / "full", original, "torch")
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(weights.files, "write_json", fail)
     with pytest.raises(OSError, match="disk full"):
-        weights.write(tmp_path / "out", wanted, "torch")
+        weights.write(tmp_path / "out", original, "torch")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-# --- Reading what others wrote ------------------------------------------------------------------------------------
+# --- Reading published folders ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -229,11 +225,11 @@ def rewrite(folder, change):
     safetensors.save_file(change(safetensors.load_file(file)), file)
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_all_listed(folder):
-    def change(found):
-        found["extra"] = found.pop("quant_conv.bias")
-        found["decoder.conv_out.bias"] = np.zeros(4, np.float32)
-        return found
+def test_read_lists_all_mismatched_tensors(folder):
+    def change(tensors):
+        tensors["extra"] = tensors.pop("quant_conv.bias")
+        tensors["decoder.conv_out.bias"] = np.zeros(4, np.float32)
+        return tensors
 
     rewrite(folder, change)
     with pytest.raises(UserError) as caught:
@@ -247,12 +243,12 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(folder):
         assert part in str(caught.value)
 
 
-def test_half_precision_is_widened_aloud_and_other_types_are_refused(folder, caplog):
-    rewrite(folder, lambda found: {name: x.astype(np.float16) for name, x in found.items()})
-    found = weights.read(folder)
+def test_read_widens_half_precision_and_logs_it(folder, caplog):
+    rewrite(folder, lambda tensors: {name: x.astype(np.float16) for name, x in tensors.items()})
+    stored = weights.read(folder)
     assert "tensors in float16 are widened to float32" in caplog.text
-    assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {np.dtype(np.float32)}
-    rewrite(folder, lambda found: found | {"quant_conv.bias": np.zeros(4, np.float64)})
+    assert {leaf.dtype for leaf in jax.tree.leaves(stored.params)} == {np.dtype(np.float32)}
+    rewrite(folder, lambda tensors: tensors | {"quant_conv.bias": np.zeros(4, np.float64)})
     with pytest.raises(UserError, match=r"quant_conv.bias float64; expected float32"):
         weights.read(folder)
 
@@ -277,7 +273,7 @@ def change_config(folder, changes):
         ({"_class_name": "leave out", "variant": "vqvae"}, "variant: 'vqvae' beside a safetensors file"),
     ],
 )
-def test_a_config_of_another_network_is_refused_by_its_field(folder, changes, message):
+def test_read_names_unsupported_fields_of_muse(folder, changes, message):
     change_config(folder, changes)
     with pytest.raises(UserError, match=message) as caught:
         weights.read(folder)
@@ -294,14 +290,14 @@ def test_a_config_of_another_network_is_refused_by_its_field(folder, changes, me
         ({"act_fn": "relu"}, "act_fn: 'relu', expected 'silu'"),
     ],
 )
-def test_another_vqmodel_is_refused_by_its_field(tmp_path, changes, message):
+def test_read_names_unsupported_fields_of_diffusers(tmp_path, changes, message):
     weights.write(tmp_path / "in", random_weights(small("lvm", **TINY)), "diffusers")
     change_config(tmp_path / "in", changes)
     with pytest.raises(UserError, match=message):
         weights.read(tmp_path / "in")
 
 
-def test_without_a_preprocess_it_is_the_authors_own(folder, tmp_path):
+def test_preprocess_defaults_to_the_authors(folder, tmp_path):
     (folder / "preprocess.json").unlink()
     assert weights.read(folder).preprocess == Preprocess(16, "squash")
     weights.write(tmp_path / "maskgit", random_weights(small("maskgit", **TINY)), "maskgit")
@@ -312,9 +308,9 @@ def test_without_a_preprocess_it_is_the_authors_own(folder, tmp_path):
         weights.read(folder)
 
 
-def test_a_bare_file_with_a_variant_beside_it(tmp_path):
-    wanted = random_weights(small("maskgit", **TINY), mode="center_crop")
-    weights.write(tmp_path / "in", wanted, "maskgit")
+def test_read_bare_file_with_variant(tmp_path):
+    original = random_weights(small("maskgit", **TINY), mode="center_crop")
+    weights.write(tmp_path / "in", original, "maskgit")
     tree = flax.serialization.msgpack_restore((tmp_path / "in" / "tokenizer.msgpack").read_bytes())
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -325,7 +321,7 @@ def test_a_bare_file_with_a_variant_beside_it(tmp_path):
     sizes = {name: value for name, value in TINY.items() if name != "resolution"}
     files.write_json(bare / "config.json", {"variant": "maskgit", "resolution": 16, "channels": 32, **sizes})
     for source in (file, bare):
-        check_same(weights.read(source), wanted)
+        check_same(weights.read(source), original)
     (bare / "other.pth").touch()
     with pytest.raises(
         UserError, match=r"weights files: other.pth, tokenizer_imagenet256_checkpoint; expected one"
@@ -339,28 +335,28 @@ def test_a_bare_file_with_a_variant_beside_it(tmp_path):
         weights.read(file)
 
 
-def test_load_takes_every_kind_of_folder_and_gives_the_same_codes(tmp_path):
-    wanted = random_weights(small("lvm", **TINY))
+def test_load_gives_same_codes_from_every_layout(tmp_path):
+    original = random_weights(small("lvm", **TINY))
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    found = []
+    loaded = []
     for kind in kinds_of("lvm"):
-        weights.write(tmp_path / kind, wanted, kind)
+        weights.write(tmp_path / kind, original, kind)
         tokenizer = Tokenizer.load(tmp_path / kind)
-        found.append((tokenizer.identity(), tokenizer.encode(images).tolist()))
-    assert found[0] == found[1] == found[2]
+        loaded.append((tokenizer.identity(), tokenizer.encode(images).tolist()))
+    assert loaded[0] == loaded[1] == loaded[2]
     assert Tokenizer.load(tmp_path / "torch", dtype="bfloat16").config.compute_dtype == "bfloat16"
 
 
-def test_the_identity_tells_weights_network_and_preprocessing_apart():
-    wanted = random_weights(small("lvm", **TINY))
-    numbers = wanted.params | {"codebook": np.nextafter(wanted.params["codebook"], np.float32(9))}
+def test_identity_covers_weights_network_preprocess():
+    original = random_weights(small("lvm", **TINY))
+    changed = original.params | {"codebook": np.nextafter(original.params["codebook"], np.float32(9))}
     others = [
-        dataclasses.replace(wanted, params=numbers),
-        dataclasses.replace(wanted, config=dataclasses.replace(wanted.config, l2_normalize=True)),
-        dataclasses.replace(wanted, preprocess=Preprocess(16, "center_crop")),
-        dataclasses.replace(wanted, preprocess=Preprocess(16, filter="lanczos")),
+        dataclasses.replace(original, params=changed),
+        dataclasses.replace(original, config=dataclasses.replace(original.config, l2_normalize=True)),
+        dataclasses.replace(original, preprocess=Preprocess(16, "center_crop")),
+        dataclasses.replace(original, preprocess=Preprocess(16, filter="lanczos")),
     ]
-    identities = [Tokenizer(w.config, w.preprocess, w.params).identity() for w in (wanted, *others)]
+    identities = [Tokenizer(w.config, w.preprocess, w.params).identity() for w in (original, *others)]
     assert len({identity["hash"] for identity in identities}) == 5
     assert len({identity["weights"] for identity in identities}) == 2
     assert identities[0]["preprocess"]["colours"] == "0..1"
