@@ -57,14 +57,8 @@ def model_card(checkpoint: LazyCheckpoint, identity: Mapping[str, Any] | None, h
       identity: `Tokenizer.identity()` of its tokenizer, or None if unknown.
       has_tokenizer: whether the export contains the tokenizer.
     """
-    sections = [
-        _INTRODUCTION,
-        _sizes(checkpoint),
-        _tokenizer(identity, has_tokenizer),
-        _prompting(checkpoint, has_tokenizer),
-        _training(checkpoint),
-    ]
-    return "\n".join(sections)
+    usage = [_tokenizer(identity, has_tokenizer), _prompting(checkpoint, has_tokenizer)]
+    return "\n".join([_INTRODUCTION, _sizes(checkpoint), *usage, _training(checkpoint)])
 
 
 def _sizes(checkpoint: LazyCheckpoint) -> str:

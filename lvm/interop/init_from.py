@@ -21,15 +21,8 @@ from lvm.training.task import State
 
 # Fields that weights depend on; context, compute dtype and others may differ.
 _ARCHITECTURE = (
-    "hidden_size",
-    "mlp_size",
-    "num_layers",
-    "num_heads",
-    "kv_heads",
-    "rope_theta",
-    "norm_epsilon",
-    "tie_embeddings",
-)
+    "hidden_size", "mlp_size", "num_layers", "num_heads", "kv_heads", "rope_theta", "norm_epsilon", "tie_embeddings",
+)  # fmt: skip
 
 
 def load_initial_model(

@@ -13,13 +13,8 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.config import from_config_dict
-from lvm.interop.lazy_checkpoint import (
-    LazyCheckpoint,
-    check_dtypes,
-    layer_names,
-    stacked_shapes,
-    tensor_shapes,
-)
+from lvm.interop import lazy_checkpoint
+from lvm.interop.lazy_checkpoint import LazyCheckpoint, check_dtypes, stacked_shapes
 from lvm.interop.tensors import LazyTensor, check_shapes
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
@@ -45,9 +40,9 @@ def read(folder: epath.Path, step: int | None = None) -> LazyCheckpoint:
     check_dtypes(params, f"{folder}: step {step}")
     stacked = {name: params.pop(name) for name in shapes if name.startswith("layers.")}
     for name in stacked:
-        layers = enumerate(layer_names(name, config))
+        layers = enumerate(lazy_checkpoint.layer_names(name, config))
         params |= {layer: _lazy_tensor(arrays[name], index) for index, layer in layers}
-    tensors = {name: params[name] for name in tensor_shapes(config)}
+    tensors = {name: params[name] for name in lazy_checkpoint.tensor_shapes(config)}
     return LazyCheckpoint(config, vocabulary, tensors, record, step, os.fspath(folder), stacked)
 
 
