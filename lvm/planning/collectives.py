@@ -94,7 +94,7 @@ class _Counter:
         instruction = run.instruction
         kind = instruction.operation.removesuffix("-start")
         if kind == "send" and "is_host_transfer=true" in instruction.attributes:
-            return BETWEEN_SLICES, instruction.arrays[0].bytes, 0.0
+            return BETWEEN_SLICES, float(instruction.arrays[0].bytes), 0.0
         if kind not in KINDS:
             return None
         arrays = instruction.arrays
@@ -135,13 +135,17 @@ class _Counter:
         if len(sizes) == 2:
             for axis, (size, other) in enumerate((sizes, sizes[::-1])):
                 if size <= self._padded.get((axis, other), 0):
-                    return PADDING, 0.0, array.bytes
+                    return PADDING, 0.0, float(array.bytes)
         for weight in self._weights:
             if len(weight) == len(sizes):
                 split = [(full, shard) for full, shard in zip(weight, sizes, strict=True) if full != shard]
                 if len(split) == 1 and split[0][0] % split[0][1] == 0:
-                    return "reduce-scatter" if _sends_partial_sums(run) else "all-gather", array.bytes, 0.0
-        return "collective-permute", array.bytes, 0.0
+                    return (
+                        "reduce-scatter" if _sends_partial_sums(run) else "all-gather",
+                        float(array.bytes),
+                        0.0,
+                    )
+        return "collective-permute", float(array.bytes), 0.0
 
 
 def _is_padded(size: int, padded_size: int, group: int) -> bool:

@@ -82,7 +82,7 @@ class Plan:
     optimizer_bytes: int
     temp_bytes: int
     total_bytes: int
-    hbm_traffic: float
+    hbm_traffic: int
     collectives: list[Collective]
     compile_seconds: float | None = None
     notes: tuple[str, ...] = ()

@@ -96,7 +96,7 @@ def hardware_flops(model: ModelConfig, batch_size: int) -> float:
 
 
 def roofline_seconds(
-    slice_: Slice, chips: int, flops: float, hbm_traffic: float, collectives: list[Collective]
+    slice_: Slice, chips: int, flops: float, hbm_traffic: int, collectives: list[Collective]
 ) -> dict[str, float]:
     """Step time if each resource were the only limit, at the chip's published peak.
 
