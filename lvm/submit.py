@@ -19,16 +19,8 @@ from pathlib import Path
 from lvm.common import cli
 from lvm.common.errors import UserError
 from lvm.hardware.accelerators import resolve
-from lvm.launch import backends
-from lvm.launch.requests import (
-    CAPACITIES,
-    ClusterConfig,
-    Request,
-    check_run_name,
-    parse_pairs,
-    parse_sweep,
-    read_cluster_config,
-)
+from lvm.launch import backends, requests
+from lvm.launch.requests import ClusterConfig
 
 VERBS = ("watch", "logs", "status", "cancel", "list")
 
@@ -50,7 +42,7 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
     used = ClusterConfig.keys_of(args.on)
     _reject_flags(args, backend, [name for name in _CLUSTER_KEYS if name not in used])
     settings = {name: args[name].value for name in _CLUSTER_KEYS if args[name].value is not None}
-    site = read_cluster_config(args.site, settings)
+    site = requests.read_cluster_config(args.site, settings)
     name = _run_name(args, verb)
     folder = Path(args.out or (f"runs/submitted/{name}" if name else "runs/submitted"))
     if verb:
@@ -63,7 +55,7 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
         raise UserError("--config: required, the config file of the run")
     if not args.workdir:
         raise UserError("--workdir: required, the directory of the run")
-    request = Request(
+    request = requests.Request(
         name=name,
         workdir=args.workdir,
         site=site,
@@ -72,10 +64,10 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
         slice=resolve(args.accelerator) if args.accelerator else None,
         slices=args.slices,
         capacity=_capacity(args),
-        environment=parse_pairs("env", args.env),
-        secrets=parse_pairs("secret", args.secret, default_to_name=True),
+        environment=requests.parse_pairs("env", args.env),
+        secrets=requests.parse_pairs("secret", args.secret, default_to_name=True),
         max_restarts=args.max_restarts,
-        sweep=parse_sweep(args.sweep),
+        sweep=requests.parse_sweep(args.sweep),
     )
     _reject_flags(args, backend, [flag for flag, users in _SUBMISSION_FLAGS.items() if args.on not in users])
     if args.on == backends.LOCAL:
@@ -95,7 +87,7 @@ def _run_name(args: cli.Args, verb: str) -> str:
         return name[:40].strip("-")
     if not args.run:
         raise UserError("--run: required, the name of the run")
-    check_run_name(args.run)
+    requests.check_run_name(args.run)
     return args.run
 
 
@@ -103,7 +95,7 @@ def _capacity(args: cli.Args) -> str:
     chosen = [name for name in ("spot", "reserved", "queued") if args[name].value]
     if len(chosen) > 1:
         raise UserError(f"{', '.join(f'--{name}' for name in chosen)}: use one of them")
-    return chosen[0] if chosen else CAPACITIES[0]
+    return chosen[0] if chosen else requests.CAPACITIES[0]
 
 
 def _reject_flags(args: cli.Args, context: str, names: Iterable[str]) -> None:
@@ -127,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.float(
         "grace",
         60.0,
-        "seconds from SIGTERM to SIGKILL when a process has failed, on this machine",
+        "seconds from SIGTERM to SIGKILL, on this machine",
         lower_bound=0.0,
     )
     flags.integer("max_restarts", 3, "restart budget for failures; 0 never restarts", lower_bound=0)

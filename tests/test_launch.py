@@ -353,7 +353,7 @@ def test_submit_rejects_what_does_not_fit(tmp_path, programs):
         (["--on=tpu-vm", "--workdir=gs://b"], "--run: required"),
         (["--on=tpu-vm", "--run=a", "--workdir=gs://b"], "--project, --zone: required"),
         (["--on=tpu-vm", "--run=a", "--workdir=/tmp/b", *CLOUD, "--accelerator=v4-32"], "use gs://"),
-        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", *CLOUD, "--accelerator=h100-8"], "a TPU slice"),
+        (["--on=tpu-vm", "--run=a", "--workdir=gs://b", *CLOUD, "--accelerator=h100-8"], "use a TPU slice"),
         (["--on=tpu-vm", "--run=a", "--workdir=gs://b", *CLOUD, "--accelerator=v4-33"], "no such slice"),
         (["--on=tpu-vm", "--run=a", "--workdir=gs://b", "--spot", "--reserved"], "--spot, --reserved: use one"),
         (["--on=tpu-vm", "--run=a", "--workdir=gs://b", "--processes=2"], "--processes: has no effect with"),

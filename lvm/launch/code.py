@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
+from lvm.launch import shell
 
 ROOT = Path(__file__).parents[2]
 _MAX_LISTED = 5  # changed files in an error message
@@ -50,12 +50,4 @@ def archive_command(commit: str, path: Path) -> list[str]:
 
 
 def _git(*arguments: str) -> str:
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        )
-    except FileNotFoundError as error:
-        raise UserError("git is not installed; runs are shipped as a Git archive") from error
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"git {' '.join(arguments)}: {error.stderr.strip()}") from error
-    return result.stdout.rstrip("\n")
+    return shell.run(["git", *arguments], ROOT, quiet=True).rstrip("\n")

@@ -30,13 +30,11 @@ def validate(request: Request) -> None:
     """Raises UserError for a request that GKE cannot run."""
     request.site.require("project", "zone", "cluster", "image")
     request.require_gcs_workdir()
-    if request.slice is None:
-        raise UserError("--accelerator: required, TPUs such as v5litepod-256 or GPUs such as h100-64")
     if request.capacity == "reserved":
         raise UserError("--reserved: on GKE, reservations belong to node pools; omit the flag")
     if request.capacity == "queued" and not request.site.queue:
         raise UserError("--queued: on GKE, Kueue queues; set --queue")
-    accelerator, generation = request.slice.accelerator, request.slice.generation
+    accelerator, generation = request.hardware.accelerator, request.hardware.generation
     if accelerator.pod is not None and not accelerator.pod.gke_accelerator:
         raise UserError(f"--accelerator: GKE has no {generation}")
     if accelerator.platform == "gpu":
@@ -52,17 +50,10 @@ def files(request: Request) -> dict[str, str]:
 
 def submit(request: Request) -> list[Command]:
     site = request.site
+    location = [f"--project={site.project}", f"--location={site.zone}"]
     return [
         ["gcloud", "storage", "cp", f"{request.commit}.tar.gz", request.archive],
-        [
-            "gcloud",
-            "container",
-            "clusters",
-            "get-credentials",
-            site.cluster,
-            f"--project={site.project}",
-            f"--location={site.zone}",
-        ],
+        ["gcloud", "container", "clusters", "get-credentials", site.cluster, *location],
         [*_kubectl(site), "create", f"--filename={MANIFEST}"],
     ]
 
@@ -99,19 +90,15 @@ def watch(run: SubmittedRun, poll: float) -> int:
 
 def manifest(request: Request) -> dict[str, Any]:
     """The JobSet, `jobset.x-k8s.io/v1alpha2`."""
-    assert request.slice is not None
-    metadata: dict[str, Any] = {
-        "name": request.name,
-        "namespace": request.site.namespace,
-        "labels": {_LABEL: request.name},
-    }
+    labels: dict[str, str] = {_LABEL: request.name}
     if request.site.queue:
-        metadata["labels"]["kueue.x-k8s.io/queue-name"] = request.site.queue
-    if request.slice.accelerator.platform == "tpu":
+        labels["kueue.x-k8s.io/queue-name"] = request.site.queue
+    metadata: dict[str, Any] = {"name": request.name, "namespace": request.site.namespace, "labels": labels}
+    if request.hardware.accelerator.platform == "tpu":
         # Each job has a slice to itself.
-        metadata["annotations"] = {
-            "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-        }
+        exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+        metadata["annotations"] = {exclusive: "cloud.google.com/gke-nodepool"}
+    job = {"name": "host", "replicas": request.slices, "template": {"spec": _job(request)}}
     fail = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"], "name": "not-again"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -119,31 +106,25 @@ def manifest(request: Request) -> dict[str, Any]:
         "metadata": metadata,
         "spec": {
             "failurePolicy": {"maxRestarts": request.max_restarts, "rules": [fail]},
-            "replicatedJobs": [
-                {"name": "host", "replicas": request.slices, "template": {"spec": _job(request)}}
-            ],
+            "replicatedJobs": [job],
         },
     }
 
 
 def _job(request: Request) -> dict[str, Any]:
-    assert request.slice is not None
-    final = [errors.EXIT_BAD_INPUT, errors.EXIT_DIVERGED]
+    final = {"operator": "In", "values": [errors.EXIT_BAD_INPUT, errors.EXIT_DIVERGED]}
     return {
-        "parallelism": request.slice.hosts,
-        "completions": request.slice.hosts,
+        "parallelism": request.hardware.hosts,
+        "completions": request.hardware.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": {
-            "rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": final}}]
-        },
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": final}]},
         "template": {"metadata": {"labels": {_LABEL: request.name}}, "spec": _pod(request)},
     }
 
 
 def _pod(request: Request) -> dict[str, Any]:
-    assert request.slice is not None
-    site, slice_ = request.site, request.slice
+    site, slice_ = request.site, request.hardware
     tpu = slice_.accelerator.platform == "tpu"
     resource = "google.com/tpu" if tpu else "nvidia.com/gpu"
     selector = {}
@@ -170,12 +151,9 @@ def _pod(request: Request) -> dict[str, Any]:
 
 
 def _container(request: Request, resource: str) -> dict[str, Any]:
-    assert request.slice is not None
-    variables: list[dict[str, Any]] = [
-        {"name": name, "value": _literal(value)} for name, value in request.environment.items()
-    ]
+    variables = [{"name": name, "value": _literal(value)} for name, value in request.environment.items()]
     variables += [_secret(name, source) for name, source in request.secrets.items()]
-    if request.slice.accelerator.platform == "gpu":
+    if request.hardware.accelerator.platform == "gpu":
         variables += _ranks(request)
     return {
         "name": "lvm",
@@ -183,20 +161,19 @@ def _container(request: Request, resource: str) -> dict[str, Any]:
         # The entry point of the image, lvm/launch/start.py, fetches the code and runs `python` with the rest.
         "args": [_literal(text) for text in (request.archive, *request.command)],
         "env": variables,
-        "resources": {"limits": {resource: request.slice.chips_per_host}},
+        "resources": {"limits": {resource: request.hardware.chips_per_host}},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
     }
 
 
 def _ranks(request: Request) -> list[dict[str, Any]]:
     """Variables by which GPU hosts join: JobSet names every pod, and the job indexes them."""
-    assert request.slice is not None
     index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
-    if request.slice.hosts == 1:
+    if request.hardware.hosts == 1:
         return []
     return [
         {"name": distributed.COORDINATOR, "value": f"{request.name}-host-0-0.{request.name}:{_PORT}"},
-        {"name": distributed.NUM_PROCESSES, "value": str(request.slice.hosts)},
+        {"name": distributed.NUM_PROCESSES, "value": str(request.hardware.hosts)},
         {"name": distributed.PROCESS_ID, "valueFrom": index},
     ]
 

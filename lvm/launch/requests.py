@@ -147,9 +147,13 @@ class Request(Run):
                 raise UserError(f"{name!r} is not a valid environment variable; use letters, digits and _")
         if twice := set(self.environment) & set(self.secrets):
             raise UserError(f"--env and --secret both set {', '.join(sorted(twice))}")
-        for text in (self.workdir, *self.train_arguments, *sum(self.sweep, ()), *self.environment.values()):
-            if "\0" in text:
-                raise UserError(f"{text!r} has a zero byte, which no argument or variable can have")
+
+    @property
+    def hardware(self) -> Slice:
+        """`slice`; raises UserError if it is not set."""
+        if self.slice is None:
+            raise UserError("--accelerator: required, TPUs such as v5litepod-256 or GPUs such as h100-64")
+        return self.slice
 
     @property
     def command(self) -> tuple[str, ...]:

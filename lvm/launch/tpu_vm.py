@@ -35,8 +35,8 @@ def validate(request: Request) -> None:
     """Raises UserError for a request that TPU VMs cannot run."""
     request.site.require("project", "zone")
     request.require_gcs_workdir()
-    if request.slice is None or request.slice.accelerator.platform != "tpu":
-        raise UserError("--accelerator: required, a TPU slice such as v5litepod-256")
+    if request.hardware.accelerator.platform != "tpu":
+        raise UserError(f"--accelerator={request.hardware.name}: use a TPU slice such as v5litepod-256")
 
 
 def files(request: Request) -> dict[str, str]:
@@ -56,7 +56,6 @@ def submit(request: Request) -> list[Command]:
 
 
 def _create(request: Request) -> list[str]:
-    assert request.slice is not None
     site = request.site
     if request.slices == 1:
         nodes = [f"--node-id={request.name}"]
@@ -65,8 +64,8 @@ def _create(request: Request) -> list[str]:
     return [
         *_queued_resources(site, "create", request.name),
         *nodes,
-        f"--accelerator-type={request.slice.accelerator_type}",
-        f"--runtime-version={site.runtime_version or _RUNTIMES[request.slice.generation]}",
+        f"--accelerator-type={request.hardware.accelerator_type}",
+        f"--runtime-version={site.runtime_version or _RUNTIMES[request.hardware.generation]}",
         f"--metadata-from-file=startup-script={SCRIPT}",
         "--labels=made-by=lvm",
         "--scopes=https://www.googleapis.com/auth/cloud-platform",
@@ -81,18 +80,8 @@ def status(run: SubmittedRun) -> Command:
 
 def logs(run: SubmittedRun) -> Command:
     """The last lines of every host's log. With several slices, each is a node: `RUN-0` is the first."""
-    tail = f"--command=tail -n 200 {_LOG}"
-    return [
-        "gcloud",
-        "compute",
-        "tpus",
-        "tpu-vm",
-        "ssh",
-        run.name,
-        *_location(run.site),
-        "--worker=all",
-        tail,
-    ]
+    ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", run.name, *_location(run.site)]
+    return [*ssh, "--worker=all", f"--command=tail -n 200 {_LOG}"]
 
 
 def cancel(run: SubmittedRun) -> Command:
@@ -136,26 +125,24 @@ def watch(run: SubmittedRun, poll: float) -> int:
 
 def _state(run: SubmittedRun) -> str:
     """State of the queued resource; "deleted" if there is none."""
-    command = [*_queued_resources(run.site, "describe", run.name), "--format=json(state)"]
-    try:
-        return json.loads(shell.run(command, run.folder, quiet=True))["state"]["state"]
-    except CommandError as error:
-        if "NOT_FOUND" in error.output:
-            return "deleted"
-        raise
+    described = _query(run, [*_queued_resources(run.site, "describe", run.name), "--format=json(state)"])
+    return "deleted" if described is None else json.loads(described)["state"]["state"]
 
 
 def _exit_code(run: SubmittedRun) -> int | None:
     """The highest exit code that a host has uploaded; None while the run goes on."""
+    codes = _query(run, ["gcloud", "storage", "cat", f"{run.launch_folder}/ended-*"])
+    return None if codes is None else max(map(int, codes.split()))
+
+
+def _query(run: SubmittedRun, command: Command) -> str | None:
+    """Output of a command; None if the resource does not exist."""
     try:
-        codes = shell.run(
-            ["gcloud", "storage", "cat", f"{run.launch_folder}/ended-*"], run.folder, quiet=True
-        )
+        return shell.run(command, run.folder, quiet=True)
     except CommandError as error:
-        if "matched no objects" in error.output or "NOT_FOUND" in error.output:
+        if "NOT_FOUND" in error.output or "matched no objects" in error.output:
             return None
         raise
-    return max(map(int, codes.split()))
 
 
 def _queued_resources(site: ClusterConfig, *command: str) -> list[str]:

@@ -197,7 +197,7 @@ def compile_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> Pl
     executable = step.compile()
     program = Program(executable.as_text())
     temporaries = int(executable.memory_analysis().temp_size_in_bytes)
-    memory.observe(config, temporaries)
+    memory.observe(config, float(temporaries))
     state, traffic = state_bytes(step), roofline.hbm_bytes(program)
     sent = collectives.collective_bytes(program, collectives.weight_shapes(config.model), target.chips)
     loops = ", ".join(program.unknown_trip_counts)
