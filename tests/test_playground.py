@@ -1,4 +1,4 @@
-"""The playground, as a person would use it: a page in a headless browser."""
+"""The playground's page in a headless browser."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ WAIT = 120_000  # milliseconds: the first answer compiles its programs
 
 @pytest.fixture(scope="module")
 def address(demo):
-    """Of a running playground."""
+    """Address of a running playground."""
     for name in ("gradio", "playwright"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} isn't installed: pip install '.[browser]'")
     process = start("lvm.playground", f"--model={demo / 'lvm'}", f"--tokenizer={demo / 'tokenizer'}")
-    said: list[str] = []
+    output: list[str] = []
     try:
         for line in process.stdout:
-            said.append(line)
-            if found := re.match(r"open (http://127\.0\.0\.1:\d+)", line):
-                # What it goes on to say must not fill the pipe.
+            output.append(line)
+            if match := re.match(r"open (http://127\.0\.0\.1:\d+)", line):
+                # Further output must not fill the pipe.
                 threading.Thread(target=process.stdout.read, daemon=True).start()
-                yield found[1]
+                yield match[1]
                 return
-        pytest.fail("".join(said))
+        pytest.fail("".join(output))
     finally:
         process.kill()
         process.wait()
@@ -58,15 +58,15 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """The open page, which must load nothing from elsewhere."""
+    """The open page, which must not load anything from other hosts."""
     opened = browser.new_page(viewport={"width": 1360, "height": 900})
     opened.set_default_timeout(WAIT)
-    elsewhere: list[str] = []
-    opened.on("request", lambda r: elsewhere.append(r.url) if r.url.startswith("http") else None)
+    requests: list[str] = []
+    opened.on("request", lambda r: requests.append(r.url) if r.url.startswith("http") else None)
     opened.goto(address)
     opened.get_by_role("button", name="Answer the query").wait_for()
     yield opened
-    assert [url for url in elsewhere if not url.startswith(address)] == []
+    assert [url for url in requests if not url.startswith(address)] == []
     opened.close()
 
 
@@ -75,8 +75,8 @@ def upload(page, element: str, files: list[pathlib.Path]) -> None:
     page.locator(f"#{element}").get_by_text(files[-1].stem).first.wait_for()
 
 
-def answers(page) -> list[np.ndarray]:
-    """The pictures of the finished answer."""
+def answers(page) -> list[dict[str, float]]:
+    """Bounding boxes of the finished answer's images."""
     page.locator("#answers img").first.wait_for()
     page.get_by_text("processing").first.wait_for(state="hidden")
     page.wait_for_function("document.querySelector('#answers img').naturalWidth > 0")
@@ -86,15 +86,15 @@ def answers(page) -> list[np.ndarray]:
 
 def write_pictures(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
     rng, paths = np.random.default_rng(0), []
-    for number in range(count):
+    for index in range(count):
         pixels = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
-        path = folder / f"picture{number}.png"
+        path = folder / f"picture{index}.png"
         Image.fromarray(pixels).resize((60, 40)).save(path)
         paths.append(path)
     return paths
 
 
-def test_pairs_and_a_query_are_uploaded_and_answered(page, tmp_path):
+def test_page_answers_uploaded_pairs(page, tmp_path):
     x, y, query = write_pictures(tmp_path, 3)
     upload(page, "xs", [x])
     upload(page, "ys", [y])
@@ -104,7 +104,7 @@ def test_pairs_and_a_query_are_uploaded_and_answered(page, tmp_path):
     page.locator("#prompt img").wait_for()
 
 
-def test_examples_are_built_in_and_a_sequence_goes_on(page, tmp_path):
+def test_page_continues_a_built_in_sequence(page, tmp_path):
     page.get_by_role("tab", name="Sequence").click()
     page.get_by_role("button", name="Try frames of a video").click()
     page.locator("#frames").get_by_text("scene-").first.wait_for()
@@ -113,22 +113,22 @@ def test_examples_are_built_in_and_a_sequence_goes_on(page, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["broken", "too many", "missing"])
-def test_what_is_wrong_with_an_upload_is_said(page, tmp_path, kind):
+def test_page_shows_upload_errors(page, tmp_path, kind):
     (good,) = write_pictures(tmp_path, 1)
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:60])
     page.get_by_role("tab", name="Sequence").click()
-    words = {"broken": "broken.png: can't be read as an image", "missing": "no frames"}
+    messages = {"broken": "broken.png: can't be read as an image", "missing": "no frames"}
     if kind == "broken":
         upload(page, "frames", [good, broken])
     elif kind == "too many":
         upload(page, "frames", write_pictures(tmp_path, 33))
-        words[kind] = "33 frames; at most 32 at once"
+        messages[kind] = "33 frames; at most 32 at once"
     page.locator("#continue").click()
-    page.get_by_text(words[kind]).first.wait_for()
+    page.get_by_text(messages[kind]).first.wait_for()
 
 
-def test_a_file_that_is_too_large_is_refused(page, tmp_path):
+def test_page_rejects_large_files(page, tmp_path):
     large = tmp_path / "large.png"
     large.write_bytes(bytes(9_000_000))
     page.get_by_role("tab", name="Sequence").click()
