@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from lvm import LVM
+from lvm.inference.sampling import SamplingParams
 from lvm.training import metrics
 from tests.commands import ROOT, SHARED_DATA, TINY_DEMO, run, start
 from tokenizer import Tokenizer
@@ -96,7 +97,7 @@ def test_model_api_in_two_lines(demo):
     answers = m.generate(grids, 2, temperature=0)
     assert (answers.shape, answers.dtype) == ((2, 2, 16), np.int32)
     assert answers[0, 0, 0] == logits[0, -1, :64].argmax()
-    raw = m.generate_tokens(tokens, 32, temperature=0, codes_only=True)
+    raw = m.generate_tokens(tokens, 32, SamplingParams(0.0), codes_only=True)
     np.testing.assert_array_equal(raw.reshape(2, 2, 16), answers)
     assert m.generate(grids, 1, candidates=3, seed=[1, 2]).shape == (2, 3, 1, 16)
     unequal = m.generate([grids[0], grids[1, :1]], 2, temperature=0)

@@ -13,10 +13,12 @@ from lvm.common import statistics
 from lvm.evaluation import metrics
 from lvm.inference.pretrained import LVM
 
+Sentences = Integer[np.ndarray, "_ _ _"]  # [B, G, N]
+Losses = Float[np.ndarray, "_ _ _"]  # [B, G, N]
 _BATCH = 16  # sentences per forward pass
 
 
-def grid_losses(model: LVM, sentences: Integer[np.ndarray, "B G N"]) -> Float[np.ndarray, "B G N"]:
+def grid_losses(model: LVM, sentences: Sentences) -> Losses:
     """Negative log-likelihood in nats of each code given all codes before it.
 
     BOS is prepended if the vocabulary has one; otherwise the first code has no prediction (NaN).
@@ -34,8 +36,8 @@ def grid_losses(model: LVM, sentences: Integer[np.ndarray, "B G N"]) -> Float[np
 
 
 def mixture_metrics(
-    losses: Mapping[str, Float[np.ndarray, "_ _ _"]],
-    sentences: Mapping[str, Integer[np.ndarray, "_ _ _"]],
+    losses: Mapping[str, Losses],
+    sentences: Mapping[str, Sentences],
     weights: Mapping[str, float],
     num_codes: int,
 ) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def mixture_metrics(
     }
 
 
-def perplexity_by_image(losses: Float[np.ndarray, "B G N"]) -> dict[str, list[float]]:
+def perplexity_by_image(losses: Losses) -> dict[str, list[float]]:
     """Perplexity of each image of a sentence given the preceding images.
 
     `exp_of_mean` is the exponential of the mean loss; `mean_of_exp` averages per-sentence perplexities, as in the
@@ -70,18 +72,11 @@ def perplexity_by_image(losses: Float[np.ndarray, "B G N"]) -> dict[str, list[fl
 
 
 def video_metrics(
-    losses: Float[np.ndarray, "B G N"],
-    videos: Sequence[Integer[np.ndarray, "_ N"]],
-    stride: int,
-    num_codes: int,
+    losses: Losses, videos: Sequence[Integer[np.ndarray, "_ N"]], stride: int, num_codes: int
 ) -> dict[str, Any]:
     """Loss from the third frame on, against the first frame and H(code | same position of the preceding frame).
 
-    Args:
-      losses: of video sentences.
-      videos: codes of the videos that the entropy is estimated on.
-      stride: frames between neighboring images of a sentence.
-      num_codes: codebook size.
+    The entropy is estimated on `videos`, whose frames are `stride` apart in a sentence.
     """
     first, later = float(np.nanmean(losses[:, 0])), float(np.mean(losses[:, 2:]))
     before = np.concatenate([video[stride:-stride] for video in videos])  # [transitions, N]

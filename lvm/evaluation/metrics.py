@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from lvm.common import statistics
 
+Codes = Integer[np.ndarray, "*shape"]  # codes or class ids
+Confusion = Int[np.ndarray, "C C"]  # counts [true class, predicted class]
+
 
 def iou(masks: Bool[np.ndarray, "B H W"], truth: Bool[np.ndarray, "B H W"]) -> Float[np.ndarray, " B"]:
     """Intersection over union of each pair of masks; two empty masks give 1."""
@@ -17,24 +20,19 @@ def iou(masks: Bool[np.ndarray, "B H W"], truth: Bool[np.ndarray, "B H W"]) -> F
     return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))
 
 
-def confusion(
-    labels: Integer[np.ndarray, "*shape"],
-    truth: Integer[np.ndarray, "*shape"],
-    num_classes: int,
-    ignore: int | None = None,
-) -> Int[np.ndarray, "C C"]:
-    """Confusion matrix [true class, predicted class] over all pixels except those whose truth is `ignore`."""
+def confusion(labels: Codes, truth: Codes, num_classes: int, ignore: int | None = None) -> Confusion:
+    """Confusion matrix over all pixels except those whose truth is `ignore`."""
     mask = np.ones(truth.shape, bool) if ignore is None else truth != ignore
     pairs = truth[mask].astype(np.int64) * num_classes + labels[mask]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def accuracy(counts: Int[np.ndarray, "C C"]) -> float:
+def accuracy(counts: Confusion) -> float:
     """Share of correct pixels in a confusion matrix."""
     return float(np.trace(counts) / counts.sum())
 
 
-def mean_iou(counts: Int[np.ndarray, "C C"], exclude: Sequence[int] = ()) -> float:
+def mean_iou(counts: Confusion, exclude: Sequence[int] = ()) -> float:
     """Mean IoU from a confusion matrix, over the classes present in the truth except `exclude`; NaN without any."""
     intersection = np.diag(counts)
     union = counts.sum(0) + counts.sum(1) - intersection
@@ -43,12 +41,7 @@ def mean_iou(counts: Int[np.ndarray, "C C"], exclude: Sequence[int] = ()) -> flo
     return float(np.mean(intersection[present] / union[present])) if present.any() else float("nan")
 
 
-def conditional_entropy(
-    context: Integer[np.ndarray, "*shape"],
-    codes: Integer[np.ndarray, "*shape"],
-    num_codes: int,
-    corrected: bool = False,
-) -> float:
+def conditional_entropy(context: Codes, codes: Codes, num_codes: int, corrected: bool = False) -> float:
     """H(code | context code) in nats, from co-occurrence counts.
 
     The plug-in estimate is biased low for small samples, which makes it a stricter bound to beat. `corrected` adds the

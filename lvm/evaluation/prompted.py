@@ -15,6 +15,7 @@ from lvm.evaluation import metrics
 from lvm.evaluation.heldout import Heldout, HeldoutScene
 
 AnswerFn = Callable[[np.ndarray, int], np.ndarray]  # prompts int [B, K, N], images A → answers int [B, A, N]
+Images = UInt8[np.ndarray, "B H W 3"]
 DecodeFn = Callable[[np.ndarray], np.ndarray]  # codes int [B, N] → images uint8 [B, R, R, 3]
 
 
@@ -61,9 +62,9 @@ class Answers:
     input_stream: str
     target_stream: str
     codes: Integer[np.ndarray, "B N"]
-    images: UInt8[np.ndarray, "B R R 3"]
-    truth: UInt8[np.ndarray, "B R R 3"]
-    copied: UInt8[np.ndarray, "B R R 3"]
+    images: Images
+    truth: Images
+    copied: Images
 
     def scores(self, codec: Codec) -> dict[str, Any]:
         """PSNR, and the metrics of segmentation or depth if `codec` (of the target stream) is one."""
@@ -95,12 +96,7 @@ def answer_queries(
     return Answers(queries, input_stream, target_stream, codes, decode(codes), truth, copied)
 
 
-def segmentation_metrics(
-    images: UInt8[np.ndarray, "B H W 3"],
-    truth: UInt8[np.ndarray, "B H W 3"],
-    copied: UInt8[np.ndarray, "B H W 3"],
-    codec: Palette,
-) -> dict[str, Any]:
+def segmentation_metrics(images: Images, truth: Images, copied: Images, codec: Palette) -> dict[str, Any]:
     """Segmentation metrics of answers, next to trivial baselines.
 
     `foreground_iou` is the mean over queries of the foreground's IoU (the "mIoU" of visual prompting); its baselines

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Integer
 from PIL import Image
 
 from lvm.common import files
@@ -16,6 +15,7 @@ from lvm.data.mixture.mixture import MixtureConfig
 from lvm.data.mixture.recipes import Video
 from lvm.evaluation import report
 from lvm.evaluation.heldout import Heldout
+from lvm.evaluation.likelihood import Sentences
 from lvm.evaluation.prompted import Answers, DecodeFn
 from lvm.inference.contact_sheet import Cell, answer_row, crop_rows, render_sheet
 from lvm.inference.pretrained import LVM
@@ -31,7 +31,7 @@ def make_sections(
     heldout: Heldout,
     decode: DecodeFn,
     tasks: Sequence[Answers],
-    sentences: Mapping[str, Integer[np.ndarray, "_ _ _"]],
+    sentences: Mapping[str, Sentences],
 ) -> list[report.Section]:
     """Pictures of continued videos, answered queries and reconstructions, in this order."""
     videos = [

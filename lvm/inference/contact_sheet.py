@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+Pixels = UInt8[np.ndarray, "_ _ 3"]
 _GAP, _LABEL = 4, 15  # pixels between images, and height of the label above each
 _BACKGROUND, _TEXT, _FRAME = (255, 255, 255), (70, 70, 70), (214, 72, 40)
 
@@ -17,14 +18,12 @@ _BACKGROUND, _TEXT, _FRAME = (255, 255, 255), (70, 70, 70), (214, 72, 40)
 class Cell:
     """One labeled image of a sheet; answers are framed."""
 
-    image: UInt8[np.ndarray, "H W 3"]
+    image: Pixels
     label: str = ""
     is_answer: bool = False
 
 
-def render_sheet(
-    rows: Sequence[Sequence[Cell | None]], side: int = 96
-) -> UInt8[np.ndarray, "height width 3"]:
+def render_sheet(rows: Sequence[Sequence[Cell | None]], side: int = 96) -> Pixels:
     """Renders rows of cells; images are scaled to `side` × `side` pixels, None leaves a gap."""
     columns = max(len(row) for row in rows)
     size = (columns * (side + _GAP) + _GAP, len(rows) * (side + _GAP + _LABEL) + _GAP)
@@ -48,9 +47,7 @@ def render_sheet(
     return np.asarray(canvas)
 
 
-def crop_rows(
-    sheets: Sequence[UInt8[np.ndarray, "_ _ 3"]], rows: int = 2, side: int = 96
-) -> UInt8[np.ndarray, "height width 3"]:
+def crop_rows(sheets: Sequence[Pixels], rows: int = 2, side: int = 96) -> Pixels:
     """Stacks the first rows of several sheets."""
     height = rows * (side + _GAP + _LABEL) + _GAP
     width = max(sheet.shape[1] for sheet in sheets)
@@ -59,7 +56,7 @@ def crop_rows(
     return np.concatenate(cropped)
 
 
-def answer_row(gap: int, images: Iterable[UInt8[np.ndarray, "_ _ 3"]]) -> list[Cell | None]:
+def answer_row(gap: int, images: Iterable[Pixels]) -> list[Cell | None]:
     """Framed answers after `gap` empty cells."""
     return [*[None] * gap, *(Cell(image, "answer", True) for image in images)]
 
@@ -69,7 +66,7 @@ def completion_sheet(
     answer: Callable[[np.ndarray, int], np.ndarray],
     decode: Callable[[np.ndarray], np.ndarray],
     prompt_fraction: float = 0.5,
-) -> UInt8[np.ndarray, "height width 3"]:
+) -> Pixels:
     """Renders a sentence, and below it the model's completion of its first part.
 
     Args:

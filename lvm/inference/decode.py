@@ -54,16 +54,9 @@ def prefill(
     candidates: int,
     max_new_tokens: int,
 ) -> DecodeState:
-    """Prefills padded prompts, each once for all its candidates.
+    """Prefills padded prompts of `lengths`, each once for its `candidates` rows of `cache_size` > T slots.
 
-    Args:
-      params: from `prepare_params`.
-      prompts: padded rows.
-      lengths: of the rows without padding.
-      program: static arguments.
-      cache_size: slots per row, more than T.
-      candidates: rows per prompt.
-      max_new_tokens: size of `DecodeState.generated`.
+    `params` are from `prepare_params`.
     """
     with sharding.use_mesh(program.mesh):
         caches, position = _fill_caches(params, prompts, lengths, program, cache_size, candidates)

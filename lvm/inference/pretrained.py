@@ -96,17 +96,10 @@ class LVM:
         """
         checkpoint = models.read(folder, step)
         # The attention kernel of the training hardware may not run here.
-        config = dataclasses.replace(
-            checkpoint.config, dtype=dtype or checkpoint.config.dtype, attention="auto"
-        )
-        return cls(
-            config,
-            checkpoint.vocabulary,
-            checkpoint.load_params(),
-            dict(checkpoint.record),
-            checkpoint.step,
-            mesh,
-        )
+        dtype = dtype or checkpoint.config.dtype
+        config = dataclasses.replace(checkpoint.config, dtype=dtype, attention="auto")
+        params, record = checkpoint.load_params(), dict(checkpoint.record)
+        return cls(config, checkpoint.vocabulary, params, record, checkpoint.step, mesh)
 
     @functools.cached_property
     def _generator(self) -> Generator:
@@ -115,8 +108,7 @@ class LVM:
     def logits(self, tokens: ArrayLike) -> Float[np.ndarray, "B S V"]:
         """Logits of the token after each of `tokens` int [B, S].
 
-        Raises:
-          UserError: wrong dtype or number of dimensions, an id outside the vocabulary, or rows longer than the context.
+        Raises UserError for a wrong dtype or shape, an id outside the vocabulary, or rows longer than the context.
         """
         return np.asarray(self._logits(self._params, self._check_tokens(tokens, self.config.context)))
 
@@ -125,9 +117,8 @@ class LVM:
 
         Computed on device and in chunks, as in training. Errors as in `logits`.
         """
-        return np.asarray(
-            self._token_losses(self._params, self._check_tokens(tokens, self.config.context + 1))
-        )
+        array = self._check_tokens(tokens, self.config.context + 1)
+        return np.asarray(self._token_losses(self._params, array))
 
     def generate(
         self,
@@ -139,7 +130,7 @@ class LVM:
         top_p: _Number | Sequence[_Number] = 1.0,
         seed: int | Sequence[int] = 0,
         drop: int = 0,
-    ) -> Int[np.ndarray, ...]:
+    ) -> Int[np.ndarray, "B *_ N"]:
         """Continues prompts of images by images; BOS is prepended if the vocabulary has one.
 
         When the context is full, the oldest images are dropped and the rest is prefilled again.
@@ -158,7 +149,9 @@ class LVM:
         Raises:
           UserError: grids of the wrong shape, a code outside the codebook, or no room for an image after the prompt.
         """
-        sampling = self._sampling(temperature, top_k, top_p, len(grids))
+        fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        columns = [_broadcast(name, value, len(grids)) for name, value in fields.items()]
+        sampling = [SamplingParams(float(t), k, float(p)) for t, k, p in zip(*columns, strict=True)]
         *_, codes = self.stream(grids, num_images, candidates, sampling, seed, drop)
         answers = codes.reshape(*codes.shape[:2], num_images, -1)
         return answers[:, 0] if candidates == 1 else answers
@@ -200,25 +193,15 @@ class LVM:
         self,
         tokens: ArrayLike,
         num_tokens: int,
-        temperature: _Number = 1.0,
-        top_k: int = 0,
-        top_p: _Number = 1.0,
+        sampling: SamplingParams | Sequence[SamplingParams] = _DEFAULT_SAMPLING,
         seed: int | Sequence[int] = 0,
         codes_only: bool = False,
     ) -> Int[np.ndarray, "B num_tokens"]:
-        """Continues raw tokens int [B, S]; returns the new ones.
-
-        Every id may be sampled unless `codes_only`. Other arguments and errors as in `generate`.
-        """
+        """Continues raw tokens int [B, S]; returns the new ones. Every id may be sampled unless `codes_only`."""
         rows = self._check_tokens(tokens, self.config.context)
-        new_tokens = self._generator(
-            list(rows),
-            num_tokens,
-            self._sampling(temperature, top_k, top_p, len(rows)),
-            _broadcast("seed", seed, len(rows)),
-            num_allowed=self.vocabulary.num_codes if codes_only else None,
-        )
-        return new_tokens[:, 0]
+        num_allowed = self.vocabulary.num_codes if codes_only else None
+        seeds = _broadcast("seed", seed, len(rows))
+        return self._generator(list(rows), num_tokens, sampling, seeds, num_allowed=num_allowed)[:, 0]
 
     def max_images(self, codes_per_image: int) -> int:
         """Images, prompt and answer together, that fit the context."""
@@ -236,16 +219,8 @@ class LVM:
     def _check_tokens(self, tokens: ArrayLike, max_length: int) -> np.ndarray:
         array = _check_ids("tokens", tokens, self.vocabulary.size)
         if array.shape[1] > max_length:
-            raise UserError(
-                f"tokens: rows of {array.shape[1]} exceed the model's context of {self.config.context}"
-            )
+            raise UserError(f"tokens: rows of {array.shape[1]} exceed the context of {self.config.context}")
         return array
-
-    @staticmethod
-    def _sampling(temperature: Any, top_k: Any, top_p: Any, num_prompts: int) -> list[SamplingParams]:
-        named = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        columns = [_broadcast(name, value, num_prompts) for name, value in named.items()]
-        return [SamplingParams(float(t), k, float(p)) for t, k, p in zip(*columns, strict=True)]
 
 
 def _check_ids(name: str, ids: ArrayLike, limit: int) -> np.ndarray:
@@ -255,9 +230,7 @@ def _check_ids(name: str, ids: ArrayLike, limit: int) -> np.ndarray:
     except ValueError as error:
         raise UserError(f"{name}: rows of unequal length; expected integers with 2 dimensions") from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
-        raise UserError(
-            f"{name}: {array.dtype} {list(array.shape)}; expected integers with 2 dimensions, not empty"
-        )
+        raise UserError(f"{name}: {array.dtype} {list(array.shape)}; expected integers, 2-D and not empty")
     if array.min() < 0 or array.max() >= limit:
         raise UserError(f"{name}: ids from {array.min()} to {array.max()}; expected 0..{limit - 1}")
     return array.astype(np.int32)
@@ -266,7 +239,5 @@ def _check_ids(name: str, ids: ArrayLike, limit: int) -> np.ndarray:
 def _broadcast(name: str, value: Any, num_prompts: int) -> list[Any]:
     values = np.ravel(value).tolist() * (num_prompts if np.ndim(value) == 0 else 1)
     if len(values) != num_prompts:
-        raise UserError(
-            f"{name} has {len(values)} values for {num_prompts} prompts; give one, or one per prompt"
-        )
+        raise UserError(f"{name} has {len(values)} values for {num_prompts} prompts; give one, or one each")
     return values

@@ -17,7 +17,7 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.image_file import IMAGE_SUFFIXES
 from lvm.data.images.sources.listing import VIDEO_SUFFIXES, natural_key
 from lvm.data.images.sources.video import VideoSource
-from lvm.inference.contact_sheet import Cell, render_sheet
+from lvm.inference.contact_sheet import Cell, Pixels, render_sheet
 
 ReadImage = Callable[[pathlib.Path], np.ndarray]  # path of an image file → uint8 [R, R, 3]
 _ALL_FRAMES = 1 << 20
@@ -156,9 +156,7 @@ def pairs_prompt(rows: Sequence[Sequence[np.ndarray]], query: UInt8[np.ndarray, 
     return Prompt((*labels, "query"), np.stack([*images, query]), width - 1)
 
 
-def answer_sheet(
-    prompt: Prompt, answers: UInt8[np.ndarray, "C A R R 3"], side: int
-) -> UInt8[np.ndarray, "height width 3"]:
+def answer_sheet(prompt: Prompt, answers: UInt8[np.ndarray, "C A R R 3"], side: int) -> Pixels:
     """Renders the prompt and its framed answers, one candidate per row."""
     cells = [Cell(image, label) for label, image in zip(prompt.labels, prompt.images, strict=True)]
     rows: list[list[Cell | None]] = []

@@ -14,6 +14,7 @@ import pytest
 
 from lvm.convert import convert
 from lvm.inference.pretrained import LVM
+from lvm.inference.sampling import SamplingParams
 from lvm.interop import models
 from lvm.interop.lazy_checkpoint import resize_vocabulary
 from lvm.model.vocabulary import Vocabulary
@@ -85,7 +86,7 @@ def test_greedy_generation_matches(vocabulary, kv_heads, tmp_path):
     expected = output.sequences[0, prompt.shape[1] :].numpy()
     assert len(expected) == 256
     assert expected.max() < vocabulary.num_codes
-    loaded = LVM.load(tmp_path / "hf").generate_tokens(prompt, 256, temperature=0.0, codes_only=True)[0]
+    loaded = LVM.load(tmp_path / "hf").generate_tokens(prompt, 256, SamplingParams(0.0), codes_only=True)[0]
     different = np.flatnonzero(loaded != expected)
     if len(different):
         scores = np.sort(output.logits[different[0]][0, : vocabulary.num_codes].numpy())

@@ -16,8 +16,8 @@ from lvm.evaluation.prompted import Answers, Query, make_queries
 CLASSES = Palette(("nothing", "cat", "dog"), background=0)
 
 
-def bare_scene(number, frames=3):
-    info = SceneInfo(f"scene {number}", "", "", frames, ("rgb",))
+def bare_scene(index, frames=3):
+    info = SceneInfo(f"scene {index}", "", "", frames, ("rgb",))
     return HeldoutScene(info, np.zeros((frames, 1, 1, 1, 3), np.uint8), np.zeros((frames, 1, 3), int))
 
 
@@ -27,7 +27,7 @@ def render(ids):
 
 @given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 99))
 def test_make_queries_uses_distinct_scenes(count, shots, seed):
-    scenes = [bare_scene(number) for number in range(count)]
+    scenes = [bare_scene(index) for index in range(count)]
     queries = make_queries(scenes, 20, shots, seed)
     assert len(queries) == (20 if count > shots else 0)
     for query in queries:
@@ -38,7 +38,7 @@ def test_make_queries_uses_distinct_scenes(count, shots, seed):
 
 
 def test_make_queries_cycles_over_scenes():
-    scenes = [bare_scene(number) for number in range(5)]
+    scenes = [bare_scene(index) for index in range(5)]
     queries = make_queries(scenes, 50, 2, seed=0)
     assert [query.scene for query in queries] == scenes * 10
     assert {query.frame for query in queries} == {0, 1, 2}
@@ -46,7 +46,7 @@ def test_make_queries_cycles_over_scenes():
 
 
 def test_make_queries_is_deterministic_in_seed_and_index():
-    scenes = [bare_scene(number) for number in range(5)]
+    scenes = [bare_scene(index) for index in range(5)]
     few, many, other = (make_queries(scenes, n, 2, seed) for n, seed in ((4, 1), (9, 1), (9, 2)))
     assert many[:4] == few
     assert many != other

@@ -60,3 +60,9 @@ def test_generate_rejects_invalid_requests(model):
     ]:
         with pytest.raises(UserError, match=words):
             model.generate(**{"grids": grids, "num_images": 1, **arguments})
+
+
+def test_generate_shapes_with_and_without_candidates(model):
+    grids = np.zeros((2, 1, 16), int)
+    assert model.generate(grids, 2, temperature=0).shape == (2, 2, 16)
+    assert model.generate([grids[0], grids[1]], 1, candidates=3, seed=[1, 2], top_p=0.9).shape == (2, 3, 1, 16)

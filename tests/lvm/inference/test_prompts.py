@@ -51,7 +51,7 @@ def test_read_sequence_of_files_and_folders(reader, tmp_path):
 
 
 def test_encode_mp4_round_trip(reader, tmp_path):
-    frames = np.stack([np.full((SIDE, SIDE, 3), 60 * number, np.uint8) for number in range(4)])
+    frames = np.stack([np.full((SIDE, SIDE, 3), 60 * index, np.uint8) for index in range(4)])
     path = tmp_path / "clip.mp4"
     path.write_bytes(prompts.encode_mp4(frames))
     with av.open(io.BytesIO(path.read_bytes())) as container:
@@ -91,9 +91,9 @@ def test_read_pairs_overlays_what_is_not_black(reader, tmp_path):
 
 
 def test_read_pairs_matches_folders_by_name(reader, tmp_path):
-    for number, (x, y) in enumerate([("red", "green"), ("blue", "black")]):
-        save(tmp_path / "photos" / f"{number}.png", x)
-        save(tmp_path / "masks" / f"{number}.png", y)
+    for index, (x, y) in enumerate([("red", "green"), ("blue", "black")]):
+        save(tmp_path / "photos" / f"{index}.png", x)
+        save(tmp_path / "masks" / f"{index}.png", y)
     query = save(tmp_path / "q.png", "red")
     prompt = reader.read_pairs([f"{tmp_path / 'photos'}:{tmp_path / 'masks'}"], query)
     assert center_colors(prompt) == [COLORS[name] for name in ("red", "green", "blue", "black", "red")]
@@ -129,8 +129,8 @@ def test_reader_checks_counts_before_reading(tmp_path):
 
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(prompts.encode_mp4(np.zeros((3, SIDE, SIDE, 3), np.uint8)))
-    for number in range(3):
-        save(tmp_path / "photos" / f"{number}.png", "red")
+    for index in range(3):
+        save(tmp_path / "photos" / f"{index}.png", "red")
     (tmp_path / "photos" / "._0.png").write_bytes(b"macOS metadata")
     photos, query = str(tmp_path / "photos"), save(tmp_path / "q.png", "red")
 
