@@ -65,4 +65,9 @@ def test_generate_rejects_invalid_requests(model):
 def test_generate_shapes_with_and_without_candidates(model):
     grids = np.zeros((2, 1, 16), int)
     assert model.generate(grids, 2, temperature=0).shape == (2, 2, 16)
-    assert model.generate([grids[0], grids[1]], 1, candidates=3, seed=[1, 2], top_p=0.9).shape == (2, 3, 1, 16)
+    assert model.generate([grids[0], grids[1]], 1, candidates=3, seed=[1, 2], top_p=0.9).shape == (
+        2,
+        3,
+        1,
+        16,
+    )
