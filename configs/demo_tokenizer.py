@@ -1,4 +1,4 @@
-"""The demo's tokenizer: 64×64 images to 64 codes of 512, on two CPU cores."""
+"""Tokenizer of the demo: 64×64 images to 8×8 codes of a codebook of 512, on two CPU cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration of a tokenizer's training."""
+"""Configuration of tokenizer training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 
 from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
+from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.images.preprocess import Preprocess
 from lvm.hardware.sharding import MeshConfig
 from lvm.training.loop import LoopConfig
@@ -17,14 +18,14 @@ from tokenizer.objective import LossConfig
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """A tokenizer's training.
+    """A training run of a tokenizer.
 
     Attributes:
-      seed: everything random follows from it and the step.
-      batch_size: images a step.
-      preprocess: how pictures become images; its resolution is the model's.
-      init_from: a tokenizer's folder, as `Tokenizer.load` takes it, whose weights and codebook the training begins
-        with; empty for random ones. It needs the same model and preprocess, and loss.autoencoder_steps 0.
+      seed: determines, with the step, everything random.
+      batch_size: images per step.
+      preprocess: converts pictures to images of the model's resolution.
+      init_from: folder of a tokenizer (see `Tokenizer.load`) with the initial weights and codebook; empty for random
+        ones. It needs the same model and preprocess, and loss.autoencoder_steps=0.
     """
 
     seed: int = 0
@@ -40,19 +41,15 @@ class TokenizerConfig:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed: {self.seed} is negative")
-        if self.preprocess.resolution != self.model.resolution:
-            raise UserError(
-                f"preprocess.resolution: {self.preprocess.resolution}, model.resolution is {self.model.resolution}; "
-                "they must agree"
-            )
+        check_non_negative(self, "seed")
+        check_positive(self, "batch_size")
+        preprocessed, resolution = self.preprocess.resolution, self.model.resolution
+        if preprocessed != resolution:
+            raise UserError(f"preprocess.resolution={preprocessed} must equal model.resolution={resolution}")
         for axis in ("sequence", "tensor"):
-            if getattr(self.mesh, axis) != 1:
+            if (size := getattr(self.mesh, axis)) != 1:
                 raise UserError(
-                    f"mesh.{axis}: {getattr(self.mesh, axis)}; a tokenizer is split over data and fsdp alone"
+                    f"mesh.{axis}={size} must be 1: a tokenizer is sharded over data and fsdp only"
                 )
-        if self.init_from and self.loss.autoencoder_steps:
-            raise UserError(
-                f"loss.autoencoder_steps: {self.loss.autoencoder_steps}, expected 0: init_from brings a codebook"
-            )
+        if self.init_from and (steps := self.loss.autoencoder_steps):
+            raise UserError(f"loss.autoencoder_steps={steps} must be 0 with init_from, which has a codebook")

@@ -1,4 +1,4 @@
-"""Batches of images to train a tokenizer with: every image of a source, held in memory."""
+"""Training images of a tokenizer: a source held in memory, and batches sampled from it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import concurrent.futures
 import dataclasses
 
 import numpy as np
+from jaxtyping import Int, UInt8
 
 from lvm.common.errors import UserError
 from lvm.common.logging import Progress, log_info
 from lvm.common.seeding import derive_seed
+from lvm.common.validation import check_non_negative
 from lvm.data.images.sources import Failure, ImageSource
 from lvm.data.mixture import split
 from lvm.data.mixture.permutation import permute
 
+_LOG_EVERY = 250  # scenes
+
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig:
-    """What a tokenizer is trained on.
+    """Training data of a tokenizer.
 
     Attributes:
-      source: a folder of images, or a config file that describes a source.
-      heldout_fraction: share of the groups that training never sees.
-      rgb_share: share of a batch that is `rgb` images; images of the other streams fill the rest.
-      max_scenes: only that many scenes of each side are read; 0 reads all.
-      max_gigabytes: refuses a source that would take more memory.
+      source: image source: a folder, a file, or a config file.
+      heldout_fraction: share of the groups in the held-out split.
+      rgb_share: share of `rgb` images in a batch; images of other streams fill the rest.
+      max_scenes: limit of scenes read per split; 0 for all.
+      max_gigabytes: limit of memory for the images.
     """
 
     source: str = ""
@@ -36,77 +40,78 @@ class ImagesConfig:
     def __post_init__(self) -> None:
         split.check_fraction(self.heldout_fraction)
         if not 0 <= self.rgb_share <= 1:
-            raise UserError(f"rgb_share: {self.rgb_share} is not in [0, 1]")
-        if self.max_scenes < 0:
-            raise UserError(f"max_scenes: {self.max_scenes} is negative")
+            raise UserError(f"rgb_share={self.rgb_share} must be in [0, 1]")
+        check_non_negative(self, "max_scenes")
 
 
-def split_scenes(source: ImageSource, config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the scenes to train on, and of those held out."""
+def split_scenes(
+    source: ImageSource, config: ImagesConfig
+) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " heldout"]]:
+    """Indices of the scenes in the train and held-out splits."""
     hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
     mask = split.heldout_mask(hashes, config.heldout_fraction)
     limit = config.max_scenes or len(source)
     return np.flatnonzero(~mask)[:limit], np.flatnonzero(mask)[:limit]
 
 
-class ImagePool:
-    """All images of some scenes, by stream.
-
-    Attributes:
-      images: stream → uint8 [n, R, R, 3].
+def load_images(
+    source: ImageSource, scenes: Int[np.ndarray, " n"], resolution: int, max_gigabytes: float
+) -> dict[str, UInt8[np.ndarray, "_ R R 3"]]:
+    """Reads all images of some scenes, by stream.
 
     Raises:
       UserError: the images need more than `max_gigabytes`.
     """
-
-    def __init__(self, source: ImageSource, numbers: np.ndarray, resolution: int, max_gigabytes: float):
-        infos = [source.info(int(i)) for i in numbers]
-        gigabytes = sum(info.num_frames * len(info.streams) for info in infos) * resolution**2 * 3 / 1e9
-        if gigabytes > max_gigabytes:
-            raise UserError(
-                f"config.data.source: {gigabytes:.1f} GB of images, max_gigabytes is {max_gigabytes}; "
-                "raise it, or set config.data.max_scenes"
-            )
-        by_stream: dict[str, list[np.ndarray]] = {}
-        failures: list[Failure] = []
-        progress = Progress(len(infos), unit="scenes")
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for done, scene in enumerate(pool.map(lambda i: source.load(int(i)), numbers), 1):
-                failures += scene.failures
-                for column, stream in enumerate(scene.info.streams):
-                    by_stream.setdefault(stream, []).append(scene.images[:, column])
-                if done % 250 == 0:
-                    log_info(f"reading images: {progress.line(done)}")
-        for failure in failures:
-            log_info(f"skipped {failure.key}: {failure.reason}")
-        self.images = {stream: np.concatenate(parts) for stream, parts in by_stream.items()}
+    infos = [source.info(i) for i in scenes.tolist()]
+    gigabytes = sum(info.num_frames * len(info.streams) for info in infos) * resolution**2 * 3 / 1e9
+    if gigabytes > max_gigabytes:
+        raise UserError(
+            f"config.data.max_gigabytes={max_gigabytes}: the source has {gigabytes:.1f} GB of images; raise it, or set "
+            "config.data.max_scenes"
+        )
+    by_stream: dict[str, list[np.ndarray]] = {}
+    failures: list[Failure] = []
+    progress = Progress(len(infos), unit="scenes")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done, scene in enumerate(pool.map(source.load, scenes.tolist()), 1):
+            failures += scene.failures
+            for i, stream in enumerate(scene.info.streams):
+                by_stream.setdefault(stream, []).append(scene.images[:, i])
+            if done % _LOG_EVERY == 0:
+                log_info(f"reading images: {progress.line(done)}")
+    for failure in failures:
+        log_info(f"skipped {failure.key}: {failure.reason}")
+    return {stream: np.concatenate(images) for stream, images in by_stream.items()}
 
 
 class TrainingImages:
-    """Batches drawn from a pool, each a pure function of (seed, step).
+    """Batches sampled from images by stream, each a pure function of (seed, step).
+
+    `rgb` images and those of all other streams are two pools. Each is traversed in a new order every epoch.
 
     Raises:
-      UserError: the pool is empty.
+      UserError: there are no images.
     """
 
-    def __init__(self, pool: ImagePool, rgb_share: float, batch_size: int, seed: int):
-        if not any(len(images) for images in pool.images.values()):
-            raise UserError(
-                "config.data.source: none of the scenes to train on has an image that can be read"
-            )
-        rgb = pool.images.get("rgb")
-        others = [images for stream, images in pool.images.items() if stream != "rgb" and len(images)]
-        self._parts = [part for part in (rgb, np.concatenate(others) if others else None) if part is not None]
-        shares = [batch_size] if len(self._parts) == 1 else [round(rgb_share * batch_size)]
-        self._shares = shares if len(self._parts) == 1 else [shares[0], batch_size - shares[0]]
+    def __init__(
+        self, images: dict[str, UInt8[np.ndarray, "_ R R 3"]], rgb_share: float, batch_size: int, seed: int
+    ):
+        if not any(map(len, images.values())):
+            raise UserError("config.data.source: no image of the train split could be read")
+        others = [x for stream, x in images.items() if stream != "rgb" and len(x)]
+        self._pools = ([images["rgb"]] if "rgb" in images else []) + (
+            [np.concatenate(others)] if others else []
+        )
+        num_rgb = round(rgb_share * batch_size)
+        self._counts = [batch_size] if len(self._pools) == 1 else [num_rgb, batch_size - num_rgb]
         self._seed = seed
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """{"images": uint8 [B, R, R, 3]}; each part of the pool is gone through in a new order each epoch."""
-        rows = []
-        for part, (images, share) in enumerate(zip(self._parts, self._shares, strict=True)):
-            places = np.arange(step * share, (step + 1) * share)
-            for epoch in np.unique(places // len(images)):
-                mine = places[places // len(images) == epoch] % len(images)
-                rows.append(images[permute(mine, len(images), derive_seed(self._seed, part, int(epoch)))])
-        return {"images": np.concatenate(rows)}
+    def batch(self, step: int) -> dict[str, UInt8[np.ndarray, "B R R 3"]]:
+        """The `images` of a step."""
+        batch = []
+        for i, (pool, count) in enumerate(zip(self._pools, self._counts, strict=True)):
+            positions = np.arange(step * count, (step + 1) * count)
+            for epoch in np.unique(positions // len(pool)).tolist():
+                in_epoch = positions[positions // len(pool) == epoch] % len(pool)
+                batch.append(pool[permute(in_epoch, len(pool), derive_seed(self._seed, i, epoch))])
+        return {"images": np.concatenate(batch)}

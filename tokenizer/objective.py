@@ -1,55 +1,71 @@
-"""How a tokenizer learns: what `lvm.training`'s loop runs (the Trainable contract).
+"""Tokenizer training as a task of the loop (`lvm.training.task.TrainTask`).
 
-First a plain autoencoder, then the codebook is seeded from the encoder's outputs, then vector quantization
-with a straight-through gradient. The codebook follows moving averages and gets no gradient.
+The network trains as a plain autoencoder first; then the codebook is seeded from encoder outputs, and vector
+quantization with a straight-through gradient begins. The codebook follows moving averages and gets no gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Float, UInt8
 
 from lvm.common import statistics
 from lvm.common.errors import UserError
+from lvm.common.validation import check_non_negative
 from lvm.model import nnx_utils
 from lvm.model.nnx_utils import Params
 from lvm.training.task import Batch, Metrics, State, apply_if_finite, init_skip_counts
 from tokenizer import losses, quantizers
 from tokenizer.network import VQGAN, VQGANConfig
 
+_PICTURE_COLUMNS = 4  # images per stream in the picture of reconstructions
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the losses, and how the codebook is learned."""
+    """Weights of the loss terms, and codebook learning.
+
+    Attributes:
+      autoencoder_steps: steps before the codebook is seeded.
+      ema_decay: decay of the codebook's moving averages.
+      dead_below: codes with a lower average count per batch are replaced.
+    """
 
     l1: float = 1.0
     l2: float = 4.0
     gradient: float = 0.5
     commitment: float = 0.25
-    autoencoder_steps: int = 10_000  # steps before there is a codebook
-    ema_decay: float = 0.97  # of the codebook's moving averages
-    dead_below: float = 0.1  # a code with a lower averaged count a batch is replaced
+    autoencoder_steps: int = 10_000
+    ema_decay: float = 0.97
+    dead_below: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "gradient", "commitment", "dead_below"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: {getattr(self, name)}, expected 0 or more")
-        if self.autoencoder_steps < 0:
-            raise UserError(f"autoencoder_steps: {self.autoencoder_steps}, expected 0 or more")
+        check_non_negative(self, "l1", "l2", "gradient", "commitment", "autoencoder_steps", "dead_below")
         if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay: {self.ema_decay}, expected [0, 1)")
+            raise UserError(f"ema_decay={self.ema_decay} must be in [0, 1)")
 
 
-class TokenizerObjective:
-    """The tokenizer's `init` and `update`: pure and jittable, the same bits from the same arguments.
+class TokenizerTask:
+    """A tokenizer with its objective and optimizer.
 
-    The state is {"step": int32, "params": …, "training": {"optimizer": …, "averages": …, "skipped": …}}, of which
-    "params", the codebook among them, is all that inference needs.
+    The state is {"step": int32, "params": …, "training": {"optimizer": …, "averages": …, "skipped": …}}; "params",
+    codebook included, is all that inference needs.
+
+    Args:
+      config: the network.
+      loss: the objective.
+      optimizer: of everything but the codebook.
+      schedule: step → learning rate, for the metrics.
+      batch_size: images per step.
+      has_codebook: the initial weights have a codebook, so it is never seeded.
+      heldout: images of each stream for `evaluate` and `pictures`.
     """
 
     def __init__(
@@ -61,34 +77,30 @@ class TokenizerObjective:
         *,
         batch_size: int,
         has_codebook: bool = False,
+        heldout: Mapping[str, UInt8[np.ndarray, "_ R R 3"]] | None = None,
     ):
-        if batch_size < 1:
-            raise UserError(f"config.batch_size: {batch_size} is not positive")
-        self.config = config
-        self.loss = loss
-        self.optimizer = optimizer
-        self.schedule = schedule
-        # A codebook that is there from the start is never seeded.
+        self.config, self.loss, self.optimizer, self.schedule = config, loss, optimizer, schedule
         self.seed_step = -1 if has_codebook else loss.autoencoder_steps
-        self.batch_size = batch_size
+        self.batch_size, self.heldout = batch_size, heldout or {}
         self.graphdef, _ = nnx_utils.abstract_module(self._make)
         self.logical_axes = nnx_utils.logical_axes(self._make)
+        self._jitted_reconstruct = jax.jit(self.reconstruct)
 
     def _make(self, rngs: nnx.Rngs) -> VQGAN:
         return VQGAN(self.config, rngs)
 
     def model(self, params: Params) -> VQGAN:
-        """The network around `params`; works under jit."""
+        """The network with `params`; works under jit."""
         return nnx_utils.merge(self.graphdef, params)
 
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The names, shapes and dtypes of a batch: `images` uint8 [B, R, R, 3]."""
-        side = self.config.resolution
-        return {"images": jax.ShapeDtypeStruct((self.batch_size, side, side, 3), jnp.uint8)}
+        """See `TrainTask.batch_spec`: `images` uint8 [B, R, R, 3]."""
+        R = self.config.resolution
+        return {"images": jax.ShapeDtypeStruct((self.batch_size, R, R, 3), jnp.uint8)}
 
     def init(self, rng: jax.Array) -> State:
-        """The state before the first step, a pure function of `rng`."""
+        """Returns a fresh state, a pure function of `rng`."""
         params = nnx_utils.init_params(self._make, rng)
         training = {
             "optimizer": self.optimizer.init(_network(params)),
@@ -98,17 +110,16 @@ class TokenizerObjective:
         return {"step": jnp.zeros((), jnp.int32), "params": params, "training": training}
 
     def update(self, state: State, batch: Batch, rng: jax.Array) -> tuple[State, Metrics]:
-        """One step on images uint8 [B, R, R, 3]; metrics are float32 scalars of this batch."""
+        """Makes one optimizer step and one codebook update; a non-finite gradient changes nothing."""
         step, params, training = state["step"], state["params"], state["training"]
-        network = _network(params)
+        network, images = _network(params), to_float(batch["images"])
         seed_rng, reset_rng = jax.random.split(rng)
-        gradient_of = jax.value_and_grad(self._loss, has_aux=True)
-        (loss, (seen, metrics)), gradients = gradient_of(
-            network, params["codebook"], to_float(batch["images"]), step, seed_rng
+        value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
+        (loss, (quantized, metrics)), gradients = value_and_grad(
+            network, params["codebook"], images, step, seed_rng
         )
-
         updates, optimizer_state = self.optimizer.update(gradients, training["optimizer"], network)
-        averages, codebook = self._learn_codebook(seen, training["averages"], step, reset_rng)
+        averages, codebook = self._update_codebook(quantized, training["averages"], step, reset_rng)
         grad_norm = optax.tree.norm(gradients)
         old = {"params": params, "optimizer": training["optimizer"], "averages": training["averages"]}
         new = {
@@ -128,8 +139,14 @@ class TokenizerObjective:
         return {"step": step + 1, "params": params, "training": {**new, "skipped": skipped}}, metrics
 
     def _loss(
-        self, network: Params, codebook: jax.Array, images: jax.Array, step: jax.Array, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[Params, Metrics]]:
+        self,
+        network: Params,
+        codebook: Float[Array, "K C"],
+        images: Float[Array, "B R R 3"],
+        step: jax.Array,
+        rng: jax.Array,
+    ) -> tuple[Float[Array, ""], tuple[Params, Metrics]]:
+        """The loss, and what the codebook update needs: the (seeded) codebook, latents and codes."""
         model = self.model(network | {"codebook": codebook})
         latents = model.encode_latents(images)  # [B, h, w, C]
         rows = jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1]))  # [N, C]
@@ -160,42 +177,65 @@ class TokenizerObjective:
         }
         return total, ({"codebook": codebook, "latents": rows, "codes": codes}, metrics)
 
-    def _learn_codebook(
-        self, seen: Params, averages: Params, step: jax.Array, rng: jax.Array
-    ) -> tuple[Params, jax.Array]:
-        """Nothing moves before the seeding; at it, the averages start over from the seeded codebook."""
-        start = quantizers.init_moving_averages(seen["codebook"])
-        averages = jax.tree.map(lambda new, old: jnp.where(step == self.seed_step, new, old), start, averages)
+    def _update_codebook(
+        self, quantized: Params, averages: Params, step: jax.Array, rng: jax.Array
+    ) -> tuple[Params, Float[Array, "K C"]]:
+        """Moves averages and codebook from the seed step on, where the averages restart from the seeded codebook."""
+        initial = quantizers.init_moving_averages(quantized["codebook"])
+        averages = jax.tree.map(lambda a, b: jnp.where(step == self.seed_step, a, b), initial, averages)
         return jax.lax.cond(
             step >= self.seed_step,
             lambda: quantizers.update_codebook(
                 averages,
-                seen["latents"],
-                seen["codes"],
+                quantized["latents"],
+                quantized["codes"],
                 rng,
                 decay=self.loss.ema_decay,
                 dead_below=self.loss.dead_below,
                 l2_normalize=self.config.l2_normalize,
             ),
-            lambda: (averages, seen["codebook"]),
+            lambda: (averages, quantized["codebook"]),
         )
 
-    def reconstruct(self, params: Params, images: jax.Array) -> jax.Array:
-        """Images uint8 [B, R, R, 3] → codes → images uint8 [B, R, R, 3]."""
+    def reconstruct(self, params: Params, images: UInt8[Array, "B R R 3"]) -> UInt8[Array, "B R R 3"]:
+        """Encodes images to codes and decodes them."""
         model = self.model(params)
         return to_uint8(model.decode_float(model.encode(to_float(images))))
 
+    def evaluate(self, state: State, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """See `TrainTask.evaluate`: PSNR in dB of each stream's held-out images, `heldout_psnr/STREAM`."""
+        metrics: dict[str, float] = {}
+        for stream, images in self.heldout.items():
+            if stopping():
+                return {}
+            psnr = statistics.psnr(self._reconstruct(state, images), images)  # [n]
+            metrics[f"heldout_psnr/{stream}"] = float(psnr.mean())
+        return metrics
 
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 [0, 255] → float32 [0, 1], any shape."""
+    def pictures(self, state: State) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """See `TrainTask.pictures`: held-out images above their reconstructions, a pair of rows per stream."""
+        rows = []
+        for images in self.heldout.values():
+            selected = images[:: max(1, len(images) // _PICTURE_COLUMNS)][:_PICTURE_COLUMNS]
+            padded = np.zeros((_PICTURE_COLUMNS, *images.shape[1:]), np.uint8)
+            padded[: len(selected)] = selected
+            rows += [np.concatenate([*batch], 1) for batch in (padded, self._reconstruct(state, padded))]
+        return {"reconstructions": np.concatenate(rows)} if rows else {}
+
+    def _reconstruct(self, state: State, images: np.ndarray) -> np.ndarray:
+        return np.asarray(self._jitted_reconstruct(state["params"], images))
+
+
+def to_float(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Maps [0, 255] to float32 [0, 1]."""
     return images.astype(jnp.float32) / 255.0
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Floats, clipped to [0, 1] → uint8, rounded, any shape."""
+def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """Clips to [0, 1] and maps to [0, 255], rounded."""
     return jnp.round(jnp.clip(images, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
 def _network(params: Params) -> Params:
-    """What the optimizer moves: everything but the codebook."""
+    """Everything but the codebook: what the optimizer updates."""
     return {name: value for name, value in params.items() if name != "codebook"}

@@ -1,4 +1,4 @@
-"""The demo's tokenizer at 32×32: 16 codes of 64."""
+"""Tokenizer of the demo at 32×32: 4×4 codes of a codebook of 64."""
 
 from __future__ import annotations
 

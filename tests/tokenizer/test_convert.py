@@ -61,9 +61,9 @@ def test_training_starts_from_converted_weights(tmp_path):
     with pytest.raises(UserError, match=r"converted weights and no training; start one .* new --workdir"):
         start("converted")
     init = {"init_from": str(tmp_path / "converted")}
-    with pytest.raises(UserError, match=r"autoencoder_steps: 8, expected 0"):
+    with pytest.raises(UserError, match="autoencoder_steps=8"):
         start("run", **init, loss=LossConfig(autoencoder_steps=8))
-    with pytest.raises(UserError, match=r"config\.model\.codebook_size: 32, there 64"):
+    with pytest.raises(UserError, match="codebook_size=32, there 64"):
         start("other", **init, model=dataclasses.replace(config, codebook_size=32))
     start("run", **init)
     stored = weights.read(tmp_path / "run")

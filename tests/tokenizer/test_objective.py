@@ -1,3 +1,5 @@
+"""Tokenizer training task: phases, codebook seeding, losses, determinism."""
+
 import dataclasses
 import functools
 
@@ -10,7 +12,7 @@ import pytest
 from lvm.common.errors import UserError
 from tokenizer import losses, quantizers
 from tokenizer.network import VQGANConfig
-from tokenizer.objective import LossConfig, TokenizerObjective, to_float, to_uint8
+from tokenizer.objective import LossConfig, TokenizerTask, to_float, to_uint8
 
 CONFIG = VQGANConfig(
     resolution=16, patch_size=4, channels=8, channel_multipliers=(1,), encoder_blocks=1, decoder_blocks=1,
@@ -20,15 +22,15 @@ SEED_STEP = 4
 
 
 @functools.cache
-def objective():
+def make_task():
     schedule = optax.constant_schedule(1e-2)
     loss = LossConfig(autoencoder_steps=SEED_STEP)
-    return TokenizerObjective(CONFIG, loss, optax.adam(schedule), schedule, batch_size=8)
+    return TokenizerTask(CONFIG, loss, optax.adam(schedule), schedule, batch_size=8)
 
 
 @functools.cache
 def compiled():
-    return jax.jit(objective().update)
+    return jax.jit(make_task().update)
 
 
 def batch(seed=0):
@@ -37,28 +39,28 @@ def batch(seed=0):
 
 
 def run(steps):
-    state, history = objective().init(jax.random.key(0)), []
+    state, history = make_task().init(jax.random.key(0)), []
     for step in range(steps):
         state, metrics = compiled()(state, batch(), jax.random.fold_in(jax.random.key(1), step))
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
 
-def test_batches_and_states_have_their_shapes():
-    assert objective().batch_spec == {"images": jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8)}
-    state = jax.eval_shape(objective().init, jax.random.key(0))
+def test_init_and_update_have_documented_shapes():
+    assert make_task().batch_spec == {"images": jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8)}
+    state = jax.eval_shape(make_task().init, jax.random.key(0))
     assert set(state) == {"step", "params", "training"}
-    after, metrics = jax.eval_shape(objective().update, state, objective().batch_spec, jax.random.key(0))
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
-    assert all(jax.tree.leaves(same))
+    after, metrics = jax.eval_shape(make_task().update, state, make_task().batch_spec, jax.random.key(0))
+    matches = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
+    assert all(jax.tree.leaves(matches))
     assert {value.shape for value in metrics.values()} == {()}
-    assert {str(value.dtype) for value in metrics.values()} == {"float32", "int32"}  # int32: what is counted
+    assert {str(value.dtype) for value in metrics.values()} == {"float32", "int32"}  # int32: skip counts
     assert {"loss", "grad_norm", "learning_rate", "psnr", "codebook_usage", "codebook_perplexity"} <= set(
         metrics
     )
 
 
-def test_the_loss_falls_through_both_phases():
+def test_loss_falls_in_both_phases():
     _, history = run(40)
     assert history[SEED_STEP - 1]["loss"] < history[0]["loss"]
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
@@ -66,53 +68,53 @@ def test_the_loss_falls_through_both_phases():
     assert all(entry["loss/commitment"] == 0 for entry in history[:SEED_STEP])
 
 
-def test_the_codebook_waits_for_its_seeding_and_then_moves_without_gradient():
+def test_codebook_moves_without_gradient_once_seeded():
     start, _ = run(0)
     before, _ = run(SEED_STEP)
     np.testing.assert_array_equal(start["params"]["codebook"], before["params"]["codebook"])
     np.testing.assert_array_equal(before["training"]["averages"]["counts"], 1.0)
     after, history = run(SEED_STEP + 1)
-    assert history[-1]["codebook_usage"] > 0.9  # codes seeded from this very batch are nearest to themselves
+    assert history[-1]["codebook_usage"] > 0.9  # each code is nearest to the latent that seeded it
     assert np.abs(after["params"]["codebook"] - before["params"]["codebook"]).max() > 0.1
     moments = jax.tree.leaves_with_path(after["training"]["optimizer"])
     assert moments
     assert not any("codebook" in jax.tree_util.keystr(path) for path, _ in moments)
 
 
-def test_the_codebook_is_seeded_with_the_encoders_outputs():
+def test_codebook_is_seeded_from_encoder_outputs():
     state, _ = run(SEED_STEP)
-    model = objective().model(state["params"])
+    model = make_task().model(state["params"])
     latents = np.asarray(model.encode_latents(to_float(batch()["images"]))).reshape(-1, 4)
-    keep = dataclasses.replace(objective().loss, ema_decay=0.999999, dead_below=0.0)
-    frozen = TokenizerObjective(CONFIG, keep, objective().optimizer, objective().schedule, batch_size=8)
+    keep = dataclasses.replace(make_task().loss, ema_decay=0.999999, dead_below=0.0)
+    frozen = TokenizerTask(CONFIG, keep, make_task().optimizer, make_task().schedule, batch_size=8)
     state, _ = jax.jit(frozen.update)(state, batch(), jax.random.key(1))
     nearest = np.abs(np.asarray(state["params"]["codebook"])[:, None] - latents).max(-1).min(-1)  # [K]
     np.testing.assert_allclose(nearest, 0.0, atol=1e-4)
 
 
-def test_equal_arguments_give_equal_bits():
+def test_update_is_deterministic():
     (first, _), (second, _) = run(SEED_STEP + 3), run(SEED_STEP + 3)
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_a_donated_state_gives_the_same():
-    update = jax.jit(objective().update, donate_argnums=0)
+def test_update_of_a_donated_state_is_equal():
+    update = jax.jit(make_task().update, donate_argnums=0)
     state, _ = run(0)
     donated, _ = update(jax.tree.map(jnp.copy, state), batch(), jax.random.key(2))
     kept, _ = compiled()(state, batch(), jax.random.key(2))
     jax.tree.map(np.testing.assert_array_equal, donated, kept)
 
 
-def test_reconstruct_goes_through_codes():
+def test_reconstruct_encodes_to_codes():
     state, _ = run(0)
-    images = objective().reconstruct(state["params"], batch()["images"])
+    images = make_task().reconstruct(state["params"], batch()["images"])
     assert (images.shape, images.dtype) == ((8, 16, 16, 3), jnp.uint8)
-    model = objective().model(state["params"])
-    again = to_uint8(model.decode_float(model.encode(to_float(batch()["images"]))))
-    np.testing.assert_array_equal(images, again)
+    model = make_task().model(state["params"])
+    expected = to_uint8(model.decode_float(model.encode(to_float(batch()["images"]))))
+    np.testing.assert_array_equal(images, expected)
 
 
-def test_losses_by_hand():
+def test_losses_match_values_by_hand():
     a, b = jnp.zeros((2, 2, 2, 1)), jnp.array([1.0, 0.0, 0.0, 0.0] * 2).reshape(2, 2, 2, 1)
     assert losses.l1(a, b) == 0.25
     assert losses.l2(a, b / 2) == 0.0625
@@ -122,7 +124,7 @@ def test_losses_by_hand():
     assert quantizers.usage(jnp.array([1.0, 0.0])) == 0.5
 
 
-def test_uint8_survives_the_way_through_floats():
+def test_to_uint8_inverts_to_float():
     every = jnp.arange(256, dtype=jnp.uint8)
     np.testing.assert_array_equal(to_uint8(to_float(every)), every)
 
@@ -130,12 +132,11 @@ def test_uint8_survives_the_way_through_floats():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"l1": -1.0}, "l1: -1.0"),
-        ({"autoencoder_steps": -1}, "autoencoder_steps: -1"),
-        ({"ema_decay": 1.5}, "ema_decay: 1.5"),
+        ({"l1": -1.0}, "l1=-1.0"),
+        ({"autoencoder_steps": -1}, "autoencoder_steps=-1"),
+        ({"ema_decay": 1.5}, "ema_decay=1.5"),
     ],
 )
-def test_bad_settings_are_refused_by_name(changes, message):
-    with pytest.raises(UserError) as caught:
+def test_loss_config_rejects_impossible_values(changes, message):
+    with pytest.raises(UserError, match=f"^{message}"):
         LossConfig(**changes)
-    assert message in str(caught.value)
