@@ -65,7 +65,7 @@ def _open_parameters(file: epath.Path) -> dict[str, LazyTensor]:
 
 
 def write(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
-    """Writes the files of such a folder."""
+    """Writes a streaming checkpoint and its config.json."""
     config, vocabulary = checkpoint.config, checkpoint.vocabulary
     if config.kv_heads != config.num_heads:
         log_warning("EasyLM doesn't support grouped key-value heads: its own code can't load this checkpoint")

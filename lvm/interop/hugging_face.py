@@ -33,12 +33,12 @@ _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def has_weights(names: Sequence[str]) -> bool:
-    """Whether weights of transformers are among the file names."""
+    """Returns True if weights of transformers are among the file names."""
     return any(_WEIGHTS.fullmatch(name) for name in names)
 
 
 def read(folder: epath.Path) -> LazyCheckpoint:
-    """Opens such a folder.
+    """Opens the checkpoint in a folder of transformers' Llama.
 
     Raises:
       UserError: an unsupported network, a missing shard, tensors that are not the network's, or an unknown
@@ -86,7 +86,7 @@ def _open_shards(
 
 
 def write(folder: pathlib.Path, checkpoint: LazyCheckpoint, max_shard_bytes: int) -> None:
-    """Writes the files of such a folder, weights in shards of at most `max_shard_bytes` (or one tensor) each."""
+    """Writes config.json, generation_config.json, and weights in shards of at most `max_shard_bytes`."""
     tensors = HUGGING_FACE.export_tensors(checkpoint.tensors)
     shards = list(_shards(tensors, max_shard_bytes))
     weight_map: dict[str, str] = {}
