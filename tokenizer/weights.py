@@ -83,7 +83,7 @@ def read(folder: epath.PathLike) -> Weights:
         return _read_published(path, None)
     record = read_record(path, "tokenizer", ("config", "preprocess"))
     config = from_config_dict(VQGANConfig, record["config"]["model"], f"{path / CONFIG}: config.model")
-    preprocess = from_config_dict(Preprocess, record["preprocess"], f"{path / CONFIG}: preprocess")
+    preprocess = Preprocess.from_json(record["preprocess"])
     return Weights(config, preprocess, *load_params(path, layouts.param_shapes(config)))
 
 
@@ -122,7 +122,10 @@ def _read_published(folder: epath.Path, file: epath.Path | None) -> Weights:
     preprocess = None
     if (folder / PREPROCESS).exists():
         path = folder / PREPROCESS
-        preprocess = from_config_dict(Preprocess, files.read_json(path), os.fspath(path))
+        try:
+            preprocess = Preprocess.from_json(files.read_json(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         if layout.kind == "diffusers":  # whose sample_size is often left at its default
             fields = {**fields, "sample_size": preprocess.resolution}
     config = layout.from_fields(fields, where)

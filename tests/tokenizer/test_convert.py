@@ -29,7 +29,7 @@ def test_convert_command(tmp_path):
     said = run("tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=orbax")
     assert "16 codes of 4, 64 an image of 16×16" in said
     check_same(weights.read(tmp_path / "out"), published)
-    assert "exists and is not an empty folder" in run(
+    assert "out: exists " in run(
         "tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=torch", code=2
     )
     assert "nowhere: not a model folder" in run(
