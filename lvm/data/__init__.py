@@ -1,1 +1,1 @@
-"""Sources, streams, scenes, recipes, mixtures, rows: from files to token batches."""
+"""Data pipeline: image sources, streams, stores, recipes, mixtures, packed rows and token batches."""

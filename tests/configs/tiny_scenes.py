@@ -1,4 +1,4 @@
-"""A few generated scenes, small enough for a test to train on."""
+"""A few generated scenes for tests that train."""
 
 from __future__ import annotations
 

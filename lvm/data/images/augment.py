@@ -72,9 +72,5 @@ def mirror_images(
     images: UInt8[np.ndarray, "T S R R 3"], codecs: Sequence[Codec]
 ) -> UInt8[np.ndarray, "T S R R 3"]:
     """Flips a scene horizontally, each stream by its codec."""
-    return np.stack(
-        [
-            np.stack([codec.mirror(image) for codec, image in zip(codecs, frame, strict=True)])
-            for frame in images
-        ]
-    )
+    mirrored = (codec.mirror(image) for frame in images for codec, image in zip(codecs, frame, strict=True))
+    return np.stack(list(mirrored)).reshape(images.shape)

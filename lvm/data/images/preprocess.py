@@ -25,13 +25,8 @@ _FILTERS = ("nearest", "box", "bilinear", "bicubic", "lanczos")
 FILTERS = {name: PIL.Image.Resampling[name.upper()] for name in _FILTERS}
 RESIZERS = ("pillow", "swscale")
 _SWSCALE_FILTERS = {name: Interpolation[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
-# The same pixels on every CPU, and full chroma resolution.
-_SWSCALE_FLAGS = (
-    Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-    | Interpolation.FULL_CHR_H_INP
-    | Interpolation.FULL_CHR_H_INT
-)
+_SWSCALE_FLAGS = Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same pixels on every CPU
+_SWSCALE_FLAGS |= Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT  # full chroma resolution
 _RANGE = {"colours": "0..1"}  # in every identity on disk: the network's input is uint8 / 255
 _OMITTED = {
     "decode": "full",
@@ -97,6 +92,11 @@ class Preprocess:
         # With `box`, Pillow still filters over the pixels outside of it: this is resize, then crop.
         return np.asarray(rgb.resize(size, FILTERS[self.filter], box=box))
 
+    @property
+    def min_decode_side(self) -> int:
+        """The side that decoding must not reduce images below; 0 to decode all pixels."""
+        return self.resolution if self.decode == "reduced" else 0
+
     def resize_labels(self, labels: np.ndarray) -> Shaped[np.ndarray, "R R *rest"]:
         """Resizes class ids or depth [H, W, ...] of any dtype by nearest sampling.
 
@@ -115,11 +115,9 @@ class Preprocess:
     def map_points(
         self, points: Num[np.ndarray, "*batch 2"], size: tuple[int, int]
     ) -> Float[np.ndarray, "*batch 2"]:
-        """Maps points (x, y) of an image to the resized one; those cropped away are outside of it.
+        """Maps points (x, y) of an image of (height, width) `size` to the resized one, or outside of it if cropped.
 
-        Args:
-          points: in pixels from the upper left corner: the center of the first pixel is (0.5, 0.5).
-          size: the image's (height, width).
+        Points are in pixels from the upper left corner: the center of the first pixel is (0.5, 0.5).
         """
         left, top, right, bottom = self._crop_box(size[1], size[0])
         scale = self.resolution / np.array([right - left, bottom - top])
@@ -154,7 +152,7 @@ class Preprocess:
             raise UserError(f"swscale can't resize {width}×{height} to {R}×{R}: {error.strerror}") from error
         return np.ascontiguousarray(scaled.to_ndarray())
 
-    def _crop_box(self, width: float, height: float) -> tuple[float, float, float, float]:
+    def _crop_box(self, width: int | float, height: int | float) -> tuple[float, float, float, float]:
         """Returns left, top, right and bottom of what is kept of an image."""
         left, top, right, bottom = 0.0, 0.0, float(width), float(height)
         if self.mode == "center_crop":
@@ -171,10 +169,8 @@ class Preprocess:
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if array.dtype != np.uint8 or not is_image or 0 in array.shape:
-        raise UserError(
-            f"an image has dtype {array.dtype} and shape {list(array.shape)}; "
-            "expected uint8 [H, W], [H, W, 3] or [H, W, 4]"
-        )
+        shape = f"{array.dtype} {list(array.shape)}"
+        raise UserError(f"an image is {shape}; expected uint8 [H, W], [H, W, 3] or [H, W, 4]")
     return PIL.Image.fromarray(array)
 
 

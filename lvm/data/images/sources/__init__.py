@@ -11,14 +11,7 @@ from typing import Any
 from lvm.common.config import find_config
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import (
-    CodeSource,
-    Failure,
-    ImageSource,
-    SceneCodes,
-    SceneImages,
-    SceneInfo,
-)
+from lvm.data.images.sources.base import CodeSource, Failure, ImageSource, SceneCodes, SceneImages, SceneInfo
 from lvm.data.images.sources.derived import DerivedStreams
 from lvm.data.images.sources.image_file import IMAGE_SUFFIXES
 from lvm.data.images.sources.listing import SUFFIXES, walk_files

@@ -19,9 +19,6 @@ class ArrayRecordSource(ImageFileSource[None]):
 
     Record 12 of photos.array_record is the scene "photos.array_record/12", one frame of rgb, its own group. Metadata
     is computed from record counts: a listing of billions needs no memory.
-
-    Raises:
-      UserError: no such file, or no record in any.
     """
 
     kind = "array_record"

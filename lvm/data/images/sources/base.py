@@ -71,13 +71,7 @@ class SceneImages:
 
 @dataclasses.dataclass(frozen=True)
 class SceneCodes:
-    """A scene that is stored as codes.
-
-    Attributes:
-      info: the scene's metadata; `num_frames` counts the frames in `codes`.
-      codes: streams in the order of `info.streams`; T may be 0.
-      failures: data that could not be read and was dropped.
-    """
+    """A scene that is stored as codes; otherwise as `SceneImages`."""
 
     info: SceneInfo
     codes: UInt16[np.ndarray, "T S N"]
@@ -142,8 +136,8 @@ class SceneSource(abc.ABC, Generic[Location]):
         self._scenes: list[tuple[SceneInfo, Location]] = list(self._list_scenes())
         self.skipped = tuple(self._skipped)
         if not len(self):
-            reason = f" ({self.skipped[0].key}: {self.skipped[0].reason})" if self.skipped else ""
-            raise UserError(f"{self._origin}: found no usable {self.scene_noun}{reason}")
+            reasons = "".join(f" ({failure.key}: {failure.reason})" for failure in self.skipped[:1])
+            raise UserError(f"{self._origin}: found no usable {self.scene_noun}{reasons}")
         if self._scenes:
             self.stream_sets = tuple(sorted({info.streams for info, _ in self._scenes}))
             self.classes = tuple(sorted({info.class_name for info, _ in self._scenes} - {""}))
@@ -159,11 +153,7 @@ class SceneSource(abc.ABC, Generic[Location]):
         self._reset()
 
     def info(self, index: int) -> SceneInfo:
-        """Returns the metadata of a scene; some of its `num_frames` may turn out unreadable.
-
-        Raises:
-          IndexError: outside of [0, len).
-        """
+        """Returns the metadata of a scene; frames may turn out unreadable. Raises IndexError outside of [0, len)."""
         return self._scene(index)[0]
 
     def describe(self) -> dict[str, Any]:
@@ -215,11 +205,7 @@ class ImageSource(SceneSource[Location]):
 
     @abc.abstractmethod
     def load(self, index: int) -> SceneImages:
-        """Decodes a scene. A frame with an unreadable stream is dropped and listed in `failures`.
-
-        Raises:
-          IndexError: outside of [0, len).
-        """
+        """Decodes a scene; frames with an unreadable stream become failures. Raises IndexError outside of [0, len)."""
 
     def _scene_images(
         self, info: SceneInfo, frames: Sequence[np.ndarray], reasons: Iterable[str] = ()
@@ -246,7 +232,8 @@ class ImageFileSource(ImageSource[Location]):
         frames, reasons = [], []
         for files in scene_files:
             try:
-                frames.append(read_frame(self._readers, files, info.streams, self._preprocess))
+                files = {stream: files[stream] for stream in info.streams}
+                frames.append(read_frame(self._readers, files, self._preprocess))
             except UnreadableError as error:
                 reasons.append(str(error))
         return self._scene_images(info, frames, reasons)
@@ -264,20 +251,11 @@ class ImageFileSource(ImageSource[Location]):
 
 
 class CodeSource(SceneSource[Location]):
-    """Base class of sources of codes, which no tokenizer encodes.
+    """Base class of sources of codes, which need no tokenizer."""
 
-    Attributes:
-      num_codes: size of the codebook; every code is below it.
-      grid: rows and columns of an image's codes.
-    """
-
-    num_codes: int
-    grid: tuple[int, ...]
+    num_codes: int  # codebook size
+    grid: tuple[int, ...]  # rows and columns of an image's codes
 
     @abc.abstractmethod
     def load_codes(self, index: int) -> SceneCodes:
-        """Reads the codes of a scene.
-
-        Raises:
-          IndexError: outside of [0, len).
-        """
+        """Reads the codes of a scene. Raises IndexError outside of [0, len)."""

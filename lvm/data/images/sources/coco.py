@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from lvm.common.errors import UserError
 from lvm.data.images.sources.base import ImageSource, SceneImages, SceneInfo
-from lvm.data.images.sources.image_file import UnreadableError, decode_for
+from lvm.data.images.sources.image_file import UnreadableError, decode_image
 from lvm.data.images.sources.listing import hash_files
 from lvm.data.images.sources.readers import check_aspect
 from lvm.data.streams.codecs import Box, Boxes, Codec, Image, Palette, Pose
@@ -51,9 +51,7 @@ class CocoConfig:
 
     def __post_init__(self) -> None:
         if set(self.streams) - set(STREAMS) or len(set(self.streams)) < len(self.streams):
-            raise UserError(
-                f"streams: {self.streams}; expected some of {', '.join(STREAMS)}, each once (rgb is implied)"
-            )
+            raise UserError(f"streams: {self.streams}; expected some of {', '.join(STREAMS)}, each once")
 
 
 class CocoSource(ImageSource[tuple[int, int]]):
@@ -77,7 +75,7 @@ class CocoSource(ImageSource[tuple[int, int]]):
         """See `ImageSource.load`."""
         info, size = self._scene(index)
         try:
-            image = decode_for(self._root / info.key, self._preprocess)
+            image = decode_image(self._root / info.key, self._preprocess.min_decode_side)
             check_aspect(image.size, size[::-1], "its annotations")  # a smaller copy is accepted
             frame = [self._preprocess(image.pixels, image.extent)]
             frame += [self._render(stream, self._annotations[info.key], size) for stream in info.streams[1:]]
@@ -98,17 +96,18 @@ class CocoSource(ImageSource[tuple[int, int]]):
         path, self._root = pathlib.Path(self.config.annotations), pathlib.Path(self.config.images)
         self.name = path.stem
         if not self._root.is_dir():
-            raise UserError(
-                f"images: {self._root}: no such folder; expected that of the file names in {path}"
-            )
+            raise UserError(f"images: {self._root}: no such folder; give that of the file names in {path}")
         data, content = _load(path)
         self._digest = hashlib.sha256(data).hexdigest()
-        categories = _select_categories(content["categories"], self.config.categories, path)
-        self._class_ids = _class_ids(categories)
-        codecs = _codecs(categories, self._class_ids, self.config, path)
+        names = [category["name"] for category in content["categories"]]
+        for name in self.config.categories:
+            if name not in names:
+                raise UserError(f"categories: {name!r} is not in {path}: {', '.join(map(str, names))}")
+        selected = [c for c in content["categories"] if c["name"] in (self.config.categories or names)]
+        codecs = self._make_codecs(sorted(selected, key=lambda category: category["id"]), path)
         images = self._usable_images(content["images"])
         self._annotations = self._group_by_image(content["annotations"], images)
-        infos = []
+        used = set[str]()
         for name, image in images.items():
             annotations = self._annotations[name]
             available = {
@@ -116,11 +115,36 @@ class CocoSource(ImageSource[tuple[int, int]]):
                 "boxes": any(_has_box(annotation) for annotation in annotations),
                 "pose": any(_has_keypoints(annotation) for annotation in annotations),
             }
-            streams = tuple(stream for stream in STREAMS if stream in codecs and available[stream])
-            infos.append(SceneInfo(name, name, "", 1, ("rgb", *streams)))
-            yield infos[-1], (int(image["height"]), int(image["width"]))
-        used = {stream for info in infos for stream in info.streams}
+            streams = ("rgb", *(stream for stream in STREAMS if stream in codecs and available[stream]))
+            used.update(streams)
+            yield SceneInfo(name, name, "", 1, streams), (int(image["height"]), int(image["width"]))
         self.streams = {stream: codec for stream, codec in codecs.items() if stream in used}
+
+    def _make_codecs(self, categories: Sequence[Mapping[str, Any]], path: pathlib.Path) -> dict[str, Codec]:
+        """Returns the codecs of rgb and of each requested stream; maps category ids to class ids from 1 on."""
+        ids = [category["id"] for category in categories]
+        fit = all(isinstance(i, int) and 1 <= i <= 255 for i in ids)
+        self._class_ids = {i: i if fit else rank for rank, i in enumerate(ids, 1)}
+        num_classes = max(self._class_ids.values(), default=0)
+        if not 0 < num_classes <= 255:
+            raise UserError(f"{path}: {len(ids)} categories; at most 255 have a color: set `categories`")
+        names = [""] * num_classes
+        for category in categories:
+            names[self._class_ids[category["id"]] - 1] = str(category["name"])
+        codecs: dict[str, Codec] = {"rgb": Image()}
+        requested = self.config.streams or STREAMS
+        if "segmentation" in requested:
+            codecs["segmentation"] = Palette(("background", *names), background=0)
+        if "boxes" in requested:
+            codecs["boxes"] = Boxes(tuple(names))
+        skeletons = {_skeleton(category) for category in categories if category.get("keypoints")}
+        if "pose" in requested and len(skeletons) > 1:
+            raise UserError(f"{path}: categories of several skeletons; set `categories`, or leave out pose")
+        if "pose" in requested and skeletons:
+            codecs["pose"] = Pose(*skeletons.pop(), self.config.radius)
+        if missing := set(self.config.streams) - set(codecs):
+            raise UserError(f"streams: {missing.pop()!r}: no category of {path} has keypoints")
+        return codecs
 
     def _usable_images(self, images: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
         """Returns the images by file name that have a size, a new id and file, and lie in the folder."""
@@ -230,57 +254,6 @@ def _load(path: pathlib.Path) -> tuple[bytes, dict[str, list[Any]]]:
 
 def _is_length(value: Any) -> bool:
     return isinstance(value, int | float) and 1 <= value < math.inf
-
-
-def _select_categories(
-    categories: Sequence[Mapping[str, Any]], selected: Sequence[str], path: pathlib.Path
-) -> list[Mapping[str, Any]]:
-    names = [category["name"] for category in categories]
-    if unknown := [name for name in selected if name not in names]:
-        raise UserError(f"categories: {unknown[0]!r} is none of {path}; it has {', '.join(map(str, names))}")
-    chosen = [category for category in categories if not selected or category["name"] in selected]
-    return sorted(chosen, key=lambda category: category["id"])
-
-
-def _class_ids(categories: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
-    """Maps category ids to class ids from 1 on."""
-    ids = [category["id"] for category in categories]
-    if all(isinstance(i, int) and 1 <= i <= 255 for i in ids):
-        return {i: i for i in ids}
-    return {i: rank for rank, i in enumerate(ids, 1)}
-
-
-def _codecs(
-    categories: Sequence[Mapping[str, Any]],
-    class_ids: Mapping[Any, int],
-    config: CocoConfig,
-    path: pathlib.Path,
-) -> dict[str, Codec]:
-    """Returns the codecs of rgb and of each requested stream."""
-    if not class_ids or max(class_ids.values()) > 255:
-        raise UserError(
-            f"{path}: {len(class_ids)} categories; at most 255 have a color: select with `categories`"
-        )
-    names = [""] * max(class_ids.values())
-    for category in categories:
-        names[class_ids[category["id"]] - 1] = str(category["name"])
-    codecs: dict[str, Codec] = {"rgb": Image()}
-    requested = config.streams or STREAMS
-    if "segmentation" in requested:
-        codecs["segmentation"] = Palette(("background", *names), background=0)
-    if "boxes" in requested:
-        codecs["boxes"] = Boxes(tuple(names))
-    skeletons = {_skeleton(category) for category in categories if category.get("keypoints")}
-    if "pose" in requested and len(skeletons) > 1:
-        raise UserError(
-            f"{path}: categories of several skeletons; select with `categories`, or leave out pose"
-        )
-    if "pose" in requested and skeletons:
-        joints, limbs = skeletons.pop()
-        codecs["pose"] = Pose(joints, limbs, config.radius)
-    if missing := set(config.streams) - set(codecs):
-        raise UserError(f"streams: {missing.pop()!r}: no category of {path} has keypoints")
-    return codecs
 
 
 def _skeleton(category: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -16,13 +16,8 @@ from lvm.data.streams.derived import DERIVED, derive
 class DerivedStreams(ImageSource[None]):
     """An `ImageSource` whose scenes have derived streams after those of another source.
 
-    Args:
-      source: its scenes have rgb.
-      derived: names in `lvm.data.streams.derived.DERIVED`.
-      seed: seed of what is random.
-
     Raises:
-      UserError: a name that is unknown, repeated or a stream of the source, or scenes without rgb.
+      UserError: a name in `derived` that is unknown, repeated or a stream of the source, or scenes without rgb.
     """
 
     def __init__(self, source: ImageSource, derived: Sequence[str], seed: int = 0) -> None:

@@ -49,9 +49,6 @@ class FolderSource(ImageFileSource[list[Frame]]):
     Annotations: `segmentation` holds class ids (modes 1, L, P; a mask may be 0 and 255) or exact RGB colors, named by
     `classes.json`; `depth` holds 16-bit millimeters (0 and 65535: no reading) or rendered 8-bit gray; the others are
     images. `streams.json` overrides codec parameters by stream, such as {"depth": {"near": 400, "far": 5000}}.
-
-    Raises:
-      UserError: no such folder, no usable image in it, or a malformed `classes.json` or `streams.json`.
     """
 
     kind = "folder"
@@ -60,11 +57,10 @@ class FolderSource(ImageFileSource[list[Frame]]):
     def describe(self) -> dict[str, Any]:
         """See `SceneSource.describe`. The listing hash covers every file's name, size and last bytes."""
         digest = hashlib.sha256()
-        for _, clip in self._scenes:
-            for frame in clip:
-                for stream, file in sorted(frame.items()):
-                    size, tail = size_and_tail(self._root / file)
-                    digest.update(f"{stream} {file} {size}\n".encode() + tail)
+        files = (item for _, clip in self._scenes for frame in clip for item in sorted(frame.items()))
+        for stream, file in files:
+            size, tail = size_and_tail(self._root / file)
+            digest.update(f"{stream} {file} {size}\n".encode() + tail)
         return super().describe() | {
             "clip_frames": self.config.clip_frames,
             "num_frames": sum(info.num_frames for info, _ in self._scenes),
@@ -144,10 +140,11 @@ class FolderSource(ImageFileSource[list[Frame]]):
         for entry in sorted(self._root.iterdir(), key=lambda entry: natural_key(entry.name)):
             if entry.name.startswith(".") or entry.name in streams or entry.name in SETTINGS_FILES:
                 continue
-            if entry.is_dir():
-                self._skip(entry.name, f"not the name of a stream ({', '.join(self._stream_names)})")
-            else:
-                self._skip(entry.name, "lies beside rgb/, not in the folder of a stream")
+            names = ", ".join(self._stream_names)
+            reason = (
+                f"not the name of a stream ({names})" if entry.is_dir() else "is not in a stream's folder"
+            )
+            self._skip(entry.name, reason)
 
     def _check_readable(self, frames: Iterable[Frame]) -> None:
         reason = f"it holds no image file; {_EXPECTED}"

@@ -76,9 +76,7 @@ class GeneratedSource(ImageSource[None]):
         """See `ImageSource.load`."""
         scene = self._sample(index)
         maps = render(scene, self.config.num_frames, self._preprocess.resolution, self.config.streams)
-        images = np.stack(
-            [self._render_stream(stream, maps, scene) for stream in self.config.streams], axis=1
-        )
+        images = np.stack([self._render(stream, maps, scene) for stream in self.config.streams], axis=1)
         return SceneImages(self._info(index, scene), images)
 
     def describe(self) -> dict[str, Any]:
@@ -99,9 +97,7 @@ class GeneratedSource(ImageSource[None]):
         class_name = CLASSES[scene.shapes[-1].class_id]
         return SceneInfo(key, key, class_name, self.config.num_frames, self.config.streams)
 
-    def _render_stream(
-        self, stream: str, maps: dict[str, np.ndarray], scene: Scene
-    ) -> UInt8[np.ndarray, "T R R 3"]:
+    def _render(self, stream: str, maps: dict[str, np.ndarray], scene: Scene) -> UInt8[np.ndarray, "T R R 3"]:
         codec, R = CODECS[stream], self._preprocess.resolution
         if stream == "boxes":
             return np.stack([codec.render(_visible_boxes(front, scene), (R, R)) for front in maps["front"]])

@@ -103,12 +103,7 @@ def decode_image(content: Content, min_side: int = 0) -> DecodedImage:
         return DecodedImage(oriented, size, extent, opened.format or "")
 
 
-def decode_for(content: Content, preprocess: Preprocess) -> DecodedImage:
-    """Decodes an image as `preprocess.decode` says. Raises UnreadableError."""
-    return decode_image(content, preprocess.resolution if preprocess.decode == "reduced" else 0)
-
-
 def read_image(content: Content, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
     """Decodes and preprocesses an image. Raises UnreadableError, and UserError as `Preprocess` does."""
-    image = decode_for(content, preprocess)
+    image = decode_image(content, preprocess.min_decode_side)
     return preprocess(image.pixels, image.extent)

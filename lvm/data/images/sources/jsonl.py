@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +20,7 @@ class JsonlConfig(jsonl.JsonlFormat, PathConfig):
     """Parameters of a JSONL source: its path, and the format."""
 
 
-class Line(NamedTuple):
-    """A line's file and its bytes there."""
-
-    file: str
-    offset: int
-    size: int
+Line = tuple[str, int, int]  # file, offset and size in bytes
 
 
 class JsonlSource(CodeSource[Line]):
@@ -33,9 +28,6 @@ class JsonlSource(CodeSource[Line]):
 
     Line 12 of a.jsonl is the scene "a.jsonl/12", counted from 1. Its group is a hash of its content, so that equal
     lines are in the same split. Malformed lines are skipped. `preprocess` is not used.
-
-    Raises:
-      UserError: no such file, or no line in the format.
     """
 
     kind = "jsonl"
@@ -71,7 +63,7 @@ class JsonlSource(CodeSource[Line]):
                     try:
                         grids = jsonl.decode_grids(line, self.config)
                         group = f"{split.content_hash(grids.tobytes()):016x}"
-                        yield SceneInfo(key, group, "", len(grids), ("rgb",)), Line(file, offset, len(line))
+                        yield SceneInfo(key, group, "", len(grids), ("rgb",)), (file, offset, len(line))
                     except ValueError as error:
                         self._skip(key, str(error))
                 offset += len(line)

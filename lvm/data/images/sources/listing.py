@@ -81,13 +81,10 @@ def find_files(path: str, suffixes: Sequence[str], skip: Skip) -> tuple[pathlib.
     Raises:
       UserError: there is no such file.
     """
-    expected = f"expected a file, a folder or a pattern of files ending in {', '.join(suffixes)}"
     root = pathlib.Path(path)
     if root.is_file():
-        if not root.name.lower().endswith(tuple(suffixes)):
-            raise UserError(f"{path}: {expected}")
-        return root.parent, [root.name]
-    if root.is_dir():
+        root, candidates = root.parent, [root.name]
+    elif root.is_dir():
         candidates = ["/".join(filter(None, entry)) for entry in walk_files(root, skip)]
     else:
         root, candidates = _glob(path)
@@ -98,6 +95,7 @@ def find_files(path: str, suffixes: Sequence[str], skip: Skip) -> tuple[pathlib.
         elif pathlib.PurePath(file).name not in SETTINGS_FILES and not file.endswith(_INDEX_SUFFIX):
             skip(file, f"does not end in {', '.join(suffixes)}")
     if not files:
+        expected = f"expected a file, a folder or a pattern of files ending in {', '.join(suffixes)}"
         raise UserError(f"{path}: found {'none' if candidates else 'nothing'} there; {expected}")
     return root, files
 

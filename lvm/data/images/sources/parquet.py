@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow
 import pyarrow.compute
@@ -22,12 +22,7 @@ from lvm.data.images.sources.readers import match_columns
 _CACHED_GROUPS = 4  # row groups kept in memory per process: neighboring rows are read soon
 
 
-class Row(NamedTuple):
-    """Location of a row: its file, the row group, and the row's index in the group."""
-
-    file: str
-    group: int
-    row: int
+Row = tuple[str, int, int]  # file, row group, row in the group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +68,10 @@ class ParquetSource(ImageFileSource[Row]):
         self._lock = threading.Lock()
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, list[dict[str, ImageFile]]]:
-        info, row = self._scene(index)
-        name = f"{row.file}, row {row.row} of group {row.group}"
-        return info, [
-            {s: ImageFile(name, functools.partial(self._read, row, self._columns[s])) for s in info.streams}
-        ]
+        info, (file, group, row) = self._scene(index)
+        name = f"{file}, row {row} of group {group}"
+        read = lambda s: functools.partial(self._read, file, group, row, self._columns[s])  # noqa: E731
+        return info, [{stream: ImageFile(name, read(stream)) for stream in info.streams}]
 
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, Row]]:
         self._columns, self._keys = dict(self.config.streams), set[str]()
@@ -105,13 +99,13 @@ class ParquetSource(ImageFileSource[Row]):
                     self._skip(name, f"its key {key!r} is that of an earlier row, which is used")
                 else:
                     info = SceneInfo(key, own_group or key, class_name, 1, streams)
-                    scenes[key] = info, Row(file, group, row)
+                    scenes[key] = info, (file, group, row)
             start += num_rows
         self._keys.update(scenes)  # of a file that is readable to its end
         return list(scenes.values())
 
     def _check_columns(self, file: str, schema: pyarrow.Schema) -> None:
-        config = self.config
+        config, path = self.config, self._root / file
         if not self._columns:
             images = [field.name for field in schema if _holds_bytes(field.type)]
             try:
@@ -121,18 +115,14 @@ class ParquetSource(ImageFileSource[Row]):
         self._stream_names = tuple(self._columns)
         for column in (*self._columns.values(), config.key, config.group, config.class_name):
             if column and column not in schema.names:
-                raise UserError(
-                    f"{self._root / file}: no column {column!r}; it has {', '.join(schema.names)}"
-                )
+                raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
         for column in self._columns.values():
             if not _holds_bytes(kind := schema.field(column).type):
-                raise UserError(
-                    f"{self._root / file}: column {column!r} is {kind}; expected bytes, or structs of bytes"
-                )
+                raise UserError(f"{path}: column {column!r} is {kind}; expected bytes, or structs of bytes")
 
-    def _read(self, row: Row, column: str) -> bytes:
+    def _read(self, file: str, group: int, row: int, column: str) -> bytes:
         try:
-            value = self._load_group(row.file, row.group).column(column)[row.row].as_py()
+            value = self._load_group(file, group).column(column)[row].as_py()
         except (OSError, pyarrow.ArrowException) as error:
             raise UnreadableError(f"the row group can't be read: {relative_to(self._root, error)}") from error
         value = value["bytes"] if isinstance(value, dict) else value

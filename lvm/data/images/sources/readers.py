@@ -12,24 +12,9 @@ from jaxtyping import Int, UInt8
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.image_file import (
-    DecodedImage,
-    ImageFile,
-    UnreadableError,
-    decode_for,
-    decode_image,
-)
-from lvm.data.streams.codecs import (
-    PALETTE,
-    Boxes,
-    Codec,
-    Depth,
-    Edges,
-    Image,
-    Normals,
-    Palette,
-    codec_from_json,
-)
+from lvm.data.images.sources.image_file import DecodedImage, ImageFile, UnreadableError, decode_image
+from lvm.data.streams import codecs
+from lvm.data.streams.codecs import PALETTE, Codec, Palette
 
 STREAMS = ("rgb", "segmentation", "depth", "edges", "normals", "boxes", "pose")  # the order in a scene
 NO_READING = 65535  # like 0: some sensors store it where they measured nothing
@@ -119,20 +104,17 @@ def _pack(rgb: np.ndarray) -> Int[np.ndarray, "*batch"]:
 
 
 def read_frame(
-    readers: Mapping[str, Reader],
-    files: Mapping[str, ImageFile],
-    streams: tuple[str, ...],
-    preprocess: Preprocess,
+    readers: Mapping[str, Reader], files: Mapping[str, ImageFile], preprocess: Preprocess
 ) -> UInt8[np.ndarray, "S R R 3"]:
-    """Reads one frame: the image file of each stream. Raises UnreadableError, naming the file."""
+    """Reads one frame from the file of each stream, rgb first. Raises UnreadableError, naming the file."""
     images: list[np.ndarray] = []
     size: tuple[int, int] | None = None
-    for stream in streams:
-        reader, file = readers[stream], files[stream]
+    for stream, file in files.items():
+        reader = readers[stream]
         try:
-            image = decode_image(file.content) if reader.exact else decode_for(file.content, preprocess)
+            image = decode_image(file.content, 0 if reader.exact else preprocess.min_decode_side)
             size = size or image.size
-            check_aspect(image.size, size, f"its {streams[0]}")
+            check_aspect(image.size, size, f"its {next(iter(files))}")
             images.append(reader.read(image, preprocess))
         except (UnreadableError, UserError) as error:
             raise UnreadableError(f"{file.name}: {error}") from error
@@ -179,14 +161,10 @@ def match_columns(columns: Sequence[str], streams: Sequence[str]) -> dict[str, s
 
 
 def make_readers(folder: pathlib.Path, files: Mapping[str, Iterable[ImageFile]]) -> dict[str, Reader]:
-    """Makes the reader of each stream.
-
-    Args:
-      folder: its `classes.json` and `streams.json` are read if they exist.
-      files: the files of each stream; without a `classes.json`, those of `segmentation` are searched for a mask.
+    """Makes the reader of each stream, as the `classes.json` and `streams.json` of a folder say, if they exist.
 
     Raises:
-      UserError: one of the JSON files is malformed.
+      UserError: one of them is malformed.
     """
     classes, colors = read_classes(folder / "classes.json")
     declared_streams(folder)  # refuses unknown ones
@@ -198,7 +176,7 @@ def make_readers(folder: pathlib.Path, files: Mapping[str, Iterable[ImageFile]])
         codec = _override(codec, settings.get(stream, {}), f"{settings_path}: {stream}")
         if isinstance(codec, Palette):
             readers[stream] = SegmentationReader(codec, colors)
-        elif isinstance(codec, Depth):
+        elif isinstance(codec, codecs.Depth):
             readers[stream] = DepthReader(codec)
         else:
             readers[stream] = Reader(codec)
@@ -209,13 +187,12 @@ def _default_codec(stream: str, classes: Palette | None, files: Iterable[ImageFi
     if stream == "segmentation":
         return classes or _guess_classes(files)
     if stream == "boxes" and classes:
-        return Boxes(classes.names)
-    codecs: dict[str, Codec] = {
-        "depth": Depth(near=0, far=10000, unit="mm"),
-        "edges": Edges(),
-        "normals": Normals(),
-    }
-    return codecs.get(stream, Image())
+        return codecs.Boxes(classes.names)
+    if stream == "depth":
+        return codecs.Depth(near=0, far=10000, unit="mm")
+    if stream == "edges":
+        return codecs.Edges()
+    return codecs.Normals() if stream == "normals" else codecs.Image()
 
 
 def _guess_classes(files: Iterable[ImageFile]) -> Palette:
@@ -239,7 +216,7 @@ def _override(codec: Codec, fields: Any, key: str) -> Codec:
     if not isinstance(fields, dict):
         raise UserError(f"{key} is {fields!r}; expected the codec's parameters by name")
     try:
-        return codec_from_json(
+        return codecs.codec_from_json(
             fields if fields.get("kind", codec.kind) != codec.kind else codec.to_json() | fields
         )
     except UserError as error:
@@ -263,7 +240,13 @@ def read_classes(path: pathlib.Path) -> tuple[Palette | None, dict[int, tuple[in
             raise UserError(f"{path}: {key!r}: {value!r}; expected a class id in [0, 255] with its name")
         names[int(key)] = entry["name"]
         if "color" in entry:
-            colors[int(key)] = _check_color(entry["color"], f"{path}: {key!r}")
+            color = entry["color"]
+            in_range = isinstance(color, list) and all(type(c) is int and 0 <= c < 256 for c in color)
+            if not in_range or len(color) != 3:
+                raise UserError(
+                    f"{path}: {key!r}: color is {color!r}; expected [red, green, blue] in [0, 255]"
+                )
+            colors[int(key)] = tuple(color)
     if not names:
         return None, {}
     if len(set(colors.values())) < len(colors):
@@ -272,13 +255,6 @@ def read_classes(path: pathlib.Path) -> tuple[Palette | None, dict[int, tuple[in
     ignore = next((i for i, name in sorted(names.items()) if name.lower() in _IGNORED), None)
     by_id = tuple(names.get(i, "") for i in range(max(names) + 1))
     return Palette(by_id, background, ignore), colors
-
-
-def _check_color(color: Any, key: str) -> tuple[int, ...]:
-    in_range = isinstance(color, list) and all(type(c) is int and 0 <= c < 256 for c in color)
-    if not in_range or len(color) != 3:
-        raise UserError(f"{key}: color is {color!r}; expected [red, green, blue] in [0, 255]")
-    return tuple(color)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

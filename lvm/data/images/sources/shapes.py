@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -49,14 +49,8 @@ def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.abs(np.sqrt(u * u + v * v) - 0.76) - 0.26
 
 
-_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "disk": _disk,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "ring": _ring,
-}
-CLASSES = tuple(_DISTANCES)
+_DISTANCES = (_disk, _square, _triangle, _star, _ring)
+CLASSES = ("disk", "square", "triangle", "star", "ring")
 TEXTURES = ("plain", "stripes", "checks", "dots")
 
 
@@ -71,27 +65,18 @@ class Texture:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A shape at frame 0, and its motion.
+    """A shape at frame 0, and its motion; it bounces off the image's borders."""
 
-    Attributes:
-      class_id: index in `CLASSES`.
-      depth: meters from the viewer; constant.
-      radius: mean size; it pulses by the fraction `pulse`, with `phase` at frame 0 and `pulse_rate` radians per frame.
-      center, velocity: (x, y) and its change per frame; it bounces off the image's borders.
-      angle, spin: radians, and radians per frame.
-      texture: colors and pattern.
-    """
-
-    class_id: int
-    depth: float
-    radius: float
-    pulse: float
-    pulse_rate: float
-    phase: float
-    center: np.ndarray
-    velocity: np.ndarray
-    angle: float
-    spin: float
+    class_id: int  # index in `CLASSES`
+    depth: float  # meters from the viewer; constant
+    radius: float  # mean size
+    pulse: float  # change of size, a fraction
+    pulse_rate: float  # radians per frame
+    phase: float  # of the pulse at frame 0
+    center: np.ndarray  # (x, y)
+    velocity: np.ndarray  # per frame
+    angle: float  # radians
+    spin: float  # radians per frame
     texture: Texture
 
 
@@ -203,7 +188,7 @@ def _layer(shape: Shape, T: int, R: int) -> _Layer:
     cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     u = cosine * dx + sine * dy  # [T, R, R]
     v = cosine * dy - sine * dx  # [T, R, R]
-    distance = _DISTANCES[CLASSES[shape.class_id]](u, v)
+    distance = _DISTANCES[shape.class_id](u, v)
     distance *= (radius * R).astype(np.float32)[:, :, None]  # [T, R, R], pixels
     period = shape.texture.period / shape.radius
     return _Layer(distance, _pattern(shape.texture, u, v, period, shape.texture.period * R), dx, dy)

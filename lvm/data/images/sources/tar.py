@@ -32,11 +32,7 @@ class Member(NamedTuple):
     size: int
 
 
-class Sample(NamedTuple):
-    """A scene's tar, and its members by stream."""
-
-    tar: str
-    members: Mapping[str, Member]
+Sample = tuple[str, Mapping[str, Member]]  # a scene's tar, and its members by stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +57,6 @@ class TarSource(ImageFileSource[Sample]):
 
     The first time, a tar's headers are read, and an index is written beside it ("TAR.index.json") if the folder is
     writable.
-
-    Raises:
-      UserError: no tar, only compressed or damaged ones, or no member of stream rgb.
     """
 
     kind = "tar"
@@ -75,8 +68,8 @@ class TarSource(ImageFileSource[Sample]):
     def describe(self) -> dict[str, Any]:
         """See `SceneSource.describe`."""
         digest = hashlib.sha256()
-        for info, sample in self._scenes:
-            digest.update(f"{info} {sorted(sample.members.items())}\n".encode())
+        for info, (_, members) in self._scenes:
+            digest.update(f"{info} {sorted(members.items())}\n".encode())
         return super().describe() | {
             "streams": self._codecs_json(),
             "suffixes": to_json(self.config.streams),
@@ -85,13 +78,8 @@ class TarSource(ImageFileSource[Sample]):
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, list[dict[str, ImageFile]]]:
         info, (tar, members) = self._scene(index)
-        read = functools.partial(read_range, self._root / tar)
-        return info, [
-            {
-                stream: ImageFile(f"{tar}/{member.name}", functools.partial(read, member.offset, member.size))
-                for stream, member in members.items()
-            }
-        ]
+        read = lambda m: functools.partial(read_range, self._root / tar, m.offset, m.size)  # noqa: E731
+        return info, [{stream: ImageFile(f"{tar}/{m.name}", read(m)) for stream, m in members.items()}]
 
     def _list_file(self, tar: str) -> Iterator[tuple[SceneInfo, Sample]]:
         """Yields a tar's scenes in the order of their first members."""
@@ -121,25 +109,22 @@ class TarSource(ImageFileSource[Sample]):
             if "rgb" not in by_stream:
                 self._skip(name, f"has {', '.join(sorted(by_stream))} but no rgb")
                 continue
-            class_name = self._class_name(tar, by_stream.pop(CLASS, None))
+            class_name = self._class_name(tar, by_stream.pop(CLASS)) if CLASS in by_stream else ""
             streams = tuple(stream for stream in self._stream_names if stream in by_stream)
-            yield SceneInfo(name, name, class_name, 1, streams), Sample(tar, by_stream)
+            yield SceneInfo(name, name, class_name, 1, streams), (tar, by_stream)
 
     def _stream(self, suffix: str) -> str | None:
         """Returns the stream of members with this suffix, `CLASS`, or None."""
         if suffix == CLASS:
             return CLASS
         if self.config.streams:
-            matches = (s for s, suffixes in self.config.streams.items() if suffix in suffixes.split(";"))
-            return next(matches, None)
+            return next((s for s, ends in self.config.streams.items() if suffix in ends.split(";")), None)
         stream, _, image_suffix = suffix.rpartition(".")
         if f".{image_suffix}" not in IMAGE_SUFFIXES or (stream and stream not in self._stream_names):
             return None
         return stream or "rgb"
 
-    def _class_name(self, tar: str, member: Member | None) -> str:
-        if member is None:
-            return ""
+    def _class_name(self, tar: str, member: Member) -> str:
         try:
             return read_range(self._root / tar, member.offset, member.size).decode().strip()
         except (OSError, UnicodeDecodeError) as error:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import tensorflow_datasets
 
@@ -19,7 +19,6 @@ from lvm.data.streams.codecs import Palette
 
 features = tensorflow_datasets.features
 LabeledImage = features.LabeledImage
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +68,22 @@ class TfdsSource(ImageFileSource[None]):
 
     def describe(self) -> dict[str, Any]:
         """See `SceneSource.describe`."""
-        return super().describe() | {
-            "name": self.name,
-            "version": self._version,
-            "split": self.config.split,
-            "features": self._columns,
-            "streams": self._codecs_json(),
-        }
+        fields = {"name": self.name, "version": self._version, "split": self.config.split}
+        return super().describe() | fields | {"features": self._columns, "streams": self._codecs_json()}
 
     def _list_scenes(self) -> Iterator[tuple[SceneInfo, None]]:
-        config, builder = self.config, self._query(self._builder)
+        config, build = self.config, tensorflow_datasets.builder_from_directory
+        if not pathlib.Path(config.name).is_dir():
+            build = functools.partial(tensorflow_datasets.builder, data_dir=config.data_dir or None)
+        builder = self._query(lambda: build(config.name))
         self.name, self._version = builder.name, str(builder.version)
         self._root = pathlib.Path(builder.data_dir)
         self._images = dict(sorted(_image_features(builder.info.features), key=lambda item: item[0]))
         self._columns = dict(config.streams) or self._match_features()
-        if unknown := [path for path in self._columns.values() if path not in self._images]:
-            names = ", ".join(self._images) or "none"
-            raise UserError(f"{config.name}: no image feature {unknown[0]!r}; it has {names}")
+        for path in self._columns.values():
+            if path not in self._images:
+                names = ", ".join(self._images) or "none"
+                raise UserError(f"{config.name}: no image feature {path!r}; it has {names}")
         decoders: dict[str, Any] = {}
         for path in self._images:
             *parents, name = path.split("/")
@@ -103,12 +101,7 @@ class TfdsSource(ImageFileSource[None]):
         self.stream_sets = (self._stream_names,)
         yield from ()
 
-    def _builder(self) -> Any:
-        if pathlib.Path(self.config.name).is_dir():
-            return tensorflow_datasets.builder_from_directory(self.config.name)
-        return tensorflow_datasets.builder(self.config.name, data_dir=self.config.data_dir or None)
-
-    def _query(self, function: Callable[[], T]) -> T:
+    def _query(self, function: Callable[[], Any]) -> Any:
         """Calls tensorflow-datasets; its errors become a UserError of one line."""
         try:
             return function()
@@ -135,13 +128,10 @@ class TfdsSource(ImageFileSource[None]):
         return {stream: columns[stream] for stream in STREAMS if stream in columns}
 
     def _make_readers(self, streams: Sequence[str]) -> dict[str, Reader]:
-        names = {
-            stream: tuple(feature.names)
-            for stream, path in self._columns.items()
-            if isinstance(feature := self._images[path], LabeledImage)
-        }
-        readers = super()._make_readers([stream for stream in streams if stream not in names])
-        for stream, classes in names.items():
+        images = {stream: self._images[self._columns[stream]] for stream in streams}
+        readers = super()._make_readers([s for s in streams if not isinstance(images[s], LabeledImage)])
+        for stream in set(streams) - set(readers):
+            classes = tuple(images[stream].names)
             background = 0 if classes[0].lower() == "background" else None
             readers[stream] = SegmentationReader(Palette(classes, background=background))
         return {stream: readers[stream] for stream in streams}
@@ -150,7 +140,7 @@ class TfdsSource(ImageFileSource[None]):
         check_index(index, len(self))
         example = self._examples[index]
         key = f"{self.name}/{self.config.split}/{index}"
-        group = _text(example[self.config.group]) if self.config.group else key
+        group = example[self.config.group] if self.config.group else key
         class_id = int(example[self._label]) if self._label else -1
         class_name = self._names[class_id] if class_id >= 0 else ""
         images = {stream: _images(example, path) for stream, path in self._columns.items()}
@@ -159,6 +149,7 @@ class TfdsSource(ImageFileSource[None]):
             {s: ImageFile(f"{s} {t}", functools.partial(_at, images[s], t)) for s in images}
             for t in range(num_frames)
         )
+        group = group.decode() if isinstance(group, bytes) else str(group)
         return SceneInfo(key, group, class_name, num_frames, tuple(self._columns)), frames
 
 
@@ -168,9 +159,7 @@ class _NoDecoder(tensorflow_datasets.decode.Decoder):
     def decode_example(self, serialized_example: Any) -> Any:
         return serialized_example
 
-    def decode_batch_example_np(self, serialized_example: Any) -> Any:
-        """Those of a sequence of images."""
-        return serialized_example
+    decode_batch_example_np = decode_example  # for sequences of images
 
 
 def _image_features(feature: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -198,7 +187,3 @@ def _at(images: list[bytes], frame: int) -> bytes:
     if frame >= len(images):
         raise UnreadableError(f"there are {len(images)} frames of it")
     return images[frame]
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

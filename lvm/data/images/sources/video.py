@@ -19,14 +19,11 @@ from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.images.sources.base import ImageSource, PathConfig, SceneImages, SceneInfo
 from lvm.data.images.sources.image_file import MAX_PIXELS, UnreadableError
+from lvm.data.images.sources.listing import relative_to
 from lvm.data.streams.codecs import Image
 
 _MIN_SEEK_S = fractions.Fraction(1)  # clips that begin earlier are decoded from the start of the file
-_ROTATIONS = {
-    1: PIL.Image.Transpose.ROTATE_90,
-    2: PIL.Image.Transpose.ROTATE_180,
-    3: PIL.Image.Transpose.ROTATE_270,
-}
+_ROTATIONS = {turns: PIL.Image.Transpose[f"ROTATE_{90 * turns}"] for turns in (1, 2, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,36 +46,20 @@ class VideoConfig(PathConfig):
 
 
 class Video(NamedTuple):
-    """A video's header.
-
-    Attributes:
-      file: path inside the source.
-      fps: frame rate.
-      duration: seconds.
-    """
+    """The header of a video at `file` inside the source; `duration` is in seconds."""
 
     file: str
     fps: fractions.Fraction
     duration: fractions.Fraction
 
 
-class Clip(NamedTuple):
-    """A clip of a video, from its sampled frame `first` on."""
-
-    video: Video
-    first: int
-
-
-class VideoSource(ImageSource[Clip]):
+class VideoSource(ImageSource[tuple[Video, int]]):
     """An `ImageSource` of video files. FFmpeg decodes each clip from the keyframe before it.
 
     A clip is the scene "FILE/clip-0000" of one stream, rgb, in the group FILE. Its frames are those on screen at equal
     time steps, so one frame rate applies to all videos, whatever their own. Frames after a truncated file's end or that
     can't be decoded are missing from their scene and listed; no other frame replaces them. A recorded rotation is
     applied.
-
-    Raises:
-      UserError: no such file, or no video that can be opened.
     """
 
     kind = "video"
@@ -108,12 +89,13 @@ class VideoSource(ImageSource[Clip]):
             key: value for key, value in to_json(self.config).items() if key != "path"
         }
 
-    def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, Clip]]:
+    def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, tuple[Video, int]]]:
+        """Yields each clip with its video, and its first frame among the used ones."""
         video = probe(self._root, file)
         num_frames = max(1, math.ceil((video.duration - _slack(video)) / self._step(video)))
         for clip, first in enumerate(range(0, num_frames, self.config.clip_frames)):
             frames = min(self.config.clip_frames, num_frames - first)
-            yield SceneInfo(f"{file}/clip-{clip:04d}", file, "", frames, ("rgb",)), Clip(video, first)
+            yield SceneInfo(f"{file}/clip-{clip:04d}", file, "", frames, ("rgb",)), (video, first)
 
     def _step(self, video: Video) -> fractions.Fraction:
         """Returns the seconds between two used frames."""
@@ -182,7 +164,9 @@ def frames_at(
             yield _to_image(current[1])
             done += 1
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise UnreadableError(f"it can't be decoded at {float(end):.2f} s: {_reason(error)}") from error
+        raise UnreadableError(
+            f"it can't be decoded at {float(end):.2f} s: {relative_to(path.parent, error)}"
+        ) from error
     if done < len(times):
         raise UnreadableError(f"the file ends early, at {float(end):.2f} s")
 
@@ -224,12 +208,8 @@ def _open(path: pathlib.Path) -> Iterator[Any]:
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise UnreadableError(f"can't be opened: {_reason(error)}") from error
+        raise UnreadableError(f"can't be opened: {relative_to(path.parent, error)}") from error
     with container:
         if not container.streams.video:
             raise UnreadableError("holds no video")
         yield container
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

@@ -224,7 +224,7 @@ def test_coco_rejects_bad_parameters(tmp_path) -> None:
     where = write(tmp_path, [annotation(1, bbox=[0, 0, 1, 1])])
     for parameters, message in (
         ({"streams": ("depth",)}, "expected some of segmentation, boxes, pose"),
-        ({"categories": ("dog",)}, "'dog' is none of"),
+        ({"categories": ("dog",)}, "'dog' is not in"),
         ({"images": str(tmp_path / "nowhere")}, "no such folder"),
         ({"images": ""}, r"coco\.images is missing"),
     ):
