@@ -33,6 +33,8 @@ _OMITTED = {
     "resizer": "pillow",
 }  # not written at these values: identities from before stay valid
 
+Number = int | float
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
@@ -70,7 +72,7 @@ class Preprocess:
             check_choice(self, "filter", _SWSCALE_FILTERS)
 
     def __call__(
-        self, image: PIL.Image.Image | np.ndarray, extent: tuple[float, float] | None = None
+        self, image: PIL.Image.Image | np.ndarray, extent: tuple[Number, Number] | None = None
     ) -> UInt8[np.ndarray, "R R 3"]:
         """Converts an image to RGB at the model's size.
 
@@ -152,7 +154,7 @@ class Preprocess:
             raise UserError(f"swscale can't resize {width}×{height} to {R}×{R}: {error.strerror}") from error
         return np.ascontiguousarray(scaled.to_ndarray())
 
-    def _crop_box(self, width: int | float, height: int | float) -> tuple[float, float, float, float]:
+    def _crop_box(self, width: Number, height: Number) -> tuple[Number, Number, Number, Number]:
         """Returns left, top, right and bottom of what is kept of an image."""
         left, top, right, bottom = 0.0, 0.0, float(width), float(height)
         if self.mode == "center_crop":

@@ -68,9 +68,9 @@ class SegmentationReader(Reader):
         self._is_mask = len(codec.names) == 2
         self._origin = "classes.json" if colors else "the palette of stream codecs"
         colors = colors or {int(i): tuple(PALETTE[i].tolist()) for i in codec.used_ids}
-        ids = {_pack(np.array(color)).item(): class_id for class_id, color in colors.items()}
-        self._colors = np.array(sorted(ids), np.int64)  # [K]
-        self._ids = np.array([ids[color] for color in sorted(ids)], np.uint8)  # [K]
+        packed = _pack(np.array(list(colors.values())))  # [K]
+        order = np.argsort(packed)
+        self._colors, self._ids = packed[order], np.array(list(colors), np.uint8)[order]  # [K]
 
     def read(self, image: DecodedImage, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
         """See `Reader.read`."""
@@ -99,7 +99,7 @@ def is_mask(pixels: np.ndarray) -> bool:
     return bool((pixels == 255).any() and ((pixels == 255) | (pixels == 0)).all())
 
 
-def _pack(rgb: np.ndarray) -> Int[np.ndarray, "*batch"]:
+def _pack(rgb: Int[np.ndarray, "*batch 3"] | UInt8[np.ndarray, "*batch 3"]) -> Int[np.ndarray, "*batch"]:
     return rgb.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
 
 
