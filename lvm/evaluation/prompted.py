@@ -87,9 +87,8 @@ def answer_queries(
     queries: list[Query], input_stream: str, target_stream: str, answer: AnswerFn, decode: DecodeFn
 ) -> Answers:
     """Prompts a model with every query."""
-    codes = answer(np.stack([query.prompt(input_stream, target_stream) for query in queries]), 1)[
-        :, 0
-    ]  # [B, N]
+    prompts = np.stack([query.prompt(input_stream, target_stream) for query in queries])  # [B, K, N]
+    codes = answer(prompts, 1)[:, 0]  # [B, N]
     truth = np.stack([query.scene.image(query.frame, target_stream) for query in queries])
     last_examples = [query.examples[-1] for query in queries]
     copied = np.stack([scene.image(frame, target_stream) for scene, frame in last_examples])

@@ -79,9 +79,8 @@ def decode(
     with sharding.use_mesh(program.mesh):
 
         def step(state: DecodeState) -> DecodeState:
-            model = build_module(
-                params, program.config
-            )  # inside the loop: outside, its views would be copied
+            # Built inside the loop: the views of an outer module would be copied.
+            model = build_module(params, program.config)
             position, slot, visible = state.position
             visible |= jnp.arange(visible.shape[1]) == slot
             hidden, caches = model.decode_step(
@@ -120,9 +119,8 @@ def _fill_caches(
     """Prefills rows [B, T]; returns caches of `cache_size` slots and the position of each row's last token."""
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    _, caches = build_module(params, program.config).prefill(
-        tokens, positions, program.kernel
-    )  # [B, K, T, d]
+    model = build_module(params, program.config)
+    _, caches = model.prefill(tokens, positions, program.kernel)  # each [B, K, T, d]
 
     def expand(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, cache_size - T), (0, 0)))

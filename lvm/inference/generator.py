@@ -130,10 +130,8 @@ class Generator:
             raise UserError(
                 f"{len(prompts)} prompts, {len(params)} sampling params, {len(seeds)} seeds; give one each"
             )
-        B, padding = (
-            len(prompts),
-            -len(prompts) % self._row_multiple,
-        )  # padding rows are dropped from the result
+        # Rows that make the batch divisible are dropped from the result.
+        B, padding = len(prompts), -len(prompts) % self._row_multiple
         prompts, seeds = _pad_rows(prompts, padding), _pad_rows(seeds, padding)
         batched = batch_sampling(_pad_rows(params, padding), seeds, candidates)
         fill = np.repeat(_pad_rows(lengths, padding), candidates)  # [R] tokens in each row's window
