@@ -86,7 +86,9 @@ def _too_large(plan: Plan, memory: MemoryModel) -> str:
 def _run(args: cli.Args) -> None:
     config = from_config_dict(TrainConfig, args.config)
     target = make_target(args.topology, args.slices, args.hbm_gib)
-    compiler_options(target.slice.accelerator.platform, config.flags)  # rejects invalid ones before a compile
+    compiler_options(
+        target.slice.accelerator.platform, config.compiler_options
+    )  # rejects invalid ones before a compile
     error = None
     if args.search:
         plans = search_plan(config, target, args.num_codes)

@@ -6,11 +6,10 @@ lvm train --config=configs/demo_lvm.py --workdir=DIR
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
@@ -18,7 +17,7 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.rows import Rows
-from lvm.hardware.compiler_options import DETERMINISM_COST, compiler_options
+from lvm.hardware.compiler_options import DETERMINISM_COST, OptionValue, compiler_options
 from lvm.hardware.sharding import make_mesh
 from lvm.inference.contact_sheet import completion_sheet
 from lvm.inference.generator import Generator, SamplingParams
@@ -39,19 +38,20 @@ from lvm.training.task import State
 from lvm.training.workdir import Workdir, check_resumable
 from tokenizer import Tokenizer
 
-# What a changed mixture changes of a run's record.
-_MIXTURE = ("config.data.", "mixture.", "stores", "sources")
+# Keys of a run's record that depend on the mixture.
+_MIXTURE_KEYS = ("config.data.", "mixture.", "stores", "sources")
 
 
 def train(config: TrainConfig, workdir: str) -> None:
-    """Trains, or goes on training, in `workdir`; does nothing where it is complete."""
+    """Starts or resumes training in `workdir`; does nothing if it is complete."""
     distributed.join(config.distributed)
     mixture = Mixture(config.data, config.seed)
     store = mixture.stores[0]
     vocabulary = Vocabulary.for_codes(store.num_codes)
+    options = compiler_options(jax.default_backend(), config.compiler_options, config.deterministic)
     record = {
         "config": to_json(config),
-        "compiler_options": compiler_options(jax.default_backend(), config.flags, config.deterministic),
+        "compiler_options": options,
         "tokenizer": store.manifest["tokenizer"],
         "stores": [store.identity() for store in mixture.stores],
         "sources": [store.manifest["source"] for store in mixture.stores],
@@ -59,74 +59,74 @@ def train(config: TrainConfig, workdir: str) -> None:
     }
     tokens = config.batch_size * config.model.context
     loop = config.loop.with_total_steps(tokens)
-    accepted = _MIXTURE if config.accept_changed_mixture else ()
+    may_change = _MIXTURE_KEYS if config.accept_changed_mixture else ()
     check_resumable(workdir)
-    place = Workdir(workdir, "lvm", record, accepted, TrainConfig)
-    if is_finished(place, loop):
+    run = Workdir(workdir, "lvm", record, may_change, TrainConfig)
+    if is_finished(run, loop):
         return
-    vocabulary.save(place.path)
+    vocabulary.save(run.path)
     model = _with_vocabulary(config.model, vocabulary)
-    first = None
-    if config.init_from and latest_step(place.path) is None:
-        first = load_initial_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
+    initial = None
+    if config.init_from and latest_step(run.path) is None:
+        initial = load_initial_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
     rows.check_repetitions(loop.total_steps)
-    mesh = make_mesh(config.mesh)
     if config.deterministic:
         log_info(f"deterministic, which costs {DETERMINISM_COST[jax.default_backend()]}")
     task = NextTokenTask(
         model,
         rows.batch_spec,
-        [source.name for source in mixture.components],
+        [component.name for component in mixture.components],
         tx,
         schedule,
-        mesh,
+        make_mesh(config.mesh),
         config.objective,
         heldout=_heldout_batches(config, vocabulary, model.context),
     )
     if config.tokenizer:
-        task.render_pictures = _pictures(config, task, vocabulary)
+        task.render_pictures = _picture_renderer(config, task, vocabulary)
     elif loop.picture_every:
-        log_info("no config.tokenizer: no pictures of answers are drawn")
-    log_info(f"{count_params(task.params_shape):,} parameters, attention by {task.kernel}")
+        log_info("config.tokenizer is empty: no pictures of answers are rendered")
+    log_info(f"{count_params(task.params_shape):,} parameters, {task.kernel} attention")
     for line in rows.summary():
         log_info(line)
-    enable_compilation_cache(loop.compilation_cache, place.path)
-    # The peak that MFU is a share of is that of bfloat16.
+    enable_compilation_cache(loop.compilation_cache, run.path)
+    # MFU is relative to the peak of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
-    step, memory_advice = _step(config, task, mesh, first)
-    Loop(step, rows.batch, loop, place, tokens, flops, memory_advice).run()
+    step, memory_advice = _fitting_step(config, task, initial, options)
+    Loop(step, rows.batch, loop, run, tokens, flops, memory_advice).run()
 
 
-def _step(
-    config: TrainConfig, task: NextTokenTask, mesh: Mesh, first: LazyCheckpoint | None
+def _fitting_step(
+    config: TrainConfig,
+    task: NextTokenTask,
+    initial: LazyCheckpoint | None,
+    options: Mapping[str, OptionValue],
 ) -> tuple[Step, Callable[[], str]]:
-    """The step that fits, and what to say should it run out of memory all the same."""
+    """The step with a remat policy that fits in memory, and advice should it run out of memory nevertheless."""
 
-    def make(policy: str, parts: int) -> Step:
+    def make_step(policy: str, accumulate_steps: int) -> Step:
         model = dataclasses.replace(task.config, remat=policy)
-        objective = dataclasses.replace(task.objective, accumulate_steps=parts)
-        chosen = dataclasses.replace(task, config=model, objective=objective)
-        if first is not None:
-            return WarmStartStep(first, chosen, mesh, config.seed, config.mesh.zero1)
-        platform = mesh.devices.flat[0].platform
-        options = compiler_options(platform, config.flags, config.deterministic)
-        return Step(chosen, mesh, config.seed, config.mesh.zero1, options)
+        objective = dataclasses.replace(task.objective, accumulate_steps=accumulate_steps)
+        candidate = dataclasses.replace(task, config=model, objective=objective)
+        assert task.mesh is not None
+        arguments = (candidate, task.mesh, config.seed, config.mesh.zero1, options)
+        return Step(*arguments) if initial is None else WarmStartStep(initial, *arguments)
 
-    parts = task.objective.accumulate_steps
-    step = find_fitting_step(make, task.config.remat, parts)
-    chosen = step.task
-    assert isinstance(chosen, NextTokenTask)  # as `make` made it; "auto" is resolved there
-    return step, lambda: explain_out_of_memory(make, step, chosen.config.remat, parts)
+    accumulate_steps = task.objective.accumulate_steps
+    step = find_fitting_step(make_step, task.config.remat, accumulate_steps)
+    assert isinstance(step.task, NextTokenTask)
+    policy = step.task.config.remat  # "auto" is resolved
+    return step, lambda: explain_out_of_memory(make_step, step, policy, accumulate_steps)
 
 
 def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:
     if model.vocabulary_size not in (0, vocabulary.size):
         raise UserError(
-            f"config.model.vocabulary_size: {model.vocabulary_size}, the store's codes need {vocabulary.size} "
-            "(0 takes that)"
+            f"config.model.vocabulary_size={model.vocabulary_size}, but the store's codes need {vocabulary.size}; "
+            "0 takes that"
         )
     return dataclasses.replace(model, vocabulary_size=vocabulary.size)
 
@@ -138,21 +138,22 @@ def _heldout_batches(config: TrainConfig, vocabulary: Vocabulary, context: int) 
     return [rows.batch(step) for step in range(config.heldout_batches)]
 
 
-def _pictures(config: TrainConfig, task: NextTokenTask, vocabulary: Vocabulary) -> Callable[[State], dict]:
-    """Answers to a held-out sentence of each source, decoded: what the loop shows of a state."""
+def _picture_renderer(
+    config: TrainConfig, task: NextTokenTask, vocabulary: Vocabulary
+) -> Callable[[State], dict[str, np.ndarray]]:
+    """Renders answers to a held-out sentence of each component."""
     tokenizer = Tokenizer.load(config.tokenizer)
-    side = "heldout" if config.data.heldout_fraction else "train"
-    mixture = Mixture(config.data, config.seed, side)
+    mixture = Mixture(config.data, config.seed, "heldout" if config.data.heldout_fraction else "train")
     if tokenizer.identity()["hash"] != mixture.stores[0].manifest["tokenizer"]["hash"]:
         raise UserError(
-            f"config.tokenizer: {config.tokenizer} is not the tokenizer that made the store's codes"
+            f"config.tokenizer={config.tokenizer} is not the tokenizer that made the store's codes"
         )
-    sentences = {source.name: source.sentence(0) for source in mixture.components}
+    sentences = {component.name: component.sentence(0) for component in mixture.components}
     fitting = {name: codes for name, codes in sentences.items() if codes.size <= task.config.context}
     if len(fitting) < len(sentences):
         log_info(f"no pictures of {', '.join(sentences.keys() - fitting.keys())}: longer than the context")
 
-    def draw(state: State) -> dict[str, np.ndarray]:
+    def render(state: State) -> dict[str, np.ndarray]:
         generator = Generator(task.config, state["params"], task.mesh)
 
         def answer(prompt: np.ndarray, num_images: int) -> np.ndarray:
@@ -166,7 +167,7 @@ def _pictures(config: TrainConfig, task: NextTokenTask, vocabulary: Vocabulary) 
             for name, codes in fitting.items()
         }
 
-    return draw
+    return render
 
 
 def _run(args: cli.Args) -> None:
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
     flags.config()
-    flags.string("workdir", None, "where the run lives", required=True)
+    flags.string("workdir", None, "run directory, new or to resume", required=True)
     return flags.run(_run, argv)
 
 

@@ -1,4 +1,4 @@
-"""A small step over any devices, and its batches; as a program, one of several processes that run it together."""
+"""A small training step and its batches; as a program, one of several processes that train together."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ OPTIMIZERS = {"sgd": sgd, "adamw": lambda: build(ADAMW, 100)}
 
 
 def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
-    """A step over all devices, or over one where `mesh` is None."""
+    """A step on a mesh of all devices, or on one device if `mesh` is None."""
     devices = jax.devices()[:1] if mesh is None else jax.devices()
     mesh = make_mesh(mesh or MeshConfig(), devices)
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(0).items()}
@@ -52,13 +52,13 @@ def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
     return Step(task, mesh, seed=3, zero1=zero1)
 
 
-def main(address, count, number, mesh):
-    """Trains for 20 steps as process `number` of `count`, two devices each; prints the losses, and norms after one."""
+def main(address, num_processes, process, mesh):
+    """Trains for 20 steps as one process, with two devices; prints the losses, and the norms of the first step."""
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
-    jax.distributed.initialize(address, int(count), int(number))
+    jax.distributed.initialize(address, int(num_processes), int(process))
     step = make_step(MeshConfig(**json.loads(mesh)))
     state, losses, norms = step.init(), [], {}
     for seed in range(20):
@@ -67,8 +67,11 @@ def main(address, count, number, mesh):
         )
         losses.append(float(metrics["loss"]))
         norms = norms or {name: float(metrics[name]) for name in ("grad_norm", "param_norm")}
-    agreed = [distributed.broadcast(2**40 + 5 if jax.process_index() == 0 else 7), distributed.broadcast(-1)]
-    print(json.dumps({"losses": losses, **norms, "devices": jax.device_count(), "agreed": agreed}))
+    broadcast = [
+        distributed.broadcast(2**40 + 5 if jax.process_index() == 0 else 7),
+        distributed.broadcast(-1),
+    ]
+    print(json.dumps({"losses": losses, **norms, "devices": jax.device_count(), "broadcast": broadcast}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training as a command: on meshes of eight devices, with the options that a run is set up with."""
+"""The training command: meshes of eight devices, resumes, gs:// and refused settings."""
 
 import pytest
 from etils import epath
@@ -22,7 +22,7 @@ OTHER_MESH = [
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_mesh(demo, tmp_path):
+def test_train_resumes_on_other_mesh(demo, tmp_path):
     shared = [
         TINY,
         f"--config.data.store={demo / 'store'}",
@@ -45,7 +45,7 @@ def test_a_run_goes_on_on_another_mesh(demo, tmp_path):
         devices=8,
     )
     assert "remat none: 0." in first
-    assert "attention by xla" in first.splitlines()[0]
+    assert "xla attention" in first
     second = run("lvm.train", *shared, *OTHER_MESH, "--config.loop.total_steps=40", devices=8)
     assert "resuming from step 30" in second
     assert "resuming with a changed config.model.remat: 'auto' → 'full'" in second
@@ -55,7 +55,7 @@ def test_a_run_goes_on_on_another_mesh(demo, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_changed_mixture_must_be_accepted(demo, tmp_path):
+def test_train_refuses_changed_mixture_unless_accepted(demo, tmp_path):
     shared = [TINY, f"--config.data.store={demo / 'store'}", f"--workdir={tmp_path / 'run'}"]
     run("lvm.train", *shared, "--config.loop.total_steps=10")
     changed = [*shared, "--config.loop.total_steps=20", "--config.data.packing=whole"]
@@ -70,7 +70,7 @@ def test_a_changed_mixture_must_be_accepted(demo, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_lives_on_gs(demo, gcs):
+def test_train_in_workdir_on_gs(demo, gcs):
     options = [TINY, f"--config.data.store={demo / 'store'}", f"--workdir={gcs}/runs/one"]
     options += [
         f"--config.tokenizer={demo / 'tokenizer'}",
@@ -81,22 +81,22 @@ def test_a_run_lives_on_gs(demo, gcs):
     output = run("lvm.train", *options, "--config.loop.total_steps=40")
     assert "gs://bucket/runs/one: resuming from step 20" in output
     assert "compiled program found in the cache" in output
-    there = epath.Path(f"{gcs}/runs/one")
-    assert [line["step"] for line in metrics.read_metrics(there)] == [10, 20, 30, 40]
-    assert (there / "checkpoints" / "40" / "commit_success.txt").exists()
-    assert list((there / "pictures").glob("*-0000040.png"))
-    assert list((there / "tensorboard").glob("events.*"))
-    assert any(name.endswith(".xplane.pb") for _, _, names in (there / "profile").walk() for name in names)
-    assert not (there / ".lease").exists()
-    newest = next(path for path in (there / "checkpoints" / "40" / "params" / "d").iterdir())
-    newest.write_bytes(newest.read_bytes()[:-1])
+    workdir = epath.Path(f"{gcs}/runs/one")
+    assert [line["step"] for line in metrics.read_metrics(workdir)] == [10, 20, 30, 40]
+    assert (workdir / "checkpoints" / "40" / "commit_success.txt").exists()
+    assert list((workdir / "pictures").glob("*-0000040.png"))
+    assert list((workdir / "tensorboard").glob("events.*"))
+    assert any(name.endswith(".xplane.pb") for _, _, names in (workdir / "profile").walk() for name in names)
+    assert not (workdir / ".lease").exists()
+    shard = next(path for path in (workdir / "checkpoints" / "40" / "params" / "d").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1])
     output = run("lvm.train", *options, "--config.loop.total_steps=50")
     assert "damaged checkpoint: gs://bucket/runs/one/checkpoints/40/params/d/" in output
     assert "going back to step 20" in output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (
             ["--config.mesh.data=8"],
@@ -115,6 +115,6 @@ def test_a_run_lives_on_gs(demo, gcs):
         ),
     ],
 )
-def test_what_can_not_run_is_one_clear_line(demo, tmp_path, arguments, words):
+def test_train_refuses_impossible_settings(demo, tmp_path, arguments, message):
     store = f"--config.data.store={demo / 'store'}"
-    assert words in run("lvm.train", TINY, store, f"--workdir={tmp_path}", *arguments, code=2, devices=8)
+    assert message in run("lvm.train", TINY, store, f"--workdir={tmp_path}", *arguments, code=2, devices=8)

@@ -71,9 +71,11 @@ def compiler_options(
     for override in overrides.split():
         name, separator, value = override.removeprefix("--").partition("=")
         if not separator or not name:
-            raise UserError(f"config.flags: {override!r} must be name=value; separate options by spaces")
+            raise UserError(
+                f"config.compiler_options: {override!r} must be name=value; separate options by spaces"
+            )
         if name in names:
-            raise UserError(f"config.flags: {name} is set twice")
+            raise UserError(f"config.compiler_options: {name} is set twice")
         names.add(name)
         if value:
             options[name] = _parse(value)
@@ -86,9 +88,9 @@ def option_error(error: str, options: Mapping[str, OptionValue]) -> str | None:
     """The message for the user if a compiler's error is about one of `options`, else None."""
     for name, value in options.items():
         if f"No such compile option: '{name}'" in error:
-            return f"config.flags: {name}: this version of the compiler has no such option"
+            return f"config.compiler_options: {name}: this version of the compiler has no such option"
         if f"setting option {name}" in error:
-            return f"config.flags: {name}={value}: {error.rpartition(name)[2].strip(' ,')}"
+            return f"config.compiler_options: {name}={value}: {error.rpartition(name)[2].strip(' ,')}"
     return None
 
 

@@ -223,7 +223,7 @@ def make_step(config: TrainConfig, target: Target) -> Step:
     """The step that `lvm.train` would run on the target."""
     mesh = make_mesh(config.mesh, target.devices)
     platform = target.slice.accelerator.platform
-    options = compiler_options.compiler_options(platform, config.flags, config.deterministic)
+    options = compiler_options.compiler_options(platform, config.compiler_options, config.deterministic)
     return Step(_make_task(config, mesh), mesh, config.seed, config.mesh.zero1, options)
 
 

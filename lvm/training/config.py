@@ -18,19 +18,18 @@ from lvm.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A transformer's training.
+    """A training run of the transformer.
 
     Attributes:
       seed: everything random follows from it and the step.
-      batch_size: rows a step.
+      batch_size: rows per step.
       heldout_batches: batches of held-out sentences that the held-out loss averages over.
-      tokenizer: a tokenizer's folder, to show pictures of answers while training; "" shows none.
-      accept_changed_mixture: goes on with a run whose mixture was another one until now.
-      flags: compiler options over those of `lvm.hardware.compiler_options`, "name=value name=value"; "name=" removes
-        one.
-      deterministic: compiles to what gives the same bits at every run; on GPUs that costs speed.
-      init_from: a model's folder, as `LVM.load` takes it, whose weights the training begins with; empty for random
-        ones. It needs the same sizes and codes; a vocabulary of another size is resized.
+      tokenizer: a tokenizer's folder, to render pictures of answers during training; "" for none.
+      accept_changed_mixture: resumes a run although its mixture has changed.
+      compiler_options: overrides of `lvm.hardware.compiler_options`, "name=value name=value"; "name=" removes one.
+      deterministic: compiles to programs with the same bits at every run, which is slower on GPUs.
+      init_from: a model's folder, as `LVM.load` takes it, to start from its weights; "" for random ones. Its sizes and
+        codes must be the same; a vocabulary of another size is resized.
     """
 
     seed: int = 0
@@ -38,7 +37,7 @@ class TrainConfig:
     heldout_batches: int = 4
     tokenizer: str = ""
     accept_changed_mixture: bool = False
-    flags: str = ""
+    compiler_options: str = ""
     deterministic: bool = False
     init_from: str = ""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

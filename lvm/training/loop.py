@@ -181,7 +181,7 @@ class Loop:
     def _start(self) -> tuple[State, int]:
         step = self._checkpoints.latest_intact_step()
         if step is None:
-            self._goodput = self._goodput.reset()
+            self._goodput = Goodput(self._goodput.started)
             self._spikes = SpikeDetector(self._config.spike)
             return self._step.init(), 0
         log_info(f"{self._path}: resuming from step {step}")

@@ -59,14 +59,7 @@ def find_fitting_step(make_step: MakeStep, policy: str, accumulate_steps: int) -
 
 
 def explain_out_of_memory(make_step: MakeStep, step: Step, policy: str, accumulate_steps: int) -> str:
-    """Describes what takes the memory of a step that ran out of it, and the nearest settings that need less.
-
-    Args:
-      make_step: see `find_fitting_step`.
-      step: the step that ran.
-      policy: its remat policy.
-      accumulate_steps: its micro-batches.
-    """
+    """Describes what takes the memory of `step`, which ran out of it, and the nearest settings that need less."""
     needed = required_bytes(step) or 0
     suggestion = _suggest(make_step, policy, accumulate_steps, needed - 1)
     return f"the step alone needs {needed / _GIB:.2f} GiB a device ({format_breakdown(step)}); {suggestion}"

@@ -116,7 +116,7 @@ class Goodput:
     """
 
     def __init__(self, started: float | None = None, productive_seconds: float = 0.0):
-        self._started = time.time() if started is None else started
+        self.started = time.time() if started is None else started
         self._productive_seconds = productive_seconds
 
     @classmethod
@@ -124,15 +124,11 @@ class Goodput:
         """Restores from a checkpoint's meta."""
         return cls(meta["started"], meta["productive_seconds"])
 
-    def reset(self) -> Goodput:
-        """Returns a goodput with the same start and no productive time."""
-        return Goodput(self._started)
-
     def to_json(self) -> dict[str, float]:
         """The entries of a checkpoint's meta."""
-        return {"started": self._started, "productive_seconds": self._productive_seconds}
+        return {"started": self.started, "productive_seconds": self._productive_seconds}
 
     def add(self, seconds: float) -> float:
         """Adds productive time; returns the goodput so far."""
         self._productive_seconds += seconds
-        return min(1.0, self._productive_seconds / max(time.time() - self._started, 1e-9))
+        return min(1.0, self._productive_seconds / max(time.time() - self.started, 1e-9))

@@ -12,13 +12,6 @@ from optax import contrib
 from lvm.common.errors import UserError
 from lvm.common.validation import check_choice, check_non_negative, check_positive
 
-_CHOICES = {
-    "name": ("adamw", "lion", "adafactor", "muon"),
-    "schedule": ("cosine", "wsd", "constant"),
-    "weight_decay_mask": ("matrices", "all"),
-    "moment_dtype": ("float32", "bfloat16"),
-}
-
 # Options that a choice ignores; they must stay at their defaults.
 _UNUSED = {
     "lion": ("epsilon",),
@@ -83,8 +76,10 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            check_choice(self, name, choices)
+        check_choice(self, "name", ("adamw", "lion", "adafactor", "muon"))
+        check_choice(self, "schedule", ("cosine", "wsd", "constant"))
+        check_choice(self, "weight_decay_mask", ("matrices", "all"))
+        check_choice(self, "moment_dtype", ("float32", "bfloat16"))
         check_positive(self, "learning_rate", "epsilon")
         lengths = ("warmup_steps", "warmup_tokens", "decay_steps", "decay_tokens")
         check_non_negative(self, "end_learning_rate", *lengths, "weight_decay", "clip_norm")

@@ -44,7 +44,7 @@ _MAY_CHANGE = (
     "config.objective.logits_chunk",
     "config.tokenizer",
     "config.accept_changed_mixture",
-    "config.flags",
+    "config.compiler_options",
     "config.deterministic",
     "compiler_options.",  # of the devices that the run resumes on
     "config.data.stage_to",

@@ -52,9 +52,9 @@ def test_overrides_replace_table_values():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("xla_a", r"config\.flags: 'xla_a'"),
-        ("=3", r"config\.flags: '=3'"),
-        ("xla_a=1 xla_a=2", r"config\.flags: xla_a is set twice"),
+        ("xla_a", r"config\.compiler_options: 'xla_a'"),
+        ("=3", r"config\.compiler_options: '=3'"),
+        ("xla_a=1 xla_a=2", r"config\.compiler_options: xla_a is set twice"),
     ],
 )
 def test_overrides_reject_malformed_and_duplicate(overrides, message):
@@ -89,10 +89,10 @@ def test_step_defaults_to_platform_options():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"xla_nothing": True}, r"^config\.flags: xla_nothing: .* no such option$"),
+        ({"xla_nothing": True}, r"^config\.compiler_options: xla_nothing: .* no such option$"),
         (
             {"xla_cpu_enable_fast_math": "perhaps"},
-            r"^config\.flags: xla_cpu_enable_fast_math=perhaps: .*'perhaps' is not a valid bool",
+            r"^config\.compiler_options: xla_cpu_enable_fast_math=perhaps: .*'perhaps' is not a valid bool",
         ),
     ],
 )
@@ -126,15 +126,17 @@ def test_run_records_options_and_resumes_with_others(make_store, tmp_path):
         optimizer=OptimizerConfig(warmup_steps=1),
         mesh=MeshConfig(data=jax.device_count()),
         loop=LoopConfig(total_steps=2, log_every=1),
-        flags="xla_cpu_enable_fast_math=false",
+        compiler_options="xla_cpu_enable_fast_math=false",
     )
     train(config, str(tmp_path / "run"))
     record = files.read_json(tmp_path / "run" / "config.json")
     assert record["compiler_options"] == {"xla_cpu_enable_fast_math": False}
     more = dataclasses.replace(config.loop, total_steps=3)
-    train(dataclasses.replace(config, flags="", deterministic=True, loop=more), str(tmp_path / "run"))
+    train(
+        dataclasses.replace(config, compiler_options="", deterministic=True, loop=more), str(tmp_path / "run")
+    )
     assert files.read_json(tmp_path / "run" / "config.json")["compiler_options"] == {}
     more = dataclasses.replace(config.loop, total_steps=4)
-    wrong = dataclasses.replace(config, flags="xla_nothing=1", loop=more)
-    with pytest.raises(UserError, match=r"config\.flags: xla_nothing: "):
+    wrong = dataclasses.replace(config, compiler_options="xla_nothing=1", loop=more)
+    with pytest.raises(UserError, match=r"config\.compiler_options: xla_nothing: "):
         train(wrong, str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` holds each step once, whatever cut the run off."""
+"""`metrics.jsonl` has each step once, after any interruption; Weights & Biases."""
 
 import sys
 import types
@@ -21,32 +21,32 @@ def steps(folder):
     return [line["step"] for line in metrics.read_metrics(folder)]
 
 
-def test_lines_come_back_in_order(tmp_path):
+def test_read_metrics_returns_lines_in_order(tmp_path):
     write(tmp_path, 0, [1, 2, 3])
     assert metrics.read_metrics(tmp_path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
 
 
-def test_a_folder_without_metrics_has_no_lines(tmp_path):
+def test_read_metrics_of_empty_folder_is_empty(tmp_path):
     assert metrics.read_metrics(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("resumed", "kept"), [(0, []), (25, [10, 20]), (30, [10, 20, 30]), (99, [10, 20, 30])]
 )
-def test_a_resumed_run_drops_what_lies_beyond_its_step(tmp_path, resumed, kept):
+def test_writer_drops_lines_after_start(tmp_path, resumed, kept):
     write(tmp_path, 0, [10, 20, 30])
     write(tmp_path, resumed, [resumed + 10])
     assert steps(tmp_path) == [*kept, resumed + 10]
 
 
-def test_a_line_is_there_as_soon_as_it_is_written(tmp_path):
+def test_writer_flushes_each_line(tmp_path):
     with MetricsWriter(tmp_path, 0) as writer:
         writer.write(1, {"loss": 2.0})
         assert steps(tmp_path) == [1]
 
 
 @pytest.mark.parametrize("rest", ['{"step": 30, "lo', '{"step": 30, "loss": 1.0}'])
-def test_a_line_cut_off_by_a_kill_is_left_out_and_written_over(tmp_path, rest):
+def test_truncated_last_line_is_dropped(tmp_path, rest):
     write(tmp_path, 0, [10, 20])
     with open(tmp_path / FILENAME, "a") as file:
         file.write(rest)
@@ -57,29 +57,29 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_written_over(tmp_path, rest):
 
 
 class FakeWandb(types.ModuleType):
-    """As much of Weights & Biases as is used, and a list of what it was told."""
+    """A stand-in for the wandb module that records its calls."""
 
     class Error(Exception):
         pass
 
     def __init__(self):
         super().__init__("wandb")
-        self.told = []
+        self.calls = []
 
     def init(self, **options):
-        self.told.append(options)
+        self.calls.append(options)
         if options["project"] == "secret":
             raise self.Error("permission denied")
         return self
 
     def define_metric(self, name, step_metric):
-        self.told.append((name, step_metric))
+        self.calls.append((name, step_metric))
 
     def log(self, values):
-        self.told.append(values)
+        self.calls.append(values)
 
     def finish(self):
-        self.told.append("finished")
+        self.calls.append("finished")
 
 
 @pytest.fixture
@@ -89,21 +89,21 @@ def wandb(monkeypatch):
     return fake
 
 
-def test_weights_and_biases_is_told_all_under_one_id(tmp_path, wandb):
+def test_wandb_gets_all_values_under_one_id(tmp_path, wandb):
     files.write_json(tmp_path / "config.json", {"config": {"seed": 3}})
     for start in (0, 1):
         with MetricsWriter(tmp_path, start, "team/vision") as writer:
             writer.write(start + 1, {"loss": 2.0})
-    first, second = (options for options in wandb.told if isinstance(options, dict) and "id" in options)
+    first, second = (options for options in wandb.calls if isinstance(options, dict) and "id" in options)
     assert first == second
     assert (first["entity"], first["project"], first["resume"]) == ("team", "vision", "allow")
     assert first["config"] == {"config": {"seed": 3}}
     assert first["name"] == tmp_path.name
-    assert wandb.told.count(("*", "step")) == wandb.told.count("finished") == 2
-    assert {"step": 2, "loss": 2.0} in wandb.told
+    assert wandb.calls.count(("*", "step")) == wandb.calls.count("finished") == 2
+    assert {"step": 2, "loss": 2.0} in wandb.calls
 
 
-def test_weights_and_biases_that_refuses_or_is_not_there_is_one_clear_line(tmp_path, wandb, monkeypatch):
+def test_wandb_refused_or_missing_is_user_error(tmp_path, wandb, monkeypatch):
     files.write_json(tmp_path / "config.json", {})
     with pytest.raises(UserError, match=r"config\.loop\.wandb: secret: permission denied"):
         MetricsWriter(tmp_path, 0, "secret")

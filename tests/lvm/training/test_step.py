@@ -1,4 +1,4 @@
-"""The compiled step: what a mesh, rematerialisation and ZeRO-1 leave as it was, and where everything lies."""
+"""The compiled step: same numbers on every mesh and with ZeRO-1, shardings, donation."""
 
 import functools
 import json
@@ -36,40 +36,40 @@ def highest_precision():
 
 @functools.cache
 def fresh(kind):
-    """A state as one device makes it: compiling `init` for every mesh would take longer than all the rest."""
+    """A state from one device: compiling `init` for every mesh would dominate the time of these tests."""
     return jax.device_get(make_step(None, OPTIMIZERS[kind]()).init())
 
 
 @functools.cache
-def alone(kind):
+def single_device(kind):
     """Twenty AdamW losses, or one update by gradient descent, on one device."""
     return run(make_step(None, OPTIMIZERS[kind]()), kind, 1 if kind == "sgd" else 20)
 
 
 def run(step, kind, count):
-    """The losses, the last state and the last metrics; with the state after the first step before them."""
+    """Returns the losses, the state after the first step, and the last metrics."""
     state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh(kind), step.state)
     losses, first = [], None
-    for number in range(count):
-        state, metrics = step(state, step.shard_batch(batch(number)))
+    for index in range(count):
+        state, metrics = step(state, step.shard_batch(batch(index)))
         losses.append(float(metrics["loss"]))
         first = jax.device_get(state) if first is None else first
     return losses, first, metrics
 
 
-def assert_near(found, wanted):
+def assert_near(actual, expected):
     """‖a − b‖₂ ≤ 1e-5 · ‖b‖₂ for every array."""
-    for (path, b), a in zip(jax.tree.leaves_with_path(wanted), jax.tree.leaves(found), strict=True):
+    for (path, b), a in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
-def test_a_mesh_changes_no_gradient(mesh):
+def test_mesh_changes_no_gradient(mesh):
     _, after, metrics = run(make_step(mesh, sgd()), "sgd", 1)
-    _, wanted, wanted_metrics = alone("sgd")
-    moved = lambda state: jax.tree.map(np.subtract, state["params"], fresh("sgd")["params"])  # noqa: E731
-    assert_near(moved(after), moved(wanted))  # the gradients, times the learning rate
-    for name, value in wanted_metrics.items():
+    _, expected, expected_metrics = single_device("sgd")
+    change = lambda state: jax.tree.map(np.subtract, state["params"], fresh("sgd")["params"])  # noqa: E731
+    assert_near(change(after), change(expected))  # gradients times the learning rate
+    for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
 
 
@@ -82,19 +82,19 @@ def test_a_mesh_changes_no_gradient(mesh):
         ("all four axes but one", {"zero1": True}),
     ],
 )
-def test_a_mesh_changes_no_run(mesh, options):
+def test_mesh_changes_no_losses_or_moments(mesh, options):
     losses, first, _ = run(make_step(MESHES[mesh], **options), "adamw", 20)
-    wanted_losses, wanted, _ = alone("adamw")
-    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
-    assert wanted_losses[-1] < wanted_losses[0]
-    assert_near(first["training"], wanted["training"])  # the moments after a step
+    expected_losses, expected, _ = single_device("adamw")
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert expected_losses[-1] < expected_losses[0]
+    assert_near(first["training"], expected["training"])  # moments after a step
 
 
 @pytest.mark.parametrize(
     "mesh",
     [{"data": 1, "fsdp": 4}, pytest.param({"data": 2, "fsdp": 1, "sequence": 2}, marks=pytest.mark.slow)],
 )
-def test_processes_change_no_run(mesh):
+def test_process_count_changes_no_losses(mesh):
     # Two processes of two devices each; the sequence, or the parameters, split across them.
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -103,29 +103,29 @@ def test_processes_change_no_run(mesh):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     workers = [
         subprocess.Popen(
-            [*arguments, str(number), json.dumps(mesh)], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+            [*arguments, str(index), json.dumps(mesh)], cwd=ROOT, env=environment, stdout=subprocess.PIPE
         )
-        for number in range(2)
+        for index in range(2)
     ]
     outputs = [json.loads(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
-    wanted_losses, _, _ = alone("adamw")
-    for found in outputs:
-        assert found["devices"] == 4
-        assert found["agreed"] == [2**40 + 5, -1]
-        np.testing.assert_allclose(found["losses"], wanted_losses, rtol=1e-5)
+    expected_losses, _, _ = single_device("adamw")
+    for output in outputs:
+        assert output["devices"] == 4
+        assert output["broadcast"] == [2**40 + 5, -1]
+        np.testing.assert_allclose(output["losses"], expected_losses, rtol=1e-5)
     assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize("mesh", ["fsdp 8", "2×2×2 with sequence"])
-def test_a_state_is_made_where_it_lives(mesh):
+def test_init_on_mesh_equals_one_device(mesh):
     step = make_step(MESHES[mesh])
-    for (path, wanted), leaf in zip(
+    for (path, expected), leaf in zip(
         jax.tree.leaves_with_path(fresh("adamw")), jax.tree.leaves(step.init()), strict=True
     ):
-        np.testing.assert_allclose(leaf, wanted, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(leaf, expected, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
-def test_no_device_ever_holds_the_whole_state():
+def test_init_never_holds_whole_state_on_a_device():
     step = make_step(MESHES["fsdp 8"])
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.state))
     memory = step.jitted_init().lower().compile().memory_analysis()
@@ -134,7 +134,7 @@ def test_no_device_ever_holds_the_whole_state():
     assert query.sharding.shard_shape(query.shape) == (2, 32 // 8, 4, 8)
 
 
-def test_zero1_splits_the_moments_over_data_and_leaves_the_parameters_whole():
+def test_zero1_shards_moments_and_replicates_parameters():
     step = make_step(MESHES["8×1"], zero1=True)
     assert step.state["params"]["embedding"].sharding.is_fully_replicated
     moments = [x for x in jax.tree.leaves(step.state["training"]) if x.shape == (64, 32)]
@@ -142,16 +142,16 @@ def test_zero1_splits_the_moments_over_data_and_leaves_the_parameters_whole():
     assert {x.sharding.shard_shape(x.shape) for x in moments} == {(8, 32)}
 
 
-def test_the_state_is_donated_and_the_step_compiled_once():
+def test_state_is_donated_and_step_compiled_once():
     compiled = []
     listen = lambda event, _, **info: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
     step = make_step(MESHES["fsdp 8"])
     state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh("adamw"), step.state)
-    batches = [step.shard_batch(batch(number)) for number in range(3)]
+    batches = [step.shard_batch(batch(index)) for index in range(3)]
     jax.monitoring.register_event_duration_secs_listener(listen)
-    for made in batches:
-        given, (state, _) = state, step(state, made)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    for current in batches:
+        donated, (state, _) = state, step(state, current)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
     jax.monitoring.unregister_event_duration_listener(listen)
     assert len(compiled) == 1
     memory = step.compile().memory_analysis()

@@ -1,4 +1,4 @@
-"""The step compiled for TPUs that aren't there: what its program gathers, multiplies, donates and keeps."""
+"""The step compiled for absent TPUs: collectives, matrix products, donation and temporaries of its program."""
 
 import dataclasses
 import os
@@ -20,13 +20,13 @@ MIB = 2**20
 
 
 def devices(topology, **options):
-    """The devices of a topology that is only described."""
+    """The devices of a described topology."""
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     }
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # other tests may run at the same time
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # tests run concurrently
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
@@ -63,47 +63,47 @@ def compiled():
 def definitions(text):
     """Name → (dtype, shape, operation, operands) of every array that the program defines."""
     pattern = re.compile(r"%([\w.\-]+) = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(([^)]*)\)")
-    found = {}
+    arrays = {}
     for name, dtype, shape, operation, operands in pattern.findall(text):
         dimensions = tuple(int(d) for d in shape.split(",") if d)
-        found[name] = dtype, dimensions, operation, re.findall(r"%([\w.\-]+)", operands)
-    return found
+        arrays[name] = dtype, dimensions, operation, re.findall(r"%([\w.\-]+)", operands)
+    return arrays
 
 
-def moved(text):
-    """(dtype, number of elements) of every array that is gathered or sent on, in whatever way."""
+def collective_operands(text):
+    """(dtype, number of elements) of every operand of a collective."""
     lines = [
         line for line in text.splitlines() if re.search(r" (all-gather|collective-permute)(-start)?\(", line)
     ]
     assert lines
     shapes = [re.findall(r"(bf16|f32)\[([\d,]+)\]", line.split(" = ")[1].split("(%")[0]) for line in lines]
     return [
-        (dtype, np.prod([int(d) for d in shape.split(",")])) for found in shapes for dtype, shape in found
+        (dtype, np.prod([int(d) for d in shape.split(",")])) for group in shapes for dtype, shape in group
     ]
 
 
-def test_weights_are_gathered_in_bfloat16_a_layer_at_a_time(compiled):
+def test_weights_are_gathered_in_bfloat16_per_layer(compiled):
     _, text = compiled
     largest_kernel = max(SMALL.hidden_size * SMALL.mlp_size, SMALL.hidden_size * SMALL.vocabulary_size)
-    for dtype, size in moved(text):
-        assert size <= largest_kernel  # a stack of layers has six times as many
+    for dtype, size in collective_operands(text):
+        assert size <= largest_kernel  # a stack of layers is six times as large
         assert dtype == "bf16" or size <= SMALL.hidden_size
 
 
-def test_matrices_are_multiplied_in_bfloat16_and_summed_in_float32(compiled):
+def test_matmuls_are_bfloat16_with_float32_sums(compiled):
     _, text = compiled
-    found = definitions(text)
-    products = [entry for entry in found.values() if entry[2] in ("convolution", "dot")]
+    arrays = definitions(text)
+    products = [entry for entry in arrays.values() if entry[2] in ("convolution", "dot")]
     assert len(products) > 10
     for _, shape, _, operands in products:
-        assert {found[name][0] for name in operands if name in found} <= {"bf16"}, shape
+        assert {arrays[name][0] for name in operands if name in arrays} <= {"bf16"}, shape
     # The unit that multiplies them sums in float32; the logits are kept so.
     logits = [dtype for dtype, shape, _, _ in products if shape[-2:] == (256, SMALL.vocabulary_size)]
     assert logits
     assert set(logits) == {"f32"}
 
 
-def test_the_state_is_donated(compiled):
+def test_state_is_donated(compiled):
     step, _ = compiled
     memory = step.compile().memory_analysis()
     state = sum(
@@ -114,8 +114,8 @@ def test_the_state_is_donated(compiled):
 
 
 @pytest.mark.slow
-def test_parts_that_add_up_and_zero1_compile_and_send_no_moments():
-    # Accumulation with fsdp is what XLA for TPU failed on; moments that don't nest in gradients would be sent around.
+def test_accumulation_and_zero1_send_no_moments():
+    # XLA for TPU used to fail on accumulation with fsdp; moments sharded unlike gradients would be resharded.
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices("v5e:2x2"))
     step = make_step(SMALL, mesh, 8, 256, zero1=True, accumulate_steps=2)
     text = step.compile().as_text()
@@ -127,7 +127,7 @@ def test_parts_that_add_up_and_zero1_compile_and_send_no_moments():
 
 
 @pytest.mark.slow
-def test_over_slices_each_chip_sends_its_part_of_the_gradients_alone():
+def test_slices_exchange_sharded_gradients_alone():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4), devices("v5e:2x2", num_slices=2))
     text = make_step(SMALL, mesh, 8, 256).compile().as_text()
     sent = re.findall(r"= \((\w+)\[([\d,]*)\]\S*, .* send\(", text)
@@ -145,14 +145,14 @@ def test_over_slices_each_chip_sends_its_part_of_the_gradients_alone():
         ("v5e:16x16", MeshConfig(data=4, fsdp=64)),
     ],
 )
-def test_common_meshes_fit_every_kind_of_pod(topology, config):
+def test_common_meshes_fit_every_pod(topology, config):
     chips = devices(topology)
     mesh = make_mesh(config, chips)
     assert {device.id for device in mesh.devices.flat} == {device.id for device in chips}
     assert mesh.devices.shape == (config.data, config.fsdp, 1, config.tensor)
 
 
-def test_slices_are_told_apart_by_data_alone():
+def test_slices_are_split_by_data_axis_alone():
     mesh = make_mesh(MeshConfig(data=2, fsdp=8), devices("v5e:2x4", num_slices=2))
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert mesh.devices.shape == (2, 8, 1, 1)
@@ -160,13 +160,13 @@ def test_slices_are_told_apart_by_data_alone():
     assert set(slices[1].ravel()) == {1}
 
 
-def test_data_that_does_not_cover_the_slices_is_refused():
+def test_mesh_refuses_data_axis_below_slices():
     with pytest.raises(Exception, match=r"config\.mesh\.data: 1 is not a multiple of the 2 slices"):
         make_mesh(MeshConfig(data=1, fsdp=16), devices("v5e:2x4", num_slices=2))
 
 
 @pytest.mark.parametrize(("remat", "kernels"), [("dots", 3), pytest.param("full", 4, marks=pytest.mark.slow)])
-def test_only_full_remat_runs_attention_forward_twice(compiled, remat, kernels):
+def test_full_remat_alone_reruns_attention(compiled, remat, kernels):
     # Its forward, and its backward for the queries and for the keys and values, each in the loop over layers.
     text = compiled[1]
     if remat != SMALL.remat:
@@ -176,10 +176,10 @@ def test_only_full_remat_runs_attention_forward_twice(compiled, remat, kernels):
 
 
 @pytest.mark.slow
-def test_temporaries_of_the_1b_step_are_those_of_the_formula():
+def test_temporaries_of_1b_step_match_formula():
     """At most 1.25 × the following, for one row of T = 4096 tokens on each of 16 chips of v5e, remat `dots`.
 
-    With D hidden, F MLP, V vocabulary, L layers, c tokens of logits at a time, 2 bytes a number if not said:
+    With D hidden, F MLP, V vocabulary, L layers, c tokens of logits at a time, 2 bytes a value unless noted:
 
     - scan carries: L · T · D;
     - residuals that `dots` keeps: L · (query, key, value, attention's result and its projection, 5 · T · D; gate
@@ -196,8 +196,10 @@ def test_temporaries_of_the_1b_step_are_those_of_the_formula():
     logits = 4 * 3 * c * V
     layer = 2 * 2 * (4 * D * D + 3 * D * F)
     ends = 2 * (2 * V * D + 4 * 2 * V * D)
-    wanted = carries + residuals + logits + layer + ends
-    found = step.compile().memory_analysis().temp_size_in_bytes
-    print(f"temporaries {found / MIB:.0f} MiB, formula {wanted / MIB:.0f} MiB, ratio {found / wanted:.3f}")
+    expected = carries + residuals + logits + layer + ends
+    temporaries = step.compile().memory_analysis().temp_size_in_bytes
+    print(
+        f"temporaries {temporaries / MIB:.0f} MiB, formula {expected / MIB:.0f} MiB, ratio {temporaries / expected:.3f}"
+    )
     assert count_params(step.task.params_shape) == 1_147_119_616 + 2 * (8448 - 8292) * D
-    assert 0.8 * wanted < found <= 1.25 * wanted
+    assert 0.8 * expected < temporaries <= 1.25 * expected
