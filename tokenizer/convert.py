@@ -17,22 +17,22 @@ from tokenizer import weights
 
 
 def _run(args: cli.Args) -> None:
-    found = weights.read(args.src)
-    weights.write(args.dst, found, args.to)
-    config = found.config
+    stored = weights.read(args.src)
+    weights.write(args.dst, stored, args.to)
+    config = stored.config
     log_info(
-        f"{args.dst}: {count_params(found.params):,} parameters, {config.codebook_size} codes of "
-        f"{config.codebook_dim}, {config.codes_per_image} an image of {config.resolution}×{config.resolution}, "
-        f"{found.preprocess.mode}"
+        f"{args.dst}: {count_params(stored.params):,} parameters, {config.codebook_size} codes of "
+        f"{config.codebook_dim}, {config.codes_per_image} per image of {config.resolution}×{config.resolution}, "
+        f"{stored.preprocess.mode}"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__, positionals=("src", "dst"))
-    flags.string("src", None, "a tokenizer's folder or weights file; the first argument", required=True)
-    flags.string("dst", None, "the folder to write; the second argument", required=True)
-    flags.enum("to", None, weights.KINDS, "what is written", required=True)
+    flags.string("src", None, "tokenizer folder or weights file; first argument", required=True)
+    flags.string("dst", None, "folder to write; second argument", required=True)
+    flags.enum("to", None, weights.KINDS, "output layout", required=True)
     return flags.run(_run, argv)
 
 
