@@ -124,7 +124,7 @@ def _run(args: cli.Args) -> None:
     rows: list[list[str]] = []
     headers: dict[str, str] = {}
     for size, (topology, slices) in all_plans():
-        if args.made and not _path(size, topology, slices, folder).exists():
+        if args.existing_only and not _path(size, topology, slices, folder).exists():
             continue
         plan = load_or_make_plan(size, topology, slices, folder)
         rows.append(row(size, plan))
@@ -137,9 +137,9 @@ def _run(args: cli.Args) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
-    flags.string("out", "runs/plans", "where what plans printed is kept")
-    flags.boolean("made", False, "show the plans that are there, and make none")
-    flags.boolean("write", False, "put the table into docs/tpu.md and the headers of configs/")
+    flags.string("out", "runs/plans", "folder of the plans")
+    flags.boolean("existing_only", False, "show the plans in --out without making any")
+    flags.boolean("write", False, "write the table into docs/tpu.md and the headers of configs/")
     return flags.run(_run, argv)
 
 
