@@ -54,21 +54,21 @@ def test_boxes_follow_the_resize(tmp_path) -> None:
         annotation(2, 1, bbox=[60, 20, 20, 20]),
         annotation(3, bbox=[30, 10, 40, 20], iscrowd=1),
     ]
-    where = write(tmp_path, boxes)
-    squashed = CocoSource(Preprocess(20), **where)
+    parameters = write(tmp_path, boxes)
+    squashed = CocoSource(Preprocess(20), **parameters)
     assert squashed.info(0).streams == ("rgb", "boxes")
     assert parsed(squashed, "boxes") == [Box(0, 15, 10, 20, 20), Box(6, 2, 2, 6, 6)]
-    cropped = CocoSource(Preprocess(20, "center_crop"), **where)  # keeps x in [20, 60)
+    cropped = CocoSource(Preprocess(20, "center_crop"), **parameters)  # keeps x in [20, 60)
     assert parsed(cropped, "boxes") == [Box(6, 0, 2, 2, 6)]
     image = squashed.load(0).images[0, 1]
     assert (image[3, 3] == PALETTE[7]).all()  # a class has the color of its category's id
 
 
 def test_smaller_copy_of_an_image_has_the_same_annotations(tmp_path) -> None:
-    where = write(tmp_path, [annotation(1, bbox=[8, 4, 16, 8], segmentation=[square(8, 4, 16)])])
-    whole = CocoSource(Preprocess(20), **where).load(0).images
+    parameters = write(tmp_path, [annotation(1, bbox=[8, 4, 16, 8], segmentation=[square(8, 4, 16)])])
+    whole = CocoSource(Preprocess(20), **parameters).load(0).images
     (tmp_path / "images" / "a.png").write_bytes(encode_image(photo(WIDTH // 2, HEIGHT // 2)))
-    np.testing.assert_array_equal(CocoSource(Preprocess(20), **where).load(0).images[:, 1:], whole[:, 1:])
+    np.testing.assert_array_equal(CocoSource(Preprocess(20), **parameters).load(0).images[:, 1:], whole[:, 1:])
 
 
 def test_smaller_objects_are_rendered_over_larger_ones(tmp_path) -> None:
@@ -113,16 +113,16 @@ def test_scene_has_the_streams_of_its_annotations(tmp_path) -> None:
         {"id": n, "file_name": name, "width": WIDTH, "height": HEIGHT}
         for n, name in ((1, "a.png"), (2, "b.png"))
     ]
-    drawn = [annotation(1, 1, bbox=[1, 1, 9, 9], segmentation=[square(1, 1, 9)], keypoints=[5, 5, 2] * 3)]
-    where = write(tmp_path, drawn, images)
+    annotations = [annotation(1, 1, bbox=[1, 1, 9, 9], segmentation=[square(1, 1, 9)], keypoints=[5, 5, 2] * 3)]
+    parameters = write(tmp_path, annotations, images)
     (tmp_path / "images" / "b.png").write_bytes(encode_image(photo(WIDTH, HEIGHT)))
-    source = CocoSource(Preprocess(32), **where)
+    source = CocoSource(Preprocess(32), **parameters)
     assert source.stream_sets == (("rgb",), ("rgb", "segmentation", "boxes", "pose"))
     assert source.load(0).images.shape == (1, 4, 32, 32, 3)
     assert source.load(1).images.shape == (1, 1, 32, 32, 3)
-    chosen = CocoSource(Preprocess(32), **where, streams=("boxes",), categories=("person",))
+    chosen = CocoSource(Preprocess(32), **parameters, streams=("boxes",), categories=("person",))
     assert chosen.stream_sets == (("rgb",), ("rgb", "boxes"))
-    assert CocoSource(Preprocess(32), **where, categories=("train",)).stream_sets == (("rgb",),)
+    assert CocoSource(Preprocess(32), **parameters, categories=("train",)).stream_sets == (("rgb",),)
 
 
 @pytest.mark.parametrize("height", [None, 0, "tall"])
@@ -142,8 +142,8 @@ def test_image_without_size_is_skipped(tmp_path, height) -> None:
 
 def test_large_category_ids_are_ranked(tmp_path) -> None:
     categories = [{"id": 9000, "name": "b"}, {"id": 300, "name": "a"}]
-    where = write(tmp_path, [annotation(1, 9000, bbox=[0, 0, 80, 40])], categories=categories)
-    source = CocoSource(Preprocess(8), **where)
+    parameters = write(tmp_path, [annotation(1, 9000, bbox=[0, 0, 80, 40])], categories=categories)
+    source = CocoSource(Preprocess(8), **parameters)
     assert source.streams["boxes"].names == ("a", "b")
     assert parsed(source, "boxes") == [Box(1, 0, 0, 8, 8)]
     many = [{"id": n, "name": str(n)} for n in range(1000, 1256)]
@@ -160,9 +160,9 @@ def test_inconsistent_entries_are_skipped(tmp_path) -> None:
         {"id": 4, "file_name": "missing.png", "width": WIDTH, "height": HEIGHT},
         {"id": 5, "file_name": "other.png", "width": HEIGHT, "height": WIDTH},
     ]
-    where = write(tmp_path, [annotation(1, image=99, bbox=[0, 0, 1, 1])], images)
+    parameters = write(tmp_path, [annotation(1, image=99, bbox=[0, 0, 1, 1])], images)
     (tmp_path / "images" / "other.png").write_bytes(encode_image(photo(WIDTH, HEIGHT)))
-    source = CocoSource(Preprocess(16), **where)
+    source = CocoSource(Preprocess(16), **parameters)
     assert {failure.key: failure.reason for failure in source.skipped} == {
         "b.png": "its id 1 or its file is that of an earlier image",
         "a.png": "its id 2 or its file is that of an earlier image",
@@ -213,15 +213,15 @@ def test_malformed_annotation_is_a_failure(tmp_path, fields, reason) -> None:
     ],
 )
 def test_malformed_json_is_named(tmp_path, content, message) -> None:
-    where = write(tmp_path, [])
+    parameters = write(tmp_path, [])
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=message) as error:
-        CocoSource(Preprocess(8), **where)
+        CocoSource(Preprocess(8), **parameters)
     assert "a.json" in str(error.value)
 
 
 def test_coco_rejects_bad_parameters(tmp_path) -> None:
-    where = write(tmp_path, [annotation(1, bbox=[0, 0, 1, 1])])
+    dataset = write(tmp_path, [annotation(1, bbox=[0, 0, 1, 1])])
     for parameters, message in (
         ({"streams": ("depth",)}, "expected some of segmentation, boxes, pose"),
         ({"categories": ("dog",)}, "'dog' is not in"),
@@ -229,17 +229,17 @@ def test_coco_rejects_bad_parameters(tmp_path) -> None:
         ({"images": ""}, r"coco\.images is missing"),
     ):
         with pytest.raises(UserError, match=message):
-            CocoSource(Preprocess(8), **(where | parameters))
+            CocoSource(Preprocess(8), **(dataset | parameters))
     with pytest.raises(UserError, match=r"no category of .* has keypoints"):
         CocoSource(Preprocess(8), **write(tmp_path, [], categories=[CATEGORIES[1]]), streams=("pose",))
 
 
 def test_config_file_with_derived_streams(tmp_path) -> None:
-    where = write(tmp_path, [annotation(1, bbox=[0, 0, 40, 40])])
+    parameters = write(tmp_path, [annotation(1, bbox=[0, 0, 40, 40])])
     config = tmp_path / "source.py"
     config.write_text(
         "from ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict(dict(kind='coco', derived=('masked',), **{where!r}))\n"
+        f"def get_config():\n    return ConfigDict(dict(kind='coco', derived=('masked',), **{parameters!r}))\n"
     )
     source = open_source(str(config), Preprocess(16))
     assert source.load(0).info.streams == ("rgb", "boxes", "masked")
