@@ -92,8 +92,8 @@ class Depth(Codec):
     """
 
     kind: ClassVar[str] = "depth"
-    near: float
-    far: float
+    near: int | float
+    far: int | float
     unit: str
 
     def __post_init__(self) -> None:

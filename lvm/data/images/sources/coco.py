@@ -217,7 +217,7 @@ class CocoSource(ImageSource[tuple[int, int]]):
             segmentation = pycocotools.mask.frPyObjects(segmentation, *size)
         return self._preprocess.resize_labels(pycocotools.mask.decode(segmentation)).astype(bool)
 
-    def _box(self, bbox: Sequence[float], class_id: int, size: tuple[int, int]) -> list[Box]:
+    def _box(self, bbox: Sequence[int | float], class_id: int, size: tuple[int, int]) -> list[Box]:
         """Returns the box in the image; none if it was cropped away."""
         x, y, width, height = bbox
         R = self._preprocess.resolution
@@ -225,7 +225,7 @@ class CocoSource(ImageSource[tuple[int, int]]):
         (x0, y0), (x1, y1) = np.rint(corners).astype(int).clip(0, R).tolist()
         return [Box(class_id, x0, y0, x1, y1)] if x0 < x1 and y0 < y1 else []
 
-    def _joints(self, keypoints: Sequence[float], size: tuple[int, int]) -> Float[np.ndarray, "J 2"]:
+    def _joints(self, keypoints: Sequence[int | float], size: tuple[int, int]) -> Float[np.ndarray, "J 2"]:
         """Returns the joints' (x, y) in the image, NaN if not labeled."""
         joints = np.array(keypoints, np.float64).reshape(-1, 3)
         points = self._preprocess.map_points(joints[:, :2] + 0.5, size)  # COCO puts pixel 0's center at 0
