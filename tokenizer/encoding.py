@@ -45,19 +45,12 @@ _LOG_EVERY_S = 10.0
 
 @dataclasses.dataclass
 class _Batch:
-    """A batch of images of one range, on the devices.
-
-    Attributes:
-      range_index: of the range that all images belong to.
-      scenes: decoded since the previous batch; their images may continue in the next.
-      codes: None if the batch has no images, only scenes without any.
-      count: number of images; the rest is padding.
-    """
+    """A batch of images of one range, on the devices."""
 
     range_index: int
-    scenes: list[DecodedScene]
-    codes: UInt16[Array, "B N"] | None
-    count: int
+    scenes: list[DecodedScene]  # decoded since the previous batch; their images may continue in the next
+    codes: UInt16[Array, "B N"] | None  # None without images
+    count: int  # images; the rest is padding
 
 
 class ShardWriter(abc.ABC):
@@ -74,12 +67,8 @@ class ShardWriter(abc.ABC):
     """
 
     def __init__(
-        self,
-        tokenizer: Mapping[str, Any],
-        source: ImageSource | CodeSource,
-        folder: epath.PathLike,
-        num_shards: int,
-    ):
+        self, tokenizer: Mapping[str, Any], source: ImageSource | CodeSource, folder: epath.PathLike, num_shards: int
+    ):  # fmt: skip
         self._identity, self.num_shards, self._folder = tokenizer, num_shards, epath.Path(folder)
         self._listing = source
         self._classes = {name: i for i, name in enumerate(source.classes)}
@@ -185,15 +174,9 @@ class Encoder(ShardWriter):
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        source: ImageSource,
-        folder: epath.PathLike,
-        num_shards: int,
-        batch_size: int,
-        augment: Augment,
-        workers: int,
-    ):
+        self, tokenizer: Tokenizer, source: ImageSource, folder: epath.PathLike, num_shards: int,
+        batch_size: int, augment: Augment, workers: int,
+    ):  # fmt: skip
         super().__init__(tokenizer.identity(), source, folder, num_shards)
         self._tokenizer, self._source, self._batch_size = tokenizer, source, batch_size
         self._augment, self._workers = augment, workers

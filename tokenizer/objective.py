@@ -69,16 +69,10 @@ class TokenizerTask:
     """
 
     def __init__(
-        self,
-        config: VQGANConfig,
-        loss: LossConfig,
-        optimizer: optax.GradientTransformation,
-        schedule: Callable[[jax.Array], jax.Array],
-        *,
-        batch_size: int,
-        has_codebook: bool = False,
+        self, config: VQGANConfig, loss: LossConfig, optimizer: optax.GradientTransformation,
+        schedule: Callable[[jax.Array], jax.Array], *, batch_size: int, has_codebook: bool = False,
         heldout: Mapping[str, UInt8[np.ndarray, "_ R R 3"]] | None = None,
-    ):
+    ):  # fmt: skip
         self.config, self.loss, self.optimizer, self.schedule = config, loss, optimizer, schedule
         self.seed_step = -1 if has_codebook else loss.autoencoder_steps
         self.batch_size, self.heldout = batch_size, heldout or {}
@@ -114,10 +108,10 @@ class TokenizerTask:
         step, params, training = state["step"], state["params"], state["training"]
         network, images = _network(params), to_float(batch["images"])
         seed_rng, reset_rng = jax.random.split(rng)
-        value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
-        (loss, (quantized, metrics)), gradients = value_and_grad(
+        loss_and_gradients = jax.value_and_grad(self._loss, has_aux=True)(
             network, params["codebook"], images, step, seed_rng
         )
+        (loss, (quantized, metrics)), gradients = loss_and_gradients
         updates, optimizer_state = self.optimizer.update(gradients, training["optimizer"], network)
         averages, codebook = self._update_codebook(quantized, training["averages"], step, reset_rng)
         grad_norm = optax.tree.norm(gradients)
@@ -139,13 +133,9 @@ class TokenizerTask:
         return {"step": step + 1, "params": params, "training": {**new, "skipped": skipped}}, metrics
 
     def _loss(
-        self,
-        network: Params,
-        codebook: Float[Array, "K C"],
-        images: Float[Array, "B R R 3"],
-        step: jax.Array,
-        rng: jax.Array,
-    ) -> tuple[Float[Array, ""], tuple[Params, Metrics]]:
+        self, network: Params, codebook: Float[Array, "K C"], images: Float[Array, "B R R 3"],
+        step: jax.Array, rng: jax.Array,
+    ) -> tuple[Float[Array, ""], tuple[Params, Metrics]]:  # fmt: skip
         """The loss, and what the codebook update needs: the (seeded) codebook, latents and codes."""
         model = self.model(network | {"codebook": codebook})
         latents = model.encode_latents(images)  # [B, h, w, C]
@@ -183,16 +173,12 @@ class TokenizerTask:
         """Moves averages and codebook from the seed step on, where the averages restart from the seeded codebook."""
         initial = quantizers.init_moving_averages(quantized["codebook"])
         averages = jax.tree.map(lambda a, b: jnp.where(step == self.seed_step, a, b), initial, averages)
+        decay, dead_below = self.loss.ema_decay, self.loss.dead_below
+        l2_normalize, arguments = self.config.l2_normalize, (quantized["latents"], quantized["codes"], rng)
         return jax.lax.cond(
             step >= self.seed_step,
             lambda: quantizers.update_codebook(
-                averages,
-                quantized["latents"],
-                quantized["codes"],
-                rng,
-                decay=self.loss.ema_decay,
-                dead_below=self.loss.dead_below,
-                l2_normalize=self.config.l2_normalize,
+                averages, *arguments, decay=decay, dead_below=dead_below, l2_normalize=l2_normalize
             ),
             lambda: (averages, quantized["codebook"]),
         )

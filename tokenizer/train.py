@@ -77,11 +77,8 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         raise UserError("config.data.source is empty; give a folder of images or the config file of a source")
     distributed.join(config.distributed)
     source = open_source(config.data.source, config.preprocess)
-    record = {
-        "config": to_json(config),
-        "preprocess": config.preprocess.to_json(),
-        "source": source.describe(),
-    }
+    preprocess = config.preprocess.to_json()
+    record = {"config": to_json(config), "preprocess": preprocess, "source": source.describe()}
     loop = config.loop.with_total_steps(0)
     check_resumable(workdir)
     run = Workdir(workdir, "tokenizer", record, config_class=TokenizerConfig)
@@ -97,15 +94,11 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     log_info(f"{len(train_scenes)} scenes to train on, {len(heldout_scenes)} held out; {counts} images")
     batches = TrainingImages(images, config.data.rgb_share, config.batch_size, config.seed)
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps)
+    selected = {stream: x[:: -(-len(x) // _HELDOUT_IMAGES)] for stream, x in heldout.items() if len(x)}
     task = TokenizerTask(
-        config.model,
-        config.loss,
-        tx,
-        schedule,
-        batch_size=config.batch_size,
-        has_codebook=bool(config.init_from),
-        heldout={stream: x[:: -(-len(x) // _HELDOUT_IMAGES)] for stream, x in heldout.items() if len(x)},
-    )
+        config.model, config.loss, tx, schedule,
+        batch_size=config.batch_size, has_codebook=bool(config.init_from), heldout=selected,
+    )  # fmt: skip
     enable_compilation_cache(loop.compilation_cache, run.path)
     arguments = (task, make_mesh(config.mesh), config.seed, config.mesh.zero1)
     step = WarmStartStep(load_init_params(config), *arguments) if config.init_from else Step(*arguments)

@@ -87,14 +87,9 @@ def pack(scenes: Sequence[Scene]) -> bytes:
             f"{first.key[:80]}: {T} frames, key of {key_size} bytes; the limit of both is {_MAX_U16}"
         )
     head = _HEAD.pack(MAGIC, VERSION, len(scenes), 0)
-    metadata = b"".join(
-        [
-            _SHAPE.pack(T, first.stream_set, N),
-            np.array([scene.class_id for scene in scenes], "<i4").tobytes(),
-            np.array([len(key) for key in keys], "<u2").tobytes(),
-            *keys,
-        ]
-    )
+    class_ids = np.array([scene.class_id for scene in scenes], "<i4").tobytes()
+    lengths = np.array([len(key) for key in keys], "<u2").tobytes()
+    metadata = b"".join([_SHAPE.pack(T, first.stream_set, N), class_ids, lengths, *keys])
     checksum = _metadata_checksum(head, metadata)
     grids = np.concatenate([scene.codes for scene in scenes]).astype("<u2").reshape(-1, N)
     blocks = [grids[start : start + BLOCK_SIZE].tobytes() for start in range(0, len(grids), BLOCK_SIZE)]
@@ -152,25 +147,18 @@ def unpack_blocks(blocks: bytes, num_grids: int, codes_per_image: int) -> UInt16
     """All grids of a record; None if a block is corrupted."""
     stride = blocks_size(BLOCK_SIZE, codes_per_image)
     checked = [blocks[start : start + stride] for start in range(0, len(blocks), stride)]
-    if _first_damaged(checked) is not None:
+    if first_damaged_block(checked) is not None:
         return None
     codes = b"".join([block[:-_CHECKSUM_SIZE] for block in checked])
     return np.frombuffer(codes, "<u2").reshape(num_grids, codes_per_image)
 
 
-def _first_damaged(blocks: Sequence[bytes]) -> int | None:
+def first_damaged_block(blocks: Sequence[bytes]) -> int | None:
+    """Index of the first block whose checksum is wrong, None if there is none."""
     residues = list(map(google_crc32c.value, blocks))
     if residues.count(_RESIDUE) == len(residues):
         return None
     return next(i for i, residue in enumerate(residues) if residue != _RESIDUE)
-
-
-def first_damaged_block(
-    content: bytes, starts: Int[np.ndarray, " n"], sizes: Int[np.ndarray, " n"]
-) -> int | None:
-    """Index of the first block of `content` whose checksum is wrong, None if there is none."""
-    stops = starts + sizes
-    return _first_damaged([content[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)])
 
 
 def gather_grids(

@@ -78,13 +78,9 @@ class Shards:
     """
 
     def __init__(
-        self,
-        path: epath.Path,
-        entries: Sequence[Mapping[str, Any]],
-        stage_to: str,
-        identity: Callable[[], str],
+        self, path: epath.Path, entries: Sequence[Mapping[str, Any]], stage_to: str, identity: Callable[[], str],
         num_streams: Sequence[int],
-    ):
+    ):  # fmt: skip
         self.path, self._entries, self._stage_to, self._identity = path, entries, stage_to, identity
         self._num_streams = num_streams
         self._readers: dict[int, Any] = {}
@@ -165,7 +161,10 @@ class Shards:
         shards, offsets = np.divmod(blocks[firsts], _MAX_SHARD_SIZE)
         content = read_ranges([self._descriptor(shard) for shard in shards.tolist()], offsets, lengths)
         starts = (np.cumsum(lengths) - lengths - blocks[firsts])[reads] + blocks  # of blocks, in the content
-        damaged = format.first_damaged_block(content, starts, sizes)
+        ends = (starts + sizes).tolist()
+        damaged = format.first_damaged_block(
+            [content[start:end] for start, end in zip(starts.tolist(), ends, strict=True)]
+        )
         if damaged is not None:
             self._raise_damaged(entries[of_block[damaged]])
         in_block = positions % format.BLOCK_SIZE * 2 * codes_per_image

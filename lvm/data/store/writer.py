@@ -55,19 +55,13 @@ def shard_name(shard: int, num_shards: int) -> str:
 
 
 def write_shard(
-    folder: epath.PathLike,
-    shard: int,
-    num_shards: int,
-    scenes: Iterable[GroupedScene],
-    num_codes: int,
-    skipped: SkippedItems | None = None,
-    versions: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+    folder: epath.PathLike, shard: int, num_shards: int, scenes: Iterable[GroupedScene], num_codes: int,
+    skipped: SkippedItems | None = None, versions: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Writes one shard, its index and, last, its entry; returns the entry.
 
     Args:
       folder: the store.
-      shard, num_shards: index of the shard, and their number.
       scenes: of the shard, in order.
       num_codes: codebook size, for the histogram.
       skipped: items that are not in the shard; read once `scenes` is exhausted.
