@@ -1,23 +1,21 @@
-"""The paper's data (UVDv1: 1.64B images and frames, 420B tokens) as a mixture, to be filled in with what you have.
+"""The paper's data (UVDv1: 1.64B images and frames, 420B tokens) as a mixture; you supply the stores.
 
-Every source names its family's share of the paper's tokens and where its images are had from. Encode each with
-`tokenizer.encode` and give the stores at the command line or here:
+Every component has its family's share of the paper's tokens and the origin of its images. Encode each data set with
+`tokenizer.encode`, and set its store at the command line or here:
 
     --config.data.components.kinetics.store=STORES/kinetics
 
-Sources without a store are reported together; with `--config.data.allow_missing=true` they are left out, and the
-weights of the others are shares of what is left. The paper gives shares of families; within one we weigh sources
-alike where nothing else is known. Which annotations of a set are original and which were drawn by a model (depth,
-normals, edges, poses), the store's streams tell: the recipes below name the streams they want.
+Components without a store are reported together; `--config.data.allow_missing=true` skips them, and weights become
+relative to the remaining ones. The paper gives shares of families; components of a family are weighted equally. Recipes
+name streams; a stream may hold original annotations or those of a model (depth, normals, edges, poses).
 
-The sizes of families are the paper's; which sets stand in them follows its list where we know it, and each set's
-own page has its terms of use.
-
-Parameters, hardware and speed are those of the model it is trained with; this one is the 3B, not trained here.
+Sizes of families are the paper's, and so are the data sets where it lists them; see each set's page for its terms of
+use. Parameters, hardware and speed depend on the model; `get_config` has the 3B, not trained here.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from ml_collections import ConfigDict
@@ -50,7 +48,7 @@ SHARES = {
     "renderings": 0.0005,
 }
 
-# (family, name, recipe): where it is had from.
+# (family, name, recipe): origin
 COMPONENTS: dict[tuple[str, str, Recipe], str] = {
     ("images", "laion", Single()): "LAION-5B, 1.49B filtered images: laion.ai",
     ("annotated_images", "imagenet_category", Category()): "ImageNet-1k by class: image-net.org",
@@ -58,7 +56,7 @@ COMPONENTS: dict[tuple[str, str, Recipe], str] = {
         "annotated_images",
         "imagenet_annotations",
         MultiAnnotation(),
-    ): "ImageNet-1k with drawn annotations: image-net.org",
+    ): "ImageNet-1k with annotations by models: image-net.org",
     ("annotated_images", "coco_boxes", Pairs(target="boxes")): "COCO boxes: cocodataset.org",
     ("annotated_images", "coco_segmentation", Pairs()): "COCO panoptic: cocodataset.org",
     (
@@ -69,8 +67,8 @@ COMPONENTS: dict[tuple[str, str, Recipe], str] = {
     ("annotated_images", "ade20k", Pairs()): "ADE20K: ade20k.csail.mit.edu",
     ("annotated_images", "cityscapes", Pairs()): "Cityscapes: cityscapes-dataset.com",
     ("annotated_images", "nyu_depth", Pairs(target="depth")): "NYU Depth v2: cs.nyu.edu/~silberman",
-    ("annotated_images", "normals", Pairs(target="normals")): "normals drawn by a model on any images",
-    ("annotated_images", "edges", Pairs(target="edges")): "edges drawn by a model on any images",
+    ("annotated_images", "normals", Pairs(target="normals")): "normals by a model, of any images",
+    ("annotated_images", "edges", Pairs(target="edges")): "edges by a model, of any images",
     (
         "annotated_images",
         "style",
@@ -102,7 +100,7 @@ COMPONENTS: dict[tuple[str, str, Recipe], str] = {
 
 def mixture() -> MixtureConfig:
     """Weights are shares of the codes; rows are cut from one stream of sentences, as in the paper."""
-    sizes = {family: sum(part == family for part, *_ in COMPONENTS) for family in SHARES}
+    sizes = collections.Counter(family for family, *_ in COMPONENTS)
     components = {
         name: ComponentConfig(recipe, weight=SHARES[family] / sizes[family])
         for family, name, recipe in COMPONENTS
@@ -111,10 +109,10 @@ def mixture() -> MixtureConfig:
 
 
 def training(size: str, remat: str, fsdp: int) -> TrainConfig:
-    """The paper's training of one of `lvm.model.transformer.SIZES`: its 420B tokens once.
+    """The paper's training run of one of `lvm.model.transformer.SIZES`: its 420B tokens once.
 
-    AdamW, its rates and the tokens of its warm-up are those that the released 7B was trained with (8000 steps of
-    524,288 tokens); the batch of 512 rows, 2.1M tokens, is ours: it gives each of 128, 256 or 512 chips whole rows.
+    AdamW, its learning rates and warm-up (8000 steps of 524,288 tokens) are the released 7B's. The batch of 512 rows,
+    2.1M tokens, is ours: it divides by 128, 256 and 512 chips.
     """
     return TrainConfig(
         batch_size=512,
@@ -129,5 +127,5 @@ def training(size: str, remat: str, fsdp: int) -> TrainConfig:
 
 
 def get_config() -> ConfigDict:
-    """The 3B on this mixture."""
+    """The 3B, trained on this mixture."""
     return to_config_dict(TrainConfig(model=SIZES["3b"], data=mixture()))

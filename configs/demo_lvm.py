@@ -17,7 +17,7 @@ from lvm.training.optimizer import OptimizerConfig
 
 
 def get_config() -> ConfigDict:
-    """BOS, 8 grids of 64 codes and EOS are 514 tokens: with that context every row is one sentence."""
+    """A sentence is BOS, 8 grids of 64 codes and EOS, 514 tokens: with this context, a row is one sentence."""
     model = ModelConfig(
         hidden_size=128,
         mlp_size=352,
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         "segmentation": ComponentConfig(Pairs(target="segmentation", shots=4), weight=0.30),
         "depth": ComponentConfig(Pairs(target="depth", shots=4), weight=0.15),
         "edges": ComponentConfig(Pairs(target="edges", shots=4), weight=0.15),
-        # What other images than the generated scenes may have; `make demo IMAGES=…` sets the weights.
+        # For images other than the generated scenes; `make demo IMAGES=…` sets the weights.
         "normals": ComponentConfig(Pairs(target="normals", shots=4), weight=0.0),
         "boxes": ComponentConfig(Pairs(target="boxes", shots=4), weight=0.0),
         "pose": ComponentConfig(Pairs(target="pose", shots=4), weight=0.0),

@@ -14,5 +14,5 @@ from lvm.common.config import to_config_dict
 
 
 def get_config() -> ConfigDict:
-    """So small that every chip holds all of it: gradients are all that is sent."""
+    """Pure data parallelism: parameters are replicated; one gradient all-reduce a step."""
     return to_config_dict(training("100m", remat="dots", fsdp=1))

@@ -14,5 +14,5 @@ from lvm.common.config import to_config_dict
 
 
 def get_config() -> ConfigDict:
-    """Split over 64 chips: 3200 divides by no larger power of two than 128."""
+    """FSDP over 64 chips: 128 is the largest power of two that divides 3200."""
     return to_config_dict(training("3b", remat="attention", fsdp=64))

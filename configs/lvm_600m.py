@@ -14,5 +14,5 @@ from lvm.common.config import to_config_dict
 
 
 def get_config() -> ConfigDict:
-    """Split over 16 chips: what is left over of memory goes to what remat `dots` keeps."""
+    """FSDP over 16 chips; the memory saved holds the activations that remat `dots` keeps."""
     return to_config_dict(training("600m", remat="dots", fsdp=16))

@@ -14,5 +14,5 @@ from lvm.common.config import to_config_dict
 
 
 def get_config() -> ConfigDict:
-    """Split over 64 chips, so that a batch's rows and the state fit the 16 GiB of a v5e."""
+    """FSDP over 64 chips: the state and a batch's rows fit the 16 GiB of a v5e."""
     return to_config_dict(training("7b", remat="attention", fsdp=64))

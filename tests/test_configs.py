@@ -25,7 +25,7 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-def config_of(path):
+def load_config(path):
     return runpy.run_path(str(path))["get_config"]()
 
 
@@ -37,7 +37,7 @@ def target(name, slices=1):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
 def test_config_builds_with_shapes(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    values = config_of(path)
+    values = load_config(path)
     if "objective" in values:
         config = from_config_dict(TrainConfig, values)
         model = dataclasses.replace(config.model, vocabulary_size=config.model.vocabulary_size or 8448)
@@ -57,7 +57,7 @@ def test_config_builds_with_shapes(path, monkeypatch):
 def test_paper_config_has_papers_size_and_fits(size, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = ROOT / "configs" / f"lvm_{size}.py"
-    config = from_config_dict(TrainConfig, config_of(path))
+    config = from_config_dict(TrainConfig, load_config(path))
     model = dataclasses.replace(config.model, vocabulary_size=8448)
     # Published with 8292 ids; embedding and head have a row more for each that we add.
     parameters = PARAMETERS[size] + 2 * (8448 - 8292) * model.hidden_size

@@ -12,7 +12,7 @@ import functools
 
 import jax
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int32, Integer
 
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
@@ -23,7 +23,7 @@ from lvm.model.vocabulary import Vocabulary
 
 
 def to_tokens(
-    codes: Int[np.ndarray, "*batch grids N"], vocabulary: Vocabulary
+    codes: Integer[np.ndarray, "*batch grids N"], vocabulary: Vocabulary
 ) -> Int32[np.ndarray, "*batch T"]:
     """Flattens the codes of sentences, and adds the BOS and EOS that the vocabulary has."""
     edge = np.ones((*codes.shape[:-2], 1), np.int32)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from jaxtyping import Int, Int64, Shaped
+from jaxtyping import Int, Int64
 
 from lvm.data.mixture.permutation import permute_each, shuffle_indices
 
@@ -49,7 +49,7 @@ class RankIndex:
         return (words * _WORD + np.argmax(reached, axis=1)).reshape(ranks.shape)
 
 
-def split_chunks(indexes: Iterable[Shaped[np.ndarray, " n"]]) -> Iterable[Shaped[np.ndarray, " m"]]:
+def split_chunks(indexes: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yields all entries in chunks that fit in memory."""
     for index in indexes:
         for start in range(0, len(index), _CHUNK):

@@ -92,7 +92,7 @@ class Depth(Codec):
     """
 
     kind: ClassVar[str] = "depth"
-    near: int | float
+    near: int | float  # stays an int in JSON
     far: int | float
     unit: str
 

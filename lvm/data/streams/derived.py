@@ -21,7 +21,7 @@ from lvm.data.streams.codecs import Codec, Edges, Image
 FULL_SIZE = 256  # resolution at which lengths below are in pixels; they scale with others
 EDGE_SIGMA = 1.5
 
-Images = UInt8[np.ndarray, "T R R 3"]
+Images = UInt8[np.ndarray, "T H W 3"]  # square, if an effect has a length
 DeriveFn = Callable[[Images, np.random.Generator], Images]
 
 

@@ -83,7 +83,7 @@ def test_summary_counts_rows_of_an_epoch_and_none_is_lost(make_rows):
         component = rows.mixture.components[0]
         stream = np.concatenate(
             [
-                [OURS.bos, *component.sentence(n).ravel(), OURS.eos]
+                [OURS.bos, *component.sentence(int(n)).ravel(), OURS.eos]
                 for n in sorted(rows.mixture.block(0)[1][: component.sentences_per_epoch])
             ]
         )

@@ -42,10 +42,10 @@ def test_heldout_mask_of_few_groups_takes_lowest_hash():
 
 
 def test_fraction_0_holds_nothing_out():
-    assert not heldout_mask(np.array([0, 1], np.uint64), 0).any()
+    assert not heldout_mask(np.array([0, 1], np.uint64), 0.0).any()
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
 def test_fraction_outside_unit_interval_raises(fraction):
     with pytest.raises(UserError, match=rf"^heldout_fraction={fraction}"):
         heldout_mask(np.array([1, 2], np.uint64), fraction)
