@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -310,6 +310,7 @@ def open_params(
     return arrays
 
 
+@runtime_checkable
 class LazyArray(Protocol):
     """An array whose values are read on request, with `slices` along its first axis if it is a stack."""
 

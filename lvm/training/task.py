@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ Batch = Mapping[str, Any]
 Metrics = dict[str, Shaped[Array, ""]]
 
 
+@runtime_checkable
 class TrainTask(Protocol):
     """A model with its objective and optimizer, as pure functions over `State`.
 
