@@ -214,10 +214,10 @@ def test_workdir_of_older_release_converts(tmp_path):
     models.write(tmp_path / "old", expected, "orbax")
     write_old_record(tmp_path / "old", converted=False)
     convert(str(tmp_path / "old"), str(tmp_path / "new"), "orbax")
-    found = models.read(tmp_path / "new")
-    assert_same_tensors(found, expected)
-    assert found.record["version"] == 2
-    assert set(found.record["config"]) == {"model"}  # config.data had another meaning
+    converted = models.read(tmp_path / "new")
+    assert_same_tensors(converted, expected)
+    assert converted.record["version"] == 2
+    assert set(converted.record["config"]) == {"model"}  # config.data had another meaning
 
 
 def test_changed_lvm_version_is_logged(tmp_path, caplog):
