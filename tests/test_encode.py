@@ -42,7 +42,7 @@ def job(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(job, tmp_path_factory):
     """The store of an uninterrupted run, and its duration in seconds."""
-    out, before = tmp_path_factory.mktemp("whole") / "store", time.monotonic()
+    out, before = tmp_path_factory.mktemp("reference") / "store", time.monotonic()
     run("tokenizer.encode", *job, f"--out={out}", "--workers=1")
     return out, time.monotonic() - before
 

@@ -92,7 +92,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def reference(tokenizer, tmp_path_factory):
-    return encode(tokenizer, tmp_path_factory.mktemp("stores") / "whole")
+    return encode(tokenizer, tmp_path_factory.mktemp("stores") / "reference")
 
 
 def test_store_has_every_scene_or_lists_its_failure(tokenizer, reference):
@@ -228,8 +228,8 @@ def test_augment_crops_all_images_of_a_copy_alike():
     image = np.concatenate([pixels, np.zeros((side, side, 1), int)], -1).astype(np.uint8)
     scene = SceneImages(SceneInfo("a", "a", "", 3, SETS[1]), np.tile(image, (3, 2, 1, 1, 1)))
     crops = set()
-    for number, copy in enumerate(augment(scene, Scenes.streams)):
-        assert copy.info.key == f"a#{number}"
+    for i, copy in enumerate(augment(scene, Scenes.streams)):
+        assert copy.info.key == f"a#{i}"
         assert (copy.images == copy.images[0, 0]).all()
         top, left, right = copy.images[0, 0, 0, 0, 0], copy.images[0, 0, 0, 0, 1], copy.images[0, 0, 0, -1, 1]
         expected = image[top : top + R, min(left, right) : min(left, right) + R]

@@ -235,8 +235,8 @@ def begin_store(folder: epath.PathLike, header: Mapping[str, Any], num_shards: i
         if keys:
             changes = ", ".join(_describe_change(key, old.get(key), new.get(key)) for key in keys)
             raise UserError(
-                f"{folder}: holds codes made with other settings (changed: {changes}); choose another --out, or the "
-                "settings it was begun with"
+                f"{folder}: holds codes made with other settings (changed: {changes}); choose another --out, or its "
+                "settings"
             )
         return
     # On gs:// a folder exists once it has an object.
@@ -259,7 +259,7 @@ def finish_store(folder: epath.PathLike) -> list[str]:
     """
     folder = epath.Path(folder)
     if not (folder / HEADER).exists():
-        raise UserError(f"{folder}: no store was begun there ({HEADER} is missing)")
+        raise UserError(f"{folder}: not a store ({HEADER} is missing)")
     header = files.read_json(folder / HEADER)
     if (version := header.pop("version", None)) != VERSION:
         raise UserError(

@@ -67,9 +67,9 @@ def test_index_is_built_once_per_file_content(tmp_path, caplog):
     first = JsonlStore(path, SMALL)
     assert "scanning it once" in caplog.text
     caplog.clear()
-    again = pickle.loads(pickle.dumps(first))
+    copy = pickle.loads(pickle.dumps(first))
     assert caplog.text == ""
-    assert again.identity() == first.identity()
+    assert copy.identity() == first.identity()
     write(path, [3] * 5)
     other = JsonlStore(path, SMALL)
     assert (len(first), len(other)) == (4, 5)
@@ -141,9 +141,9 @@ def test_export_writes_the_training_order(make_store, tmp_path):
     flags = ("--config=tests/configs/tiny_lvm.py", f"--config.data.store={store}", *off)
     run("lvm.export", *flags, f"--out={out}", "--sentences=300")
     sources = {"video": ComponentConfig(Video(frames=4, strides=(1,)), 0.4)}
-    wanted = iter_sentences(Mixture(MixtureConfig(sources, store, heldout_fraction=0.25), 0))
+    expected = iter_sentences(Mixture(MixtureConfig(sources, store, heldout_fraction=0.25), 0))
     lines = out.read_bytes().splitlines()
     assert len(lines) == 300
     for line in lines:
-        assert decode_line(line).tolist() == next(wanted).ravel().tolist()
+        assert decode_line(line).tolist() == next(expected).ravel().tolist()
     assert "--out=out.txt must end in .jsonl" in run("lvm.export", *flags, "--out=out.txt", code=2)
