@@ -6,6 +6,7 @@ import jax
 import pytest
 from hypothesis import settings
 
+import tests.typecheck  # noqa: F401 (before lvm: `--jaxtyping-packages` looks it up there)
 from tests.commands import TINY_DEMO, run
 from tests.gcs import fake_gcs
 
