@@ -102,8 +102,7 @@ def mixture() -> MixtureConfig:
     """Weights are shares of the codes; rows are cut from one stream of sentences, as in the paper."""
     sizes = collections.Counter(family for family, *_ in COMPONENTS)
     components = {
-        name: ComponentConfig(recipe, weight=SHARES[family] / sizes[family])
-        for family, name, recipe in COMPONENTS
+        name: ComponentConfig(recipe, weight=SHARES[family] / sizes[family]) for family, name, recipe in COMPONENTS
     }
     return MixtureConfig(components, weigh_by="codes", heldout_fraction=0.001)
 

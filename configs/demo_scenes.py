@@ -7,6 +7,4 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     streams = ("rgb", "segmentation", "depth", "edges")
-    return ConfigDict(
-        {"kind": "generated", "seed": 0, "num_scenes": 1500, "num_frames": 8, "streams": streams}
-    )
+    return ConfigDict({"kind": "generated", "seed": 0, "num_scenes": 1500, "num_frames": 8, "streams": streams})

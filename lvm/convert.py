@@ -76,9 +76,7 @@ def _write_card(folder: pathlib.Path, checkpoint: LazyCheckpoint, tokenizer: str
             raise UserError(f"--tokenizer={tokenizer}: {error}") from None
         files.write_atomically(folder / card.EXAMPLE, card.example_script(loaded.preprocess).encode())
     else:
-        log_info(
-            f"no {card.TOKENIZER}/ and {card.EXAMPLE} are written; use --tokenizer=FOLDER to include them"
-        )
+        log_info(f"no {card.TOKENIZER}/ and {card.EXAMPLE} are written; use --tokenizer=FOLDER to include them")
     text = card.model_card(checkpoint, identity, bool(tokenizer))
     files.write_atomically(folder / card.README, text.encode())
 

@@ -96,9 +96,7 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     sentences = _sentences(config, mixture, heldout, model.max_images(tokenizer.codes_per_image))
     results["likelihood"] = _likelihood(model, mixture, heldout, sentences)
     tasks = _answer_tasks(config, model, mixture, heldout, decode)
-    results["prompted"] = {
-        task.target_stream: task.scores(heldout.codecs[task.target_stream]) for task in tasks
-    }
+    results["prompted"] = {task.target_stream: task.scores(heldout.codecs[task.target_stream]) for task in tasks}
     if len(tasks) > 1:
         results["task_following"] = prompted.task_following(tasks, heldout, model.vocabulary.num_codes)
     log_info("writing the report")
@@ -130,9 +128,7 @@ def _check_source(config: EvalConfig, source: ImageSource, model: LVM) -> None:
 
     was_seen = any(is_same(other) for other in model.record["sources"])
     if was_seen and config.unseen:
-        raise UserError(
-            f"config.unseen=true, but config.source={config.source} is what the model was trained on"
-        )
+        raise UserError(f"config.unseen=true, but config.source={config.source} is what the model was trained on")
     if not was_seen and not config.unseen:
         raise UserError(
             f"config.source={config.source} is not what the model was trained on, or has changed since; "
@@ -140,9 +136,7 @@ def _check_source(config: EvalConfig, source: ImageSource, model: LVM) -> None:
         )
 
 
-def _sentences(
-    config: EvalConfig, mixture: MixtureConfig, heldout: Heldout, max_images: int
-) -> dict[str, np.ndarray]:
+def _sentences(config: EvalConfig, mixture: MixtureConfig, heldout: Heldout, max_images: int) -> dict[str, np.ndarray]:
     """Sentences of each component that fit the context and that the held-out scenes allow."""
     sentences = {}
     for index, (name, component) in enumerate(mixture.components.items()):
@@ -190,9 +184,7 @@ def _videos(
     path = epath.Path(component.store or default_store)
     if (path / MANIFEST).exists() and (store := Store(path)).identity() in stores:
         return store.videos(recipe.stream, recipe.min_frames, _MAX_STORE_VIDEOS)
-    log_warning(
-        f"{path} is not the training store; the conditional entropy is estimated on held-out videos alone"
-    )
+    log_warning(f"{path} is not the training store; the conditional entropy is estimated on held-out videos alone")
     scenes = heldout.with_streams([recipe.stream], recipe.min_frames)
     return [scene.codes[:, scene.info.streams.index(recipe.stream)] for scene in scenes]
 
@@ -213,9 +205,7 @@ def _answer_tasks(
         for start in range(0, len(prompts), _BATCH):
             batch = prompts[start : start + _BATCH]
             seeds = [config.seed + start + i for i in range(len(batch))]
-            answers.append(
-                model.generate(batch, num_images, 1, config.temperature, config.top_k, config.top_p, seeds)
-            )
+            answers.append(model.generate(batch, num_images, 1, config.temperature, config.top_k, config.top_p, seeds))
         return np.concatenate(answers)
 
     tasks = []

@@ -93,10 +93,7 @@ def _shard_problems(store: Store, shard: int, entry: Mapping[str, Any]) -> Itera
         rows = index[slice(*np.searchsorted(index["record"], [record, record + 1]))]
         try:
             page = store.shards.page(shard, record)
-            if (
-                len(page) != len(rows)
-                or statistics.add(record, page, rows["group"].tolist()) != rows.tolist()
-            ):
+            if len(page) != len(rows) or statistics.add(record, page, rows["group"].tolist()) != rows.tolist():
                 raise index_mismatch(store.shards.record_name(shard, record))
         except DamagedError as error:
             is_damaged = True
@@ -110,9 +107,7 @@ def _shard_problems(store: Store, shard: int, entry: Mapping[str, Any]) -> Itera
         yield f"{name}: {duplicates} duplicate keys"
     expected = statistics.to_json()
     histogram = expected.pop("histogram")
-    if not np.array_equal(
-        np.trim_zeros(histogram, "b"), np.trim_zeros(entry.get("histogram", histogram), "b")
-    ):
+    if not np.array_equal(np.trim_zeros(histogram, "b"), np.trim_zeros(entry.get("histogram", histogram), "b")):
         yield f"{name}: histogram differs from that of the codes"
     if len(groups) and not entry["failures"]:  # groups of failures are in the entry only
         expected["group_hashes"] = [int(groups.min()), int(groups.max())]
@@ -146,15 +141,11 @@ def reencode(store: Store, source_spec: str, tokenizer: Tokenizer, count: int) -
         else:
             codes = tokenizer.encode(images, store.manifest["batch_size"]).reshape(T, S, N)
             if wrong := int(np.count_nonzero(codes != scene.codes)):
-                problems.append(
-                    f"{store.path}: {scene.key}: re-encoded, {wrong} of {codes.size} codes differ"
-                )
+                problems.append(f"{store.path}: {scene.key}: re-encoded, {wrong} of {codes.size} codes differ")
     return problems
 
 
-def _load_images(
-    source: ImageSource, scenes: range, augment: Augment, key: str
-) -> UInt8[np.ndarray, "n R R 3"] | None:
+def _load_images(source: ImageSource, scenes: range, augment: Augment, key: str) -> UInt8[np.ndarray, "n R R 3"] | None:
     """Images of the scene with this key, or copy of a scene; None if `scenes` of the source don't have it."""
     original = key.rpartition("#")[0] if augment.copies else key
     i = next((i for i in scenes if source.info(i).key == original), None)

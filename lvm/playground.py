@@ -55,9 +55,7 @@ class PlaygroundSession:
         """Prompt of example images, their answers in the same order, and a query."""
         xs, ys = check_uploads(xs, "example images"), check_uploads(ys, "their answers")
         if len(xs) != len(ys) or not xs:
-            raise UserError(
-                f"{len(xs)} example images and {len(ys)} answers; give the same number, at least one"
-            )
+            raise UserError(f"{len(xs)} example images and {len(ys)} answers; give the same number, at least one")
         if not query:
             raise UserError("no query; give the image to answer for")
         read = self._reader.read_image
@@ -96,10 +94,7 @@ class PlaygroundSession:
         images = np.where(np.tile(mask, (candidates, 1, 1, 1)), images, np.uint8(_GRAY))
         scale = max(1, _SIZE // images.shape[1])
         images = images.repeat(scale, 1).repeat(scale, 2)
-        captions = [
-            f"{c + 1}.{i + 1}" if num_images > 1 else f"{c + 1}"
-            for c, i in np.ndindex(candidates, num_images)
-        ]
+        captions = [f"{c + 1}.{i + 1}" if num_images > 1 else f"{c + 1}" for c, i in np.ndindex(candidates, num_images)]
         return list(zip(images, captions, strict=True))
 
 
@@ -164,13 +159,9 @@ def build_page(session: PlaygroundSession, examples: dict[str, list[list[str]]])
                     with gr.Tab("Sequence"):
                         frames = upload("Frames, in order", "frames")
                         video = gr.Button("Try frames of a video", size="sm")
-                        continue_button = gr.Button(
-                            "Continue the sequence", variant="primary", elem_id="continue"
-                        )
+                        continue_button = gr.Button("Continue the sequence", variant="primary", elem_id="continue")
                 with gr.Row():
-                    num_images = gr.Slider(
-                        1, max(2, session.max_images), 1, step=1, label="Images to generate"
-                    )
+                    num_images = gr.Slider(1, max(2, session.max_images), 1, step=1, label="Images to generate")
                     candidates = gr.Slider(1, 4, 1, step=1, label="Answers")
                 with gr.Row():
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
@@ -180,9 +171,7 @@ def build_page(session: PlaygroundSession, examples: dict[str, list[list[str]]])
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
             with gr.Column(scale=1):
                 gr.Markdown("The prompt, as the model sees it")
-                prompt_sheet = gr.Image(
-                    show_label=False, interactive=False, buttons=["download"], elem_id="prompt"
-                )
+                prompt_sheet = gr.Image(show_label=False, interactive=False, buttons=["download"], elem_id="prompt")
                 gr.Markdown("The answer, as it is generated")
                 answers = gr.Gallery(
                     show_label=False, columns=4, fit_columns=False, object_fit="contain", elem_id="answers"

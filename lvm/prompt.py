@@ -59,9 +59,7 @@ def check_sampling_flags(temperature: float, flags: Mapping[str, bool]) -> None:
     """Rejects sampling flags when the temperature is 0; `flags` maps each to whether it is set. Raises UserError."""
     for name, is_set in flags.items():
         if is_set and not temperature:
-            raise UserError(
-                f"--{name} has no effect with --temperature=0 (greedy); give a temperature, such as 1"
-            )
+            raise UserError(f"--{name} has no effect with --temperature=0 (greedy); give a temperature, such as 1")
 
 
 def write_answers(
@@ -100,9 +98,7 @@ def _run(args: cli.Args) -> None:
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), args.tokenizer)
     check = functools.partial(model.check_fits, codes_per_image=tokenizer.codes_per_image)
     reader = prompts.PromptReader(tokenizer.read_image, tokenizer.preprocess, args.rate, args.frames, check)
-    prompt = (
-        reader.read_sequence(args.sequence) if args.sequence else reader.read_pairs(args.pairs, args.query)
-    )
+    prompt = reader.read_sequence(args.sequence) if args.sequence else reader.read_pairs(args.pairs, args.query)
     check(len(prompt.images))
     num_images = args.num_images or prompt.num_answers
     codes = model.generate(
@@ -129,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.strings("pairs", "examples image.png:answer.png")
     flags.string("query", "", "the image to answer for, after --pairs")
     flags.string("out", None, "PNG file for the contact sheet of prompt and answers", required=True)
-    flags.integer(
-        "num_images", 0, "images per answer; 0: one, or as many as the examples have", lower_bound=0
-    )
+    flags.integer("num_images", 0, "images per answer; 0: one, or as many as the examples have", lower_bound=0)
     flags.integer("candidates", 1, "answers to sample", lower_bound=1)
     flags.float("temperature", 0.0, "sampling temperature; 0 is greedy", lower_bound=0)
     flags.integer("top_k", 0, "sample from the k most likely codes; 0: all", lower_bound=0)

@@ -28,9 +28,7 @@ _LOCAL, _REMOTE = (backends.LOCAL,), tuple(name for name in backends.NAMES if na
 # Flags of a submission → backends that use them. Other verbs use none of them.
 _SUBMISSION_FLAGS = {
     **dict.fromkeys(("max_restarts", "env", "secret", "plan", "dry_run"), backends.NAMES),
-    **dict.fromkeys(
-        ("accelerator", "slices", "spot", "reserved", "queued", "commit", "ship_changes"), _REMOTE
-    ),
+    **dict.fromkeys(("accelerator", "slices", "spot", "reserved", "queued", "commit", "ship_changes"), _REMOTE),
     **dict.fromkeys(("processes", "grace"), _LOCAL),
     "sweep": ("slurm",),
 }
@@ -109,9 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
     flags.enum("on", backends.LOCAL, backends.NAMES, "backend")
-    flags.string(
-        "run", "", "name of the run, the same at every submission; default on this machine: the workdir's"
-    )
+    flags.string("run", "", "name of the run, the same at every submission; default on this machine: the workdir's")
     flags.string("workdir", "", "directory of the run")
     flags.string("accelerator", "", "slice or GPUs: v5litepod-256, v5e:16x16, v5p-128, h100-64")
     flags.integer("slices", 1, "number of slices", lower_bound=1)

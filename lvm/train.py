@@ -145,9 +145,7 @@ def _picture_renderer(
     tokenizer = Tokenizer.load(config.tokenizer)
     mixture = Mixture(config.data, config.seed, "heldout" if config.data.heldout_fraction else "train")
     if tokenizer.identity()["hash"] != mixture.stores[0].manifest["tokenizer"]["hash"]:
-        raise UserError(
-            f"config.tokenizer={config.tokenizer} is not the tokenizer that made the store's codes"
-        )
+        raise UserError(f"config.tokenizer={config.tokenizer} is not the tokenizer that made the store's codes")
     sentences = {component.name: component.sentence(0) for component in mixture.components}
     fitting = {name: codes for name, codes in sentences.items() if codes.size <= task.config.context}
     if len(fitting) < len(sentences):
@@ -162,10 +160,7 @@ def _picture_renderer(
             tokens = generator([row], length, greedy, [0], num_allowed=vocabulary.num_codes)
             return tokens.reshape(num_images, prompt.shape[1])
 
-        return {
-            f"answers-{name}": completion_sheet(codes, answer, tokenizer.decode)
-            for name, codes in fitting.items()
-        }
+        return {f"answers-{name}": completion_sheet(codes, answer, tokenizer.decode) for name, codes in fitting.items()}
 
     return render
 

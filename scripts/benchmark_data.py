@@ -54,9 +54,7 @@ def _run(args: cli.Args) -> None:
         }
         rate = measure(args, lambda: read_like_lvm(lines, args.batch_size, args.context))
         strict = measure(args, lambda: read_with_numpy(lines, args.batch_size, args.context))
-        print(
-            f"JSONL as LVM's loader reads it: {rate:,.0f} tokens/s; with numpy from the line on: {strict:,.0f}"
-        )
+        print(f"JSONL as LVM's loader reads it: {rate:,.0f} tokens/s; with numpy from the line on: {strict:,.0f}")
         for name, tokens in ours.items():
             print(f"  {name}: {tokens / rate:.1f} × LVM's loader, {tokens / strict:.1f} × numpy's")
         _memory(args, folder)
@@ -70,9 +68,7 @@ def make_stores(folder: pathlib.Path, scale: float) -> None:
         (folder / name).mkdir()
         count = max(64, int(count * scale))
 
-        def scenes(
-            name: str = name, count: int = count, shape: tuple[int, int] = (frames, streams)
-        ) -> Iterator:
+        def scenes(name: str = name, count: int = count, shape: tuple[int, int] = (frames, streams)) -> Iterator:
             for index in range(count):
                 codes = rng.integers(0, NUM_CODES, (*shape, GRID[0] * GRID[1]), dtype=np.uint16)
                 yield GroupedScene(Scene(f"{name} {index}", index % 40, 0, codes), f"{name} {index}")
@@ -174,9 +170,7 @@ def _first_batches(args: cli.Args, folder: str, packing: str) -> None:
     for step in (0, 10**6):
         start = time.perf_counter()
         next(_inputs(args, make_rows(args, folder, packing), step))
-        print(
-            f"{packing}: first batch at step {step}: {time.perf_counter() - start:.2f} s, stores opened again"
-        )
+        print(f"{packing}: first batch at step {step}: {time.perf_counter() - start:.2f} s, stores opened again")
 
 
 def _memory(args: cli.Args, folder: str) -> None:

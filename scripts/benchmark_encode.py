@@ -161,9 +161,7 @@ def table(records: list[dict[str, Any]], workers: int) -> list[str]:
     if len(rates) == len(_PARTS):
         slower = min(rates["host"], rates["device"])
         lines.append(f"end to end is {rates['end to end'] / slower:.0%} of the slower of host and devices")
-        lines.append(
-            f"the devices could use {rates['device'] / rates['host'] * workers:.1f} cores like these"
-        )
+        lines.append(f"the devices could use {rates['device'] / rates['host'] * workers:.1f} cores like these")
     return lines
 
 

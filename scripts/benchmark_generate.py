@@ -148,9 +148,7 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
     config = dataclasses.replace(checkpoint.config, dtype=dtype)
     generator = Generator(config, checkpoint.load_params())
     libraries = f"jax {jax.__version__}"
-    report(
-        {"platform": device.platform, "device": device.device_kind, "dtype": dtype, "libraries": libraries}
-    )
+    report({"platform": device.platform, "device": device.device_kind, "dtype": dtype, "libraries": libraries})
 
     def generate(prompts: np.ndarray, tokens: int) -> tuple[np.ndarray, Marks]:
         greedy, marks = SamplingParams(temperature=0.0), []
@@ -225,9 +223,7 @@ def table(records: list[dict[str, Any]]) -> str:
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(_TITLES))]
-    padded = [
-        "  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    padded = ["  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([*padded, *failed])
 
 

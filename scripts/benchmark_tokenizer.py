@@ -61,9 +61,7 @@ def _run(args: cli.Args) -> None:
 
 def _compare(args: cli.Args) -> None:
     ends, load = time.monotonic() + 60 * args.minutes, os.getloadavg()
-    contenders = [
-        (network, name) for network in args.network for name in ("ours", args.peer) if name != "none"
-    ]
+    contenders = [(network, name) for network in args.network for name in ("ours", args.peer) if name != "none"]
     records: list[dict[str, Any]] = []
     for number, (network, name) in enumerate(contenders):
         print(f"\n== {network}, {name}")
@@ -80,9 +78,7 @@ def _compare(args: cli.Args) -> None:
         sys.exit(errors.EXIT_ERROR)
 
 
-def _contend(
-    args: cli.Args, network: str, name: str, limit: float, machine: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _contend(args: cli.Args, network: str, name: str, limit: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
     """Runs a contender in its own process; returns its records, with one more for a failure."""
     job = {
         "contender": name,
@@ -234,9 +230,7 @@ def table(records: list[dict[str, Any]]) -> str:
         if "failed" in record:
             lines.append([*start, record["failed"]])
         elif "milliseconds" in record:
-            same = [
-                r for r in records if r["network"] == record["network"] and r.get("work") == record["work"]
-            ]
+            same = [r for r in records if r["network"] == record["network"] and r.get("work") == record["work"]]
             operations = next((r["operations"] for r in same if "operations" in r), 0.0)
             rate = record["images_per_second"]
             row = [str(record["batch_size"]), f"{record['milliseconds']:.1f}", f"{rate:.2f}"]
@@ -255,9 +249,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def _relative_to_torch(record: dict[str, Any], same: list[dict[str, Any]]) -> str:
     rates = [r["images_per_second"] for r in same if r["contender"] == "torch" and "images_per_second" in r]
-    return (
-        f"{record['images_per_second'] / max(rates):.2f}" if rates and record["contender"] == "ours" else ""
-    )
+    return f"{record['images_per_second'] / max(rates):.2f}" if rates and record["contender"] == "ours" else ""
 
 
 def _machine_lines(args: cli.Args, records: list[dict[str, Any]], load: tuple[float, ...]) -> list[str]:
@@ -298,9 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     flags.boolean("torch_compile", True, "measure torch.compile too")
     flags.string("profile", "", "folder for traces of ours; prints a breakdown")
-    flags.integer(
-        "flips", 0, "images to compare the codes of bfloat16 and float32 on; 0: none", lower_bound=0
-    )
+    flags.integer("flips", 0, "images to compare the codes of bfloat16 and float32 on; 0: none", lower_bound=0)
     flags.boolean("speed", True, "measure speed")
     flags.float("minutes", 15.0, "time limit of all contenders, shared evenly")
     flags.string("job", "", "internal: the work of one contender, as JSON")

@@ -77,9 +77,7 @@ def _check_flags(args: cli.Args) -> None:
                 raise UserError(f"--{name}: {value!r} is not one of {', '.join(choices)}")
 
 
-def _contend(
-    args: cli.Args, size: str, name: str, limit: float, machine: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _contend(args: cli.Args, size: str, name: str, limit: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
     """Runs a contender in its own process; returns its records, with one more for a failure."""
     job = {
         "contender": name,
@@ -113,9 +111,7 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
     dtype = job["dtype"]
     if dtype == "auto":
         dtype = "float32" if device.platform == "cpu" else "bfloat16"
-    config = dataclasses.replace(
-        SIZES[job["size"]], vocabulary_size=VOCABULARY, context=job["context"], dtype=dtype
-    )
+    config = dataclasses.replace(SIZES[job["size"]], vocabulary_size=VOCABULARY, context=job["context"], dtype=dtype)
     memory = accelerators.memory_bytes(device)
     job = job | {"batch_size": job["batch_size"] or rows_that_fit(config, memory)}
     report(
@@ -134,9 +130,7 @@ def run_ours(job: dict[str, Any], report: Report) -> None:
             start = time.perf_counter()
             step = make_step(dataclasses.replace(config, remat=remat), job["batch_size"])
             memory_needed = step.memory_bytes()  # compiles
-            print(
-                f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {memory_needed / _GIB:.1f} GiB"
-            )
+            print(f"{variant}: compiled in {time.perf_counter() - start:.0f} s, {memory_needed / _GIB:.1f} GiB")
             if memory and memory_needed > memory:
                 raise MemoryError(f"needs {memory_needed / _GIB:.1f} of {memory / _GIB:.1f} GiB")
             variant += f", {step.task.kernel} attention"  # type: ignore[attr-defined]
@@ -266,9 +260,7 @@ def table(records: list[dict[str, Any]]) -> str:
             profiles += ["", f"{record['size']}, our step by kind of work:", *record["profile"]]
     whole = [line for line in lines if len(line) == len(titles)]
     widths = [max(len(line[i]) for line in (lines if i < 2 else whole)) for i in range(len(titles))]
-    rows = [
-        "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines
-    ]
+    rows = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines]
     return "\n".join(rows + profiles)
 
 
@@ -305,14 +297,10 @@ def _machine_lines(args: cli.Args, records: list[dict[str, Any]], load: tuple[fl
     else:
         lines.append(machine["device"])
     if chip and machine["dtype"] == "bfloat16":
-        lines.append(
-            f"MFU relative to {chip.peak_flops / accelerators.TERA:g} TFLOP/s, {chip.name} in bfloat16"
-        )
+        lines.append(f"MFU relative to {chip.peak_flops / accelerators.TERA:g} TFLOP/s, {chip.name} in bfloat16")
     else:
         lines.append(f"no MFU: this device has no known peak in {machine['dtype']}")
-    lines.append(
-        f"compute in {machine['dtype']}, parameters and AdamW in float32, medians of {args.steps} steps"
-    )
+    lines.append(f"compute in {machine['dtype']}, parameters and AdamW in float32, medians of {args.steps} steps")
     return lines
 
 
@@ -321,11 +309,7 @@ def _verdict(records: list[dict[str, Any]], size: str) -> str:
     for record in sorted((r for r in records if "milliseconds" in r), key=lambda r: -r["milliseconds"]):
         best[record["contender"]] = record
     if len(best) < 2:
-        return (
-            f"{size}: nothing to compare"
-            if not best
-            else f"{size}: best is {next(iter(best.values()))['variant']}"
-        )
+        return f"{size}: nothing to compare" if not best else f"{size}: best is {next(iter(best.values()))['variant']}"
     ours, torch = best["ours"], best["torch"]
     ratio = ours["tokens_per_second"] / torch["tokens_per_second"]
     return f"{size}: ours ({ours['variant']}) at {ratio:.2f} × torch ({torch['variant']})"

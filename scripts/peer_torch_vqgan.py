@@ -53,9 +53,7 @@ class MaskGIT(nn.Module):
         self.quantize.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
 
         def stage(inputs: int, outputs: int, count: int) -> nn.ModuleList:
-            blocks = [
-                Block(outputs if j else inputs, outputs, groups, "nin_shortcut", True) for j in range(count)
-            ]
+            blocks = [Block(outputs if j else inputs, outputs, groups, "nin_shortcut", True) for j in range(count)]
             return nn.ModuleList(blocks)
 
         encoder, decoder, last = self.encoder, self.decoder, len(widths) - 1

@@ -125,21 +125,15 @@ def time_by_kind(events: list[Any], kind: Callable[[dict[str, Any]], str]) -> di
 
 def _device_events(events: list[Any]) -> Iterator[dict[str, Any]]:
     """Operations on GPU streams or TPU cores; on a CPU, those of every thread."""
-    labels = {
-        (e["pid"], e.get("tid"), e["name"]): e["args"].get("name", "") for e in events if e.get("ph") == "M"
-    }
-    devices = {
-        pid for (pid, _, what), label in labels.items() if what == "process_name" and "/device:" in label
-    }
+    labels = {(e["pid"], e.get("tid"), e["name"]): e["args"].get("name", "") for e in events if e.get("ph") == "M"}
+    devices = {pid for (pid, _, what), label in labels.items() if what == "process_name" and "/device:" in label}
     streams = {
         (pid, tid)
         for (pid, tid, what), label in labels.items()
         if what == "thread_name" and pid in devices and label.startswith(("Stream", "XLA Ops"))
     }
     for event in events:
-        if event.get("ph") != "X" or event["name"].startswith(
-            ("while", "conditional")
-        ):  # these contain other events
+        if event.get("ph") != "X" or event["name"].startswith(("while", "conditional")):  # these contain other events
             continue
         if (event["pid"], event["tid"]) in streams or (not streams and "hlo_op" in (event.get("args") or {})):
             yield event

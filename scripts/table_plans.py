@@ -56,9 +56,7 @@ def load_or_make_plan(size: str, topology: str, slices: int, folder: pathlib.Pat
         command = [sys.executable, "-m", "lvm.plan", f"--config=configs/lvm_{size}.py", "--json"]
         command += [f"--topology={topology}", f"--slices={slices}"]
         print(f"planning {size} on {slices} × {topology}")
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
         if not done.stdout.strip():
             raise UserError(f"{' '.join(command[1:])}: {done.stderr.strip().splitlines()[-1]}")
         files.write_json(path, json.loads(done.stdout))

@@ -73,18 +73,14 @@ def _generations() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(objects, "insert", wrapped[objects.insert]))
         for _, handlers in server.HANDLERS:
-            replaced = {
-                method: wrapped[handler] for method, handler in handlers.items() if handler in wrapped
-            }
+            replaced = {method: wrapped[handler] for method, handler in handlers.items() if handler in wrapped}
             stack.enter_context(mock.patch.dict(handlers, replaced))
         yield
 
 
 def _generation(request: Any, storage: Any) -> int:
     """The generation of a request's object; 0 if there is none."""
-    name = (
-        request.params.get("object_id") or request.query.get("name", [""])[0] or request.data["meta"]["name"]
-    )
+    name = request.params.get("object_id") or request.query.get("name", [""])[0] or request.data["meta"]["name"]
     try:
         return int(storage.get_file_obj(request.params["bucket_name"], name)["generation"])
     except exceptions.NotFound:

@@ -53,9 +53,7 @@ def _turned() -> bytes:
     upright.paste(RED, (0, 0, 32, 32))
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    return encode_image(
-        upright.transpose(PIL.Image.Transpose.ROTATE_90), "JPEG", quality=100, subsampling=0, exif=exif
-    )
+    return encode_image(upright.transpose(PIL.Image.Transpose.ROTATE_90), "JPEG", quality=100, subsampling=0, exif=exif)
 
 
 # name → (content, part of the reason)

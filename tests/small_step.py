@@ -62,9 +62,7 @@ def main(address, num_processes, process, mesh):
     step = make_step(MeshConfig(**json.loads(mesh)))
     state, losses, norms = step.init(), [], {}
     for seed in range(20):
-        state, metrics = step(
-            state, step.shard_batch({name: x[step.rows] for name, x in batch(seed).items()})
-        )
+        state, metrics = step(state, step.shard_batch({name: x[step.rows] for name, x in batch(seed).items()}))
         losses.append(float(metrics["loss"]))
         norms = norms or {name: float(metrics[name]) for name in ("grad_norm", "param_norm")}
     broadcast = [

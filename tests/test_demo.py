@@ -210,9 +210,7 @@ def test_workdir_of_another_config_is_rejected(demo):
 
 def test_tokenizer_folder_is_not_a_model(demo, tmp_path):
     common = ["--config=tests/configs/tiny_eval.py", f"--out={tmp_path}"]
-    output = run(
-        "lvm.evaluate", *common, f"--model={demo / 'tokenizer'}", f"--tokenizer={demo / 'tokenizer'}", code=2
-    )
+    output = run("lvm.evaluate", *common, f"--model={demo / 'tokenizer'}", f"--tokenizer={demo / 'tokenizer'}", code=2)
     assert "holds 'tokenizer', expected the workdir of a model of kind 'lvm'" in output
 
 

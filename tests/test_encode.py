@@ -72,9 +72,7 @@ def kill_at_random_moments(job, reference, out, count, seed):
     run("tokenizer.encode", "--finish", f"--out={out}")
     assert contents(out) == contents(expected)
     store = Store(out)
-    assert sorted(store.scene(i).key for i in range(len(store))) == [
-        f"generated-0-{i:06d}" for i in range(SCENES)
-    ]
+    assert sorted(store.scene(i).key for i in range(len(store))) == [f"generated-0-{i:06d}" for i in range(SCENES)]
 
 
 def test_encode_killed_three_times_writes_equal_bytes(job, reference, tmp_path):
@@ -124,9 +122,7 @@ def test_encode_reports_missing_flags_and_finishes(reference, tmp_path):
     store = Store(tmp_path / "ready")
     assert [store.scene(i).codes[:, 0].tolist() for i in range(2)] == [[[n] * 4] * n for n in (1, 3)]
     assert "all checksums, records and counts are right" in run("lvm.inspect", tmp_path / "ready")
-    before = {
-        name: os.stat(reference[0] / name).st_mtime_ns for name in contents(reference[0]) if "shard" in name
-    }
+    before = {name: os.stat(reference[0] / name).st_mtime_ns for name in contents(reference[0]) if "shard" in name}
     (reference[0] / "manifest.json").unlink()
     assert f"{SCENES} scenes" in run("tokenizer.encode", "--finish", f"--out={reference[0]}")
     assert before == {name: os.stat(reference[0] / name).st_mtime_ns for name in before}

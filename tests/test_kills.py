@@ -63,10 +63,7 @@ def test_killed_run_has_bits_of_unbroken_run(demo, tmp_path, kills, steps):
     for path, array in whole.items():
         assert array.tobytes() == resumed[path].tobytes(), path
     lines = [
-        [
-            {name: value for name, value in line.items() if name not in TIMES}
-            for line in metrics.read_metrics(folder)
-        ]
+        [{name: value for name, value in line.items() if name not in TIMES} for line in metrics.read_metrics(folder)]
         for folder in (tmp_path / "whole", tmp_path / "killed")
     ]
     assert [line["step"] for line in lines[0]] == list(range(1, steps + 1))

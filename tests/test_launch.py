@@ -95,9 +95,7 @@ def test_slurm_job_quotes_values_and_requeues(tmp_path, programs, monkeypatch):
     assert "the secret TOKEN is not in the environment" in result.stderr
     monkeypatch.setenv("TOKEN", "very secret")
     fakes.answer(("srun", 75, ""), ("squeue", 0, "RUNNING\n"))
-    result = subprocess.run(
-        ["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"}, capture_output=True, text=True
-    )
+    result = subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"}, capture_output=True, text=True)
     assert result.returncode == 75
     assert fakes.calls[0][:4] == ["srun", "--kill-on-bad-exit=0", "--wait=300", "python"]
     assert fakes.calls[0][4:] == ["-m", "lvm.train", *job_arguments(), f"--workdir={workdir}"]
@@ -121,11 +119,7 @@ def test_tpu_host_quotes_values_and_restarts(tmp_path, programs):
     dry_run(tmp_path / "out", *arguments, "--secret=TOKEN=vault", "--max_restarts=2")
     host = tmp_path / "host"
     text = (tmp_path / "out" / "startup.sh").read_text()
-    text = (
-        text.replace("/opt/lvm", f"{host}/opt")
-        .replace("/var/log/lvm.log", f"{host}/log")
-        .replace("sleep 10", ":")
-    )
+    text = text.replace("/opt/lvm", f"{host}/opt").replace("/var/log/lvm.log", f"{host}/log").replace("sleep 10", ":")
     (host / "opt" / "a" / "environment" / "bin").mkdir(parents=True)
     fakes = Programs(tmp_path / "fakes", "gcloud", "curl", "tar")
     Programs(host / "opt" / "bin", "uv")
@@ -137,10 +131,7 @@ def test_tpu_host_quotes_values_and_restarts(tmp_path, programs):
     subprocess.run(["bash", host / "script.sh"], check=True)
     assert len(python.calls) == 2
     assert python.calls[0][1:] == ["-m", "lvm.train", *job_arguments(), "--workdir=gs://b/a"]
-    assert (
-        python.environments[0].items()
-        >= {**HOSTILE, "TOKEN": "very secret", "LVM_COORDINATOR": "auto"}.items()
-    )
+    assert python.environments[0].items() >= {**HOSTILE, "TOKEN": "very secret", "LVM_COORDINATOR": "auto"}.items()
     assert (host / "opt" / "a" / "ended").read_text() == "65\n"
     assert fakes.calls[-1][:3] == ["gcloud", "storage", "cp"]
     assert re.fullmatch(r"gs://b/a/launch/a/ended-.+", fakes.calls[-1][-1])
@@ -262,9 +253,7 @@ def test_tpu_vm_watch_fetches_its_files(tmp_path, programs):
     more = [*CLOUD, "--workdir=gs://bucket/lvm-300m"]
     manage(tmp_path, "watch", "tpu-vm-300m-v4-32", 65, more)
     (here / "create.json").unlink()
-    programs.answer(
-        ("storage cp", 1, "ERROR: (gcloud.storage.cp) The following URLs matched no objects: NOT_FOUND")
-    )
+    programs.answer(("storage cp", 1, "ERROR: (gcloud.storage.cp) The following URLs matched no objects: NOT_FOUND"))
     assert "not found" in manage(tmp_path, "watch", "tpu-vm-300m-v4-32", 2, more)
     assert programs.calls[-1][:4] == [
         "gcloud",
@@ -318,9 +307,7 @@ def test_submit_names_missing_program(tmp_path, monkeypatch):
     monkeypatch.setenv(
         "PATH",
         "/usr/bin-without-it:"
-        + os.path.dirname(
-            subprocess.run(["which", "git"], capture_output=True, text=True, check=True).stdout
-        ),
+        + os.path.dirname(subprocess.run(["which", "git"], capture_output=True, text=True, check=True).stdout),
     )
     output = run("lvm.submit", "status", "--on=slurm", "--run=a", f"--out={tmp_path}", code=2)
     assert "sacct is not installed" in output

@@ -34,9 +34,7 @@ def test_dry_run_golden(tmp_path, name):
 def documented():
     """Lines of shell with the dry runs of the documentation."""
     pages = [(ROOT / "docs" / name).read_text() for name in ("tpu.md", "gpu.md")]
-    return [
-        line for page in pages for line in page.splitlines() if "lvm.submit" in line and "--dry_run" in line
-    ]
+    return [line for page in pages for line in page.splitlines() if "lvm.submit" in line and "--dry_run" in line]
 
 
 @pytest.mark.parametrize("index", range(5))

@@ -62,9 +62,7 @@ def test_plan_gpu_json():
     assert all(set(collective) == {"kind", "bytes", "count"} for collective in result["collectives"])
     assert result["compile_seconds"] is None
     assert result["per_chip"]["hbm_bytes"] == 80 * GIB
-    model = ModelConfig(
-        hidden_size=1024, mlp_size=2688, num_layers=22, num_heads=8, vocabulary_size=8448, context=4096
-    )
+    model = ModelConfig(hidden_size=1024, mlp_size=2688, num_layers=22, num_heads=8, vocabulary_size=8448, context=4096)
     assert result["flops_per_step"] == 512 * 4096 * train_flops_per_token(model, 4096, "causal")
 
 
@@ -205,9 +203,7 @@ def test_search_plan_gpu_takes_largest_batch_that_fits():
     assert best.fits
     batch_size = best.config.batch_size
     assert batch_size >= 8
-    doubled = estimate_plan(
-        dataclasses.replace(best.config, batch_size=2 * batch_size), best.target, MemoryModel()
-    )
+    doubled = estimate_plan(dataclasses.replace(best.config, batch_size=2 * batch_size), best.target, MemoryModel())
     is_slower = doubled.min_step_seconds >= 2 * best.min_step_seconds * 0.99
     assert batch_size == 16 * 8 or not doubled.fits or is_slower
 
@@ -222,9 +218,7 @@ def test_search_limits_compiles_and_keeps_what_fits(monkeypatch):
         memory.observe(config, 3 * estimate.temp_bytes)
         compiled.append(config)
         total = estimate.total_bytes + 2 * estimate.temp_bytes
-        return dataclasses.replace(
-            estimate, target=target, total_bytes=total, temp_bytes=3 * estimate.temp_bytes
-        )
+        return dataclasses.replace(estimate, target=target, total_bytes=total, temp_bytes=3 * estimate.temp_bytes)
 
     monkeypatch.setattr(search, "make_plan", thrice_the_estimate)
     config = with_model(CONFIG, num_layers=22, hidden_size=1536, mlp_size=4096, num_heads=16, context=4096)
@@ -273,9 +267,7 @@ def test_compiled_plan_collectives_by_hand(small_plan):
     assert -1 < received["all-reduce"].bytes - expected < 1024
     assert PADDING not in received  # shards of 64 rows are whole tiles
     assert small_plan.ideal_ratio == pytest.approx(1.0, abs=0.1)
-    assert small_plan.roofline_seconds["ici"] == pytest.approx(
-        sum(c.bytes for c in small_plan.collectives) / 200e9
-    )
+    assert small_plan.roofline_seconds["ici"] == pytest.approx(sum(c.bytes for c in small_plan.collectives) / 200e9)
 
 
 def test_compiled_plan_report_and_json(small_plan):

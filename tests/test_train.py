@@ -61,9 +61,7 @@ def test_train_refuses_changed_mixture_unless_accepted(demo, tmp_path):
     changed = [*shared, "--config.loop.total_steps=20", "--config.data.packing=whole"]
     refused = run("lvm.train", *changed, code=2)
     assert "config.data.packing: 'concat' → 'whole'" in refused
-    accepted = run(
-        "lvm.train", *changed, "--config.accept_changed_mixture=true", "--config.loop.input_workers=1"
-    )
+    accepted = run("lvm.train", *changed, "--config.accept_changed_mixture=true", "--config.loop.input_workers=1")
     assert "resuming with a changed config.data.packing: 'concat' → 'whole'" in accepted
     assert "resuming from step 10" in accepted
     assert "20/20 steps" in accepted

@@ -48,8 +48,6 @@ class TokenizerConfig:
             raise UserError(f"preprocess.resolution={preprocessed} must equal model.resolution={resolution}")
         for axis in ("sequence", "tensor"):
             if (size := getattr(self.mesh, axis)) != 1:
-                raise UserError(
-                    f"mesh.{axis}={size} must be 1: a tokenizer is sharded over data and fsdp only"
-                )
+                raise UserError(f"mesh.{axis}={size} must be 1: a tokenizer is sharded over data and fsdp only")
         if self.init_from and (steps := self.loss.autoencoder_steps):
             raise UserError(f"loss.autoencoder_steps={steps} must be 0 with init_from, which has a codebook")

@@ -64,9 +64,7 @@ def finish(folder: str, wait: bool) -> None:
     while missing := writer.finish_store(folder):
         if not wait:
             listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-            log_info(
-                f"{len(missing)} shards are missing ({listed}); the process that writes the last one finishes"
-            )
+            log_info(f"{len(missing)} shards are missing ({listed}); the process that writes the last one finishes")
             return
         time.sleep(_POLL_S)
     log_info(summarize_store(folder))
@@ -132,9 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.integer("augment", 0, "seeded crops and flips of each scene; 0 encodes each scene as it is")
     flags.string("shard", "", "i/n: encode the share of process i, from 0, of n independent processes")
     flags.boolean("finish", False, "only write the manifest, if all shards exist")
-    workers = (
-        f"processes that read images, 0 for threads; default: cores - 1 from {_MIN_SCENES} scenes on, else 0"
-    )
+    workers = f"processes that read images, 0 for threads; default: cores - 1 from {_MIN_SCENES} scenes on, else 0"
     flags.integer("workers", None, workers)
     return flags.run(_run, argv)
 

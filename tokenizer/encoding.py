@@ -34,9 +34,7 @@ from tokenizer.pretrained import Tokenizer
 
 T = TypeVar("T")
 Ranges = Sequence[tuple[int, int]]  # first scene of each, and the end
-ShardScenes = tuple[
-    int, Iterator[GroupedScene], SkippedItems
-]  # index of the range, its scenes, what it skips
+ShardScenes = tuple[int, Iterator[GroupedScene], SkippedItems]  # index of the range, its scenes, what it skips
 
 _SOFTWARE = ("jax", "jaxlib", "numpy", "pillow", "av", "array_record")
 _MAX_PENDING = 2  # batches on the devices while the host prepares the next
@@ -137,9 +135,7 @@ class CodeCopier(ShardWriter):
       UserError: the tokenizer has another grid or codebook size.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer | None, source: CodeSource, folder: epath.PathLike, num_shards: int
-    ):
+    def __init__(self, tokenizer: Tokenizer | None, source: CodeSource, folder: epath.PathLike, num_shards: int):
         form = {"grid": list(source.grid), "num_codes": source.num_codes}
         identity = tokenizer.identity() if tokenizer else {"weights": "", "hash": "", **form}
         different = [f"{key} {form[key]}, not {identity[key]}" for key in form if identity[key] != form[key]]
@@ -153,9 +149,7 @@ class CodeCopier(ShardWriter):
             skipped = SkippedItems()
             yield i, self._copy(range(*scenes), skipped, progress), skipped
 
-    def _copy(
-        self, scenes: Iterable[int], skipped: SkippedItems, progress: EncodingProgress
-    ) -> Iterator[GroupedScene]:
+    def _copy(self, scenes: Iterable[int], skipped: SkippedItems, progress: EncodingProgress) -> Iterator[GroupedScene]:
         for scene in progress.timed("host", map(self._source.load_codes, scenes)):
             progress.add(scene.codes.shape[0] * scene.codes.shape[1], 1)
             yield from self._store_scene(scene.info, scene.failures, scene.codes, skipped)

@@ -93,15 +93,11 @@ class TrainingImages:
       UserError: there are no images.
     """
 
-    def __init__(
-        self, images: dict[str, UInt8[np.ndarray, "_ R R 3"]], rgb_share: float, batch_size: int, seed: int
-    ):
+    def __init__(self, images: dict[str, UInt8[np.ndarray, "_ R R 3"]], rgb_share: float, batch_size: int, seed: int):
         if not any(map(len, images.values())):
             raise UserError("config.data.source: no image of the train split could be read")
         others = [x for stream, x in images.items() if stream != "rgb" and len(x)]
-        self._pools = ([images["rgb"]] if "rgb" in images else []) + (
-            [np.concatenate(others)] if others else []
-        )
+        self._pools = ([images["rgb"]] if "rgb" in images else []) + ([np.concatenate(others)] if others else [])
         num_rgb = round(rgb_share * batch_size)
         self._counts = [batch_size] if len(self._pools) == 1 else [num_rgb, batch_size - num_rgb]
         self._seed = seed

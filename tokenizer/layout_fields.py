@@ -26,9 +26,7 @@ SIZE_FIELDS = (
 
 def variant_of(config: VQGANConfig) -> str | None:
     """The variant that a network is, at any size; None for networks that were not published."""
-    fields = {
-        name: value for name, value in to_json(config).items() if name not in (*SIZE_FIELDS, "compute_dtype")
-    }
+    fields = {name: value for name, value in to_json(config).items() if name not in (*SIZE_FIELDS, "compute_dtype")}
     return next((name for name, net in VARIANTS.items() if fields.items() <= to_json(net).items()), None)
 
 
@@ -44,9 +42,7 @@ def from_variant_fields(fields: Fields, where: str) -> VQGANConfig:
         raise UserError(f"{where}: variant: {fields.get('variant')!r}, expected one of {', '.join(VARIANTS)}")
     for name in sizes:
         if name not in SIZE_FIELDS:
-            raise UserError(
-                f"{where}: {name}: no such key; expected variant and any of {', '.join(SIZE_FIELDS)}"
-            )
+            raise UserError(f"{where}: {name}: no such key; expected variant and any of {', '.join(SIZE_FIELDS)}")
     return from_config_dict(VQGANConfig, to_json(VARIANTS[fields["variant"]]) | sizes, where)
 
 
@@ -98,9 +94,7 @@ def from_muse(fields: Fields, where: str) -> VQGANConfig:
     fixed = _MUSE_FIXED | {"quantized_embed_dim": (values["codebook_dim"], 256)}
     _expect(fields, fixed | dict.fromkeys(_MUSE_DECODER, (None, None)), where)
     config = _lvm_network(values, where)
-    if (
-        config.channel_multipliers[0] != 1
-    ):  # its first convolution has hidden_channels whatever the multiplier
+    if config.channel_multipliers[0] != 1:  # its first convolution has hidden_channels whatever the multiplier
         raise UserError(f"{where}: channel_mult: {list(config.channel_multipliers)}, expected 1 as the first")
     sides = [config.resolution >> i for i in range(len(config.widths))]
     attention = fields.get("attn_resolutions", (16,))
@@ -170,6 +164,4 @@ def _expect(fields: Fields, fixed: Mapping[str, tuple[Any, Any]], where: str) ->
     for name, (expected, default) in fixed.items():
         value = fields.get(name, default)
         if value != expected:
-            raise UserError(
-                f"{where}: {name}: {value!r}, expected {expected!r}: other networks are not supported"
-            )
+            raise UserError(f"{where}: {name}: {value!r}, expected {expected!r}: other networks are not supported")

@@ -73,11 +73,7 @@ class Layout:
         match module[1:]:
             case ["stages", stage, "blocks", block, name]:
                 key, i, j, suffix = "block", int(stage), int(block), f".{self.aliases.get(name, name)}"
-                n = (
-                    i * config.encoder_blocks + j
-                    if encoder
-                    else config.middle_blocks + i * config.decoder_blocks + j
-                )
+                n = i * config.encoder_blocks + j if encoder else config.middle_blocks + i * config.decoder_blocks + j
             case ["middle", "blocks", block, name]:
                 key, j, suffix = "middle", int(block), f".{self.aliases.get(name, name)}"
                 n = stages * config.encoder_blocks + j if encoder else j

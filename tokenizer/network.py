@@ -64,19 +64,13 @@ class VQGANConfig:
                        "codebook_size", "codebook_dim", "norm_groups")  # fmt: skip
         check_non_negative(self, "middle_blocks")
         if self.codebook_size > 65536:
-            raise UserError(
-                f"codebook_size={self.codebook_size} must be at most 65536: codes are stored as uint16"
-            )
+            raise UserError(f"codebook_size={self.codebook_size} must be at most 65536: codes are stored as uint16")
         if min(self.channel_multipliers, default=0) < 1:
             raise UserError(f"channel_multipliers={self.channel_multipliers} must be positive, one per stage")
         if self.resolution % self.downsampling:
-            raise UserError(
-                f"resolution={self.resolution} must be a multiple of {self.downsampling}, the downsampling"
-            )
+            raise UserError(f"resolution={self.resolution} must be a multiple of {self.downsampling}, the downsampling")
         if any(width % self.norm_groups for width in self.widths):
-            raise UserError(
-                f"norm_groups={self.norm_groups} must divide the channels of every stage {self.widths}"
-            )
+            raise UserError(f"norm_groups={self.norm_groups} must divide the channels of every stage {self.widths}")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -215,9 +209,7 @@ class Stage(nnx.Module):
         self, inputs: int, outputs: int, blocks: int, resample: type[Downsample] | type[Upsample] | None,
         config: VQGANConfig, rngs: nnx.Rngs,
     ):  # fmt: skip
-        self.blocks = nnx.List(
-            [ResidualBlock(outputs if j else inputs, outputs, config, rngs) for j in range(blocks)]
-        )
+        self.blocks = nnx.List([ResidualBlock(outputs if j else inputs, outputs, config, rngs) for j in range(blocks)])
         self.resample = resample(outputs, config, rngs) if resample else None
 
     def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B h w outputs"]:
@@ -315,9 +307,7 @@ class VQGAN(nnx.Module):
         return self.decode_latents(quantized.reshape(len(codes), *self.config.grid, -1))
 
 
-def depth_to_space(
-    x: Shaped[Array, "B H W depth"], factor: int
-) -> Shaped[Array, "B H*{factor} W*{factor} C"]:
+def depth_to_space(x: Shaped[Array, "B H W depth"], factor: int) -> Shaped[Array, "B H*{factor} W*{factor} C"]:
     """Moves depth, ordered (row, column, channel), to `factor` × `factor` pixels."""
     B, H, W, depth = x.shape
     C = depth // factor**2

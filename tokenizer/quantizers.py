@@ -18,9 +18,7 @@ def normalize(vectors: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
     return vectors * jax.lax.rsqrt(squares + 1e-12)
 
 
-def nearest_codes(
-    latents: Float[Array, "*n C"], codebook: Float[Array, "K C"], chunk: int = 2048
-) -> Int[Array, "*n"]:
+def nearest_codes(latents: Float[Array, "*n C"], codebook: Float[Array, "K C"], chunk: int = 2048) -> Int[Array, "*n"]:
     """Index of the codebook row at the least squared distance; the lowest among equals. int32.
 
     argmin |z − e|² = argmax z·e − ½|e|², in float32 at the highest precision, because near ties decide codes. The

@@ -193,9 +193,7 @@ def _weights_file(folder: epath.Path) -> epath.Path:
     paths = [path for path in paths if path.suffix == ".safetensors"] or paths
     if len(paths) != 1:
         names = ", ".join(path.name for path in paths) or "none"
-        raise UserError(
-            f"{folder}: weights files: {names}; expected one (or give its path), of {' '.join(_SUFFIXES)}"
-        )
+        raise UserError(f"{folder}: weights files: {names}; expected one (or give its path), of {' '.join(_SUFFIXES)}")
     return paths[0]
 
 

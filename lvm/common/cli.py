@@ -91,17 +91,14 @@ class Flags:
         except Exception as error:  # a config file may raise anything
             return report_error(_flag_problem(error), errors.EXIT_BAD_INPUT)
         logging.configure(self._values.quiet, self._values.verbose)
-        if isinstance(
-            sys.stdout, io.TextIOWrapper
-        ):  # keep the order of lines among processes that share a pipe
+        if isinstance(sys.stdout, io.TextIOWrapper):  # keep the order of lines among processes that share a pipe
             sys.stdout.reconfigure(line_buffering=True)
         return _guarded(lambda: body(self._values))
 
     def _help(self) -> str:
         defined = {flag.name: flag for flag in map(self._values.__getitem__, self._values)}
         lines = [
-            f"  --{name}: {flag.help}"
-            + ("" if flag.default in (None, "", []) else f" (default: {flag.default})")
+            f"  --{name}: {flag.help}" + ("" if flag.default in (None, "", []) else f" (default: {flag.default})")
             for name, flag in sorted(defined.items())
             if name not in ("flagfile", "undefok")  # absl's own
         ]

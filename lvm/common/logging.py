@@ -28,9 +28,7 @@ def configure(quiet: bool = False, verbose: bool = False) -> None:
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time_of_day = self.formatTime(record, "%H:%M:%S")
-        process = (
-            f"[p{jax.process_index()}/{jax.process_count()}] " if jax.distributed.is_initialized() else ""
-        )
+        process = f"[p{jax.process_index()}/{jax.process_count()}] " if jax.distributed.is_initialized() else ""
         library = "" if record.name == _LOGGER.name else f"{record.name}: "
         text = f"{time_of_day} {record.levelname[0]} {process}{library}{record.getMessage()}"
         # A library's exception reaches the user as one error line of ours; its traceback is for debugging.

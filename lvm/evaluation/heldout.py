@@ -83,9 +83,7 @@ class Heldout:
 
     def images(self, stream: str) -> UInt8[np.ndarray, "n R R 3"]:
         """All images of a stream."""
-        return np.concatenate(
-            [s.images[:, s.info.streams.index(stream)] for s in self.with_streams([stream])]
-        )
+        return np.concatenate([s.images[:, s.info.streams.index(stream)] for s in self.with_streams([stream])])
 
     def codes(self, stream: str) -> Integer[np.ndarray, "n N"]:
         """Codes of `images`."""

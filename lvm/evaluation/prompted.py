@@ -76,9 +76,7 @@ class Answers:
         if isinstance(codec, Palette):
             scores |= segmentation_metrics(self.images, self.truth, self.copied, codec)
         if isinstance(codec, Depth):
-            predicted, truth = (
-                np.stack([codec.parse(x) for x in images]) for images in (self.images, self.truth)
-            )
+            predicted, truth = (np.stack([codec.parse(x) for x in images]) for images in (self.images, self.truth))
             scores |= metrics.depth_errors(predicted, truth)
         return scores
 
@@ -102,9 +100,7 @@ def segmentation_metrics(images: Images, truth: Images, copied: Images, codec: P
     copy an example or mark all pixels as foreground. `class_miou` is computed from one confusion matrix; its chance
     level permutes the classes of each answer at random.
     """
-    labels, expected, copies = (
-        np.stack([codec.parse(x) for x in batch]) for batch in (images, truth, copied)
-    )
+    labels, expected, copies = (np.stack([codec.parse(x) for x in batch]) for batch in (images, truth, copied))
     counts = metrics.confusion(labels, expected, len(codec.names), codec.ignore)
     copy_counts = metrics.confusion(copies, expected, len(codec.names), codec.ignore)
     exclude = [] if codec.background is None else [codec.background]
@@ -126,9 +122,7 @@ def segmentation_metrics(images: Images, truth: Images, copied: Images, codec: P
     return results
 
 
-def _chance_miou(
-    labels: np.ndarray, truth: np.ndarray, codec: Palette, exclude: list[int], repeats: int = 20
-) -> float:
+def _chance_miou(labels: np.ndarray, truth: np.ndarray, codec: Palette, exclude: list[int], repeats: int = 20) -> float:
     rng = np.random.default_rng(0)
     classes = np.array([i for i in codec.used_ids.tolist() if i not in exclude], np.uint8)
     scores = []

@@ -45,13 +45,9 @@ class Section:
         return self.picture if isinstance(self.picture, bytes) else encode_png(self.picture)
 
 
-def render_page(
-    title: str, intro: str, table: Sequence[tuple[str, str, str]], sections: Sequence[Section]
-) -> str:
+def render_page(title: str, intro: str, table: Sequence[tuple[str, str, str]], sections: Sequence[Section]) -> str:
     """A self-contained HTML page: title, introduction, a table of (name, value, meaning), then the sections."""
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table
-    )
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table)
     blocks = "".join(
         f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p><img "
         f'alt="{html.escape(section.title)}" src="data:image/png;base64,{base64.b64encode(section.png).decode()}">'

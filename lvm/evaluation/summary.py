@@ -71,9 +71,7 @@ def _task_section(task: Answers) -> report.Section:
                 Cell(task.truth[index], "truth"),
             ]
         )
-    text = (
-        f"{len(task.queries[0].examples)} example pairs and a query are the prompt; nothing names the task."
-    )
+    text = f"{len(task.queries[0].examples)} example pairs and a query are the prompt; nothing names the task."
     title = f"{task.target_stream.capitalize()}, by example".replace("_", " ")
     return report.Section(title, text, render_sheet(rows))
 
@@ -123,8 +121,7 @@ def _charts(results: Mapping[str, Any], model_folder: str, tokenizer_folder: str
     charts = []
     if by_image := results["likelihood"].get("perplexity_by_image", {}):
         curves = {
-            name: [(float(i), y) for i, y in enumerate(lists["exp_of_mean"], 1)]
-            for name, lists in by_image.items()
+            name: [(float(i), y) for i, y in enumerate(lists["exp_of_mean"], 1)] for name, lists in by_image.items()
         }
         chart = report.plot_curves(curves, "image of the sentence", "perplexity of its codes", log_y=True)
         text = "Per-image perplexity given the preceding images."

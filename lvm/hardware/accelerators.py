@@ -167,9 +167,7 @@ def resolve(name: str) -> Slice:
     matches = [a for a in ACCELERATORS if kind in (a.name, a.pod and a.pod.accelerator_type_prefix)]
     if not matches:
         kinds = ", ".join(a.name for a in ACCELERATORS)
-        raise UserError(
-            f"{name}: unknown accelerator; use {kinds}, as in v5e-256, v5litepod-256 or v5e:16x16"
-        )
+        raise UserError(f"{name}: unknown accelerator; use {kinds}, as in v5e-256, v5litepod-256 or v5e:16x16")
     accelerator = matches[0]
     if accelerator.pod is None:
         return _gpus(accelerator, name, separator, size)
@@ -219,9 +217,7 @@ def _gpus(accelerator: Accelerator, name: str, separator: str | None, size: str 
     per_host = min(count, _GPUS_PER_HOST)
     if not count or count % per_host:
         nearest = max(1, round(count / _GPUS_PER_HOST)) * _GPUS_PER_HOST
-        raise UserError(
-            f"{name}: hosts have {_GPUS_PER_HOST} GPUs; the nearest is {accelerator.name}-{nearest}"
-        )
+        raise UserError(f"{name}: hosts have {_GPUS_PER_HOST} GPUs; the nearest is {accelerator.name}-{nearest}")
     return Slice(accelerator, count, count // per_host, per_host)
 
 
@@ -234,9 +230,7 @@ def memory_bytes(device: Any) -> int | None:
     """Memory available to programs on a device: the runtime's limit, else the table's; None if unknown."""
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit")
-    except (
-        Exception
-    ):  # runtimes raise their own errors, for example for the devices of a topology description
+    except Exception:  # runtimes raise their own errors, for example for the devices of a topology description
         limit = None
     accelerator = accelerator_of(device)
     return limit or (accelerator.hbm_bytes if accelerator else None)

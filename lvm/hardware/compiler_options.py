@@ -51,9 +51,7 @@ DETERMINISM_COST = {
 }
 
 
-def compiler_options(
-    platform: str, overrides: str = "", deterministic: bool = False
-) -> dict[str, OptionValue]:
+def compiler_options(platform: str, overrides: str = "", deterministic: bool = False) -> dict[str, OptionValue]:
     """Compiler options for the programs of a platform.
 
     Args:
@@ -71,9 +69,7 @@ def compiler_options(
     for override in overrides.split():
         name, separator, value = override.removeprefix("--").partition("=")
         if not separator or not name:
-            raise UserError(
-                f"config.compiler_options: {override!r} must be name=value; separate options by spaces"
-            )
+            raise UserError(f"config.compiler_options: {override!r} must be name=value; separate options by spaces")
         if name in names:
             raise UserError(f"config.compiler_options: {name} is set twice")
         names.add(name)

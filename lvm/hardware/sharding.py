@@ -157,9 +157,7 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
     """
     size = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % size:
-        raise UserError(
-            f"config.batch_size={batch_size} must be divisible by the mesh's data × fsdp = {size}"
-        )
+        raise UserError(f"config.batch_size={batch_size} must be divisible by the mesh's data × fsdp = {size}")
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
@@ -192,12 +190,8 @@ def _names(path: Any) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _check_divisible(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, names: Sequence[str]
-) -> None:
+def _check_divisible(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, names: Sequence[str]) -> None:
     for dimension, axis in zip(shape, axes, strict=True):
         size = axis_size(mesh, RULES.get(axis or "", ()))
         if dimension % size:
-            raise UserError(
-                f"config.mesh: {'/'.join(names)} has dimension {dimension}, not divisible by {size}"
-            )
+            raise UserError(f"config.mesh: {'/'.join(names)} has dimension {dimension}, not divisible by {size}")

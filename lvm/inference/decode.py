@@ -83,15 +83,11 @@ def decode(
             model = build_module(params, program.config)
             position, slot, visible = state.position
             visible |= jnp.arange(visible.shape[1]) == slot
-            hidden, caches = model.decode_step(
-                state.token, DecodePosition(position, slot, visible), state.caches
-            )
+            hidden, caches = model.decode_step(state.token, DecodePosition(position, slot, visible), state.caches)
             logits = model.logits(hidden)[:, :num_allowed]  # [R, allowed]
             token, index = sample_token(logits, sampling, state.num_generated), state.num_generated
             generated = jax.lax.dynamic_update_slice(state.generated, token[:, None], (0, index))
-            return DecodeState(
-                caches, DecodePosition(position + 1, slot + 1, visible), token, index + 1, generated
-            )
+            return DecodeState(caches, DecodePosition(position + 1, slot + 1, visible), token, index + 1, generated)
 
         end = state.num_generated + num_steps
         return jax.lax.while_loop(lambda state: state.num_generated < end, step, state)

@@ -57,9 +57,7 @@ class SlidingWindow:
         limit = self.max_grids(context)
         drop = self.drop or max(1, limit // 2)
         if not 0 < drop < max(limit, 2):
-            raise UserError(
-                f"drop={self.drop} must be from 1 to {limit - 1}: the context holds {limit} images"
-            )
+            raise UserError(f"drop={self.drop} must be from 1 to {limit - 1}: the context holds {limit} images")
         return dataclasses.replace(self, drop=drop)
 
 
@@ -127,9 +125,7 @@ class Generator:
         lengths = self._check_lengths(prompts, num_tokens, window)  # [B]
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         if not len(prompts) == len(params) == len(seeds):
-            raise UserError(
-                f"{len(prompts)} prompts, {len(params)} sampling params, {len(seeds)} seeds; give one each"
-            )
+            raise UserError(f"{len(prompts)} prompts, {len(params)} sampling params, {len(seeds)} seeds; give one each")
         # Rows that make the batch divisible are dropped from the result.
         B, padding = len(prompts), -len(prompts) % self._row_multiple
         prompts, seeds = _pad_rows(prompts, padding), _pad_rows(seeds, padding)
@@ -175,14 +171,10 @@ class Generator:
         windows = []
         for row, size in enumerate(fill):
             history = np.concatenate([prompts[row // candidates], generated[row]])
-            windows.append(
-                np.concatenate([window.prefix, history[len(history) - (size - len(window.prefix)) :]])
-            )
+            windows.append(np.concatenate([window.prefix, history[len(history) - (size - len(window.prefix)) :]]))
         return decode.re_prefill(self._params, state, *_pad_tokens(windows), program=self._program), fill
 
-    def _check_lengths(
-        self, prompts: Sequence[np.ndarray], num_tokens: int, window: SlidingWindow | None
-    ) -> list[int]:
+    def _check_lengths(self, prompts: Sequence[np.ndarray], num_tokens: int, window: SlidingWindow | None) -> list[int]:
         if num_tokens < 1:
             raise UserError(f"num_tokens={num_tokens} must be positive")
         lengths = [len(prompt) for prompt in prompts]

@@ -66,9 +66,7 @@ class LVM:
         @jax.jit
         def token_losses(params: Params, tokens: jax.Array) -> jax.Array:
             model, hidden = run(params, tokens[:, :-1])
-            return losses.token_losses(
-                model.norm(hidden), model.output_projection(), tokens[:, 1:], _LOGITS_CHUNK
-            )[0]
+            return losses.token_losses(model.norm(hidden), model.output_projection(), tokens[:, 1:], _LOGITS_CHUNK)[0]
 
         self._logits, self._token_losses = logits, token_losses
 

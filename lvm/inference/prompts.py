@@ -124,9 +124,7 @@ class PromptReader:
         first = next(iter(stems))
         for path in paths:
             if stems.get(path) != stems[first]:
-                raise UserError(
-                    f"--pairs: {first} and {path} are not two folders of images with the same names"
-                )
+                raise UserError(f"--pairs: {first} and {path} are not two folders of images with the same names")
         self._check_count(len(stems[first]) * len(members))
         return [
             [self._overlay([listed[path][i] for path in member]) for member in members]

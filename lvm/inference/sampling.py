@@ -48,9 +48,7 @@ class BatchedSampling(NamedTuple):
     top_p: Float[Array, " R"]
 
 
-def batch_sampling(
-    params: Sequence[SamplingParams], seeds: Sequence[int], candidates: int
-) -> BatchedSampling:
+def batch_sampling(params: Sequence[SamplingParams], seeds: Sequence[int], candidates: int) -> BatchedSampling:
     """Settings of B requests with `candidates` rows each, as R = B · candidates rows, grouped by request."""
     keys = jnp.stack([jax.random.key(int(seed) % 2**32) for seed in seeds])  # [B]
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
@@ -64,9 +62,7 @@ def batch_sampling(
     )
 
 
-def sample_token(
-    logits: Float[Array, "R V"], sampling: BatchedSampling, index: Int[Array, ""]
-) -> Int[Array, " R"]:
+def sample_token(logits: Float[Array, "R V"], sampling: BatchedSampling, index: Int[Array, ""]) -> Int[Array, " R"]:
     """Samples the new token `index` of every row; each (row, index) has its own random bits."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # [R]
     is_random = sampling.temperature > 0  # [R]

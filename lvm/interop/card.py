@@ -65,8 +65,7 @@ def _sizes(checkpoint: LazyCheckpoint) -> str:
     config, vocabulary = checkpoint.config, checkpoint.vocabulary
     count = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     specials = ", ".join(
-        f"{name.upper()} {'none' if token is None else token}"
-        for name, token in special_ids(vocabulary).items()
+        f"{name.upper()} {'none' if token is None else token}" for name, token in special_ids(vocabulary).items()
     )
     rows = {
         "parameters": f"{count:,}",

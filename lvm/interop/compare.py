@@ -68,9 +68,7 @@ def compare(first: LazyCheckpoint, second: LazyCheckpoint, num_rows: int = 2, se
     num_codes, T = first.vocabulary.num_codes, min(first.config.context, second.config.context)
     tokens = np.random.default_rng(seed).integers(0, num_codes, (num_rows, T))
     models = (first, second)
-    hidden = [
-        jnp.asarray(m.tensors["embedding"].read().astype(np.float32)[tokens]) for m in models
-    ]  # [B, T, D]
+    hidden = [jnp.asarray(m.tensors["embedding"].read().astype(np.float32)[tokens]) for m in models]  # [B, T, D]
     difference = _difference("embedding", *hidden)
     for i in range(first.config.num_layers):
         hidden = [_run_layer(model, i, x) for model, x in zip(models, hidden, strict=True)]  # [B, T, D]

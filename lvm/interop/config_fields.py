@@ -141,9 +141,7 @@ def _rope_theta(fields: Mapping[str, Any], path: epath.Path) -> float:
     if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
         raise UserError(f"{path}: rope_parameters: {rope!r} is not supported; expected rope_type 'default'")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{path}: rope_parameters: {rope!r} is not supported; expected partial_rotary_factor 1"
-        )
+        raise UserError(f"{path}: rope_parameters: {rope!r} is not supported; expected partial_rotary_factor 1")
     values = [value for value in (rope.get("rope_theta"), fields.get("rope_theta")) if value is not None]
     if len(set(values)) > 1:
         raise UserError(f"{path}: rope_theta: {values[1]!r}, but rope_parameters.rope_theta: {values[0]!r}")

@@ -55,9 +55,7 @@ def _open_parameters(file: epath.Path) -> dict[str, LazyTensor]:
         prefix: Key = ("params", "params")
     else:
         prefix = ("params",) if any(key[0] == "params" for key in entries) else ()
-    parameters = {
-        ".".join(key[len(prefix) :]): value for key, value in entries.items() if key[: len(prefix)] == prefix
-    }
+    parameters = {".".join(key[len(prefix) :]): value for key, value in entries.items() if key[: len(prefix)] == prefix}
     others = [name for name, value in parameters.items() if value is None]
     if others:
         raise UserError(f"{file}: not arrays: {format_names(others)}")

@@ -61,14 +61,10 @@ def _open_weights(folder: epath.Path) -> dict[str, LazyTensor]:
             return open_file(folder / name)
         if (folder / f"{name}{INDEX}").exists():
             return _open_shards(folder / f"{name}{INDEX}", open_file)
-    raise UserError(
-        f"{folder}: shards of weights without their index, {SAFETENSORS}{INDEX} or {TORCH}{INDEX}"
-    )
+    raise UserError(f"{folder}: shards of weights without their index, {SAFETENSORS}{INDEX} or {TORCH}{INDEX}")
 
 
-def _open_shards(
-    index: epath.Path, open_file: Callable[[epath.Path], dict[str, LazyTensor]]
-) -> dict[str, LazyTensor]:
+def _open_shards(index: epath.Path, open_file: Callable[[epath.Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     content = files.read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

@@ -141,9 +141,7 @@ def load_vocabulary(folder: epath.Path, size: int) -> Vocabulary:
     if (folder / FILENAME).exists():
         vocabulary = Vocabulary.load(folder)
         if vocabulary.size != size:
-            raise UserError(
-                f"{folder / FILENAME}: size: {vocabulary.size}, the model's vocabulary has {size}"
-            )
+            raise UserError(f"{folder / FILENAME}: size: {vocabulary.size}, the model's vocabulary has {size}")
         return vocabulary
     if size not in _KNOWN_VOCABULARIES:
         raise UserError(
@@ -162,8 +160,7 @@ def special_ids(vocabulary: Vocabulary) -> dict[str, int | None]:
 def with_dtype(checkpoint: LazyCheckpoint, dtype: str) -> LazyCheckpoint:
     """The checkpoint with tensors cast to a dtype of `DTYPES`."""
     tensors = {
-        name: cast(tensor, DTYPES[dtype], f"{checkpoint.path}: {name}")
-        for name, tensor in checkpoint.tensors.items()
+        name: cast(tensor, DTYPES[dtype], f"{checkpoint.path}: {name}") for name, tensor in checkpoint.tensors.items()
     }
     return dataclasses.replace(checkpoint, tensors=tensors, stacked={})
 

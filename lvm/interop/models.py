@@ -57,9 +57,7 @@ def _detect_format(path: epath.Path) -> tuple[str, epath.Path | None]:
     if "kind" in fields:
         return "orbax", None
     if "_class_name" in fields:
-        raise UserError(
-            f"{path / CONFIG}: _class_name: {fields['_class_name']!r} is a tokenizer; expected a model"
-        )
+        raise UserError(f"{path / CONFIG}: _class_name: {fields['_class_name']!r} is a tokenizer; expected a model")
     names = [file.name for file in path.iterdir() if file.is_file()]
     if hugging_face.has_weights(names):
         return "hf", None

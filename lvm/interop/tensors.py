@@ -88,9 +88,7 @@ def stack(tensors: Sequence[LazyTensor], name: str) -> LazyTensor:
     """
     dtypes = sorted({str(tensor.dtype) for tensor in tensors})
     if len(dtypes) > 1:
-        raise UserError(
-            f"{name}: layers have different dtypes ({', '.join(dtypes)}); convert to one with --dtype"
-        )
+        raise UserError(f"{name}: layers have different dtypes ({', '.join(dtypes)}); convert to one with --dtype")
     first = tensors[0]
     shape = (len(tensors), *first.shape)
 
@@ -122,9 +120,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
         if dtype is None:
             supported = ", ".join(_SAFETENSORS_DTYPES)
             raise UserError(f"{path}: {name} has dtype {entry.get_dtype()}; supported are {supported}")
-        tensors[name] = LazyTensor(
-            tuple(entry.get_shape()), dtype, functools.partial(_read_tensor, path, name)
-        )
+        tensors[name] = LazyTensor(tuple(entry.get_shape()), dtype, functools.partial(_read_tensor, path, name))
     return tensors
 
 

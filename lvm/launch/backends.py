@@ -39,9 +39,7 @@ NAMES = (LOCAL, *_REMOTE)
 _RECORD = "submitted.json"
 
 
-def submit(
-    backend: str, request: Request, folder: Path, ship_changes: bool, plan: bool, dry_run: bool
-) -> None:
+def submit(backend: str, request: Request, folder: Path, ship_changes: bool, plan: bool, dry_run: bool) -> None:
     """Writes a run's files into `folder` and submits the run.
 
     Args:
@@ -92,9 +90,7 @@ def run_local(request: Request, folder: Path, processes: int, grace: float, dry_
     local_run = local.LocalRun(folder)  # holds the lock while it lives
     with local_run.acquire() as log:
         files.write_json(folder / _RECORD, {"on": LOCAL, "workdir": request.workdir})
-        supervisor = local.Supervisor(
-            request.command, processes, request.max_restarts, grace, environment, log
-        )
+        supervisor = local.Supervisor(request.command, processes, request.max_restarts, grace, environment, log)
         return supervisor.run()
 
 

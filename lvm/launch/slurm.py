@@ -24,9 +24,7 @@ def validate(request: Request) -> None:
         raise UserError(f"--{request.capacity}: under Slurm, the --partition determines the capacity")
     for variable in request.secrets.values():
         if not VARIABLE.fullmatch(variable):
-            raise UserError(
-                f"--secret: {variable!r} is not an environment variable; Slurm takes secrets from those"
-            )
+            raise UserError(f"--secret: {variable!r} is not an environment variable; Slurm takes secrets from those")
     if not request.workdir.startswith("/"):
         raise UserError(f"--workdir={request.workdir}: use an absolute path that all nodes share")
 

@@ -28,9 +28,7 @@ _SPLASH_BLOCKS = (512, 256, 128)  # queries and keys per splash block: the large
 _CUDNN_MULTIPLE, _CUDNN_MAX_HEAD_DIM = 8, 128  # supported by cuDNN flash attention on every GPU that has it
 
 
-def choose_kernel(
-    kernel: str, platform: str, dtype: str, head_dim: int = 128, segmented: bool = False
-) -> str:
+def choose_kernel(kernel: str, platform: str, dtype: str, head_dim: int = 128, segmented: bool = False) -> str:
     """Resolves `auto` (splash on TPU, cuDNN for bfloat16 on GPU, else XLA) and checks that the kernel can run.
 
     Args:
@@ -88,9 +86,7 @@ def attend(
       UserError: a sharded sequence whose devices do not divide the heads.
     """
 
-    def attend_local(
-        query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None
-    ) -> jax.Array:
+    def attend_local(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None) -> jax.Array:
         if kernel == "splash":
             return _attend_splash(query, key, value, segments, interpret)
         on_gpu = kernel == "cudnn"
@@ -127,8 +123,7 @@ def _exchange_heads(
     repeats = size // math.gcd(size, key.shape[2])  # fewer key-value heads than devices: replicate them
     key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
     query, key, value = (
-        jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True)
-        for x in (query, key, value)
+        jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True) for x in (query, key, value)
     )
     if segments is not None:
         segments = jax.lax.all_gather(segments, "sequence", axis=1, tiled=True)
@@ -145,8 +140,7 @@ def _attend_splash(
     query = (query.astype(jnp.float32) / math.sqrt(D)).astype(query.dtype)
     # Padded keys come after every real query and padded queries are cut off, so neither needs a mask.
     query, key, value = (
-        jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, size - D))).transpose(0, 2, 1, 3)
-        for x in (query, key, value)
+        jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, size - D))).transpose(0, 2, 1, 3) for x in (query, key, value)
     )  # [B, H, length, size], [B, K, length, size]
     block = next(size for size in _SPLASH_BLOCKS if length % size == 0)
     operands = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")

@@ -226,9 +226,7 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """Forward pass over one new token per row; its key and value are written to the cache first."""
         query, key, value = self.attention.project_qkv(self.attention_norm(x), rope)  # [B, 1, H or K, d]
-        keys, values = (
-            _update_cache(old, new, position.slot) for old, new in zip(cache, (key, value), strict=True)
-        )
+        keys, values = (_update_cache(old, new, position.slot) for old, new in zip(cache, (key, value), strict=True))
         heads = attention.attend_cache(query[:, 0], keys, values, position.visible)  # [B, H, d]
         x = x + self.attention.project_out(heads[:, None])
         return x + self.mlp(self.mlp_norm(x)), (keys, values)
@@ -276,9 +274,7 @@ class Transformer(nnx.Module):
         """Next-token logits in float32."""
         return self.logits(self.hidden(tokens, positions, kernel, segment_ids))
 
-    def hidden(
-        self, tokens: Tokens, positions: Tokens, kernel: str, segment_ids: Tokens | None = None
-    ) -> Hidden:
+    def hidden(self, tokens: Tokens, positions: Tokens, kernel: str, segment_ids: Tokens | None = None) -> Hidden:
         """Hidden states in the compute dtype, the input of `logits`."""
         graphdef, layers = nnx.split(self.layers)
         rope = self._rope(positions)

@@ -218,9 +218,7 @@ def ideal_collective_bytes(config: TrainConfig, slices: int = 1) -> dict[str, fl
     width = jnp.dtype(model.dtype).itemsize
     data, fsdp, sequence, tensor = mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor
     layers = width * model.num_layers * sum(math.prod(shape) for shape in layer_weight_shapes(model)) / tensor
-    embeddings = (
-        width * (1 if model.tie_embeddings else 2) * model.vocabulary_size * model.hidden_size / tensor
-    )
+    embeddings = width * (1 if model.tie_embeddings else 2) * model.vocabulary_size * model.hidden_size / tensor
     fraction = (fsdp - 1) / fsdp
     gradients = (layers + embeddings) / fsdp
     within = data // slices

@@ -39,9 +39,7 @@ def temp_bytes(config: TrainConfig) -> Float[np.ndarray, 2]:
     model, mesh, objective = config.model, config.mesh, config.objective
     width = jnp.dtype(model.dtype).itemsize
     D, F, V = model.hidden_size, model.mlp_size / mesh.tensor, model.vocabulary_size / mesh.tensor
-    rows = config.batch_size / (
-        mesh.data * mesh.fsdp * objective.accumulate_steps
-    )  # per chip and micro-batch
+    rows = config.batch_size / (mesh.data * mesh.fsdp * objective.accumulate_steps)  # per chip and micro-batch
     tokens = rows * model.context / mesh.sequence
     shard = 10.0 * count_parameters(model) / (mesh.fsdp * mesh.tensor)
     layer = 2.0 * width * sum(math.prod(shape) for shape in layer_weight_shapes(model)) / mesh.tensor

@@ -159,9 +159,7 @@ class Program:
         if known:
             return int(known[1])
         condition = self.computations[loop.called("condition")]
-        fused = [
-            i for call in condition.values() for i in self.computations.get(call.called("calls"), {}).values()
-        ]
+        fused = [i for call in condition.values() for i in self.computations.get(call.called("calls"), {}).values()]
         limits = {int(i.literal) for i in [*condition.values(), *fused] if _is_count(i)}
         if len(limits) != 1:
             if loop.name not in self.unknown_trip_counts:

@@ -231,9 +231,7 @@ def _make_task(config: TrainConfig, mesh: Mesh | None) -> NextTokenTask:
     tokens = config.batch_size * config.model.context
     tx, schedule = optimizer.build(config.optimizer, config.loop.with_total_steps(tokens).total_steps, tokens)
     spec = batch_spec(config.batch_size, config.model.context, config.data.packing == "whole")
-    return NextTokenTask(
-        config.model, spec, list(config.data.components), tx, schedule, mesh, config.objective
-    )
+    return NextTokenTask(config.model, spec, list(config.data.components), tx, schedule, mesh, config.objective)
 
 
 def _state_bytes(config: TrainConfig) -> tuple[int, int]:

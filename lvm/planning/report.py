@@ -69,9 +69,7 @@ def _collectives(plan: Plan) -> list[str]:
         sent = received.get(kind, Collective(kind, 0.0, 0))
         ideal = "" if kind == PADDING else f"{plan.ideal_bytes.get(kind, 0) / GIGA:.3f}"
         overlapped = f"{sent.overlapped_bytes / sent.bytes:.0%}" if sent.bytes and sent.count else ""
-        table.append(
-            f"  {kind:<20} {sent.bytes / GIGA:>8.3f} {ideal:>8} {sent.count or '':>7} {overlapped:>11}"
-        )
+        table.append(f"  {kind:<20} {sent.bytes / GIGA:>8.3f} {ideal:>8} {sent.count or '':>7} {overlapped:>11}")
     if plan.ideal_ratio is not None and plan.compile_seconds is not None:
         table.append(f"  {plan.ideal_ratio:.3f} times ideal fully sharded training, without padding")
     return table

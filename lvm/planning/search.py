@@ -125,9 +125,7 @@ def _larger_slice(plan: Plan, memory: MemoryModel) -> str | None:
 def format_choice(config: TrainConfig, base: TrainConfig | None = None) -> str:
     """The keys that a search chooses, as flags without dashes; with `base`, those that differ from it."""
     before = {} if base is None else _choices(base)
-    return " ".join(
-        f"config.{key}={value}" for key, value in _choices(config).items() if before.get(key) != value
-    )
+    return " ".join(f"config.{key}={value}" for key, value in _choices(config).items() if before.get(key) != value)
 
 
 def _choices(config: TrainConfig) -> dict[str, str | int]:

@@ -254,9 +254,7 @@ def intact_step(workdir: epath.PathLike, step: int | None = None) -> int:
             raise UserError(f"{workdir}: no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
         damage = checkpoints.find_damage(step, prefix="params/")
     if damage:
-        raise UserError(
-            f"damaged checkpoint: {damage}; resume its training, which falls back to the one before"
-        )
+        raise UserError(f"damaged checkpoint: {damage}; resume its training, which falls back to the one before")
     return step
 
 

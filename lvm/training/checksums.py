@@ -28,9 +28,7 @@ def write(folder: epath.Path, record: epath.Path) -> None:
     if files.is_remote(folder):
         entries = files.objects(folder)
     else:
-        names = sorted(
-            str((root / name).relative_to(folder)) for root, _, names in folder.walk() for name in names
-        )
+        names = sorted(str((root / name).relative_to(folder)) for root, _, names in folder.walk() for name in names)
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             entries = dict(zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True))
     record.parent.mkdir(parents=True, exist_ok=True)

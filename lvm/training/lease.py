@@ -41,9 +41,7 @@ class Lease:
       UserError: another run holds and renews it.
     """
 
-    def __init__(
-        self, path: epath.PathLike, ttl_s: float = TTL_S, renew_s: float = _RENEW_S, poll_s: float = _POLL_S
-    ):
+    def __init__(self, path: epath.PathLike, ttl_s: float = TTL_S, renew_s: float = _RENEW_S, poll_s: float = _POLL_S):
         self._path, self._ttl_s, self._renew_s, self._poll_s = os.fspath(path), ttl_s, renew_s, poll_s
         bucket, _, name = self._path.removeprefix("gs://").partition("/")
         self._bucket, self._name = _client().bucket(bucket), name
@@ -96,9 +94,7 @@ class Lease:
 
     def _write(self, replaced: int, retry: Retry | None) -> int:
         blob = self._bucket.blob(self._name)  # a new one: a blob with a generation requests that one alone
-        blob.upload_from_string(
-            self._owner, if_generation_match=replaced, timeout=_WRITE_TIMEOUT_S, retry=retry
-        )
+        blob.upload_from_string(self._owner, if_generation_match=replaced, timeout=_WRITE_TIMEOUT_S, retry=retry)
         return int(blob.generation)
 
     def _is_ours(self) -> bool:

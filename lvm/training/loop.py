@@ -82,9 +82,7 @@ class LoopConfig:
                 "to 0"
             )
         check_positive(self, "log_every", "keep", "max_skipped")
-        check_non_negative(
-            self, "evaluate_every", "picture_every", "checkpoint_every", "keep_every", "input_workers"
-        )
+        check_non_negative(self, "evaluate_every", "picture_every", "checkpoint_every", "keep_every", "input_workers")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
             raise UserError(f"profile={self.profile} must be empty, or the first and the last step")
 
@@ -359,9 +357,7 @@ def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[st
     return {name: flops / (accelerator.peak_flops * mesh.size) for name, flops in flops_per_step.items()}
 
 
-def _read_local(
-    read: ReadBatch, rows: np.ndarray, skipped: SkippedBatches, step: int
-) -> Mapping[str, np.ndarray]:
+def _read_local(read: ReadBatch, rows: np.ndarray, skipped: SkippedBatches, step: int) -> Mapping[str, np.ndarray]:
     # Not a method of the loop: input workers unpickle it in another process.
     return read(skipped.batch_index(step), rows)
 

@@ -111,9 +111,7 @@ def _losses(logits: Float[Array, "B c V"], targets: Int[Array, "B c"]) -> tuple[
     return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
 
 
-def _vocabulary_parallel_losses(
-    logits: Float[Array, "B c V"], targets: Int[Array, "B c"]
-) -> tuple[Array, Array]:
+def _vocabulary_parallel_losses(logits: Float[Array, "B c V"], targets: Int[Array, "B c"]) -> tuple[Array, Array]:
     """`_losses` with the vocabulary sharded over `tensor`."""
     largest = jax.lax.pmax(jax.lax.stop_gradient(logits).max(-1), "tensor")  # [B, c]
     total = jax.lax.psum(jnp.exp(logits - largest[..., None]).sum(-1), "tensor")

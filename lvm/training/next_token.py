@@ -85,9 +85,7 @@ class NextTokenTask:
         self.graphdef, self.params_shape = abstract_module(self._make_model)
         self.logical_axes = logical_axes(self._make_model)
         self.update = make_update(self._loss, self.optimizer, self.schedule, self.objective.accumulate_steps)
-        self._loss_sum = jax.jit(
-            lambda params, batch: self._loss(params, batch, jax.random.key(0))[1]["loss"]
-        )
+        self._loss_sum = jax.jit(lambda params, batch: self._loss(params, batch, jax.random.key(0))[1]["loss"])
 
     def _check_mesh(self) -> None:
         if self.mesh is None:
@@ -100,9 +98,7 @@ class NextTokenTask:
                 f"{sizes['data']} × {sizes['fsdp']} × {accumulate_steps}"
             )
         if (length - 1) % sizes["sequence"]:
-            raise UserError(
-                f"config.mesh.sequence: {sizes['sequence']} doesn't divide the context of {length - 1}"
-            )
+            raise UserError(f"config.mesh.sequence: {sizes['sequence']} doesn't divide the context of {length - 1}")
 
     def init(self, rng: Key[Array, ""]) -> State:
         """Returns fresh parameters and optimizer state."""

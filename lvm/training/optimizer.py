@@ -134,9 +134,7 @@ def _schedule(config: OptimizerConfig, total_steps: int, tokens_per_step: int) -
     if warmup >= total_steps:
         raise UserError(f"config.optimizer.{warmup_text} must be below total_steps={total_steps}")
     if warmup + decay > total_steps:
-        raise UserError(
-            f"config.optimizer.{decay_text} after {warmup_text} exceeds total_steps={total_steps}"
-        )
+        raise UserError(f"config.optimizer.{decay_text} after {warmup_text} exceeds total_steps={total_steps}")
     peak, end = config.learning_rate, config.end_learning_rate
     start = 0.0 if warmup else peak
     if config.schedule == "cosine":
@@ -153,9 +151,7 @@ def _length(config: OptimizerConfig, phase: str, tokens_per_step: int) -> tuple[
     if not tokens:
         return steps, f"{phase}_steps={steps}"
     if not tokens_per_step:
-        raise UserError(
-            f"config.optimizer.{phase}_tokens={tokens}, but the task has no tokens; use {phase}_steps"
-        )
+        raise UserError(f"config.optimizer.{phase}_tokens={tokens}, but the task has no tokens; use {phase}_steps")
     steps = -(-tokens // tokens_per_step)
     return steps, f"{phase}_tokens={tokens} ({steps} steps)"
 
@@ -168,9 +164,7 @@ def _scale_by_optimizer(config: OptimizerConfig) -> optax.GradientTransformation
     if config.name == "adafactor":
         # `optax.adafactor` would not multiply the decay by the learning rate. The two largest dimensions are factored,
         # if both are at least 64: of attention kernels [L, D, H, d] these are D and d, never the layers.
-        return optax.chain(
-            optax.scale_by_factored_rms(min_dim_size_to_factor=64), optax.clip_by_block_rms(1.0)
-        )
+        return optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=64), optax.clip_by_block_rms(1.0))
     if config.name == "muon":
         # The learning rate of −1 keeps the gradients' sign. An RMS of 0.2 is about that of AdamW's updates, so that
         # learning rate and decay carry over (Liu et al., arXiv 2502.16982).

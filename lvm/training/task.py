@@ -43,9 +43,7 @@ class TrainTask(Protocol):
         """Returns named pictures of the model's current output."""
 
 
-Sums = dict[
-    str, tuple[Float[Array, ""], Float[Array, ""]]
-]  # name → (weighted sum, weight), additive over batches
+Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # name → (weighted sum, weight), additive over batches
 LossFn = Callable[[Any, Batch, Key[Array, ""]], tuple[Float[Array, ""], Sums]]
 
 
@@ -111,9 +109,7 @@ def weighted_means(sums: Sums) -> Metrics:
     return means | {"loss": loss / jnp.maximum(weight, 1.0)}
 
 
-def _gradients(
-    loss_fn: LossFn, params: Any, batch: Batch, rng: jax.Array, accumulate_steps: int
-) -> tuple[Any, Sums]:
+def _gradients(loss_fn: LossFn, params: Any, batch: Batch, rng: jax.Array, accumulate_steps: int) -> tuple[Any, Sums]:
     def gradients(batch: Batch, rng: jax.Array) -> tuple[Any, Sums]:
         return jax.grad(loss_fn, has_aux=True)(params, batch, rng)
 

@@ -81,12 +81,8 @@ class Workdir:
             raise UserError(f"{self.path}: is a file; --workdir must be a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         distributed.on_process_zero(self._acquire_lock)
-        record = files.as_json(
-            {"version": RECORD_VERSION, "lvm_version": __version__, "kind": kind, **record}
-        )
-        if any(
-            (self.path / "checkpoints").glob("[0-9]*")
-        ):  # before the first, nothing is lost by a fresh start
+        record = files.as_json({"version": RECORD_VERSION, "lvm_version": __version__, "kind": kind, **record})
+        if any((self.path / "checkpoints").glob("[0-9]*")):  # before the first, nothing is lost by a fresh start
             self._check_record(kind, record, config_class)
         elif (self.path / CONFIG).exists():
             _load_record(self.path, kind)
@@ -104,9 +100,7 @@ class Workdir:
     def _check_record(self, kind: str, new: dict[str, Any], config_class: type | None) -> None:
         path = self.path / CONFIG
         if not path.exists():
-            raise UserError(
-                f"{self.path}: has checkpoints but no {CONFIG}; choose a new folder, or remove them"
-            )
+            raise UserError(f"{self.path}: has checkpoints but no {CONFIG}; choose a new folder, or remove them")
         old = _load_record(self.path, kind)
         if old.get("version") != RECORD_VERSION:
             raise UserError(
@@ -139,9 +133,7 @@ class Workdir:
 def _load_record(folder: epath.PathLike, kind: str) -> dict[str, Any]:
     path = epath.Path(folder) / CONFIG
     if not path.exists():
-        raise UserError(
-            f"{folder}: not a model folder: {CONFIG} is missing; expected a workdir of {kind} training"
-        )
+        raise UserError(f"{folder}: not a model folder: {CONFIG} is missing; expected a workdir of {kind} training")
     record = files.read_json(path)
     if not isinstance(record, dict) or record.get("kind") != kind:
         actual = record.get("kind") if isinstance(record, dict) else type(record).__name__

@@ -56,9 +56,7 @@ def make_store(tmp_path):
         scenes = content if content and isinstance(content[0], GroupedScene) else make_scenes(content)
         for shard in range(num_shards):
             part = scenes[len(scenes) * shard // num_shards : len(scenes) * (shard + 1) // num_shards]
-            writer.write_shard(
-                folder, shard, num_shards, part, NUM_CODES, writer.SkippedItems(groups=[0, 2**64 - 1])
-            )
+            writer.write_shard(folder, shard, num_shards, part, NUM_CODES, writer.SkippedItems(groups=[0, 2**64 - 1]))
         assert not writer.write_manifest(folder, header(**options), num_shards)
         return str(folder)
 

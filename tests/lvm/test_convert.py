@@ -40,9 +40,7 @@ def source(tmp_path):
 
 
 def test_convert_command_converts_and_checks(source, tmp_path):
-    output = run(
-        "lvm.convert", source, tmp_path / "hf", "--to", "hf", "--vocabulary=8448", "--dtype=bfloat16"
-    )
+    output = run("lvm.convert", source, tmp_path / "hf", "--to", "hf", "--vocabulary=8448", "--dtype=bfloat16")
     assert "--tokenizer" in output
     assert "parameters in bfloat16, 8192 codes of 8448 ids, step 7" in output
     assert models.read(tmp_path / "hf").vocabulary == dataclasses.replace(PUBLISHED, size=8448)
@@ -129,19 +127,13 @@ def test_convert_rejects_another_tokenizer(trained, caplog):
         convert.convert(str(trained / "run"), str(trained / "hf"), "hf", tokenizer=str(trained / "other"))
     models.write(trained / "unrecorded", small_model(Vocabulary.for_codes(32)), "hf")
     with pytest.raises(UserError, match="other: 64 codes, but the model has 32"):
-        convert.convert(
-            str(trained / "unrecorded"), str(trained / "hf"), "hf", tokenizer=str(trained / "other")
-        )
-    with pytest.raises(
-        UserError, match=r"--tokenizer=.*other is only supported with --to=hf, not --to=orbax"
-    ):
+        convert.convert(str(trained / "unrecorded"), str(trained / "hf"), "hf", tokenizer=str(trained / "other"))
+    with pytest.raises(UserError, match=r"--tokenizer=.*other is only supported with --to=hf, not --to=orbax"):
         convert.convert(str(trained / "run"), str(trained / "hf"), "orbax", tokenizer=str(trained / "other"))
     assert not (trained / "hf").exists()
     assert not list(trained.glob(".*"))
     models.write(trained / "unrecorded 64", small_model(Vocabulary.for_codes(64)), "easylm")
-    convert.convert(
-        str(trained / "unrecorded 64"), str(trained / "hf"), "hf", tokenizer=str(trained / "other")
-    )
+    convert.convert(str(trained / "unrecorded 64"), str(trained / "hf"), "hf", tokenizer=str(trained / "other"))
     assert "other: can't be verified" in caplog.text
 
 
@@ -172,9 +164,7 @@ def test_load_initial_model_checks_architecture_and_codes(tmp_path):
             load_initial_model(tmp_path / "x", dataclasses.replace(config, **change), OURS, {"hash": "a"})
     with pytest.raises(UserError, match="512 codes, checkpoint: 8192"):
         load_initial_model(tmp_path / "x", config, Vocabulary.for_codes(512), {"hash": "a"})
-    recorded = dataclasses.replace(
-        small_model(OURS), record={**small_model(OURS).record, "tokenizer": {"hash": "b"}}
-    )
+    recorded = dataclasses.replace(small_model(OURS), record={**small_model(OURS).record, "tokenizer": {"hash": "b"}})
     models.write(tmp_path / "recorded", recorded, "easylm")
     with pytest.raises(UserError, match=r"config\.init_from=.*another tokenizer"):
         load_initial_model(tmp_path / "recorded", config, OURS, {"hash": "a"})
@@ -206,9 +196,7 @@ def test_train_init_from_every_format(demo, tmp_path, caplog):
     arrays = open_params(tmp_path / "from hf", 2, stacked_shapes(trained.config))
     assert arrays["layers.mlp.up"].chunk_layout.read_chunk.shape[0] == 1  # so that a layer is read by itself
     assert "vocabulary changes from" in caplog.text
-    with pytest.raises(
-        UserError, match=r"converted weights and no training; start one .*--config\.init_from"
-    ):
+    with pytest.raises(UserError, match=r"converted weights and no training; start one .*--config\.init_from"):
         train(from_config_dict(TrainConfig, tiny), str(tmp_path / "orbax"))
 
 

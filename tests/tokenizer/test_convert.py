@@ -29,9 +29,7 @@ def test_convert_command(tmp_path):
     said = run("tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=orbax")
     assert "16 codes of 4, 64 per image of 16×16" in said
     check_same(weights.read(tmp_path / "out"), published)
-    assert "out: exists " in run(
-        "tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=torch", code=2
-    )
+    assert "out: exists " in run("tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=torch", code=2)
     assert "nowhere: not a model folder" in run(
         "tokenizer.convert", tmp_path / "nowhere", tmp_path / "x", "--to=torch", code=2
     )
@@ -77,7 +75,5 @@ def test_no_module_imports_torch_or_pickle():
     folders = [pathlib.Path(weights.__file__).parent, pathlib.Path(files.__file__).parent]
     for file in itertools.chain(*(folder.rglob("*.py") for folder in folders)):
         lines = [line.strip() for line in file.read_text().splitlines()]
-        imports = [
-            line for line in lines if line.startswith(("import torch", "from torch", "import pickle\n"))
-        ]
+        imports = [line for line in lines if line.startswith(("import torch", "from torch", "import pickle\n"))]
         assert not imports, f"{file}: {imports}"

@@ -55,9 +55,7 @@ class Scenes(ImageSource):
 
     def info(self, index):
         frames, stream_set, _ = self.scenes[index]
-        return SceneInfo(
-            f"scene {index}", f"group {index // 2}", ("", "cat")[index % 2], frames, SETS[stream_set]
-        )
+        return SceneInfo(f"scene {index}", f"group {index // 2}", ("", "cat")[index % 2], frames, SETS[stream_set])
 
     def load(self, index):
         info, bad = self.info(index), self.scenes[index][2]
@@ -158,9 +156,7 @@ def test_every_batch_has_one_shape_and_one_shard(tokenizer, tmp_path, monkeypatc
     store = Store(encode(tokenizer, tmp_path / "store", num_shards=3))
     assert set(shapes) == {(16, SIDE, SIDE, 3)}  # eight devices of two
     per_shard = [shard["images"] for shard in store.manifest["shards"]]
-    assert counts == [
-        n for images in per_shard for n in [16] * (images // 16) + [images % 16] * (images % 16 > 0)
-    ]
+    assert counts == [n for images in per_shard for n in [16] * (images // 16) + [images % 16] * (images % 16 > 0)]
 
 
 def test_existing_shards_are_not_encoded_again(tokenizer, reference, tmp_path, monkeypatch):
@@ -168,9 +164,7 @@ def test_existing_shards_are_not_encoded_again(tokenizer, reference, tmp_path, m
     (folder / "shard-00002-of-00004.json").unlink()
     (folder / "manifest.json").unlink()
     calls, run = [], encoding.ImageBatcher.__call__
-    monkeypatch.setattr(
-        encoding.ImageBatcher, "__call__", lambda self, index: calls.append(index) or run(self, index)
-    )
+    monkeypatch.setattr(encoding.ImageBatcher, "__call__", lambda self, index: calls.append(index) or run(self, index))
     assert contents(encode(tokenizer, folder)) == contents(reference)
     assert len(calls) == 1
     encode(tokenizer, folder)

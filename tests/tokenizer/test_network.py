@@ -34,9 +34,7 @@ def images(count, side=16, seed=0):
     return jnp.asarray(np.random.default_rng(seed).random((count, side, side, 3), np.float32))
 
 
-@pytest.mark.parametrize(
-    ("variant", "count"), [("maskgit", 54_515_587), ("lvm_old", 64_349_219), ("lvm", 146_244_675)]
-)
+@pytest.mark.parametrize(("variant", "count"), [("maskgit", 54_515_587), ("lvm_old", 64_349_219), ("lvm", 146_244_675)])
 def test_variants_have_published_parameter_counts(variant, count):
     _, params = nnx_utils.abstract_module(lambda rngs: VQGAN(VARIANTS[variant], rngs))
     assert nnx_utils.count_params(params) == count

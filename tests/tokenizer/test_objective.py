@@ -55,9 +55,7 @@ def test_init_and_update_have_documented_shapes():
     assert all(jax.tree.leaves(matches))
     assert {value.shape for value in metrics.values()} == {()}
     assert {str(value.dtype) for value in metrics.values()} == {"float32", "int32"}  # int32: skip counts
-    assert {"loss", "grad_norm", "learning_rate", "psnr", "codebook_usage", "codebook_perplexity"} <= set(
-        metrics
-    )
+    assert {"loss", "grad_norm", "learning_rate", "psnr", "codebook_usage", "codebook_perplexity"} <= set(metrics)
 
 
 def test_loss_falls_in_both_phases():

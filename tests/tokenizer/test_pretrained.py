@@ -35,9 +35,7 @@ def test_codes_are_independent_of_batch_and_device(variant):
     tokenizer, images = tokenizer_of(variant), pictures(64)
     together = tokenizer.encode(images)  # 64 images: eight devices of eight
     assert len(np.unique(together)) > 100
-    alone = np.concatenate(
-        [tokenizer.encode(images[i : i + 1]) for i in range(0, 64, 9)]
-    )  # one device, padded
+    alone = np.concatenate([tokenizer.encode(images[i : i + 1]) for i in range(0, 64, 9)])  # one device, padded
     np.testing.assert_array_equal(alone, together[::9])
     np.testing.assert_array_equal(tokenizer.encode(images[:7]), together[:7])
     np.testing.assert_array_equal(tokenizer.encode(images[5:22]), together[5:22])  # padded on eight devices

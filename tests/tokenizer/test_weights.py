@@ -144,9 +144,7 @@ def networks(draw):
 @given(config=networks(), seed=st.integers(0, 99), data=st.data())
 def test_chains_of_conversions_are_exact_at_any_size(config, seed, data):
     original = random_weights(config, seed)
-    chain = data.draw(
-        st.lists(st.sampled_from(layouts.layout_kinds(variant_of(config))), min_size=1, max_size=3)
-    )
+    chain = data.draw(st.lists(st.sampled_from(layouts.layout_kinds(variant_of(config))), min_size=1, max_size=3))
     stored = original
     with tempfile.TemporaryDirectory() as folder:
         for i, kind in enumerate(chain):
@@ -323,9 +321,7 @@ def test_read_bare_file_with_variant(tmp_path):
     for source in (file, bare):
         check_same(weights.read(source), original)
     (bare / "other.pth").touch()
-    with pytest.raises(
-        UserError, match=r"weights files: other.pth, tokenizer_imagenet256_checkpoint; expected one"
-    ):
+    with pytest.raises(UserError, match=r"weights files: other.pth, tokenizer_imagenet256_checkpoint; expected one"):
         weights.read(bare)
     file.write_bytes(b"\x93 no weights")
     with pytest.raises(UserError, match=r"not weights in msgpack, safetensors or torch's format"):

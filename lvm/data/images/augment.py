@@ -68,9 +68,7 @@ class Augment:
             yield SceneImages(info, images)
 
 
-def mirror_images(
-    images: UInt8[np.ndarray, "T S R R 3"], codecs: Sequence[Codec]
-) -> UInt8[np.ndarray, "T S R R 3"]:
+def mirror_images(images: UInt8[np.ndarray, "T S R R 3"], codecs: Sequence[Codec]) -> UInt8[np.ndarray, "T S R R 3"]:
     """Flips a scene horizontally, each stream by its codec."""
     mirrored = (codec.mirror(image) for frame in images for codec, image in zip(codecs, frame, strict=True))
     return np.stack(list(mirrored)).reshape(images.shape)

@@ -114,9 +114,7 @@ class Preprocess:
         columns = (left + centers * (right - left)).astype(np.intp)
         return labels[rows[:, None], columns]
 
-    def map_points(
-        self, points: Num[np.ndarray, "*batch 2"], size: tuple[int, int]
-    ) -> Float[np.ndarray, "*batch 2"]:
+    def map_points(self, points: Num[np.ndarray, "*batch 2"], size: tuple[int, int]) -> Float[np.ndarray, "*batch 2"]:
         """Maps points (x, y) of an image of (height, width) `size` to the resized one, or outside of it if cropped.
 
         Points are in pixels from the upper left corner: the center of the first pixel is (0.5, 0.5).

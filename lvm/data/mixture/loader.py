@@ -48,9 +48,7 @@ def prefetch_batches(
     """
     if workers < 0:
         raise UserError(f"workers={workers} must not be negative")
-    steps = grain.MapDataset.range(start, stop).map(
-        functools.partial(_read_compressed, read) if workers else read
-    )
+    steps = grain.MapDataset.range(start, stop).map(functools.partial(_read_compressed, read) if workers else read)
     if not workers:
         _retain_memory()
         yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH))
@@ -95,9 +93,7 @@ def _compress(x: np.ndarray) -> dict[str, Any]:
     return {"data": data, "rows": rows.shape, "shape": x.shape, "dtype": x.dtype}
 
 
-def _decompress(
-    data: np.ndarray, rows: tuple[int, ...], shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
+def _decompress(data: np.ndarray, rows: tuple[int, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     if dtype.kind == "b":
         data = np.unpackbits(data, count=math.prod(rows)).view(bool).reshape(rows)
     return np.broadcast_to(data, shape).astype(dtype, order="C")

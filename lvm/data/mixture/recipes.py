@@ -307,9 +307,7 @@ class MultiAnnotation(Recipe):
         check_positive(self, "shots")
         count = len(self.streams)
         if len(set(self.streams)) < count:
-            raise UserError(
-                f"annotations={self.annotations} with input {self.input!r} must not repeat a stream"
-            )
+            raise UserError(f"annotations={self.annotations} with input {self.input!r} must not repeat a stream")
         if not 2 <= self.num_streams <= count:
             raise UserError(f"num_streams={self.num_streams} must be from 2 to {count}, all streams")
 

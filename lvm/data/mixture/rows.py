@@ -22,9 +22,7 @@ from lvm.data.store.format import DamagedError
 from lvm.model.vocabulary import Vocabulary
 
 
-def to_tokens(
-    codes: Integer[np.ndarray, "*batch grids N"], vocabulary: Vocabulary
-) -> Int32[np.ndarray, "*batch T"]:
+def to_tokens(codes: Integer[np.ndarray, "*batch grids N"], vocabulary: Vocabulary) -> Int32[np.ndarray, "*batch T"]:
     """Flattens the codes of sentences, and adds the BOS and EOS that the vocabulary has."""
     edge = np.ones((*codes.shape[:-2], 1), np.int32)
     bos, eos = ([] if x is None else [x * edge] for x in (vocabulary.bos, vocabulary.eos))

@@ -82,9 +82,7 @@ class ComponentSentences:
         self.num_scenes = len(scenes) - self._sampler.num_excluded
         self.num_excluded = split_size - self.num_scenes
         self.sentences_per_epoch = self._sampler.sentences_per_epoch
-        columns = [
-            [names.index(s) if s in names else -1 for s in self.recipe.streams] for names in store.stream_sets
-        ]
+        columns = [[names.index(s) if s in names else -1 for s in self.recipe.streams] for names in store.stream_sets]
         self._columns = np.array(columns).reshape(len(store.stream_sets), -1)  # [stream sets, streams]
 
     def shortage(self) -> str:

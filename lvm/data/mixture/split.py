@@ -47,9 +47,7 @@ def heldout_mask(
     if lowest < threshold <= highest:
         return hashes < np.uint64(threshold)
     if lowest == highest:
-        raise UserError(
-            f"heldout_fraction={fraction} needs at least two images or videos; all scenes belong to one"
-        )
+        raise UserError(f"heldout_fraction={fraction} needs at least two images or videos; all scenes belong to one")
     return hashes == np.uint64(lowest)
 
 

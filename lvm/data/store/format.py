@@ -83,9 +83,7 @@ def pack(scenes: Sequence[Scene]) -> bytes:
     keys = [scene.key.encode() for scene in scenes]
     key_size = max(map(len, keys))
     if max(T, key_size) > _MAX_U16:
-        raise UserError(
-            f"{first.key[:80]}: {T} frames, key of {key_size} bytes; the limit of both is {_MAX_U16}"
-        )
+        raise UserError(f"{first.key[:80]}: {T} frames, key of {key_size} bytes; the limit of both is {_MAX_U16}")
     head = _HEAD.pack(MAGIC, VERSION, len(scenes), 0)
     class_ids = np.array([scene.class_id for scene in scenes], "<i4").tobytes()
     lengths = np.array([len(key) for key in keys], "<u2").tobytes()

@@ -66,13 +66,9 @@ def decode_grids(line: bytes, format: JsonlFormat) -> Int32[np.ndarray, "grids N
     tokens = decode_line(line)
     codes_per_image = format.grid[0] * format.grid[1]
     if not len(tokens) or len(tokens) % codes_per_image:
-        raise ValueError(
-            f"{len(tokens)} tokens are not a multiple of {codes_per_image} codes per image (grid)"
-        )
+        raise ValueError(f"{len(tokens)} tokens are not a multiple of {codes_per_image} codes per image (grid)")
     if tokens.min() < 0 or tokens.max() >= format.num_codes:
-        raise ValueError(
-            f"codes are in [{tokens.min()}, {tokens.max()}], expected [0, {format.num_codes}) (num_codes)"
-        )
+        raise ValueError(f"codes are in [{tokens.min()}, {tokens.max()}], expected [0, {format.num_codes}) (num_codes)")
     return tokens.reshape(-1, codes_per_image)
 
 
@@ -117,9 +113,7 @@ class JsonlStore:
         """Index entries of the lines `scenes`."""
         return self._index[scenes]
 
-    def heldout(
-        self, fraction: float, entries: Shaped[np.ndarray, " n"] | None = None
-    ) -> Bool[np.ndarray, " n"]:
+    def heldout(self, fraction: float, entries: Shaped[np.ndarray, " n"] | None = None) -> Bool[np.ndarray, " n"]:
         """See `Store.heldout`."""
         groups = (self._index if entries is None else entries)["group"]
         return split.heldout_mask(groups, fraction, self._extremes)
@@ -132,9 +126,7 @@ class JsonlStore:
         for offset in np.unique(entries["offset"]).tolist():
             rows = np.flatnonzero(entries["offset"] == offset)
             line = self._content[offset : offset + int(entries["size"][rows[0]])]
-            codes[rows] = self._line_grids(line, int(np.searchsorted(self._index["offset"], offset)))[
-                frames[rows]
-            ]
+            codes[rows] = self._line_grids(line, int(np.searchsorted(self._index["offset"], offset)))[frames[rows]]
         return codes
 
     def _line_grids(self, line: bytes, i: int) -> Int32[np.ndarray, "grids N"]:

@@ -28,9 +28,7 @@ from lvm.data.store.records import Shards
 from lvm.data.streams.codecs import Codec, codec_from_json
 
 VERSION = 3
-_NESTED_ENTRY = np.dtype(
-    [("scene", SCENE_DTYPE), ("record", RECORD_DTYPE), ("shard", "<i4")]
-)  # as ENTRY_DTYPE
+_NESTED_ENTRY = np.dtype([("scene", SCENE_DTYPE), ("record", RECORD_DTYPE), ("shard", "<i4")])  # as ENTRY_DTYPE
 MANIFEST, HEADER = "manifest.json", "header.json"
 _KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "histogram", "shards"}
 
@@ -138,9 +136,7 @@ class Store:
         """Hash of the manifest, which has the checksum of every shard."""
         return files.sha256(self.path / MANIFEST)
 
-    def heldout(
-        self, fraction: float, entries: Shaped[np.ndarray, " n"] | None = None
-    ) -> Bool[np.ndarray, " n"]:
+    def heldout(self, fraction: float, entries: Shaped[np.ndarray, " n"] | None = None) -> Bool[np.ndarray, " n"]:
         """Mask of the scenes of `entries` (default: all) in the held-out split (`lvm.data.mixture.split`)."""
         lowest, highest = self.manifest["group_hashes"]
         groups = (self.index if entries is None else entries)["group"]

@@ -36,9 +36,7 @@ _MAX_SHARD_SIZE = 2**44  # bytes; shard · this + offset is a key that sorts by 
 _MAX_GAP = 2**13  # bytes between blocks that are cheaper to read than to skip
 
 
-def read_ranges(
-    descriptors: Sequence[int], offsets: Int[np.ndarray, " n"], sizes: Int[np.ndarray, " n"]
-) -> bytes:
+def read_ranges(descriptors: Sequence[int], offsets: Int[np.ndarray, " n"], sizes: Int[np.ndarray, " n"]) -> bytes:
     """Reads byte ranges of ArrayRecord files without the Riegeli block headers, concatenated.
 
     Unreadable bytes are zeros, which fail their checksum.

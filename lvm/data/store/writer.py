@@ -91,8 +91,7 @@ def write_shard(
             "failures": skipped.failures,
             "versions": dict(versions or {}),
             "files": {
-                final: {"bytes": path.stat().length, "sha256": files.sha256(path)}
-                for final, path in temporary.items()
+                final: {"bytes": path.stat().length, "sha256": files.sha256(path)} for final, path in temporary.items()
             },
         }
         for final, path in temporary.items():

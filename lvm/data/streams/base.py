@@ -54,9 +54,7 @@ PALETTE = _farthest_points(256, levels=9)  # [256, 3]; stored scenes depend on i
 PALETTE.flags.writeable = False
 
 
-def nearest_colors(
-    image: UInt8[np.ndarray, "H W 3"], colors: UInt8[np.ndarray, "K 3"]
-) -> Int[np.ndarray, "H W"]:
+def nearest_colors(image: UInt8[np.ndarray, "H W 3"], colors: UInt8[np.ndarray, "K 3"]) -> Int[np.ndarray, "H W"]:
     """The index of the color nearest to each pixel by squared RGB distance; ties go to the lower index."""
     pixels, palette = image.reshape(-1, 3).astype(np.float32), colors.astype(np.float32)
     # |pixel|² is common to all colors. All terms are integers below 2²⁴: exact in float32.
@@ -74,7 +72,5 @@ def check_names(field: str, names: Any, limit: int) -> None:
 def check_image(image: np.ndarray, kind: str) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the image of a stream of this kind. Raises UserError unless it is uint8 [H, W, 3]."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise UserError(
-            f"image of kind {kind!r} is {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]"
-        )
+        raise UserError(f"image of kind {kind!r} is {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]")
     return image

@@ -52,9 +52,7 @@ class Palette(Codec):
         for field in ("background", "ignore"):
             value = getattr(self, field)
             if value is not None and not (type(value) is int and 0 <= value < len(self.names)):
-                raise UserError(
-                    f"palette.{field}={value!r} must be a class id in [0, {len(self.names)}) or None"
-                )
+                raise UserError(f"palette.{field}={value!r} must be a class id in [0, {len(self.names)}) or None")
 
     def render(self, ids: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
         """Renders integer class ids [H, W]. Raises UserError for an id without a name."""
@@ -166,9 +164,7 @@ class Normals(Codec):
         return mirrored
 
 
-CODECS: dict[str, type] = {
-    codec.kind: codec for codec in (Image, Palette, Depth, Edges, Normals, Boxes, Pose)
-}
+CODECS: dict[str, type] = {codec.kind: codec for codec in (Image, Palette, Depth, Edges, Normals, Boxes, Pose)}
 
 
 def codec_from_json(fields: Mapping[str, Any]) -> Codec:

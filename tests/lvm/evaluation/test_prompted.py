@@ -81,11 +81,7 @@ def test_answer_queries_collects_answers_truth_and_copies(make_heldout_scenes, e
 
 def answer_perfectly(scenes, decode, target):
     """Answers of a model that knows the truth of every query."""
-    truths = {
-        scene.grid(frame, "rgb").tobytes(): scene.grid(frame, target)
-        for scene in scenes
-        for frame in range(2)
-    }
+    truths = {scene.grid(frame, "rgb").tobytes(): scene.grid(frame, target) for scene in scenes for frame in range(2)}
 
     def answer(prompts, num_images):
         return np.stack([truths[prompt[-1].tobytes()] for prompt in prompts])[:, None]

@@ -31,9 +31,7 @@ RESULTS = {
             "below_unigram": 0.5,
             "by_component": {"video": 3.21},
         },
-        "perplexity_by_image": {
-            "video": {"exp_of_mean": [30.0, 20.0, 10.0], "mean_of_exp": [31.0, 21.0, 11.0]}
-        },
+        "perplexity_by_image": {"video": {"exp_of_mean": [30.0, 20.0, 10.0], "mean_of_exp": [31.0, 21.0, 11.0]}},
         "video": {
             "loss_first_image": 4.0,
             "loss_from_image_3": 2.5,

@@ -65,9 +65,7 @@ def test_overrides_reject_malformed_and_duplicate(overrides, message):
 def test_deterministic_adds_options_on_gpu_only():
     assert compiler_options("gpu", deterministic=True)["xla_gpu_deterministic_ops"] is True
     assert (
-        compiler_options("gpu", "xla_gpu_deterministic_ops=false", deterministic=True)[
-            "xla_gpu_deterministic_ops"
-        ]
+        compiler_options("gpu", "xla_gpu_deterministic_ops=false", deterministic=True)["xla_gpu_deterministic_ops"]
         is False
     )
     assert compiler_options("tpu", deterministic=True) == compiler_options("tpu")
@@ -132,9 +130,7 @@ def test_run_records_options_and_resumes_with_others(make_store, tmp_path):
     record = files.read_json(tmp_path / "run" / "config.json")
     assert record["compiler_options"] == {"xla_cpu_enable_fast_math": False}
     more = dataclasses.replace(config.loop, total_steps=3)
-    train(
-        dataclasses.replace(config, compiler_options="", deterministic=True, loop=more), str(tmp_path / "run")
-    )
+    train(dataclasses.replace(config, compiler_options="", deterministic=True, loop=more), str(tmp_path / "run"))
     assert files.read_json(tmp_path / "run" / "config.json")["compiler_options"] == {}
     more = dataclasses.replace(config.loop, total_steps=4)
     wrong = dataclasses.replace(config, compiler_options="xla_nothing=1", loop=more)

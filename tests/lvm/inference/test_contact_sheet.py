@@ -37,9 +37,7 @@ def test_render_sheet_places_images_and_gaps():
 
 def test_render_sheet_enlarges_without_blur():
     image = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(
-        cell_at(render_sheet([[Cell(image)]], 8), 0, 0, 8), image.repeat(2, 0).repeat(2, 1)
-    )
+    np.testing.assert_array_equal(cell_at(render_sheet([[Cell(image)]], 8), 0, 0, 8), image.repeat(2, 0).repeat(2, 1))
 
 
 @pytest.mark.parametrize("size", [3, 16])
@@ -68,9 +66,7 @@ def test_answer_row_starts_after_the_gap():
     assert [(int(cell.image[0, 0, 0]), cell.is_answer) for cell in row[2:]] == [(1, True), (2, True)]
 
 
-@pytest.mark.parametrize(
-    ("grids", "fraction", "prompt"), [(4, 0.5, 2), (3, 0.5, 2), (5, 0.2, 1), (2, 0.1, 1)]
-)
+@pytest.mark.parametrize(("grids", "fraction", "prompt"), [(4, 0.5, 2), (3, 0.5, 2), (5, 0.2, 1), (2, 0.1, 1)])
 def test_completion_sheet_completes_the_prompt(grids, fraction, prompt):
     codes = np.arange(grids * 3).reshape(grids, 3)
     calls = []

@@ -143,8 +143,7 @@ def test_window_drops_half_of_the_grids_by_default():
 def test_eight_devices_match_one(mesh):
     prompts, params_by_row = [grids(1), grids(3, seed=1)], [GREEDY, SamplingParams(1.0, top_p=0.9)]
     one, eight = (
-        generate(prompts, 5 * N, params_by_row, [1, 2], window=WINDOW, mesh=devices)
-        for devices in (None, mesh)
+        generate(prompts, 5 * N, params_by_row, [1, 2], window=WINDOW, mesh=devices) for devices in (None, mesh)
     )
     np.testing.assert_array_equal(one, eight)
 
@@ -152,9 +151,7 @@ def test_eight_devices_match_one(mesh):
 @given(st.data())
 @settings(max_examples=4)
 def test_rows_are_independent_of_the_batch(data):
-    requests = data.draw(
-        st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2**40)), min_size=2, max_size=2)
-    )
+    requests = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2**40)), min_size=2, max_size=2))
     prompts = [grids(count, seed=count) for count, _ in requests]
     params_by_row = [SamplingParams(1.0, top_k=9), SamplingParams(0.8, top_p=0.95)]
     seeds = [seed for _, seed in requests]

@@ -44,9 +44,7 @@ def test_read_sequence_of_files_and_folders(reader, tmp_path):
     assert prompt.labels == ("1", "2", "3")
     assert center_colors(prompt) == [COLORS["red"], COLORS["green"], COLORS["blue"]]
     assert prompt.num_answers == 1
-    two = prompts.PromptReader(read, Preprocess(SIDE), max_frames=1).read_sequence(
-        [first, str(tmp_path / "more")]
-    )
+    two = prompts.PromptReader(read, Preprocess(SIDE), max_frames=1).read_sequence([first, str(tmp_path / "more")])
     assert center_colors(two) == [COLORS["red"], COLORS["green"]]
 
 
@@ -59,9 +57,7 @@ def test_encode_mp4_round_trip(reader, tmp_path):
         assert container.streams.video[0].width == 256
     prompt = reader.read_sequence([str(path)])
     np.testing.assert_allclose(prompt.images, frames, atol=6)
-    assert (
-        len(prompts.PromptReader(read, Preprocess(SIDE), max_frames=2).read_sequence([str(path)]).images) == 2
-    )
+    assert len(prompts.PromptReader(read, Preprocess(SIDE), max_frames=2).read_sequence([str(path)]).images) == 2
     assert len(prompts.PromptReader(read, Preprocess(SIDE), rate=2.0).read_sequence([str(path)]).images) == 2
 
 

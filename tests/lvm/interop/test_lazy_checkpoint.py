@@ -17,16 +17,10 @@ from tests.lvm.small_models import OURS, PUBLISHED, SMALL, assert_same_model, sm
 @given(heads=st.sampled_from([(2, 0), (4, 2), (4, 1)]), layers=st.integers(1, 4), tied=st.booleans())
 @settings(max_examples=10)
 def test_load_params_matches_transformer(heads, layers, tied):
-    checkpoint = small_model(
-        num_heads=heads[0], num_kv_heads=heads[1], num_layers=layers, tie_embeddings=tied
-    )
+    checkpoint = small_model(num_heads=heads[0], num_kv_heads=heads[1], num_layers=layers, tie_embeddings=tied)
     _, expected = abstract_module(lambda rngs: Transformer(checkpoint.config, rngs))
     params = checkpoint.load_params()
-    assert (
-        count_params(params)
-        == count_params(expected)
-        == sum(t.read().size for t in checkpoint.tensors.values())
-    )
+    assert count_params(params) == count_params(expected) == sum(t.read().size for t in checkpoint.tensors.values())
     for name, tensor in checkpoint.tensors.items():
         *path, leaf = name.split(".")
         node = params
@@ -68,9 +62,7 @@ def test_resize_vocabulary_smaller_cuts_unused_ids():
     checkpoint = small_model(OURS)
     result = resize_vocabulary(checkpoint, 8292)
     assert result.vocabulary == Vocabulary(8192, 8292, bos=8192, eos=8193, pad=8194)
-    np.testing.assert_array_equal(
-        result.tensors["embedding"].read(), checkpoint.tensors["embedding"].read()[:8292]
-    )
+    np.testing.assert_array_equal(result.tensors["embedding"].read(), checkpoint.tensors["embedding"].read()[:8292])
     assert_same_model(resize_vocabulary(checkpoint, 8448), checkpoint)
     with pytest.raises(
         UserError,

@@ -218,9 +218,7 @@ def test_written_workdir_is_complete_and_checksummed(tmp_path):
 def test_written_workdir_has_one_chunk_per_layer(tmp_path):
     models.write(tmp_path / "x", small_model(), "orbax")
     arrays = open_params(tmp_path / "x", 7, stacked_shapes(small_config()))
-    assert {array.chunk_layout.read_chunk.shape[0] for name, array in arrays.items() if "layers" in name} == {
-        1
-    }
+    assert {array.chunk_layout.read_chunk.shape[0] for name, array in arrays.items() if "layers" in name} == {1}
 
 
 def test_write_orbax_rejects_layers_of_mixed_dtypes(tmp_path):
@@ -294,6 +292,4 @@ def test_load_infers_compute_dtype_from_weights(dtype, computed, tmp_path):
     logits = loaded.logits(np.arange(20)[None])
     wide = undeclared(tmp_path / "wide", PUBLISHED, dtype=dtype)
     models.write(tmp_path / "wider", with_dtype(models.read(wide), "float32"), "hf")
-    np.testing.assert_array_equal(
-        LVM.load(tmp_path / "wider", dtype=computed).logits(np.arange(20)[None]), logits
-    )
+    np.testing.assert_array_equal(LVM.load(tmp_path / "wider", dtype=computed).logits(np.arange(20)[None]), logits)

@@ -263,9 +263,7 @@ def test_read_torch_rejects_tensors_outside_their_storage(content, storages, tmp
         read_torch(save(tmp_path / "x.bin", content, storages))
 
 
-@pytest.mark.parametrize(
-    "raw", [b"\x80\x02.", b"\x80\x02}", b"\x80\x02h\x05.", b"\x80\x02t.", b"\x80\x02a.", b"\x99"]
-)
+@pytest.mark.parametrize("raw", [b"\x80\x02.", b"\x80\x02}", b"\x80\x02h\x05.", b"\x80\x02t.", b"\x80\x02a.", b"\x99"])
 def test_read_torch_rejects_malformed_pickles(raw, tmp_path):
     with pytest.raises(UserError, match=r"x\.bin: (damaged|refused)"):
         read_torch(save(tmp_path / "x.bin", None, raw=raw))
@@ -324,9 +322,7 @@ def test_read_state_dict_of_torch_save(protocol, tmp_path):
     torch = pytest.importorskip("torch")
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
     x = torch.arange(24.0).reshape(2, 3, 4)
-    state = collections.OrderedDict(
-        layer.state_dict(), transposed=x.transpose(0, 2), step=x[0, 1:, ::2].half()
-    )
+    state = collections.OrderedDict(layer.state_dict(), transposed=x.transpose(0, 2), step=x[0, 1:, ::2].half())
     state |= {"parameter": torch.nn.Parameter(x), "wide": x[0, 0].expand(5, 4), "brain": x.bfloat16()}
     torch.save(state, tmp_path / "x.bin", pickle_protocol=protocol)
     loaded = read_state_dict(tmp_path / "x.bin")

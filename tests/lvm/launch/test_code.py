@@ -31,7 +31,5 @@ def test_resolve_commit_with_uncommitted_changes(tmp_path, monkeypatch):
     assert "+new" in code.uncommitted_diff(shipped)
     assert code.resolve_commit("HEAD", ship_changes=False) == clean
     subprocess.run(code.archive_command(shipped, tmp_path / "code.tar.gz"), check=True)
-    content = subprocess.run(
-        ["tar", "-xzOf", tmp_path / "code.tar.gz", "a.txt"], capture_output=True, check=True
-    )
+    content = subprocess.run(["tar", "-xzOf", tmp_path / "code.tar.gz", "a.txt"], capture_output=True, check=True)
     assert content.stdout == b"new\n"

@@ -82,8 +82,7 @@ def test_sharded_sequence_equals_dense(config, kv_heads, segmented):
     def run(query, key, value, segments):
         # On the mesh, like the arrays of a training step.
         sharded = [
-            jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
-            for x in (query, key, value)
+            jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec())) for x in (query, key, value)
         ]
         with sharding.use_mesh(mesh):
             return attend(*sharded, "xla", segments)

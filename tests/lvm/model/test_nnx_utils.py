@@ -47,9 +47,7 @@ def test_merge_inverts_split_under_jit():
 def test_abstract_module_matches_init_params():
     graphdef, shapes = nnx_utils.abstract_module(Net)
     params = nnx_utils.init_params(Net, jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), params
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
     assert nnx_utils.merge(graphdef, params)(jnp.ones((1, 3))).shape == (1, 4)
 
 

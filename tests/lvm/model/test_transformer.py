@@ -81,10 +81,7 @@ def test_grouped_heads_equal_repeated_kv_heads():
     for name in ("key", "value"):
         full["layers"]["attention"][name] = jnp.repeat(grouped["layers"]["attention"][name], 2, axis=2)
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
-    a, b = (
-        merge(g, p)(tokens, positions(tokens), "xla")
-        for g, p in ((grouped_graph, grouped), (full_graph, full))
-    )
+    a, b = (merge(g, p)(tokens, positions(tokens), "xla") for g, p in ((grouped_graph, grouped), (full_graph, full)))
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -135,9 +135,7 @@ def test_collective_bytes_separates_padding():
     ],
 )
 def test_collective_bytes_of_permutes(sent, kind):
-    permute = (
-        f"%moved = bf16[16,32]{{1,0}} collective-permute(%{sent}), source_target_pairs={{{{0,1}},{{1,0}}}}"
-    )
+    permute = f"%moved = bf16[16,32]{{1,0}} collective-permute(%{sent}), source_target_pairs={{{{0,1}},{{1,0}}}}"
     plain = LOOP.replace("FIRST", "0")
     text = plain.replace("  ROOT %out = (s32[]", f"  {permute}\n  ROOT %out = (s32[]")
     without, received = (collectives(t, [(64, 32)]) for t in (plain, text))

@@ -184,9 +184,7 @@ def test_damaged_checkpoint_falls_back_to_previous(fresh, caplog, damage, proble
     damage(path)
     checkpoints = Checkpoints(fresh, keep=2)
     assert checkpoints.latest_intact_step() == 3
-    assert re.search(
-        f"damaged checkpoint: {re.escape(str(path))}: {problem}; going back to step 3", caplog.text
-    )
+    assert re.search(f"damaged checkpoint: {re.escape(str(path))}: {problem}; going back to step 3", caplog.text)
     restored, _ = checkpoints.restore(3, abstract(new_state()))
     assert_equal_bits(restored, new_state(seed=3, step=3))
     # The damaged checkpoint is quarantined, and the step can be saved again.

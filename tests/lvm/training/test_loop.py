@@ -247,9 +247,7 @@ def test_out_of_memory_is_one_line_with_advice(tmp_path):
     loop = Loop(step, read_rows, LoopConfig(total_steps=2), workdir, memory_advice=lambda: "take less")
     with pytest.raises(UserError) as error:
         loop.run()
-    assert str(error.value) == (
-        "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes; take less"
-    )
+    assert str(error.value) == ("out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes; take less")
 
 
 @pytest.mark.parametrize("log_every", [1, 100])

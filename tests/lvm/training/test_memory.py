@@ -21,9 +21,7 @@ def needs():
 
 
 def make(policy, accumulate_steps):
-    return make_step(
-        None, config=dataclasses.replace(CONFIG, remat=policy), accumulate_steps=accumulate_steps
-    )
+    return make_step(None, config=dataclasses.replace(CONFIG, remat=policy), accumulate_steps=accumulate_steps)
 
 
 def choose(monkeypatch, limit, policy="auto"):
@@ -54,10 +52,7 @@ def test_policy_that_does_not_fit_names_one_that_does(monkeypatch, needs):
     with pytest.raises(UserError) as error:
         choose(monkeypatch, needs["full"] * 1.1, "none")
     message = str(error.value)
-    assert (
-        "config.model.remat=none doesn't fit in 0.00 GiB a device (GiB needed: none 0.00; parameters 0.00"
-        in message
-    )
+    assert "config.model.remat=none doesn't fit in 0.00 GiB a device (GiB needed: none 0.00; parameters 0.00" in message
     assert message.endswith("GiB)")
     assert "config.objective.accumulate_steps=1 would fit" in message
 
@@ -92,8 +87,6 @@ def test_memory_limit_of_cpu_is_machine_memory():
 
 def test_explain_out_of_memory_suggests_settings(monkeypatch):
     advice = explain_out_of_memory(make, make("none", 1), "none", 1)
-    assert advice.startswith(
-        "the step alone needs 0.00 GiB a device (parameters 0.00, optimizer 0.00, batch 0.00"
-    )
+    assert advice.startswith("the step alone needs 0.00 GiB a device (parameters 0.00, optimizer 0.00, batch 0.00")
     assert " would fit (0.00 GiB)" in advice
     assert "config.model.remat=none with config.objective.accumulate_steps=1 " not in advice

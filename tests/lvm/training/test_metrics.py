@@ -30,9 +30,7 @@ def test_read_metrics_of_empty_folder_is_empty(tmp_path):
     assert metrics.read_metrics(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("resumed", "kept"), [(0, []), (25, [10, 20]), (30, [10, 20, 30]), (99, [10, 20, 30])]
-)
+@pytest.mark.parametrize(("resumed", "kept"), [(0, []), (25, [10, 20]), (30, [10, 20, 30]), (99, [10, 20, 30])])
 def test_writer_drops_lines_after_start(tmp_path, resumed, kept):
     write(tmp_path, 0, [10, 20, 30])
     write(tmp_path, resumed, [resumed + 10])

@@ -33,9 +33,7 @@ def objective(heldout=0):
     }
     schedule = optax.constant_schedule(0.01)
     batches = [batch(seed) for seed in range(100, 100 + heldout)]
-    return NextTokenTask(
-        CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, heldout=batches
-    )
+    return NextTokenTask(CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, heldout=batches)
 
 
 @functools.cache
@@ -97,9 +95,7 @@ def test_component_loss_is_mean_over_its_targets():
 
 def test_masked_targets_do_not_count():
     example = batch()
-    row, position = np.argwhere(~example["loss_mask"] & (np.arange(C) == C - 1))[
-        0
-    ]  # the last: no input sees it
+    row, position = np.argwhere(~example["loss_mask"] & (np.arange(C) == C - 1))[0]  # the last: no input sees it
     other = {**example, "tokens": example["tokens"].copy()}
     other["tokens"][row, position + 1] = (other["tokens"][row, position + 1] + 1) % 20
     np.testing.assert_equal(loss_of(other), loss_of(example))
@@ -131,9 +127,7 @@ def test_norms_cover_all_gradients_and_parameters():
     after, metrics = compiled("update")(state(), example, jax.random.key(0))
     norm = lambda tree: np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))  # noqa: E731
     updates = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, after["params"])
-    np.testing.assert_allclose(
-        metrics["grad_norm"], norm(updates) / 0.01, rtol=1e-3
-    )  # plain gradient descent
+    np.testing.assert_allclose(metrics["grad_norm"], norm(updates) / 0.01, rtol=1e-3)  # plain gradient descent
     np.testing.assert_allclose(metrics["param_norm"], norm(after["params"]), rtol=1e-5)
 
 
@@ -141,9 +135,7 @@ def test_norms_cover_all_gradients_and_parameters():
 def test_heldout_loss_is_mean_over_all_targets(accumulate_steps):
     batches = [batch(seed) for seed in (100, 101)]
     expected = np.concatenate([numpy_losses(x)[x["loss_mask"]] for x in batches]).mean()
-    task = dataclasses.replace(
-        objective(heldout=2), objective=ObjectiveConfig(accumulate_steps=accumulate_steps)
-    )
+    task = dataclasses.replace(objective(heldout=2), objective=ObjectiveConfig(accumulate_steps=accumulate_steps))
     assert task.evaluate(state()) == {"heldout_loss": pytest.approx(expected, rel=1e-5)}
     assert task.evaluate(state(), stopping=lambda: True) == {}
     assert objective().evaluate(state()) == {}
@@ -158,9 +150,7 @@ def test_init_depends_on_key_alone():
 def test_pictures_come_from_render_pictures():
     assert objective().pictures(state()) == {}
     picture = np.full((2, 3, 3), 7, np.uint8)
-    task = dataclasses.replace(
-        objective(), render_pictures=lambda state: {"x": picture + np.uint8(state["step"])}
-    )
+    task = dataclasses.replace(objective(), render_pictures=lambda state: {"x": picture + np.uint8(state["step"])})
     np.testing.assert_array_equal(task.pictures(state())["x"], picture)
 
 
@@ -173,9 +163,7 @@ def test_z_loss_is_added_to_minimized_total():
     example = batch()
     weighted = dataclasses.replace(objective(), objective=ObjectiveConfig(z_loss=0.1))
     total, sums = jax.jit(weighted._loss)(state()["params"], example, jax.random.key(0))
-    logits = np.asarray(
-        _logits(state()["params"], example["tokens"][:, :-1], example["positions"]), np.float64
-    )
+    logits = np.asarray(_logits(state()["params"], example["tokens"][:, :-1], example["positions"]), np.float64)
     log_z = logsumexp(logits, axis=-1)[example["loss_mask"]]
     np.testing.assert_allclose(total, sums["loss"][0] + 0.1 * np.sum(log_z**2), rtol=1e-5)
 
@@ -186,9 +174,7 @@ def test_accumulated_gradients_equal_whole_batch():
     accumulating = dataclasses.replace(objective(), objective=ObjectiveConfig(accumulate_steps=3))
     whole_state, whole = compiled("update")(state(), example, jax.random.key(0))
     accumulated, metrics = jax.jit(accumulating.update)(state(), example, jax.random.key(0))
-    for a, b in zip(
-        jax.tree.leaves(accumulated["params"]), jax.tree.leaves(whole_state["params"]), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(accumulated["params"]), jax.tree.leaves(whole_state["params"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     for name, value in whole.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
@@ -218,9 +204,7 @@ def test_segments_of_one_row_are_independent():
     ],
 )
 def test_mesh_that_does_not_divide_batch_is_refused(mesh, options, message):
-    spec = {
-        name: jax.ShapeDtypeStruct((6, *x.shape[1:]), x.dtype) for name, x in objective().batch_spec.items()
-    }
+    spec = {name: jax.ShapeDtypeStruct((6, *x.shape[1:]), x.dtype) for name, x in objective().batch_spec.items()}
     changes = {"batch_spec": spec, "mesh": make_mesh(mesh), "objective": ObjectiveConfig(**options)}
     with pytest.raises(UserError, match=message):
         dataclasses.replace(objective(), **changes)

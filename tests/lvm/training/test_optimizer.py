@@ -88,9 +88,7 @@ def test_wsd_may_have_no_constant_phase():
 
 
 def test_constant_stays_at_peak():
-    _, schedule = optimizer.build(
-        OptimizerConfig(schedule="constant", learning_rate=0.1, warmup_steps=10), 100
-    )
+    _, schedule = optimizer.build(OptimizerConfig(schedule="constant", learning_rate=0.1, warmup_steps=10), 100)
     np.testing.assert_allclose([schedule(0), schedule(5)], [0, 0.05], rtol=1e-5)
     np.testing.assert_allclose([schedule(10), schedule(100), schedule(1000)], 0.1, rtol=1e-5)
 
@@ -249,9 +247,7 @@ def test_muon_applies_nadamw_to_the_rest():
 def test_muon_updates_have_rms_of_adamw():
     # One learning rate serves both: AdamW's updates have an RMS of 0.2 to 0.4 of it in practice.
     _, params = abstract_module(make)
-    updates = by_name(
-        changes(dataclasses.replace(AT_ONCE, name="muon"), random_like(params), random_like(params, 1))
-    )
+    updates = by_name(changes(dataclasses.replace(AT_ONCE, name="muon"), random_like(params), random_like(params, 1)))
     for name in ("layers/attention/query", "layers/attention/out", "layers/mlp/up", "layers/mlp/down"):
         assert 0.1 < float(jnp.sqrt(jnp.mean(updates[name] ** 2))) / 0.1 < 0.3
 
@@ -282,9 +278,7 @@ def test_moment_dtype_applies_to_first_moment_alone(name, moment_dtype):
         assert all(dtype == jnp.float32 for name, dtype in floats.items() if name not in first)
 
 
-@pytest.mark.parametrize(
-    "size", ["100m", "3b"]
-)  # of all sizes, the narrowest heads, and an odd width of heads
+@pytest.mark.parametrize("size", ["100m", "3b"])  # of all sizes, the narrowest heads, and an odd width of heads
 def test_adafactor_state_is_small(size):
     config = dataclasses.replace(SIZES[size], vocabulary_size=8448)
     _, params = abstract_module(lambda rngs: Transformer(config, rngs))
@@ -317,9 +311,7 @@ def test_moments_are_sharded_like_their_parameter(name):
     )
     shapes, counts = by_name(params), Counter()
     for path, leaf in by_name(state).items():
-        owners = [
-            owner for owner in shapes if path.endswith("/" + owner) and leaf.shape == shapes[owner].shape
-        ]
+        owners = [owner for owner in shapes if path.endswith("/" + owner) and leaf.shape == shapes[owner].shape]
         assert len(owners) <= 1
         for owner in owners:
             assert actual[path] == expected[owner], path

@@ -67,9 +67,7 @@ def test_rewound_run_equals_run_without_batches(tmp_path, caplog):
     assert "step 9: the loss of" in log
     assert "skipping batches 7 to 8, rewind 1" in log
     assert "resuming from step 6" in log
-    without = train(
-        tmp_path / "without", total=12, read=lambda n: read_batch(n if n < 7 else n + 2), spike=SPIKE
-    )
+    without = train(tmp_path / "without", total=12, read=lambda n: read_batch(n if n < 7 else n + 2), spike=SPIKE)
     assert bits(spiked) == bits(without)
     assert timeless(tmp_path / "spiked") == timeless(tmp_path / "without")
     assert json.loads((tmp_path / "spiked" / FILENAME).read_text()) == {"rewinds": 1, "batches": [[7, 8]]}

@@ -102,9 +102,7 @@ def test_process_count_changes_no_losses(mesh):
     arguments = [sys.executable, "-m", "tests.small_step", address, "2"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     workers = [
-        subprocess.Popen(
-            [*arguments, str(index), json.dumps(mesh)], cwd=ROOT, env=environment, stdout=subprocess.PIPE
-        )
+        subprocess.Popen([*arguments, str(index), json.dumps(mesh)], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
         for index in range(2)
     ]
     outputs = [json.loads(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
@@ -155,6 +153,4 @@ def test_state_is_donated_and_step_compiled_once():
     jax.monitoring.unregister_event_duration_listener(listen)
     assert len(compiled) == 1
     memory = step.compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(
-        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)
-    )
+    assert memory.alias_size_in_bytes >= sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))

@@ -42,9 +42,7 @@ def make_step(config, mesh, batch_size, chunk, zero1=False, accumulate_steps=1):
     }
     tx, schedule = build(OptimizerConfig(), 100_000)
     objective = ObjectiveConfig(logits_chunk=chunk, accumulate_steps=accumulate_steps)
-    return Step(
-        NextTokenTask(config, spec, ["all"], tx, schedule, mesh, objective), mesh, seed=0, zero1=zero1
-    )
+    return Step(NextTokenTask(config, spec, ["all"], tx, schedule, mesh, objective), mesh, seed=0, zero1=zero1)
 
 
 SMALL = ModelConfig(
@@ -72,14 +70,10 @@ def definitions(text):
 
 def collective_operands(text):
     """(dtype, number of elements) of every operand of a collective."""
-    lines = [
-        line for line in text.splitlines() if re.search(r" (all-gather|collective-permute)(-start)?\(", line)
-    ]
+    lines = [line for line in text.splitlines() if re.search(r" (all-gather|collective-permute)(-start)?\(", line)]
     assert lines
     shapes = [re.findall(r"(bf16|f32)\[([\d,]+)\]", line.split(" = ")[1].split("(%")[0]) for line in lines]
-    return [
-        (dtype, np.prod([int(d) for d in shape.split(",")])) for group in shapes for dtype, shape in group
-    ]
+    return [(dtype, np.prod([int(d) for d in shape.split(",")])) for group in shapes for dtype, shape in group]
 
 
 def test_weights_are_gathered_in_bfloat16_per_layer(compiled):
@@ -106,9 +100,7 @@ def test_matmuls_are_bfloat16_with_float32_sums(compiled):
 def test_state_is_donated(compiled):
     step, _ = compiled
     memory = step.compile().memory_analysis()
-    state = sum(
-        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(step.state)
-    )
+    state = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(step.state))
     assert memory.alias_size_in_bytes >= state
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < MIB
 

@@ -111,6 +111,5 @@ def _load_config(path: pathlib.Path) -> dict[str, Any]:
         raise
     except Exception as error:  # the file may raise anything
         raise UserError(
-            f"{path}: {type(error).__name__}: {error}; expected a file with a get_config() that returns a "
-            "ConfigDict"
+            f"{path}: {type(error).__name__}: {error}; expected a file with a get_config() that returns a ConfigDict"
         ) from error

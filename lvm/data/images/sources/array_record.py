@@ -53,9 +53,7 @@ class ArrayRecordSource(ImageFileSource[None]):
         position = bisect.bisect_right(self._starts, index) - 1
         file, record = self._files[position], index - self._starts[position]
         key = f"{file}/{record}"
-        return SceneInfo(key, key, "", 1, ("rgb",)), [
-            {"rgb": ImageFile(key, lambda: self._read(file, record))}
-        ]
+        return SceneInfo(key, key, "", 1, ("rgb",)), [{"rgb": ImageFile(key, lambda: self._read(file, record))}]
 
     def _read(self, file: str, record: int) -> bytes:
         try:

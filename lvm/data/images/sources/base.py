@@ -207,9 +207,7 @@ class ImageSource(SceneSource[Location]):
     def load(self, index: int) -> SceneImages:
         """Decodes a scene; frames with an unreadable stream become failures. Raises IndexError outside of [0, len)."""
 
-    def _scene_images(
-        self, info: SceneInfo, frames: Sequence[np.ndarray], reasons: Iterable[str] = ()
-    ) -> SceneImages:
+    def _scene_images(self, info: SceneInfo, frames: Sequence[np.ndarray], reasons: Iterable[str] = ()) -> SceneImages:
         """Stacks the readable frames [S, R, R, 3] of a scene; `reasons` are those of its failures."""
         R = self._preprocess.resolution
         images = np.stack(frames) if frames else np.empty((0, len(info.streams), R, R, 3), np.uint8)

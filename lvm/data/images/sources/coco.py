@@ -246,9 +246,7 @@ def _load(path: pathlib.Path) -> tuple[bytes, dict[str, list[Any]]]:
             if missing := [name for name in required if name not in item]:
                 raise UserError(f"{path}: one of {key} lacks {', '.join(missing)}: {str(item)[:80]}")
             if "id" in required and not isinstance(item["id"], int | str):
-                raise UserError(
-                    f"{path}: one of {key} has the id {item['id']!r}; expected a number or a name"
-                )
+                raise UserError(f"{path}: one of {key} has the id {item['id']!r}; expected a number or a name")
     return data, content
 
 

@@ -141,9 +141,7 @@ class FolderSource(ImageFileSource[list[Frame]]):
             if entry.name.startswith(".") or entry.name in streams or entry.name in SETTINGS_FILES:
                 continue
             names = ", ".join(self._stream_names)
-            reason = (
-                f"not the name of a stream ({names})" if entry.is_dir() else "is not in a stream's folder"
-            )
+            reason = f"not the name of a stream ({names})" if entry.is_dir() else "is not in a stream's folder"
             self._skip(entry.name, reason)
 
     def _check_readable(self, frames: Iterable[Frame]) -> None:

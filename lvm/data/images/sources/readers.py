@@ -42,9 +42,7 @@ class DepthReader(Reader):
 
     def read(self, image: DecodedImage, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
         """See `Reader.read`."""
-        depth = preprocess.resize_labels(
-            np.asarray(image.pixels)
-        )  # [R, R]; nearest: an average is no reading
+        depth = preprocess.resize_labels(np.asarray(image.pixels))  # [R, R]; nearest: an average is no reading
         mode = image.pixels.mode
         if mode == "L":
             return np.repeat(depth[..., None], 3, axis=-1)
@@ -243,9 +241,7 @@ def read_classes(path: pathlib.Path) -> tuple[Palette | None, dict[int, tuple[in
             color = entry["color"]
             in_range = isinstance(color, list) and all(type(c) is int and 0 <= c < 256 for c in color)
             if not in_range or len(color) != 3:
-                raise UserError(
-                    f"{path}: {key!r}: color is {color!r}; expected [red, green, blue] in [0, 255]"
-                )
+                raise UserError(f"{path}: {key!r}: color is {color!r}; expected [red, green, blue] in [0, 255]")
             colors[int(key)] = tuple(color)
     if not names:
         return None, {}

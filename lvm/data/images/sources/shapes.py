@@ -200,9 +200,7 @@ def _bounce(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + extent - np.abs((x - low) % (2 * extent) - extent)
 
 
-def _pattern(
-    texture: Texture, u: np.ndarray, v: np.ndarray, period: float, period_px: float
-) -> np.ndarray | float:
+def _pattern(texture: Texture, u: np.ndarray, v: np.ndarray, period: float, period_px: float) -> np.ndarray | float:
     """Returns the blend of the two colors in [0, 1], borders one pixel wide; `period` is in units of u and v."""
     if texture.pattern == "plain":
         return 0.0

@@ -61,9 +61,7 @@ class TarSource(ImageFileSource[Sample]):
 
     kind = "tar"
     config_class = TarConfig
-    scene_noun = (
-        'rgb member, such as 0001.jpg; give its suffix in streams={"rgb": SUFFIX} if it has another name'
-    )
+    scene_noun = 'rgb member, such as 0001.jpg; give its suffix in streams={"rgb": SUFFIX} if it has another name'
 
     def describe(self) -> dict[str, Any]:
         """See `SceneSource.describe`."""
@@ -97,13 +95,9 @@ class TarSource(ImageFileSource[Sample]):
             if not key or stream is None:
                 unused[suffix] += 1
             elif (first := by_key.setdefault(key, {}).setdefault(stream, member)) is not member:
-                self._skip(
-                    f"{tar}/{member.name}", f"its key and stream are those of {first.name}, which is used"
-                )
+                self._skip(f"{tar}/{member.name}", f"its key and stream are those of {first.name}, which is used")
         for suffix, count in sorted(unused.items()):
-            self._skip(
-                tar, f"{count} members{f', .{suffix}' if suffix else ' without a suffix'}: of no stream"
-            )
+            self._skip(tar, f"{count} members{f', .{suffix}' if suffix else ' without a suffix'}: of no stream")
         for key, by_stream in by_key.items():
             name = f"{tar}/{key}"
             if "rgb" not in by_stream:
@@ -173,9 +167,7 @@ def _scan(path: pathlib.Path, size: int) -> tuple[list[Member], list[tuple[str, 
         with open(path, "rb") as file:
             magic = file.read(6)
         compressed = magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00"))
-        reason = (
-            "is compressed, and has no random access; unpack it to a plain .tar" if compressed else str(error)
-        )
+        reason = "is compressed, and has no random access; unpack it to a plain .tar" if compressed else str(error)
         problems.append(("", f"not a tar that can be read: {reason}"))
     return members, problems
 

@@ -146,8 +146,7 @@ class TfdsSource(ImageFileSource[None]):
         images = {stream: _images(example, path) for stream, path in self._columns.items()}
         num_frames = len(next(iter(images.values())))
         frames = (
-            {s: ImageFile(f"{s} {t}", functools.partial(_at, images[s], t)) for s in images}
-            for t in range(num_frames)
+            {s: ImageFile(f"{s} {t}", functools.partial(_at, images[s], t)) for s in images} for t in range(num_frames)
         )
         group = group.decode() if isinstance(group, bytes) else str(group)
         return SceneInfo(key, group, class_name, num_frames, tuple(self._columns)), frames

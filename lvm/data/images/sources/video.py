@@ -85,9 +85,7 @@ class VideoSource(ImageSource[tuple[Video, int]]):
 
     def describe(self) -> dict[str, Any]:
         """See `SceneSource.describe`."""
-        return super().describe() | {
-            key: value for key, value in to_json(self.config).items() if key != "path"
-        }
+        return super().describe() | {key: value for key, value in to_json(self.config).items() if key != "path"}
 
     def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, tuple[Video, int]]]:
         """Yields each clip with its video, and its first frame among the used ones."""
@@ -178,9 +176,7 @@ def _decode(path: pathlib.Path, time: fractions.Fraction) -> Iterator[tuple[frac
             stream = container.streams.video[0]
             origin = stream.start_time or 0
             if start > _MIN_SEEK_S:
-                with contextlib.suppress(
-                    av.FFmpegError, OSError
-                ):  # some files can only be read from the start
+                with contextlib.suppress(av.FFmpegError, OSError):  # some files can only be read from the start
                     container.seek(origin + int(start / stream.time_base), stream=stream)
             for i, frame in enumerate(container.decode(stream)):
                 stamp = frame.pts if frame.pts is not None else frame.dts

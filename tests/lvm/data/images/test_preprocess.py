@@ -77,9 +77,7 @@ def test_swscale_resizes_any_size(width, height, resolution, mode) -> None:
 
 def test_swscale_resizes_long_images() -> None:
     for shape in ((40, 4_000, 3), (4_000, 40, 3)):
-        assert (
-            Preprocess(16, resizer="swscale")(np.full(shape, 9, np.uint8)).tolist() == [[[9] * 3] * 16] * 16
-        )
+        assert Preprocess(16, resizer="swscale")(np.full(shape, 9, np.uint8)).tolist() == [[[9] * 3] * 16] * 16
 
 
 def test_swscale_rejects_a_line_of_pixels() -> None:
@@ -178,9 +176,7 @@ def test_points_follow_their_pixels(size, mode, resolution, data) -> None:
 
 def test_map_points_by_hand() -> None:
     corners = np.array([[0, 0], [80, 40], [40, 20]])
-    np.testing.assert_array_equal(
-        Preprocess(20, "squash").map_points(corners, (40, 80)), [[0, 0], [20, 20], [10, 10]]
-    )
+    np.testing.assert_array_equal(Preprocess(20, "squash").map_points(corners, (40, 80)), [[0, 0], [20, 20], [10, 10]])
     np.testing.assert_array_equal(
         Preprocess(20, "center_crop").map_points(corners, (40, 80)), [[-10, 0], [30, 20], [10, 10]]
     )

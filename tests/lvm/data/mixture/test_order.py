@@ -65,15 +65,11 @@ class EveryScene(RankIndex):
 def test_two_billion_sentences_are_fast_in_little_memory(monkeypatch, packing, shuffle):
     monkeypatch.setattr("lvm.data.mixture.sentences.RankIndex", EveryScene)
     monkeypatch.setattr("lvm.data.mixture.sentences.split_chunks", lambda indexes: ())
-    monkeypatch.setattr(
-        "lvm.data.mixture.mixture._open_stores", lambda config, parts: ({"huge": HugeStore(HUGE)}, {})
-    )
+    monkeypatch.setattr("lvm.data.mixture.mixture._open_stores", lambda config, parts: ({"huge": HugeStore(HUGE)}, {}))
     monkeypatch.setattr("lvm.data.mixture.mixture._check_scenes", lambda *arguments: "")
     tracemalloc.start()
     start = time.perf_counter()
-    config = MixtureConfig(
-        {"single": ComponentConfig(Single())}, "huge", 0.0, packing=packing, shuffle=shuffle
-    )
+    config = MixtureConfig({"single": ComponentConfig(Single())}, "huge", 0.0, packing=packing, shuffle=shuffle)
     rows = Rows(Mixture(config, 0), Vocabulary.for_codes(2**16), context=24, batch_size=64)
     assert rows.mixture.components[0].sentences_per_epoch == HUGE
     sentences = {}
@@ -137,9 +133,7 @@ def test_repetitions_count_copies_and_are_limited(make_store, new_scenes):
     assert component.scenes_per_group == 3
     assert component.repetitions(24) == 6
     rows.batch(4)  # sentences 16 to 20, and a token of the next
-    with pytest.raises(
-        UserError, match=r"single\.max_repetitions=6 .* 29 sentences are 2\.417 epochs .* 7\.25 times"
-    ):
+    with pytest.raises(UserError, match=r"single\.max_repetitions=6 .* 29 sentences are 2\.417 epochs .* 7\.25 times"):
         rows.batch(6)
     with pytest.raises(UserError, match=r"max_repetitions=6 .* 256 sentences"):
         rows.check_repetitions(50)
@@ -265,9 +259,7 @@ def test_fingerprint_hashes_the_tokens(flags, store_flag):
         40,
         8,
     )
-    expected = hashlib.sha256(
-        b"".join(rows.batch(step)["tokens"].astype("<i4").tobytes() for step in (2, 3, 4))
-    )
+    expected = hashlib.sha256(b"".join(rows.batch(step)["tokens"].astype("<i4").tobytes() for step in (2, 3, 4)))
     assert fingerprint(flags, start=2, batches=3) == expected.hexdigest()
 
 

@@ -24,9 +24,7 @@ COMPONENTS = {
 def make_rows(make_store):
     path = make_store([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
 
-    def make(
-        components=COMPONENTS, context=24, batch_size=3, seed=0, vocabulary=OURS, packing="whole", **options
-    ):
+    def make(components=COMPONENTS, context=24, batch_size=3, seed=0, vocabulary=OURS, packing="whole", **options):
         config = MixtureConfig(components, path, 0.0, packing=packing, **options)
         return Rows(Mixture(config, seed), vocabulary, context, batch_size)
 
@@ -99,9 +97,7 @@ def test_summary_counts_rows_of_an_epoch_and_none_is_lost(make_rows):
             _, indices = rows.mixture.block(0)
             full = (len(stream) - 1) // 24
             targets = np.concatenate([rows.batch(row)["tokens"][0, 1:] for row in range(full)])
-            flat = np.concatenate(
-                [[OURS.bos, *component.sentence(int(n)).ravel(), OURS.eos] for n in indices]
-            )
+            flat = np.concatenate([[OURS.bos, *component.sentence(int(n)).ravel(), OURS.eos] for n in indices])
             np.testing.assert_array_equal(targets, flat[1 : full * 24 + 1])
 
 
@@ -139,9 +135,7 @@ def test_sentence_longer_than_a_row_raises(make_rows):
 
 def test_vocabulary_without_eos_or_pad(make_rows):
     bare = Vocabulary(16, 32, bos=None, eos=None, pad=16)
-    assert make_rows(
-        {"video": COMPONENTS["video"]}, context=11, vocabulary=bare
-    ).sentence_lengths.tolist() == [12]
+    assert make_rows({"video": COMPONENTS["video"]}, context=11, vocabulary=bare).sentence_lengths.tolist() == [12]
     with pytest.raises(UserError, match=r"has 12 tokens, .* 11;"):
         make_rows({"video": COMPONENTS["video"]}, context=10, vocabulary=bare)
     with pytest.raises(UserError, match=r"config\.data\.packing='whole' .*PAD"):
@@ -168,9 +162,7 @@ def test_loss_on_answers_masks_everything_else(make_rows, packing):
                     strict=True,
                 )
             )
-            assert batch["loss_mask"][row, start : start + len(learned)].tolist() == [
-                bool(x) for x in learned
-            ]
+            assert batch["loss_mask"][row, start : start + len(learned)].tolist() == [bool(x) for x in learned]
 
 
 def test_loss_on_answers_requires_answers(make_rows):
@@ -234,11 +226,7 @@ def test_block_counts_equal_differences_of_sentences_before(make_rows):
         mixture.block_counts(PERIOD, PERIOD + 1)
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 40), st.integers(1, 30)), min_size=1, max_size=4, unique_by=lambda x: x[1]
-    )
-)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)), min_size=1, max_size=4, unique_by=lambda x: x[1]))
 def test_best_fit_packs_every_item_within_capacity(kinds):
     counts, lengths = zip(*kinds, strict=True)
     bins = best_fit(counts, lengths, 30)

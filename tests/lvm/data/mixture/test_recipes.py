@@ -109,12 +109,9 @@ def test_multi_annotation_keeps_one_order_within_a_sentence():
 
 def test_annotated_videos_interleave_or_separate_annotations():
     interleaved = {
-        tuple((g.frame, g.stream) for g in s)
-        for s in every_sentence(Interleaved(frames=2, strides=(2,)), [4])
+        tuple((g.frame, g.stream) for g in s) for s in every_sentence(Interleaved(frames=2, strides=(2,)), [4])
     }
-    separated = {
-        tuple((g.frame, g.stream) for g in s) for s in every_sentence(Separated(frames=2, strides=(2,)), [4])
-    }
+    separated = {tuple((g.frame, g.stream) for g in s) for s in every_sentence(Separated(frames=2, strides=(2,)), [4])}
     x, y = "rgb", "segmentation"
     assert interleaved == {((i, x), (i, y), (i + 2, x), (i + 2, y)) for i in (0, 1)}
     assert separated == {((i, x), (i + 2, x), (i, y), (i + 2, y)) for i in (0, 1)}

@@ -117,9 +117,7 @@ def test_jsonl_format_rejects_impossible_values(fields, message):
 def test_mixture_rejects_an_empty_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(UserError, match=r"lines \(.* has no scene of ≥ 1 frames of rgb"):
-        Mixture(
-            MixtureConfig({"lines": ComponentConfig(Single())}, str(tmp_path / "a.jsonl"), jsonl=SMALL), 0
-        )
+        Mixture(MixtureConfig({"lines": ComponentConfig(Single())}, str(tmp_path / "a.jsonl"), jsonl=SMALL), 0)
 
 
 def test_mixture_rejects_stores_of_two_codebooks(tmp_path, make_store):

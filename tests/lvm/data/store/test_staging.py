@@ -34,9 +34,7 @@ def test_remote_store_is_read_from_staged_shards(gcs, make_store, tmp_path):
     assert len(store) == len(SHAPES)
     assert not (tmp_path / "staged").exists()  # opening reads no shard
     np.testing.assert_array_equal(store.scene(0).codes, Store(local).scene(0).codes)
-    assert names(tmp_path / "staged") == [
-        f"shard-00000-of-00003{suffix}" for suffix in (".array_record", ".index")
-    ]
+    assert names(tmp_path / "staged") == [f"shard-00000-of-00003{suffix}" for suffix in (".array_record", ".index")]
     for i in range(len(store)):
         np.testing.assert_array_equal(store.scene(i).codes, Store(local).scene(i).codes)
     assert len(names(tmp_path / "staged")) == 6
@@ -99,6 +97,4 @@ def test_inspect_checks_a_remote_store(gcs, tmp_path, manifest_header, new_scene
     epath.Path(f"{path}/shard-00001-of-00002.index").unlink()
     assert writer.read_shard_entry(path, 1, 2) is None
     problems = list(inspect.find_problems(Store(path, str(tmp_path / "other"))))
-    assert any(
-        f"shard-00001-of-00002.index: is missing, the manifest says {size}" in problem for problem in problems
-    )
+    assert any(f"shard-00001-of-00002.index: is missing, the manifest says {size}" in problem for problem in problems)

@@ -98,9 +98,7 @@ def test_normals_round_trip_and_mirror(seed, shape) -> None:
     np.testing.assert_allclose(parsed, normals, atol=0.01)
     mirrored = mirror_normals(normals)
     # The level of −x is 255 minus the level of x.
-    np.testing.assert_allclose(
-        codec.render(mirrored)[..., 0], 255 - codec.render(normals)[:, ::-1, 0], atol=1
-    )
+    np.testing.assert_allclose(codec.render(mirrored)[..., 0], 255 - codec.render(normals)[:, ::-1, 0], atol=1)
 
 
 @quick

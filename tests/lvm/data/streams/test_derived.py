@@ -58,9 +58,7 @@ def test_edges_are_at_object_boundaries() -> None:
     edges = derive("edges", image, "")[0, ..., 0]
     assert set(np.unique(edges)) == {0, 255}
     rows, columns = np.nonzero(edges)
-    distance = np.minimum.reduce(
-        [abs(rows - 19.5), abs(rows - 43.5), abs(columns - 19.5), abs(columns - 43.5)]
-    )
+    distance = np.minimum.reduce([abs(rows - 19.5), abs(rows - 43.5), abs(columns - 19.5), abs(columns - 43.5)])
     assert distance.max() <= 1.5
     assert len(rows) >= 4 * 20
     assert not derive("edges", np.full((1, 16, 16, 3), 90, np.uint8), "").any()
@@ -140,14 +138,9 @@ def test_derived_streams_of_any_source(tmp_path) -> None:
     np.testing.assert_array_equal(scene.images[:, 2], derive("masked", scene.images[:, 0], "b.png", 3))
     assert source.load(2).images.shape == (0, 3, 32, 32, 3)
     assert len(source.load(2).failures) == 1
-    assert {
-        name: codec_from_json(codec.to_json()) for name, codec in source.streams.items()
-    } == source.streams
+    assert {name: codec_from_json(codec.to_json()) for name, codec in source.streams.items()} == source.streams
     assert source.describe() == plain.describe() | {"derived": ["gray", "masked"], "derived_seed": 3}
-    assert (
-        mirror_images(scene.images, [source.streams[s] for s in scene.info.streams]).shape
-        == scene.images.shape
-    )
+    assert mirror_images(scene.images, [source.streams[s] for s in scene.info.streams]).shape == scene.images.shape
 
 
 def test_existing_or_unknown_derived_stream_raises() -> None:

@@ -68,9 +68,7 @@ def test_smaller_copy_of_an_image_has_the_same_annotations(tmp_path) -> None:
     parameters = write(tmp_path, [annotation(1, bbox=[8, 4, 16, 8], segmentation=[square(8, 4, 16)])])
     whole = CocoSource(Preprocess(20), **parameters).load(0).images
     (tmp_path / "images" / "a.png").write_bytes(encode_image(photo(WIDTH // 2, HEIGHT // 2)))
-    np.testing.assert_array_equal(
-        CocoSource(Preprocess(20), **parameters).load(0).images[:, 1:], whole[:, 1:]
-    )
+    np.testing.assert_array_equal(CocoSource(Preprocess(20), **parameters).load(0).images[:, 1:], whole[:, 1:])
 
 
 def test_smaller_objects_are_rendered_over_larger_ones(tmp_path) -> None:
@@ -112,12 +110,9 @@ def test_keypoints_become_joints(tmp_path) -> None:
 
 def test_scene_has_the_streams_of_its_annotations(tmp_path) -> None:
     images = [
-        {"id": n, "file_name": name, "width": WIDTH, "height": HEIGHT}
-        for n, name in ((1, "a.png"), (2, "b.png"))
+        {"id": n, "file_name": name, "width": WIDTH, "height": HEIGHT} for n, name in ((1, "a.png"), (2, "b.png"))
     ]
-    annotations = [
-        annotation(1, 1, bbox=[1, 1, 9, 9], segmentation=[square(1, 1, 9)], keypoints=[5, 5, 2] * 3)
-    ]
+    annotations = [annotation(1, 1, bbox=[1, 1, 9, 9], segmentation=[square(1, 1, 9)], keypoints=[5, 5, 2] * 3)]
     parameters = write(tmp_path, annotations, images)
     (tmp_path / "images" / "b.png").write_bytes(encode_image(photo(WIDTH, HEIGHT)))
     source = CocoSource(Preprocess(32), **parameters)

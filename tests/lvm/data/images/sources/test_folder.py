@@ -17,9 +17,7 @@ from lvm.data.images.sources.folder import FolderSource
 from lvm.data.streams.codecs import PALETTE, Depth, Palette
 from tests.commands import SHARED_DATA
 
-needs_dev = pytest.mark.skipif(
-    not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}: real images are not distributed"
-)
+needs_dev = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}: real images are not distributed")
 exact = Preprocess(8, filter="nearest")
 
 
@@ -53,9 +51,7 @@ def load_one(folder: pathlib.Path):
     return source.streams[scene.info.streams[1]].parse(scene.images[0, 1])
 
 
-def write_pair(
-    folder: pathlib.Path, stream: str, pixels: np.ndarray, mode: str | None = None
-) -> pathlib.Path:
+def write_pair(folder: pathlib.Path, stream: str, pixels: np.ndarray, mode: str | None = None) -> pathlib.Path:
     """Writes one photo and its annotation."""
     save(folder / "rgb" / "a.png")
     save(folder / stream / "a.png", pixels, mode)
@@ -135,9 +131,7 @@ def test_aspect_mismatch_is_a_failure(tmp_path) -> None:
 
 @pytest.mark.parametrize("mode", ["L", "P"])
 def test_gray_and_palette_files_hold_class_ids(tmp_path, mode) -> None:
-    np.testing.assert_array_equal(
-        load_one(write_pair(tmp_path, "segmentation", ids(0, 3, 255), mode)), ids(0, 3, 255)
-    )
+    np.testing.assert_array_equal(load_one(write_pair(tmp_path, "segmentation", ids(0, 3, 255), mode)), ids(0, 3, 255))
 
 
 @pytest.mark.parametrize("pixels", [ids(0, 1).astype(bool), ids(0, 255)], ids=["1-bit", "0 and 255"])
@@ -247,17 +241,13 @@ def test_truncated_photo_leaves_an_empty_scene(tmp_path) -> None:
 def test_decompression_bomb_is_refused_by_its_header(tmp_path) -> None:
     save(tmp_path / "good.png")
     PIL.Image.new("1", (8001, 8000)).save(tmp_path / "bomb.png")
-    assert open_folder(tmp_path).load(0).failures[0].reason == (
-        "bomb.png: 8001×8000 is more than 64 megapixels"
-    )
+    assert open_folder(tmp_path).load(0).failures[0].reason == ("bomb.png: 8001×8000 is more than 64 megapixels")
 
 
 def test_non_utf8_names_are_skipped(tmp_path) -> None:
     save(tmp_path / "a.png")
     os.mkdir(os.fsencode(tmp_path) + b"/\xe9")
-    pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(
-        (tmp_path / "a.png").read_bytes()
-    )
+    pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes((tmp_path / "a.png").read_bytes())
     source = open_folder(tmp_path, Preprocess(8))
     assert len(source) == 1
     assert {failure.key: failure.reason for failure in source.skipped} == {

@@ -113,9 +113,7 @@ def test_streams_json_declares_new_streams(tmp_path) -> None:
 
 def test_config_file_opens_a_folder_and_needs_a_path(image_folder, tmp_path) -> None:
     config = tmp_path / "source.py"
-    text = (
-        "from ml_collections import ConfigDict\nget_config = lambda: ConfigDict(dict(kind={!r}, path={!r}))\n"
-    )
+    text = "from ml_collections import ConfigDict\nget_config = lambda: ConfigDict(dict(kind={!r}, path={!r}))\n"
     config.write_text(text.format("folder", str(image_folder)))
     source = open_source(str(config), small)
     assert source.describe() == open_source(str(image_folder), small).describe()

@@ -17,9 +17,7 @@ def test_jsonl_lines_are_scenes_of_codes(tmp_path) -> None:
     rng = np.random.default_rng(0)
     sentences = [rng.integers(0, 16, (frames, 4), dtype=np.uint16) for frames in (3, 1)]
     bad = ["{}\n", "\n", jsonl.encode_line(np.full((1, 4), 16)), jsonl.encode_line(np.zeros((1, 3)))]
-    (tmp_path / "a.jsonl").write_text(
-        jsonl.encode_line(sentences[0]) + "".join(bad) + jsonl.encode_line(sentences[1])
-    )
+    (tmp_path / "a.jsonl").write_text(jsonl.encode_line(sentences[0]) + "".join(bad) + jsonl.encode_line(sentences[1]))
     source = open_any_source(str(tmp_path / "a.jsonl"), small, {"num_codes": 16, "grid": (2, 2)})
     assert [source.info(i).key for i in range(len(source))] == ["a.jsonl/1", "a.jsonl/6"]
     assert [source.info(i).num_frames for i in range(2)] == [3, 1]

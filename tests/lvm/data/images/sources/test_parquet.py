@@ -45,9 +45,7 @@ def test_struct_key_group_and_class_columns(tmp_path) -> None:
     rgb = {"bytes": encode_image(photo()), "path": "x.png"}
     table = pa.table(
         {
-            "image": pa.array(
-                [rgb, rgb, None, rgb], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-            ),
+            "image": pa.array([rgb, rgb, None, rgb], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
             "segmentation": pa.array([IDS, None, IDS, IDS], pa.binary()),
             "id": ["a", "b", "c", "a"],
             "video": ["v", "v", "w", "w"],

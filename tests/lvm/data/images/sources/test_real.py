@@ -18,9 +18,7 @@ from lvm.data.images.sources import open_source
 from lvm.data.streams.derived import DERIVED
 from tests.commands import SHARED_DATA
 
-pytestmark = pytest.mark.skipif(
-    not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}: real images are not distributed"
-)
+pytestmark = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}: real images are not distributed")
 
 medium = Preprocess(64)
 COUNT = 12

@@ -130,9 +130,7 @@ NAMES = st.text("ab./\\jpgncls ", min_size=1, max_size=12).filter(lambda name: n
 @given(st.lists(NAMES, max_size=12))
 def test_every_member_is_used_or_skipped(names) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = write_tar(
-            pathlib.Path(folder) / "a.tar", [("first.jpg", RGB), *((name, RGB) for name in names)]
-        )
+        path = write_tar(pathlib.Path(folder) / "a.tar", [("first.jpg", RGB), *((name, RGB) for name in names)])
         source = open_source(str(path), small)
         used = sum(len(source.info(i).streams) for i in range(len(source)))
         used += sum(bool(source.info(i).class_name) for i in range(len(source)))
@@ -167,9 +165,7 @@ def test_damaged_header_is_listed(tmp_path) -> None:
 
 
 def test_missing_tar_and_non_utf8_name_are_skipped(tmp_path) -> None:
-    write_tar(
-        tmp_path / "a.tar", [("1.png", encode_image(photo())), ("caf\udce9.png", encode_image(photo()))]
-    )
+    write_tar(tmp_path / "a.tar", [("1.png", encode_image(photo())), ("caf\udce9.png", encode_image(photo()))])
     (tmp_path / "b.tar").symlink_to(tmp_path / "nowhere")
     source = open_source(str(tmp_path), small)
     assert len(source) == 1

@@ -91,9 +91,7 @@ def test_images_masks_depth_and_classes(pets) -> None:
 
 def test_dataset_by_name_and_split(pets) -> None:
     folder = pathlib.Path(pets["name"])
-    named = TfdsSource(
-        small, name="toy", data_dir=str(folder.parents[1]), split="train[1:]", streams={"rgb": "image"}
-    )
+    named = TfdsSource(small, name="toy", data_dir=str(folder.parents[1]), split="train[1:]", streams={"rgb": "image"})
     assert len(named) == 2
     assert named.stream_sets == (("rgb",),)
     np.testing.assert_array_equal(named.load(0).images[0, 0], small(photo(seed=1)))
@@ -105,9 +103,7 @@ def test_dataset_by_name_and_split(pets) -> None:
 
 
 def test_image_sequences_are_videos(tmp_path) -> None:
-    features = {
-        "clip": Sequence({"frames": Image(shape=(None, None, 3)), "masks": Image(shape=(None, None, 1))})
-    }
+    features = {"clip": Sequence({"frames": Image(shape=(None, None, 3)), "masks": Image(shape=(None, None, 1))})}
     examples = [
         {
             "clip": {
@@ -174,7 +170,5 @@ def test_missing_package_is_named(pets, tmp_path, monkeypatch) -> None:
     }
     (folder / "features.json").write_text(json.dumps(described))
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(
-        UserError, match="tensorflow-datasets needs the package 'tensorflow' for this dataset"
-    ):
+    with pytest.raises(UserError, match="tensorflow-datasets needs the package 'tensorflow' for this dataset"):
         TfdsSource(small, name=str(folder))

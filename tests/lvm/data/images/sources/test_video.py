@@ -95,9 +95,7 @@ def test_truncated_video_keeps_its_readable_frames(tmp_path, suffix) -> None:
     scenes = [source.load(i) for i in range(len(source))]
     kept = sum(len(scene.images) for scene in scenes)
     assert 0 < kept < 40
-    np.testing.assert_array_equal(
-        np.concatenate([scene.images for scene in scenes]), np.concatenate(expected)[:kept]
-    )
+    np.testing.assert_array_equal(np.concatenate([scene.images for scene in scenes]), np.concatenate(expected)[:kept])
     for scene, info in zip(scenes, [source.info(i) for i in range(len(source))], strict=True):
         assert scene.info.num_frames == len(scene.images)
         assert len(scene.failures) == (len(scene.images) < info.num_frames)
