@@ -13,8 +13,6 @@ Sizes of families are the paper's, and so are the data sets where it lists them;
 use. Parameters, hardware and speed depend on the model; `get_config` has the 3B, not trained here.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 

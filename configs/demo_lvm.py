@@ -3,8 +3,6 @@
 Trained on the store of configs/demo_scenes.py, encoded by configs/demo_tokenizer.py's tokenizer.
 """
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 from lvm.common.config import to_config_dict

@@ -1,7 +1,5 @@
 """Generated scenes for the demo: 1500 clips of 8 frames with four streams each, rendered on the fly."""
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 

@@ -1,7 +1,5 @@
 """Tokenizer of the demo: 64×64 images to 8×8 codes of a codebook of 512, on two CPU cores."""
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 from lvm.common.config import to_config_dict

@@ -1,7 +1,5 @@
 """The demo's evaluation, on the held-out scenes of configs/demo_scenes.py."""
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 from lvm.common.config import to_config_dict

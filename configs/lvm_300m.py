@@ -5,8 +5,6 @@ Plan on v5e:16x16, data 256: 10.07 of 16 GiB per chip; minimum step time 0.09 s 
 Measured step time and MFU: not measured.
 """
 
-from __future__ import annotations
-
 from ml_collections import ConfigDict
 
 from configs.data_uvd_v1 import training

@@ -7,8 +7,6 @@ SRC is a model folder of any known format, recognized by its files (docs/interop
 atomically.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 lvm evaluate --config=configs/eval_demo.py --model=MODEL --tokenizer=TOKENIZER --out=FOLDER
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@
 Writes the first `--sentences` sentences of the mixture, in training order, without BOS and EOS.
 """
 
-from __future__ import annotations
-
 import itertools
 import pathlib
 from collections.abc import Iterator, Sequence

@@ -8,8 +8,6 @@ global row order. It doesn't depend on the number of processes or workers. In a 
 bytes: the files of two consecutive ranges, concatenated, are the file of their union.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -7,8 +7,6 @@ sample of scenes and compares the codes; with `--tokenizer` and `--sheet=FILE.pn
 `--json` prints one JSON object. Exits with 1 if anything is damaged, naming shard and record.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import pathlib

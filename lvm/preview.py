@@ -8,8 +8,6 @@ tokenizer (`--config.tokenizer=…`) grids are decoded; without one every code i
 reads: tokens by component, how full rows are, and how often components repeat.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Sequence

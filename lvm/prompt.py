@@ -10,8 +10,6 @@ Writes a contact sheet of prompt and answers, and beside it a folder of the same
 sequence, a video.
 """
 
-from __future__ import annotations
-
 import functools
 import pathlib
 import re

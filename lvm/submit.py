@@ -8,8 +8,6 @@ Arguments that begin with `--config` are passed on to `lvm train`. `--dry_run` w
 command without running any.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import sys

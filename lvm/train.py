@@ -3,8 +3,6 @@
 lvm train --config=configs/demo_lvm.py --workdir=DIR
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 

@@ -5,8 +5,6 @@
 Saves a training state as the loop does while steps continue, and prints the share of training time that saving costs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pathlib

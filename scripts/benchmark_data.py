@@ -5,8 +5,6 @@ sentences of the same lengths from LVM's JSONL, as LVM's own loader does (line b
 integers) and, as a stricter peer, with numpy.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import json

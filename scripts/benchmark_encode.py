@@ -8,8 +8,6 @@ installed. Each row runs in its own process, timed from its first batch on, by w
 load does not affect.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pathlib

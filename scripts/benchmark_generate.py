@@ -8,8 +8,6 @@ after the other. Decoding is timed from an early token of the answer to its last
 Exits with 1 if ours has no figure.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -7,8 +7,6 @@ Rates are of one process on one core, by wall clock and by CPU time, which other
 measured in a fresh process per row, after the random reads.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pathlib

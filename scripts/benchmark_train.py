@@ -7,8 +7,6 @@ Ours is the step of `lvm train`. Each contender runs in its own process, one aft
 its row. Exits with 1 if ours has no figure.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

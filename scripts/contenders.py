@@ -1,7 +1,5 @@
 """Benchmark contenders, each run in its own process so that none holds memory from the next."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

@@ -6,8 +6,6 @@
 Runs the user's commands in order and prints each. A demo that was killed resumes when it is started again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pathlib

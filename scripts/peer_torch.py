@@ -5,8 +5,6 @@ stream (which autocast alone leaves in float32, slower). Forward and backward ar
 weight decay and learning rates are ours.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import time

@@ -1,7 +1,5 @@
 """Peer of `scripts.benchmark_generate`: transformers' `generate` with each of its caches."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """Peer of `scripts.benchmark_encode`: JPEG → 256×256 by torch's DataLoader, with Pillow as in ours."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 from typing import Any

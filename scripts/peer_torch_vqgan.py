@@ -5,8 +5,6 @@ parameter names of their torch files, so that `load_state_dict` takes what `toke
 and latents are NCHW.
 """
 
-from __future__ import annotations
-
 import gc
 import warnings
 from collections.abc import Callable

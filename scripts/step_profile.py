@@ -1,7 +1,5 @@
 """Breakdown of a training step by kind of work, from a trace of `jax.profiler`."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import pathlib

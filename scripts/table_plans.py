@@ -6,8 +6,6 @@ Each plan runs `lvm plan --json` in a process of its own; its output is kept in 
 two cores.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pathlib

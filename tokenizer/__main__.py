@@ -1,7 +1,5 @@
 """`python -m tokenizer COMMAND …`: the commands of this package."""
 
-from __future__ import annotations
-
 from typing import NoReturn
 
 from lvm.common import commands

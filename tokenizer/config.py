@@ -1,7 +1,5 @@
 """Configuration of tokenizer training."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from lvm.common.distributed import DistributedConfig

@@ -6,8 +6,6 @@ SRC is a folder of any known layout, recognized by its files, or a weights file 
 (docs/interop.md). DST must not exist; it is written atomically and never contains a pickle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lvm.common import cli

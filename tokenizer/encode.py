@@ -11,8 +11,6 @@ the shards, by `--shard` or when a launcher joins them (`lvm.common.distributed`
 number. The process that completes the last shard writes the manifest.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import time

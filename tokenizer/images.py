@@ -1,7 +1,5 @@
 """Training images of a tokenizer: a source held in memory, and batches sampled from it."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 

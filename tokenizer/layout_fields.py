@@ -5,8 +5,6 @@ UserError naming the file and the field; `tokenizer.weights` reads back what a t
 the format cannot express.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -10,8 +10,6 @@ A `Layout` is one file format of one of `VARIANTS`. It names modules by template
 - `stages`: number of stages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping

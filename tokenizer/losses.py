@@ -1,7 +1,5 @@
 """Losses between images in [0, 1], and between latents and codes: means over all elements, float32."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -5,8 +5,6 @@ kernels HWIO. Parameters are float32 and convolutions run in `compute_dtype`; no
 distances are always float32.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

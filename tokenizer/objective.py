@@ -4,8 +4,6 @@ The network trains as a plain autoencoder first; then the codebook is seeded fro
 quantization with a straight-through gradient begins. The codebook follows moving averages and gets no gradient.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 

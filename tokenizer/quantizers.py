@@ -3,8 +3,6 @@
 Pure functions of arrays: a codebook has K rows of C channels, codes index its rows.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

@@ -3,8 +3,6 @@
 python -m tokenizer train --config=configs/demo_tokenizer.py --workdir=DIR
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ A workdir's config.json has `kind`, a published one its class (`_class_name`), a
 file `variant` (docs/interop.md). `preprocess.json` holds the preprocessing; default: that of the network's authors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pathlib

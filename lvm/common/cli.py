@@ -1,7 +1,5 @@
 """The command line of one command: its flags, errors as one line, exit codes."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import io

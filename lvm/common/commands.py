@@ -1,7 +1,5 @@
 """`lvm COMMAND …`: finds, lists and runs the commands of a package. Imports nothing heavy: `--help` is quick."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import os

@@ -4,8 +4,6 @@ A config file's `get_config()` returns `to_config_dict(SomeConfig(...))`, so tha
 override. `from_config_dict` rebuilds the dataclass; it rejects unknown keys, wrong types and impossible values.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -1,7 +1,5 @@
 """Errors that a user can fix, and exit codes."""
 
-from __future__ import annotations
-
 # Supervisors restart a run on 1, 75, 76 and signals; never on 2 or 65.
 EXIT_DONE = 0
 EXIT_ERROR = 1

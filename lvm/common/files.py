@@ -3,8 +3,6 @@
 Local files are written under a temporary name, flushed and renamed; an object on gs:// appears once it is complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Logging: one readable line a message on stderr, from process 0 unless it is a warning; progress with time left."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

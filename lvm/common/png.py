@@ -1,7 +1,5 @@
 """PNG encoding."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Seed derivation: independent streams of random numbers from one configured seed."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

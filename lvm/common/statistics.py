@@ -1,7 +1,5 @@
 """PSNR, entropy and perplexity of NumPy or JAX arrays, computed in the array's own namespace."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Checks of configuration fields. Messages begin with `field=value`; `from_config_dict` puts the path before it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

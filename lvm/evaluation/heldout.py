@@ -1,7 +1,5 @@
 """Held-out scenes with their images and codes, the data of every evaluation."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Likelihood of held-out sentences, compared with entropies of the same codes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

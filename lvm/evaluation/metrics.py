@@ -1,7 +1,5 @@
 """Metrics of images, labels, depth and codes, over NumPy arrays. PSNR and entropy are in `lvm.common.statistics`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

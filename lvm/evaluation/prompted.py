@@ -1,7 +1,5 @@
 """In-context tasks: pairs of an image and its annotation, then a query image whose annotation is the answer."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Reconstruction quality of a tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A self-contained HTML page: metrics, curves and pictures, all embedded."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import html

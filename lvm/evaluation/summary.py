@@ -1,7 +1,5 @@
 """Content of an evaluation's report: its pictures, charts and table of metrics."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any

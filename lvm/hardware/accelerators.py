@@ -4,8 +4,6 @@ A slice of 256 TPU v5e chips is "v5e-256" here, "v5litepod-256" to gcloud and "v
 all three.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

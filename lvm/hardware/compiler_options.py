@@ -4,8 +4,6 @@ They are passed with each program (`compiler_options=`), not through XLA_FLAGS: 
 `lvm plan` compiles with the same options.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Contact sheets: rows of labeled images, with answers framed."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 

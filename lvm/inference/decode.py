@@ -1,7 +1,5 @@
 """Compiled programs of generation: prefill, decode and re-prefill, over a KV cache."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ A decode step is bound by reading the weights. In [outputs, inputs] order a CPU 
 module gets transposed views.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Prompts read from image files, folders and videos."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import pathlib

@@ -1,7 +1,5 @@
 """Token sampling with per-row temperature, top-k, top-p and key."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Files for users of exported weights: a model card, and an example script in torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

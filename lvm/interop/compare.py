@@ -1,7 +1,5 @@
 """Comparison of two checkpoints of one model by their activations and logits, one layer at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Every field that changes the network is read; a value that would need another network is an error.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pathlib

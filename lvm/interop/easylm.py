@@ -1,7 +1,5 @@
 """EasyLM's and LVM's checkpoints: a streaming checkpoint, and a config.json beside it."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Only the headers of objects and arrays are read to index a file; array data is read on demand.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import struct

@@ -1,7 +1,5 @@
 """Folders of transformers' `LlamaForCausalLM`: config.json, generation_config.json, weights in one file or shards."""
 
-from __future__ import annotations
-
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

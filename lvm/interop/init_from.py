@@ -1,7 +1,5 @@
 """Training that starts from the weights of a model folder in any format."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

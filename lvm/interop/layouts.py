@@ -5,8 +5,6 @@ halves of a head in transformers as in our model; EasyLM rotates neighbors, so i
 [2, d/2].
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

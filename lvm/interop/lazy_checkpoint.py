@@ -4,8 +4,6 @@ The common representation of all formats: each is read into it and written from 
 `layers.3.mlp.gate` is `params["layers"]["mlp"]["gate"][3]` of the model in memory.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

@@ -1,7 +1,5 @@
 """Model folders: our workdirs, and the formats of transformers and EasyLM, detected by their contents."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any

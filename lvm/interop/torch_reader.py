@@ -4,8 +4,6 @@ A pickle is a program that may import and call anything. `pickle.Unpickler` is r
 describes: `find_class` resolves a few names to inert objects of ours, `persistent_load` admits storages alone.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os

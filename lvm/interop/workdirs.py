@@ -1,7 +1,5 @@
 """Our own workdirs as lazy checkpoints: stacked tensors are read and written one layer at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

@@ -1,7 +1,5 @@
 """Backends by name, with one interface to submit to them and to manage what was submitted."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys

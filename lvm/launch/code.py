@@ -1,7 +1,5 @@
 """The code of a run: an archive of a commit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lvm.common.errors import UserError

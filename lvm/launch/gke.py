@@ -1,7 +1,5 @@
 """GKE backend: a run is a JobSet of TPU slices or GPU hosts."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

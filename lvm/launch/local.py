@@ -1,7 +1,5 @@
 """Local backend: ranks on this machine under a supervisor, which ends all when one fails and restarts the run."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Run requests and cluster settings, validated before anything is submitted."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

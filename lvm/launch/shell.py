@@ -1,7 +1,5 @@
 """Commands of external programs: run or printed, with their failures explained."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

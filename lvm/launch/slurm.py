@@ -1,7 +1,5 @@
 """Slurm backend: a batch script with one process per node or GPU, which requeues itself when preempted."""
 
-from __future__ import annotations
-
 import shlex
 
 from lvm.common import errors

@@ -1,7 +1,5 @@
 """TPU VM backend: a run is a queued resource, whose hosts start the run at every boot."""
 
-from __future__ import annotations
-
 import json
 import shlex
 

@@ -4,8 +4,6 @@ Under a mesh, batch and heads are sharded. A sharded sequence is exchanged for s
 (all-to-all), so that every kernel sees whole rows with a plain causal mask and devices share the triangle equally.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

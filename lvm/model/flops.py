@@ -7,8 +7,6 @@ rematerialization, padding, norms, softmax or the optimizer (PaLM, arXiv 2204.02
 - `whole`: the full T × T products count, masked or not, as in many papers.
 """
 
-from __future__ import annotations
-
 from lvm.model.transformer import ModelConfig
 
 CONVENTIONS = ("causal", "whole")

@@ -4,8 +4,6 @@ Everything that is stored, sharded or differentiated is a nested dict with strin
 optimizers and converters never see a Flax type.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

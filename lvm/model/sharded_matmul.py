@@ -4,8 +4,6 @@ Left to itself, XLA gathers a matrix once per product it is in and all-reduces t
 instead of reduce-scattering them: a fifth more bytes on the network for the 3b model.
 """
 
-from __future__ import annotations
-
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float

@@ -5,8 +5,6 @@ one `jax.lax.scan`; for decoding they are unrolled, each with its own KV cache: 
 token. Parameters are float32, compute is `dtype`; norm statistics, RoPE, softmax and logits are float32.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 

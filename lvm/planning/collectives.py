@@ -1,7 +1,5 @@
 """Collectives of a compiled step by kind, and the bytes that ideal fully sharded training (FSDP) would send."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

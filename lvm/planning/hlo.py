@@ -4,8 +4,6 @@ XLA's cost analysis counts a loop body once, and a scanned model's step is littl
 parsed because jaxlib's `HloModule` bindings expose neither shapes nor attributes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

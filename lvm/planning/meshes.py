@@ -1,7 +1,5 @@
 """Meshes that divide a model, its batch and the chips."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

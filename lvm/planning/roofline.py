@@ -1,7 +1,5 @@
 """Roofline of a step: lower bounds on its time by arithmetic, HBM traffic and communication."""
 
-from __future__ import annotations
-
 from lvm.hardware.accelerators import Slice
 from lvm.model.flops import train_flops_per_token
 from lvm.model.transformer import ModelConfig

@@ -1,7 +1,5 @@
 """Devices of TPU slices that are not attached, as libtpu describes them for ahead-of-time compilation."""
 
-from __future__ import annotations
-
 import glob
 import importlib.util
 import os

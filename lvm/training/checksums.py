@@ -4,8 +4,6 @@ On disk every byte is read back. On gs:// the store keeps each object's CRC-32C 
 listing is compared.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Configuration of a training run of the transformer."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from lvm.common.distributed import DistributedConfig

@@ -1,7 +1,5 @@
 """A lease for a workdir on gs://, which has no file locks: an object that its holder keeps renewing."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import sys

@@ -1,7 +1,5 @@
 """Chunked cross-entropy: the logits of a large vocabulary are never all in memory."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

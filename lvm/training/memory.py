@@ -1,7 +1,5 @@
 """Device memory of a training step, measured by compiling it, and settings that would fit."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

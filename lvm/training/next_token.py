@@ -1,7 +1,5 @@
 """Next-token prediction as a `TrainTask`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Optimizers and learning-rate schedules, built from Optax."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Profiler traces of chosen training steps."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """Compiled training step: a task's update for a mesh. The loop runs it and the planner analyzes it."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The contract between the training loop and what it trains, and the update that tasks share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 

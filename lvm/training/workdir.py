@@ -1,7 +1,5 @@
 """A run's folder (workdir): its record in `config.json`, the check that a resumed run agrees with it, and its lock."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Random crops and flips of scenes before encoding: codes can't be augmented later."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 

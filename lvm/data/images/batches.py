@@ -1,7 +1,5 @@
 """Batches of decoded scenes, prepared by worker processes ahead of an encoder."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Counter-based random numbers: each is a hash of (seed, counter), so many streams are evaluated at once."""
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Int, Int64, UInt64
 

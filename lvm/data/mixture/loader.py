@@ -1,7 +1,5 @@
 """Prefetching of batches with Grain, in threads or worker processes."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

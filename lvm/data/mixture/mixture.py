@@ -4,8 +4,6 @@ Sentences come in blocks of `BLOCK`. Each block has every component in proportio
 sentences (and of tokens) before any block has a closed form: no sentence requires counting through those before it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

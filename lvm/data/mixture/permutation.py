@@ -1,7 +1,5 @@
 """Pseudo-random permutations of [0, n) with random access and no memory."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

@@ -6,8 +6,6 @@ r·C … r·C+C; consecutive rows share one token, so that every token but the f
 `whole`: a row holds whole sentences and PAD; sentences don't attend to each other.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

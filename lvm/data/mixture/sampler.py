@@ -1,7 +1,5 @@
 """Sampling of scenes for sentences: each scene once an epoch, in a new seeded order, with random access."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The sentences of one component: scenes in a new order each epoch, cut by the recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

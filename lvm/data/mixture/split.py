@@ -1,7 +1,5 @@
 """The train/held-out split, by the hash of a scene's group: an original image or video is in one split only."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

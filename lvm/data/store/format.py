@@ -11,8 +11,6 @@ Each block has its own checksum: reading one image of a page, or some frames of 
 that hold them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import struct
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A shard is an ArrayRecord file; whole records are read through that library. Sin
 uncompressed and the index has the offset of each one's blocks, so one image of a page costs a read of 2 KiB.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -1,7 +1,5 @@
 """Staging: shards copied to local disk and checked, once per host."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

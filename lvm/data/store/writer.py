@@ -1,7 +1,5 @@
 """Store writer (`lvm.data.store.reader`): shards, an entry after each, and the manifest from all entries."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

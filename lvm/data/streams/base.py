@@ -1,7 +1,5 @@
 """The stream codec base class, the class palette, and checks of codec inputs."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Stream codecs of dense annotations, and the registry of all codecs."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar

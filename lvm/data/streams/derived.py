@@ -4,8 +4,6 @@ Each is a function of images and of a random generator seeded by the scene's key
 strength of an effect is sampled once a scene; noise and rain drops are sampled for each frame.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 

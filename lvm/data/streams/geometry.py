@@ -1,7 +1,5 @@
 """Stream codecs of boxes and skeletons, rendered at the resolution of the image and never resized."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple

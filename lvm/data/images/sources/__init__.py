@@ -1,7 +1,5 @@
 """Image sources: files of many kinds, ready codes, and scenes generated from a seed (docs/data.md)."""
 
-from __future__ import annotations
-
 import importlib
 import pathlib
 import runpy

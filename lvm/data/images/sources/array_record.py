@@ -1,7 +1,5 @@
 """Image source of ArrayRecord files whose records are image files."""
 
-from __future__ import annotations
-
 import bisect
 import os
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Scenes, and the base classes of what lists and loads them: image sources and code sources."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import pathlib

@@ -1,7 +1,5 @@
 """Image source of images with COCO-style JSON annotations: boxes, masks and keypoints, rendered at the image's size."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Image source that adds streams computed from the rgb of another source."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

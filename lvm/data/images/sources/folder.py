@@ -1,7 +1,5 @@
 """Image source of a folder: photos, videos as folders of frames, and annotations in parallel folders."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import pathlib

@@ -1,7 +1,5 @@
 """Decoding of image files, on disk or inside an archive. Every failure has a reason."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import pathlib

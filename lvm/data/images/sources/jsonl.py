@@ -1,7 +1,5 @@
 """Code source of LVM's JSONL: one scene per line."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any

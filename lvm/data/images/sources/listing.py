@@ -1,7 +1,5 @@
 """Finding, reading and hashing the files of a source."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pathlib

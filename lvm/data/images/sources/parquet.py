@@ -1,7 +1,5 @@
 """Image source of Parquet files whose columns hold image files."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Readers: how the image files of each stream become images, and the settings files that choose codecs."""
 
-from __future__ import annotations
-
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Image source of tar files in WebDataset's naming: the members of one key are the streams of one scene."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """Image source of datasets prepared by tensorflow-datasets, read without TensorFlow."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import pathlib

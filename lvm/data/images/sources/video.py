@@ -1,7 +1,5 @@
 """Image source of video files: clips of frames at a constant frame rate."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fractions
