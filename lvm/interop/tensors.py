@@ -57,7 +57,7 @@ class LazyTensor:
 Tensors = Mapping[str, LazyTensor]
 
 
-def from_array(array: Shaped[np.ndarray, ...]) -> LazyTensor:
+def from_array(array: Shaped[np.ndarray, "..."]) -> LazyTensor:
     """Wraps an array in memory."""
     return LazyTensor(array.shape, array.dtype, lambda: np.array(array, order="C"))
 

@@ -24,7 +24,7 @@ def count_parameters(model: ModelConfig) -> int:
     return layers + D + (1 if model.tie_embeddings else 2) * model.vocabulary_size * D
 
 
-def temp_bytes(config: TrainConfig) -> Float[np.ndarray, 2]:
+def temp_bytes(config: TrainConfig) -> Float[np.ndarray, "2"]:
     """Bytes of temporaries per chip that scale with the weights, and with the activations.
 
     - weights: gradients in float32 and the optimizer's updates before they are known to be finite, 10 bytes for each
@@ -72,7 +72,7 @@ class MemoryModel:
         """Bytes of temporaries per chip."""
         return float(temp_bytes(config) @ self._scales())
 
-    def _scales(self) -> Float[np.ndarray, 2]:
+    def _scales(self) -> Float[np.ndarray, "2"]:
         if not self._terms:
             return np.ones(2)
         terms, measured = np.array(self._terms), np.array(self._measured)

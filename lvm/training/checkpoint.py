@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import threading
@@ -38,6 +39,10 @@ _CHUNK_BYTES = 2**26  # of an array on disk: the unit of reads
 _CACHE_BYTES = 2**28  # of chunks kept in memory: one may hold several small layers
 
 
+# Orbax warns of every folder that it opens to read, which is what was asked for.
+logging.getLogger("absl").addFilter(lambda record: "Given directory is read only" not in record.getMessage())
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -50,7 +55,11 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: int = 1, keep_every: int = 0, read_only: bool = False):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep, keep_period=keep_every or None, read_only=read_only
+            max_to_keep=None if read_only else keep,
+            keep_period=keep_every or None,
+            read_only=read_only,
+            create=not read_only,
+            save_interval_steps=int(not read_only),  # Orbax warns where it has to change these two itself
         )
         path = epath.Path(workdir)
         self._workdir = path if files.is_remote(path) else path.resolve()

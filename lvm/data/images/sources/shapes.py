@@ -60,7 +60,7 @@ class Texture:
 
     pattern: str
     period: float
-    colors: tuple[Float32[np.ndarray, 3], Float32[np.ndarray, 3]]
+    colors: tuple[Float32[np.ndarray, "3"], Float32[np.ndarray, "3"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _sample_shape(rng: np.random.Generator, count: int, depth: float) -> Shape:
     )
 
 
-def _rgb(hue: float, saturation: float, value: float) -> Float32[np.ndarray, 3]:
+def _rgb(hue: float, saturation: float, value: float) -> Float32[np.ndarray, "3"]:
     return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32) * 255
 
 
