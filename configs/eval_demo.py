@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from lvm.common.config import to_config_dict
-from lvm.evaluate import EvalConfig
+from lvm.evaluation.config import EvalConfig
 
 
 def get_config() -> ConfigDict:

@@ -3,7 +3,6 @@
 lvm evaluate --config=configs/eval_demo.py --model=MODEL --tokenizer=TOKENIZER --out=FOLDER
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,55 +14,20 @@ from lvm.common import cli, files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info, log_warning
-from lvm.common.validation import check_positive
 from lvm.data.images.sources import ImageSource, open_source
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Video
 from lvm.data.store.reader import MANIFEST, Store
-from lvm.evaluation import likelihood, prompted, summary
+from lvm.evaluation import likelihood, prompted, report
+from lvm.evaluation.config import EvalConfig
 from lvm.evaluation.heldout import Heldout
 from lvm.evaluation.reconstruction import reconstruction_metrics
-from lvm.inference.generator import SamplingParams
 from lvm.inference.pretrained import LVM
 from lvm.interop.models import check_tokenizer
 from tokenizer import Tokenizer
 
 _MAX_STORE_VIDEOS = 4000  # for the conditional entropy
 _BATCH = 64  # images per call of the tokenizer, prompts per call of the model
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Configuration of an evaluation.
-
-    Attributes:
-      source: a folder of images or an image source's config file. By default the source of training, whose held-out
-        scenes are evaluated.
-      unseen: declares that training saw no image of `source`, so that all its scenes are evaluated.
-      max_scenes: upper limit on held-out scenes.
-      num_sentences: sentences per component of the mixture, for likelihoods.
-      num_queries: queries per task.
-      shots: example pairs per query.
-      data: the mixture to evaluate for models that don't record their own, such as published ones.
-      temperature, top_k, top_p: see `SamplingParams`.
-      seed: of sentences, queries and sampling.
-    """
-
-    source: str = ""
-    unseen: bool = False
-    max_scenes: int = 256
-    num_sentences: int = 128
-    num_queries: int = 128
-    shots: int = 2
-    data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_positive(self, "max_scenes", "num_sentences", "num_queries", "shots")
-        SamplingParams(self.temperature, self.top_k, self.top_p)  # checks them
 
 
 def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: str) -> dict[str, Any]:
@@ -98,8 +62,8 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     if len(tasks) > 1:
         results["task_following"] = prompted.task_following(tasks, heldout, model.vocabulary.num_codes)
     log_info("writing the report")
-    sections = summary.make_sections(model, mixture, heldout, decode, tasks, sentences)
-    summary.write_report(out, results, sections, model_folder, tokenizer_folder)
+    sections = report.make_sections(model, mixture, heldout, decode, tasks, sentences)
+    report.write_report(out, results, sections, model_folder, tokenizer_folder)
     return results
 
 

@@ -26,7 +26,7 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.mixture import split
 from lvm.data.store.reader import Store
-from lvm.evaluation.summary import metrics_table
+from lvm.evaluation.report import metrics_table
 
 _HELDOUT = 0.15
 _VIDEO_SHARE = 0.3  # share of video sentences where there are annotations too

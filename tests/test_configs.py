@@ -8,7 +8,7 @@ import pytest
 from lvm.common.config import from_config_dict
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
-from lvm.evaluate import EvalConfig
+from lvm.evaluation.config import EvalConfig
 from lvm.hardware.accelerators import resolve
 from lvm.model.nnx_utils import abstract_module, count_params
 from lvm.model.transformer import SIZES, Transformer

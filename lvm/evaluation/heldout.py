@@ -48,11 +48,7 @@ class Heldout:
     """
 
     def __init__(
-        self,
-        source: ImageSource,
-        fraction: float | None,
-        max_scenes: int,
-        encode: Callable[[np.ndarray], np.ndarray],
+        self, source: ImageSource, fraction: float | None, max_scenes: int, encode: Callable[[np.ndarray], np.ndarray]
     ):
         hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
         mask = np.ones(len(hashes), bool) if fraction is None else split.heldout_mask(hashes, fraction)

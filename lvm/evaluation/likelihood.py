@@ -34,10 +34,7 @@ def grid_losses(model: LVM, sentences: Sentences) -> Losses:
 
 
 def mixture_metrics(
-    losses: Mapping[str, Losses],
-    sentences: Mapping[str, Sentences],
-    weights: Mapping[str, float],
-    num_codes: int,
+    losses: Mapping[str, Losses], sentences: Mapping[str, Sentences], weights: Mapping[str, float], num_codes: int
 ) -> dict[str, Any]:
     """Weighted mean loss over components and the unigram entropy of the same codes, both in nats per code."""
     total = sum(weights[name] for name in losses)
@@ -63,10 +60,7 @@ def perplexity_by_image(losses: Losses) -> dict[str, list[float]]:
     LVM paper.
     """
     by_sentence = np.nanmean(losses, axis=2)  # [B, G]
-    return {
-        "exp_of_mean": np.exp(by_sentence.mean(0)).tolist(),
-        "mean_of_exp": np.exp(by_sentence).mean(0).tolist(),
-    }
+    return {"exp_of_mean": np.exp(by_sentence.mean(0)).tolist(), "mean_of_exp": np.exp(by_sentence).mean(0).tolist()}
 
 
 def video_metrics(

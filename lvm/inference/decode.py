@@ -93,12 +93,7 @@ def decode(
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
 def re_prefill(
-    params: Params,
-    state: DecodeState,
-    windows: Int[Array, "R T"],
-    lengths: Int[Array, " R"],
-    *,
-    program: Program,
+    params: Params, state: DecodeState, windows: Int[Array, "R T"], lengths: Int[Array, " R"], *, program: Program
 ) -> DecodeState:
     """Replaces the caches by those of padded windows of `lengths`, each ending with the row's newest token."""
     with sharding.use_mesh(program.mesh):

@@ -72,11 +72,7 @@ class LVM:
 
     @classmethod
     def load(
-        cls,
-        folder: epath.PathLike,
-        dtype: str | None = None,
-        step: int | None = None,
-        mesh: Mesh | None = None,
+        cls, folder: epath.PathLike, dtype: str | None = None, step: int | None = None, mesh: Mesh | None = None
     ) -> LVM:
         """Loads a model folder.
 

@@ -125,10 +125,7 @@ def _load_head(model: LazyCheckpoint) -> Float[Array, "D V"]:
 
 @jax.jit
 def _compare_logits(
-    x: Float[Array, "B T D"],
-    y: Float[Array, "B T D"],
-    head_x: Float[Array, "D K"],
-    head_y: Float[Array, "D K"],
+    x: Float[Array, "B T D"], y: Float[Array, "B T D"], head_x: Float[Array, "D K"], head_y: Float[Array, "D K"]
 ) -> tuple[Float[Array, " T"], Float[Array, " T"], Float[Array, ""]]:
     """Returns the largest absolute difference, the mean KL divergence, and the sum of the logits' variances."""
     with jax.default_matmul_precision("highest"):

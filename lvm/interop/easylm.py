@@ -8,13 +8,7 @@ from etils import epath
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_warning
-from lvm.interop.config_fields import (
-    EASYLM_CONTEXT,
-    LLAMA_CONTEXT,
-    common_fields,
-    read_checkpoint,
-    write_record,
-)
+from lvm.interop.config_fields import EASYLM_CONTEXT, LLAMA_CONTEXT, common_fields, read_checkpoint, write_record
 from lvm.interop.easylm_stream import Key, read_stream, write_stream
 from lvm.interop.layouts import EASYLM
 from lvm.interop.lazy_checkpoint import LazyCheckpoint

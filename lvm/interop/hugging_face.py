@@ -8,13 +8,7 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.interop.config_fields import (
-    LLAMA_CONTEXT,
-    common_fields,
-    read_checkpoint,
-    special_token_fields,
-    write_record,
-)
+from lvm.interop.config_fields import LLAMA_CONTEXT, common_fields, read_checkpoint, special_token_fields, write_record
 from lvm.interop.layouts import HUGGING_FACE
 from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.interop.tensors import LazyTensor, format_names, read_safetensors, write_safetensors

@@ -99,10 +99,7 @@ def write(
 
 
 def check_tokenizer(
-    expected: Mapping[str, Any] | None,
-    vocabulary: Vocabulary,
-    identity: Mapping[str, Any],
-    folder: epath.PathLike,
+    expected: Mapping[str, Any] | None, vocabulary: Vocabulary, identity: Mapping[str, Any], folder: epath.PathLike
 ) -> None:
     """Checks that a tokenizer is the one that a model was trained with, or has as many codes if that is unknown.
 

@@ -8,7 +8,7 @@ import pytest
 
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single, Video
-from lvm.evaluation import prompted, summary
+from lvm.evaluation import prompted, report
 from lvm.evaluation.heldout import Heldout
 from lvm.evaluation.report import Section
 from lvm.inference.pretrained import LVM
@@ -74,7 +74,7 @@ RESULTS = {
 
 
 def lines(results=RESULTS):
-    return [" | ".join(row) for row in summary.metrics_table(results)]
+    return [" | ".join(row) for row in report.metrics_table(results)]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_write_report_writes_page_pictures_and_results(tmp_path):
     picture = np.full((3, 4, 3), 9, np.uint8)
     sections = [Section("Video, continued", "frames", picture)]
     out = tmp_path / "out"
-    summary.write_report(out, RESULTS, sections, str(tmp_path / "model"), str(tmp_path / "no tokenizer"))
+    report.write_report(out, RESULTS, sections, str(tmp_path / "model"), str(tmp_path / "no tokenizer"))
     np.testing.assert_array_equal(PIL.Image.open(out / "pictures" / "video-continued.png"), picture)
     assert json.loads((out / "results.json").read_text()) == RESULTS
     page = (out / "index.html").read_text()
@@ -155,7 +155,7 @@ def test_make_sections_of_videos_tasks_and_reconstructions(make_heldout_scenes, 
         "unseen": ComponentConfig(Video()),
     }
     clips = np.stack([scene.codes[:, 0] for scene in scenes])
-    sections = summary.make_sections(
+    sections = report.make_sections(
         CopyLast(),
         MixtureConfig(components),
         FakeHeldout(scenes),
