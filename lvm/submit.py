@@ -110,12 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.string("accelerator", "", "slice or GPUs: v5litepod-256, v5e:16x16, v5p-128, h100-64")
     flags.integer("slices", 1, "number of slices", lower_bound=1)
     flags.integer("processes", 1, "number of processes on this machine", lower_bound=1)
-    flags.float(
-        "grace",
-        60.0,
-        "seconds from SIGTERM to SIGKILL, on this machine",
-        lower_bound=0.0,
-    )
+    flags.float("grace", 60.0, "seconds from SIGTERM to SIGKILL, on this machine", lower_bound=0.0)
     flags.integer("max_restarts", 3, "restart budget for failures; 0 never restarts", lower_bound=0)
     flags.boolean("spot", False, "use preemptible capacity")
     flags.boolean("reserved", False, "use reserved capacity")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Protocol
@@ -68,7 +69,7 @@ def submit(backend: str, request: Request, folder: Path, ship_changes: bool, pla
     shell.run(code.archive_command(request.commit, folder / f"{request.commit}.tar.gz"), folder)
     commands = _REMOTE[backend].submit(request)
     if dry_run:
-        print("\n".join(map(shell.format_command, [["cd", str(folder)], *commands])))
+        print("\n".join(map(shlex.join, [["cd", str(folder)], *commands])))
         return
     for command in commands:
         shell.run(command, folder)
@@ -79,14 +80,12 @@ def run_local(request: Request, folder: Path, processes: int, grace: float, dry_
     """Runs on this machine in the foreground; returns the exit code."""
     _require_secrets(request)
     if dry_run:
-        lines = shell.export_lines(request.environment)
-        command = shell.format_command([sys.executable, *request.command])
-        print("\n".join([*lines, f"# {processes} processes of", command]))
+        lines = [shell.export_lines(request.environment), f"# {processes} processes of"]
+        print("\n".join(filter(None, [*lines, shlex.join([sys.executable, *request.command])])))
         return 0
     secrets = {name: os.environ[source] for name, source in request.secrets.items()}
     environment = {**request.environment, **secrets}
-    local_run = local.LocalRun(folder)  # holds the lock while it lives
-    with local_run.acquire() as log:
+    with local.lock_run(folder) as log:
         files.write_json(folder / _RECORD, {"on": LOCAL, "workdir": request.workdir})
         supervisor = local.Supervisor(request.command, processes, request.max_restarts, grace, environment, log)
         return supervisor.run()
@@ -107,7 +106,7 @@ def _check_plan(request: Request) -> None:
     for arguments in request.sweep or ((),):
         target = [f"--topology={topology}", f"--slices={request.slices}"]
         command = [sys.executable, "-m", "lvm.plan", *request.train_arguments, *arguments, *target]
-        log_info(f"planning: {shell.format_command(command)}")
+        log_info(f"planning: {shlex.join(command)}")
         try:
             shell.run(command, Path.cwd())
         except CommandError as error:
@@ -138,11 +137,6 @@ def manage(verb: str, backend: str, run: SubmittedRun, poll: float) -> int:
     remote = _REMOTE[backend]
     if verb == "watch":
         return remote.watch(run, poll)
-    commands = {
-        "status": remote.status,
-        "logs": remote.logs,
-        "cancel": remote.cancel,
-        "list": remote.list_runs,
-    }
+    commands = {"status": remote.status, "logs": remote.logs, "cancel": remote.cancel, "list": remote.list_runs}
     shell.run(commands[verb](run), run.folder)
     return 0

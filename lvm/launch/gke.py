@@ -102,10 +102,7 @@ def manifest(request: Request) -> dict[str, Any]:
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": metadata,
-        "spec": {
-            "failurePolicy": {"maxRestarts": request.max_restarts, "rules": [fail]},
-            "replicatedJobs": [job],
-        },
+        "spec": {"failurePolicy": {"maxRestarts": request.max_restarts, "rules": [fail]}, "replicatedJobs": [job]},
     }
 
 
@@ -191,8 +188,4 @@ def _literal(text: str) -> str:
 
 def _kubectl(site: ClusterConfig) -> list[str]:
     site.require("project", "zone", "cluster")
-    return [
-        "kubectl",
-        f"--context=gke_{site.project}_{site.zone}_{site.cluster}",
-        f"--namespace={site.namespace}",
-    ]
+    return ["kubectl", f"--context=gke_{site.project}_{site.zone}_{site.cluster}", f"--namespace={site.namespace}"]

@@ -1,5 +1,7 @@
 """Local backend: ranks on this machine under a supervisor, which ends all when one fails and restarts the run."""
 
+import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -7,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,12 +19,14 @@ from lvm.common.logging import log_info
 from lvm.launch.requests import SubmittedRun
 
 _POLL = 0.1  # seconds
+_PID, _LOG = "supervisor", "log.txt"  # in the folder of a run; the PID file is locked while the run lives
 
 
+@dataclasses.dataclass
 class Supervisor:
     """Runs a command as `processes` ranks, and restarts it until its exit code is final.
 
-    Args:
+    Attributes:
       command: arguments of `python`, the same for every rank.
       processes: number of ranks.
       max_restarts: restart budget for failures; preemption is not counted. 0 never restarts.
@@ -31,18 +35,14 @@ class Supervisor:
       log: receives the ranks' output, besides stdout.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        processes: int,
-        max_restarts: int,
-        grace: float,
-        environment: Mapping[str, str] | None = None,
-        log: IO[str] | None = None,
-    ):
-        self._command, self._processes = list(command), processes
-        self._max_restarts, self._grace = max_restarts, grace
-        self._environment, self._log = environment or {}, log
+    command: Sequence[str]
+    processes: int
+    max_restarts: int
+    grace: float
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    log: IO[str] | None = None
+
+    def __post_init__(self) -> None:
         self._ranks: list[subprocess.Popen] = []
         self._terminated = False
 
@@ -53,24 +53,23 @@ class Supervisor:
         failures = 0
         while True:
             code = self._run_once()
-            if self._terminated or code in errors.FINAL or not self._max_restarts:
+            if self._terminated or code in errors.FINAL or not self.max_restarts:
                 return code
             if code == errors.EXIT_PREEMPTED:  # not a failure
                 log_info(f"restart after exit code {code}")
                 continue
             failures += 1
-            if failures > self._max_restarts:
-                log_info(f"restart budget ({self._max_restarts}) exhausted")
+            if failures > self.max_restarts:
+                log_info(f"restart budget ({self.max_restarts}) exhausted")
                 return code
-            log_info(f"restart {failures} of {self._max_restarts} after exit code {code}")
+            log_info(f"restart {failures} of {self.max_restarts} after exit code {code}")
 
     def _run_once(self) -> int:
         port = _free_port()
-        self._ranks = [self._start(rank, port) for rank in range(self._processes)]
-        prefixes = [f"[{rank}] " if self._processes > 1 else "" for rank in range(self._processes)]
+        self._ranks = [self._start(rank, port) for rank in range(self.processes)]
         printers = [
-            threading.Thread(target=_print, args=(prefix, rank.stdout, self._log))
-            for prefix, rank in zip(prefixes, self._ranks, strict=True)
+            threading.Thread(target=_print, args=(f"[{index}] " if self.processes > 1 else "", rank.stdout, self.log))
+            for index, rank in enumerate(self._ranks)
         ]
         for printer in printers:
             printer.start()
@@ -83,18 +82,13 @@ class Supervisor:
         return code
 
     def _start(self, rank: int, port: int) -> subprocess.Popen:
-        environment = {
-            **os.environ,
-            **self._environment,
-            cli.PARENT: str(os.getpid()),
-            "PYTHONUNBUFFERED": "1",
-        }
-        if self._processes > 1:
+        environment = {**os.environ, **self.environment, cli.PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        if self.processes > 1:
             environment[distributed.COORDINATOR] = f"localhost:{port}"
-            environment[distributed.NUM_PROCESSES] = str(self._processes)
+            environment[distributed.NUM_PROCESSES] = str(self.processes)
             environment[distributed.PROCESS_ID] = str(rank)
         return subprocess.Popen(
-            [sys.executable, *self._command],
+            [sys.executable, *self.command],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -107,8 +101,8 @@ class Supervisor:
             for index, rank in enumerate(self._ranks):
                 if rank.poll():
                     code = _exit_code(rank)
-                    if self._processes > 1:
-                        log_info(f"process {index} of {self._processes} ended with exit code {code}")
+                    if self.processes > 1:
+                        log_info(f"process {index} of {self.processes} ended with exit code {code}")
                     self._end_all()
                     return code
             time.sleep(_POLL)
@@ -118,7 +112,7 @@ class Supervisor:
         return any(rank.poll() is None for rank in self._ranks)
 
     def _end_all(self) -> None:
-        deadline = time.monotonic() + self._grace
+        deadline = time.monotonic() + self.grace
         self._signal(signal.SIGTERM)  # ranks save, or notice that a peer is gone, and exit
         while self._are_running() and time.monotonic() < deadline:
             time.sleep(_POLL)
@@ -153,62 +147,57 @@ def _print(prefix: str, stream: IO[bytes] | None, log: IO[str] | None) -> None:
             output.flush()
 
 
-class LocalRun:
-    """Folder of a run on this machine, with its log and the locked PID file of its supervisor."""
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[IO[str]]:
+    """Locks the folder of a run, so that `manage` finds this process; yields the open log.
 
-    def __init__(self, folder: Path):
-        self._folder, self._pid_path = folder, folder / "supervisor"
-        self.log = folder / "log.txt"
+    Raises:
+      UserError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = files.lock_file(folder / _PID)
+    if lock is None:
+        raise UserError(f"{folder.name}: a run of this name is in progress (process {_supervisor_pid(folder)})")
+    with lock, open(folder / _LOG, "a") as log:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield log
 
-    def acquire(self) -> IO[str]:
-        """Locks the folder for the lifetime of this process; returns the open log.
 
-        Raises:
-          UserError: another process holds the lock.
-        """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        lock = files.lock_file(self._pid_path)
-        if lock is None:
-            raise UserError(f"{self._folder.name}: a run of this name is in progress (process {self.pid()})")
-        self._lock = lock  # held while this object lives
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        return open(self.log, "a")
+def _supervisor_pid(folder: Path) -> int | None:
+    """PID of the supervisor; None if the run has ended."""
+    if not (folder / _PID).exists():
+        return None
+    if lock := files.lock_file(folder / _PID, shared=True):
+        lock.close()
+        return None
+    return int((folder / _PID).read_text() or 0) or None
 
-    def pid(self) -> int | None:
-        """PID of the supervisor; None if the run has ended."""
-        if not self._pid_path.exists():
-            return None
-        if lock := files.lock_file(self._pid_path, shared=True):
-            lock.close()
-            return None
-        return int(self._pid_path.read_text() or 0) or None
 
-    def state(self) -> str:
-        pid = self.pid()
-        return "ended" if pid is None else f"running, process {pid}"
+def _state(folder: Path) -> str:
+    pid = _supervisor_pid(folder)
+    return "ended" if pid is None else f"running, process {pid}"
 
 
 def manage(verb: str, run: SubmittedRun, poll: float) -> None:
     """Executes `status`, `logs`, `cancel`, `list` or `watch`."""
     if verb == "list":
-        for log in sorted(run.folder.glob("*/log.txt")):
-            print(f"{log.parent.name}: {LocalRun(log.parent).state()}")
+        for log in sorted(run.folder.glob(f"*/{_LOG}")):
+            print(f"{log.parent.name}: {_state(log.parent)}")
         return
-    local_run = LocalRun(run.folder)
-    if not local_run.log.exists():
+    if not (run.folder / _LOG).exists():
         raise UserError(f"{run.name}: no run of this name on this machine ({run.folder})")
     if verb == "logs":
-        print("".join(local_run.log.read_text().splitlines(keepends=True)[-200:]), end="")
+        print("".join((run.folder / _LOG).read_text().splitlines(keepends=True)[-200:]), end="")
     elif verb == "status":
-        print(f"{run.name}: {local_run.state()}; workdir {run.workdir}")
+        print(f"{run.name}: {_state(run.folder)}; workdir {run.workdir}")
     elif verb == "watch":
-        while local_run.pid() is not None:
+        while _supervisor_pid(run.folder) is not None:
             time.sleep(poll)
-        print(f"{run.name}: {local_run.state()}")
+        print(f"{run.name}: {_state(run.folder)}")
     else:
-        pid = local_run.pid()
+        pid = _supervisor_pid(run.folder)
         if pid is None:
             raise UserError(f"{run.name}: has ended")
         os.kill(pid, signal.SIGTERM)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lvm.common import errors
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 
@@ -101,11 +102,17 @@ def _explain(command: Command, output: str) -> str:
     return f"{name}: {next(matches, 'failed')} ({last_line})"
 
 
-def format_command(command: Command) -> str:
-    """The command as typed in a shell."""
-    return shlex.join(command)
-
-
-def export_lines(environment: Mapping[str, str]) -> list[str]:
+def export_lines(environment: Mapping[str, str]) -> str:
     """Lines of bash that export these variables, quoted."""
-    return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items())
+
+
+def render_script(template: str, **values: str) -> str:
+    """A script of this folder with its `{{key}}` replaced; a line of nothing but an empty value is left out."""
+    values |= {"final": "|".join(map(str, errors.FINAL)), "preempted": str(errors.EXIT_PREEMPTED)}
+
+    def replace(match: re.Match[str]) -> str:
+        value = values[match[1]]
+        return value + match[2] if value else ""
+
+    return re.sub(r"\{\{(\w+)\}\}(\n?)", replace, (Path(__file__).parent / template).read_text())

@@ -2,7 +2,6 @@
 
 import shlex
 
-from lvm.common import errors
 from lvm.common.errors import UserError
 from lvm.launch import shell
 from lvm.launch.requests import VARIABLE, Request, SubmittedRun
@@ -119,46 +118,21 @@ def _options(request: Request, logs: str) -> list[str]:
 
 
 def _script(request: Request) -> str:
-    final = "|".join(str(code) for code in errors.FINAL)
     secrets = request.secrets.items()
     missing = [f': "${{{source}:?the secret {name} is not in the environment}}"' for name, source in secrets]
     renamed = [f'export {name}="${{{source}}}"' for name, source in secrets if name != source]
-    lines = [
-        "#!/bin/bash",
-        f"# Run {request.name}: a batch script for `sbatch`.",
-        "set -uo pipefail",
-        *shell.export_lines({**_devices(request), **request.environment}),
-        *missing,
-        *renamed,
-        *([request.site.setup] if request.site.setup else []),
-        f"cd {shlex.quote(f'{request.launch_folder}/{request.commit}')} || exit 1",
-        *_jobs(request),
-        "# A preempted job receives SIGTERM here too; wait for its processes, which are saving.",
-        "trap ':' TERM",
-        "# When one process has ended, the others have time to exit by themselves with meaningful codes.",
-        f'srun --kill-on-bad-exit=0 --wait={_GRACE} python "${{job[@]}}" &',
-        "step=$!",
-        'wait "$step"',
-        "code=$?",
-        'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done',
-        'echo "ended with exit code $code"',
-        f'case "$code" in {final}) exit "$code" ;; esac',
-        *(_requeue(request) if request.max_restarts else []),
-        'exit "$code"',
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _requeue(request: Request) -> list[str]:
-    """Requeues the job within the restart budget, unless it was canceled. Preemption is not counted."""
-    return [
-        'failures="failures-$SLURM_JOB_ID"',
-        f'if [ "$code" != {errors.EXIT_PREEMPTED} ]; then echo "$code" >>"$failures"; else touch "$failures"; fi',
-        'state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)"',
-        f'if [ "$(wc -l <"$failures")" -le {request.max_restarts} ] && [ "$state" = RUNNING ]; then',
-        '  scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-    ]
+    requeue = shell.render_script("slurm_requeue.sh", max_restarts=str(request.max_restarts)).rstrip("\n")
+    return shell.render_script(
+        "slurm_job.sh",
+        name=request.name,
+        exports=shell.export_lines({**_devices(request), **request.environment}),
+        secrets="\n".join([*missing, *renamed]),
+        setup=request.site.setup,
+        folder=shlex.quote(f"{request.launch_folder}/{request.commit}"),
+        job="\n".join(_jobs(request)),
+        grace=str(_GRACE),
+        requeue=requeue if request.max_restarts else "",
+    )
 
 
 def _devices(request: Request) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import json
 import shlex
 
-from lvm.common import distributed, errors
+from lvm.common import distributed
 from lvm.common.errors import UserError
 from lvm.launch import shell
 from lvm.launch.requests import ClusterConfig, Request, SubmittedRun
@@ -154,61 +154,23 @@ def _location(site: ClusterConfig) -> list[str]:
 
 def _script(request: Request) -> str:
     """The startup script, in bash. Values are quoted; secrets are read at run time."""
-    archive, folder = shlex.quote(request.archive), shlex.quote(request.launch_folder)
     secrets = [
         f'  {name}="$(gcloud secrets versions access latest --secret={shlex.quote(source)})" || return 1\n'
         f"  export {name}"
         for name, source in request.secrets.items()
     ]
-    lines = [
-        "#!/bin/bash",
-        f"# Run {request.name}: every host runs this at every boot and resumes from the newest checkpoint.",
-        "set -uo pipefail",
-        f"exec >>{_LOG} 2>&1",
-        f"mkdir -p /opt/lvm/{request.name}",
-        f"cd /opt/lvm/{request.name} || exit 1",
-        "export HOME=/root UV_INSTALL_DIR=/opt/lvm/bin",
-        "if [ -e ended ]; then exit 0; fi",
-        "prepare() {",
-        *secrets,
-        "  if [ -e ready ]; then return 0; fi",
-        f'  gcloud storage rm {folder}/ended-"$(hostname)"',
-        "  rm -rf code environment && mkdir code || return 1",
-        f"  gcloud storage cp {archive} code.tar.gz || return 1",
-        "  tar -xzf code.tar.gz -C code || return 1",
-        "  curl -LsSf https://astral.sh/uv/install.sh | sh || return 1",
-        "  /opt/lvm/bin/uv venv --python 3.12 environment || return 1",
-        "  /opt/lvm/bin/uv pip install --python environment/bin/python -r code/requirements.txt 'jax[tpu]' || return 1",
-        "  touch ready",
-        "}",
-        'until prepare; do echo "this host is not ready; retrying"; sleep 60; done',
-        *shell.export_lines(request.environment),
-        f"export {distributed.COORDINATOR}=auto",
-        "cd code || exit 1",
-        *_run_until_final(request),
-        'echo "$code" >../ended',
-        f'gcloud storage cp ../ended {folder}/ended-"$(hostname)"',
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _run_until_final(request: Request) -> list[str]:
-    """Restarts within the budget, unless the exit code is final. Preemption is not counted."""
-    once = [
-        f"../environment/bin/python {shlex.join(request.command)}",
-        "code=$?",
-        'echo "ended with exit code $code"',
-    ]
-    if not request.max_restarts:
-        return once
-    final = "|".join(str(code) for code in errors.FINAL)
-    return [
-        "failures=0",
-        "while true; do",
-        *(f"  {line}" for line in once),
-        f'  case "$code" in {final}) break ;; esac',
-        f'  if [ "$code" != {errors.EXIT_PREEMPTED} ]; then failures=$((failures + 1)); fi',
-        f'  if [ "$failures" -gt {request.max_restarts} ]; then break; fi',
-        "  sleep 10",
-        "done",
-    ]
+    indent = "  " if request.max_restarts else ""
+    command = f"../environment/bin/python {shlex.join(request.command)}"
+    run = "\n".join(indent + line for line in (command, "code=$?", 'echo "ended with exit code $code"'))
+    if request.max_restarts:  # restarts within the budget, unless the exit code is final
+        run = shell.render_script("tpu_vm_restart.sh", attempt=run, max_restarts=str(request.max_restarts)).rstrip("\n")
+    return shell.render_script(
+        "tpu_vm_startup.sh",
+        name=request.name,
+        log=_LOG,
+        secrets="\n".join(secrets),
+        folder=shlex.quote(request.launch_folder),
+        archive=shlex.quote(request.archive),
+        exports=shell.export_lines({**request.environment, distributed.COORDINATOR: "auto"}),
+        run=run,
+    )

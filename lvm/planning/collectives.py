@@ -138,11 +138,7 @@ class _Counter:
             if len(weight) == len(sizes):
                 split = [(full, shard) for full, shard in zip(weight, sizes, strict=True) if full != shard]
                 if len(split) == 1 and split[0][0] % split[0][1] == 0:
-                    return (
-                        "reduce-scatter" if _sends_partial_sums(run) else "all-gather",
-                        float(array.bytes),
-                        0.0,
-                    )
+                    return ("reduce-scatter" if _sends_partial_sums(run) else "all-gather", float(array.bytes), 0.0)
         return "collective-permute", float(array.bytes), 0.0
 
 

@@ -21,12 +21,7 @@ def resolve_mesh(mesh: MeshConfig, chips: int) -> MeshConfig:
 
 
 def valid_meshes(
-    model: ModelConfig,
-    mesh: MeshConfig,
-    chips: int,
-    slices: int,
-    batch_size: int = 0,
-    accumulate_steps: int = 1,
+    model: ModelConfig, mesh: MeshConfig, chips: int, slices: int, batch_size: int = 0, accumulate_steps: int = 1
 ) -> list[MeshConfig]:
     """Every `data` × `fsdp` that divides model, chips and batch, with the `sequence` and `tensor` of `mesh`.
 
