@@ -22,16 +22,12 @@ class Augment:
     A crop is a window of a larger image, pixel by pixel: nothing is resampled, so palette colors and depth stay exact.
     All frames and streams of a scene share the window, and are flipped together by their codecs.
 
-    Attributes:
-      copies: copies per scene; 0 leaves scenes as they are.
-      preprocess: that of the resulting images.
-
     Raises:
       UserError: a negative number of copies.
     """
 
-    copies: int
-    preprocess: Preprocess
+    copies: int  # per scene; 0 leaves scenes as they are
+    preprocess: Preprocess  # of the resulting images
 
     def __post_init__(self) -> None:
         if self.copies < 0:
@@ -46,12 +42,7 @@ class Augment:
         return dataclasses.replace(self.preprocess, resolution=max(round(_CROP_SCALE * R), R + 1))
 
     def __call__(self, scene: SceneImages, codecs: Mapping[str, Codec]) -> Iterator[SceneImages]:
-        """Yields the scene's copies, `key#0` … of its group; the scene itself if `copies` is 0.
-
-        Args:
-          scene: a scene preprocessed by `source_preprocess`.
-          codecs: codecs of its streams.
-        """
+        """Yields copies `key#0` … of a scene preprocessed by `source_preprocess`; the scene itself if `copies` is 0."""
         if not self.copies:
             yield scene
             return

@@ -14,28 +14,18 @@ _PROBED_SCENES = 8  # scenes of a range that are probed for their size: videos m
 
 @dataclasses.dataclass(frozen=True)
 class DecodedScene:
-    """A scene whose images are in the same batch.
+    """A scene whose images are in the same batch."""
 
-    Attributes:
-      info: metadata, with the number of readable frames.
-      num_images: images of all frames and streams; 0 if nothing could be read.
-      failures: what could not be read.
-      is_last: whether this is the last result of its scene in the source: there is one per augmented copy.
-    """
-
-    info: SceneInfo
-    num_images: int
+    info: SceneInfo  # with the number of readable frames
+    num_images: int  # of all frames and streams; 0 if nothing could be read
     failures: tuple[Failure, ...]
-    is_last: bool
+    is_last: bool  # the last result of its scene in the source: there is one per augmented copy
 
 
 class ImageBatcher:
-    """Batches of whole scenes from ranges of a source, by index. Can be pickled for worker processes.
+    """Batches of whole scenes, each augmented, from ranges (first, end) of a source in reading order, by index.
 
-    Args:
-      source: the scenes.
-      ranges: (first, end) scene of each range, in reading order.
-      augment: applied to each scene.
+    Can be pickled for worker processes.
     """
 
     def __init__(self, source: ImageSource, ranges: Sequence[tuple[int, int]], augment: Augment):

@@ -19,19 +19,12 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.common.validation import check_choice, check_positive
 
-MODES = ("squash", "center_crop")
-DECODES = ("full", "reduced")
-_FILTERS = ("nearest", "box", "bilinear", "bicubic", "lanczos")
-FILTERS = {name: PIL.Image.Resampling[name.upper()] for name in _FILTERS}
-RESIZERS = ("pillow", "swscale")
+FILTERS = {n: PIL.Image.Resampling[n.upper()] for n in ("nearest", "box", "bilinear", "bicubic", "lanczos")}
 _SWSCALE_FILTERS = {name: Interpolation[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 _SWSCALE_FLAGS = Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same pixels on every CPU
 _SWSCALE_FLAGS |= Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT  # full chroma resolution
 _RANGE = {"colours": "0..1"}  # in every identity on disk: the network's input is uint8 / 255
-_OMITTED = {
-    "decode": "full",
-    "resizer": "pillow",
-}  # not written at these values: identities from before stay valid
+_OMITTED = {"decode": "full", "resizer": "pillow"}  # not written at these values: identities from before stay valid
 
 Number = int | float
 
@@ -64,10 +57,10 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         check_positive(self, "resolution")
-        check_choice(self, "mode", MODES)
+        check_choice(self, "mode", ("squash", "center_crop"))
         check_choice(self, "filter", FILTERS)
-        check_choice(self, "decode", DECODES)
-        check_choice(self, "resizer", RESIZERS)
+        check_choice(self, "decode", ("full", "reduced"))
+        check_choice(self, "resizer", ("pillow", "swscale"))
         if self.resizer == "swscale":
             check_choice(self, "filter", _SWSCALE_FILTERS)
 
@@ -85,14 +78,13 @@ class Preprocess:
         Raises:
           UserError: an array of another dtype or shape, or an image of floats (mode F), whose range is unknown.
         """
-        rgb = _to_rgb(_from_array(image) if isinstance(image, np.ndarray) else image)
-        size = (self.resolution, self.resolution)
+        rgb = _to_rgb(image)
         box = self._crop_box(*(extent or rgb.size))
         if self.resizer == "swscale":
             left, top, right, bottom = map(int, box)
             return self._swscale(np.asarray(rgb)[top:bottom, left:right])
         # With `box`, Pillow still filters over the pixels outside of it: this is resize, then crop.
-        return np.asarray(rgb.resize(size, FILTERS[self.filter], box=box))
+        return np.asarray(rgb.resize((self.resolution, self.resolution), FILTERS[self.filter], box=box))
 
     @property
     def min_decode_side(self) -> int:
@@ -166,21 +158,19 @@ class Preprocess:
         return left, top, right, bottom
 
 
-def _from_array(array: np.ndarray) -> PIL.Image.Image:
-    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if array.dtype != np.uint8 or not is_image or 0 in array.shape:
-        shape = f"{array.dtype} {list(array.shape)}"
-        raise UserError(f"an image is {shape}; expected uint8 [H, W], [H, W, 3] or [H, W, 4]")
-    return PIL.Image.fromarray(array)
-
-
 def apply_exif_orientation(image: PIL.Image.Image) -> PIL.Image.Image:
     """Returns the image turned upright; the same object if its EXIF orientation is the default (a copy is slow)."""
     is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
     return PIL.ImageOps.exif_transpose(image) if is_turned else image
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def _to_rgb(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
+    if isinstance(image, np.ndarray):
+        has_image_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+        if image.dtype != np.uint8 or not has_image_shape or 0 in image.shape:
+            shape = f"{image.dtype} {list(image.shape)}"
+            raise UserError(f"an image is {shape}; expected uint8 [H, W], [H, W, 3] or [H, W, 4]")
+        image = PIL.Image.fromarray(image)
     image = apply_exif_orientation(image)
     if image.mode == "F":
         raise UserError("an image holds floats (mode F), whose range is unknown; expected 8 or 16 bits")

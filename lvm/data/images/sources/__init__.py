@@ -9,26 +9,23 @@ from typing import Any
 from lvm.common.config import find_config
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import CodeSource, Failure, ImageSource, SceneCodes, SceneImages, SceneInfo
+from lvm.data.images.sources.base import CodeSource, Failure, ImageSource, SceneInfo
 from lvm.data.images.sources.derived import DerivedStreams
 from lvm.data.images.sources.image_file import IMAGE_SUFFIXES
 from lvm.data.images.sources.listing import SUFFIXES, walk_files
 
-__all__ = [
-    "CodeSource", "Failure", "ImageSource", "SceneCodes", "SceneImages", "SceneInfo",
-    "open_any_source", "open_source",
-]  # fmt: skip
+__all__ = ["CodeSource", "Failure", "ImageSource", "SceneInfo", "open_any_source", "open_source"]
 
-KINDS = {  # imported on first use, with the libraries that only they need
-    "generated": "generated.GeneratedSource",
-    "folder": "folder.FolderSource",
-    "video": "video.VideoSource",
-    "tar": "tar.TarSource",
-    "tfds": "tfds.TfdsSource",
-    "array_record": "array_record.ArrayRecordSource",
-    "parquet": "parquet.ParquetSource",
-    "coco": "coco.CocoSource",
-    "jsonl": "jsonl.JsonlSource",
+KINDS = {  # of the module KIND, imported on first use with the libraries that only it needs
+    "generated": "GeneratedSource",
+    "folder": "FolderSource",
+    "video": "VideoSource",
+    "tar": "TarSource",
+    "tfds": "TfdsSource",
+    "array_record": "ArrayRecordSource",
+    "parquet": "ParquetSource",
+    "coco": "CocoSource",
+    "jsonl": "JsonlSource",
 }
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 
@@ -80,8 +77,7 @@ def open_any_source(
 
 def _open(kind: str, preprocess: Preprocess, parameters: dict[str, Any]) -> ImageSource | CodeSource:
     derived, seed = parameters.pop("derived", ()), parameters.pop("derived_seed", 0)
-    module, _, name = KINDS[kind].partition(".")
-    source_class = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    source_class = getattr(importlib.import_module(f"{__name__}.{kind}"), KINDS[kind])
     source = source_class(preprocess, **parameters)
     if not derived:
         return source

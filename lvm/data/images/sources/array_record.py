@@ -9,7 +9,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from lvm.data.images.sources.base import ImageFileSource, SceneInfo
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
-from lvm.data.images.sources.listing import check_index, relative_to
+from lvm.data.images.sources.listing import relative_to
 
 
 class ArrayRecordSource(ImageFileSource[None]):
@@ -29,7 +29,6 @@ class ArrayRecordSource(ImageFileSource[None]):
         return self._starts[-1]
 
     def info(self, index: int) -> SceneInfo:
-        """See `SceneSource.info`."""
         return self._open_scene(index)[0]
 
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, None]]:
@@ -47,7 +46,7 @@ class ArrayRecordSource(ImageFileSource[None]):
         self._open_readers: dict[str, Any] = {}
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, list[dict[str, ImageFile]]]:
-        check_index(index, len(self))
+        self._check_index(index)
         position = bisect.bisect_right(self._starts, index) - 1
         file, record = self._files[position], index - self._starts[position]
         key = f"{file}/{record}"

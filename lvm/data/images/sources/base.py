@@ -22,49 +22,30 @@ Location = TypeVar("Location")  # where a scene's data is, as its source needs i
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Data that is not used.
+    """Data that is not used, and why."""
 
-    Attributes:
-      key: a path inside the source, a scene, or a frame of a scene.
-      reason: why it is not used.
-    """
-
-    key: str
+    key: str  # a path inside the source, a scene, or a frame of a scene
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneInfo:
-    """Metadata of a scene, known without decoding.
+    """Metadata of a scene, known without decoding."""
 
-    Attributes:
-      key: identifies the scene within its source.
-      group: the original photo or video; a split never separates scenes of one group.
-      class_name: class label, or "".
-      num_frames: frames T.
-      streams: stream names, in the order of the scene's images.
-    """
-
-    key: str
-    group: str
-    class_name: str
-    num_frames: int
-    streams: tuple[str, ...]
+    key: str  # identifies the scene within its source
+    group: str  # the original photo or video; a split never separates scenes of one group
+    class_name: str  # class label, or ""
+    num_frames: int  # T
+    streams: tuple[str, ...]  # in the order of the scene's images
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneImages:
-    """A decoded scene.
+    """A decoded scene."""
 
-    Attributes:
-      info: the scene's metadata; `num_frames` counts the frames in `images`.
-      images: streams in the order of `info.streams`; T may be 0.
-      failures: frames that could not be read and were dropped.
-    """
-
-    info: SceneInfo
-    images: UInt8[np.ndarray, "T S R R 3"]
-    failures: tuple[Failure, ...] = ()
+    info: SceneInfo  # `num_frames` counts the frames in `images`
+    images: UInt8[np.ndarray, "T S R R 3"]  # streams in the order of `info.streams`; T may be 0
+    failures: tuple[Failure, ...] = ()  # frames that could not be read and were dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +74,6 @@ class SceneSource(abc.ABC, Generic[Location]):
       preprocess: converts decoded images to the model's size.
       **parameters: the fields of `config_class`.
 
-    Attributes:
-      config: the parameters.
-      name: short name for logs and manifests.
-      streams: codec of every stream that any scene has.
-      stream_sets: the distinct stream tuples of the scenes, sorted.
-      classes: the distinct class names of the scenes, sorted, without "".
-      skipped: data that listing found and that is not used.
-
     Raises:
       UserError: an unknown parameter, an impossible value, or no usable scene.
     """
@@ -112,11 +85,11 @@ class SceneSource(abc.ABC, Generic[Location]):
     read_errors: ClassVar[tuple[type[Exception], ...]] = (OSError,)  # skip a file that can't be listed
     unpicklable: ClassVar[tuple[str, ...]] = ()
 
-    name: str
-    streams: Mapping[str, Codec]
-    stream_sets: tuple[tuple[str, ...], ...]
-    classes: tuple[str, ...] = ()
-    skipped: tuple[Failure, ...] = ()
+    name: str  # for logs and manifests
+    streams: Mapping[str, Codec]  # codec of every stream that any scene has
+    stream_sets: tuple[tuple[str, ...], ...]  # the distinct stream tuples of the scenes, sorted
+    classes: tuple[str, ...] = ()  # the distinct class names of the scenes, sorted, without ""
+    skipped: tuple[Failure, ...] = ()  # data that listing found and that is not used
 
     def __init__(self, preprocess: Preprocess, **parameters: Any) -> None:
         self.config: Any = from_config_dict(self.config_class, parameters, self.kind)
@@ -157,7 +130,8 @@ class SceneSource(abc.ABC, Generic[Location]):
     def describe(self) -> dict[str, Any]:
         """Returns the kind and parameters as JSON: equal for equal sources, wherever their files are."""
         fields = {"kind": self.kind, "num_scenes": len(self)}
-        return fields | ({"listing": listing.hash_files(self._root, self._files)} if self._files else {})
+        files = [(file, self._root / file) for file in self._files]
+        return fields | ({"listing": listing.hash_files(files, tail_bytes=65536)} if files else {})
 
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, Location]]:
         """Lists the scenes of all files. A source that overrides `__len__` and `info` may yield none."""
@@ -181,8 +155,12 @@ class SceneSource(abc.ABC, Generic[Location]):
     def _reset(self) -> None:
         """Sets the attributes that can't be pickled, such as open files and locks."""
 
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"scene {index} of {len(self)}")
+
     def _scene(self, index: int) -> tuple[SceneInfo, Location]:
-        listing.check_index(index, len(self))
+        self._check_index(index)
         return self._scenes[index]
 
     def _skip(self, key: str, reason: str) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,33 +19,26 @@ from lvm.data.images.sources.listing import hash_files
 from lvm.data.images.sources.readers import check_aspect
 from lvm.data.streams.codecs import Box, Boxes, Codec, Image, Palette, Pose
 
-STREAMS = ("segmentation", "boxes", "pose")  # after rgb, in the order of a scene
-_REQUIRED = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": (),
-    "categories": ("id", "name"),
-}
-
 Annotation = Mapping[str, Any]
+
+_IS_RENDERED: dict[str, Callable[[Annotation], bool]] = {  # by stream, in the order of a scene, after rgb
+    "segmentation": lambda annotation: bool(annotation.get("segmentation")),
+    "boxes": lambda annotation: bool(annotation.get("bbox")) and not annotation.get("iscrowd"),
+    "pose": lambda annotation: any(annotation.get("keypoints", ())[2::3]),
+}
+STREAMS = tuple(_IS_RENDERED)
+_REQUIRED = {"images": ("id", "file_name", "height", "width"), "annotations": (), "categories": ("id", "name")}
 
 
 @dataclasses.dataclass(frozen=True)
 class CocoConfig:
-    """Parameters of a COCO source.
+    """Parameters of a COCO source."""
 
-    Attributes:
-      annotations: the JSON file, with `images`, `annotations` and `categories`.
-      images: the folder that its file names are relative to.
-      streams: some of `STREAMS`; by default those that the file has annotations for.
-      categories: names of the categories to render; all by default.
-      radius: radius of joints in pixels of the image.
-    """
-
-    annotations: str = ""
-    images: str = ""
-    streams: tuple[str, ...] = ()
-    categories: tuple[str, ...] = ()
-    radius: int = 3
+    annotations: str = ""  # the JSON file, with `images`, `annotations` and `categories`
+    images: str = ""  # the folder that its file names are relative to
+    streams: tuple[str, ...] = ()  # some of `STREAMS`; by default those that the file has annotations for
+    categories: tuple[str, ...] = ()  # names of the categories to render; all by default
+    radius: int = 3  # of joints, in pixels of the image
 
     def __post_init__(self) -> None:
         if set(self.streams) - set(STREAMS) or len(set(self.streams)) < len(self.streams):
@@ -70,7 +63,6 @@ class CocoSource(ImageSource[tuple[int, int]]):
     scene_noun = "image"
 
     def load(self, index: int) -> SceneImages:
-        """See `ImageSource.load`."""
         info, size = self._scene(index)
         try:
             image = decode_image(self._root / info.key, self._preprocess.min_decode_side)
@@ -82,11 +74,10 @@ class CocoSource(ImageSource[tuple[int, int]]):
         return self._scene_images(info, [np.stack(frame)])
 
     def describe(self) -> dict[str, Any]:
-        """See `SceneSource.describe`."""
         return super().describe() | {
             "streams": self._codecs_json(),
             "annotations": self._digest,
-            "listing": hash_files(self._root, (info.key for info, _ in self._scenes), max_bytes=256),
+            "listing": hash_files(((info.key, self._root / info.key) for info, _ in self._scenes), tail_bytes=256),
         }
 
     def _list_scenes(self) -> Iterator[tuple[SceneInfo, tuple[int, int]]]:
@@ -108,12 +99,7 @@ class CocoSource(ImageSource[tuple[int, int]]):
         used = set[str]()
         for name, image in images.items():
             annotations = self._annotations[name]
-            available = {
-                "segmentation": any(annotation.get("segmentation") for annotation in annotations),
-                "boxes": any(_has_box(annotation) for annotation in annotations),
-                "pose": any(_has_keypoints(annotation) for annotation in annotations),
-            }
-            streams = ("rgb", *(stream for stream in STREAMS if stream in codecs and available[stream]))
+            streams = ("rgb", *(s for s in STREAMS if s in codecs and any(map(_IS_RENDERED[s], annotations))))
             used.update(streams)
             yield SceneInfo(name, name, "", 1, streams), (int(image["height"]), int(image["width"]))
         self.streams = {stream: codec for stream, codec in codecs.items() if stream in used}
@@ -153,7 +139,7 @@ class CocoSource(ImageSource[tuple[int, int]]):
             name = str(path)
             if path.is_absolute() or ".." in path.parts:
                 self._skip(name, "its name leaves the folder of images")
-            elif not all(_is_length(image[side]) for side in ("height", "width")):
+            elif not all(isinstance(image[s], int | float) and 1 <= image[s] < math.inf for s in ("height", "width")):
                 size = f"{image['width']!r}×{image['height']!r}"
                 self._skip(name, f"its size is {size}; expected two positive numbers")
             elif image["id"] in ids or name in used:
@@ -188,11 +174,13 @@ class CocoSource(ImageSource[tuple[int, int]]):
         for annotation in annotations:
             class_id = self._class_ids[annotation["category_id"]]
             try:
-                if stream == "segmentation" and annotation.get("segmentation"):
+                if not _IS_RENDERED[stream](annotation):
+                    continue
+                if stream == "segmentation":
                     ids[self._mask(annotation["segmentation"], size)] = class_id
-                elif stream == "boxes" and _has_box(annotation):
+                elif stream == "boxes":
                     boxes += self._box(annotation["bbox"], class_id - 1, size)
-                elif stream == "pose" and _has_keypoints(annotation):
+                else:
                     people.append(self._joints(annotation["keypoints"], size))
             except Exception as error:  # annotations may hold anything, and pycocotools raises anything
                 raise UnreadableError(f"{annotation['name']}: can't be rendered: {error}") from error
@@ -248,10 +236,6 @@ def _load(path: pathlib.Path) -> tuple[bytes, dict[str, list[Any]]]:
     return data, content
 
 
-def _is_length(value: Any) -> bool:
-    return isinstance(value, int | float) and 1 <= value < math.inf
-
-
 def _skeleton(category: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Returns a category's joint names, "left" and "right" as separate words, and its limbs as 0-based pairs."""
     joints = tuple(str(name).replace("_", " ") for name in category["keypoints"])
@@ -265,11 +249,3 @@ def _area(annotation: Annotation) -> float:
         return float(annotation.get("area") or (bbox[2] * bbox[3] if bbox else 0))
     except (TypeError, ValueError, IndexError):
         return 0.0
-
-
-def _has_box(annotation: Annotation) -> bool:
-    return bool(annotation.get("bbox")) and not annotation.get("iscrowd")
-
-
-def _has_keypoints(annotation: Annotation) -> bool:
-    return any(annotation.get("keypoints", ())[2::3])

@@ -35,11 +35,9 @@ class DerivedStreams(ImageSource[None]):
         return len(self._source)
 
     def info(self, index: int) -> SceneInfo:
-        """See `SceneSource.info`."""
         return self._add_streams(self._source.info(index))
 
     def load(self, index: int) -> SceneImages:
-        """See `ImageSource.load`."""
         scene = self._source.load(index)
         rgb = scene.images[:, scene.info.streams.index("rgb")]  # [T, R, R, 3]
         derived = [derive(stream, rgb, scene.info.key, self._seed) for stream in self._derived]
@@ -47,7 +45,6 @@ class DerivedStreams(ImageSource[None]):
         return SceneImages(self._add_streams(scene.info), images, scene.failures)
 
     def describe(self) -> dict[str, Any]:
-        """See `SceneSource.describe`."""
         return self._source.describe() | {"derived": list(self._derived), "derived_seed": self._seed}
 
     def _list_scenes(self) -> list[tuple[SceneInfo, None]]:

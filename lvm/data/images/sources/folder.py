@@ -1,7 +1,6 @@
 """Image source of a folder: photos, videos as folders of frames, and annotations in parallel folders."""
 
 import dataclasses
-import hashlib
 import pathlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,7 @@ from lvm.common.errors import UserError
 from lvm.common.validation import check_positive
 from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
 from lvm.data.images.sources.image_file import IMAGE_SUFFIXES, ImageFile, UnreadableError, open_image
-from lvm.data.images.sources.listing import SETTINGS_FILES, natural_key, size_and_tail, walk_files
+from lvm.data.images.sources.listing import SETTINGS_FILES, hash_files, natural_key, walk_files
 from lvm.data.images.sources.readers import STREAMS
 
 _EXPECTED = (
@@ -24,13 +23,9 @@ Frame = dict[str, str]  # stream → file, relative to the root
 
 @dataclasses.dataclass(frozen=True)
 class FolderConfig(PathConfig):
-    """Parameters of a folder source.
+    """Parameters of a folder source."""
 
-    Attributes:
-      clip_frames: maximum frames per scene; longer videos are cut into clips.
-    """
-
-    clip_frames: int = 16
+    clip_frames: int = 16  # maximum frames per scene; longer videos are cut into clips
 
     def __post_init__(self) -> None:
         check_positive(self, "clip_frames")
@@ -53,16 +48,11 @@ class FolderSource(ImageFileSource[list[Frame]]):
     config_class = FolderConfig
 
     def describe(self) -> dict[str, Any]:
-        """See `SceneSource.describe`. The listing hash covers every file's name, size and last bytes."""
-        digest = hashlib.sha256()
         files = (item for _, clip in self._scenes for frame in clip for item in sorted(frame.items()))
-        for stream, file in files:
-            size, tail = size_and_tail(self._root / file)
-            digest.update(f"{stream} {file} {size}\n".encode() + tail)
         return super().describe() | {
             "clip_frames": self.config.clip_frames,
             "num_frames": sum(info.num_frames for info, _ in self._scenes),
-            "listing": digest.hexdigest(),
+            "listing": hash_files(((f"{stream} {file}", self._root / file) for stream, file in files), tail_bytes=256),
             "streams": self._codecs_json(),
         }
 

@@ -16,7 +16,6 @@ from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.images.sources.base import ImageSource, SceneImages, SceneInfo
-from lvm.data.images.sources.listing import check_index
 from lvm.data.images.sources.shapes import CLASSES, FAR, NEAR, Scene, render, sample_scene
 from lvm.data.streams.codecs import Box, Boxes, Codec, Depth, Edges, Image, Normals, Palette
 
@@ -32,19 +31,12 @@ CODECS: dict[str, Codec] = {
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedConfig:
-    """Parameters of generated scenes.
+    """Parameters of generated scenes."""
 
-    Attributes:
-      seed: scene i is a pure function of (seed, i, resolution); a longer clip begins with the shorter one.
-      num_scenes: number of scenes.
-      num_frames: frames T of every scene.
-      streams: streams of every scene, in this order; any of `CODECS`.
-    """
-
-    seed: int = 0
+    seed: int = 0  # scene i is a pure function of (seed, i, resolution); a longer clip begins with the shorter one
     num_scenes: int = 1500
-    num_frames: int = 8
-    streams: tuple[str, ...] = ("rgb", "segmentation", "depth", "edges")
+    num_frames: int = 8  # of every scene
+    streams: tuple[str, ...] = ("rgb", "segmentation", "depth", "edges")  # any of `CODECS`, in this order
 
     def __post_init__(self) -> None:
         check_non_negative(self, "seed")
@@ -69,18 +61,15 @@ class GeneratedSource(ImageSource[None]):
         return self.config.num_scenes
 
     def info(self, index: int) -> SceneInfo:
-        """See `SceneSource.info`."""
         return self._info(index, self._sample(index))
 
     def load(self, index: int) -> SceneImages:
-        """See `ImageSource.load`."""
         scene = self._sample(index)
         maps = render(scene, self.config.num_frames, self._preprocess.resolution, self.config.streams)
         images = np.stack([self._render(stream, maps, scene) for stream in self.config.streams], axis=1)
         return SceneImages(self._info(index, scene), images)
 
     def describe(self) -> dict[str, Any]:
-        """See `SceneSource.describe`."""
         return super().describe() | to_json(self.config) | {"streams": list(self.config.streams)}
 
     def _list_scenes(self) -> list[tuple[SceneInfo, None]]:
@@ -89,7 +78,7 @@ class GeneratedSource(ImageSource[None]):
         return []  # computed from the seed
 
     def _sample(self, index: int) -> Scene:
-        check_index(index, len(self))
+        self._check_index(index)
         return sample_scene(np.random.default_rng([self.config.seed, index]))
 
     def _info(self, index: int, scene: Scene) -> SceneInfo:

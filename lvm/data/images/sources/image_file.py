@@ -34,19 +34,12 @@ class ImageFile:
 
 @dataclasses.dataclass(frozen=True)
 class DecodedImage:
-    """A decoded image.
+    """A decoded image."""
 
-    Attributes:
-      pixels: the image, EXIF orientation applied.
-      size: width and height of the full image, oriented as `pixels`.
-      extent: columns and rows of `pixels` that the image covers.
-      format: file format, such as "JPEG".
-    """
-
-    pixels: PIL.Image.Image
-    size: tuple[int, int]
-    extent: tuple[float, float]
-    format: str
+    pixels: PIL.Image.Image  # EXIF orientation is applied
+    size: tuple[int, int]  # width and height of the full image, oriented as `pixels`
+    extent: tuple[float, float]  # columns and rows of `pixels` that the image covers
+    format: str  # of the file, such as "JPEG"
 
 
 def open_image(content: Content) -> PIL.Image.Image:
@@ -75,14 +68,9 @@ def open_image(content: Content) -> PIL.Image.Image:
 
 
 def decode_image(content: Content, min_side: int = 0) -> DecodedImage:
-    """Decodes an image.
+    """Decodes an image. Raises UnreadableError if the file is corrupt or truncated.
 
-    Args:
-      content: a path, or a function that reads the file's bytes.
-      min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as no side is below this; 0 for full size.
-
-    Raises:
-      UnreadableError: the file is corrupt or truncated.
+    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as no side is below `min_side`; 0 for full size.
     """
     with open_image(content) as opened:
         size, extent = opened.size, (float(opened.width), float(opened.height))

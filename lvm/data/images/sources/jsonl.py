@@ -34,7 +34,6 @@ class JsonlSource(CodeSource[Line]):
     streams = {"rgb": Image()}  # noqa: RUF012
 
     def load_codes(self, index: int) -> SceneCodes:
-        """See `CodeSource.load_codes`."""
         info, (file, offset, size) = self._scene(index)
         try:
             grids = jsonl.decode_grids(read_range(self._root / file, offset, size), self.config)  # [T, N]
@@ -45,7 +44,6 @@ class JsonlSource(CodeSource[Line]):
         return SceneCodes(info, grids[:, None].astype(np.uint16))
 
     def describe(self) -> dict[str, Any]:
-        """See `SceneSource.describe`."""
         return super().describe() | {"num_codes": self.num_codes, "grid": list(self.grid)}
 
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, Line]]:

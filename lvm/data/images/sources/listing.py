@@ -38,10 +38,7 @@ def printable(name: str) -> str:
 def walk_files(top: pathlib.Path, skip: Skip) -> Iterator[tuple[str, str]]:
     """Yields the files under `top`, except hidden ones, as (folder, name) in natural order. Follows links.
 
-    Args:
-      top: the folder.
-      skip: receives paths below `top` that are not used: folders that can't be listed or were listed before,
-        and names that are not UTF-8.
+    `skip` receives folders that can't be listed or were listed before, and names that are not UTF-8.
     """
 
     def relative(path: str) -> str:
@@ -66,15 +63,12 @@ def walk_files(top: pathlib.Path, skip: Skip) -> Iterator[tuple[str, str]]:
 
 
 def find_files(path: str, suffixes: Sequence[str], skip: Skip) -> tuple[pathlib.Path, list[str]]:
-    """Finds the files of a source.
+    """Returns the root folder of a source, and its files' paths below it in natural order.
 
     Args:
       path: a file, a folder (all files below it that end in one of `suffixes`), or a pattern of files with * and ?.
       suffixes: in lower case, with their dot.
       skip: receives the other files of a folder or pattern.
-
-    Returns:
-      The root folder, and the files' paths below it in natural order.
 
     Raises:
       UserError: there is no such file.
@@ -85,7 +79,11 @@ def find_files(path: str, suffixes: Sequence[str], skip: Skip) -> tuple[pathlib.
     elif root.is_dir():
         candidates = ["/".join(filter(None, entry)) for entry in walk_files(root, skip)]
     else:
-        root, candidates = _glob(path)
+        parts = root.parts
+        plain = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts) - 1)
+        root = pathlib.Path(*parts[:plain])
+        matches = (file for file in root.glob("/".join(parts[plain:])) if file.is_file())
+        candidates = sorted((file.relative_to(root).as_posix() for file in matches), key=natural_key)
     files = []
     for file in candidates:
         if file.lower().endswith(tuple(suffixes)):
@@ -98,38 +96,19 @@ def find_files(path: str, suffixes: Sequence[str], skip: Skip) -> tuple[pathlib.
     return root, files
 
 
-def _glob(path: str) -> tuple[pathlib.Path, list[str]]:
-    parts = pathlib.PurePath(path).parts
-    plain = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts) - 1)
-    root = pathlib.Path(*parts[:plain]) if plain else pathlib.Path()
-    matches = (file for file in root.glob("/".join(parts[plain:])) if file.is_file())
-    return root, sorted((file.relative_to(root).as_posix() for file in matches), key=natural_key)
-
-
-def size_and_tail(path: pathlib.Path, max_bytes: int = 256) -> tuple[int, bytes]:
-    """Returns a file's size and last bytes, which in compressed files depend on all before; (0, b"") if unreadable."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - max_bytes))
-            return size, file.read()
-    except OSError:
-        return 0, b""
-
-
-def hash_files(root: pathlib.Path, files: Iterable[str], max_bytes: int = 65536) -> str:
-    """Hashes the files' names, sizes and last bytes, which hold the index of every format that has one."""
+def hash_files(files: Iterable[tuple[str, pathlib.Path]], tail_bytes: int) -> str:
+    """Hashes each file's name, size and last bytes, which hold its index or, if compressed, depend on all before."""
     digest = hashlib.sha256()
-    for file in files:
-        size, tail = size_and_tail(root / file, max_bytes)
-        digest.update(f"{file} {size}\n".encode() + tail)
+    for name, path in files:
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - tail_bytes))
+                tail = file.read()
+        except OSError:  # it fails again when its scene is loaded
+            size, tail = 0, b""
+        digest.update(f"{name} {size}\n".encode() + tail)
     return digest.hexdigest()
-
-
-def check_index(index: int, num_scenes: int) -> None:
-    """Raises IndexError unless `index` is in [0, num_scenes)."""
-    if not 0 <= index < num_scenes:
-        raise IndexError(f"scene {index} of {num_scenes}")
 
 
 def read_range(path: pathlib.Path, offset: int, size: int) -> bytes:

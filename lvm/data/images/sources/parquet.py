@@ -1,6 +1,5 @@
 """Image source of Parquet files whose columns hold image files."""
 
-import collections
 import dataclasses
 import functools
 import threading
@@ -55,14 +54,13 @@ class ParquetSource(ImageFileSource[Row]):
     config_class = ParquetConfig
     scene_noun = "row"
     read_errors = (OSError, pyarrow.ArrowException)
-    unpicklable = ("_groups", "_lock")
+    unpicklable = ("_cached_group", "_lock")
 
     def describe(self) -> dict[str, Any]:
-        """See `SceneSource.describe`."""
         return super().describe() | {"columns": self._columns, "streams": self._codecs_json()}
 
     def _reset(self) -> None:
-        self._groups: collections.OrderedDict[tuple[str, int], pyarrow.Table] = collections.OrderedDict()
+        self._cached_group = functools.lru_cache(_CACHED_GROUPS)(self._load_group)
         self._lock = threading.Lock()
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, list[dict[str, ImageFile]]]:
@@ -120,7 +118,9 @@ class ParquetSource(ImageFileSource[Row]):
 
     def _read(self, file: str, group: int, row: int, column: str) -> bytes:
         try:
-            value = self._load_group(file, group).column(column)[row].as_py()
+            with self._lock:  # threads that need the same group read it once
+                table = self._cached_group(file, group)
+            value = table.column(column)[row].as_py()
         except (OSError, pyarrow.ArrowException) as error:
             raise UnreadableError(f"the row group can't be read: {relative_to(self._root, error)}") from error
         value = value["bytes"] if isinstance(value, dict) else value
@@ -129,15 +129,8 @@ class ParquetSource(ImageFileSource[Row]):
         return value
 
     def _load_group(self, file: str, group: int) -> pyarrow.Table:
-        with self._lock:  # threads that need the same group read it once
-            if (file, group) not in self._groups:
-                table = pyarrow.parquet.ParquetFile(self._root / file)
-                columns = list(self._columns.values())
-                self._groups[file, group] = table.read_row_group(group, columns=columns, use_threads=False)
-                while len(self._groups) > _CACHED_GROUPS:
-                    self._groups.popitem(last=False)
-            self._groups.move_to_end((file, group))
-            return self._groups[file, group]
+        table = pyarrow.parquet.ParquetFile(self._root / file)
+        return table.read_row_group(group, columns=list(self._columns.values()), use_threads=False)
 
 
 def _holds_bytes(kind: pyarrow.DataType) -> bool:

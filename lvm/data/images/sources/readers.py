@@ -16,6 +16,7 @@ from lvm.data.streams.codecs import PALETTE, Codec, Palette
 
 STREAMS = ("rgb", "segmentation", "depth", "edges", "normals", "boxes", "pose")  # the order in a scene
 NO_READING = 65535  # like 0: some sensors store it where they measured nothing
+_DEFAULT_CODECS = {"depth": codecs.Depth(0, 10000, "mm"), "edges": codecs.Edges(), "normals": codecs.Normals()}
 _IGNORED = ("unlabelled", "unlabeled", "void", "ignore")
 _BACKGROUND = ("background", "none")
 
@@ -39,7 +40,6 @@ class DepthReader(Reader):
     exact = True
 
     def read(self, image: DecodedImage, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
-        """See `Reader.read`."""
         depth = preprocess.resize_labels(np.asarray(image.pixels))  # [R, R]; nearest: an average is no reading
         mode = image.pixels.mode
         if mode == "L":
@@ -69,7 +69,6 @@ class SegmentationReader(Reader):
         self._colors, self._ids = packed[order], np.array(list(colors), np.uint8)[order]  # [K]
 
     def read(self, image: DecodedImage, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
-        """See `Reader.read`."""
         if image.format == "JPEG":
             raise UnreadableError("a JPEG file does not keep class ids exactly; store segmentation as PNG")
         pixels, mode = np.asarray(image.pixels), image.pixels.mode
@@ -184,11 +183,7 @@ def _default_codec(stream: str, classes: Palette | None, files: Iterable[ImageFi
         return classes or _guess_classes(files)
     if stream == "boxes" and classes:
         return codecs.Boxes(classes.names)
-    if stream == "depth":
-        return codecs.Depth(near=0, far=10000, unit="mm")
-    if stream == "edges":
-        return codecs.Edges()
-    return codecs.Normals() if stream == "normals" else codecs.Image()
+    return _DEFAULT_CODECS.get(stream, codecs.Image())
 
 
 def _guess_classes(files: Iterable[ImageFile]) -> Palette:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -17,18 +17,6 @@ NEAR, FAR = 1.0, 10.0  # range of depths in meters
 BACKGROUND_DEPTH = (9.5, 6.0)  # at the background's top and bottom row
 BACKGROUND_NORMAL = np.array([0.0, -0.5, 0.75**0.5], np.float32)  # a plane that is nearer at the bottom
 BULGE = 0.75  # sine of the outward tilt of a shape's normal at distance 1 from its center
-
-
-def _disk(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.sqrt(u * u + v * v) - 1
-
-
-def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.86
-
-
-def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(0.75**0.5 * np.abs(u) - 0.5 * v, v) - 0.62
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -45,12 +33,14 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.copysign(distance, v * edge_u - u * edge_v)
 
 
-def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.abs(np.sqrt(u * u + v * v) - 0.76) - 0.26
-
-
-_DISTANCES = (_disk, _square, _triangle, _star, _ring)
-CLASSES = ("disk", "square", "triangle", "star", "ring")
+_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "disk": lambda u, v: np.sqrt(u * u + v * v) - 1,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.86,
+    "triangle": lambda u, v: np.maximum(0.75**0.5 * np.abs(u) - 0.5 * v, v) - 0.62,
+    "star": _star,
+    "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - 0.76) - 0.26,
+}
+CLASSES = tuple(_DISTANCES)
 TEXTURES = ("plain", "stripes", "checks", "dots")
 
 
@@ -138,18 +128,17 @@ class _Layer:
 
 
 def render(scene: Scene, T: int, R: int, streams: Collection[str]) -> dict[str, np.ndarray]:
-    """Renders the maps of the given streams.
+    """Renders the maps of those streams that have one.
 
     Returns:
-      Those given of: rgb uint8 [T, R, R, 3]; segmentation (class id + 1, 0 is background) uint8 [T, R, R]; depth in
-      meters, float32 [T, R, R]; edges in [0, 1], float32 [T, R, R]; normals float32 [T, R, R, 3]. And `front`, uint8
+      rgb uint8 [T, R, R, 3]; segmentation (class id + 1, 0 is background) uint8 [T, R, R]; depth in meters, float32
+      [T, R, R]; edges in [0, 1], float32 [T, R, R]; normals float32 [T, R, R, 3]. And always `front`, uint8
       [T, R, R]: the number of the visible shape, from 1, or 0.
     """
     front = np.zeros((T, R, R), np.uint8)
     edges = np.zeros((T, R, R), np.float32)
     rgb = _background(scene.background, R).repeat(T, axis=1)  # [3, T, R, R]
-    normals = np.empty((3, T, R, R), np.float32)
-    normals[...] = BACKGROUND_NORMAL[:, None, None, None]
+    normals = np.tile(BACKGROUND_NORMAL[:, None, None, None], (1, T, R, R))
     for number, shape in enumerate(scene.shapes, start=1):
         layer = _layer(shape, T, R)
         inside = layer.distance < 0
@@ -157,10 +146,12 @@ def render(scene: Scene, T: int, R: int, streams: Collection[str]) -> dict[str, 
         if "rgb" in streams:
             _blend(rgb, layer, shape.texture)
         if "edges" in streams:
-            _outline(edges, layer, inside)
+            line = np.clip(max(0.9, R / 192) + 0.5 - np.abs(layer.distance), 0, 1)  # about two pixels wide
+            edges[inside] = 0  # hides the borders behind the shape
+            np.maximum(edges, line, out=edges)
         if "normals" in streams:
             _bulge(normals, layer, inside)
-    maps: dict[str, np.ndarray] = {"front": front}
+    maps: dict[str, np.ndarray] = {"front": front, "edges": edges, "normals": normals.transpose(1, 2, 3, 0)}
     if "rgb" in streams:
         maps["rgb"] = np.rint(rgb.transpose(1, 2, 3, 0)).astype(np.uint8)
     if "segmentation" in streams:
@@ -169,18 +160,16 @@ def render(scene: Scene, T: int, R: int, streams: Collection[str]) -> dict[str, 
         plane = np.linspace(*BACKGROUND_DEPTH, R, dtype=np.float32)[:, None]  # [R, 1]
         depths = np.array([0] + [s.depth for s in scene.shapes], np.float32)
         maps["depth"] = np.where(front == 0, plane, depths[front])
-    if "edges" in streams:
-        maps["edges"] = edges
-    if "normals" in streams:
-        maps["normals"] = normals.transpose(1, 2, 3, 0)
-    return maps
+    return {name: maps[name] for name in ("front", *streams) if name in maps}
 
 
 def _layer(shape: Shape, T: int, R: int) -> _Layer:
     t = np.arange(T)[:, None]  # [T, 1]
     radius = shape.radius * (1 + shape.pulse * np.sin(shape.phase + shape.pulse_rate * t))  # [T, 1]
     margin = 0.8 * shape.radius
-    center = _bounce(shape.center + shape.velocity * t, margin, 1 - margin)  # [T, 2]
+    extent = 1 - margin - margin
+    # Reflected into [margin, 1 - margin], repeatedly if necessary.
+    center = margin + extent - np.abs((shape.center + shape.velocity * t - margin) % (2 * extent) - extent)  # [T, 2]
     pixels = (np.arange(R) + 0.5) / R  # [R]
     dx = ((pixels - center[:, :1]) / radius).astype(np.float32)[:, None, :]  # [T, 1, R]
     dy = ((pixels - center[:, 1:]) / radius).astype(np.float32)[:, :, None]  # [T, R, 1]
@@ -188,16 +177,10 @@ def _layer(shape: Shape, T: int, R: int) -> _Layer:
     cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     u = cosine * dx + sine * dy  # [T, R, R]
     v = cosine * dy - sine * dx  # [T, R, R]
-    distance = _DISTANCES[shape.class_id](u, v)
+    distance = _DISTANCES[CLASSES[shape.class_id]](u, v)
     distance *= (radius * R).astype(np.float32)[:, :, None]  # [T, R, R], pixels
     period = shape.texture.period / shape.radius
     return _Layer(distance, _pattern(shape.texture, u, v, period, shape.texture.period * R), dx, dy)
-
-
-def _bounce(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Reflects x into [low, high], repeatedly if necessary."""
-    extent = high - low
-    return low + extent - np.abs((x - low) % (2 * extent) - extent)
 
 
 def _pattern(texture: Texture, u: np.ndarray, v: np.ndarray, period: float, period_px: float) -> np.ndarray | float:
@@ -231,14 +214,6 @@ def _blend(rgb: Float32[np.ndarray, "3 T R R"], layer: _Layer, texture: Texture)
     for channel in range(3):
         color = layer.pattern * (second[channel] - first[channel]) + first[channel]
         rgb[channel] += cover * (color * light - rgb[channel])
-
-
-def _outline(edges: Float32[np.ndarray, "T R R"], layer: _Layer, inside: Bool[np.ndarray, "T R R"]) -> None:
-    """Adds a shape's border, about two pixels wide, and hides the borders behind the shape."""
-    half_width = max(0.9, edges.shape[-1] / 192)
-    edges[inside] = 0
-    line = np.clip(half_width + 0.5 - np.abs(layer.distance), 0, 1)  # [T, R, R]
-    np.maximum(edges, line, out=edges)
 
 
 def _bulge(normals: Float32[np.ndarray, "3 T R R"], layer: _Layer, inside: Bool[np.ndarray, "T R R"]) -> None:

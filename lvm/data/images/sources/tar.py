@@ -62,7 +62,6 @@ class TarSource(ImageFileSource[Sample]):
     scene_noun = 'rgb member, such as 0001.jpg; give its suffix in streams={"rgb": SUFFIX} if it has another name'
 
     def describe(self) -> dict[str, Any]:
-        """See `SceneSource.describe`."""
         digest = hashlib.sha256()
         for info, (_, members) in self._scenes:
             digest.update(f"{info} {sorted(members.items())}\n".encode())

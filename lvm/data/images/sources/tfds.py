@@ -11,7 +11,6 @@ import tensorflow_datasets
 from lvm.common.errors import UserError
 from lvm.data.images.sources.base import ImageFileSource, SceneInfo
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
-from lvm.data.images.sources.listing import check_index
 from lvm.data.images.sources.readers import STREAMS, Reader, SegmentationReader, match_columns
 from lvm.data.streams.codecs import Palette
 
@@ -65,7 +64,6 @@ class TfdsSource(ImageFileSource[None]):
         return self._open_scene(index)[0]
 
     def describe(self) -> dict[str, Any]:
-        """See `SceneSource.describe`."""
         fields = {"name": self.name, "version": self._version, "split": self.config.split}
         return super().describe() | fields | {"features": self._columns, "streams": self._codecs_json()}
 
@@ -135,7 +133,7 @@ class TfdsSource(ImageFileSource[None]):
         return {stream: readers[stream] for stream in streams}
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, Iterable[dict[str, ImageFile]]]:
-        check_index(index, len(self))
+        self._check_index(index)
         example = self._examples[index]
         key = f"{self.name}/{self.config.split}/{index}"
         group = example[self.config.group] if self.config.group else key

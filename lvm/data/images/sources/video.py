@@ -26,17 +26,11 @@ _ROTATIONS = {turns: PIL.Image.Transpose[f"ROTATE_{90 * turns}"] for turns in (1
 
 @dataclasses.dataclass(frozen=True)
 class VideoConfig(PathConfig):
-    """Parameters of a video source.
+    """Parameters of a video source."""
 
-    Attributes:
-      rate: frame rate in fps that videos are sampled at; 0, or more than a video's own, takes all frames.
-      stride: step between the sampled frames that are used.
-      clip_frames: maximum frames per scene; longer videos are cut into clips.
-    """
-
-    rate: float = 0.0
-    stride: int = 1
-    clip_frames: int = 16
+    rate: float = 0.0  # fps that videos are sampled at; 0, or more than a video's own, takes all frames
+    stride: int = 1  # step between the sampled frames that are used
+    clip_frames: int = 16  # maximum frames per scene; longer videos are cut into clips
 
     def __post_init__(self) -> None:
         check_non_negative(self, "rate")
@@ -66,7 +60,6 @@ class VideoSource(ImageSource[tuple[Video, int]]):
     streams = {"rgb": Image()}  # noqa: RUF012
 
     def load(self, index: int) -> SceneImages:
-        """See `ImageSource.load`."""
         info, (video, first) = self._scene(index)
         step = self._step(video)
         times = [k * step + _slack(video) for k in range(first, first + info.num_frames)]
@@ -82,7 +75,6 @@ class VideoSource(ImageSource[tuple[Video, int]]):
         return self._scene_images(info, frames, [text] if missing else [])
 
     def describe(self) -> dict[str, Any]:
-        """See `SceneSource.describe`."""
         return super().describe() | {key: value for key, value in to_json(self.config).items() if key != "path"}
 
     def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, tuple[Video, int]]]:
@@ -138,10 +130,7 @@ def frames_at(
 ) -> Iterator[PIL.Image.Image]:
     """Yields the frames on screen at ascending times, in seconds from the video's start.
 
-    Args:
-      path: the video.
-      times: one frame is yielded for each.
-      fps: the video's own frame rate, for the duration of its last frame.
+    `fps` is the video's own frame rate, for the duration of its last frame.
 
     Raises:
       UnreadableError: the video ends or can't be decoded before the last of the times, after the frames before.
