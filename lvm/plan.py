@@ -28,12 +28,9 @@ from lvm.training.config import TrainConfig
 
 
 def make_target(name: str, slices: int = 1, hbm_gib: float = 0.0) -> Target:
-    """The hardware to plan for.
+    """The hardware to plan for, by a name that `lvm.hardware.accelerators.resolve` takes.
 
-    Args:
-      name: a slice, as `lvm.hardware.accelerators.resolve` takes it.
-      slices: number of slices.
-      hbm_gib: memory of a GPU; 0 takes the table's.
+    `hbm_gib` is the memory of a GPU in GiB; 0 takes the table's.
 
     Raises:
       UserError: no such hardware, libtpu is not installed, or memory is set for a TPU.
@@ -86,9 +83,7 @@ def _too_large(plan: Plan, memory: MemoryModel) -> str:
 def _run(args: cli.Args) -> None:
     config = from_config_dict(TrainConfig, args.config)
     target = make_target(args.topology, args.slices, args.hbm_gib)
-    compiler_options(
-        target.slice.accelerator.platform, config.compiler_options
-    )  # rejects invalid ones before a compile
+    compiler_options(target.slice.accelerator.platform, config.compiler_options)  # rejects invalid ones early
     error = None
     if args.search:
         plans = search_plan(config, target, args.num_codes)

@@ -49,6 +49,20 @@ class MeshConfig:
     zero1: bool = False
 
 
+def resolve_mesh(config: MeshConfig, num_devices: int) -> MeshConfig:
+    """Replaces -1 by the devices that the other axes leave, rounded down.
+
+    Raises:
+      UserError: several axes are -1, or one is neither -1 nor positive.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = [size for size in sizes.values() if size != -1]
+    if len(sizes) - len(fixed) > 1 or min(fixed) < 1:
+        raise UserError(f"config.mesh={sizes}: one axis may be -1, the others must be positive")
+    remaining = max(1, num_devices // math.prod(fixed))
+    return dataclasses.replace(config, **{axis: remaining for axis, size in sizes.items() if size == -1})
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all) with the axes `AXES`, each of type `Auto`.
 
@@ -58,13 +72,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       UserError: the axis sizes do not multiply to the number of devices, or `data` is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    fixed = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(
-            f"config.mesh={dict(zip(AXES, sizes, strict=True))}: one axis may be -1, the others must be positive"
-        )
-    shape = [max(1, len(devices) // fixed) if size == -1 else size for size in sizes]
+    config = resolve_mesh(config, len(devices))
+    shape = [getattr(config, axis) for axis in AXES]
     if math.prod(shape) != len(devices):
         raise UserError(
             f"config.mesh: {' × '.join(map(str, shape))} = {math.prod(shape)} devices, but there are {len(devices)}"

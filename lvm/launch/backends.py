@@ -43,7 +43,7 @@ def submit(backend: str, request: Request, folder: Path, ship_changes: bool, pla
 
     Args:
       backend: one of `NAMES` except `LOCAL`.
-      request: the run; its commit may be any revision.
+      request: its commit may be any revision.
       folder: created unless it exists.
       ship_changes: see `code.resolve_commit`.
       plan: submits only what fits by `lvm.plan`.

@@ -148,8 +148,14 @@ def _pod(request: Request) -> dict[str, Any]:
 def _container(request: Request, resource: str) -> dict[str, Any]:
     variables = [{"name": name, "value": _literal(value)} for name, value in request.environment.items()]
     variables += [_secret(name, source) for name, source in request.secrets.items()]
-    if request.hardware.accelerator.platform == "gpu":
-        variables += _ranks(request)
+    if request.hardware.accelerator.platform == "gpu" and request.hardware.hosts > 1:
+        # By these the hosts join: JobSet names every pod, and the job indexes them.
+        index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+        variables += [
+            {"name": distributed.COORDINATOR, "value": f"{request.name}-host-0-0.{request.name}:{_PORT}"},
+            {"name": distributed.NUM_PROCESSES, "value": str(request.hardware.hosts)},
+            {"name": distributed.PROCESS_ID, "valueFrom": index},
+        ]
     return {
         "name": "lvm",
         "image": request.site.image,
@@ -159,18 +165,6 @@ def _container(request: Request, resource: str) -> dict[str, Any]:
         "resources": {"limits": {resource: request.hardware.chips_per_host}},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
     }
-
-
-def _ranks(request: Request) -> list[dict[str, Any]]:
-    """Variables by which GPU hosts join: JobSet names every pod, and the job indexes them."""
-    index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
-    if request.hardware.hosts == 1:
-        return []
-    return [
-        {"name": distributed.COORDINATOR, "value": f"{request.name}-host-0-0.{request.name}:{_PORT}"},
-        {"name": distributed.NUM_PROCESSES, "value": str(request.hardware.hosts)},
-        {"name": distributed.PROCESS_ID, "valueFrom": index},
-    ]
 
 
 def _secret(name: str, source: str) -> dict[str, Any]:

@@ -28,7 +28,6 @@ class Supervisor:
 
     Attributes:
       command: arguments of `python`, the same for every rank.
-      processes: number of ranks.
       max_restarts: restart budget for failures; preemption is not counted. 0 never restarts.
       grace: seconds from SIGTERM to SIGKILL.
       environment: variables added to this process's.

@@ -116,9 +116,7 @@ class Request(Run):
       train_arguments: arguments of `lvm.train` besides the workdir.
       commit: Git revision of the code.
       slice: the accelerators; None for this machine.
-      slices: number of slices.
       capacity: one of `CAPACITIES`.
-      environment: variables and their values.
       secrets: variable → name of the secret that holds its value; the value is not read here.
       max_restarts: restart budget: failures (exit code 1, 76, a signal) after which the run is restarted. 75
         (preempted) is not counted; 0 never restarts.

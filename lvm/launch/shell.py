@@ -41,12 +41,7 @@ class CommandError(UserError):
 
 
 def run(command: Command, folder: Path, quiet: bool = False) -> str:
-    """Runs a command and returns its standard output.
-
-    Args:
-      command: program and arguments, not parsed by a shell.
-      folder: working directory.
-      quiet: does not print the output.
+    """Runs a command in `folder`, without a shell; returns its standard output, and prints it unless `quiet`.
 
     Raises:
       UserError: the program is not installed.
@@ -64,12 +59,9 @@ def run(command: Command, folder: Path, quiet: bool = False) -> str:
 
 
 def watch(name: str, check: Callable[[], tuple[str, int | None]], poll: float) -> int:
-    """Calls `check` every `poll` seconds until it returns an exit code, and logs the state when it changes.
+    """Calls `check` every `poll` seconds and logs the state of the run `name` when it changes.
 
-    Args:
-      name: the run.
-      check: returns the run's state, and its exit code or None.
-      poll: seconds between calls.
+    `check` returns the state, and the exit code or None. The first exit code ends the calls and is returned.
 
     Raises:
       CommandError: `check` failed several times in a row.

@@ -109,9 +109,7 @@ def _options(request: Request, logs: str) -> list[str]:
         f"--signal=TERM@{_GRACE}",
         f"--output={logs.replace('%', '%%')}/{name}",
         *([f"--array=0-{len(request.sweep) - 1}"] if request.sweep else []),
-        *([f"--partition={site.partition}"] if site.partition else []),
-        *([f"--account={site.account}"] if site.account else []),
-        *([f"--time={site.time}"] if site.time else []),
+        *(f"--{key}={getattr(site, key)}" for key in ("partition", "account", "time") if getattr(site, key)),
         # Passes on the submitting environment, which has the secrets; they are written nowhere.
         "--export=ALL",
     ]
@@ -121,11 +119,15 @@ def _script(request: Request) -> str:
     secrets = request.secrets.items()
     missing = [f': "${{{source}:?the secret {name} is not in the environment}}"' for name, source in secrets]
     renamed = [f'export {name}="${{{source}}}"' for name, source in secrets if name != source]
+    environment = dict(request.environment)
+    if request.site.processes_per == "node":  # JAX uses one GPU per process under Slurm by default
+        _, gpus = _nodes_and_gpus(request)
+        environment = {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(gpus))), **environment}
     requeue = shell.render_script("slurm_requeue.sh", max_restarts=str(request.max_restarts)).rstrip("\n")
     return shell.render_script(
         "slurm_job.sh",
         name=request.name,
-        exports=shell.export_lines({**_devices(request), **request.environment}),
+        exports=shell.export_lines(environment),
         secrets="\n".join([*missing, *renamed]),
         setup=request.site.setup,
         folder=shlex.quote(f"{request.launch_folder}/{request.commit}"),
@@ -133,14 +135,6 @@ def _script(request: Request) -> str:
         grace=str(_GRACE),
         requeue=requeue if request.max_restarts else "",
     )
-
-
-def _devices(request: Request) -> dict[str, str]:
-    """Under Slurm, JAX uses one GPU per process by default."""
-    _, gpus = _nodes_and_gpus(request)
-    if request.site.processes_per == "gpu":
-        return {}
-    return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(gpus)))}
 
 
 def _jobs(request: Request) -> list[str]:

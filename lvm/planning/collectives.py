@@ -44,12 +44,8 @@ def collective_bytes(program: Program, weights: Iterable[Sequence[int]], chips: 
     """Collectives of a compiled step by kind.
 
     In a ring of g chips, each receives (g−1)/g of an all-gather's result and of the operand of a reduce-scatter or
-    all-to-all, and twice that of an all-reduce.
-
-    Args:
-      program: the compiled step.
-      weights: shapes of one layer's weights (`weight_shapes`), which tell padding from content.
-      chips: chips of the program.
+    all-to-all, and twice that of an all-reduce. `weights`, the shapes of one layer's weights (`weight_shapes`), tell
+    padding from content.
     """
     counter = _Counter(program, [tuple(shape) for shape in weights], chips)
     totals = {kind: Collective(kind, 0.0, 0) for kind in (*KINDS, BETWEEN_SLICES, PADDING)}
@@ -138,7 +134,8 @@ class _Counter:
             if len(weight) == len(sizes):
                 split = [(full, shard) for full, shard in zip(weight, sizes, strict=True) if full != shard]
                 if len(split) == 1 and split[0][0] % split[0][1] == 0:
-                    return ("reduce-scatter" if _sends_partial_sums(run) else "all-gather", float(array.bytes), 0.0)
+                    kind = "reduce-scatter" if _sends_partial_sums(run) else "all-gather"
+                    return kind, float(array.bytes), 0.0
         return "collective-permute", float(array.bytes), 0.0
 
 
@@ -202,11 +199,7 @@ def ideal_collective_bytes(config: TrainConfig, slices: int = 1) -> dict[str, fl
     Every layer's weights are gathered for the forward and again for the backward pass and their gradients scattered
     once; embedding and output projection are gathered and scattered once; the gradients' shards are reduced over
     `data`. Under `tensor`, activations are reduced twice in each direction; under `sequence`, queries, keys, values
-    and outputs are exchanged.
-
-    Args:
-      config: vocabulary size and mesh resolved.
-      slices: slices that `data` spans.
+    and outputs are exchanged. `config` has vocabulary size and mesh resolved; `data` spans the slices.
     """
     model, mesh, accumulate_steps = config.model, config.mesh, config.objective.accumulate_steps
     width = jnp.dtype(model.dtype).itemsize

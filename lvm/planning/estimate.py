@@ -33,8 +33,7 @@ def temp_bytes(config: TrainConfig) -> Float[np.ndarray, "2"]:
     - activations: the input of each layer, what rematerialization saves, one layer's own during its backward pass,
       three arrays of a chunk's logits in float32.
 
-    Args:
-      config: vocabulary size, mesh and rematerialization policy resolved.
+    `config` has vocabulary size, mesh and rematerialization policy resolved.
     """
     model, mesh, objective = config.model, config.mesh, config.objective
     width = jnp.dtype(model.dtype).itemsize

@@ -106,14 +106,10 @@ class Execution:
 
 
 class Program:
-    """A compiled program.
-
-    Args:
-      text: `jax.stages.Compiled.as_text()`.
+    """A compiled program, parsed from `jax.stages.Compiled.as_text()`.
 
     Attributes:
-      computations: by name.
-      entry: name of the entry computation.
+      computations: by name; `entry` is the name of the first to run.
       unknown_trip_counts: loops whose trip count is not in the program; their bodies count once.
     """
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from lvm.common.errors import UserError
-from lvm.hardware.sharding import AXES, MeshConfig
+from lvm.hardware.sharding import AXES, MeshConfig, resolve_mesh
 from lvm.model.transformer import ModelConfig
 from lvm.training.config import TrainConfig
 
@@ -14,24 +14,12 @@ def format_mesh(mesh: MeshConfig) -> str:
     return " × ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1) or "1"
 
 
-def resolve_mesh(mesh: MeshConfig, chips: int) -> MeshConfig:
-    """Replaces -1 by the chips that the other axes leave, rounded down."""
-    fixed = math.prod(getattr(mesh, axis) for axis in AXES if getattr(mesh, axis) != -1)
-    return dataclasses.replace(mesh, **{a: max(1, chips // fixed) for a in AXES if getattr(mesh, a) == -1})
-
-
 def valid_meshes(
     model: ModelConfig, mesh: MeshConfig, chips: int, slices: int, batch_size: int = 0, accumulate_steps: int = 1
 ) -> list[MeshConfig]:
-    """Every `data` × `fsdp` that divides model, chips and batch, with the `sequence` and `tensor` of `mesh`.
+    """Every `data` × `fsdp` that divides model, chips and batch (0: any), with the other fields of `mesh`.
 
-    Args:
-      model: vocabulary size set.
-      mesh: gives `sequence`, `tensor` and `zero1`.
-      chips: chips of all slices.
-      slices: slices that `data` spans.
-      batch_size: rows per step; 0 for any.
-      accumulate_steps: micro-batches per step.
+    `model` has its vocabulary size set; `chips` are those of all slices, which `data` spans.
     """
     sequence, tensor = mesh.sequence, mesh.tensor
     divides = (

@@ -36,8 +36,6 @@ class Target:
     """Hardware that a step is planned for.
 
     Attributes:
-      slice: the slice.
-      slices: number of slices.
       devices: devices of all slices, as libtpu describes them; () where nothing can be compiled (GPUs).
       hbm_bytes: memory of a chip.
     """
@@ -67,8 +65,7 @@ class Plan:
     """Result of planning; bytes are per chip.
 
     Attributes:
-      target: the hardware.
-      config: the configuration, with mesh, vocabulary size and rematerialization policy resolved.
+      config: with mesh, vocabulary size and rematerialization policy resolved.
       params_bytes, optimizer_bytes, temp_bytes, total_bytes: memory; the total includes a batch.
       hbm_traffic: bytes read and written per step.
       collectives: bytes received, by kind.
@@ -99,11 +96,22 @@ class Plan:
 
     @functools.cached_property
     def roofline_seconds(self) -> dict[str, float]:
-        """Lower bounds of the step time by `flops`, `hbm`, `ici`, and `network` between slices."""
+        """Step time if each resource were the only limit, at its published peak: `flops`, `hbm`, `ici`, `network`.
+
+        Padding counts as sent; `network` is there if slices exchange anything.
+        """
+        target, accelerator = self.target, self.target.slice.accelerator
+        within = sum(c.bytes for c in self.collectives if c.kind != BETWEEN_SLICES)
+        between = sum(c.bytes for c in self.collectives if c.kind == BETWEEN_SLICES)
         flops = roofline.hardware_flops(self.config.model, self.config.batch_size)
-        return roofline.roofline_seconds(
-            self.target.slice, self.target.chips, flops, self.hbm_traffic, self.collectives
-        )
+        seconds = {
+            "flops": flops / target.chips / accelerator.peak_flops,
+            "hbm": self.hbm_traffic / accelerator.hbm_bandwidth,
+            "ici": within / target.slice.link_bandwidth,
+        }
+        if between and accelerator.network_bandwidth:
+            seconds["network"] = between / accelerator.network_bandwidth
+        return seconds
 
     @property
     def min_step_seconds(self) -> float:
@@ -165,10 +173,7 @@ def with_choice(
 def make_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> Plan:
     """Compiles where `target` has devices, else estimates; `remat="auto"` becomes the lightest policy that fits.
 
-    Args:
-      config: from `resolve_config`.
-      target: the hardware.
-      memory: the memory model, updated with what is compiled.
+    `config` is from `resolve_config`; `memory` is updated with what is compiled.
     """
     policies = list(REMAT_POLICIES) if config.model.remat == "auto" else [config.model.remat]
     for policy in policies:
@@ -185,7 +190,10 @@ def make_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> Plan:
 
 def compile_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> Plan:
     """Compiles the step as training would, and analyzes the program."""
-    step = make_step(config, target)
+    mesh = make_mesh(config.mesh, target.devices)
+    platform = target.slice.accelerator.platform
+    options = compiler_options.compiler_options(platform, config.compiler_options, config.deterministic)
+    step = Step(_make_task(config, mesh), mesh, config.seed, config.mesh.zero1, options)
     start = time.monotonic()
     needed = required_bytes(step)
     seconds = time.monotonic() - start
@@ -217,14 +225,6 @@ def estimate_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> P
     sent = [Collective(kind, size, 0) for kind, size in ideal.items()]
     notes = ("an estimate: no program was compiled, memory is a formula and collectives are ideal",)
     return Plan(target, config, *sizes, traffic, sent, notes=notes)
-
-
-def make_step(config: TrainConfig, target: Target) -> Step:
-    """The step that `lvm.train` would run on the target."""
-    mesh = make_mesh(config.mesh, target.devices)
-    platform = target.slice.accelerator.platform
-    options = compiler_options.compiler_options(platform, config.compiler_options, config.deterministic)
-    return Step(_make_task(config, mesh), mesh, config.seed, config.mesh.zero1, options)
 
 
 def _make_task(config: TrainConfig, mesh: Mesh | None) -> NextTokenTask:

@@ -18,34 +18,26 @@ _LIMITS = {
 
 def format_plan(plan: Plan) -> list[str]:
     """Lines of the report."""
-    compiled = [] if plan.compile_seconds is None else ["", f"compiled in {plan.compile_seconds:.0f} s"]
-    return [*_heading(plan), "", *_memory(plan), "", *_roofline(plan), "", *_collectives(plan), *compiled]
-
-
-def _heading(plan: Plan) -> list[str]:
-    config, steps = plan.config, plan.config.objective.accumulate_steps
-    rows = f"{config.batch_size} rows of {config.model.context} tokens"
-    rows += f" in {steps} micro-batches" if steps > 1 else ""
-    return [
-        f"{plan.target.name}: {plan.target.chips} chips, mesh {format_mesh(config.mesh)}",
-        f"{count_parameters(config.model):,} parameters, {rows}, remat {config.model.remat}",
-        *plan.notes,
-    ]
-
-
-def _memory(plan: Plan) -> list[str]:
+    target, config, steps = plan.target, plan.config, plan.config.objective.accumulate_steps
+    rows = f"{config.batch_size} rows of {config.model.context} tokens{f' in {steps} micro-batches' * (steps > 1)}"
     sizes = {
         "parameters": plan.params_bytes,
         "optimizer": plan.optimizer_bytes,
         "temporaries": plan.temp_bytes,
         "total, with a batch": plan.total_bytes,
     }
-    limit = f"{plan.target.usable_bytes / GIB:.2f} of {plan.target.hbm_bytes / GIB:.2f} GiB usable"
-    return [
+    usable, memory = target.usable_bytes / GIB, target.hbm_bytes / GIB
+    lines = [
+        f"{target.name}: {target.chips} chips, mesh {format_mesh(config.mesh)}",
+        f"{count_parameters(config.model):,} parameters, {rows}, remat {config.model.remat}",
+        *plan.notes,
+        "",
         f"{'memory per chip':<22} {'GiB':>8}",
         *(f"  {name:<20} {size / GIB:>8.2f}" for name, size in sizes.items()),
-        f"  {'fits' if plan.fits else 'DOES NOT FIT'}: {limit}",
+        f"  {'fits' if plan.fits else 'DOES NOT FIT'}: {usable:.2f} of {memory:.2f} GiB usable",
     ]
+    lines += ["", *_roofline(plan), "", *_collectives(plan)]
+    return lines if plan.compile_seconds is None else [*lines, "", f"compiled in {plan.compile_seconds:.0f} s"]
 
 
 def _roofline(plan: Plan) -> list[str]:

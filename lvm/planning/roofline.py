@@ -1,9 +1,8 @@
-"""Roofline of a step: lower bounds on its time by arithmetic, HBM traffic and communication."""
+"""HBM traffic and FLOPs of a step, for its roofline."""
 
-from lvm.hardware.accelerators import Slice
 from lvm.model.flops import train_flops_per_token
 from lvm.model.transformer import ModelConfig
-from lvm.planning.collectives import BETWEEN_SLICES, KINDS, Collective
+from lvm.planning.collectives import KINDS
 from lvm.planning.hlo import Computation, Execution, Instruction, Program
 
 # Operations that move no data.
@@ -91,28 +90,3 @@ def hardware_flops(model: ModelConfig, batch_size: int) -> float:
     scores = 2.0 * tokens * model.num_layers * model.num_heads * model.head_dim * model.context
     recomputed = {"full": forward - logits, "attention": forward - logits - scores}.get(model.remat, 0.0)
     return total + recomputed + logits  # every policy recomputes the logits
-
-
-def roofline_seconds(
-    slice_: Slice, chips: int, flops: float, hbm_traffic: int, collectives: list[Collective]
-) -> dict[str, float]:
-    """Step time if each resource were the only limit, at the chip's published peak.
-
-    Args:
-      slice_: the slice, or the GPUs.
-      chips: chips of all slices, which share `flops`.
-      flops: FLOPs of all chips.
-      hbm_traffic: bytes through one chip's HBM.
-      collectives: bytes that a chip receives; padding is transferred too.
-    """
-    within = sum(collective.bytes for collective in collectives if collective.kind != BETWEEN_SLICES)
-    between = sum(collective.bytes for collective in collectives if collective.kind == BETWEEN_SLICES)
-    accelerator = slice_.accelerator
-    seconds = {
-        "flops": flops / chips / accelerator.peak_flops,
-        "hbm": hbm_traffic / accelerator.hbm_bandwidth,
-        "ici": within / slice_.link_bandwidth,
-    }
-    if between and accelerator.network_bandwidth:
-        seconds["network"] = between / accelerator.network_bandwidth
-    return seconds

@@ -22,12 +22,8 @@ def search(config: TrainConfig, target: Target, memory: MemoryModel) -> list[Pla
     """Plans tried, the best that fits last; compiled if the target has devices. Empty if the model says none fits.
 
     Candidates are all valid meshes, 1 to 16 rows per chip, and every rematerialization policy. The best has the least
-    roofline time per row; within 1 %, the lightest policy, then the largest batch.
-
-    Args:
-      config: resolved; its mesh gives `sequence` and `tensor`.
-      target: the hardware.
-      memory: the memory model, updated with each compile.
+    roofline time per row; within 1 %, the lightest policy, then the largest batch. `config` is resolved, and its mesh
+    gives `sequence` and `tensor`; `memory` is updated with each compile.
     """
     tried: list[Plan] = []
     while len(tried) <= MAX_COMPILES:  # the proposal calibrated by MAX_COMPILES is compiled too
