@@ -11,7 +11,7 @@ from lvm.planning.plan import Target, estimate_plan, resolve_config
 from lvm.training.config import TrainConfig
 from scripts import table_plans
 from tests.commands import ROOT
-from tests.test_configs import config_of
+from tests.test_configs import load_config
 
 
 def test_all_plans_cover_sizes_and_pods():
@@ -24,7 +24,7 @@ def test_row_has_a_cell_per_heading(monkeypatch):
     monkeypatch.chdir(ROOT)
     slice_ = resolve("v5e:16x16")
     target = Target(slice_, 2, (), slice_.accelerator.hbm_bytes)
-    config = from_config_dict(TrainConfig, config_of("configs/lvm_3b.py"))
+    config = from_config_dict(TrainConfig, load_config("configs/lvm_3b.py"))
     plan = estimate_plan(resolve_config(config, target, 8192), target, MemoryModel())
     plan = dataclasses.replace(plan, compile_seconds=84.0)
     cells = dict(zip(table_plans._HEADINGS, table_plans.row("3b", plan.to_json()), strict=True))
