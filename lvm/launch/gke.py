@@ -146,7 +146,9 @@ def _pod(request: Request) -> dict[str, Any]:
 
 
 def _container(request: Request, resource: str) -> dict[str, Any]:
-    variables = [{"name": name, "value": _literal(value)} for name, value in request.environment.items()]
+    variables: list[dict[str, Any]] = [
+        {"name": name, "value": _literal(value)} for name, value in request.environment.items()
+    ]
     variables += [_secret(name, source) for name, source in request.secrets.items()]
     if request.hardware.accelerator.platform == "gpu" and request.hardware.hosts > 1:
         # By these the hosts join: JobSet names every pod, and the job indexes them.
