@@ -33,8 +33,7 @@ def convert(
     """Converts a checkpoint into a new folder; returns what was written.
 
     Args:
-      src: a model folder of any format.
-      dst: the new folder.
+      src, dst: a model folder of any format, and the new folder.
       format: of `dst`, one of `lvm.interop.models.FORMATS`.
       step: a step of the workdir `src`; the newest by default.
       dtype: one of `DTYPES`; as stored by default.
@@ -96,16 +95,11 @@ def _run(args: cli.Args) -> int:
         raise UserError(f"--to is missing; use one of {', '.join(models.FORMATS)}")
     if args.max_shard_gigabytes <= 0:
         raise UserError(f"--max_shard_gigabytes={args.max_shard_gigabytes} must be positive")
-    max_shard_bytes = int(args.max_shard_gigabytes * 10**9)
-    written = convert(
-        args.src, args.dst, args.to, args.step, args.dtype, args.vocabulary, args.tokenizer, max_shard_bytes
-    )
-    count = sum(tensor.size for tensor in written.tensors.values())
-    vocabulary = written.vocabulary
-    log_info(
-        f"{args.dst}: {count:,} parameters in {written.dtype}, {vocabulary.num_codes} codes of "
-        f"{vocabulary.size} ids, step {written.step}"
-    )
+    shard_bytes = int(args.max_shard_gigabytes * 10**9)
+    written = convert(args.src, args.dst, args.to, args.step, args.dtype, args.vocabulary, args.tokenizer, shard_bytes)
+    count, vocabulary = sum(tensor.size for tensor in written.tensors.values()), written.vocabulary
+    sizes = f"{count:,} parameters in {written.dtype}, {vocabulary.num_codes} codes of {vocabulary.size} ids"
+    log_info(f"{args.dst}: {sizes}, step {written.step}")
     return EXIT_DONE
 
 

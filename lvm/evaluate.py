@@ -20,8 +20,7 @@ from lvm.data.mixture.recipes import Pairs, Video
 from lvm.data.store.reader import MANIFEST, Store
 from lvm.evaluation import likelihood, prompted, report
 from lvm.evaluation.config import EvalConfig
-from lvm.evaluation.heldout import Heldout
-from lvm.evaluation.reconstruction import reconstruction_metrics
+from lvm.evaluation.heldout import Heldout, reconstruction_metrics
 from lvm.inference.pretrained import LVM
 from lvm.interop.models import check_tokenizer
 from tokenizer import Tokenizer
@@ -102,16 +101,13 @@ def _sentences(config: EvalConfig, mixture: MixtureConfig, heldout: Heldout, max
     """Sentences of each component that fit the context and that the held-out scenes allow."""
     sentences = {}
     for index, (name, component) in enumerate(mixture.components.items()):
-        if component.weight <= 0:
-            continue
-        if component.recipe.num_grids > max_images:
-            log_warning(
-                f"no likelihood of {name}: its sentences of {component.recipe.num_grids} images exceed the context"
-            )
-            continue
-        sampled = heldout.sentences(component.recipe, config.num_sentences, config.seed + index)
-        if sampled is not None:
-            sentences[name] = sampled
+        recipe = component.recipe
+        if component.weight > 0 and recipe.num_grids > max_images:
+            log_warning(f"no likelihood of {name}: its sentences of {recipe.num_grids} images exceed the context")
+        elif component.weight > 0:
+            sampled = heldout.sentences(recipe, config.num_sentences, config.seed + index)
+            if sampled is not None:
+                sentences[name] = sampled
     log_info(f"likelihood of {config.num_sentences} sentences each of {', '.join(sentences) or 'nothing'}")
     return sentences
 
@@ -178,8 +174,7 @@ def _answer_tasks(
 
 
 def _run(args: cli.Args) -> None:
-    config = from_config_dict(EvalConfig, args.config)
-    evaluate(config, args.model, args.tokenizer, args.out)
+    evaluate(from_config_dict(EvalConfig, args.config), args.model, args.tokenizer, args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,8 +34,6 @@ def iter_sentences(mixture: Mixture) -> Iterator[np.ndarray]:
 
 def _run(args: cli.Args) -> None:
     out, count = pathlib.Path(args.out), args.sentences
-    if count < 1:
-        raise UserError(f"--sentences={count} must be positive")
     if out.suffix != SUFFIX:
         raise UserError(f"--out={out} must end in {SUFFIX}")
     config = from_config_dict(TrainConfig, args.config)
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = cli.Flags(__doc__)
     flags.config()
     flags.string("out", None, "output file, ending in .jsonl", required=True)
-    flags.integer("sentences", 1000, "number of sentences")
+    flags.integer("sentences", 1000, "number of sentences", lower_bound=1)
     return flags.run(_run, argv)
 
 

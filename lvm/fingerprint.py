@@ -8,17 +8,15 @@ global row order. It doesn't depend on the number of processes or workers. In a 
 bytes: the files of two consecutive ranges, concatenated, are the file of their union.
 """
 
-import contextlib
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from typing import IO
 
 import numpy as np
 
 from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict
-from lvm.common.errors import UserError
 from lvm.data.mixture import loader
 from lvm.hardware import sharding
 from lvm.training.config import TrainConfig, make_rows
@@ -37,20 +35,13 @@ def token_bytes(config: TrainConfig, start: int, count: int, workers: int) -> It
 
 
 def _run(args: cli.Args) -> None:
-    for name, minimum in (("batches", 1), ("start", 0), ("workers", 0)):
-        if getattr(args, name) < minimum:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least {minimum}")
     config = from_config_dict(TrainConfig, args.config)
     distributed.join(config.distributed)
     digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        out: IO[bytes] | None = None
-        if args.out and distributed.is_first():
-            out = stack.enter_context(open(args.out, "wb"))
+    with open(args.out if args.out and distributed.is_first() else os.devnull, "wb") as out:
         for content in token_bytes(config, args.start, args.batches, args.workers):
             digest.update(content)
-            if out:
-                out.write(content)
+            out.write(content)
     print(digest.hexdigest(), flush=True)
 
 
@@ -58,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__)
     flags.config()
-    flags.integer("batches", 200, "number of batches")
-    flags.integer("start", 0, "step of the first batch")
-    flags.integer("workers", 0, "worker processes that read, for each process; 0 for threads")
+    flags.integer("batches", 200, "number of batches", lower_bound=1)
+    flags.integer("start", 0, "step of the first batch", lower_bound=0)
+    flags.integer("workers", 0, "worker processes that read, for each process; 0 for threads", lower_bound=0)
     flags.string("out", None, "file for the hashed bytes")
     return flags.run(_run, argv)
 

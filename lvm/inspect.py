@@ -212,8 +212,6 @@ def _run(args: cli.Args) -> int:
         raise UserError("--source and --sheet need --tokenizer")
     if args.sheet and pathlib.Path(args.sheet).suffix.lower() != ".png":
         raise UserError(f"--sheet={args.sheet} must end in .png")
-    if args.sample < 1:
-        raise UserError(f"--sample={args.sample} must be positive")
     summary, problems = summarize(store), []
     if not args.json:
         print("\n".join([str(store.path), *format_summary(summary)]))
@@ -221,7 +219,14 @@ def _run(args: cli.Args) -> int:
         problems.append(problem)
         if not args.json:
             print(problem)
-    differences = _with_tokenizer(store, args) if args.tokenizer else []
+    differences = []
+    if args.tokenizer:
+        tokenizer = Tokenizer.load(args.tokenizer, store.manifest.get("dtype"))
+        if tokenizer.identity()["hash"] != store.manifest["tokenizer"]["hash"]:
+            raise UserError(f"--tokenizer: {args.tokenizer} did not make the codes of {store.path}")
+        if args.sheet:
+            write_sheet(store, tokenizer, args.sample, pathlib.Path(args.sheet))
+        differences = reencode(store, args.source, tokenizer, args.sample) if args.source else []
     problems += differences
     if args.json:
         report = {"store": str(store.path), **summary, "problems": problems}
@@ -245,15 +250,6 @@ def _open(path: str, stage_to: str) -> Store:
         sys.exit(errors.EXIT_ERROR)
 
 
-def _with_tokenizer(store: Store, args: cli.Args) -> list[str]:
-    tokenizer = Tokenizer.load(args.tokenizer, store.manifest.get("dtype"))
-    if tokenizer.identity()["hash"] != store.manifest["tokenizer"]["hash"]:
-        raise UserError(f"--tokenizer: {args.tokenizer} did not make the codes of {store.path}")
-    if args.sheet:
-        write_sheet(store, tokenizer, args.sample, pathlib.Path(args.sheet))
-    return reencode(store, args.source, tokenizer, args.sample) if args.source else []
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = cli.Flags(__doc__, positionals=("store",))
@@ -262,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.boolean("verify", True, "verify all files; --noverify reads only the manifest")
     flags.string("source", "", "source of the store: re-encode a sample of scenes")
     flags.string("tokenizer", "", "tokenizer folder, for --source and --sheet")
-    flags.integer("sample", 8, "number of scenes to re-encode and to decode")
+    flags.integer("sample", 8, "number of scenes to re-encode and to decode", lower_bound=1)
     flags.string("sheet", "", "PNG file for a contact sheet of decoded scenes")
     flags.string("stage_to", "", "local folder to copy shards to before reading")
     return flags.run(_run, argv)

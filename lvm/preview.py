@@ -136,8 +136,6 @@ def _run(args: cli.Args) -> None:
     config = from_config_dict(TrainConfig, args.config)
     if not 0 < args.rows <= config.batch_size:
         raise UserError(f"--rows={args.rows} must be in [1, {config.batch_size}], config.batch_size")
-    if args.batches < 1 or args.step < 0:
-        raise UserError(f"--batches={args.batches} must be at least 1, --step={args.step} at least 0")
     rows = make_rows(config)
     tokens = config.batch_size * config.model.context
     for line in report(rows, config.loop.with_total_steps(tokens).total_steps, args.batches):
@@ -167,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.config()
     flags.string("out", None, "folder for the images", required=True)
     flags.integer("rows", 2, "number of rows to render")
-    flags.integer("step", 0, "step of the rows")
-    flags.integer("batches", 20, "number of batches to count tokens of")
+    flags.integer("step", 0, "step of the rows", lower_bound=0)
+    flags.integer("batches", 20, "number of batches to count tokens of", lower_bound=1)
     return flags.run(_run, argv)
 
 

@@ -13,7 +13,7 @@ sequence, a video.
 import functools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -34,30 +34,29 @@ _ANSWER_FILE = re.compile(r"candidate-\d+(-image-\d+\.png|\.mp4)")
 _MIN_SHEET_SIDE = 96  # pixels of an image on the sheet
 
 
-def check_prompt_flags(sequence: list[str], pairs: list[str], query: str) -> None:
-    """Raises UserError unless the flags give exactly one prompt: a sequence, or pairs with a query."""
-    if bool(sequence) == bool(pairs):
+def check_flags(args: cli.Args) -> None:
+    """Raises UserError unless the flags give one prompt, and each of the others has an effect on it."""
+    if bool(args.sequence) == bool(args.pairs):
         raise UserError("give either --sequence a.png b.png …, or --pairs x.png:y.png … with --query=q.png")
-    if sequence and query:
+    if args.sequence and args.query:
         raise UserError("--query goes with --pairs, not with --sequence")
-    if pairs and not query:
+    if args.pairs and not args.query:
         raise UserError("--pairs needs --query=IMAGE, the image to answer for")
-
-
-def check_video_flags(paths: Sequence[str], rate: float, frames: int) -> None:
-    """Rejects --rate and --frames when no input is a video or a folder. Raises UserError."""
-    has_video = any(pathlib.Path(path).suffix.lower() in VIDEO_SUFFIXES for path in paths)
-    if rate and not has_video:
-        raise UserError(f"--rate={rate:g} applies to videos, and the prompt has none")
-    if frames and not has_video and not any(pathlib.Path(path).is_dir() for path in paths):
-        raise UserError(f"--frames={frames} applies to folders and videos, and the prompt has none")
-
-
-def check_sampling_flags(temperature: float, flags: Mapping[str, bool]) -> None:
-    """Rejects sampling flags when the temperature is 0; `flags` maps each to whether it is set. Raises UserError."""
-    for name, is_set in flags.items():
-        if is_set and not temperature:
+    members = [path for pair in args.pairs for path in re.split("[:+]", pair)]
+    paths = [pathlib.Path(path) for path in (*args.sequence, *members, args.query) if path]
+    has_video = any(path.suffix.lower() in VIDEO_SUFFIXES for path in paths)
+    if args.rate and not has_video:
+        raise UserError(f"--rate={args.rate:g} applies to videos, and the prompt has none")
+    if args.frames and not has_video and not any(path.is_dir() for path in paths):
+        raise UserError(f"--frames={args.frames} applies to folders and videos, and the prompt has none")
+    is_set = {"candidates": args.candidates > 1} | {name: args[name].present for name in ("top_k", "top_p", "seed")}
+    for name, value in is_set.items():
+        if value and not args.temperature:
             raise UserError(f"--{name} has no effect with --temperature=0 (greedy); give a temperature, such as 1")
+    if pathlib.Path(args.out).suffix.lower() != ".png":
+        raise UserError(f"--out={args.out} must end in .png")
+    if args.tensor > jax.device_count():
+        raise UserError(f"--tensor={args.tensor} exceeds the {jax.device_count()} devices")
 
 
 def write_answers(
@@ -80,17 +79,8 @@ def write_answers(
 
 
 def _run(args: cli.Args) -> None:
-    check_prompt_flags(args.sequence, args.pairs, args.query)
-    members = [path for pair in args.pairs for member in pair.split(":") for path in member.split("+")]
-    paths = [path for path in (*args.sequence, *members, args.query) if path]
-    check_video_flags(paths, args.rate, args.frames)
-    sampling_flags = {name: bool(args[name].present) for name in ("top_k", "top_p", "seed")}
-    check_sampling_flags(args.temperature, {"candidates": args.candidates > 1} | sampling_flags)
+    check_flags(args)
     out = epath.Path(args.out)
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out={out} must end in .png")
-    if args.tensor > jax.device_count():
-        raise UserError(f"--tensor={args.tensor} exceeds the {jax.device_count()} devices")
     mesh = make_mesh(MeshConfig(data=1, tensor=args.tensor), jax.devices()[: args.tensor])
     tokenizer, model = Tokenizer.load(args.tokenizer), LVM.load(args.model, mesh=mesh)
     check_tokenizer(model.record["tokenizer"], model.vocabulary, tokenizer.identity(), args.tokenizer)

@@ -1,17 +1,20 @@
-"""Held-out scenes with their images and codes, the data of every evaluation."""
+"""Held-out scenes with their images and codes, and how well a tokenizer reconstructs them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 
+from lvm.common import statistics
 from lvm.common.errors import UserError
 from lvm.common.logging import log_warning
 from lvm.data.images.sources import Failure, ImageSource, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Recipe
-from lvm.data.streams.codecs import Codec
+from lvm.data.streams.codecs import Codec, Palette
+from lvm.evaluation import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,6 @@ class Heldout:
     """The held-out scenes of an image source, encoded.
 
     Args:
-      source: the image source.
       fraction: `heldout_fraction` of training; None takes all scenes, of a source that training never saw.
       max_scenes: upper limit; scenes are spread over the source, which may be sorted by class.
       encode: images uint8 [B, R, R, 3] → codes int32 [B, N].
@@ -95,3 +97,29 @@ class Heldout:
             grids = recipe.sample_one([len(scene.images) for scene in scenes], rng)
             sentences.append(np.stack([scenes[g.scene].grid(g.frame, g.stream) for g in grids]))
         return np.stack(sentences)
+
+
+def reconstruction_metrics(
+    heldout: Heldout, decode: Callable[[np.ndarray], np.ndarray], num_codes: int
+) -> dict[str, Any]:
+    """PSNR in dB of every stream, round trip of segmentations, and codebook usage and perplexity."""
+    results: dict[str, Any] = {"psnr": {}}
+    histogram = np.zeros(num_codes, np.int64)
+    for stream, codec in heldout.codecs.items():
+        if not heldout.with_streams([stream]):
+            continue
+        images, codes = heldout.images(stream), heldout.codes(stream)
+        decoded = decode(codes)
+        histogram += np.bincount(codes.ravel(), minlength=num_codes)
+        results["psnr"][stream] = float(statistics.psnr(decoded, images).mean())
+        if isinstance(codec, Palette):
+            labels, truth = (np.stack([codec.parse(x) for x in batch]) for batch in (decoded, images))
+            results["round_trip_pixel_accuracy"] = float(np.mean(labels == truth))
+            if codec.background is not None:
+                foreground_iou = metrics.iou(labels != codec.background, truth != codec.background)
+                results["round_trip_foreground_iou"] = float(foreground_iou.mean())
+    return results | {
+        "num_codes_counted": int(histogram.sum()),
+        "codebook_usage": float(np.count_nonzero(histogram) / num_codes),
+        "codebook_perplexity": float(statistics.perplexity(histogram)),
+    }

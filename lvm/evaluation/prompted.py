@@ -48,13 +48,7 @@ def make_queries(scenes: Sequence[HeldoutScene], count: int, shots: int, seed: i
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Queries of one task with a model's answers.
-
-    Attributes:
-      codes, images: the answers.
-      truth: the true images.
-      copied: the last example's annotation, the answer of the copy baseline.
-    """
+    """Queries of one task with a model's answers; `copied` are the last examples' annotations, the copy baseline."""
 
     queries: list[Query]
     input_stream: str

@@ -65,13 +65,9 @@ def completion_sheet(
     decode: Callable[[np.ndarray], np.ndarray],
     prompt_fraction: float = 0.5,
 ) -> Pixels:
-    """Renders a sentence, and below it the model's completion of its first part.
+    """Renders a sentence, and below it the model's completion of its first part, the prompt.
 
-    Args:
-      codes: the sentence.
-      answer: (prompt int [k, N], number of images A) → int [A, N].
-      decode: codes int [B, N] → images uint8 [B, R, R, 3].
-      prompt_fraction: share of the sentence that is the prompt.
+    `answer` is (prompt int [k, N], number of images A) → int [A, N], `decode` int [B, N] → uint8 [B, R, R, 3].
     """
     prompt = max(1, round(prompt_fraction * len(codes)))
     rows: list[Sequence[Cell | None]] = [[Cell(x, f"{i + 1}") for i, x in enumerate(decode(codes))]]

@@ -30,15 +30,9 @@ def decode_mesh(mesh: Mesh | None) -> Mesh | None:
 
 
 def prepare_params(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
-    """Lays out a `Transformer`'s stacked parameters for `build_module`, as a copy.
+    """Lays out a `Transformer`'s stacked parameters for `build_module`, as a copy on `mesh` or on their own devices.
 
-    Args:
-      params: as in training.
-      config: the model.
-      mesh: of the result; None keeps the devices of `params`.
-
-    Raises:
-      UserError: the mesh doesn't divide a dimension.
+    Raises UserError if the mesh doesn't divide a dimension.
     """
     if mesh is not None:
         devices = set(mesh.devices.flat)

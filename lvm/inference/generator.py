@@ -64,12 +64,8 @@ class SlidingWindow:
 class Generator:
     """A transformer ready for generation.
 
-    Holds its own copy of the weights: in the compute dtype, with unrolled layers, sharded over the mesh.
-
-    Args:
-      config: the model.
-      params: a `Transformer`'s parameters, as in training.
-      mesh: devices that share rows, heads and weights; None keeps the devices of `params`.
+    Holds its own copy of the weights: in the compute dtype, with unrolled layers, sharded over the mesh, whose devices
+    share rows, heads and weights; without one, on the devices of `params`.
 
     Raises:
       UserError: the mesh doesn't divide the model.

@@ -30,14 +30,7 @@ _Number = int | float
 
 
 class LVM:
-    """A trained transformer over codes.
-
-    Attributes:
-      config: its `ModelConfig`.
-      vocabulary: its `Vocabulary`.
-      record: metadata of its training, such as the tokenizer's identity.
-      step: training step of the weights.
-    """
+    """A trained transformer over codes; `record` is metadata of its training, such as the tokenizer's identity."""
 
     def __init__(
         self,

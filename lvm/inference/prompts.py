@@ -24,13 +24,7 @@ _MIN_VIDEO_SIZE, _VIDEO_FPS = 256, 4
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Images of a prompt.
-
-    Attributes:
-      labels: one per image.
-      images: the images.
-      num_answers: images of an answer; for a query, as many as its examples have.
-    """
+    """Images of a prompt, with a label each; an answer to a query has as many images as those of its examples."""
 
     labels: tuple[str, ...]
     images: UInt8[np.ndarray, "K R R 3"]
@@ -119,15 +113,12 @@ class PromptReader:
         if not listed:
             return [[self._overlay(member) for member in members]]
         stems = {path: [file.stem for file in files] for path, files in listed.items()}
-        first = next(iter(stems))
+        first, count = next(iter(stems)), len(next(iter(stems.values())))
         for path in paths:
             if stems.get(path) != stems[first]:
                 raise UserError(f"--pairs: {first} and {path} are not two folders of images with the same names")
-        self._check_count(len(stems[first]) * len(members))
-        return [
-            [self._overlay([listed[path][i] for path in member]) for member in members]
-            for i in range(len(stems[first]))
-        ]
+        self._check_count(count * len(members))
+        return [[self._overlay([listed[p][i] for p in member]) for member in members] for i in range(count)]
 
     def _overlay(self, paths: Sequence[str | pathlib.Path]) -> np.ndarray:
         """Pastes each image over the preceding ones wherever it isn't black."""

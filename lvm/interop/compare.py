@@ -54,13 +54,8 @@ class Comparison:
 def compare(first: LazyCheckpoint, second: LazyCheckpoint, num_rows: int = 2, seed: int = 0) -> Comparison:
     """Runs both models on the same random codes, up to the shorter context; only logits of codes are compared.
 
-    Args:
-      first, second: of equal hidden size, number of layers and number of codes.
-      num_rows: batch size.
-      seed: of the random codes.
-
     Raises:
-      UserError: the sizes differ.
+      UserError: the models differ in hidden size, number of layers or number of codes.
     """
     _check_sizes(first, second)
     num_codes, T = first.vocabulary.num_codes, min(first.config.context, second.config.context)

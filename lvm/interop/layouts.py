@@ -95,38 +95,40 @@ def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
 
 
-def _names(layer: str, leaf: str, top: tuple[str, ...], inner: tuple[str, ...]) -> dict[str, str]:
-    ours = [f"attention.{name}" for name in ("query", "key", "value", "out")]
-    ours += ["mlp.gate", "mlp.up", "mlp.down", "attention_norm.scale", "mlp_norm.scale"]
-    names = dict(zip(("embedding", "norm.scale", "head"), top, strict=True))
-    pairs = zip(ours, inner, strict=True)
-    return names | {f"layers.{{}}.{name}": f"{layer}.{theirs}.{leaf}" for name, theirs in pairs}
-
-
 HUGGING_FACE = Layout(
-    _names(
-        "model.layers.{}",
-        "weight",
-        ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
-        (
-            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
-        ),
-    ),
+    {
+        "embedding": "model.embed_tokens.weight",
+        "norm.scale": "model.norm.weight",
+        "head": "lm_head.weight",
+        "layers.{}.attention.query": "model.layers.{}.self_attn.q_proj.weight",
+        "layers.{}.attention.key": "model.layers.{}.self_attn.k_proj.weight",
+        "layers.{}.attention.value": "model.layers.{}.self_attn.v_proj.weight",
+        "layers.{}.attention.out": "model.layers.{}.self_attn.o_proj.weight",
+        "layers.{}.mlp.gate": "model.layers.{}.mlp.gate_proj.weight",
+        "layers.{}.mlp.up": "model.layers.{}.mlp.up_proj.weight",
+        "layers.{}.mlp.down": "model.layers.{}.mlp.down_proj.weight",
+        "layers.{}.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
+        "layers.{}.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+    },
     transposed=True,
     interleaved=False,
-)  # fmt: skip
+)
 
 EASYLM = Layout(
-    _names(
-        "transformer.h.{}",
-        "kernel",
-        ("transformer.wte.embedding", "transformer.ln_f.kernel", "lm_head.kernel"),
-        (
-            "attention.wq", "attention.wk", "attention.wv", "attention.wo",
-            "feed_forward.w1", "feed_forward.w3", "feed_forward.w2", "attention_norm", "ffn_norm",
-        ),
-    ),
+    {
+        "embedding": "transformer.wte.embedding",
+        "norm.scale": "transformer.ln_f.kernel",
+        "head": "lm_head.kernel",
+        "layers.{}.attention.query": "transformer.h.{}.attention.wq.kernel",
+        "layers.{}.attention.key": "transformer.h.{}.attention.wk.kernel",
+        "layers.{}.attention.value": "transformer.h.{}.attention.wv.kernel",
+        "layers.{}.attention.out": "transformer.h.{}.attention.wo.kernel",
+        "layers.{}.mlp.gate": "transformer.h.{}.feed_forward.w1.kernel",
+        "layers.{}.mlp.up": "transformer.h.{}.feed_forward.w3.kernel",
+        "layers.{}.mlp.down": "transformer.h.{}.feed_forward.w2.kernel",
+        "layers.{}.attention_norm.scale": "transformer.h.{}.attention_norm.kernel",
+        "layers.{}.mlp_norm.scale": "transformer.h.{}.ffn_norm.kernel",
+    },
     transposed=False,
     interleaved=True,
-)  # fmt: skip
+)

@@ -4,6 +4,7 @@ The common representation of all formats: each is read into it and written from 
 `layers.3.mlp.gate` is `params["layers"]["mlp"]["gate"][3]` of the model in memory.
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -30,9 +31,7 @@ _PUBLISHED = Vocabulary(8192, 8292, bos=None, eos=None, pad=8192)  # of LVM's re
 _KNOWN_VOCABULARIES = {_PUBLISHED.size: _PUBLISHED, 8448: Vocabulary.for_codes(8192)}
 _LAYERS = "layers."
 # The run record of a model that was trained elsewhere.
-NO_RECORD: dict[str, Any] = {
-    "version": RECORD_VERSION, "kind": "lvm", "tokenizer": None, "stores": [], "sources": []
-}  # fmt: skip
+NO_RECORD: dict[str, Any] = {"version": RECORD_VERSION, "kind": "lvm", "tokenizer": None, "stores": [], "sources": []}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +59,10 @@ class LazyCheckpoint:
     @property
     def dtype(self) -> str:
         """The dtype that most bytes are stored in."""
-        sizes: dict[str, int] = {}
+        sizes = collections.Counter[str]()
         for tensor in self.tensors.values():
-            sizes[str(tensor.dtype)] = sizes.get(str(tensor.dtype), 0) + tensor.nbytes
-        return max(sizes, key=lambda name: sizes[name])
+            sizes[str(tensor.dtype)] += tensor.nbytes
+        return sizes.most_common(1)[0][0]
 
     def export_record(self) -> dict[str, Any]:
         """The run record to write beside exported weights, with this version of the package."""
@@ -197,12 +196,11 @@ def _resize(tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
     shape = tuple(size if i == axis else n for i, n in enumerate(tensor.shape))
 
     def read() -> np.ndarray:
-        old, new = tensor.read(), np.empty(shape, tensor.dtype)
-        kept = min(size, old.shape[axis])
-        new_rows, old_rows = np.moveaxis(new, axis, 0), np.moveaxis(old, axis, 0)
-        new_rows[:kept] = old_rows[:kept]
-        if size > kept:
-            new_rows[kept:] = old_rows.mean(0, dtype=np.float32).astype(tensor.dtype)
+        new = np.empty(shape, tensor.dtype)
+        new_rows, old_rows = np.moveaxis(new, axis, 0), np.moveaxis(tensor.read(), axis, 0)
+        new_rows[: len(old_rows)] = old_rows[:size]
+        if size > len(old_rows):
+            new_rows[len(old_rows) :] = old_rows.mean(0, dtype=np.float32).astype(tensor.dtype)
         return new
 
     return LazyTensor(shape, tensor.dtype, read)

@@ -78,8 +78,6 @@ def write(
     """Writes a new model folder atomically.
 
     Args:
-      folder: to write.
-      checkpoint: the model.
       format: one of `FORMATS`.
       max_shard_bytes: size of a weights file, for "hf".
       finalize: called with the temporary folder before it is renamed, to add files.
@@ -103,14 +101,8 @@ def check_tokenizer(
 ) -> None:
     """Checks that a tokenizer is the one that a model was trained with, or has as many codes if that is unknown.
 
-    Args:
-      expected: the tokenizer's identity in the model's run record, or None.
-      vocabulary: of the model.
-      identity: `Tokenizer.identity()`.
-      folder: of the tokenizer, for messages.
-
-    Raises:
-      UserError: another tokenizer.
+    `expected` is the tokenizer's identity in the model's run record, `identity` the `Tokenizer.identity()` of that in
+    `folder`. Raises UserError for another tokenizer.
     """
     if expected and identity["hash"] != expected["hash"]:
         raise UserError(f"{folder}: not the tokenizer that the model was trained with")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 from jaxtyping import Shaped
 
 from lvm.common import files
@@ -107,8 +108,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     Raises:
       UserError: not a safetensors file, or a dtype that numpy lacks.
     """
-    import safetensors  # an optional dependency of folders without such a file
-
     try:
         file = safetensors.safe_open(os.fspath(path), framework="numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -125,8 +124,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
 
 def _read_tensor(path: str | os.PathLike[str], name: str) -> np.ndarray:
-    import safetensors
-
     # Opened anew each time: pages of a mapping count as this process's memory until it is closed.
     with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
         return file.get_tensor(name)
@@ -134,8 +131,6 @@ def _read_tensor(path: str | os.PathLike[str], name: str) -> np.ndarray:
 
 def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file of arrays in C order and flushes it to disk."""
-    import safetensors.numpy
-
     # transformers 4 refuses files without this metadata.
     safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
     files.flush(path)

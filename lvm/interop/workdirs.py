@@ -1,7 +1,6 @@
 """Our own workdirs as lazy checkpoints: stacked tensors are read and written one layer at a time."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 from typing import Any
@@ -46,12 +45,8 @@ def read(folder: epath.Path, step: int | None = None) -> LazyCheckpoint:
 
 def _lazy_tensor(array: Any, layer: int | None = None) -> LazyTensor:
     """A tensor of a `tensorstore.TensorStore`, or a layer of it."""
-    shape = tuple(array.shape) if layer is None else tuple(array.shape[1:])
-    return LazyTensor(shape, np.dtype(array.dtype.numpy_dtype), functools.partial(_read, array, layer))
-
-
-def _read(array: Any, layer: int | None) -> np.ndarray:
-    return np.asarray((array if layer is None else array[layer]).read().result())
+    view = array if layer is None else array[layer]
+    return LazyTensor(tuple(view.shape), np.dtype(view.dtype.numpy_dtype), lambda: np.asarray(view.read().result()))
 
 
 def write(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:

@@ -8,8 +8,7 @@ from lvm.data.images.sources.base import Failure, ImageSource, SceneImages, Scen
 from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.streams.codecs import Image, Palette
-from lvm.evaluation.heldout import Heldout
-from lvm.evaluation.reconstruction import reconstruction_metrics
+from lvm.evaluation.heldout import Heldout, reconstruction_metrics
 
 FRACTION = 0.5
 

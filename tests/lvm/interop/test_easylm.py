@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lvm.common.errors import UserError
 from lvm.inference.pretrained import LVM
 from lvm.interop import models, tensors
-from lvm.interop.easylm_stream import read_stream, write_stream
+from lvm.interop.easylm import read_stream, write_stream
 from tests.lvm.small_models import PUBLISHED, SMALL, assert_same_tensors, small_model
 
 pytest.importorskip("safetensors")
