@@ -7,6 +7,7 @@ SRC is a model folder of any known format, recognized by its files (docs/interop
 atomically.
 """
 
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,12 +52,8 @@ def convert(
         checkpoint = resize_vocabulary(checkpoint, vocabulary_size)
     if dtype is not None:
         checkpoint = with_dtype(checkpoint, dtype)
-
-    def finalize(folder: pathlib.Path) -> None:
-        if format == "hf":
-            _write_card(folder, checkpoint, tokenizer)
-
-    models.write(dst, checkpoint, format, max_shard_bytes, finalize)
+    write_card = functools.partial(_write_card, checkpoint=checkpoint, tokenizer=tokenizer)
+    models.write(dst, checkpoint, format, max_shard_bytes, write_card if format == "hf" else lambda folder: None)
     return checkpoint
 
 

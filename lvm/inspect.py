@@ -10,7 +10,6 @@ sample of scenes and compares the codes; with `--tokenizer` and `--sheet=FILE.pn
 import contextlib
 import json
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from lvm.common import cli, errors, files, statistics
+from lvm.common.commands import report_error
 from lvm.common.errors import UserError
 from lvm.data.images.augment import Augment
 from lvm.data.images.batches import ImageBatcher
@@ -207,7 +207,12 @@ def format_summary(summary: dict[str, Any]) -> list[str]:
 
 
 def _run(args: cli.Args) -> int:
-    store = _open(args.store, args.stage_to)
+    try:
+        store = Store(args.store, args.stage_to)
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        if not (epath.Path(args.store) / MANIFEST).exists():
+            raise
+        return report_error(str(error), errors.EXIT_ERROR)  # as for any other damage
     if (args.source or args.sheet) and not args.tokenizer:
         raise UserError("--source and --sheet need --tokenizer")
     if args.sheet and pathlib.Path(args.sheet).suffix.lower() != ".png":
@@ -237,17 +242,6 @@ def _run(args: cli.Args) -> int:
         verified = "all checksums, records and counts are right" if args.verify else "not verified"
         print(verified + (f"; {args.sample} scenes re-encoded" if args.source else ""))
     return errors.EXIT_ERROR if problems else errors.EXIT_DONE
-
-
-def _open(path: str, stage_to: str) -> Store:
-    """Opens a store; exits with 1, as for any other damage, if its manifest exists and is unreadable."""
-    try:
-        return Store(path, stage_to)
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        if not (epath.Path(path) / MANIFEST).exists():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(errors.EXIT_ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -149,10 +149,8 @@ def write_report(
 def _charts(results: Mapping[str, Any], model_folder: str, tokenizer_folder: str) -> list[Section]:
     charts = []
     if by_image := results["likelihood"].get("perplexity_by_image", {}):
-        curves = {
-            name: [(float(i), y) for i, y in enumerate(lists["exp_of_mean"], 1)] for name, lists in by_image.items()
-        }
-        chart = plot_curves(curves, "image of the sentence", "perplexity of its codes", log_y=True)
+        perplexities = {name: list(enumerate(lists["exp_of_mean"], 1)) for name, lists in by_image.items()}
+        chart = plot_curves(perplexities, "image of the sentence", "perplexity of its codes", log_y=True)
         text = "Per-image perplexity given the preceding images."
         charts.append(Section("Perplexity against context", text, chart))
     for name, unit, folder in (

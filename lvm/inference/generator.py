@@ -67,8 +67,7 @@ class Generator:
     Holds its own copy of the weights: in the compute dtype, with unrolled layers, sharded over the mesh, whose devices
     share rows, heads and weights; without one, on the devices of `params`.
 
-    Raises:
-      UserError: the mesh doesn't divide the model.
+    Raises UserError if the mesh doesn't divide the model.
     """
 
     def __init__(self, config: ModelConfig, params: Params, mesh: Mesh | None = None):

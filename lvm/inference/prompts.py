@@ -54,11 +54,7 @@ class PromptReader:
         self._rate, self._max_frames = rate, max_frames
 
     def read_images(self, path: str) -> list[UInt8[np.ndarray, "R R 3"]]:
-        """Images of an image file, a folder (in natural order) or a video.
-
-        Raises:
-          UserError: unreadable, or a folder without images.
-        """
+        """Images of an image file, a folder (in natural order) or a video. Raises UserError if there are none."""
         file = pathlib.Path(path)
         if file.is_dir():
             self._check_count(len(listed := self._list(file)))
@@ -91,9 +87,8 @@ class PromptReader:
         `x:y:z` has two answers, one after the other. `x:y+z` has one that combines two: z is pasted over y wherever it
         isn't black, as in renderings of boxes, poses and edges. A folder stands for its images, paired by file name.
 
-        Raises:
-          UserError: examples without an answer or of different lengths, folders of different contents, a query of more
-            than one image, or an unreadable file.
+        Raises UserError for examples without an answer or of different lengths, folders of different contents, a query
+        of more than one image, or an unreadable file.
         """
         rows = [row for example in examples for row in self._read_example(example)]
         lengths = {len(row) for row in rows}

@@ -51,13 +51,9 @@ def batch_sampling(params: Sequence[SamplingParams], seeds: Sequence[int], candi
     keys = jnp.stack([jax.random.key(int(seed) % 2**32) for seed in seeds])  # [B]
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     keys = fold(keys, jnp.arange(candidates)).reshape(-1)  # [R]
-
-    def column(name: str, dtype: jax.typing.DTypeLike) -> jax.Array:
-        return jnp.repeat(jnp.array([getattr(p, name) for p in params], dtype), candidates)
-
-    return BatchedSampling(
-        keys, column("temperature", jnp.float32), column("top_k", jnp.int32), column("top_p", jnp.float32)
-    )
+    dtypes = {"temperature": jnp.float32, "top_k": jnp.int32, "top_p": jnp.float32}
+    columns = {name: jnp.array([getattr(p, name) for p in params], dtype) for name, dtype in dtypes.items()}
+    return BatchedSampling(keys, **{name: jnp.repeat(column, candidates) for name, column in columns.items()})
 
 
 def sample_token(logits: Float[Array, "R V"], sampling: BatchedSampling, index: Int[Array, ""]) -> Int[Array, " R"]:

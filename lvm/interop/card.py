@@ -48,13 +48,7 @@ def example_script(preprocess: Preprocess) -> str:
 
 
 def model_card(checkpoint: LazyCheckpoint, identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
-    """The text of the model card.
-
-    Args:
-      checkpoint: the model.
-      identity: `Tokenizer.identity()` of its tokenizer, or None if unknown.
-      has_tokenizer: whether the export contains the tokenizer.
-    """
+    """The text of the model card; `identity` is the `Tokenizer.identity()` of its tokenizer, None if unknown."""
     usage = [_tokenizer(identity, has_tokenizer), _prompting(checkpoint, has_tokenizer)]
     return "\n".join([_INTRODUCTION, _sizes(checkpoint), *usage, _training(checkpoint)])
 

@@ -54,8 +54,7 @@ class Comparison:
 def compare(first: LazyCheckpoint, second: LazyCheckpoint, num_rows: int = 2, seed: int = 0) -> Comparison:
     """Runs both models on the same random codes, up to the shorter context; only logits of codes are compared.
 
-    Raises:
-      UserError: the models differ in hidden size, number of layers or number of codes.
+    Raises UserError if the models differ in hidden size, number of layers or number of codes.
     """
     _check_sizes(first, second)
     num_codes, T = first.vocabulary.num_codes, min(first.config.context, second.config.context)

@@ -105,8 +105,7 @@ def parse_config(
 ) -> ModelConfig:
     """The model of a config.json; settings that it lacks are the run record's, or defaults.
 
-    Raises:
-      UserError: a size is missing or impossible, or a field asks for an unsupported network.
+    Raises UserError if a size is missing or impossible, or a field asks for an unsupported network.
     """
     for name, supported in _SUPPORTED.items():
         if name in fields and fields[name] not in supported:
@@ -153,11 +152,7 @@ def write_record(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
 
 
 def read_record(folder: epath.Path) -> tuple[dict[str, Any], int]:
-    """The run record and step in `lvm.json`, or `NO_RECORD` and 0.
-
-    Raises:
-      UserError: the file is damaged.
-    """
+    """The run record and step in `lvm.json`, or `NO_RECORD` and 0. Raises UserError if the file is damaged."""
     path = folder / RECORD
     if not path.exists():
         return dict(NO_RECORD), 0

@@ -45,9 +45,8 @@ def list_streams(names: Sequence[str]) -> list[str]:
 def read(file: epath.Path) -> LazyCheckpoint:
     """Opens a streaming checkpoint, `streaming_params` or `streaming_train_state` under any name.
 
-    Raises:
-      UserError: no config.json beside it, an unsupported network, a truncated stream, tensors that are not the
-        network's, or an unknown vocabulary.
+    Raises UserError without a config.json beside it, and for an unsupported network, a truncated stream, tensors that
+    are not the network's, or an unknown vocabulary.
     """
     path = file.parent / CONFIG
     if not path.exists():
@@ -83,11 +82,7 @@ def write(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:
 
 
 def read_stream(path: str | os.PathLike[str]) -> dict[Key, LazyTensor | None]:
-    """Indexes a streaming checkpoint: every key with its array, or None for a value that is no array.
-
-    Raises:
-      UserError: another file, or a truncated one.
-    """
+    """Indexes a stream: key → array, or None for any other value. Raises UserError for another or truncated file."""
     entries: dict[Key, LazyTensor | None] = {}
     size, offset, last = os.path.getsize(path), 0, "the beginning"
     with open(path, "rb") as file:

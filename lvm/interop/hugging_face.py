@@ -32,9 +32,8 @@ def has_weights(names: Sequence[str]) -> bool:
 def read(folder: epath.Path) -> LazyCheckpoint:
     """Opens the checkpoint in a folder of transformers' Llama.
 
-    Raises:
-      UserError: an unsupported network, a missing shard, tensors that are not the network's, or an unknown
-        vocabulary.
+    Raises UserError for an unsupported network, a missing shard, tensors that are not the network's, or an unknown
+    vocabulary.
     """
 
     def open_tensors(config: ModelConfig) -> dict[str, LazyTensor]:

@@ -28,14 +28,8 @@ def load_initial_model(
 ) -> LazyCheckpoint:
     """Opens a model in float32, its vocabulary resized to the training's.
 
-    Args:
-      folder: in any format of `lvm.interop.models`.
-      config: of the training.
-      vocabulary: of the training.
-      tokenizer: identity of the tokenizer of the training's codes.
-
-    Raises:
-      UserError: not a model folder, or another architecture, number of codes or tokenizer.
+    `config`, `vocabulary` and `tokenizer` (the identity of the codes' tokenizer) are those of the training. Raises
+    UserError if `folder` is not a model, or has another architecture, number of codes or tokenizer.
     """
     checkpoint = models.read(folder)
     different = [

@@ -130,11 +130,7 @@ def check_dtypes(tensors: Tensors, path: str | os.PathLike[str]) -> None:
 
 
 def load_vocabulary(folder: epath.Path, size: int) -> Vocabulary:
-    """The vocabulary declared in a model folder, or a known one of that size.
-
-    Raises:
-      UserError: the declared size differs, or nothing is declared and the size is not a known one.
-    """
+    """The vocabulary declared in a model folder, or a known one. Raises UserError unless one has this size."""
     if (folder / FILENAME).exists():
         vocabulary = Vocabulary.load(folder)
         if vocabulary.size != size:

@@ -64,11 +64,7 @@ def from_array(array: Shaped[np.ndarray, "..."]) -> LazyTensor:
 
 
 def cast(tensor: LazyTensor, dtype: np.dtype, name: str) -> LazyTensor:
-    """Casts a tensor to another floating-point dtype when it is read.
-
-    Raises:
-      UserError: on read, if a finite value overflows; `name` is the tensor's, for the message.
-    """
+    """Casts a tensor to another float dtype when it is read. Reading raises UserError if a finite value overflows."""
 
     def read() -> np.ndarray:
         array = tensor.read()
@@ -82,11 +78,7 @@ def cast(tensor: LazyTensor, dtype: np.dtype, name: str) -> LazyTensor:
 
 
 def stack(tensors: Sequence[LazyTensor], name: str) -> LazyTensor:
-    """Stacks tensors of one shape along a new first axis; they are read one by one.
-
-    Raises:
-      UserError: their dtypes differ; `name` is the stack's, for the message.
-    """
+    """Stacks tensors of one shape along a new first axis, read one by one. Raises UserError for unequal dtypes."""
     dtypes = sorted({str(tensor.dtype) for tensor in tensors})
     if len(dtypes) > 1:
         raise UserError(f"{name}: layers have different dtypes ({', '.join(dtypes)}); convert to one with --dtype")
@@ -103,11 +95,7 @@ def stack(tensors: Sequence[LazyTensor], name: str) -> LazyTensor:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """Opens the tensors of a safetensors file by name.
-
-    Raises:
-      UserError: not a safetensors file, or a dtype that numpy lacks.
-    """
+    """Opens the tensors of a safetensors file by name. Raises UserError for another file or an unknown dtype."""
     try:
         file = safetensors.safe_open(os.fspath(path), framework="numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -137,11 +125,7 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> 
 
 
 def check_shapes(tensors: Tensors, shapes: Mapping[str, Sequence[int]], path: str | os.PathLike[str]) -> None:
-    """Checks that the tensors have exactly these names and shapes.
-
-    Raises:
-      UserError: lists missing, unexpected and misshapen tensors.
-    """
+    """Raises UserError, listing the differences, unless the tensors have exactly these names and shapes."""
     problems = {
         "missing": [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in tensors],
         "unexpected": [f"{name} {list(t.shape)}" for name, t in tensors.items() if name not in shapes],

@@ -37,8 +37,7 @@ _DAMAGE = (
 def read_torch(path: str | os.PathLike[str]) -> Any:
     """Loads a file of `torch.save`: dicts, lists, tuples and scalars, with a `LazyTensor` for each tensor.
 
-    Raises:
-      UserError: not in torch.save's zip format, damaged, or with references to anything but tensors and containers.
+    Raises UserError for files not in its zip format, damaged, or that refer to anything but tensors and containers.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
@@ -58,11 +57,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """Loads a dict of tensors by name, the file's content or its `state_dict`.
-
-    Raises:
-      UserError: as `read_torch`, or the file holds something else.
-    """
+    """Loads a dict of tensors, the file's content or its `state_dict`. Raises UserError for any other content."""
     content = read_torch(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

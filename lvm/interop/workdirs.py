@@ -20,10 +20,9 @@ from lvm.training.workdir import CONFIG, read_record
 
 
 def read(folder: epath.Path, step: int | None = None) -> LazyCheckpoint:
-    """Opens the newest checkpoint of a workdir, or that of `step`.
+    """Opens the newest checkpoint of a transformer's workdir, or that of `step`.
 
-    Raises:
-      UserError: not a workdir of a transformer's training, no such checkpoint, or a damaged one.
+    Raises UserError for any other folder, no such checkpoint, or a damaged one.
     """
     record = read_record(folder, "lvm", ("config", "tokenizer", "stores", "sources"))
     vocabulary = Vocabulary.load(folder)
