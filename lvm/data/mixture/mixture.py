@@ -7,7 +7,6 @@ sentences (and of tokens) before any block has a closed form: no sentence requir
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from fractions import Fraction
@@ -24,6 +23,7 @@ from lvm.common.seeding import derive_seed
 from lvm.common.validation import check_choice
 from lvm.data.mixture.permutation import SHUFFLES
 from lvm.data.mixture.sentences import AnyStore, ComponentConfig, ComponentSentences, usable_mask
+from lvm.data.mixture.shares import SCALE, Shares
 from lvm.data.mixture.split import check_fraction
 from lvm.data.store import jsonl
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore
@@ -32,10 +32,9 @@ from lvm.data.store.reader import Store
 __all__ = ["BLOCK", "PERIOD", "ComponentConfig", "ComponentSentences", "Mixture", "MixtureConfig"]
 
 BLOCK = 256
-_SCALE = 2**32  # cumulative weights are integers over this, so that sums are exact
-PERIOD = _SCALE // BLOCK  # blocks after which the number of each component's sentences in a block repeats
+PERIOD = SCALE // BLOCK  # blocks after which the number of each component's sentences in a block repeats
 
-ORDER = 2  # version of the rules by which (config, seed, n) determine the n-th sentence
+ORDER = 3  # version of the rules by which (config, seed, n) determine the n-th sentence
 PACKINGS = ("concat", "whole")
 LOSSES = ("all", "answers")
 _UNITS = ("sentences", "codes")
@@ -141,27 +140,17 @@ class Mixture:
             log_info(f"skipped component {name} ({reason})")
         self.config, self._base_seed = config, seed
         self.seed = _seed(seed, len(self.components), split)
-        self._bounds = _cumulative_weights(config.weigh_by, self.components)
-        self.shares = np.diff(self._bounds) / _SCALE
+        self._shares = _shares(config.weigh_by, self.components)
+        self.shares = np.array(self._shares.weights) / SCALE
 
     def sentences_before(self, block: int) -> list[int]:
         """The number of sentences of each component before `block`."""
-        reached = [block * BLOCK * bound // _SCALE for bound in self._bounds]
-        return [high - low for low, high in itertools.pairwise(reached)]
+        return self._shares.counts(block * BLOCK)
 
     def block_counts(self, first: int, last: int) -> Int64[np.ndarray, "blocks components"]:
-        """The number of sentences of each component in each of the blocks [first, last).
-
-        Raises:
-          ValueError: `last` is beyond `PERIOD`; products would overflow, and counts repeat after it.
-        """
-        if last > PERIOD:
-            raise ValueError(f"blocks {first} to {last} are beyond the period of {PERIOD}")
-        edges = np.arange(first, last + 1, dtype=np.uint64)[:, None] * np.uint64(BLOCK)
-        bounds = np.array([bound % _SCALE for bound in self._bounds], np.uint64)  # the last wraps to 0
-        reached = (edges * bounds) >> np.uint64(32)
-        reached[:, -1] = edges[:, 0]
-        return np.diff(np.diff(reached.astype(np.int64), axis=1), axis=0)
+        """The number of sentences of each component in each of the blocks [first, last)."""
+        counts = self._shares.counts(np.arange(first, last + 1, dtype=np.uint64) * BLOCK)
+        return np.diff(np.stack(counts, axis=1).astype(np.int64), axis=0)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (a mixture lives as long as its process)
     def block(self, block: int) -> tuple[Int16[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
@@ -236,18 +225,18 @@ def _check_scenes(component: ComponentConfig, store: AnyStore) -> str:
     return f"{store.path} has no scene{with_class} of ≥ {recipe.min_frames} frames of {streams}"
 
 
-def _cumulative_weights(weigh_by: str, components: list[ComponentSentences]) -> list[int]:
-    """Cumulative shares of the sentences, over `_SCALE`: [0, …, _SCALE]."""
+def _shares(weigh_by: str, components: list[ComponentSentences]) -> Shares:
+    """The components' shares of the sentences."""
     sizes = [component.recipe.num_grids if weigh_by == "codes" else 1 for component in components]
     weights = [Fraction(c.config.weight) / size for c, size in zip(components, sizes, strict=True)]
-    bounds = [0] + [int(total / sum(weights) * _SCALE) for total in itertools.accumulate(weights)]
-    for component, low, high in zip(components, bounds[:-1], bounds[1:], strict=True):
-        if low == high:
+    shares = Shares(weights)
+    for component, weight in zip(components, shares.weights, strict=True):
+        if not weight:
             raise UserError(
-                f"config.data.components.{component.name}.weight={component.config.weight:g} is less than 1/{_SCALE} "
+                f"config.data.components.{component.name}.weight={component.config.weight:g} is less than 1/{SCALE} "
                 "of all; use 0 to disable the component"
             )
-    return bounds
+    return shares
 
 
 def _seed(seed: int, index: int, split: str) -> int:

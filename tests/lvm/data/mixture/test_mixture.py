@@ -45,14 +45,14 @@ def test_components_are_sorted_by_name(store):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.1, 0.2, 0.7), (1e-3, 5.0, 1.0), (1.0, 0.0, 3.0)])
-def test_block_shares_are_within_a_sentence_of_weights(store, weights):
+def test_block_shares_are_within_two_sentences_of_weights(store, weights):
     mixture = make_mixture(store, weighted(pairs=weights[0], single=weights[1], video=weights[2]))
     positive = [weight for weight in weights if weight]
     shares = np.array(positive) / sum(positive)
     for block in (0, 1, 17, 10**9):
         ids, _ = mixture.block(block)
         counts = np.bincount(ids, minlength=len(shares))
-        np.testing.assert_allclose(counts, shares * BLOCK, atol=1.001)
+        np.testing.assert_allclose(counts, shares * BLOCK, atol=2.001)
         before = mixture.sentences_before(block)
         np.testing.assert_allclose(before, shares * (block * BLOCK), rtol=1e-6, atol=1.001)
 
