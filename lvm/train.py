@@ -4,6 +4,7 @@ lvm train --config=configs/demo_lvm.py --workdir=DIR
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -19,21 +20,19 @@ from lvm.hardware.compiler_options import DETERMINISM_COST, OptionValue, compile
 from lvm.hardware.sharding import make_mesh
 from lvm.inference.contact_sheet import completion_sheet
 from lvm.inference.generator import Generator, SamplingParams
-from lvm.interop.init_from import WarmStartStep, load_initial_model
-from lvm.interop.lazy_checkpoint import LazyCheckpoint
+from lvm.interop.init_from import load_initial_model, load_weights
 from lvm.model.flops import CONVENTIONS, train_flops_per_token
 from lvm.model.nnx_utils import count_params
-from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
 from lvm.training import optimizer
 from lvm.training.checkpoint import latest_step
-from lvm.training.config import TrainConfig
+from lvm.training.config import TrainConfig, make_rows
 from lvm.training.loop import Loop, is_finished
 from lvm.training.memory import explain_out_of_memory, find_fitting_step
 from lvm.training.next_token import NextTokenTask
 from lvm.training.step import Step, enable_compilation_cache
 from lvm.training.task import State
-from lvm.training.workdir import Workdir, check_resumable
+from lvm.training.workdir import Workdir
 from tokenizer import Tokenizer
 
 # Keys of a run's record that depend on the mixture.
@@ -58,20 +57,29 @@ def train(config: TrainConfig, workdir: str) -> None:
     tokens = config.batch_size * config.model.context
     loop = config.loop.with_total_steps(tokens)
     may_change = _MIXTURE_KEYS if config.accept_changed_mixture else ()
-    check_resumable(workdir)
     run = Workdir(workdir, "lvm", record, may_change, TrainConfig)
     if is_finished(run, loop):
         return
     vocabulary.save(run.path)
-    model = _with_vocabulary(config.model, vocabulary)
-    initial = None
+    if config.model.vocabulary_size not in (0, vocabulary.size):
+        raise UserError(
+            f"config.model.vocabulary_size={config.model.vocabulary_size}, but the store's codes need "
+            f"{vocabulary.size}; 0 takes that"
+        )
+    model = dataclasses.replace(config.model, vocabulary_size=vocabulary.size)
+    initialize = None
     if config.init_from and latest_step(run.path) is None:
-        initial = load_initial_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
+        checkpoint = load_initial_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
+        initialize = functools.partial(load_weights, checkpoint)
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
     rows.check_repetitions(loop.total_steps)
     if config.deterministic:
         log_info(f"deterministic, which costs {DETERMINISM_COST[jax.default_backend()]}")
+    heldout = []
+    if config.data.heldout_fraction and config.heldout_batches:
+        heldout_rows = make_rows(config, "heldout")
+        heldout = [heldout_rows.batch(step) for step in range(config.heldout_batches)]
     task = NextTokenTask(
         model,
         rows.batch_spec,
@@ -80,10 +88,10 @@ def train(config: TrainConfig, workdir: str) -> None:
         schedule,
         make_mesh(config.mesh),
         config.objective,
-        heldout=_heldout_batches(config, vocabulary, model.context),
+        heldout=heldout,
     )
     if config.tokenizer:
-        task.render_pictures = _picture_renderer(config, task, vocabulary)
+        task.pictures = _picture_renderer(config, task, vocabulary)
     elif loop.picture_every:
         log_info("config.tokenizer is empty: no pictures of answers are rendered")
     log_info(f"{count_params(task.params_shape):,} parameters, {task.kernel} attention")
@@ -93,15 +101,15 @@ def train(config: TrainConfig, workdir: str) -> None:
     # MFU is relative to the peak of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
-    step, memory_advice = _fitting_step(config, task, initial, options)
+    step, memory_advice = _fitting_step(config, task, options, initialize)
     Loop(step, rows.batch, loop, run, tokens, flops, memory_advice).run()
 
 
 def _fitting_step(
     config: TrainConfig,
     task: NextTokenTask,
-    initial: LazyCheckpoint | None,
     options: Mapping[str, OptionValue],
+    initialize: Callable[[State], State] | None,
 ) -> tuple[Step, Callable[[], str]]:
     """The step with a remat policy that fits in memory, and advice should it run out of memory nevertheless."""
 
@@ -110,30 +118,13 @@ def _fitting_step(
         objective = dataclasses.replace(task.objective, accumulate_steps=accumulate_steps)
         candidate = dataclasses.replace(task, config=model, objective=objective)
         assert task.mesh is not None
-        arguments = (candidate, task.mesh, config.seed, config.mesh.zero1, options)
-        return Step(*arguments) if initial is None else WarmStartStep(initial, *arguments)
+        return Step(candidate, task.mesh, config.seed, config.mesh.zero1, options, initialize)
 
     accumulate_steps = task.objective.accumulate_steps
     step = find_fitting_step(make_step, task.config.remat, accumulate_steps)
     assert isinstance(step.task, NextTokenTask)
     policy = step.task.config.remat  # "auto" is resolved
     return step, lambda: explain_out_of_memory(make_step, step, policy, accumulate_steps)
-
-
-def _with_vocabulary(model: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:
-    if model.vocabulary_size not in (0, vocabulary.size):
-        raise UserError(
-            f"config.model.vocabulary_size={model.vocabulary_size}, but the store's codes need {vocabulary.size}; "
-            "0 takes that"
-        )
-    return dataclasses.replace(model, vocabulary_size=vocabulary.size)
-
-
-def _heldout_batches(config: TrainConfig, vocabulary: Vocabulary, context: int) -> list[dict]:
-    if not (config.data.heldout_fraction and config.heldout_batches):
-        return []
-    rows = Rows(Mixture(config.data, config.seed, "heldout"), vocabulary, context, config.batch_size)
-    return [rows.batch(step) for step in range(config.heldout_batches)]
 
 
 def _picture_renderer(

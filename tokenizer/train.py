@@ -3,8 +3,8 @@
 python -m tokenizer train --config=configs/demo_tokenizer.py --workdir=DIR
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from lvm.training import optimizer
 from lvm.training.loop import Loop, is_finished
 from lvm.training.step import Step, enable_compilation_cache
 from lvm.training.task import State
-from lvm.training.workdir import Workdir, check_resumable
+from lvm.training.workdir import Workdir
 from tokenizer import quantizers, weights
 from tokenizer.config import TokenizerConfig
 from tokenizer.images import TrainingImages, load_images, split_scenes
@@ -29,24 +29,16 @@ from tokenizer.objective import TokenizerTask
 _HELDOUT_IMAGES = 128  # per stream, for the metrics of training
 
 
-class WarmStartStep(Step):
-    """A `Step` whose initial state has given weights, and the codebook averages that follow from them."""
-
-    def __init__(self, params: Params, *arguments: Any):
-        super().__init__(*arguments)
-        self._params = params
-
-    def init(self) -> State:
-        """See `Step.init`; the optimizer state is fresh."""
-        state = super().init()
-        averages = quantizers.init_moving_averages(self._params["codebook"])
-        state["training"]["averages"] = _put(averages, self.state["training"]["averages"])
-        return state | {"params": _put(self._params, self.state["params"])}
+def _load_weights(params: Params, state: State) -> State:
+    """Replaces the weights of a fresh state, and the codebook averages, which follow from them."""
+    averages = quantizers.init_moving_averages(params["codebook"])
+    state["training"]["averages"] = _put(averages, state["training"]["averages"])
+    return state | {"params": _put(params, state["params"])}
 
 
 def _put(tree: Params, like: Params) -> Params:
     # Copies: the state is donated, and no two parts of it may share an array.
-    return jax.tree.map(lambda x, spec: jax.device_put(np.array(x), spec.sharding), tree, like)
+    return jax.tree.map(lambda x, old: jax.device_put(np.array(x), old.sharding), tree, like)
 
 
 def load_init_params(config: TokenizerConfig) -> Params:
@@ -78,7 +70,6 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     preprocess = config.preprocess.to_json()
     record = {"config": to_json(config), "preprocess": preprocess, "source": source.describe()}
     loop = config.loop.with_total_steps(0)
-    check_resumable(workdir)
     run = Workdir(workdir, "tokenizer", record, config_class=TokenizerConfig)
     if is_finished(run, loop):
         return
@@ -98,14 +89,13 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         batch_size=config.batch_size, has_codebook=bool(config.init_from), heldout=selected,
     )  # fmt: skip
     enable_compilation_cache(loop.compilation_cache, run.path)
-    arguments = (task, make_mesh(config.mesh), config.seed, config.mesh.zero1)
-    step = WarmStartStep(load_init_params(config), *arguments) if config.init_from else Step(*arguments)
+    initialize = functools.partial(_load_weights, load_init_params(config)) if config.init_from else None
+    step = Step(task, make_mesh(config.mesh), config.seed, config.mesh.zero1, initialize=initialize)
     Loop(step, lambda i, rows: {name: x[rows] for name, x in batches.batch(i).items()}, loop, run).run()
 
 
 def _run(args: cli.Args) -> None:
-    config = from_config_dict(TokenizerConfig, args.config)
-    train(config, args.workdir)
+    train(from_config_dict(TokenizerConfig, args.config), args.workdir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,6 @@ from lvm.interop.lazy_checkpoint import LazyCheckpoint, resize_vocabulary, with_
 from lvm.interop.tensors import LazyTensor
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
-from lvm.training.step import Step
 from lvm.training.task import State
 
 # Fields that weights depend on; context, compute dtype and others may differ.
@@ -49,17 +48,9 @@ def load_initial_model(
     return with_dtype(resize_vocabulary(checkpoint, vocabulary.size), "float32")
 
 
-class WarmStartStep(Step):
-    """A `Step` whose initial state has the weights of a checkpoint and a fresh optimizer state."""
-
-    def __init__(self, checkpoint: LazyCheckpoint, *arguments: Any):
-        super().__init__(*arguments)
-        self._checkpoint = checkpoint
-
-    def init(self) -> State:
-        """See `Step.init`."""
-        state = super().init()
-        return state | {"params": jax.tree.map(_replace, state["params"], self._checkpoint.tree())}
+def load_weights(checkpoint: LazyCheckpoint, state: State) -> State:
+    """Replaces the parameters of a fresh state by a checkpoint's."""
+    return state | {"params": jax.tree.map(_replace, state["params"], checkpoint.tree())}
 
 
 def _replace(old: jax.Array, tensor: LazyTensor) -> jax.Array:

@@ -8,14 +8,14 @@ written to `checksums/STEP.json`, and verified before a restore. This is the one
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import logging
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -46,11 +46,8 @@ logging.getLogger("absl").addFilter(lambda record: "Given directory is read only
 class Checkpoints:
     """The checkpoints of one workdir.
 
-    Args:
-      workdir: the run's folder.
-      keep: how many of the latest are kept.
-      keep_every: checkpoints of steps divisible by it are kept forever; 0 for none.
-      read_only: creates and deletes nothing.
+    Keeps the latest `keep`, and forever those of steps divisible by `keep_every` (0 for none). With `read_only` nothing
+    is created or deleted.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 1, keep_every: int = 0, read_only: bool = False):
@@ -64,8 +61,8 @@ class Checkpoints:
         path = epath.Path(workdir)
         self._workdir = path if files.is_remote(path) else path.resolve()
         self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
-        self._checksum_thread: threading.Thread | None = None
-        self._checksum_error: Exception | None = None
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "checksums")
+        self._checksums: concurrent.futures.Future[None] | None = None  # of the save in progress
         self._save_failed = False
 
     def latest_step(self) -> int | None:
@@ -90,7 +87,10 @@ class Checkpoints:
         Raises:
           OSError: the disk is full; raised before anything is written if possible.
         """
-        self._check_space(state)
+        folder, needed = self._manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)) + _OVERHEAD_BYTES
+        if not files.is_remote(folder) and shutil.disk_usage(folder).free < needed:
+            message = f"{os.strerror(errno.ENOSPC)}: a checkpoint needs {needed:,} bytes"
+            raise OSError(errno.ENOSPC, message, os.fspath(folder))
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state["params"], save_args=_chunked(state["params"])),
             training=ocp.args.StandardSave(state["training"]),
@@ -100,10 +100,7 @@ class Checkpoints:
         with self._note_failure():
             self._manager.save(step, args=items)
         if distributed.is_first():
-            self._checksum_thread = threading.Thread(
-                target=self._write_checksums, args=(step,), name="checksums", daemon=True
-            )
-            self._checksum_thread.start()
+            self._checksums = self._executor.submit(self._write_checksums, step)
 
     def _write_checksums(self, step: int) -> None:
         """Waits until a step's folder is complete, writes its checksums, and removes those of deleted steps."""
@@ -113,21 +110,10 @@ class Checkpoints:
             if self._save_failed:
                 return
             time.sleep(_REMOTE_POLL_S if files.is_remote(folder) else _POLL_S)
-        try:
-            checksums.write(folder, self._record(step))
-            for record in (self._workdir / CHECKSUMS).glob("*.json"):
-                if not (self._manager.directory / record.stem).exists():
-                    record.unlink(missing_ok=True)
-        except Exception as error:  # re-raised in the main thread by `_join_checksums`
-            self._checksum_error = error
-
-    def _join_checksums(self) -> None:
-        if self._checksum_thread is not None:
-            self._checksum_thread.join()
-            self._checksum_thread = None
-        error, self._checksum_error = self._checksum_error, None
-        if error is not None:
-            raise error
+        checksums.write(folder, self._record(step))
+        for record in (self._workdir / CHECKSUMS).glob("*.json"):
+            if not (self._manager.directory / record.stem).exists():
+                record.unlink(missing_ok=True)
 
     def _folder(self, step: int) -> epath.Path:
         return self._manager.directory / str(step)
@@ -173,20 +159,13 @@ class Checkpoints:
             self._record(step).unlink(missing_ok=True)
 
     def find_damage(self, step: int, prefix: str = "") -> str | None:
-        """Checks a step's files, those whose path starts with `prefix`: `checksums.find_damage`."""
+        """See `checksums.find_damage`."""
         record = self._record(step)
         if not record.exists():
             # A kill between the final rename and the checksums leaves a complete checkpoint.
             log_info(f"{self._folder(step)}: has no checksums; used without verification")
             return None
         return checksums.find_damage(self._folder(step), record, prefix)
-
-    def _check_space(self, state: State) -> None:
-        folder = self._manager.directory
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
-        if not files.is_remote(folder) and shutil.disk_usage(folder).free < needed:
-            message = f"{os.strerror(errno.ENOSPC)}: a checkpoint needs {needed:,} bytes"
-            raise OSError(errno.ENOSPC, message, os.fspath(folder))
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """The state at `step`, with the shapes, dtypes and shardings of `abstract`, and its meta."""
@@ -206,15 +185,18 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns once the save in progress is complete on disk."""
-        with self._note_failure():
-            self._manager.wait_until_finished()
-        self._join_checksums()
+        self._finish(self._manager.wait_until_finished)
 
     def close(self) -> None:
         """Waits for the save in progress and releases all resources."""
+        self._finish(self._manager.close)
+
+    def _finish(self, wait: Callable[[], None]) -> None:
         with self._note_failure():
-            self._manager.close()
-        self._join_checksums()
+            wait()
+        future, self._checksums = self._checksums, None
+        if future is not None:
+            future.result()
 
     @contextlib.contextmanager
     def _note_failure(self) -> Iterator[None]:
@@ -268,11 +250,7 @@ def intact_step(workdir: epath.PathLike, step: int | None = None) -> int:
 
 
 def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:
-    """A workdir's latest parameters, on this process's first device, and their step.
-
-    Args:
-      workdir: a run's folder.
-      abstract: tree of shapes and dtypes.
+    """A workdir's latest parameters, a tree of the given shapes and dtypes on this process's first device; their step.
 
     Raises:
       UserError: the workdir has no checkpoint, or the latest is damaged or holds other parameters.
@@ -295,11 +273,6 @@ def open_params(
     workdir: epath.PathLike, step: int, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, tensorstore.TensorStore]:
     """Opens the parameters of a checkpoint, by dotted name, for reads of slices; reads no values.
-
-    Args:
-      workdir: a run's folder.
-      step: of the checkpoint.
-      shapes: dotted names and shapes of the parameters.
 
     Raises:
       UserError: one is missing.

@@ -34,12 +34,7 @@ def write(folder: epath.Path, record: epath.Path) -> None:
 
 
 def find_damage(folder: epath.Path, record: epath.Path, prefix: str = "") -> str | None:
-    """Compares `folder` with the checksums in `record`.
-
-    Args:
-      folder: of a checkpoint.
-      record: what `write` wrote for it.
-      prefix: checks only files whose relative path starts with it.
+    """Compares the files of `folder` whose relative path starts with `prefix` with the checksums in `record`.
 
     Returns:
       The first damaged file and what is wrong with it, in one line; None if all files are intact.

@@ -11,7 +11,6 @@ import requests
 from etils import epath
 from google.api_core import exceptions
 from google.api_core.retry import Retry
-from google.auth import credentials
 from google.cloud import storage
 from google.cloud.storage.retry import DEFAULT_RETRY
 
@@ -19,7 +18,7 @@ from lvm.common import errors
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 
-TTL_S = 120.0  # a lease not renewed for this long is free
+_TTL_S = 120.0  # a lease not renewed for this long is free
 _RENEW_S = 30.0  # between renewals
 _POLL_S = 5.0  # between looks at another run's lease
 _WRITE_TIMEOUT_S = 10.0  # a write that hangs must not outlive the lease
@@ -39,10 +38,10 @@ class Lease:
       UserError: another run holds and renews it.
     """
 
-    def __init__(self, path: epath.PathLike, ttl_s: float = TTL_S, renew_s: float = _RENEW_S, poll_s: float = _POLL_S):
+    def __init__(self, path: epath.PathLike, ttl_s: float = _TTL_S, renew_s: float = _RENEW_S, poll_s: float = _POLL_S):
         self._path, self._ttl_s, self._renew_s, self._poll_s = os.fspath(path), ttl_s, renew_s, poll_s
         bucket, _, name = self._path.removeprefix("gs://").partition("/")
-        self._bucket, self._name = _client().bucket(bucket), name
+        self._bucket, self._name = storage.Client().bucket(bucket), name
         self._owner = uuid.uuid4().hex
         self._released = threading.Event()
         self._generation = self._acquire()
@@ -61,7 +60,11 @@ class Lease:
 
     def _acquire(self) -> int:
         seen, since = self._current_generation(), time.monotonic()
-        waited = False
+        if seen:
+            log_info(
+                f"{self._path}: held by another run, or one that was killed; waiting {self._ttl_s:.0f} s for it "
+                "to be renewed or expire"
+            )
         while True:
             if not seen or time.monotonic() - since > self._ttl_s:
                 try:
@@ -70,12 +73,6 @@ class Lease:
                     if self._is_ours():
                         return self._generation
                     raise self._held_error() from None
-            if not waited:
-                log_info(
-                    f"{self._path}: held by another run, or one that was killed; waiting {self._ttl_s:.0f} s for it "
-                    "to be renewed or expire"
-                )
-                waited = True
             time.sleep(self._poll_s)
             current = self._current_generation()
             if current and current != seen:
@@ -123,9 +120,3 @@ class Lease:
         """Ends the process at once: two runs must never write to one workdir."""
         print(f"error: {self._path}: the lease is lost: {reason}", file=sys.stderr, flush=True)
         os._exit(errors.EXIT_ERROR)
-
-
-def _client() -> storage.Client:
-    if os.environ.get("STORAGE_EMULATOR_HOST"):
-        return storage.Client(project="none", credentials=credentials.AnonymousCredentials())
-    return storage.Client()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Int
 
 from lvm.common import distributed, files
@@ -34,7 +33,6 @@ from lvm.training.watchdog import Watchdog, WatchdogConfig
 from lvm.training.workdir import Workdir
 
 DIVERGED = "diverged.json"
-# (step, rows) → those rows of its batch
 ReadBatch = Callable[[int, Int[np.ndarray, " n"]], Mapping[str, np.ndarray]]
 _STEPS_AHEAD = 2  # dispatched before the oldest is waited for
 
@@ -135,7 +133,11 @@ class Loop:
         self._path = workdir.path
         self._tokens_per_step = tokens_per_step
         self._memory_advice = memory_advice
-        self._seconds_at_peak = _seconds_at_peak(flops_per_step or {}, step.mesh)
+        accelerator = accelerator_of(step.mesh.devices.flat[0])
+        self._seconds_at_peak: dict[str, float] = {}  # of a step, by convention
+        if accelerator is not None:
+            peak_flops = accelerator.peak_flops * step.mesh.size
+            self._seconds_at_peak = {name: flops / peak_flops for name, flops in (flops_per_step or {}).items()}
         self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
         self._profiler = StepProfiler(self._path, config.profile)
@@ -179,12 +181,12 @@ class Loop:
     def _start(self) -> tuple[State, int]:
         step = self._checkpoints.latest_intact_step()
         if step is None:
-            self._goodput = Goodput(self._goodput.started)
-            self._spikes = SpikeDetector(self._config.spike)
+            self._goodput.productive_seconds = 0.0
+            self._spikes.losses.clear()
             return self._step.init(), 0
         log_info(f"{self._path}: resuming from step {step}")
         state, meta = self._checkpoints.restore(step, self._step.state)
-        self._goodput = Goodput.from_meta(meta)
+        self._goodput = Goodput(meta["started"], meta["productive_seconds"])
         self._spikes = SpikeDetector(self._config.spike, meta.get("losses", ()))
         return state, step
 
@@ -229,7 +231,7 @@ class Loop:
             if last or stopping or _is_due(step, self._config.checkpoint_every):
                 self._check_steps(pending, 0)
                 with clock.paused(state), self._watchdog.pause("saving a checkpoint"):
-                    meta = {**self._goodput.to_json(), "losses": self._spikes.recent_losses}
+                    meta = dataclasses.asdict(self._goodput) | {"losses": list(self._spikes.losses)}
                     self._checkpoints.save(state, step, meta)
             if stopping:
                 started_at = time.monotonic()
@@ -270,8 +272,12 @@ class Loop:
     def _write_diverged(self, indices: Sequence[int]) -> None:
         """Writes the batches' indices, with hashes of the rows that the first process reads."""
         if distributed.is_first():
-            batches = {str(index): _hash(self._read_batch(index, self._step.rows)) for index in indices}
-            files.write_json(self._path / DIVERGED, {"batches": batches})
+            hashes = {}
+            for index in indices:
+                batch = self._read_batch(index, self._step.rows)
+                data = b"".join(batch[name].tobytes() for name in sorted(batch))
+                hashes[str(index)] = hashlib.sha256(data).hexdigest()
+            files.write_json(self._path / DIVERGED, {"batches": hashes})
 
     def _report(self, step: int, state: State, metrics: Metrics, clock: _Clock, last: bool) -> None:
         values: dict[str, float] = {}
@@ -349,24 +355,9 @@ class _Clock:
         return seconds, waited, steps
 
 
-def _seconds_at_peak(flops_per_step: Mapping[str, float], mesh: Mesh) -> dict[str, float]:
-    """Seconds of a step at the devices' peak FLOP/s, by convention; empty if the peak is unknown."""
-    accelerator = accelerator_of(mesh.devices.flat[0])
-    if accelerator is None:
-        return {}
-    return {name: flops / (accelerator.peak_flops * mesh.size) for name, flops in flops_per_step.items()}
-
-
 def _read_local(read: ReadBatch, rows: np.ndarray, skipped: SkippedBatches, step: int) -> Mapping[str, np.ndarray]:
     # Not a method of the loop: input workers unpickle it in another process.
     return read(skipped.batch_index(step), rows)
-
-
-def _hash(batch: Batch) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(batch):
-        digest.update(np.ascontiguousarray(batch[name]).tobytes())
-    return digest.hexdigest()
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -24,11 +24,6 @@ MakeStep = Callable[[str, int], Step]  # (remat policy, accumulate_steps) → st
 def find_fitting_step(make_step: MakeStep, policy: str, accumulate_steps: int) -> Step:
     """Returns a compiled step that fits in memory: with `policy`, or for "auto" with the first policy that fits.
 
-    Args:
-      make_step: (remat policy, accumulate_steps) → step.
-      policy: a key of `lvm.model.transformer.REMAT_POLICIES`, or "auto".
-      accumulate_steps: micro-batches per step.
-
     Raises:
       UserError: it doesn't fit; names what takes the memory and the nearest settings that would fit.
     """

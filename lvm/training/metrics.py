@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -28,12 +29,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Writes a workdir's metrics after step `start`, dropping what an earlier run wrote beyond it. A context manager.
 
-    Only the first process writes.
-
-    Args:
-      workdir: the run's folder.
-      start: the step that the run resumes from.
-      wandb: Weights & Biases "project" or "entity/project"; "" for none.
+    Only the first process writes. `wandb` is a Weights & Biases "project" or "entity/project"; "" for none.
 
     Raises:
       UserError: Weights & Biases is requested and not installed, or refuses.
@@ -109,26 +105,17 @@ def _init_wandb(workdir: epath.Path, project: str) -> Any:
     return run
 
 
+@dataclasses.dataclass
 class Goodput:
-    """Share of a run's wall time, restarts included, spent on steps that were kept.
+    """Share of a run's wall time, restarts included, spent on steps that were kept; its fields go into checkpoints.
 
     Steps repeated after a restart don't count: their time is not in the checkpoint that the run resumed from.
     """
 
-    def __init__(self, started: float | None = None, productive_seconds: float = 0.0):
-        self.started = time.time() if started is None else started
-        self._productive_seconds = productive_seconds
-
-    @classmethod
-    def from_meta(cls, meta: dict[str, Any]) -> Goodput:
-        """Restores from a checkpoint's meta."""
-        return cls(meta["started"], meta["productive_seconds"])
-
-    def to_json(self) -> dict[str, float]:
-        """The entries of a checkpoint's meta."""
-        return {"started": self.started, "productive_seconds": self._productive_seconds}
+    started: float = dataclasses.field(default_factory=lambda: time.time())
+    productive_seconds: float = 0.0
 
     def add(self, seconds: float) -> float:
         """Adds productive time; returns the goodput so far."""
-        self._productive_seconds += seconds
-        return min(1.0, self._productive_seconds / max(time.time() - self.started, 1e-9))
+        self.productive_seconds += seconds
+        return min(1.0, self.productive_seconds / max(time.time() - self.started, 1e-9))

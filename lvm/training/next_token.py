@@ -51,7 +51,7 @@ class NextTokenTask:
       mesh: the devices that activations are sharded over; None for one device.
       objective: the training objective.
       heldout: batches that `evaluate` averages over.
-      render_pictures: renders the pictures of a state; none by default.
+      pictures: renders the pictures of a state; none by default.
       kernel: the attention kernel in use.
       graphdef, params_shape: the model's graph definition and its parameters' shapes.
 
@@ -67,7 +67,7 @@ class NextTokenTask:
     mesh: Mesh | None = None
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     heldout: Sequence[Mapping[str, np.ndarray]] = ()
-    render_pictures: Callable[[State], dict[str, np.ndarray]] = lambda state: {}
+    pictures: Callable[[State], dict[str, UInt8[np.ndarray, "H W 3"]]] = lambda state: {}
 
     def __post_init__(self) -> None:
         platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
@@ -78,18 +78,16 @@ class NextTokenTask:
             self.config.head_dim,
             segmented="segment_ids" in self.batch_spec,
         )
-        self._check_mesh()
+        if self.mesh is not None:
+            self._check_mesh(self.mesh.shape)
         self._make_model = lambda rngs: Transformer(self.config, rngs)
         self.graphdef, self.params_shape = abstract_module(self._make_model)
         self.logical_axes = logical_axes(self._make_model)
         self.update = make_update(self._loss, self.optimizer, self.schedule, self.objective.accumulate_steps)
         self._loss_sum = jax.jit(lambda params, batch: self._loss(params, batch, jax.random.key(0))[1]["loss"])
 
-    def _check_mesh(self) -> None:
-        if self.mesh is None:
-            return
-        batch_size, length = self.batch_spec["tokens"].shape
-        sizes, accumulate_steps = self.mesh.shape, self.objective.accumulate_steps
+    def _check_mesh(self, sizes: Mapping[str, int]) -> None:
+        (batch_size, length), accumulate_steps = self.batch_spec["tokens"].shape, self.objective.accumulate_steps
         if batch_size % (sizes["data"] * sizes["fsdp"] * accumulate_steps):
             raise UserError(
                 f"config.batch_size: {batch_size} is not divisible by data × fsdp × accumulate_steps = "
@@ -116,10 +114,6 @@ class NextTokenTask:
                 loss_sum, num_targets = self._loss_sum(state["params"], micro_batch)
                 total, weight = total + float(loss_sum), weight + float(num_targets)
         return {"heldout_loss": total / weight} if weight else {}
-
-    def pictures(self, state: State) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """Returns the pictures that `render_pictures` renders."""
-        return self.render_pictures(state)
 
     def _loss(self, params: Params, batch: Batch, rng: Key[Array, ""]) -> tuple[Float[Array, ""], Sums]:
         with sharding.use_mesh(self.mesh):

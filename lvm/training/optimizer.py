@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, built from Optax."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -104,15 +105,11 @@ def build(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optimizer, and its schedule from step to learning rate.
 
-    The optimizer's `init` raises a `UserError` if Muon finds no kernels of a transformer's layers.
-
-    Args:
-      config: the optimizer and schedule.
-      total_steps: length of the run.
-      tokens_per_step: converts lengths in tokens to steps, rounded up; 0 if the task has no tokens.
+    `tokens_per_step` converts lengths in tokens to steps, rounded up; 0 if the task has no tokens.
 
     Raises:
-      UserError: warm-up and decay exceed the run, or are in tokens and the task has none.
+      UserError: warm-up and decay exceed the run, or are in tokens and the task has none. The optimizer's `init`: Muon
+        finds no kernels of a transformer's layers.
     """
     schedule = _schedule(config, total_steps, tokens_per_step)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
@@ -166,27 +163,16 @@ def _scale_by_optimizer(config: OptimizerConfig) -> optax.GradientTransformation
     if config.name == "muon":
         # The learning rate of −1 keeps the gradients' sign. An RMS of 0.2 is about that of AdamW's updates, so that
         # learning rate and decay carry over (Liu et al., arXiv 2502.16982).
-        return contrib.muon(
-            learning_rate=-1.0,
-            beta=b1,
-            adam_b1=b1,
-            adam_b2=b2,
-            eps=epsilon,
-            mu_dtype=dtype,
-            muon_weight_dimension_numbers=_dimension_numbers,
-            consistent_rms=0.2,
-        )
+        adam = {"adam_b1": b1, "adam_b2": b2, "eps": epsilon, "mu_dtype": dtype}
+        return contrib.muon(-1.0, beta=b1, **adam, muon_weight_dimension_numbers=_dimension_numbers, consistent_rms=0.2)
     return optax.scale_by_adam(b1, b2, epsilon, mu_dtype=dtype)
 
 
 def _dimension_numbers(params: Any) -> Any:
-    numbers = jax.tree.map_with_path(
-        lambda path, _: _MATRICES.get(jax.tree_util.keystr(path, simple=True, separator="/")), params
-    )
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    numbers = jax.tree.map_with_path(lambda path, _: _MATRICES.get(name(path)), params)
     if not jax.tree.leaves(numbers):
-        raise UserError(
-            "config.optimizer.name=muon needs the kernels of a transformer's layers, and this model has none"
-        )
+        raise UserError("config.optimizer.name=muon needs kernels of a transformer's layers, and this model has none")
     return numbers
 
 

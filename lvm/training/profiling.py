@@ -19,11 +19,9 @@ _POLL_S = 10.0  # between looks for a request on gs://, which may take longer th
 
 
 class StepProfiler:
-    """Traces chosen steps, and the next ones whenever `profile.request` appears in the workdir.
+    """Traces steps into `profile/` of a workdir, and the next ones whenever `profile.request` appears there.
 
-    Args:
-      workdir: traces go to its `profile/`.
-      steps: the first and the last step, or empty.
+    `steps` are the first and the last step, or empty.
     """
 
     def __init__(self, workdir: epath.Path, steps: Sequence[int]):
@@ -52,9 +50,8 @@ class StepProfiler:
         jax.profiler.stop_trace()
         self._tracing = False
         if files.is_remote(self._workdir):
-            for path in Path(self._local).rglob("*.*"):
-                if path.is_file():
-                    files.put(path, self._workdir / "profile" / path.relative_to(self._local))
+            for path in filter(Path.is_file, Path(self._local).rglob("*.*")):
+                files.put(path, self._workdir / "profile" / path.relative_to(self._local))
             shutil.rmtree(self._local)
 
     def _is_requested(self) -> bool:

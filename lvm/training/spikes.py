@@ -59,17 +59,12 @@ class SpikeDetector:
 
     Args:
       config: the threshold and the window.
-      losses: of the previous steps, from `recent_losses`.
+      losses: of the previous steps, from a checkpoint's meta, so that a resumed run detects the same spikes.
     """
 
     def __init__(self, config: SpikeConfig, losses: Sequence[float] = ()):
         self._config = config
-        self._losses: deque[float] = deque(losses, maxlen=config.window)
-
-    @property
-    def recent_losses(self) -> list[float]:
-        """State for a checkpoint, so that a resumed run detects the spikes that an uninterrupted one does."""
-        return list(self._losses)
+        self.losses: deque[float] = deque(losses, maxlen=config.window)
 
     def update(self, step: int, loss: float) -> None:
         """Adds the loss of a step that was not skipped.
@@ -79,11 +74,11 @@ class SpikeDetector:
         """
         if not self._config.deviations:
             return
-        if len(self._losses) == self._config.window:
-            mean, deviation = statistics.fmean(self._losses), statistics.stdev(self._losses)
+        if len(self.losses) == self._config.window:
+            mean, deviation = statistics.fmean(self.losses), statistics.stdev(self.losses)
             if loss > mean + self._config.deviations * deviation:
                 raise SpikeError(step, loss, mean)
-        self._losses.append(loss)
+        self.losses.append(loss)
 
 
 class SkippedBatches:
@@ -110,22 +105,20 @@ class SkippedBatches:
             return cls()
         record = files.read_json(path)
         try:
-            return cls(record["rewinds"], [(first, last) for first, last in record["batches"]])
+            return cls(record["rewinds"], record["batches"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a record of skipped batches: {error!r}") from error
 
     def save(self, workdir: epath.PathLike) -> None:
         """Writes the workdir's record."""
-        batches = [list(span) for span in self.ranges]
-        files.write_json(epath.Path(workdir) / FILENAME, {"rewinds": self.rewinds, "batches": batches})
+        files.write_json(epath.Path(workdir) / FILENAME, {"rewinds": self.rewinds, "batches": self.ranges})
 
     def batch_index(self, step: int) -> int:
         """Returns the batch after `step` updates: the `step`-th, from 0, of those not skipped."""
         index = step
         for first, last in self.ranges:
-            if index < first:
-                break
-            index += last - first + 1
+            if index >= first:
+                index += last - first + 1
         return index
 
     def add(self, first: int, last: int) -> None:

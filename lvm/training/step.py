@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ class Step:
       seed: everything random follows from it and the step.
       zero1: shards the optimizer state over `data` too.
       options: of `lvm.hardware.compiler_options`; None for the defaults of the mesh's platform.
+      initialize: makes the initial state from a fresh one, whose arrays it may delete (warm start).
 
     Attributes:
       state: shapes, dtypes and shardings of the state.
@@ -41,8 +42,9 @@ class Step:
         seed: int,
         zero1: bool = False,
         options: Mapping[str, compiler_options.OptionValue] | None = None,
+        initialize: Callable[[State], State] | None = None,
     ):
-        self.task, self.mesh, self._seed = task, mesh, seed
+        self.task, self.mesh, self._seed, self._initialize = task, mesh, seed, initialize
         if options is None:
             options = compiler_options.compiler_options(mesh.devices.flat[0].platform)
         self.compiler_options = dict(options)
@@ -60,11 +62,12 @@ class Step:
         self._compiled: Any = None
 
     def init(self) -> State:
-        """Returns a fresh state, created sharded: no device or host ever holds all of it."""
-        return self.jitted_init()()
+        """Returns the initial state, created sharded: no device or host ever holds all of a fresh one."""
+        state = self.jitted_init()()
+        return self._initialize(state) if self._initialize else state
 
     def jitted_init(self) -> Any:
-        """The function that `init` calls, jitted; it takes no arguments."""
+        """The function without arguments that creates the fresh state, jitted."""
         return jax.jit(lambda: self.task.init(jax.random.key(self._seed)), out_shardings=self._shardings)
 
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> Batch:
@@ -125,9 +128,7 @@ def _with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 def enable_compilation_cache(folder: str, workdir: epath.Path) -> None:
     """Turns on JAX's persistent compilation cache and logs its hits and misses; call it before the first compile.
 
-    Args:
-      folder: local or gs://; "" for `JAX_COMPILATION_CACHE_DIR`, or else `compilation_cache/` in `workdir`.
-      workdir: the run's.
+    It is in `folder`, or if that is "" in `JAX_COMPILATION_CACHE_DIR`, or else in the workdir's `compilation_cache/`.
     """
     default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.fspath(workdir / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", folder or default)

@@ -49,8 +49,7 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig):
         self._config = config
         self._step_times: deque[float] = deque(maxlen=_WINDOW)
-        self._timeout_s, self._activity = config.startup_timeout_s, "the start"
-        self._started_at = time.monotonic()
+        self._start(config.startup_timeout_s, "the start")
         self._stopped = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -66,8 +65,7 @@ class Watchdog:
         if self._activity != "the start":  # which includes compilation
             self._step_times.append(now - self._started_at)
         median = statistics.median(self._step_times) if self._step_times else 0.0
-        self._started_at, self._activity = now, "a step"
-        self._timeout_s = max(self._config.factor * median, self._config.min_timeout_s)
+        self._start(max(self._config.factor * median, self._config.min_timeout_s), "a step")
 
     @contextlib.contextmanager
     def pause(self, activity: str) -> Iterator[None]:
@@ -84,15 +82,9 @@ class Watchdog:
         while not self._stopped.wait(min(1.0, self._timeout_s / 10)):
             elapsed = time.monotonic() - self._started_at
             if elapsed > self._timeout_s:
-                self._exit(elapsed)
-
-    def _exit(self, elapsed: float) -> None:
-        print(
-            f"error: stalled: {self._activity} has not ended in {elapsed:.0f} s (limit {self._timeout_s:.0f} s); "
-            "the stacks of all threads follow",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        sys.stderr.flush()
-        os._exit(EXIT_STALLED)
+                timeout = f"{elapsed:.0f} s (limit {self._timeout_s:.0f} s)"
+                message = f"stalled: {self._activity} has not ended in {timeout}; the stacks of all threads follow"
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                sys.stderr.flush()
+                os._exit(EXIT_STALLED)

@@ -23,21 +23,8 @@ _MAY_CHANGE = (
     "lvm_version",
     "config.mesh.",
     "config.model.remat",
-    "config.loop.log_every",
-    "config.loop.evaluate_every",
-    "config.loop.picture_every",
-    "config.loop.checkpoint_every",
-    "config.loop.keep",
-    "config.loop.max_skipped",
-    "config.loop.input_workers",
-    "config.loop.profile",
-    "config.loop.compilation_cache",
-    "config.loop.wandb",
-    "config.loop.spike.",  # the workdir itself records which batches are skipped
-    "config.loop.watchdog.",
+    "config.loop.",  # the workdir itself records which batches `config.loop.spike` skipped
     "config.distributed.",
-    "config.loop.total_steps",
-    "config.loop.total_tokens",
     "config.objective.accumulate_steps",
     "config.objective.logits_chunk",
     "config.tokenizer",
@@ -62,7 +49,8 @@ class Workdir:
       config_class: dataclass of the configuration, for the defaults of keys that an older record lacks.
 
     Raises:
-      UserError: another run holds the folder, or it belongs to a run of another kind, configuration or release.
+      UserError: another run holds the folder, or it belongs to a run of another kind, configuration or release, or
+        holds converted weights, which have no optimizer state to resume from.
     """
 
     def __init__(
@@ -78,14 +66,20 @@ class Workdir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; --workdir must be a folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        config_path = self.path / CONFIG
+        if config_path.exists() and files.read_json(config_path).get("converted"):
+            raise UserError(
+                f"{path}: holds converted weights and no training; start one from them in a new --workdir with "
+                f"--config.init_from={path}"
+            )
         distributed.on_process_zero(self._acquire_lock)
         record = files.as_json({"version": RECORD_VERSION, "lvm_version": __version__, "kind": kind, **record})
         if any((self.path / "checkpoints").glob("[0-9]*")):  # before the first, nothing is lost by a fresh start
             self._check_record(kind, record, config_class)
-        elif (self.path / CONFIG).exists():
+        elif config_path.exists():
             _load_record(self.path, kind)
         if distributed.is_first():
-            files.write_json(self.path / CONFIG, record)
+            files.write_json(config_path, record)
 
     def _acquire_lock(self) -> None:
         if files.is_remote(self.path):
@@ -108,9 +102,6 @@ class Workdir:
         if config_class is not None:
             config: Any = from_config_dict(config_class, old["config"], f"{path}: config")
             old["config"] = files.as_json(to_json(config))
-        self._compare(old, new)
-
-    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         before, after = (traverse_util.flatten_dict(tree, sep=".") for tree in (old, new))
         refused = []
         for key in sorted(before.keys() | after.keys()):
@@ -162,13 +153,3 @@ def current_record(record: dict[str, Any]) -> dict[str, Any]:
         return record
     config = {"model": record["config"]["model"]} if "model" in record.get("config", {}) else {}
     return {**record, "version": RECORD_VERSION, "config": config}
-
-
-def check_resumable(workdir: epath.PathLike) -> None:
-    """Raises UserError if a workdir holds converted weights: they have no optimizer state to resume from."""
-    path = epath.Path(workdir) / CONFIG
-    if path.exists() and files.read_json(path).get("converted"):
-        raise UserError(
-            f"{workdir}: holds converted weights and no training; start one from them in a new --workdir with "
-            f"--config.init_from={workdir}"
-        )

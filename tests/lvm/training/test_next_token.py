@@ -147,10 +147,10 @@ def test_init_depends_on_key_alone():
     assert not np.array_equal(state(seed=1)["params"]["head"], state()["params"]["head"])
 
 
-def test_pictures_come_from_render_pictures():
+def test_pictures_are_replaceable():
     assert objective().pictures(state()) == {}
     picture = np.full((2, 3, 3), 7, np.uint8)
-    task = dataclasses.replace(objective(), render_pictures=lambda state: {"x": picture + np.uint8(state["step"])})
+    task = dataclasses.replace(objective(), pictures=lambda state: {"x": picture + np.uint8(state["step"])})
     np.testing.assert_array_equal(task.pictures(state())["x"], picture)
 
 

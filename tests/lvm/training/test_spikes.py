@@ -57,8 +57,8 @@ def test_detector_needs_full_window():
     for step, loss in enumerate([90.0, 2.0, 2.2, 1.9, 2.1]):
         watch.update(step, loss)  # the first precedes the window and leaves it with the fifth
     with pytest.raises(SpikeError, match=r"step 9: the loss of 9\.0000 is a spike \(mean: 2\.05"):
-        SpikeDetector(SpikeConfig(deviations=3.0, window=4), watch.recent_losses).update(9, 9.0)
-    SpikeDetector(SpikeConfig(window=4), watch.recent_losses).update(9, 9.0)  # detection is off
+        SpikeDetector(SpikeConfig(deviations=3.0, window=4), watch.losses).update(9, 9.0)
+    SpikeDetector(SpikeConfig(window=4), watch.losses).update(9, 9.0)  # detection is off
 
 
 def test_rewound_run_equals_run_without_batches(tmp_path, caplog):
