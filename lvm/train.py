@@ -80,16 +80,8 @@ def train(config: TrainConfig, workdir: str) -> None:
     if config.data.heldout_fraction and config.heldout_batches:
         heldout_rows = make_rows(config, "heldout")
         heldout = [heldout_rows.batch(step) for step in range(config.heldout_batches)]
-    task = NextTokenTask(
-        model,
-        rows.batch_spec,
-        [component.name for component in mixture.components],
-        tx,
-        schedule,
-        make_mesh(config.mesh),
-        config.objective,
-        heldout=heldout,
-    )
+    names, mesh = [component.name for component in mixture.components], make_mesh(config.mesh)
+    task = NextTokenTask(model, rows.batch_spec, names, tx, schedule, mesh, config.objective, heldout)
     if config.tokenizer:
         task.pictures = _picture_renderer(config, task, vocabulary)
     elif loop.picture_every:

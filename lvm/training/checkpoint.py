@@ -180,8 +180,7 @@ class Checkpoints:
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters alone."""
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=items).params
+        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
 
     def wait(self) -> None:
         """Returns once the save in progress is complete on disk."""

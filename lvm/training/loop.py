@@ -296,15 +296,11 @@ class Loop:
 
     def _measure(self, step: int, metrics: Metrics, clock: _Clock) -> dict[str, float]:
         # Reading the metrics waits for the step, so the clock measures completed steps.
-        values = {name: float(value) for name, value in metrics.items()}
         # The loss of a component without tokens in the batch is NaN.
-        values = {name: x for name, x in values.items() if not (name.startswith("loss/") and math.isnan(x))}
+        values = {name: float(x) for name, x in metrics.items() if not (name.startswith("loss/") and math.isnan(x))}
         seconds, waited, steps = clock.lap()
-        values |= {
-            "step_seconds": seconds,
-            "input_wait_fraction": waited,
-            "goodput": self._goodput.add(steps * seconds),
-        }
+        goodput = self._goodput.add(steps * seconds)
+        values |= {"step_seconds": seconds, "input_wait_fraction": waited, "goodput": goodput}
         if self._tokens_per_step:
             values["perplexity"] = math.exp(min(values["loss"], 700.0))
             values["tokens"] = step * self._tokens_per_step

@@ -60,7 +60,7 @@ def _chunked_losses(
     losses_of_logits: Callable[[Array, Array], tuple[Array, Array]],
 ) -> Losses:
     """Scans over chunks; `projection` is float32 so that its gradient accumulates in float32."""
-    B, T, D = hidden.shape
+    B, T, _ = hidden.shape
     chunk = min(chunk, T)
     num_chunks = -(-T // chunk)
     padding = num_chunks * chunk - T
@@ -71,10 +71,7 @@ def _chunked_losses(
     def losses(hidden: Array, targets: Array) -> tuple[Array, Array]:
         return losses_of_logits(_logits(hidden, projection), targets)
 
-    chunks = (
-        hidden.reshape(B, num_chunks, chunk, D).swapaxes(0, 1),
-        targets.reshape(B, num_chunks, chunk).swapaxes(0, 1),
-    )
+    chunks = [x.reshape(B, num_chunks, chunk, *x.shape[2:]).swapaxes(0, 1) for x in (hidden, targets)]
     _, (nll, log_z) = jax.lax.scan(lambda _, xs: (None, losses(*xs)), None, chunks)  # [num_chunks, B, c]
     unchunk = lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :T]  # noqa: E731
     return unchunk(nll), unchunk(log_z)

@@ -1,11 +1,10 @@
 """Device memory of a training step, measured by compiling it, and settings that would fit."""
 
+import math
 import os
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from lvm.common import distributed
@@ -91,16 +90,9 @@ def required_bytes(step: Step) -> int | None:
 
 def state_bytes(step: Step) -> dict[str, int]:
     """Bytes a device of the parameters, the rest of the state, and a batch."""
-
-    def size(tree: Any) -> int:
-        leaves = jax.tree.leaves(tree)
-        return int(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
-
-    return {
-        "parameters": size(step.state["params"]),
-        "optimizer": size(step.state["training"]),
-        "batch": size(step.batch),
-    }
+    trees = {"parameters": step.state["params"], "optimizer": step.state["training"], "batch": step.batch}
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+    return {name: sum(map(size, jax.tree.leaves(tree))) for name, tree in trees.items()}
 
 
 def format_breakdown(step: Step) -> str:

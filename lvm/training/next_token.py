@@ -71,13 +71,8 @@ class NextTokenTask:
 
     def __post_init__(self) -> None:
         platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
-        self.kernel = choose_kernel(
-            self.config.attention,
-            platform,
-            self.config.dtype,
-            self.config.head_dim,
-            segmented="segment_ids" in self.batch_spec,
-        )
+        config, segmented = self.config, "segment_ids" in self.batch_spec
+        self.kernel = choose_kernel(config.attention, platform, config.dtype, config.head_dim, segmented=segmented)
         if self.mesh is not None:
             self._check_mesh(self.mesh.shape)
         self._make_model = lambda rngs: Transformer(self.config, rngs)
