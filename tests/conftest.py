@@ -1,4 +1,4 @@
-"""What every test runs with: eight CPU devices, so that meshes are real, and properties on few examples."""
+"""Settings of all tests: eight CPU devices, so that meshes are real; hypothesis profiles; shared fixtures."""
 
 import pathlib
 
@@ -10,17 +10,17 @@ import tests.typecheck  # noqa: F401 (before lvm: `--jaxtyping-packages` looks i
 from tests.commands import TINY_DEMO, run
 from tests.gcs import fake_gcs
 
-# By jax's own setting, not by XLA_FLAGS: commands that a test starts keep the devices of the machine.
+# Through jax.config, not XLA_FLAGS, which processes that a test starts would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# The same examples at every run: what fails does so on every machine. `make test-slow` tries more, at random.
+# The same examples at every run, so that failures reproduce. `make test-slow` tries more, at random.
 settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile("random", max_examples=200, deadline=None)
 settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items):
-    """What begins with a finished demo comes first: one worker makes it, and none is left with it at the end."""
+    """Runs tests that need the demo first: making it takes long, and no worker should be left with it at the end."""
     items.sort(key=lambda item: "demo" not in getattr(item, "fixturenames", ()))
 
 

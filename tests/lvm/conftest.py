@@ -18,17 +18,17 @@ STREAM_SETS = (("rgb",), ("rgb", "segmentation"), ("edges", "rgb"))
 def make_scenes(shapes, seed=0, groups=None):
     """Scenes of random codes; `shapes` are (frames, stream set), the group of each is its own by default."""
     rng = np.random.default_rng(seed)
-    made = []
-    for number, (frames, stream_set) in enumerate(shapes):
+    scenes = []
+    for i, (frames, stream_set) in enumerate(shapes):
         size = (frames, len(STREAM_SETS[stream_set]), GRID[0] * GRID[1])
         codes = rng.integers(0, NUM_CODES, size, dtype=np.uint16)
-        group = f"group {number}" if groups is None else groups[number]
-        made.append(GroupedScene(Scene(f"scene {number}", number % 3 - 1, stream_set, codes), group))
-    return made
+        group = f"group {i}" if groups is None else groups[i]
+        scenes.append(GroupedScene(Scene(f"scene {i}", i % 3 - 1, stream_set, codes), group))
+    return scenes
 
 
 def header(weights="a" * 64, grid=GRID):
-    """What a manifest says of its store beside the shards."""
+    """The header of a store's manifest."""
     codecs = {"rgb": Image(), "segmentation": Palette(("nothing", "thing"), background=0), "edges": Edges()}
     return {
         "tokenizer": {"weights": weights, "hash": weights, "grid": list(grid), "num_codes": NUM_CODES},
@@ -40,7 +40,7 @@ def header(weights="a" * 64, grid=GRID):
 
 @pytest.fixture
 def compiled_quickly():
-    """Programs of this test are compiled without most optimisations, where compiling takes most of its time."""
+    """Compiles without most optimizations, for tests that spend most of their time compiling."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -69,34 +69,34 @@ def make_heldout_scenes():
 
     def make(count, streams=("rgb", "segmentation"), frames=2, seed=0, palette=None):
         rng = np.random.default_rng(seed)
-        made = []
-        for number in range(count):
+        heldout = []
+        for i in range(count):
             images = rng.integers(0, 256, (frames, len(streams), 4, 4, 3), dtype=np.uint8)
             if palette is not None:
                 column = streams.index("segmentation")
                 for frame in range(frames):
                     ids = rng.integers(0, len(palette.names), (4, 4))
                     images[frame, column] = palette.render(ids)
-            info = SceneInfo(f"scene {number}", f"group {number}", "", frames, tuple(streams))
-            made.append(HeldoutScene(info, images, encode(images)))
-        return made
+            info = SceneInfo(f"scene {i}", f"group {i}", "", frames, tuple(streams))
+            heldout.append(HeldoutScene(info, images, encode(images)))
+        return heldout
 
     return make
 
 
 def encode(images):
-    """Images uint8 [..., 4, 4, 3] as codes int32 [..., 48]: their bytes."""
+    """Encodes images uint8 [..., 4, 4, 3] as codes int32 [..., 48]: their bytes."""
     return images.reshape(*images.shape[:-3], 48).astype(np.int32)
 
 
 def decode(codes):
-    """The images of `encode`d codes int [B, 48]."""
+    """Decodes codes int [B, 48] of `encode`."""
     return codes.reshape(-1, 4, 4, 3).astype(np.uint8)
 
 
 @pytest.fixture
 def exact_codec():
-    """An (encode, decode) pair that loses nothing."""
+    """A lossless (encode, decode) pair."""
     return encode, decode
 
 
