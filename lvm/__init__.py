@@ -1,4 +1,4 @@
-"""Large vision models: sequential modelling of pixels alone.
+"""Large vision models: sequential modeling of pixels alone.
 
 from lvm import LVM
 model = LVM.load("runs/demo/lvm")

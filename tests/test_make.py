@@ -1,4 +1,4 @@
-"""The two commands of README know how to make what they need."""
+"""Targets of the Makefile run their commands in environments that they make."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from tests.commands import ROOT
 
 
 def plan(*arguments: str) -> str:
-    """What make would do, without doing it."""
+    """Output of `make --dry-run`."""
     # Variables of the make that runs this test, such as PYTHON, would be passed on.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     environment.pop("PYTHON", None)

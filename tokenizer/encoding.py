@@ -21,6 +21,7 @@ import PIL.features
 from etils import epath
 from jaxtyping import Array, UInt8, UInt16
 
+import lvm
 from lvm.common.errors import UserError
 from lvm.common.logging import Progress, log_info
 from lvm.data.images.augment import Augment
@@ -291,7 +292,7 @@ class EncodingProgress:
 
 def software_versions() -> dict[str, str]:
     """Versions of the software that images and codes depend on; libjpeg-turbo is the one in Pillow."""
-    versions = {}
+    versions = {"lvm": lvm.__version__}
     for name in _SOFTWARE:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

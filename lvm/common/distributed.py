@@ -73,7 +73,7 @@ def _in_cluster() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is process zero, which writes what a run writes once."""
+    """True on process zero, which writes what a run writes once."""
     # Asking a single process for its index would initialize its accelerator.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
@@ -139,7 +139,7 @@ class Preemption:
         self._noticed = True
 
     def noticed(self) -> bool:
-        """Whether to save and exit now; stays true once it is."""
+        """True once the run should save and exit."""
         self._num_calls += 1
         if _num_processes() > 1 and not self._noticed:
             self._noticed = multihost_utils.reached_preemption_sync_point(self._num_calls)

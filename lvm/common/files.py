@@ -27,7 +27,7 @@ fsspec.config.conf.setdefault("gcs", {}).update({"use_listings_cache": False, "c
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is on object storage, such as gs://."""
+    """True for a path on object storage, such as gs://."""
     return "://" in os.fspath(path)
 
 

@@ -1,1 +1,1 @@
-"""What a model knows: perplexity, prompted tasks, metrics, and a page to read them on."""
+"""Evaluation: perplexity, prompted tasks, metrics, and a page to read them on."""

@@ -26,8 +26,8 @@ TINY = {"resolution": 16, "channel_multipliers": (1, 2), "codebook_size": 16, "c
 def test_convert_command(tmp_path):
     published = random_weights(small("maskgit", **TINY))
     weights.write(tmp_path / "maskgit", published, "maskgit")
-    said = run("tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=orbax")
-    assert "16 codes of 4, 64 per image of 16×16" in said
+    output = run("tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=orbax")
+    assert "16 codes of 4, 64 per image of 16×16" in output
     check_same(weights.read(tmp_path / "out"), published)
     assert "out: exists " in run("tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=torch", code=2)
     assert "nowhere: not a model folder" in run(

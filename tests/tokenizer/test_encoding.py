@@ -117,7 +117,7 @@ def test_manifest_records_how_codes_were_computed(tokenizer, reference):
     manifest = Store(reference).manifest
     assert manifest["tokenizer"] == files.as_json(tokenizer.identity())
     assert (manifest["dtype"], manifest["device_kind"], manifest["batch_size"]) == ("float32", "cpu", 2)
-    assert {"jax", "jaxlib", "pillow", "libjpeg_turbo"} <= manifest["versions"].keys()
+    assert {"lvm", "jax", "jaxlib", "pillow", "libjpeg_turbo"} <= manifest["versions"].keys()
     assert all(len(versions) == 1 for versions in manifest["versions"].values())
     assert manifest["skipped"] == [{"key": "notes.txt", "reason": "not a picture"}]
     assert manifest["images_by_stream"] == {"rgb": 10 + 3 + 1 + 5 + 1 + 4, "segmentation": 3 + 5 + 1}

@@ -1,4 +1,4 @@
-"""What every command shares: list flags, errors as one line, exit codes."""
+"""The command line: list flags, errors as one line, exit codes."""
 
 import os
 import subprocess

@@ -105,6 +105,6 @@ def test_paper_mixture_reads_each_sentence_once_an_epoch(config, tiny_stores):
         for component, index in zip(*(ids.tolist() for ids in mixture.block(block)), strict=True):
             assert index not in sentences[component]
             sentences[component].add(index)
-    assert [len(found) for found in sentences] == mixture.sentences_before(last)
-    assert all(found == set(range(len(found))) for found in sentences)
+    assert [len(indices) for indices in sentences] == mixture.sentences_before(last)
+    assert all(indices == set(range(len(indices))) for indices in sentences)
     assert sum(map(len, sentences)) == last * BLOCK
