@@ -19,15 +19,13 @@ class TokenizerConfig:
     """A training run of a tokenizer.
 
     Attributes:
-      seed: determines, with the step, everything random.
-      batch_size: images per step.
       preprocess: converts pictures to images of the model's resolution.
       init_from: folder of a tokenizer (see `Tokenizer.load`) with the initial weights and codebook; empty for random
         ones. It needs the same model and preprocess, and loss.autoencoder_steps=0.
     """
 
-    seed: int = 0
-    batch_size: int = 256
+    seed: int = 0  # determines, with the step, everything random
+    batch_size: int = 256  # images per step
     model: VQGANConfig = dataclasses.field(default_factory=VQGANConfig)
     preprocess: Preprocess = dataclasses.field(default_factory=lambda: Preprocess(256))
     init_from: str = ""

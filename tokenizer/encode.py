@@ -55,9 +55,7 @@ def summarize_store(folder: str) -> str:
 def finish(folder: str, wait: bool) -> None:
     """Writes the manifest if all shards exist.
 
-    Args:
-      folder: the store.
-      wait: wait for the shards of other processes: joined processes must exit together.
+    With `wait`, waits for the shards of other processes: joined processes must exit together.
     """
     while missing := writer.finish_store(folder):
         if not wait:
@@ -76,9 +74,8 @@ def encode(args: cli.Args) -> None:
     joined = jax.distributed.is_initialized()
     if joined and args.shard:
         raise UserError(f"--shard={args.shard}: joined processes share the shards without it")
-    process, num_processes = jax.process_index(), jax.process_count()
-    if args.shard:
-        process, num_processes = parse_shard_flag(args.shard)
+    here = (jax.process_index(), jax.process_count())
+    process, num_processes = parse_shard_flag(args.shard) if args.shard else here
     shard_writer = _make_writer(args)
     if (idle := num_processes - shard_writer.num_shards) > 0:
         log_info(f"{idle} of {num_processes} processes have no shard; raise --num_shards to use them")

@@ -57,9 +57,7 @@ class ShardWriter(abc.ABC):
 
     Args:
       tokenizer: identity of the tokenizer, for the manifest.
-      source: the scenes.
-      folder: the store.
-      num_shards: number of shards; also an attribute.
+      num_shards: also an attribute.
 
     Raises:
       UserError: the source has more than 256 stream sets, the limit of a store.
@@ -126,11 +124,7 @@ class ShardWriter(abc.ABC):
 
 
 class CodeCopier(ShardWriter):
-    """Copies scenes that are codes already.
-
-    Args:
-      tokenizer: of the codes; None if it is unknown.
-      source, folder, num_shards: see `ShardWriter`.
+    """Copies scenes that are codes already; the tokenizer that made them is None if unknown.
 
     Raises:
       UserError: the tokenizer has another grid or codebook size.
@@ -160,9 +154,7 @@ class Encoder(ShardWriter):
     """Encodes scenes of images.
 
     Args:
-      tokenizer: encodes them.
       source: opened with `augment.source_preprocess`.
-      folder, num_shards: see `ShardWriter`.
       batch_size: images per device and call; the last call of a shard is padded.
       augment: copies of each scene.
       workers: processes that read and decode; 0 uses threads of this one.

@@ -19,21 +19,13 @@ _LOG_EVERY = 250  # scenes
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig:
-    """Training data of a tokenizer.
+    """Training data of a tokenizer."""
 
-    Attributes:
-      source: image source: a folder, a file, or a config file.
-      heldout_fraction: share of the groups in the held-out split.
-      rgb_share: share of `rgb` images in a batch; images of other streams fill the rest.
-      max_scenes: limit of scenes read per split; 0 for all.
-      max_gigabytes: limit of memory for the images.
-    """
-
-    source: str = ""
-    heldout_fraction: float = 0.05
-    rgb_share: float = 0.5
-    max_scenes: int = 0
-    max_gigabytes: float = 8.0
+    source: str = ""  # image source: a folder, a file, or a config file
+    heldout_fraction: float = 0.05  # share of the groups in the held-out split
+    rgb_share: float = 0.5  # of `rgb` images in a batch; images of other streams fill the rest
+    max_scenes: int = 0  # limit of scenes read per split; 0 for all
+    max_gigabytes: float = 8.0  # limit of memory for the images
 
     def __post_init__(self) -> None:
         split.check_fraction(self.heldout_fraction)

@@ -54,12 +54,7 @@ _MUSE = {
     "z_channels": "codebook_dim",
 }
 _MUSE_FIXED = {"num_channels": (3, 3), "no_attn_mid_block": (True, False), "resample_with_conv": (True, True)}
-_MUSE_DECODER = (
-    "decoder_res_blocks",
-    "decoder_hidden_channels",
-    "decoder_channel_mult",
-    "extra_mid_res_blocks",
-)
+_MUSE_DECODER = ("decoder_res_blocks", "decoder_hidden_channels", "decoder_channel_mult", "extra_mid_res_blocks")
 _DIFFUSERS = {
     "sample_size": "resolution",
     "layers_per_block": "encoder_blocks",

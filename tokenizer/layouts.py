@@ -32,23 +32,17 @@ class Layout:
     """A file format of a variant.
 
     Attributes:
-      variant: a key of `VARIANTS`.
-      kind: "torch", "diffusers" or "maskgit", the value of `tokenizer convert --to`.
-      codebook: name of the codebook's tensor.
-      aliases: names in a residual block that differ, ours → theirs.
       templates: names of "block", "middle" (blocks), "resample", "conv_in", "conv_out" and "norm_out"; our own path if
         missing. Keys may begin with "encoder." or "decoder.".
-      to_fields: network → fields of config.json.
-      from_fields: fields of config.json → network; raises UserError naming the file and the field.
     """
 
-    variant: str
-    kind: str
-    codebook: str
-    aliases: Mapping[str, str]
+    variant: str  # a key of `VARIANTS`
+    kind: str  # "torch", "diffusers" or "maskgit", the value of `tokenizer convert --to`
+    codebook: str  # name of the codebook's tensor
+    aliases: Mapping[str, str]  # names in a residual block that differ, ours → theirs
     templates: Mapping[str, str]
-    to_fields: Callable[[VQGANConfig], dict[str, Any]]
-    from_fields: Callable[[Fields, str], VQGANConfig]
+    to_fields: Callable[[VQGANConfig], dict[str, Any]]  # network → fields of config.json
+    from_fields: Callable[[Fields, str], VQGANConfig]  # and back; raises UserError naming the file and the field
 
     def tensors(self, config: VQGANConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
         """Maps each tensor's name to our parameter's path and the shape in the file."""

@@ -6,6 +6,7 @@ distances are always float32.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -17,14 +18,6 @@ from lvm.common.errors import UserError
 from lvm.common.validation import check_choice, check_non_negative, check_positive
 from tokenizer import quantizers
 
-_CHOICES = {
-    "shortcut": ("input", "output"),
-    "downsample": ("average", "strided_conv"),
-    "upsample": ("nearest_conv", "depth_to_space"),
-    "latent_kernel": (1, 3),
-    "compute_dtype": ("float32", "bfloat16"),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class VQGANConfig:
@@ -33,13 +26,7 @@ class VQGANConfig:
     resolution: int = 256  # side in pixels
     patch_size: int = 1  # size and stride of the first convolution; 1 is a plain 3×3
     channels: int = 128
-    channel_multipliers: tuple[int, ...] = (
-        1,
-        2,
-        2,
-        4,
-        6,
-    )  # one per stage; each stage after the first halves the side
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4, 6)  # one per stage; each stage after the first halves the side
     encoder_blocks: int = 2  # residual blocks per stage
     decoder_blocks: int = 3
     middle_blocks: int = 2  # residual blocks at the lowest resolution, in both encoder and decoder
@@ -56,8 +43,11 @@ class VQGANConfig:
     compute_dtype: str = "float32"  # or "bfloat16"
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            check_choice(self, name, choices)
+        check_choice(self, "shortcut", ("input", "output"))
+        check_choice(self, "downsample", ("average", "strided_conv"))
+        check_choice(self, "upsample", ("nearest_conv", "depth_to_space"))
+        check_choice(self, "latent_kernel", (1, 3))
+        check_choice(self, "compute_dtype", ("float32", "bfloat16"))
         check_positive(self, "resolution", "patch_size", "channels", "encoder_blocks", "decoder_blocks",
                        "codebook_size", "codebook_dim", "norm_groups")  # fmt: skip
         check_non_negative(self, "middle_blocks")
@@ -88,8 +78,7 @@ class VQGANConfig:
 
     @property
     def codes_per_image(self) -> int:
-        rows, columns = self.grid
-        return rows * columns
+        return math.prod(self.grid)
 
 
 _MASKGIT = VQGANConfig(
@@ -116,9 +105,7 @@ class Conv(nnx.Module):
         initial = nnx.initializers.lecun_normal()(rngs.params(), (kernel, kernel, inputs, outputs))
         self.kernel = nnx.Param(initial, axes=(None, None, None, None))
         self.bias = nnx.Param(jnp.zeros(outputs), axes=(None,)) if bias else None
-        self.stride = stride
-        self.padding = padding
-        self.dtype = config.compute_dtype
+        self.stride, self.padding, self.dtype = stride, padding, config.compute_dtype
 
     def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B h w outputs"]:
         y = jax.lax.conv_general_dilated(
@@ -161,12 +148,10 @@ class ResidualBlock(nnx.Module):
         self.conv2 = Conv(outputs, outputs, 3, config, rngs, bias=bias)
         self.shortcut_of_input = config.shortcut == "input"
         source = inputs if self.shortcut_of_input else outputs
-        changes = inputs != outputs
-        self.shortcut = Conv(source, outputs, 1, config, rngs, bias=bias) if changes else None
+        self.shortcut = Conv(source, outputs, 1, config, rngs, bias=bias) if inputs != outputs else None
 
     def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B H W outputs"]:
-        h = self.conv1(self.norm1(x))  # [B, H, W, out]
-        h = self.conv2(self.norm2(h))
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))  # [B, H, W, out]
         if self.shortcut is None:
             return h + x
         return h + self.shortcut(x if self.shortcut_of_input else h)
@@ -221,11 +206,8 @@ def _stages(
     config: VQGANConfig, rngs: nnx.Rngs,
 ) -> nnx.List:  # fmt: skip
     """Stages of the given widths in the order that they run."""
-    stages: nnx.List[Stage] = nnx.List([])
-    for i, width in enumerate(widths):
-        last = i + 1 == len(widths)
-        stages.append(Stage(widths[max(i - 1, 0)], width, blocks, None if last else resample, config, rngs))
-    return stages
+    inputs, resamples = (widths[0], *widths[:-1]), [*[resample] * (len(widths) - 1), None]
+    return nnx.List([Stage(i, o, blocks, r, config, rngs) for i, o, r in zip(inputs, widths, resamples, strict=True)])
 
 
 class Encoder(nnx.Module):

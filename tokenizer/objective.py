@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from lvm.common import statistics
@@ -28,21 +27,15 @@ _PICTURE_COLUMNS = 4  # images per stream in the picture of reconstructions
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms, and codebook learning.
-
-    Attributes:
-      autoencoder_steps: steps before the codebook is seeded.
-      ema_decay: decay of the codebook's moving averages.
-      dead_below: codes with a lower average count per batch are replaced.
-    """
+    """Weights of the loss terms, and codebook learning."""
 
     l1: float = 1.0
     l2: float = 4.0
     gradient: float = 0.5
     commitment: float = 0.25
-    autoencoder_steps: int = 10_000
-    ema_decay: float = 0.97
-    dead_below: float = 0.1
+    autoencoder_steps: int = 10_000  # before the codebook is seeded
+    ema_decay: float = 0.97  # of the codebook's moving averages
+    dead_below: float = 0.1  # codes with a lower average count per batch are replaced
 
     def __post_init__(self) -> None:
         check_non_negative(self, "l1", "l2", "gradient", "commitment", "autoencoder_steps", "dead_below")
@@ -57,11 +50,8 @@ class TokenizerTask:
     codebook included, is all that inference needs.
 
     Args:
-      config: the network.
-      loss: the objective.
       optimizer: of everything but the codebook.
       schedule: step → learning rate, for the metrics.
-      batch_size: images per step.
       has_codebook: the initial weights have a codebook, so it is never seeded.
       heldout: images of each stream for `evaluate` and `pictures`.
     """
@@ -74,12 +64,10 @@ class TokenizerTask:
         self.config, self.loss, self.optimizer, self.schedule = config, loss, optimizer, schedule
         self.seed_step = -1 if has_codebook else loss.autoencoder_steps
         self.batch_size, self.heldout = batch_size, heldout or {}
-        self.graphdef, _ = nnx_utils.abstract_module(self._make)
-        self.logical_axes = nnx_utils.logical_axes(self._make)
+        self._make_model = lambda rngs: VQGAN(config, rngs)
+        self.graphdef, _ = nnx_utils.abstract_module(self._make_model)
+        self.logical_axes = nnx_utils.logical_axes(self._make_model)
         self._jitted_reconstruct = jax.jit(self.reconstruct)
-
-    def _make(self, rngs: nnx.Rngs) -> VQGAN:
-        return VQGAN(self.config, rngs)
 
     def model(self, params: Params) -> VQGAN:
         """The network with `params`; works under jit."""
@@ -93,7 +81,7 @@ class TokenizerTask:
 
     def init(self, rng: jax.Array) -> State:
         """Returns a fresh state, a pure function of `rng`."""
-        params = nnx_utils.init_params(self._make, rng)
+        params = nnx_utils.init_params(self._make_model, rng)
         training = {
             "optimizer": self.optimizer.init(_network(params)),
             "averages": quantizers.init_moving_averages(params["codebook"]),
@@ -106,19 +94,14 @@ class TokenizerTask:
         step, params, training = state["step"], state["params"], state["training"]
         network, images = _network(params), to_float(batch["images"])
         seed_rng, reset_rng = jax.random.split(rng)
-        loss_and_gradients = jax.value_and_grad(self._loss, has_aux=True)(
-            network, params["codebook"], images, step, seed_rng
-        )
-        (loss, (quantized, metrics)), gradients = loss_and_gradients
+        gradient = jax.value_and_grad(self._loss, has_aux=True)
+        (loss, (quantized, metrics)), gradients = gradient(network, params["codebook"], images, step, seed_rng)
         updates, optimizer_state = self.optimizer.update(gradients, training["optimizer"], network)
         averages, codebook = self._update_codebook(quantized, training["averages"], step, reset_rng)
         grad_norm = optax.tree.norm(gradients)
         old = {"params": params, "optimizer": training["optimizer"], "averages": training["averages"]}
-        new = {
-            "params": optax.apply_updates(network, updates) | {"codebook": codebook},
-            "optimizer": optimizer_state,
-            "averages": averages,
-        }
+        new_params = optax.apply_updates(network, updates) | {"codebook": codebook}
+        new = {"params": new_params, "optimizer": optimizer_state, "averages": averages}
         new, skipped = apply_if_finite(jnp.isfinite(grad_norm), new, old, training["skipped"])
         params = new.pop("params")
         metrics |= {
@@ -147,9 +130,8 @@ class TokenizerTask:
         quantized = quantizers.lookup(codes, codebook).reshape(latents.shape)
 
         has_codebook = step >= self.seed_step
-        decoded = model.decode_latents(
-            jnp.where(has_codebook, quantizers.straight_through(latents, quantized), latents)
-        )
+        straight_through = quantizers.straight_through(latents, quantized)
+        decoded = model.decode_latents(jnp.where(has_codebook, straight_through, latents))
         terms = {
             "l1": losses.l1(decoded, images),
             "l2": losses.l2(decoded, images),
@@ -192,7 +174,7 @@ class TokenizerTask:
         for stream, images in self.heldout.items():
             if stopping():
                 return {}
-            psnr = statistics.psnr(self._reconstruct(state, images), images)  # [n]
+            psnr = statistics.psnr(np.asarray(self._jitted_reconstruct(state["params"], images)), images)  # [n]
             metrics[f"heldout_psnr/{stream}"] = float(psnr.mean())
         return metrics
 
@@ -203,11 +185,9 @@ class TokenizerTask:
             selected = images[:: max(1, len(images) // _PICTURE_COLUMNS)][:_PICTURE_COLUMNS]
             padded = np.zeros((_PICTURE_COLUMNS, *images.shape[1:]), np.uint8)
             padded[: len(selected)] = selected
-            rows += [np.concatenate([*batch], 1) for batch in (padded, self._reconstruct(state, padded))]
+            reconstructed = self._jitted_reconstruct(state["params"], padded)
+            rows += [np.concatenate([*np.asarray(batch)], 1) for batch in (padded, reconstructed)]
         return {"reconstructions": np.concatenate(rows)} if rows else {}
-
-    def _reconstruct(self, state: State, images: np.ndarray) -> np.ndarray:
-        return np.asarray(self._jitted_reconstruct(state["params"], images))
 
 
 def to_float(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:

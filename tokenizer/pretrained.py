@@ -38,9 +38,7 @@ class Tokenizer:
     """Images ↔ codes.
 
     Attributes:
-      config: the network.
       preprocess: maps any image to the network's input size; part of what the codes mean.
-      params: nested dict of weights.
       step: training step of the weights.
       encoder: `DataParallel` of images uint8 [B, R, R, 3] → codes uint16 [B, N].
       decoder: `DataParallel` of codes int32 [B, N] → images float32 [B, R, R, 3].
@@ -110,11 +108,7 @@ class Tokenizer:
         return identity | {"hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
 
     def encode(self, images: ArrayLike, batch_size: int = _BATCH) -> Int32[np.ndarray, "B N"]:
-        """Codes of images, in raster order.
-
-        Args:
-          images: uint8 [B, R, R, 3]; `preprocess` resizes any image.
-          batch_size: images per device and call.
+        """Codes of uint8 images [B, R, R, 3] in raster order; `batch_size` is images per device and call.
 
         Raises:
           UserError: another shape or dtype.

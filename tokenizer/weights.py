@@ -36,11 +36,7 @@ from tokenizer.network import VQGANConfig
 
 KINDS = ("orbax", "torch", "diffusers", "maskgit")
 PREPROCESS = "preprocess.json"
-_MODES = {
-    "maskgit": "center_crop",
-    "lvm_old": "squash",
-    "lvm": "squash",
-}  # preprocessing of the networks' authors
+_MODES = {"maskgit": "center_crop", "lvm_old": "squash", "lvm": "squash"}  # preprocessing of the networks' authors
 _FILENAMES = {
     "torch": "model.safetensors",
     "diffusers": "diffusion_pytorch_model.safetensors",
@@ -48,24 +44,16 @@ _FILENAMES = {
 }
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", "")
 _KIND_OF_CLASS = {"VQGANModel": "torch", "VQModel": "diffusers"}
-_HALF_DTYPES = (np.dtype(np.float16), interop.BFLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A stored tokenizer.
-
-    Attributes:
-      config: the network.
-      preprocess: maps images to the network's input size.
-      params: nested dict of float32 arrays.
-      step: training step; 0 if unknown.
-    """
+    """A stored tokenizer."""
 
     config: VQGANConfig
-    preprocess: Preprocess
-    params: Params
-    step: int = 0
+    preprocess: Preprocess  # maps images to the network's input size
+    params: Params  # float32
+    step: int = 0  # training step; 0 if unknown
 
 
 def read(folder: epath.PathLike) -> Weights:
@@ -93,20 +81,19 @@ def write(folder: epath.PathLike, weights: Weights, kind: str) -> None:
     """
     layout = None if kind == "orbax" else _layout_for(weights.config, kind)
     with files.new_folder(folder) as temporary:
-        if layout is None:
-            _write_workdir(temporary, weights)
-        else:
+        if layout:
             _write_published(temporary, weights, layout)
+        else:
+            _write_workdir(temporary, weights)
 
 
 def to_layout(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
     """The tensors with the layout's names and axes."""
     params = flatten_dict(weights.params)
-    tensors = {}
-    for name, (path, _) in layout.tensors(weights.config).items():
-        array = np.asarray(params[path])
-        tensors[name] = np.ascontiguousarray(array.transpose(layout.axes(array.ndim)))
-    return tensors
+    return {
+        name: np.ascontiguousarray(np.asarray(params[path]).transpose(layout.axes(len(shape))))
+        for name, (path, shape) in layout.tensors(weights.config).items()
+    }
 
 
 # --- Reading published layouts ------------------------------------------------------------------------------------
@@ -117,9 +104,8 @@ def _read_published(folder: epath.Path, file: epath.Path | None) -> Weights:
     file = file or _weights_file(folder)
     file_format = _file_format(file)
     layout = _layout_of(fields, file_format, where)
-    preprocess = None
-    if (folder / PREPROCESS).exists():
-        path = folder / PREPROCESS
+    preprocess, path = None, folder / PREPROCESS
+    if path.exists():
         try:
             preprocess = Preprocess.from_json(files.read_json(path))
         except UserError as error:
@@ -129,25 +115,20 @@ def _read_published(folder: epath.Path, file: epath.Path | None) -> Weights:
     config = layout.from_fields(fields, where)
     preprocess = preprocess or Preprocess(config.resolution, _MODES[layout.variant])
     if preprocess.resolution != config.resolution:
-        raise UserError(
-            f"{folder / PREPROCESS}: resolution: {preprocess.resolution}, {CONFIG} says {config.resolution}"
-        )
+        raise UserError(f"{path}: resolution: {preprocess.resolution}, {CONFIG} says {config.resolution}")
     names, tensors = layout.tensors(config), _open(file, file_format)
     interop.check_shapes(tensors, {name: shape for name, (_, shape) in names.items()}, file)
     _check_dtypes(tensors, file)
-    params = {path: _to_param(tensors[name], layout) for name, (path, _) in names.items()}
+    params = {}
+    for name, (path, shape) in names.items():
+        array = tensors[name].read().transpose(np.argsort(layout.axes(len(shape))))
+        params[path] = jnp.asarray(np.ascontiguousarray(array, np.float32))
     return Weights(config, preprocess, unflatten_dict(params))
-
-
-def _to_param(tensor: LazyTensor, layout: Layout) -> jnp.ndarray:
-    array = tensor.read().transpose(np.argsort(layout.axes(len(tensor.shape))))
-    return jnp.asarray(np.ascontiguousarray(array, np.float32))
 
 
 def _check_dtypes(tensors: Mapping[str, LazyTensor], file: epath.Path) -> None:
     dtypes = {tensor.dtype for tensor in tensors.values()} - {np.dtype(np.float32)}
-    unsupported = dtypes - set(_HALF_DTYPES)
-    if unsupported:
+    if unsupported := dtypes - {np.dtype(np.float16), interop.BFLOAT16}:
         names = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype in unsupported]
         raise UserError(f"{file}: {'; '.join(names[:8])}; expected float32, float16 or bfloat16")
     for dtype in sorted(map(str, dtypes)):

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from lvm.common.errors import UserError
@@ -15,40 +16,29 @@ from lvm.common.errors import UserError
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
 _GPUS_PER_HOST = 8
 _SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
-_SMALL_SHAPES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # larger slices are whole cubes of 64 chips
+# From 4 × 4 × 4 on, whole cubes of 64 chips.
+_SHAPES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *itertools.combinations_with_replacement(range(4, 25, 4), 3))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """Slice shapes and names of a TPU generation.
+    """Slice shapes and names of a TPU generation."""
 
-    Attributes:
-      accelerator_type_prefix: of gcloud's accelerator types, before the hyphen.
-      cores_per_chip: 2 where the number in a slice's name counts cores, 1 where it counts chips.
-      gke_accelerator: value of the node label `cloud.google.com/gke-tpu-accelerator`.
-      torus_dimensions: 2 or 3.
-      max_chips: of one slice.
-      chips_per_host: in slices of more than one host.
-      chip_config: libtpu's chip configuration; "" is its default.
-    """
-
-    accelerator_type_prefix: str
-    cores_per_chip: int
-    gke_accelerator: str
-    torus_dimensions: int
-    max_chips: int
-    chips_per_host: int = 4
-    chip_config: str = ""
+    accelerator_type_prefix: str  # of gcloud's accelerator types, before the hyphen
+    cores_per_chip: int  # 2 where the number in a slice's name counts cores, 1 where it counts chips
+    gke_accelerator: str  # value of the node label `cloud.google.com/gke-tpu-accelerator`
+    torus_dimensions: int  # 2 or 3
+    max_chips: int  # of one slice
+    chips_per_host: int = 4  # in slices of more than one host
+    chip_config: str = ""  # libtpu's chip configuration; "" is its default
 
     def topologies(self) -> list[tuple[int, ...]]:
         """Slice shapes offered (chips along each torus dimension), by size."""
-        shapes: list[tuple[int, ...]]
-        if self.torus_dimensions == 2:
-            # v2 and v3 are offered in multiples of four chips, except 2 × 4.
-            shapes = [s for s in _SHAPES_2D if self.cores_per_chip == 1 or s not in ((1, 1), (2, 4))]
-        else:
-            shapes = [*_SMALL_SHAPES_3D, *itertools.combinations_with_replacement(range(4, 25, 4), 3)]
-        return sorted((s for s in shapes if math.prod(s) <= self.max_chips), key=lambda s: (math.prod(s), s))
+        shapes: Sequence[tuple[int, ...]] = _SHAPES_2D if self.torus_dimensions == 2 else _SHAPES_3D
+        # v2 and v3 are offered in multiples of four chips, except 2 × 4.
+        excluded = ((1, 1), (2, 4)) if self.cores_per_chip == 2 else ()
+        offered = [s for s in shapes if math.prod(s) <= self.max_chips and s not in excluded]
+        return sorted(offered, key=lambda s: (math.prod(s), s))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,27 +46,20 @@ class Accelerator:
     """One JAX device of a kind: a chip, or a core of two-core chips (TPU v2, v3).
 
     Attributes:
-      name: as in `ACCELERATORS`.
-      device_kinds: prefixes of `jax.Device.device_kind`.
-      platform: "tpu" or "gpu".
-      peak_flops: dense bfloat16 FLOP/s from the datasheet.
-      hbm_bytes: memory.
-      hbm_bandwidth: bytes/s of that memory.
       link_bandwidth: bytes/s in each direction, over all links to the chips of its slice (ICI) or the GPUs of its host
         (NVLink): half of what datasheets call bidirectional; 0 if not published.
       network_bandwidth: the same between slices or hosts, as a share of the host's network; 0 if not published.
-      pod: slices of a TPU; None for GPUs.
     """
 
     name: str
-    device_kinds: tuple[str, ...]
-    platform: str
-    peak_flops: float
+    device_kinds: tuple[str, ...]  # prefixes of `jax.Device.device_kind`
+    platform: str  # "tpu" or "gpu"
+    peak_flops: float  # dense bfloat16 FLOP/s from the datasheet
     hbm_bytes: int
-    hbm_bandwidth: float = 0.0
+    hbm_bandwidth: float = 0.0  # bytes/s
     link_bandwidth: float = 0.0
     network_bandwidth: float = 0.0
-    pod: Pod | None = None
+    pod: Pod | None = None  # slices of a TPU; None for GPUs
 
 
 # TPUs: cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e}: HBM; "Interchip Interconnect BW" 2400 (v4), 1600 (v5e), 4800
@@ -106,19 +89,13 @@ ACCELERATORS = (
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A slice of a TPU pod, or a number of GPUs.
-
-    Attributes:
-      accelerator: the kind.
-      chips, hosts, chips_per_host: `chips` is `hosts` × `chips_per_host`.
-      shape: chips along each torus dimension; () for GPUs.
-    """
+    """A slice of a TPU pod, or a number of GPUs."""
 
     accelerator: Accelerator
-    chips: int
+    chips: int  # `hosts` × `chips_per_host`
     hosts: int
     chips_per_host: int
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # chips along each torus dimension; () for GPUs
 
     @property
     def generation(self) -> str:
@@ -192,11 +169,8 @@ def resolve(name: str) -> Slice:
 def slices_of(accelerator: Accelerator) -> list[Slice]:
     """Slices of a TPU by size; of those with equal chips, only the most cubic."""
     assert accelerator.pod is not None
-    by_chips: dict[int, tuple[int, ...]] = {}
-    for shape in accelerator.pod.topologies():
-        chips = math.prod(shape)
-        by_chips[chips] = min(shape, by_chips.get(chips, shape), key=sum)
-    return [_slice(accelerator, shape) for shape in by_chips.values()]
+    by_chips = itertools.groupby(accelerator.pod.topologies(), math.prod)
+    return [_slice(accelerator, min(shapes, key=sum)) for _, shapes in by_chips]
 
 
 def _slice(accelerator: Accelerator, shape: tuple[int, ...]) -> Slice:

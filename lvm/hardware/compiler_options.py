@@ -53,7 +53,6 @@ def compiler_options(platform: str, overrides: str = "", deterministic: bool = F
     """Compiler options for the programs of a platform.
 
     Args:
-      platform: "tpu", "gpu" or "cpu".
       overrides: `name=value name=value …`, added to the table or replacing its values; `name=` restores the
         compiler's default. The compiler itself rejects unknown names.
       deterministic: adds the options that make runs reproducible to the bit, at `DETERMINISM_COST`.

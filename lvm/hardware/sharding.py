@@ -32,21 +32,13 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each mesh axis. One axis may be -1: all remaining devices.
+    """Number of devices along each mesh axis. One axis may be -1: all remaining devices."""
 
-    Attributes:
-      data: data parallelism over replicated parameters; TPU slices are connected along this axis.
-      fsdp: parameters, optimizer state and batch are sharded; weights are gathered a layer at a time.
-      sequence: rows are sharded along their length, for contexts that do not fit one device.
-      tensor: heads, the MLP's inner dimension and the vocabulary are sharded.
-      zero1: shards the optimizer state over `data` too.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    sequence: int = 1
-    tensor: int = 1
-    zero1: bool = False
+    data: int = -1  # data parallelism over replicated parameters; TPU slices are connected along this axis
+    fsdp: int = 1  # parameters, optimizer state and batch are sharded; weights are gathered a layer at a time
+    sequence: int = 1  # rows are sharded along their length, for contexts that do not fit one device
+    tensor: int = 1  # heads, the MLP's inner dimension and the vocabulary are sharded
+    zero1: bool = False  # shards the optimizer state over `data` too
 
 
 def resolve_mesh(config: MeshConfig, num_devices: int) -> MeshConfig:
@@ -74,10 +66,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     config = resolve_mesh(config, len(devices))
     shape = [getattr(config, axis) for axis in AXES]
-    if math.prod(shape) != len(devices):
-        raise UserError(
-            f"config.mesh: {' × '.join(map(str, shape))} = {math.prod(shape)} devices, but there are {len(devices)}"
-        )
+    if (product := math.prod(shape)) != len(devices):
+        factors = " × ".join(map(str, shape))
+        raise UserError(f"config.mesh: {factors} = {product} devices, but there are {len(devices)}")
     # Only TPUs have slices: GPUs report their NVLink domain as `slice_index`, which FSDP may well cross.
     is_tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
@@ -133,7 +124,6 @@ def shardings(mesh: Mesh, tree: Any, axes: Any) -> Any:
     numbers of dimensions agree; all others are replicated.
 
     Args:
-      mesh: of the arrays.
       tree: arrays or ShapeDtypeStructs.
       axes: nested dict of logical axes, a tuple per parameter.
 
@@ -162,7 +152,7 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
     Raises:
       UserError: they do not divide the batch.
     """
-    size = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = axis_size(mesh, ("data", "fsdp"))
     if batch_size % size:
         raise UserError(f"config.batch_size={batch_size} must be divisible by the mesh's data × fsdp = {size}")
     return NamedSharding(mesh, partition_spec(("batch",)))
@@ -188,7 +178,7 @@ def zero1_shardings(tree: Any, mesh: Mesh, shardings: Any) -> Any:
     return jax.tree.map(add_data, tree, shardings)
 
 
-def axis_size(mesh: Mesh, axes: Sequence[str]) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
     """Number of devices along `axes`."""
     return math.prod(mesh.shape[axis] for axis in axes)
 

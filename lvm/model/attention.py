@@ -34,7 +34,7 @@ def choose_kernel(kernel: str, platform: str, dtype: str, head_dim: int = 128, s
       platform: "cpu", "gpu" or "tpu".
       dtype: "float32" or "bfloat16".
       head_dim: of the model; kernels pad it to a size they support.
-      segmented: whether rows pack several sentences that must not attend to each other.
+      segmented: rows pack several sentences that must not attend to each other.
 
     Raises:
       UserError: an unknown kernel, or one that cannot run there.
@@ -42,8 +42,7 @@ def choose_kernel(kernel: str, platform: str, dtype: str, head_dim: int = 128, s
     if kernel not in KERNELS:
         raise UserError(f"attention={kernel!r} must be one of {', '.join(KERNELS)}")
     if kernel == "auto":
-        on_gpu = "cudnn" if dtype == "bfloat16" else "xla"
-        kernel = {"tpu": "splash", "gpu": on_gpu}.get(platform, "xla")
+        kernel = {"tpu": "splash", "gpu": "cudnn" if dtype == "bfloat16" else "xla"}.get(platform, "xla")
     problem = ""
     if kernel == "splash" and platform != "tpu":
         problem = f"needs a TPU, this is {platform}; use auto or xla"
@@ -71,11 +70,9 @@ def attend(
 ) -> Float[Array, "B T H D"]:
     """Causal softmax attention over whole rows, with grouped key-value heads.
 
-    Scores are scaled by 1/√D; the softmax is in float32, the output in the dtype of `query`.
+    Scores are scaled by 1/√D; the softmax is in float32, the output in the dtype of `query`. K must divide H.
 
     Args:
-      query: H must be divisible by K.
-      key, value: K heads.
       kernel: "xla", "splash" or "cudnn", from `choose_kernel`.
       segment_ids: tokens attend within their own segment; None is one segment.
       interpret: runs the splash kernel in interpret mode, on any device.
@@ -87,8 +84,8 @@ def attend(
     def attend_local(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None) -> jax.Array:
         if kernel == "splash":
             return _attend_splash(query, key, value, segments, interpret)
-        on_gpu = kernel == "cudnn"
-        out = _attend_cudnn(query, key, value) if on_gpu else _attend_xla(query, key, value, segments)
+        is_cudnn = kernel == "cudnn"
+        out = _attend_cudnn(query, key, value) if is_cudnn else _attend_xla(query, key, value, segments)
         return checkpoint_name(out, CHECKPOINT_NAME)
 
     mesh = sharding.current_mesh()
@@ -206,12 +203,7 @@ def attend_cache(
     """Attention of one new token per row over a KV cache that already holds it; the softmax is in float32.
 
     The slots of a head are contiguous, so that its products read memory in order. A single row's cache has no batch
-    dimension.
-
-    Args:
-      query: H must be divisible by K.
-      key, value: the cache.
-      visible: mask of the slots that each row attends to.
+    dimension. `visible` marks the slots that each row attends to. K must divide H.
     """
     B, _, D = query.shape
     grouped = query.reshape(*key.shape[:-2], -1, D)  # [(B,) K, G, D]

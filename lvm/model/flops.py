@@ -15,13 +15,10 @@ CONVENTIONS = ("causal", "whole")
 def forward_flops_per_token(config: ModelConfig, length: int, convention: str) -> float:
     """FLOPs per token of a forward pass over rows of `length` tokens, including the output projection.
 
-    Args:
-      config: the model, with its vocabulary size set.
-      length: tokens per row.
-      convention: "causal" or "whole".
+    The vocabulary size must be set.
 
     Raises:
-      ValueError: another convention.
+      ValueError: `convention` is not in `CONVENTIONS`.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention={convention!r} must be one of {', '.join(CONVENTIONS)}")

@@ -21,7 +21,8 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 
 def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
     """The inverse of `split`; works under `jax.jit`."""
-    return nnx.merge(graphdef, nnx.State(_map_keys(_list_index, params)))
+    # `nnx.List` indexes its items with integers; attribute names are never digits.
+    return nnx.merge(graphdef, nnx.State(_map_keys(lambda key: int(key) if key.isdigit() else key, params)))
 
 
 def init_params(make_module: Callable[[nnx.Rngs], nnx.Module], rng: jax.Array) -> Params:
@@ -50,7 +51,6 @@ def logical_axes(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Params:
 
 
 def count_params(params: Params) -> int:
-    """Number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -62,8 +62,3 @@ def _map_keys(function: Callable[[Any], Any], tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {function(key): _map_keys(function, value) for key, value in tree.items()}
-
-
-def _list_index(key: str) -> str | int:
-    # `nnx.List` indexes its items with integers; attribute names are never digits.
-    return int(key) if key.isdigit() else key

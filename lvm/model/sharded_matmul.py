@@ -5,7 +5,7 @@ instead of reduce-scattering them: a fifth more bytes on the network for the 3b 
 """
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lvm.hardware import sharding
@@ -16,19 +16,15 @@ def sharded_matmul(
 ) -> Float[Array, "B T N"]:
     """x @ kernel in the dtype of `x`.
 
-    Under a mesh the kernel is cast, then gathered over `fsdp`; its gradient is reduced in the same dtype. `tensor`
-    splits N of a kernel whose first axis is "embed" (column parallel), else K (row parallel).
-
-    Args:
-      x: activations, split over the mesh along B and T.
-      kernel: float32 weights.
-      axes: logical axes of `kernel`, one of which is "embed".
+    Under a mesh the kernel is cast, then gathered over `fsdp`; its gradient is reduced in the same dtype. One of its
+    logical `axes` is "embed": if the first, `tensor` splits N (column parallel), else K (row parallel). Batches smaller
+    than the mesh, as in generation, are not split.
     """
     kernel = kernel.astype(x.dtype)
     mesh = sharding.current_mesh()
-    rows = sharding.partition_spec(("batch", "length"))
-    if mesh is None or not _is_divisible(x, mesh):
+    if mesh is None or x.shape[0] % sharding.axis_size(mesh, ("data", "fsdp")) or x.shape[1] % mesh.shape["sequence"]:
         return x @ kernel
+    rows = sharding.partition_spec(("batch", "length"))
     column_parallel = axes[0] == "embed"
     inner = sharding.partition_spec((axes[1] if column_parallel else axes[0],))[0]
 
@@ -45,9 +41,3 @@ def sharded_matmul(
         in_specs=(PartitionSpec(*rows, None if column_parallel else inner), sharding.partition_spec(axes)),
         out_specs=PartitionSpec(*rows, inner if column_parallel else None),
     )(x, kernel)
-
-
-def _is_divisible(x: jax.Array, mesh: AbstractMesh) -> bool:
-    """False for batches smaller than the mesh, as in generation."""
-    sizes = mesh.shape
-    return not (x.shape[0] % (sizes["data"] * sizes["fsdp"]) or x.shape[1] % sizes["sequence"])

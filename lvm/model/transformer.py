@@ -39,18 +39,10 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and numerics of a decoder.
+    """Shape and numerics of a LLaMA-style decoder.
 
     Attributes:
-      hidden_size, mlp_size, num_layers, num_heads: as in LLaMA.
-      num_kv_heads: key-value heads, a divisor of `num_heads`; 0 means `num_heads`.
-      vocabulary_size: 0 means the vocabulary of the data.
-      context: maximum input length in tokens.
-      init_std: standard deviation of the initial weights.
       depth_scaled_init: scales the initial projections back to the residual stream by 1/√(2·num_layers), as in GPT-2.
-      tie_embeddings: the output projection is the transposed embedding.
-      dtype: compute type, "bfloat16" or "float32".
-      attention: "auto", or a kernel of `lvm.model.attention.KERNELS`.
       remat: what the backward pass recomputes: "none" nothing, "dots" all but matrix products and attention,
         "attention" all but attention, "full" everything; "auto" is the first of these that fits in memory
         (`lvm.training.step`).
@@ -60,16 +52,16 @@ class ModelConfig:
     mlp_size: int = 2688
     num_layers: int = 22
     num_heads: int = 8
-    num_kv_heads: int = 0
-    vocabulary_size: int = 0
-    context: int = 4096
+    num_kv_heads: int = 0  # key-value heads, a divisor of `num_heads`; 0 means `num_heads`
+    vocabulary_size: int = 0  # 0 means the vocabulary of the data
+    context: int = 4096  # maximum input length in tokens
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-6
-    init_std: float = 0.02
+    init_std: float = 0.02  # standard deviation of the initial weights
     depth_scaled_init: bool = False
-    tie_embeddings: bool = False
-    dtype: str = "bfloat16"
-    attention: str = "auto"
+    tie_embeddings: bool = False  # the output projection is the transposed embedding
+    dtype: str = "bfloat16"  # or "float32": compute type
+    attention: str = "auto"  # or a kernel of `lvm.model.attention.KERNELS`
     remat: str = "none"
 
     def __post_init__(self) -> None:
@@ -77,9 +69,8 @@ class ModelConfig:
         check_positive(self, "rope_theta", "norm_epsilon", "init_std")
         check_non_negative(self, "num_kv_heads")
         if self.hidden_size % (2 * self.num_heads):
-            raise UserError(
-                f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size} into an even head dim"
-            )
+            size = f"hidden_size={self.hidden_size}"
+            raise UserError(f"num_heads={self.num_heads} must divide {size} into an even head dim")
         if self.num_heads % self.kv_heads:
             raise UserError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         check_choice(self, "dtype", ("float32", "bfloat16"))
@@ -100,18 +91,15 @@ class ModelConfig:
         return self.init_std / (2 * self.num_layers) ** 0.5 if self.depth_scaled_init else self.init_std
 
 
-def _size(hidden: int, mlp: int, layers: int, heads: int) -> ModelConfig:
-    return ModelConfig(hidden_size=hidden, mlp_size=mlp, num_layers=layers, num_heads=heads)
-
-
-SIZES: dict[str, ModelConfig] = {
-    "debug": _size(128, 256, 2, 4),
-    "100m": _size(640, 1664, 22, 10),
-    "300m": _size(1024, 2688, 22, 8),
-    "600m": _size(1536, 4096, 22, 16),
-    "1b": _size(2048, 5504, 22, 16),
-    "3b": _size(3200, 8640, 26, 32),
-    "7b": _size(4096, 11008, 32, 32),
+# hidden_size, mlp_size, num_layers, num_heads
+SIZES = {
+    "debug": ModelConfig(128, 256, 2, 4),
+    "100m": ModelConfig(640, 1664, 22, 10),
+    "300m": ModelConfig(1024, 2688, 22, 8),
+    "600m": ModelConfig(1536, 4096, 22, 16),
+    "1b": ModelConfig(2048, 5504, 22, 16),
+    "3b": ModelConfig(3200, 8640, 26, 32),
+    "7b": ModelConfig(4096, 11008, 32, 32),
 }
 
 Tokens = Int[Array, "B T"]  # also positions and segment ids
@@ -124,17 +112,11 @@ CACHE_AXES = ("batch", "kv_heads", None, None)
 
 
 class DecodePosition(NamedTuple):
-    """Position of the next token of each row.
+    """Position of the next token of each row."""
 
-    Attributes:
-      position: RoPE position in the row.
-      slot: slot of the KV cache that is written, the same in all rows so that the cache is updated in place.
-      visible: slots that each row attends to, including `slot`.
-    """
-
-    position: Int[Array, " B"]
-    slot: Int[Array, ""]
-    visible: Bool[Array, "B S"]
+    position: Int[Array, " B"]  # RoPE position in the row
+    slot: Int[Array, ""]  # of the KV cache that is written: the same in all rows, so that it is updated in place
+    visible: Bool[Array, "B S"]  # slots that each row attends to, including `slot`
 
 
 class RMSNorm(nnx.Module):
@@ -240,10 +222,7 @@ def _update_cache(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Arra
 class Transformer(nnx.Module):
     """Embedding, layers, final norm, output projection.
 
-    Args:
-      config: shape and numerics.
-      rngs: seeds of the initial parameters.
-      stacked: stacked layers for `__call__` and `hidden`, or separate ones for `prefill` and `decode_step`.
+    Layers are stacked for `__call__` and `hidden`, or separate (`stacked=False`) for `prefill` and `decode_step`.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stacked: bool = True):
@@ -252,13 +231,8 @@ class Transformer(nnx.Module):
         normal = jax.nn.initializers.normal(config.init_std)
         self.embedding = nnx.Param(normal(rngs.params(), (V, D)), axes=("vocabulary", "embed"))
         if stacked:
-
-            @nnx.split_rngs(splits=config.num_layers)
-            @nnx.vmap(in_axes=0)
-            def make_layers(layer_rngs: nnx.Rngs) -> Layer:
-                return Layer(config, layer_rngs)
-
-            self.layers: Any = make_layers(rngs)
+            make_layers = nnx.vmap(lambda layer_rngs: Layer(config, layer_rngs), in_axes=0)
+            self.layers: Any = nnx.split_rngs(splits=config.num_layers)(make_layers)(rngs)
         else:
             self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(D, config.norm_epsilon)
@@ -324,13 +298,7 @@ class Transformer(nnx.Module):
 
 
 def rope_cos_sin(positions: Tokens, head_dim: int, theta: float) -> RopeCosSin:
-    """Cosines and sines of the RoPE angles.
-
-    Args:
-      positions: of the tokens.
-      head_dim: d, even.
-      theta: base of the geometric series of wavelengths.
-    """
+    """Cosines and sines of the RoPE angles, for an even head dim; `theta` is the base of the series of wavelengths."""
     half = head_dim // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [d/2]
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, d/2]
