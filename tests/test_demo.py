@@ -79,7 +79,7 @@ def test_tokenizer_api_in_two_lines(demo):
 
 def test_tokenizer_rejects_bad_images_and_codes(demo):
     t = Tokenizer.load(demo / "tokenizer")
-    with pytest.raises(Exception, match=r"t\.preprocess\(image\)"):
+    with pytest.raises(Exception, match="`preprocess` resizes any image"):
         t.encode(np.zeros((1, 48, 64, 3), np.uint8))
     with pytest.raises(Exception, match="float32, expected uint8"):
         t.encode(np.zeros((1, 32, 32, 3), np.float32))
@@ -159,7 +159,7 @@ def test_prompt_bad_input_is_one_line(demo, tmp_path, arguments, words):
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.depth=3"], "depth"),
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.model.num_heads=3"], "num_heads=3 must"),
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.batch_size=many"], "batch_size"),
-        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.seed=-1"], "config.seed: -1 is negative"),
+        ("lvm.train", ["--config=configs/demo_lvm.py", "--config.seed=-1"], "config.seed=-1 must not be negative"),
         ("lvm.train", ["--config=configs/demo_lvm.py", "--config.speed=1"], "--config: no such key: 'speed'"),
         (
             "lvm.train",
@@ -174,7 +174,7 @@ def test_prompt_bad_input_is_one_line(demo, tmp_path, arguments, words):
         (
             "tokenizer.train",
             ["--config=configs/demo_tokenizer.py", "--config.preprocess.resizer=opencv"],
-            "error: config.preprocess.resizer is 'opencv'; it must be one of pillow, swscale",
+            "error: config.preprocess.resizer='opencv' must be one of pillow, swscale",
         ),
         ("lvm.train", ["--config=configs/nothing.py"], "configs/nothing.py"),
         (
@@ -262,7 +262,7 @@ def test_demo_on_real_images(tmp_path, name):
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the real images of ../shared/data")
 def test_single_video_cannot_be_held_out(tmp_path):
     arguments = [*TINY_DEMO[1:], f"--images={SHARED_DATA / 'depth'}", f"--out={tmp_path}"]
-    assert "all scenes belong to one image or video" in run("scripts.demo", *arguments, code=2)
+    assert "heldout_fraction=0.15 needs at least two images" in run("scripts.demo", *arguments, code=2)
 
 
 def comparable(results: pathlib.Path) -> dict:

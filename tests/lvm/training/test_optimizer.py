@@ -115,8 +115,8 @@ def test_lengths_in_tokens_round_up_to_steps():
 @functools.cache
 def compiled_loss_and_gradient():
     graphdef, _ = abstract_module(make)
-    tokens = np.random.default_rng(0).integers(0, 8, (4, 9))
-    positions = np.tile(np.arange(8), (4, 1))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 8, (4, 9)))
+    positions = jnp.tile(jnp.arange(8), (4, 1))
 
     def loss(params):
         logits = merge(graphdef, params)(tokens[:, :-1], positions, "xla")
