@@ -76,6 +76,12 @@ def _mixture(config: EvalConfig, model: LVM, folder: str) -> MixtureConfig:
             f"config.data.components is empty, and {folder} doesn't record its training mixture; "
             "give components with the recipes to evaluate"
         )
+    fraction = model.record.get("heldout_fraction")  # of a workdir of an earlier version
+    if fraction not in (None, config.data.heldout_fraction):
+        raise UserError(
+            f"config.data.heldout_fraction={config.data.heldout_fraction} must be {fraction}, as in the training of "
+            f"{folder}: other scenes may have been trained on"
+        )
     return config.data
 
 

@@ -21,7 +21,7 @@ from lvm import __version__
 from lvm.common import files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
+from lvm.common.logging import log_warning
 from lvm.data.images.preprocess import Preprocess
 from lvm.interop import tensors as interop
 from lvm.interop.tensors import LazyTensor
@@ -132,7 +132,7 @@ def _check_dtypes(tensors: Mapping[str, LazyTensor], file: epath.Path) -> None:
         names = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype in unsupported]
         raise UserError(f"{file}: {'; '.join(names[:8])}; expected float32, float16 or bfloat16")
     for dtype in sorted(map(str, dtypes)):
-        log_info(f"{file}: tensors in {dtype} are widened to float32")
+        log_warning(f"{file}: tensors in {dtype} are widened to float32")
 
 
 def _layout_of(fields: Mapping[str, Any], file_format: str, where: str) -> Layout:

@@ -130,7 +130,10 @@ def spread_list_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     """`--pairs a b --out=c` → `--pairs=a --pairs=b --out=c`, for the named flags."""
     spread, current = [], None
     for argument in argv:
-        if argument.startswith("--"):
+        if argument in ("-h", "-v"):
+            current = None
+            spread.append(argument)
+        elif argument.startswith("--"):
             name, _, value = argument[2:].partition("=")
             current = name if name in names else None
             if current is None or value:
@@ -182,7 +185,9 @@ def _guarded(body: Callable[[], int | None]) -> int:
     try:
         return body() or errors.EXIT_DONE
     except SystemExit as error:
-        return error.code if isinstance(error.code, int) else errors.EXIT_ERROR
+        if isinstance(error.code, str):
+            return report_error(error.code, errors.EXIT_ERROR)
+        return int(error.code or errors.EXIT_DONE)
     except errors.UserError as error:
         return report_error(str(error), errors.EXIT_BAD_INPUT)
     except errors.DivergedError as error:

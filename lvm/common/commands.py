@@ -14,8 +14,11 @@ from lvm.common import errors
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends the process. After a failure it doesn't wait for threads that write checkpoints or read ahead."""
-    if code == errors.EXIT_DONE:
+    """Ends the process. After a failure it doesn't wait for threads that write checkpoints or read ahead.
+
+    A preempted run ends like a finished one: leases are released and the other processes told.
+    """
+    if code in (errors.EXIT_DONE, errors.EXIT_PREEMPTED):
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
+from lvm.common.logging import log_info, set_process
 from lvm.common.validation import check_positive
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ def join(config: DistributedConfig) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)
+    set_process(jax.process_index(), jax.process_count())
     log_info(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
 

@@ -106,12 +106,12 @@ def atomic_file(path: epath.PathLike) -> Iterator[BinaryIO]:
 
 
 def lock_file(path: epath.PathLike, *, shared: bool = False, wait: bool = False) -> IO[str] | None:
-    """Locks a local file with `flock`, creating it if needed.
+    """Locks a local file with `flock`, creating it if needed; a shared lock needs a file that can be read.
 
     Returns:
       The open file, which holds the lock until it is closed; None if another process holds it and `wait` is False.
     """
-    file = open(path, "a+")  # noqa: SIM115 (returned open)
+    file = open(path, "r" if shared else "a+")  # noqa: SIM115 (returned open)
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BaseException as error:

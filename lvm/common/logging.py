@@ -7,6 +7,7 @@ import time
 import jax
 
 _LOGGER = logging.getLogger("lvm")
+_process = ""  # prefix of the lines of one of several processes
 _LOGGER.setLevel(logging.INFO)  # without `configure`, as in a notebook, Python itself shows warnings alone
 
 
@@ -26,13 +27,18 @@ def configure(quiet: bool = False, verbose: bool = False) -> None:
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time_of_day = self.formatTime(record, "%H:%M:%S")
-        process = f"[p{jax.process_index()}/{jax.process_count()}] " if jax.distributed.is_initialized() else ""
         library = "" if record.name == _LOGGER.name else f"{record.name}: "
-        text = f"{time_of_day} {record.levelname[0]} {process}{library}{record.getMessage()}"
+        text = f"{time_of_day} {record.levelname[0]} {_process}{library}{record.getMessage()}"
         # A library's exception reaches the user as one error line of ours; its traceback is for debugging.
         if record.exc_info and (not library or _LOGGER.isEnabledFor(logging.DEBUG)):
             return f"{text}\n{self.formatException(record.exc_info)}"
         return text
+
+
+def set_process(index: int, count: int) -> None:
+    """Prefixes log lines with `[pINDEX/COUNT]`: the formatter must not ask JAX, which may log while it holds locks."""
+    global _process
+    _process = f"[p{index}/{count}] "
 
 
 def log_info(message: str) -> None:

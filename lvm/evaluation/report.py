@@ -125,7 +125,7 @@ def write_report(
     model_folder: str,
     tokenizer_folder: str,
 ) -> None:
-    """Writes pictures, an overview of them, `index.html` and, last, `results.json`, which marks a complete"""
+    """Writes pictures, an overview of them, `index.html` and, last, `results.json`: it marks a complete evaluation."""
     folder = epath.Path(out)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for section in sections:

@@ -12,7 +12,8 @@ import pickletools
 import reprlib
 import struct
 import zipfile
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _STORAGES = {
     "torch.ByteStorage": np.dtype(np.uint8), "torch.BoolStorage": np.dtype(np.bool_),
 }  # fmt: skip
 _FUNCTIONS = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
-_MAX_TUPLES = 100_000  # hashing tuples nested deeper overflows the C stack
+_MAX_TUPLES = 100_000
 _DAMAGE = (
     zipfile.BadZipFile, pickle.UnpicklingError, struct.error, AttributeError, EOFError, LookupError, OverflowError,
     RecursionError, TypeError, ValueError,
@@ -136,8 +137,17 @@ def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple
     return _Tensor(shape, storage.dtype, read)
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Unpickler of `data.pkl` in a zip file of `torch.save`, which holds the bytes of each storage in `data/KEY`."""
+_PythonUnpickler: Any = pickle._Unpickler  # typed as Any: the type stubs lack its methods
+
+
+class _TensorUnpickler(_PythonUnpickler):
+    """Unpickler of `data.pkl` in a zip file of `torch.save`, which holds the bytes of each storage in `data/KEY`.
+
+    The Python version of the standard library's, since keys must be checked before they are hashed: hashing nested
+    tuples takes exponential time or overflows the stack.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path = path
@@ -152,6 +162,27 @@ class _TensorUnpickler(pickle.Unpickler):
         program = self._read("data.pkl")
         _check_sizes(program)
         super().__init__(io.BytesIO(program))
+
+    def _check_keys(self, keys: Iterable[object]) -> None:
+        for key in keys:
+            if not isinstance(key, str | int | float | None):
+                raise _RefusedError(f"a key of type {type(key).__name__}")
+
+    def _load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        _PythonUnpickler.load_setitem(self)
+
+    def _load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])  # since the mark
+        _PythonUnpickler.load_setitems(self)
+
+    def _load_dict(self) -> None:
+        self._check_keys(self.stack[::2])
+        _PythonUnpickler.load_dict(self)
+
+    dispatch |= {
+        pickle.SETITEM[0]: _load_setitem, pickle.SETITEMS[0]: _load_setitems, pickle.DICT[0]: _load_dict,
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> _Global:
         if (full_name := f"{module}.{name}") not in (*_FUNCTIONS, *_STORAGES):
@@ -196,6 +227,8 @@ def _check_sizes(program: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(program):
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(program):
             raise ValueError(f"memo index {argument} in a pickle of {len(program)} bytes")
+        if opcode.name in ("EMPTY_SET", "ADDITEMS", "FROZENSET"):  # their elements are hashed
+            raise _RefusedError("a set")
         num_tuples += opcode.name.startswith("TUPLE")
         if num_tuples > _MAX_TUPLES:
             raise ValueError(f"more than {_MAX_TUPLES} tuples")

@@ -18,8 +18,13 @@ def resolve_commit(revision: str, ship_changes: bool) -> str:
       ship_changes: includes uncommitted changes of tracked files, in a commit that is on no branch.
 
     Raises:
-      UserError: no such commit, or uncommitted changes.
+      UserError: no checkout, no such commit, or uncommitted changes.
     """
+    if not (ROOT / ".git").exists():
+        raise UserError(
+            f"{ROOT}: not a Git checkout, so there is no commit to ship; clone the repository, `pip install -e .`, and "
+            "submit from there"
+        )
     if revision:
         return _git("rev-parse", "--verify", f"{revision}^{{commit}}")
     changed = [line for line in _git("status", "--porcelain").splitlines() if line]

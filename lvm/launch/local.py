@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from lvm.common import cli, distributed, errors, files
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
+from lvm.common.logging import log_info, log_warning
 from lvm.launch.requests import SubmittedRun
 
 _POLL = 0.1  # seconds
@@ -59,9 +59,9 @@ class Supervisor:
                 continue
             failures += 1
             if failures > self.max_restarts:
-                log_info(f"restart budget ({self.max_restarts}) exhausted")
+                log_warning(f"restart budget ({self.max_restarts}) exhausted")
                 return code
-            log_info(f"restart {failures} of {self.max_restarts} after exit code {code}")
+            log_warning(f"restart {failures} of {self.max_restarts} after exit code {code}")
 
     def _run_once(self) -> int:
         port = _free_port()

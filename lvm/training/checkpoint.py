@@ -26,7 +26,7 @@ from etils import epath
 
 from lvm.common import distributed, files
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
+from lvm.common.logging import log_warning
 from lvm.training import checksums
 from lvm.training.task import State
 
@@ -152,7 +152,7 @@ class Checkpoints:
     def _quarantine(self, damaged: dict[int, str], intact: int) -> None:
         quarantine = self._workdir / DAMAGED
         for step, damage in damaged.items():
-            log_info(f"damaged checkpoint: {damage}; going back to step {intact}")
+            log_warning(f"damaged checkpoint: {damage}; going back to step {intact}")
             quarantine.mkdir(exist_ok=True)
             target = next(p for n in range(10_000) if not (p := quarantine / f"{step}-{n}").exists())
             files.move(self._folder(step), target)
@@ -163,7 +163,7 @@ class Checkpoints:
         record = self._record(step)
         if not record.exists():
             # A kill between the final rename and the checksums leaves a complete checkpoint.
-            log_info(f"{self._folder(step)}: has no checksums; used without verification")
+            log_warning(f"{self._folder(step)}: has no checksums; used without verification")
             return None
         return checksums.find_damage(self._folder(step), record, prefix)
 

@@ -13,7 +13,7 @@ import google_crc32c
 from etils import epath
 
 from lvm.common import files
-from lvm.common.logging import log_info
+from lvm.common.logging import log_warning
 
 T = TypeVar("T")
 _CHUNK_BYTES = 2**24
@@ -74,6 +74,6 @@ def retry_io(function: Callable[[], T]) -> T:
         try:
             return function()
         except OSError as error:
-            log_info(f"{error}; retrying in {delay:.0f} s")
+            log_warning(f"{error}; retrying in {delay:.0f} s")
             time.sleep(delay)
     return function()

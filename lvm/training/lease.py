@@ -16,7 +16,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 
 from lvm.common import errors
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
+from lvm.common.logging import log_info, log_warning
 
 _TTL_S = 120.0  # a lease not renewed for this long is free
 _RENEW_S = 30.0  # between renewals
@@ -56,7 +56,7 @@ class Lease:
         try:
             self._bucket.blob(self._name).delete(if_generation_match=self._generation)
         except (exceptions.GoogleAPIError, requests.RequestException) as error:
-            log_info(f"{self._path}: not released ({error}); it expires in {self._ttl_s:.0f} s")
+            log_warning(f"{self._path}: not released ({error}); it expires in {self._ttl_s:.0f} s")
 
     def _acquire(self) -> int:
         seen, since = self._current_generation(), time.monotonic()

@@ -61,7 +61,7 @@ def _chunked_losses(
 ) -> Losses:
     """Scans over chunks; `projection` is float32 so that its gradient accumulates in float32."""
     B, T, _ = hidden.shape
-    chunk = min(chunk, T)
+    chunk = max(1, min(chunk, T))
     num_chunks = -(-T // chunk)
     padding = num_chunks * chunk - T
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))

@@ -16,7 +16,11 @@ from lvm.training.lease import Lease
 CONFIG = "config.json"
 RECORD_VERSION = 2  # 1 had config.data.sources, and other keys named otherwise
 
-_CONVERT = {"lvm": "lvm convert", "tokenizer": "python -m tokenizer.convert"}  # commands that read version 1
+_CONVERT = {  # commands that read version 1
+    "lvm": "lvm convert {} NEW --to=orbax, then --config.init_from=NEW",
+    "tokenizer": "python -m tokenizer convert {} NEW --to=orbax, then --config.init_from=NEW "
+    "--config.loss.autoencoder_steps=0",
+}
 
 # Keys that may differ on resume, by prefix: they change neither the data nor the mathematics of a step.
 _MAY_CHANGE = (
@@ -96,8 +100,8 @@ class Workdir:
         old = _load_record(self.path, kind)
         if old.get("version") != RECORD_VERSION:
             raise UserError(
-                f"{path}: written before lvm 0.1.0, can't be resumed; start a new --workdir (to keep the weights: "
-                f"{_CONVERT[kind]} {self.path} NEW --to=orbax, then --config.init_from=NEW)"
+                f"{path}: record version {old.get('version')}, expected {RECORD_VERSION}: can't be resumed; use a new "
+                f"--workdir (to keep the weights: {_CONVERT[kind].format(self.path)})"
             )
         if config_class is not None:
             config: Any = from_config_dict(config_class, old["config"], f"{path}: config")
@@ -147,9 +151,11 @@ def read_record(folder: epath.PathLike, kind: str, required_keys: Sequence[str] 
 def current_record(record: dict[str, Any]) -> dict[str, Any]:
     """The record itself, if it is of this version; of an older one what still has the same meaning.
 
-    That is the model and the identities of its tokenizer and stores; the rest of the configuration is dropped.
+    That is the model, the identities of its tokenizer and stores, and the held-out fraction, which moves to the top.
     """
     if record.get("version") == RECORD_VERSION:
         return record
-    config = {"model": record["config"]["model"]} if "model" in record.get("config", {}) else {}
-    return {**record, "version": RECORD_VERSION, "config": config}
+    old = record.get("config", {})
+    config = {"model": old["model"]} if "model" in old else {}
+    heldout = {key: old["data"][key] for key in ("heldout_fraction",) if key in old.get("data", {})}
+    return {**record, **heldout, "version": RECORD_VERSION, "config": config}

@@ -127,6 +127,8 @@ class Preprocess:
         Raises:
           UserError: missing, unknown or impossible fields.
         """
+        if not isinstance(fields, Mapping):
+            raise UserError(f"preprocess is {fields!r}; expected an object of its fields")
         fields = {**_RANGE, **fields}
         if (value := fields.pop("colours")) != _RANGE["colours"]:
             raise UserError(f"preprocess.colours={value!r} is not supported; inputs are uint8 / 255, '0..1'")

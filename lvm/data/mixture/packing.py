@@ -78,7 +78,7 @@ class ConcatPacker:
         return self._block_of_token(row * self.stride)
 
     def _block_of_token(self, token: int) -> int:
-        # Every component is within one sentence of its share, so the guess is off by a few blocks at most.
+        # Every component is within two sentences of its share, so the guess is off by a few blocks at most.
         block = int(token / self._block_tokens)
         while self._tokens_before(block) > token:
             block -= 1

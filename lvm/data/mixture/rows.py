@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
+from lvm.common.logging import log_warning
 from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.packing import BestFitPacker, ConcatPacker, Spans
 from lvm.data.store.format import DamagedError
@@ -204,7 +204,7 @@ class Rows:
         self.skipped.setdefault(reason, set()).add(sentence)
         if is_new:
             count = len(set().union(*self.skipped.values()))
-            log_info(f"skipped: {reason} ({len(self.skipped)} damaged records, {count} sentences so far)")
+            log_warning(f"skipped: {reason} ({len(self.skipped)} damaged records, {count} sentences so far)")
 
     def _tokens(self, component: int, indices: np.ndarray) -> np.ndarray:
         """Tokens int32 [n, length] of a component's sentences."""

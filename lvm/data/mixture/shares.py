@@ -2,7 +2,7 @@
 
 A Huffman tree over the components splits n sentences: each node passes the rounded share of its lighter child to that
 child and the rest to the other. Both grow with n by 0 or 1 at a time, so the counts of any prefix are non-negative and
-monotone, their sum is exact, and each stays within about 1.5 sentences of its exact share, for any weights. Differences
+monotone, their sum is exact, and each stays within two sentences of its exact share, for any weights. Differences
 of rounded cumulative shares would not be monotone for weights below one sentence a block.
 """
 

@@ -93,7 +93,7 @@ class Pose(Codec):
     def render(self, people: np.ndarray, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
         """Renders skeletons in an image of `size` (H, W). Raises UserError for another shape.
 
-        `people` are joint coordinates (x, y), float [P, J, 2], as of `Preprocess.points`; NaN marks an unseen joint.
+        `people` are joints (x, y), float [P, J, 2], as of `Preprocess.map_points`; NaN marks an unseen joint.
         """
         if people.ndim != 3 or people.shape[1:] != (len(self.joints), 2):
             raise UserError(f"people have shape {list(people.shape)}; expected [P, {len(self.joints)}, 2]")

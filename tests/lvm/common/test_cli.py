@@ -54,6 +54,7 @@ def run(*arguments):
         (["run", "--pairs", "a=b", "-1"], ["run", "--pairs=a=b", "--pairs=-1"]),
         (["run", "--out", "c", "d"], ["run", "--out", "c", "d"]),
         (["run", "--pairs", "a", "--out", "c"], ["run", "--pairs=a", "--out", "c"]),
+        (["run", "--pairs", "a", "-v"], ["run", "--pairs=a", "-v"]),
     ],
 )
 def test_list_flags_take_values_up_to_next_flag(argv, expected):

@@ -246,6 +246,16 @@ def test_read_torch_refuses_other_names(content, name, tmp_path):
         read_torch(save(tmp_path / "x.bin", content))
 
 
+@pytest.mark.parametrize("end", [b"K\x01s.", b"K\x01u.", b"\x8f(h\x31\x90."])
+def test_read_torch_never_hashes_tuples(end, tmp_path):
+    """A tuple of the same tuple twice, 48 deep, takes weeks to hash."""
+    doubled = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(48))
+    start = b"}(" if end.endswith(b"u.") else b"}"
+    raw = b"\x80\x04" + start + b")q\x00" + doubled + end
+    with pytest.raises(UserError, match=r"x\.bin: refused.*(tuple|set)"):
+        read_torch(save(tmp_path / "x.bin", None, raw=raw))
+
+
 @pytest.mark.parametrize(
     ("content", "storages"),
     [
