@@ -1,13 +1,13 @@
-"""`lvm COMMAND …`: the commands of this package."""
+"""`python -m lvm COMMAND …`: the commands of this package."""
 
 from typing import NoReturn
 
-from lvm.common import commands
+from lvm.common.commands import dispatch, exit_process
 
 
 def main() -> NoReturn:
     """Runs a command and ends the process with its exit code."""
-    commands.exit_process(commands.dispatch("lvm"))
+    exit_process(dispatch("lvm"))
 
 
 if __name__ == "__main__":

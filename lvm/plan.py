@@ -6,8 +6,6 @@ For TPUs the training step is compiled for the topology and its program is analy
 estimated.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

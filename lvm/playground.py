@@ -6,8 +6,6 @@ Prints the address to open. Drop example pairs and a query, or frames of a seque
 generated. Needs `pip install ".[playground]"`; listens on localhost only.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import pathlib

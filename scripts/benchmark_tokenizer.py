@@ -8,8 +8,6 @@ Ours is `Tokenizer` with random weights. Each contender runs in its own process,
 reported in its row. Exits with 1 if ours has no figure.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import gzip

@@ -2,12 +2,12 @@
 
 from typing import NoReturn
 
-from lvm.common import commands
+from lvm.common.commands import dispatch, exit_process
 
 
 def main() -> NoReturn:
     """Runs a command and ends the process with its exit code."""
-    commands.exit_process(commands.dispatch("tokenizer"))
+    exit_process(dispatch("tokenizer"))
 
 
 if __name__ == "__main__":

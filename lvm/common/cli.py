@@ -26,11 +26,9 @@ Args = absl_flags.FlagValues  # parsed flags: `args.workdir`, `args["workdir"].p
 
 
 class Flags:
-    """Flags of one command, defined in its `main`. `run` parses them and runs the command.
+    """Flags of one command, defined in its `main`; `run` parses them and runs the command.
 
-    Args:
-      usage: the command's module docstring, printed by `--help`.
-      positionals: flags that may be given by position, in this order.
+    `usage` is the module docstring, for `--help`; `positionals` are flags that may be given by position, in order.
     """
 
     def __init__(self, usage: str | None, positionals: Sequence[str] = ()):

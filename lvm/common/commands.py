@@ -4,7 +4,6 @@ import ast
 import importlib
 import os
 import pathlib
-import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -45,13 +44,10 @@ def dispatch(package: str, argv: Sequence[str] | None = None) -> int:
 def list_commands(package: str) -> dict[str, str]:
     """Commands of a package with their one-line summaries: its modules that define `main`, read but not imported."""
     commands = {}
-    for folder in importlib.import_module(package).__path__:
-        for module in pkgutil.iter_modules([folder]):
-            if module.ispkg or module.name.startswith("_"):
-                continue
-            tree = ast.parse(pathlib.Path(folder, f"{module.name}.py").read_text("utf-8"))
-            if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-                commands[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    for path in sorted(pathlib.Path(importlib.import_module(package).__path__[0]).glob("[!_]*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            commands[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return commands
 
 

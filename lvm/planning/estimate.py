@@ -1,7 +1,5 @@
 """Analytic memory model of a training step: for chips that nothing compiles for here, and to prune a search."""
 
-from __future__ import annotations
-
 import math
 
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """Plan of a training step on devices that are not attached: memory, collectives, roofline."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time

@@ -1,7 +1,5 @@
 """Text report of a plan."""
 
-from __future__ import annotations
-
 from lvm.hardware.accelerators import GIB, GIGA, TERA
 from lvm.planning.collectives import PADDING, Collective
 from lvm.planning.estimate import count_parameters

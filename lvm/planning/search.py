@@ -1,7 +1,5 @@
 """Search for mesh, batch size and rematerialization: pruned by the memory model, confirmed by compiling."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ Annotations are exact, since the renderer knows where the shapes are. Nothing is
 (seed, index, resolution) give equal images.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -4,8 +4,6 @@ Lengths are relative to the image's side: the image is [0, 1] × [0, 1], x to th
 negative inside of a shape. Arrays are float32, frames first: [T, R, R].
 """
 
-from __future__ import annotations
-
 import colorsys
 import dataclasses
 from collections.abc import Callable, Collection
