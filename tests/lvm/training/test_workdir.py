@@ -193,7 +193,7 @@ def write_old_record(folder, kind="lvm", **changes):
     files.write_json(folder / CONFIG, {**record, "version": 1, "kind": kind, **changes})
 
 
-@pytest.mark.parametrize(("kind", "command"), [("lvm", "lvm convert"), ("tokenizer", "python -m tokenizer.convert")])
+@pytest.mark.parametrize(("kind", "command"), [("lvm", "lvm convert"), ("tokenizer", "python -m tokenizer convert")])
 def test_workdir_of_older_release_is_refused(tmp_path, kind, command):
     start_run(tmp_path)
     write_old_record(tmp_path, kind)
@@ -201,7 +201,7 @@ def test_workdir_of_older_release_is_refused(tmp_path, kind, command):
     with pytest.raises(UserError, match=f"{tmp_path / CONFIG}: .* {command} {tmp_path} NEW --to=orbax") as error:
         reopen(tmp_path, RECORD, kind)
     assert "\n" not in str(error.value)
-    assert "start a new --workdir" in str(error.value)
+    assert "use a new --workdir" in str(error.value)
     assert (tmp_path / CONFIG).read_bytes() == before
 
 
