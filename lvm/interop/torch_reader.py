@@ -180,8 +180,12 @@ class _TensorUnpickler(_PythonUnpickler):
         self._check_keys(self.stack[::2])
         _PythonUnpickler.load_dict(self)
 
+    def _load_set(self) -> None:
+        raise _RefusedError("a set")
+
     dispatch |= {
         pickle.SETITEM[0]: _load_setitem, pickle.SETITEMS[0]: _load_setitems, pickle.DICT[0]: _load_dict,
+        pickle.EMPTY_SET[0]: _load_set, pickle.FROZENSET[0]: _load_set,
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> _Global:
@@ -227,8 +231,6 @@ def _check_sizes(program: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(program):
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(program):
             raise ValueError(f"memo index {argument} in a pickle of {len(program)} bytes")
-        if opcode.name in ("EMPTY_SET", "ADDITEMS", "FROZENSET"):  # their elements are hashed
-            raise _RefusedError("a set")
         num_tuples += opcode.name.startswith("TUPLE")
         if num_tuples > _MAX_TUPLES:
             raise ValueError(f"more than {_MAX_TUPLES} tuples")

@@ -103,7 +103,7 @@ def both(kv_heads, tied):
     def loss(params):
         model = nnx_utils.merge(graphdef, params)
         hidden = model.hidden(jnp.asarray(rows[:, :-1]), positions, "xla")
-        losses, _ = token_losses(model.norm(hidden), model.output_projection(), rows[:, 1:], 512)
+        losses, _ = token_losses(model.norm(hidden), model.output_projection(), jnp.asarray(rows[:, 1:]), 512)
         return jnp.mean(losses), model.logits(hidden)
 
     (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
