@@ -81,7 +81,10 @@ def _run_command(module: str, arguments: list[str], environment: dict[str, str],
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.argv = [module, *arguments]
-    cli.exit_process(importlib.import_module(module).main(arguments))
+    try:
+        cli.exit_process(importlib.import_module(module).main(arguments))
+    finally:
+        atexit._run_exitfuncs()  # as at the end of a program; multiprocessing skips them
 
 
 def _environment(devices: int) -> dict[str, str]:
