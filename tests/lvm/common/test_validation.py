@@ -23,7 +23,8 @@ class Config:
 
 
 def test_good_values_pass():
-    Config(size=1e-9, offset=0, mode="b")
+    config = Config(size=1e-9, offset=0, mode="b")
+    assert (config.size, config.offset, config.mode) == (1e-9, 0, "b")
 
 
 @pytest.mark.parametrize(
