@@ -103,7 +103,7 @@ class Checkpoints:
             self._checksums = self._executor.submit(self._write_checksums, step)
 
     def _write_checksums(self, step: int) -> None:
-        """Waits until a step's folder is complete, writes its checksums, and removes those of deleted steps."""
+        """Waits until a step's folder is complete, then writes its checksums."""
         folder = self._folder(step)
         # On disk Orbax renames the complete folder into place; on gs:// it writes a marker file.
         while not (folder.exists() and ocp.utils.is_checkpoint_finalized(folder)):
@@ -111,9 +111,6 @@ class Checkpoints:
                 return
             time.sleep(_REMOTE_POLL_S if files.is_remote(folder) else _POLL_S)
         checksums.write(folder, self._record(step))
-        for record in (self._workdir / CHECKSUMS).glob("*.json"):
-            if not (self._manager.directory / record.stem).exists():
-                record.unlink(missing_ok=True)
 
     def _folder(self, step: int) -> epath.Path:
         return self._manager.directory / str(step)
@@ -194,8 +191,13 @@ class Checkpoints:
         with self._note_failure():
             wait()
         future, self._checksums = self._checksums, None
-        if future is not None:
-            future.result()
+        if future is None:
+            return
+        future.result()
+        # Not before: Orbax deletes the checkpoints that a save replaces once its folder is complete.
+        for record in (self._workdir / CHECKSUMS).glob("*.json"):
+            if not (self._manager.directory / record.stem).exists():
+                record.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _note_failure(self) -> Iterator[None]:
