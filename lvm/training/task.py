@@ -46,10 +46,7 @@ LossFn = Callable[[Any, Batch, Key[Array, ""]], tuple[Float[Array, ""], Sums]]
 
 
 def make_update(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    accumulate_steps: int = 1,
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulate_steps: int = 1
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """Makes the usual update: gradient, optimizer, parameters, norms. A non-finite gradient changes nothing.
 

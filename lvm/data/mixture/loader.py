@@ -154,10 +154,7 @@ def local_rows(sharding: Sharding, shape: tuple[int, ...]) -> Int[np.ndarray, " 
 
 
 def to_global(
-    local: Shaped[np.ndarray, "n ..."],
-    rows: Int[np.ndarray, " n"],
-    sharding: Sharding,
-    shape: tuple[int, ...],
+    local: Shaped[np.ndarray, "n ..."], rows: Int[np.ndarray, " n"], sharding: Sharding, shape: tuple[int, ...]
 ) -> jax.Array:
     """Assembles a global array of `shape` from this process's `rows` of it (`local_rows`)."""
 

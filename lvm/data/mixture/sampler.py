@@ -90,12 +90,7 @@ class ClassSampler:
     """
 
     def __init__(
-        self,
-        scenes: RankIndex,
-        class_ids: Callable[[np.ndarray], np.ndarray],
-        num_scenes: int,
-        seed: int,
-        shuffle: str,
+        self, scenes: RankIndex, class_ids: Callable[[np.ndarray], np.ndarray], num_scenes: int, seed: int, shuffle: str
     ):
         self._k, self._seed, self._shuffle = num_scenes, seed, shuffle
         indices = scenes.select(np.arange(len(scenes)))

@@ -33,7 +33,7 @@ class ArrayRecordSource(ImageFileSource[None]):
 
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, None]]:
         self._starts = [0]  # of each file, and the end
-        return super()._list_scenes()
+        return self._list_files(self._list_file)
 
     def _list_file(self, file: str) -> tuple[()]:
         count = self._reader(file).num_records()

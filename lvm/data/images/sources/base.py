@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -67,8 +67,8 @@ class PathConfig:
 class SceneSource(abc.ABC, Generic[Location]):
     """Base class of all sources: scenes by index, listed up front without decoding.
 
-    A subclass sets the class attributes and implements `_list_file`, or `_list_scenes` if its scenes are not in files
-    of their own. A source is pickled for worker processes without its `unpicklable` attributes, which `_reset` sets.
+    A subclass sets the class attributes and implements `_list_scenes`, by `_list_files` if each file has scenes of its
+    own. A source is pickled for worker processes without its `unpicklable` attributes, which `_reset` sets.
 
     Args:
       preprocess: converts decoded images to the model's size.
@@ -133,13 +133,19 @@ class SceneSource(abc.ABC, Generic[Location]):
         files = [(file, self._root / file) for file in self._files]
         return fields | ({"listing": listing.hash_files(files, tail_bytes=65536)} if files else {})
 
+    @abc.abstractmethod
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, Location]]:
-        """Lists the scenes of all files. A source that overrides `__len__` and `info` may yield none."""
+        """Lists all scenes. A source that overrides `__len__` and `info` may yield none."""
+
+    def _list_files(
+        self, list_file: Callable[[str], Iterable[tuple[SceneInfo, Location]]]
+    ) -> Iterator[tuple[SceneInfo, Location]]:
+        """Lists the scenes of each file; a file whose listing raises UnreadableError or `read_errors` is skipped."""
         root, files = listing.find_files(self.config.path, listing.SUFFIXES[self.kind], self._skip)
         self._set_root(root)
         for file in files:
             try:
-                scenes = list(self._list_file(file))
+                scenes = list(list_file(file))
             except UnreadableError as error:
                 self._skip(file, str(error))
             except self.read_errors as error:
@@ -147,10 +153,6 @@ class SceneSource(abc.ABC, Generic[Location]):
             else:
                 self._files.append(file)
                 yield from scenes
-
-    def _list_file(self, file: str) -> Iterable[tuple[SceneInfo, Location]]:
-        """Lists the scenes of a file. Raises UnreadableError or one of `read_errors`."""
-        raise NotImplementedError
 
     def _reset(self) -> None:
         """Sets the attributes that can't be pickled, such as open files and locks."""

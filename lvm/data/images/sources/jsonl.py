@@ -48,7 +48,7 @@ class JsonlSource(CodeSource[Line]):
 
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, Line]]:
         self.num_codes, self.grid = self.config.num_codes, self.config.grid
-        return super()._list_scenes()
+        return self._list_files(self._list_file)
 
     def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, Line]]:
         offset = 0

@@ -71,7 +71,7 @@ class ParquetSource(ImageFileSource[Row]):
 
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, Row]]:
         self._columns, self._keys = dict(self.config.streams), set[str]()
-        return super()._list_scenes()
+        return self._list_files(self._list_file)
 
     def _list_file(self, file: str) -> list[tuple[SceneInfo, Row]]:
         table = pyarrow.parquet.ParquetFile(self._root / file)

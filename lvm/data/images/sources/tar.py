@@ -76,6 +76,9 @@ class TarSource(ImageFileSource[Sample]):
         read = lambda m: functools.partial(read_range, self._root / tar, m.offset, m.size)  # noqa: E731
         return info, [{stream: ImageFile(f"{tar}/{m.name}", read(m)) for stream, m in members.items()}]
 
+    def _list_scenes(self) -> Iterator[tuple[SceneInfo, Sample]]:
+        return self._list_files(self._list_file)
+
     def _list_file(self, tar: str) -> Iterator[tuple[SceneInfo, Sample]]:
         """Yields a tar's scenes in the order of their first members."""
         by_key: dict[str, dict[str, Member]] = {}

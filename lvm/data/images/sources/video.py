@@ -77,6 +77,9 @@ class VideoSource(ImageSource[tuple[Video, int]]):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {key: value for key, value in to_json(self.config).items() if key != "path"}
 
+    def _list_scenes(self) -> Iterator[tuple[SceneInfo, tuple[Video, int]]]:
+        return self._list_files(self._list_file)
+
     def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, tuple[Video, int]]]:
         """Yields each clip with its video, and its first frame among the used ones."""
         video = probe(self._root, file)
