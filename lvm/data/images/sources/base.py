@@ -67,7 +67,7 @@ class PathConfig:
 class SceneSource(abc.ABC, Generic[Location]):
     """Base class of all sources: scenes by index, listed up front without decoding.
 
-    A subclass sets the class attributes and implements `_list_scenes`, by `_list_files` if each file has scenes of its
+    A subclass sets the class attributes and overrides `_list_scenes`, by `_list_files` if each file has scenes of its
     own. A source is pickled for worker processes without its `unpicklable` attributes, which `_reset` sets.
 
     Args:
@@ -133,9 +133,9 @@ class SceneSource(abc.ABC, Generic[Location]):
         files = [(file, self._root / file) for file in self._files]
         return fields | ({"listing": listing.hash_files(files, tail_bytes=65536)} if files else {})
 
-    @abc.abstractmethod
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, Location]]:
-        """Lists all scenes. A source that overrides `__len__` and `info` may yield none."""
+        """Lists all scenes; by default none, for a source that overrides `__len__` and `info`."""
+        return ()
 
     def _list_files(
         self, list_file: Callable[[str], Iterable[tuple[SceneInfo, Location]]]
