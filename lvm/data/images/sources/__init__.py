@@ -12,7 +12,7 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import CodeSource, Failure, ImageSource, SceneInfo
 from lvm.data.images.sources.derived import DerivedStreams
 from lvm.data.images.sources.image_file import IMAGE_SUFFIXES
-from lvm.data.images.sources.listing import SUFFIXES, walk_files
+from lvm.data.images.sources.listing import COMPRESSED_SUFFIXES, SUFFIXES, walk_files
 
 __all__ = ["CodeSource", "Failure", "ImageSource", "SceneInfo", "open_any_source", "open_source"]
 
@@ -66,6 +66,8 @@ def open_any_source(
             raise UserError(f"{spec}: {error}") from error
     if path.is_dir():
         kind = _kind_of_folder(path)
+    elif path.is_file() and path.suffix.lower() in COMPRESSED_SUFFIXES:
+        kind = "tar"  # whose error says what to do
     elif not path.is_file() or not (kind := _KIND_OF_SUFFIX.get(path.suffix.lower())):
         raise UserError(
             f"{spec}: found {'a file' if path.is_file() else 'nothing'} there; expected a folder of images, or a "
@@ -88,13 +90,16 @@ def _open(kind: str, preprocess: Preprocess, parameters: dict[str, Any]) -> Imag
 
 def _kind_of_folder(folder: pathlib.Path) -> str:
     """Returns the kind of the first file, in natural order, that belongs to any."""
+    otherwise = "folder"
     for _, name in walk_files(folder, lambda path, reason: None):
         suffix = pathlib.PurePath(name).suffix.lower()
         if suffix in IMAGE_SUFFIXES:
             return "folder"
         if suffix in _KIND_OF_SUFFIX:
             return _KIND_OF_SUFFIX[suffix]
-    return "folder"  # whose error names what it expects
+        if suffix in COMPRESSED_SUFFIXES:
+            otherwise = "tar"
+    return otherwise  # whose error names what it expects
 
 
 def _load_config(path: pathlib.Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ SUFFIXES = {  # of the files of each kind of source; a folder of image files has
     "parquet": (".parquet",),
     "jsonl": (".jsonl",),
 }
+COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z")
+COMPRESSED = "it is compressed, and has no random access; unpack it to a plain .tar"
 NOT_UTF8 = "its name is not UTF-8"
 _INDEX_SUFFIX = ".index.json"  # written by sources beside their files
 
@@ -89,8 +91,12 @@ def find_files(path: str, suffixes: Sequence[str], skip: Skip) -> tuple[pathlib.
         if file.lower().endswith(tuple(suffixes)):
             files.append(file)
         elif pathlib.PurePath(file).name not in SETTINGS_FILES and not file.endswith(_INDEX_SUFFIX):
-            skip(file, f"does not end in {', '.join(suffixes)}")
+            is_compressed = file.lower().endswith(COMPRESSED_SUFFIXES)
+            skip(file, COMPRESSED if is_compressed else f"does not end in {', '.join(suffixes)}")
     if not files:
+        for file in candidates:
+            if file.lower().endswith(COMPRESSED_SUFFIXES):
+                raise UserError(f"{root / file}: {COMPRESSED}")
         expected = f"expected a file, a folder or a pattern of files ending in {', '.join(suffixes)}"
         raise UserError(f"{path}: found {'none' if candidates else 'nothing'} there; {expected}")
     return root, files

@@ -9,17 +9,18 @@ import pathlib
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lvm.common import files
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
 from lvm.data.images.sources.image_file import IMAGE_SUFFIXES, ImageFile
-from lvm.data.images.sources.listing import NOT_UTF8, printable, read_range
+from lvm.data.images.sources.listing import COMPRESSED, NOT_UTF8, printable, read_range
 
 CLASS = "cls"  # suffix of the member that holds its scene's class name
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
+_COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"PK\x03\x04")
 
 
 class Member(NamedTuple):
@@ -151,43 +152,65 @@ def _load_index(path: pathlib.Path) -> tuple[list[Member], list[tuple[str, str]]
 
 
 def _scan(path: pathlib.Path, size: int) -> tuple[list[Member], list[tuple[str, str]]]:
+    """Reads all headers, also after the zeros that end a tar: tars may be joined, and a file may have a hole."""
     members: list[Member] = []
     problems: list[tuple[str, str]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (header := _next(tar, problems)) is not None:
-                if reason := _member_problem(header, size):
-                    problems.append((printable(header.name), reason))
-                elif header.isfile():
-                    members.append(Member(header.name.removeprefix("./"), header.offset_data, header.size))
-                vars(tar)["members"].clear()  # or tarfile keeps all headers in memory
-            if reason := _end_problem(path, tar.offset):
-                problems.append(("", reason))
-    except tarfile.ReadError as error:
-        with open(path, "rb") as file:
-            magic = file.read(6)
-        compressed = magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00"))
-        reason = "is compressed, and has no random access; unpack it to a plain .tar" if compressed else str(error)
-        problems.append(("", f"not a tar that can be read: {reason}"))
-    return members, problems
-
-
-def _next(tar: tarfile.TarFile, problems: list[tuple[str, str]]) -> tarfile.TarInfo | None:
-    try:
-        return tar.next()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        problems.append(("", f"damaged: {error}; what follows is not used"))
-        return None
-
-
-def _end_problem(path: pathlib.Path, offset: int) -> str:
-    """Returns what is wrong at the offset where `tarfile` stopped, or "": it takes a damaged header for the end."""
+    start = end = 0
+    gap = ""
     with open(path, "rb") as file:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-    if not block:
-        return "ends without an end mark: it may have been cut short"
-    return f"damaged: no header at byte {offset}; what follows is not used" if block.strip(b"\0") else ""
+        while True:
+            try:
+                for header, following in _headers(file, start, size):
+                    end = following
+                    if reason := _member_problem(header, size):
+                        problems.append((printable(header.name), reason))
+                    elif header.isfile():
+                        members.append(Member(header.name.removeprefix("./"), header.offset_data, header.size))
+            except OSError:
+                raise
+            except Exception as error:  # tarfile raises errors of any type on damaged headers
+                problems.append(("", _damage(file, end, error)))
+                break
+            start = _skip_zeros(file, end) if end < size else end
+            if start == end:
+                reason = f"damaged: no header at byte {end}; what follows is not used"
+                problems.append(("", reason if end < size else "ends without an end mark: it may have been cut short"))
+                break
+            if start >= size:
+                break
+            gap = gap or f"zeros from byte {end} to {start}: tars were joined, or it has a hole"
+            end = start
+    return members, problems + [("", gap)] * bool(gap)
+
+
+def _headers(file: BinaryIO, start: int, size: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yields each header from `start` to what is no header, with the offset of its member's end."""
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for header in iter(tar.next, None):
+            if header.size < 0:  # the next header would be before it
+                raise tarfile.ReadError(f"a member has the size {header.size}")
+            yield header, tar.offset
+            if tar.offset > size:
+                return
+            vars(tar)["members"].clear()  # or tarfile keeps all headers in memory
+
+
+def _damage(file: BinaryIO, offset: int, error: Exception) -> str:
+    if offset:
+        return f"damaged at byte {offset}: {error}; what follows is not used"
+    file.seek(0)
+    is_compressed = file.read(6).startswith(_COMPRESSED_MAGIC)
+    return COMPRESSED if is_compressed else f"not a tar that can be read: {error}"
+
+
+def _skip_zeros(file: BinaryIO, offset: int) -> int:
+    """Returns the offset of the first byte from `offset` on that is not zero, or the file's size."""
+    file.seek(offset)
+    while chunk := file.read(1 << 20):
+        if data := chunk.lstrip(b"\0"):
+            return file.tell() - len(data)
+    return file.tell()
 
 
 def _member_problem(header: tarfile.TarInfo, size: int) -> str:

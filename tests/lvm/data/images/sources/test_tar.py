@@ -164,6 +164,45 @@ def test_damaged_header_is_listed(tmp_path) -> None:
     assert failures(source) == {"a.tar": f"damaged: no header at byte {block}; what follows is not used"}
 
 
+def test_members_after_zeros_are_read(tmp_path) -> None:
+    parts = [write_tar(tmp_path / "parts" / f"{i}.tar", [(f"{i}.jpg", RGB), (f"{i}b.jpg", RGB)]) for i in range(3)]
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    source = open_source(str(joined), small)
+    names = [name for i in range(3) for name in (f"{i}", f"{i}b")]
+    assert [source.info(i).key for i in range(len(source))] == [f"joined.tar/{name}" for name in names]
+    assert all(source.load(i).failures == () for i in range(len(source)))
+    end = 2 * (512 + (len(RGB) + 511) // 512 * 512)
+    where = f"zeros from byte {end} to {parts[0].stat().st_size}"
+    assert failures(source) == {"joined.tar": f"{where}: tars were joined, or it has a hole"}
+
+
+@pytest.mark.parametrize(("whole", "keys"), [(True, ["0", "2"]), (False, ["0"])])
+def test_hole_in_a_tar_is_listed(tmp_path, whole, keys) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", RGB) for i in range(3)])
+    block = 512 + (len(RGB) + 511) // 512 * 512
+    data = bytearray(path.read_bytes())
+    data[block : 2 * block if whole else block + 512] = bytes(block if whole else 512)
+    path.write_bytes(data)
+    source = open_source(str(path), small)
+    assert [source.info(i).key for i in range(len(source))] == [f"a.tar/{key}" for key in keys]
+    reason = f"zeros from byte {block} to {2 * block if whole else block + 512}: tars were joined, or it has a hole"
+    assert any(failure.reason.startswith(reason) for failure in source.skipped)
+    assert whole or any("no header" in failure.reason for failure in source.skipped)
+
+
+@pytest.mark.parametrize("size", [-(1 << 20), 1 << 62, 1 << 80])
+def test_impossible_member_size_ends_the_listing(tmp_path, size) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", RGB), ("1.jpg", RGB)])
+    block, data = 512 + (len(RGB) + 511) // 512 * 512, path.read_bytes()
+    header = tarfile.TarInfo("1.jpg")
+    header.size = size
+    path.write_bytes(data[:block] + header.tobuf(tarfile.GNU_FORMAT) + data[block + 512 :])
+    source = open_source(str(path), small)
+    assert [source.info(i).key for i in range(len(source))] == ["a.tar/0"]
+    assert source.skipped
+
+
 def test_missing_tar_and_non_utf8_name_are_skipped(tmp_path) -> None:
     write_tar(tmp_path / "a.tar", [("1.png", encode_image(photo())), ("caf\udce9.png", encode_image(photo()))])
     (tmp_path / "b.tar").symlink_to(tmp_path / "nowhere")
@@ -175,11 +214,24 @@ def test_missing_tar_and_non_utf8_name_are_skipped(tmp_path) -> None:
     }
 
 
-def test_compressed_and_imageless_tars_are_rejected(tmp_path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
+def test_compressed_tar_is_rejected(tmp_path, name) -> None:
+    with tarfile.open(tmp_path / name, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("1.jpg"))
-    with pytest.raises(UserError, match="is compressed"):
-        open_source(str(tmp_path / "a.tar"), small)
+    for spec in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=rf"{name}.* is compressed.*unpack it") as error:
+            open_source(str(spec), small)
+        assert "\n" not in str(error.value)
+
+
+def test_compressed_tar_beside_others_is_listed(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", [("1.jpg", RGB)])
+    (tmp_path / "b.tar.zst").write_bytes(b"x")
+    source = open_source(str(tmp_path), small)
+    assert "is compressed" in failures(source)["b.tar.zst"]
+
+
+def test_tar_without_images_is_rejected(tmp_path) -> None:
     with pytest.raises(UserError, match=r"no usable rgb member.*1 members, \.txt"):
         open_source(str(write_tar(tmp_path / "b" / "b.tar", [("1.txt", b"x")])), small)
 
