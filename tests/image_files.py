@@ -47,6 +47,13 @@ def _palette() -> PIL.Image.Image:
     return image
 
 
+def _without_palette() -> bytes:
+    """Returns a palette PNG whose PLTE chunk is missing."""
+    png = encode_image(_palette())
+    start = png.index(b"PLTE") - 4
+    return png[:start] + png[start + 12 + struct.unpack(">I", png[start : start + 4])[0] :]
+
+
 def _turned() -> bytes:
     """Returns a JPEG, upright red at the left and green at the right, stored sideways with EXIF orientation 6."""
     upright = PIL.Image.new("RGB", (64, 32), GREEN)
@@ -62,6 +69,10 @@ BAD_FILES = {
     "empty.jpg": (b"", "the file is empty (0 bytes)"),
     "text.png": (b"no image at all", "not an image that can be decoded"),
     "bomb.png": (_bomb(), "exceeds limit"),
+    "no-palette.png": (_without_palette(), "corrupt: AssertionError"),
+    "avif.jpg": (encode_image(photo(), "AVIF").replace(b"av01", b"av00"), "cannot be opened"),
+    "eps.jpg": (encode_image(photo(), "EPS"), "not an image that can be decoded"),  # no Ghostscript
+    "dds.jpg": (encode_image(photo(), "DDS"), "not an image that can be decoded"),
     "animated.gif": (
         encode_image(photo(), "GIF", save_all=True, append_images=[PIL.Image.fromarray(photo(seed=1))]),
         "animation of 2 frames",

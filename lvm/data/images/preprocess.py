@@ -78,13 +78,32 @@ class Preprocess:
         Raises:
           UserError: an array of another dtype or shape, or an image of floats (mode F), whose range is unknown.
         """
-        rgb = _to_rgb(image)
+        if isinstance(image, np.ndarray):
+            has_image_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+            if image.dtype != np.uint8 or not has_image_shape or 0 in image.shape:
+                shape = f"{image.dtype} {list(image.shape)}"
+                raise UserError(f"an image is {shape}; expected uint8 [H, W], [H, W, 3] or [H, W, 4]")
+            image = PIL.Image.fromarray(image)
+        rgb = self.to_rgb(image)
         box = self._crop_box(*(extent or rgb.size))
         if self.resizer == "swscale":
             left, top, right, bottom = map(int, box)
             return self._swscale(np.asarray(rgb)[top:bottom, left:right])
         # With `box`, Pillow still filters over the pixels outside of it: this is resize, then crop.
         return np.asarray(rgb.resize((self.resolution, self.resolution), FILTERS[self.filter], box=box))
+
+    def to_rgb(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """Converts an image of any mode but F to upright RGB of its own size. Raises UserError for mode F."""
+        image = apply_exif_orientation(image)
+        if image.mode == "F":
+            raise UserError("an image holds floats (mode F), whose range is unknown; expected 8 or 16 bits")
+        if image.mode.startswith("I"):
+            gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+            image = PIL.Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            black = PIL.Image.new("RGBA", image.size, (0, 0, 0, 255))
+            image = PIL.Image.alpha_composite(black, image.convert("RGBA"))
+        return image if image.mode == "RGB" else image.convert("RGB")
 
     @property
     def min_decode_side(self) -> int:
@@ -164,22 +183,3 @@ def apply_exif_orientation(image: PIL.Image.Image) -> PIL.Image.Image:
     """Returns the image turned upright; the same object if its EXIF orientation is the default (a copy is slow)."""
     is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
     return PIL.ImageOps.exif_transpose(image) if is_turned else image
-
-
-def _to_rgb(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
-    if isinstance(image, np.ndarray):
-        has_image_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-        if image.dtype != np.uint8 or not has_image_shape or 0 in image.shape:
-            shape = f"{image.dtype} {list(image.shape)}"
-            raise UserError(f"an image is {shape}; expected uint8 [H, W], [H, W, 3] or [H, W, 4]")
-        image = PIL.Image.fromarray(image)
-    image = apply_exif_orientation(image)
-    if image.mode == "F":
-        raise UserError("an image holds floats (mode F), whose range is unknown; expected 8 or 16 bits")
-    if image.mode.startswith("I"):
-        gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = PIL.Image.fromarray(((gray + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        black = PIL.Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = PIL.Image.alpha_composite(black, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -65,7 +65,7 @@ class CocoSource(ImageSource[tuple[int, int]]):
     def load(self, index: int) -> SceneImages:
         info, size = self._scene(index)
         try:
-            image = decode_image(self._root / info.key, self._preprocess.min_decode_side)
+            image = decode_image(self._root / info.key, self._preprocess)
             check_aspect(image.size, size[::-1], "its annotations")  # a smaller copy is accepted
             frame = [self._preprocess(image.pixels, image.extent)]
             frame += [self._render(stream, self._annotations[info.key], size) for stream in info.streams[1:]]

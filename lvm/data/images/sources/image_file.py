@@ -1,18 +1,21 @@
 """Decoding of image files, on disk or inside an archive. Every failure has a reason."""
 
+import contextlib
 import dataclasses
 import io
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
 from jaxtyping import UInt8
 
+from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess, apply_exif_orientation
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000")  # others start programs
 MAX_PIXELS = 64_000_000
 # In other multi-image formats (MPO, TIFF), further images are previews and pages.
 _ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
@@ -44,7 +47,7 @@ class DecodedImage:
 
 def open_image(content: Content) -> PIL.Image.Image:
     """Opens an image by its header, without decoding. Raises UnreadableError."""
-    try:
+    with _reasons("cannot be opened"):
         file: pathlib.Path | io.BytesIO
         if isinstance(content, pathlib.Path):
             file, size = content, content.stat().st_size
@@ -52,14 +55,10 @@ def open_image(content: Content) -> PIL.Image.Image:
             file, size = io.BytesIO(data := content()), len(data)
         if size == 0:
             raise UnreadableError("the file is empty (0 bytes)")
-        image = PIL.Image.open(file)
+        image = PIL.Image.open(file, formats=tuple(IMAGE_FORMATS))
         if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
             num_frames = getattr(image, "n_frames", "several")
             raise UnreadableError(f"animation of {num_frames} frames; read it as a video source")
-    except PIL.UnidentifiedImageError as error:
-        raise UnreadableError("not an image that can be decoded") from error
-    except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
-        raise UnreadableError(f"cannot be opened: {error}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
@@ -67,29 +66,40 @@ def open_image(content: Content) -> PIL.Image.Image:
     return image
 
 
-def decode_image(content: Content, min_side: int = 0) -> DecodedImage:
-    """Decodes an image. Raises UnreadableError if the file is corrupt or truncated.
+def decode_image(content: Content, preprocess: Preprocess | None = None) -> DecodedImage:
+    """Decodes an image: as RGB for a `preprocess`, as the file's own pixels without.
 
-    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as no side is below `min_side`; 0 for full size.
+    Raises:
+      UnreadableError: the file is corrupt or truncated.
+      UserError: as `Preprocess.to_rgb` does.
     """
-    with open_image(content) as opened:
+    with open_image(content) as opened, _reasons("corrupt"):
         size, extent = opened.size, (float(opened.width), float(opened.height))
-        try:
-            if min_side and (drafted := opened.draft(None, (min_side, min_side))):
-                extent = drafted[1][2:]
-            opened.load()
-            oriented = apply_exif_orientation(opened)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise errors of any type on corrupt files
-            reason = "truncated" if "truncated" in str(error) else f"corrupt: {error}"
-            raise UnreadableError(reason) from error
+        min_side = preprocess.min_decode_side if preprocess else 0
+        if min_side and (drafted := opened.draft(None, (min_side, min_side))):
+            extent = drafted[1][2:]
+        opened.load()
         if opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # turned by 90° or 270°
             size, extent = size[::-1], extent[::-1]
-        return DecodedImage(oriented, size, extent, opened.format or "")
+        pixels = preprocess.to_rgb(opened) if preprocess else apply_exif_orientation(opened)
+        return DecodedImage(pixels, size, extent, opened.format or "")
 
 
 def read_image(content: Content, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
     """Decodes and preprocesses an image. Raises UnreadableError, and UserError as `Preprocess` does."""
-    image = decode_image(content, preprocess.min_decode_side)
+    image = decode_image(content, preprocess)
     return preprocess(image.pixels, image.extent)
+
+
+@contextlib.contextmanager
+def _reasons(step: str) -> Iterator[None]:
+    """Raises UnreadableError instead of Pillow's errors, which are of any type on corrupt files."""
+    try:
+        yield
+    except (UnreadableError, UserError, MemoryError):
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise UnreadableError("not an image that can be decoded") from error
+    except Exception as error:
+        reason = "truncated" if "truncated" in str(error) else f"{step}: {str(error) or type(error).__name__}"
+        raise UnreadableError(reason) from error

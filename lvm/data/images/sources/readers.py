@@ -24,7 +24,7 @@ _BACKGROUND = ("background", "none")
 class Reader:
     """Reader of a stream's image files that are rendered already; base class of readers of data."""
 
-    exact = False  # pixels are data: the decoder must not scale them
+    exact = False  # pixels are data: decoding must neither scale nor convert them
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
@@ -107,7 +107,7 @@ def read_frame(
     for stream, file in files.items():
         reader = readers[stream]
         try:
-            image = decode_image(file.content, 0 if reader.exact else preprocess.min_decode_side)
+            image = decode_image(file.content, None if reader.exact else preprocess)
             size = size or image.size
             check_aspect(image.size, size, f"its {next(iter(files))}")
             images.append(reader.read(image, preprocess))

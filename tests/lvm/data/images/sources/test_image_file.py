@@ -21,6 +21,10 @@ from tests.image_files import BAD_FILES, UNUSUAL_FILES, check_image_files, encod
 small = Preprocess(16)
 
 
+def reduced(resolution: int) -> Preprocess:
+    return Preprocess(resolution, decode="reduced")
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     folder = tmp_path / "images"
@@ -63,11 +67,11 @@ def test_reduced_decoding_is_close_to_full(tmp_path, size, mode) -> None:
 def test_reduced_decoding_keeps_the_minimum_side(tmp_path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(encode_image(photo(640, 513), "JPEG"))
-    assert decode_image(path, 128).pixels.size == (160, 129)
-    assert decode_image(path, 128).extent == (160, 128.25)
-    assert decode_image(path, 257).pixels.size == (640, 513)
+    assert decode_image(path, reduced(128)).pixels.size == (160, 129)
+    assert decode_image(path, reduced(128)).extent == (160, 128.25)
+    assert decode_image(path, reduced(257)).pixels.size == (640, 513)
     assert decode_image(path).pixels.size == (640, 513)
-    assert decode_image(path, 128).size == (640, 513)
+    assert decode_image(path, reduced(128)).size == (640, 513)
 
 
 def test_annotations_are_decoded_in_full(tmp_path) -> None:
@@ -96,7 +100,7 @@ def test_reduced_decoding_turns_the_extent(tmp_path) -> None:
     exif[0x0112] = 6
     path = tmp_path / "turned.jpg"
     path.write_bytes(encode_image(photo(641, 402), "JPEG", exif=exif))
-    image = decode_image(path, 100)
+    image = decode_image(path, reduced(100))
     assert (image.size, image.extent) == ((402, 641), (100.5, 160.25))
 
 
