@@ -60,9 +60,15 @@ def read(folder: epath.PathLike) -> Weights:
     """Reads a folder of any kind, or a weights file with a config.json beside it.
 
     Raises:
-      UserError: not such a folder, an unsupported network, or tensors of another network.
+      UserError: not such a folder, an unsupported network, tensors of another network, or one that isn't finite.
     """
-    path = epath.Path(folder)
+    weights = _read(epath.Path(folder))
+    for name, leaf in flatten_dict(weights.params, sep=".").items():
+        interop.check_finite(np.asarray(leaf), f"{folder}: {name}")
+    return weights
+
+
+def _read(path: epath.Path) -> Weights:
     if path.is_file():
         return _read_published(path.parent, path)
     if path.is_dir() and "kind" not in _read_fields(path):

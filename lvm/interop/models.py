@@ -1,5 +1,6 @@
 """Model folders: our workdirs, and the formats of transformers and EasyLM, detected by their contents."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_warning
 from lvm.interop import easylm, hugging_face, workdirs
 from lvm.interop.lazy_checkpoint import LazyCheckpoint
+from lvm.interop.tensors import checked
 from lvm.model.vocabulary import Vocabulary
 from lvm.training.workdir import CONFIG
 
@@ -19,7 +21,7 @@ MAX_SHARD_BYTES = 2 * 10**9
 
 
 def read(folder: epath.PathLike, step: int | None = None) -> LazyCheckpoint:
-    """Opens the checkpoint in a model folder.
+    """Opens the checkpoint in a model folder. Reading a tensor raises UserError if it isn't finite.
 
     Args:
       folder: a workdir, a folder of transformers' Llama or of EasyLM; or the file of a streaming checkpoint, with
@@ -32,10 +34,18 @@ def read(folder: epath.PathLike, step: int | None = None) -> LazyCheckpoint:
     path = epath.Path(folder)
     format, stream = _detect_format(path)
     if format == "orbax":
-        return workdirs.read(path, step)
+        return _checked(workdirs.read(path, step))
     if step is not None:
         raise UserError(f"{path}: not a workdir: it holds one checkpoint, and no step can be chosen")
-    return hugging_face.read(path) if stream is None else easylm.read(stream)
+    return _checked(hugging_face.read(path) if stream is None else easylm.read(stream))
+
+
+def _checked(checkpoint: LazyCheckpoint) -> LazyCheckpoint:
+    tensors, stacked = (
+        {name: checked(tensor, f"{checkpoint.path}: {name}") for name, tensor in group.items()}
+        for group in (checkpoint.tensors, checkpoint.stacked)
+    )
+    return dataclasses.replace(checkpoint, tensors=tensors, stacked=stacked)
 
 
 def _detect_format(path: epath.Path) -> tuple[str, epath.Path | None]:

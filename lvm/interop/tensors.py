@@ -23,6 +23,7 @@ from lvm.common.errors import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _MAX_LISTED = 8
+_CHUNK = 2**18  # elements whose bits are tested at once: they stay in the processor's cache
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
     "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
@@ -61,6 +62,26 @@ Tensors = Mapping[str, LazyTensor]
 def from_array(array: Shaped[np.ndarray, "..."]) -> LazyTensor:
     """Wraps an array in memory."""
     return LazyTensor(array.shape, array.dtype, lambda: np.array(array, order="C"))
+
+
+def check_finite(array: Shaped[np.ndarray, "..."], name: str) -> None:
+    """Raises UserError if a float array in C order has a NaN or an infinity: whose exponent's bits are all set."""
+    bits = array.reshape(-1).view(f"u{array.itemsize}")  # NumPy tests bfloat16 itself three times slower
+    exponent = np.array(np.inf, array.dtype).view(bits.dtype)
+    chunks = (bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK))
+    if count := sum(int(np.count_nonzero(chunk & exponent == exponent)) for chunk in chunks):
+        raise UserError(f"{name}: {count} of {array.size} values are NaN or infinite; use intact weights")
+
+
+def checked(tensor: LazyTensor, name: str) -> LazyTensor:
+    """The tensor, with `check_finite` when it is read."""
+
+    def read() -> np.ndarray:
+        array = tensor.read()
+        check_finite(array, name)
+        return array
+
+    return dataclasses.replace(tensor, read=read)
 
 
 def cast(tensor: LazyTensor, dtype: np.dtype, name: str) -> LazyTensor:
@@ -119,8 +140,11 @@ def _read_tensor(path: str | os.PathLike[str], name: str) -> np.ndarray:
 
 def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file of arrays in C order and flushes it to disk."""
+    path.touch()
+    mode = path.stat().st_mode
     # transformers 4 refuses files without this metadata.
     safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors leaves the mode of a private temporary file, 0600, where others have the umask's
     files.flush(path)
 
 

@@ -343,6 +343,17 @@ def test_load_gives_same_codes_from_every_layout(tmp_path):
     assert Tokenizer.load(tmp_path / "torch", dtype="bfloat16").config.compute_dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(("variant", "kind"), [("lvm", "orbax"), ("lvm", "torch"), ("maskgit", "maskgit")])
+def test_weights_that_are_not_finite_are_refused(variant, kind, tmp_path):
+    original = random_weights(small(variant, **TINY))
+    codebook = np.array(original.params["codebook"])
+    codebook[2, 1] = np.nan
+    damaged = dataclasses.replace(original, params=original.params | {"codebook": codebook})
+    weights.write(tmp_path / "x", damaged, kind)
+    with pytest.raises(UserError, match=r"x: codebook: 1 of 64 values are NaN or infinite"):
+        Tokenizer.load(tmp_path / "x")
+
+
 def test_identity_covers_weights_network_preprocess():
     original = random_weights(small("lvm", **TINY))
     changed = original.params | {"codebook": np.nextafter(original.params["codebook"], np.float32(9))}

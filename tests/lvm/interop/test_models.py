@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import tempfile
 import zipfile
@@ -17,6 +18,7 @@ from lvm.inference.pretrained import LVM
 from lvm.interop import models
 from lvm.interop.layouts import EASYLM, HUGGING_FACE
 from lvm.interop.lazy_checkpoint import NO_RECORD, stacked_shapes, with_dtype
+from lvm.interop.tensors import from_array
 from lvm.model.vocabulary import Vocabulary
 from lvm.training.checkpoint import open_params
 from tests.lvm.small_models import (
@@ -282,6 +284,37 @@ def test_load_is_equal_in_every_format(tmp_path):
         answers.append(loaded.logits(tokens))
     np.testing.assert_array_equal(answers[0], answers[1])
     np.testing.assert_array_equal(answers[0], answers[2])
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "value"),
+    [("orbax", "float32", np.nan), ("hf", "bfloat16", np.inf), ("easylm", "float16", -np.inf)],
+)
+def test_weights_that_are_not_finite_are_refused(format, dtype, value, tmp_path):
+    checkpoint = small_model(dtype=dtype)
+    up = checkpoint.tensors["layers.1.mlp.up"].read()
+    up[3, 5] = value
+    tensors = {**checkpoint.tensors, "layers.1.mlp.up": from_array(up)}
+    models.write(tmp_path / "x", dataclasses.replace(checkpoint, tensors=tensors), format)
+    opened = models.read(tmp_path / "x")  # reads no tensor
+    message = r"x.*: layers\.(1\.)?mlp\.up: 1 of \d+ values are NaN or infinite"
+    with pytest.raises(UserError, match=message):
+        LVM.load(tmp_path / "x")
+    with pytest.raises(UserError, match=message):
+        with_dtype(opened, "float32").tree()["layers"]["mlp"]["up"].read()  # as `init_from` does
+    with pytest.raises(UserError, match=message):
+        HUGGING_FACE.export_tensors(opened.tensors)["model.layers.1.mlp.up_proj.weight"].read()  # as `convert` does
+
+
+@pytest.mark.parametrize("format", models.FORMATS)
+def test_written_files_have_the_umasks_mode(format, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        models.write(tmp_path / "x", small_model(), format)
+    finally:
+        os.umask(umask)
+    for path in [tmp_path / "x", *(tmp_path / "x").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
 
 @pytest.mark.parametrize(("dtype", "computed"), [("bfloat16", "bfloat16"), ("float16", "float32")])
