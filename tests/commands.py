@@ -33,7 +33,7 @@ def start(module: str, *arguments: str, devices: int = 1, **options) -> subproce
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
-        env=_environment(devices),
+        env=program_environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -48,7 +48,7 @@ def run(module: str, *arguments: str, code: int = 0, devices: int = 1) -> str:
     """
     with tempfile.NamedTemporaryFile("r") as output:
         process = _forkserver().Process(
-            target=_run_command, args=(module, [*map(str, arguments)], _environment(devices), output.name)
+            target=_run_command, args=(module, [*map(str, arguments)], program_environment(devices), output.name)
         )
         process.start()
         process.join(300)
@@ -67,7 +67,7 @@ def _forkserver() -> multiprocessing.context.ForkServerContext:
     context.set_forkserver_preload(
         ["grain", "matplotlib", "scipy.ndimage", "tensorboardX", "lvm.train", "tokenizer.train"]
     )
-    with mock.patch.dict(os.environ, _environment(devices=1)):  # JAX reads some of it when it is imported
+    with mock.patch.dict(os.environ, program_environment(devices=1)):  # JAX reads some of it when it is imported
         multiprocessing.forkserver.ensure_running()
     return context
 
@@ -87,7 +87,8 @@ def _run_command(module: str, arguments: list[str], environment: dict[str, str],
         atexit._run_exitfuncs()  # as at the end of a program; multiprocessing skips them
 
 
-def _environment(devices: int) -> dict[str, str]:
+def program_environment(devices: int) -> dict[str, str]:
+    """Environment variables of a command with the given number of CPU devices."""
     return {
         "JAX_COMPILATION_CACHE_DIR": _compilation_cache(),  # many commands here compile the same small programs
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",

@@ -1,5 +1,6 @@
 """Settings of all tests: eight CPU devices, so that meshes are real; hypothesis profiles; shared fixtures."""
 
+import os
 import pathlib
 
 import jax
@@ -31,6 +32,19 @@ def demo(tmp_path_factory) -> pathlib.Path:
     output = run("scripts.demo", *TINY_DEMO, f"--out={out}")
     assert output.strip().splitlines()[-1] == str(out / "index.html")
     return out
+
+
+@pytest.fixture
+def no_file_locks(monkeypatch):
+    """A function that makes every `flock` of this process fail with an error number."""
+
+    def fail_with(code: int) -> None:
+        def flock(file, operation):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+
+    return fail_with
 
 
 @pytest.fixture

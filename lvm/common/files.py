@@ -6,11 +6,13 @@ Local files are written under a temporary name, flushed and renamed; an object o
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import IO, Any, BinaryIO
@@ -19,7 +21,9 @@ import fsspec
 from etils import epath
 
 from lvm.common.errors import UserError
+from lvm.common.logging import log_warning
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of NFS, or Lustre mounted with noflock
 _REMOVE_TRIES, _REMOVE_WAIT_S, _REMOVE_STABLE = 100, 0.1, 10
 
 # `epath` opens gs:// through fsspec. Listings aren't cached, since other hosts write there too; uploads are verified.
@@ -69,6 +73,14 @@ def objects(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
     }
 
 
+def file_size(path: epath.PathLike) -> int | None:
+    """Size of a local or remote file in bytes, None if there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        # `epath` looks up the owner's name, which a container's user may not have.
+        return int(epath.Path(path).stat().length) if is_remote(path) else os.stat(path).st_size
+    return None
+
+
 def _filesystem(path: epath.PathLike) -> tuple[Any, str]:
     """fsspec's filesystem, shared with `epath`, and the path inside it."""
     options = {"finalize_on_close": True} if os.fspath(path).startswith(("gs://", "gcs://")) else {}
@@ -105,21 +117,55 @@ def atomic_file(path: epath.PathLike) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def lock_file(path: epath.PathLike, *, shared: bool = False, wait: bool = False) -> IO[str] | None:
-    """Locks a local file with `flock`, creating it if needed; a shared lock needs a file that can be read.
+def lock_file(path: epath.PathLike, *, wait: bool = False) -> IO[str] | None:
+    """Locks a local file with `flock`, creating it if needed; on a file system without locks, warns instead.
 
     Returns:
       The open file, which holds the lock until it is closed; None if another process holds it and `wait` is False.
     """
-    file = open(path, "r" if shared else "a+")  # noqa: SIM115 (returned open)
+    file = open(path, "a+")  # noqa: SIM115 (returned open)
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BaseException as error:
+        is_ours = _flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
         file.close()
-        if isinstance(error, BlockingIOError):
-            return None
         raise
+    if is_ours is None:
+        _warn_without_locks(os.path.dirname(path) or ".")
+    elif not is_ours:
+        file.close()
+        return None
     return file
+
+
+def is_locked(path: epath.PathLike) -> bool | None:
+    """Checks whether another process holds a local file's lock; None on a file system without locks."""
+    with open(path) as file:
+        is_ours = _flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return None if is_ours is None else not is_ours
+
+
+def has_locks(folder: epath.PathLike) -> bool:
+    """Checks whether the file system of a local folder that can be written has file locks."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is not None
+
+
+def _flock(file: IO[Any], operation: int) -> bool | None:
+    """Locks an open file; False if another process holds the lock, None on a file system without locks."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+@functools.cache  # once a folder
+def _warn_without_locks(folder: str) -> None:
+    log_warning(f"{folder}: its file system has no locks; make sure that no two runs write there at a time")
 
 
 def flush(path: epath.PathLike) -> None:

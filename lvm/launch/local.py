@@ -154,24 +154,30 @@ def lock_run(folder: Path) -> Iterator[IO[str]]:
       UserError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = files.lock_file(folder / _PID)
+    pid = _supervisor_pid(folder)
+    lock = None if pid else files.lock_file(folder / _PID)
     if lock is None:
-        raise UserError(f"{folder.name}: a run of this name is in progress (process {_supervisor_pid(folder)})")
-    with lock, open(folder / _LOG, "a") as log:
+        raise UserError(f"{folder.name}: a run of this name is in progress (process {pid or _supervisor_pid(folder)})")
+    with lock, open(folder / _LOG, "a", encoding="utf-8") as log:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield log
+        try:
+            yield log
+        finally:
+            lock.truncate(0)
 
 
 def _supervisor_pid(folder: Path) -> int | None:
     """PID of the supervisor; None if the run has ended."""
-    if not (folder / _PID).exists():
+    path = folder / _PID
+    text = path.read_text("utf-8") if path.exists() else ""
+    if not text.isdigit():  # a supervisor that has just started
         return None
-    if lock := files.lock_file(folder / _PID, shared=True):
-        lock.close()
-        return None
-    return int((folder / _PID).read_text() or 0) or None
+    is_alive = files.is_locked(path)
+    if is_alive is None:  # the file system has no locks
+        is_alive = Path("/proc", text).exists()
+    return int(text) if is_alive else None
 
 
 def _state(folder: Path) -> str:

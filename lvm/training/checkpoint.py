@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from lvm.common import distributed, files
 from lvm.common.errors import UserError
@@ -60,6 +61,8 @@ class Checkpoints:
         )
         path = epath.Path(workdir)
         self._workdir = path if files.is_remote(path) else path.resolve()
+        if not read_only:
+            _set_file_locking(path)
         self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checksums")
         self._checksums: concurrent.futures.Future[None] | None = None  # of the save in progress
@@ -209,6 +212,15 @@ class Checkpoints:
             raise
 
 
+def _set_file_locking(workdir: epath.Path) -> None:
+    """Lets TensorStore write without file locks where there are none; Orbax has no option for it.
+
+    Each process writes files of its own, and the workdir is that of one run.
+    """
+    if not files.is_remote(workdir) and not files.has_locks(workdir):
+        tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT["file_io_locking"] = {"mode": "none"}
+
+
 def _chunked(params: Any) -> Any:
     """Save arguments of a tree of parameters: each layer of a stacked tensor is a chunk, and so can be read alone."""
 
@@ -327,6 +339,7 @@ def save_lazy_params(workdir: epath.PathLike, step: int, params: Any) -> None:
     leaf_type = type(jax.tree.leaves(params)[0])
     registry = ocp.type_handlers.create_type_handler_registry((leaf_type, _LazyArrayHandler()))
     path = epath.Path(workdir)
+    _set_file_locking(path)
     with ocp.CheckpointManager(
         path / FOLDER,
         options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),

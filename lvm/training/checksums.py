@@ -49,7 +49,7 @@ def find_damage(folder: epath.Path, record: epath.Path, prefix: str = "") -> str
         path = folder / name
         if name not in objects if objects is not None else not path.exists():
             return f"{path}: missing"
-        size = path.stat().length if objects is None else objects[name]["size"]
+        size = files.file_size(path) if objects is None else objects[name]["size"]
         if size != expected[name]["size"]:
             return f"{path}: {size} bytes, expected {expected[name]['size']}"
         actual = _checksum(path) if objects is None else objects[name]

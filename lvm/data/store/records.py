@@ -248,12 +248,7 @@ def _too_many_files() -> Iterator[None]:
 
 def check_size(path: epath.Path, expected: Mapping[str, Any]) -> None:
     """Raises UserError if a file is missing, or its size is not the {"bytes"} that the manifest has."""
-    size = file_size(path)
+    size = files.file_size(path)
     if size != expected["bytes"]:
         actual = "is missing" if size is None else f"has {size} bytes"
         raise UserError(f"{path}: {actual}, the manifest says {expected['bytes']}; encode it again")
-
-
-def file_size(path: epath.Path) -> int | None:
-    """Size of a file in bytes, None if there is none."""
-    return path.stat().length if path.exists() else None

@@ -31,7 +31,7 @@ def stage(path: epath.Path, expected: Mapping[str, Any], folder: epath.Path) -> 
         try:
             with files.clear_disk_errors(temporary):
                 _download(path, temporary)
-            actual = {"bytes": temporary.stat().length, "sha256": files.sha256(temporary)}
+            actual: dict[str, Any] = {"bytes": files.file_size(temporary), "sha256": files.sha256(temporary)}
             if actual != expected:
                 raise UserError(
                     f"{path}: damaged: its copy in {folder} has {actual['bytes']} bytes, sha256 "

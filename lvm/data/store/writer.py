@@ -20,7 +20,7 @@ from lvm.data.mixture import split
 from lvm.data.store import format
 from lvm.data.store.format import PAGE_SIZE, RECORD_DTYPE, SCENE_DTYPE, Scene
 from lvm.data.store.reader import HEADER, MANIFEST, VERSION
-from lvm.data.store.records import INDEX_SUFFIX, RECORDS_SUFFIX, file_size, read_ranges
+from lvm.data.store.records import INDEX_SUFFIX, RECORDS_SUFFIX, read_ranges
 
 _ABANDONED_S = 5.0  # age after which a temporary file of a process that no longer runs is removed
 _OPTIONS = "group_size:1,uncompressed"
@@ -89,7 +89,8 @@ def write_shard(
             "failures": skipped.failures,
             "versions": dict(versions or {}),
             "files": {
-                final: {"bytes": path.stat().length, "sha256": files.sha256(path)} for final, path in temporary.items()
+                final: {"bytes": files.file_size(path), "sha256": files.sha256(path)}
+                for final, path in temporary.items()
             },
         }
         for final, path in temporary.items():
@@ -208,7 +209,7 @@ def read_shard_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dic
     if not path.exists():
         return None
     entry = files.read_json(path)
-    sizes = {name: file_size(path.parent / name) for name in entry["files"]}
+    sizes = {name: files.file_size(path.parent / name) for name in entry["files"]}
     return entry if sizes == {name: listed["bytes"] for name, listed in entry["files"].items()} else None
 
 

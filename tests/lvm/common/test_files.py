@@ -1,5 +1,6 @@
 """Atomic files, locks, JSON, object storage."""
 
+import errno
 import hashlib
 import os
 
@@ -49,6 +50,17 @@ def test_read_json_names_malformed_file(tmp_path):
     (tmp_path / "bad.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"bad\.json: not JSON"):
         files.read_json(tmp_path / "bad.json")
+
+
+def test_file_size_needs_no_owner_name(tmp_path, monkeypatch):
+    def unknown_user(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown_user)
+    (tmp_path / "file").write_bytes(b"1234")
+    assert files.file_size(epath.Path(tmp_path / "file")) == 4
+    assert files.file_size(tmp_path / "none") is None
+    assert files.file_size(tmp_path / "file" / "none") is None
 
 
 def test_as_json_round_trips_value():
@@ -114,12 +126,24 @@ def test_lock_file_excludes_until_closed(tmp_path):
     first = files.lock_file(path)
     assert first is not None
     assert files.lock_file(path) is None
-    assert files.lock_file(path, shared=True) is None
+    assert files.is_locked(path)
     first.close()
-    readers = [files.lock_file(path, shared=True) for _ in range(2)]
-    assert None not in readers
-    assert files.lock_file(path) is None
-    for reader in readers:
-        reader.close()
+    assert files.is_locked(path) is False
     with files.lock_file(path, wait=True) as last:
         assert not last.closed
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_lock_file_warns_once_without_file_locks(tmp_path, no_file_locks, caplog, code):
+    no_file_locks(code)
+    for name in ("a", "b"):
+        with files.lock_file(tmp_path / name, wait=True) as file:
+            assert not file.closed
+    assert files.is_locked(tmp_path / "a") is None
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [str(tmp_path)]
+
+
+def test_lock_file_raises_other_errors(tmp_path, no_file_locks):
+    no_file_locks(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.lock_file(tmp_path / "a")

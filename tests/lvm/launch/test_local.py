@@ -1,5 +1,6 @@
 """Local backend: the lock of a run, its management, signals."""
 
+import errno
 import os
 import signal
 
@@ -11,7 +12,10 @@ from lvm.launch.local import Supervisor
 from lvm.launch.requests import Request, SubmittedRun
 
 
-def test_local_run_is_locked_and_managed_while_it_lives(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_local_run_is_locked_and_managed_while_it_lives(tmp_path, monkeypatch, capsys, no_file_locks, has_locks):
+    if not has_locks:
+        no_file_locks(errno.ENOLCK)
     request = Request("a", "/tmp/a", train_arguments=("--config=a.py",))
     submitted = SubmittedRun("a", "/tmp/a", folder=tmp_path)
     signals = []
@@ -44,3 +48,10 @@ def test_supervisor_signal_during_start_reaches_all_ranks():
 
     supervisor = Interrupted(["-c", "import time; time.sleep(60)"], 2, max_restarts=0, grace=1.0)
     assert supervisor._run_once() == 128 + signal.SIGTERM
+
+
+def test_supervisor_file_cut_off_does_not_stop_a_run(tmp_path):
+    (tmp_path / "supervisor").write_bytes(b"12\0\0")
+    with local.lock_run(tmp_path):
+        assert local._state(tmp_path) == f"running, process {os.getpid()}"
+    assert local._state(tmp_path) == "ended"

@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact restore, retention, full disks and damaged files."""
 
+import contextlib
 import errno
 import os
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -48,6 +50,16 @@ def saved(tmp_path_factory):
         checkpoints.save(new_state(seed=step, step=step), step, {"note": f"of step {step}"})
     checkpoints.close()
     return folder
+
+
+def test_save_needs_no_file_locks(tmp_path, no_file_locks, monkeypatch):
+    options = "_DEFAULT_OCDBT_TS_CONTEXT"  # changed by `Checkpoints`
+    monkeypatch.setattr(tensorstore_utils, options, dict(getattr(tensorstore_utils, options)))
+    no_file_locks(errno.ENOSYS)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        assert tensorstore_utils.get_ts_context()["file_io_locking"].to_json() == {"mode": "none"}
+        checkpoints.save(new_state(), 3, {})
+    assert latest_step(tmp_path) == 3
 
 
 @pytest.mark.parametrize("step", [3, 5])
