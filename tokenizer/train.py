@@ -17,6 +17,7 @@ from lvm.data.images.sources import open_source
 from lvm.hardware.sharding import make_mesh
 from lvm.model.nnx_utils import Params
 from lvm.training import optimizer
+from lvm.training.checkpoint import latest_step
 from lvm.training.loop import Loop, is_finished
 from lvm.training.step import Step, enable_compilation_cache
 from lvm.training.task import State
@@ -89,7 +90,8 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         batch_size=config.batch_size, has_codebook=bool(config.init_from), heldout=selected,
     )  # fmt: skip
     enable_compilation_cache(loop.compilation_cache, run.path)
-    initialize = functools.partial(_load_weights, load_init_params(config)) if config.init_from else None
+    starts_from = config.init_from and latest_step(run.path) is None
+    initialize = functools.partial(_load_weights, load_init_params(config)) if starts_from else None
     step = Step(task, make_mesh(config.mesh), config.seed, config.mesh.zero1, initialize=initialize)
     Loop(step, lambda i, rows: {name: x[rows] for name, x in batches.batch(i).items()}, loop, run).run()
 

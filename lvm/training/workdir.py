@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "lvm_version",
     "config.mesh.",
     "config.model.remat",
+    "config.model.attention",
     "config.loop.",  # the workdir itself records which batches `config.loop.spike` skipped
     "config.distributed.",
     "config.objective.accumulate_steps",
@@ -38,8 +39,13 @@ _MAY_CHANGE = (
     "compiler_options.",  # of the devices that the run resumes on
     "config.data.stage_to",
     "config.data.skip_damaged",
-    "config.data.store",  # a path; the store's contents are compared by its identity, `stores`
+    "config.data.allow_missing",  # the components that are present are compared, `mixture`
+    # Paths; what they hold is compared by its identity, `stores` or `source`.
+    "config.data.store",
+    "config.data.source",
+    "config.data.max_gigabytes",
 )
+_MAY_CHANGE_BY_COMPONENT = (".store", ".max_repetitions")  # of `config.data.components.NAME`
 
 
 class Workdir:
@@ -112,7 +118,8 @@ class Workdir:
             if before.get(key) == after.get(key):
                 continue
             change = f"{key}: {before.get(key)!r} → {after.get(key)!r}"
-            if key.startswith(self._may_change):
+            of_component = key.startswith("config.data.components.") and key.endswith(_MAY_CHANGE_BY_COMPONENT)
+            if of_component or key.startswith(self._may_change):
                 log_info(f"resuming with a changed {change}")
             else:
                 refused.append(change)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -69,6 +70,10 @@ def test_training_starts_from_converted_weights(tmp_path):
     codebook, initial_codebook = stored.params.pop("codebook"), initial.params.pop("codebook")
     same_bits(stored.params, initial.params)
     np.testing.assert_allclose(codebook, initial_codebook, atol=1e-3)  # it is not seeded anew
+    shutil.rmtree(tmp_path / "converted")  # only a fresh start reads it
+    tiny.loop.total_steps = 3
+    start("run", **init)
+    assert weights.read(tmp_path / "run").step == 3
 
 
 def test_no_module_imports_torch_or_pickle():

@@ -1,0 +1,147 @@
+"""Every key of a run's record is free on resume or refused, for both kinds of training."""
+
+import copy
+import pathlib
+
+import pytest
+from flax import traverse_util
+
+from lvm import train as lvm_train
+from lvm.common import files
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
+from lvm.data.mixture.recipes import Single
+from lvm.data.store.reader import MANIFEST
+from lvm.training.config import TrainConfig
+from lvm.training.workdir import CONFIG, Workdir
+from tests.configs import tiny_tokenizer
+from tokenizer import train as tokenizer_train
+from tokenizer.config import TokenizerConfig
+
+# Both kinds of training.
+FREE = """
+config.mesh.data config.mesh.fsdp config.mesh.sequence config.mesh.tensor config.mesh.zero1
+config.distributed.initialization_timeout config.distributed.heartbeat_timeout config.loop.total_steps
+config.loop.total_tokens config.loop.log_every config.loop.evaluate_every config.loop.picture_every
+config.loop.checkpoint_every config.loop.keep config.loop.keep_every config.loop.max_skipped
+config.loop.input_workers config.loop.profile config.loop.compilation_cache config.loop.wandb
+config.loop.spike.deviations config.loop.spike.window config.loop.spike.skip_before config.loop.spike.max_rewinds
+config.loop.watchdog.factor config.loop.watchdog.min_timeout_s config.loop.watchdog.startup_timeout_s
+config.loop.watchdog.pause_timeout_s
+"""
+REFUSED = """
+config.seed config.batch_size config.init_from config.optimizer.name config.optimizer.schedule
+config.optimizer.learning_rate config.optimizer.end_learning_rate config.optimizer.warmup_steps
+config.optimizer.warmup_tokens config.optimizer.decay_steps config.optimizer.decay_tokens config.optimizer.b1
+config.optimizer.b2 config.optimizer.epsilon config.optimizer.weight_decay config.optimizer.weight_decay_mask
+config.optimizer.moment_dtype config.optimizer.clip_norm
+"""
+# The transformer's. A changed mixture is refused unless `config.accept_changed_mixture`.
+LVM_FREE = """
+config.tokenizer config.accept_changed_mixture config.compiler_options config.deterministic config.model.attention
+config.model.remat config.data.components.photos.store config.data.components.photos.max_repetitions
+config.data.store config.data.allow_missing config.data.stage_to config.data.skip_damaged
+config.objective.logits_chunk config.objective.accumulate_steps compiler_options.xla_cpu_enable_fast_math
+"""
+LVM_REFUSED = """
+config.heldout_batches config.model.hidden_size config.model.mlp_size config.model.num_layers config.model.num_heads
+config.model.num_kv_heads config.model.vocabulary_size config.model.context config.model.rope_theta
+config.model.norm_epsilon config.model.init_std config.model.depth_scaled_init config.model.tie_embeddings
+config.model.dtype config.objective.z_loss tokenizer.grid tokenizer.hash tokenizer.num_codes tokenizer.weights
+"""
+LVM_MIXTURE = """
+config.data.components.photos.recipe.kind config.data.components.photos.recipe.stream
+config.data.components.photos.weight config.data.heldout_fraction config.data.weigh_by config.data.packing
+config.data.loss config.data.shuffle config.data.jsonl.num_codes config.data.jsonl.grid stores sources mixture.order
+mixture.seed mixture.heldout_fraction mixture.packing mixture.loss mixture.shuffle
+mixture.components.photos.recipe.kind mixture.components.photos.recipe.stream mixture.components.photos.share
+mixture.components.photos.sentences mixture.components.photos.store mixture.identity
+"""
+# The tokenizer's.
+TOKENIZER_FREE = """
+config.data.source config.data.max_gigabytes
+"""
+TOKENIZER_REFUSED = """
+config.model.resolution config.model.patch_size config.model.channels config.model.channel_multipliers
+config.model.encoder_blocks config.model.decoder_blocks config.model.middle_blocks config.model.codebook_size
+config.model.codebook_dim config.model.norm_groups config.model.block_bias config.model.shortcut
+config.model.downsample config.model.upsample config.model.latent_kernel config.model.quant_convs
+config.model.l2_normalize config.model.compute_dtype config.preprocess.resolution config.preprocess.mode
+config.preprocess.filter config.preprocess.decode config.preprocess.resizer config.data.heldout_fraction
+config.data.rgb_share config.data.max_scenes config.loss.l1 config.loss.l2 config.loss.gradient
+config.loss.commitment config.loss.autoencoder_steps config.loss.ema_decay config.loss.dead_below
+preprocess.resolution preprocess.mode preprocess.filter preprocess.colours source.kind source.num_scenes source.seed
+source.num_frames source.streams
+"""
+
+
+class OpenedError(Exception):
+    """Carries the arguments that a command opens its workdir with."""
+
+
+def opened_with(monkeypatch, command, config, path):
+    """Runs a training command up to its workdir; returns the workdir's arguments after the path."""
+
+    def stop(*arguments, **options):
+        raise OpenedError(arguments[1:], options)
+
+    monkeypatch.setattr(command, "Workdir", stop)
+    with pytest.raises(OpenedError) as opened:
+        command.train(config, path)
+    return opened.value.args
+
+
+def change(value):
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    return [*value, "new"] if isinstance(value, list) else value + (1 if isinstance(value, int | float) else "new")
+
+
+def outcomes(folder, arguments, options):
+    """By key of a record, "free" or "refused" if it alone differs on resume."""
+    kind, record, *rest = arguments
+    Workdir(folder, kind, record, *rest, **options)
+    (folder / "checkpoints" / "10").mkdir(parents=True)
+    written = (folder / CONFIG).read_bytes()
+    results = {}
+    for key, value in traverse_util.flatten_dict(files.as_json(record)).items():
+        changed = copy.deepcopy(files.as_json(record))
+        *parents, last = key
+        group = changed
+        for parent in parents:
+            group = group[parent]
+        group[last] = change(value)
+        (folder / ".lock").unlink()
+        try:
+            Workdir(folder, kind, changed, *rest, **options)
+            results[".".join(key)] = "free"
+        except UserError as error:
+            results[".".join(key)] = "refused" if ".".join(key) in str(error) else str(error)
+        (folder / CONFIG).write_bytes(written)
+    return results
+
+
+def expected(free, refused):
+    return dict.fromkeys(free.split(), "free") | dict.fromkeys(refused.split(), "refused")
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_lvm_resume_keys(make_store, tmp_path, monkeypatch, accepted):
+    path = make_store([(1, 0)] * 9)
+    manifest = pathlib.Path(path, MANIFEST)
+    files.write_json(manifest, files.read_json(manifest) | {"source": {"kind": "folder"}})
+    data = MixtureConfig({"photos": ComponentConfig(Single())}, path)
+    config = TrainConfig(data=data, accept_changed_mixture=accepted, compiler_options="xla_cpu_enable_fast_math=true")
+    call = opened_with(monkeypatch, lvm_train, config, str(tmp_path / "run"))
+    free, refused = FREE + LVM_FREE, REFUSED + LVM_REFUSED
+    table = {True: expected(free + LVM_MIXTURE, refused), False: expected(free, refused + LVM_MIXTURE)}
+    assert outcomes(tmp_path / "run", *call) == table[accepted]
+
+
+def test_tokenizer_resume_keys(tmp_path, monkeypatch):
+    config = from_config_dict(TokenizerConfig, tiny_tokenizer.get_config())
+    call = opened_with(monkeypatch, tokenizer_train, config, str(tmp_path / "run"))
+    table = expected(FREE + TOKENIZER_FREE, REFUSED + TOKENIZER_REFUSED)
+    assert outcomes(tmp_path / "run", *call) == table
