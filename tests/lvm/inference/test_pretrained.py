@@ -1,11 +1,14 @@
 """`LVM` over random parameters."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
 from lvm.common.errors import UserError
+from lvm.inference.generator import SamplingParams
 from lvm.inference.pretrained import LVM
 from lvm.model.nnx_utils import init_params
 from lvm.model.transformer import ModelConfig, Transformer
@@ -71,3 +74,56 @@ def test_generate_shapes_with_and_without_candidates(model):
         1,
         16,
     )
+
+
+def prompts(num_prompts=2, images=2):
+    return np.random.default_rng(0).integers(0, 32, (num_prompts, images, 16), np.int32)
+
+
+def test_generate_prepends_bos_if_the_vocabulary_has_one(model):
+    grids = prompts()
+    flat = grids.reshape(2, -1)
+    greedy = SamplingParams(temperature=0)
+    plain = model.generate_tokens(flat, 16, greedy, codes_only=True)
+    with_bos = model.generate_tokens(np.insert(flat, 0, VOCABULARY.bos, 1), 16, greedy, codes_only=True)
+    assert (plain != with_bos).any()
+    np.testing.assert_array_equal(model.generate(grids, 1, temperature=0)[:, 0], with_bos)
+    bare = LVM(model.config, dataclasses.replace(VOCABULARY, bos=None), model._params, {}, 0)
+    np.testing.assert_array_equal(bare.generate(grids, 1, temperature=0)[:, 0], plain)
+
+
+def test_generate_depends_on_the_seed_of_each_prompt(model):
+    same = np.repeat(prompts(1), 2, axis=0)
+    answers = model.generate(same, 1, seed=[1, 2])
+    assert (answers[0] != answers[1]).any()
+    np.testing.assert_array_equal(model.generate(same, 1, seed=[2, 1]), answers[::-1])
+    np.testing.assert_array_equal(model.generate(same, 1, seed=1), answers[[0, 0]])
+    assert (model.generate(same[:1], 1) != model.generate(same[:1], 1, seed=1)).any()
+    np.testing.assert_array_equal(model.generate(same[:1], 1, seed=0), model.generate(same[:1], 1))
+
+
+def test_generate_tokens_depends_on_the_seed_of_each_row(model):
+    rows = np.repeat(prompts(1).reshape(1, -1), 2, axis=0)
+    answers = model.generate_tokens(rows, 8, seed=[1, 2])
+    assert (answers[0] != answers[1]).any()
+    np.testing.assert_array_equal(model.generate_tokens(rows, 8, seed=[2, 1]), answers[::-1])
+
+
+def test_generate_passes_each_prompt_its_sampling(model):
+    same = np.repeat(prompts(1), 4, axis=0)
+    settings = {"temperature": [0, 1, 1, 1], "top_k": [0, 1, 0, 0], "top_p": [1.0, 1.0, 1e-6, 1.0]}
+    answers = model.generate(same, 1, seed=3, **settings)
+    np.testing.assert_array_equal(answers[1:3], answers[[0, 0]])  # the most likely code alone, by three settings
+    assert (answers[3] != answers[0]).any()
+    assert model.generate(same[:1], 1, candidates=2, seed=3).shape == (1, 2, 1, 16)
+
+
+def test_generate_drops_images_when_the_context_is_full(model):
+    grids = prompts(1, images=17)  # with BOS and an answer of one image the context is full
+    answers = [model.generate(grids, 2, temperature=0, drop=drop)[0] for drop in (0, 1, 9)]
+    np.testing.assert_array_equal(answers[0], answers[2])  # half of the 18 images
+    np.testing.assert_array_equal(answers[0][0], answers[1][0])
+    *_, streamed = model.stream(grids, 2, 1, SamplingParams(temperature=0), 0, 1)
+    np.testing.assert_array_equal(streamed[0, 0], answers[1].ravel())
+    kept = np.concatenate([grids[:, 1:], answers[1][None, :1]], axis=1)
+    np.testing.assert_array_equal(model.generate(kept, 1, temperature=0)[0, 0], answers[1][1])
