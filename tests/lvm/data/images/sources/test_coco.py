@@ -96,6 +96,16 @@ def test_polygons_and_rle_give_the_same_mask(tmp_path) -> None:
     np.testing.assert_array_equal(maps[1], expected)
 
 
+@pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.9, 1])
+def test_run_lengths_are_decoded_like_pycocotools(tmp_path, share) -> None:
+    mask = np.random.default_rng(0).random((HEIGHT, WIDTH)) < share
+    mask[:, 3:50] ^= True  # long runs, too
+    counts = pycocotools.mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+    segmentation = {"size": [HEIGHT, WIDTH], "counts": counts}
+    source = CocoSource(Preprocess(80), **write(tmp_path, [annotation(1, segmentation=segmentation)]))
+    np.testing.assert_array_equal(parsed(source, "segmentation")[::2] == 7, mask)
+
+
 def test_keypoints_become_joints(tmp_path) -> None:
     people = annotation(1, 1, keypoints=[20, 10, 2, 60, 10, 1, 0, 0, 0], num_keypoints=2)
     source = CocoSource(Preprocess(40), **write(tmp_path, [people]), radius=2)
@@ -179,16 +189,44 @@ def test_inconsistent_entries_are_skipped(tmp_path) -> None:
         assert reason in scene.failures[0].reason
 
 
+NAN, BIG = float("nan"), 1e300
+SIZE = {"size": [HEIGHT, WIDTH]}
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"bbox": [1, 2, 3]}, "annotation 1: can't be rendered"),
-        ({"segmentation": [[1, 2, 3]]}, "annotation 1: can't be rendered"),
-        (
-            {"segmentation": {"size": [9, 9], "counts": [81]}},
-            r"its mask is \[9, 9\], the image \[40, 80\]",
-        ),
-        ({"keypoints": [1, 2, 2, 3]}, "annotation 1: can't be rendered"),
+        ({"bbox": [1, 2, 3]}, r"bbox is \[1, 2, 3\]; expected 4 numbers"),
+        ({"bbox": ["1", "2", "3", "4"]}, r"bbox is \['1', '2', '3', '4'\]"),
+        ({"bbox": [NAN, 0, 9, 9]}, r"bbox is \[nan, 0, 9, 9\]"),
+        ({"bbox": [0, 0, BIG, 9]}, "bbox is"),
+        ({"bbox": [0, 0, 10**400, 9]}, "bbox is"),
+        ({"bbox": [0, 0, -9, 9]}, "not negative"),
+        ({"bbox": {"x": 1}}, "bbox is"),
+        ({"bbox": [0, 0, True, 9]}, "bbox is"),
+        ({"bbox": [0, 0, 9, 9], "iscrowd": "0"}, "iscrowd is '0'; expected 0 or 1"),
+        ({"bbox": [0, 0, 9, 9], "area": "81"}, "area is '81'; expected a number"),
+        ({"segmentation": [[1, 2, 3]]}, "a polygon is"),
+        ({"segmentation": [["1", "2", "9", "2", "9", "9"]]}, "a polygon is"),
+        ({"segmentation": [[1, 2, 9, 2, 9, NAN]]}, "a polygon is"),
+        ({"segmentation": [[1, 2, 9, 2, 9, 1e8]]}, "far outside of the image, 80×40"),
+        ({"segmentation": [1, 2, 9, 2, 9, 9]}, "a polygon is 1;"),
+        ({"segmentation": "abc"}, "its mask is 'abc'"),
+        ({"segmentation": {"size": [9, 9], "counts": [81]}}, r"its mask is \[9, 9\], the image \[40, 80\]"),
+        ({"segmentation": SIZE | {"counts": [10, 20]}}, "fill 30 of 3200 pixels"),
+        ({"segmentation": SIZE | {"counts": [0, 4000]}}, "fill 4000 of 3200 pixels"),
+        ({"segmentation": SIZE | {"counts": [3300, -100]}}, "none negative"),
+        ({"segmentation": SIZE | {"counts": [3200.0]}}, "none negative"),
+        ({"segmentation": SIZE | {"counts": None}}, "counts of its mask are None"),
+        ({"segmentation": SIZE | {"counts": "04"}}, "fill 4 of 3200 pixels"),
+        ({"segmentation": SIZE | {"counts": "P" * 99}}, "expected COCO's encoding"),
+        ({"segmentation": SIZE | {"counts": "\0é"}}, "can't encode"),
+        ({"keypoints": [1, 2, 2, 3]}, "expected 9 numbers"),
+        ({"keypoints": [1, 2, 2] * 4}, "expected 9 numbers"),
+        ({"keypoints": ["1", "2", "2"] * 3}, "expected 9 numbers"),
+        ({"keypoints": [NAN, 2, 2] * 3}, "expected 9 numbers"),
+        ({"keypoints": [1, 2, 2, 1, 2, 2, 1e8, 2, 2]}, "far outside of the image"),
+        ({"keypoints": "abc"}, "keypoints is 'abc'"),
     ],
 )
 def test_malformed_annotation_is_a_failure(tmp_path, fields, reason) -> None:
@@ -196,7 +234,92 @@ def test_malformed_annotation_is_a_failure(tmp_path, fields, reason) -> None:
     assert len(scene.images) == 0
     (failure,) = scene.failures
     assert failure.key == "a.png"
-    assert re.search(reason, failure.reason)
+    assert re.search(f"annotation 1: can't be rendered: .*{reason}", failure.reason)
+
+
+def test_null_and_unlabeled_fields_are_absent(tmp_path) -> None:
+    null = {"bbox": None, "segmentation": None, "keypoints": None, "iscrowd": None, "area": None}
+    unlabeled = annotation(2, 1, keypoints=[None, NAN, 0, "?", 0, 0, 20, 10, 2], name="Ann")
+    source = CocoSource(Preprocess(40), **write(tmp_path, [annotation(1, 1, **null), unlabeled]))
+    assert source.skipped == ()
+    assert source.info(0).streams == ("rgb", "pose")
+    assert [len(joints) for joints in parsed(source, "pose")] == [0, 0, 1]
+
+
+def test_polygon_without_area_is_left_out(tmp_path) -> None:
+    flat = [[], [1, 2], [1, 2, 30, 30]]
+    boxed = annotation(2, bbox=[0, 0, 8, 8], segmentation=flat)
+    with_lines = CocoSource(Preprocess(40), **write(tmp_path, [annotation(1, segmentation=[*flat, square(8, 4, 16)])]))
+    mask = parsed(with_lines, "segmentation")
+    assert [failure.key for failure in with_lines.skipped] == ["annotation 1"]
+    assert "3 of its polygons" in with_lines.skipped[0].reason
+    whole = CocoSource(Preprocess(40), **write(tmp_path, [annotation(1, segmentation=[square(8, 4, 16)])]))
+    np.testing.assert_array_equal(mask, parsed(whole, "segmentation"))
+    assert CocoSource(Preprocess(40), **write(tmp_path, [boxed])).info(0).streams == ("rgb", "boxes")
+
+
+def test_annotations_of_unknown_ids_are_skipped(tmp_path) -> None:
+    ids = [(99, 7), ([1], 7), ({}, 7), (None, 7), (1, 99), (1, [7]), (1, None)]
+    unknown = [annotation(i, category, image, bbox=[0, 0, 1, 1]) for i, (image, category) in enumerate(ids)]
+    unnamed = annotation([1], image=5, bbox=[0, 0, 1, 1])
+    source = CocoSource(Preprocess(8), **write(tmp_path, [*unknown, unnamed]))
+    assert [failure.key for failure in source.skipped] == [f"annotation {i}" for i in range(7)] + [
+        "annotation at index 7"
+    ]
+    assert source.skipped[1].reason == "its image [1] is not among those used"
+    assert source.skipped[5].reason == "its category [7] is not one of the file's"
+
+
+@pytest.mark.parametrize("file_name", [None, ["a.png"], 7, "", "a\0.png", "\ud800.png"])
+def test_image_without_a_usable_name_is_skipped(tmp_path, file_name) -> None:
+    images = [
+        {"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT}
+        for number, name in enumerate(["a.png", file_name])
+    ]
+    source = CocoSource(Preprocess(8), **write(tmp_path, [], images))
+    assert [source.info(i).key for i in range(len(source))] == ["a.png"]
+    assert len(source.skipped) == 1
+    assert source.describe()
+
+
+def test_mask_of_a_huge_declared_size_is_a_failure(tmp_path) -> None:
+    width, height = WIDTH * 10**6, HEIGHT * 10**6
+    images = [{"id": 1, "file_name": "a.png", "width": width, "height": height}]
+    mask = {"size": [height, width], "counts": [width * height]}
+    (failure,) = (
+        CocoSource(Preprocess(8), **write(tmp_path, [annotation(1, segmentation=mask)], images)).load(0).failures
+    )
+    assert "expected at most 64000000" in failure.reason
+
+
+PERSON = CATEGORIES[0]
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ([{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "categories 'a' and 'b' have the same id 1"),
+        ([{"id": [1], "name": "a"}], r"the id \[1\]; expected an integer or a name"),
+        ([{"id": 1, "name": None}], "a category has the name None"),
+        ([{"id": 1, "name": ""}], "a category has the name ''"),
+        ([PERSON | {"keypoints": "nose"}], "'person' has keypoints 'nose'"),
+        ([PERSON | {"keypoints": [1, 2, 3]}], r"keypoints \[1, 2, 3\]"),
+        ([PERSON | {"skeleton": [[1]]}], r"skeleton \[\[1\]\]"),
+        ([PERSON | {"skeleton": 3}], "skeleton 3"),
+        ([PERSON | {"skeleton": [[1, 9]]}], "pose.limbs"),
+    ],
+)
+def test_malformed_category_is_named(tmp_path, categories, message) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        CocoSource(Preprocess(8), **write(tmp_path, [], categories=categories))
+    assert "a.json" in str(error.value) or "pose.limbs" in message
+
+
+def test_numbers_and_names_are_ids(tmp_path) -> None:
+    categories = [{"id": "dog", "name": "dog"}, {"id": 3, "name": 3}, PERSON | {"skeleton": None}]
+    source = CocoSource(Preprocess(8), **write(tmp_path, [annotation(1, "dog", bbox=[0, 0, 80, 40])], None, categories))
+    assert source.streams["boxes"].names == ("person", "3", "dog")
+    assert parsed(source, "boxes") == [Box(2, 0, 0, 8, 8)]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +331,7 @@ def test_malformed_annotation_is_a_failure(tmp_path, fields, reason) -> None:
             '{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
             "lacks file_name",
         ),
+        ("[" * 100_000, "not readable as JSON"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "no usable image"),
     ],
 )
