@@ -31,14 +31,26 @@ def encode_image(pixels: np.ndarray | PIL.Image.Image, format: str = "PNG", **op
     return file.getvalue()
 
 
+def encode_png(samples: np.ndarray, bits: int, transparent: tuple[int, ...] = ()) -> bytes:
+    """Encodes gray [H, W] or RGB [H, W, 3] of 1 to 16 bits as PNG, with a transparent color (tRNS)."""
+    height, width = samples.shape[:2]
+    shifts = np.arange(bits)[::-1]
+    rows = np.packbits((samples.reshape(height, -1, 1) >> shifts & 1).astype(np.uint8).reshape(height, -1), axis=1)
+    data = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()  # filter 0
+    alpha = [(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))] if transparent else []
+    header = struct.pack(">IIBBBBB", width, height, bits, 2 * (samples.ndim - 2), 0, 0, 0)
+    return _png([(b"IHDR", header), *alpha, (b"IDAT", zlib.compress(data)), (b"IEND", b"")])
+
+
+def _png(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    framed = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
 def _bomb() -> bytes:
     """Returns a PNG whose header claims 20,000 × 20,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(60001))) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    return _png([(b"IHDR", header), (b"IDAT", zlib.compress(bytes(60001))), (b"IEND", b"")])
 
 
 def _palette() -> PIL.Image.Image:

@@ -99,6 +99,7 @@ class Preprocess:
             raise UserError("an image holds floats (mode F), whose range is unknown; expected 8 or 16 bits")
         if image.mode.startswith("I"):
             gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+            gray[gray == image.info.get("transparency")] = 0
             image = PIL.Image.fromarray(((gray + 128) // 257).astype(np.uint8))
         if image.has_transparency_data:
             black = PIL.Image.new("RGBA", image.size, (0, 0, 0, 255))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess, apply_exif_orientation
@@ -43,6 +43,14 @@ class DecodedImage:
     size: tuple[int, int]  # width and height of the full image, oriented as `pixels`
     extent: tuple[float, float]  # columns and rows of `pixels` that the image covers
     format: str  # of the file, such as "JPEG"
+    white: int = 255  # of the file's own samples, if Pillow scaled them: gray of 2 and 4 bits, a PGM's maximum
+
+    def to_samples(self, gray: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+        """Converts values of `pixels`, of one channel, to the samples in the file."""
+        if self.white in (255, 65535):
+            return gray
+        scale = 255 if self.pixels.mode == "L" else 65535
+        return (gray.astype(np.int64) * self.white + scale // 2) // scale
 
 
 def open_image(content: Content) -> PIL.Image.Image:
@@ -78,17 +86,44 @@ def decode_image(content: Content, preprocess: Preprocess | None = None) -> Deco
         min_side = preprocess.min_decode_side if preprocess else 0
         if min_side and (drafted := opened.draft(None, (min_side, min_side))):
             extent = drafted[1][2:]
+        white = _white_level(opened)
+        _mend_transparency(opened, content, white)
         opened.load()
         if opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # turned by 90° or 270°
             size, extent = size[::-1], extent[::-1]
         pixels = preprocess.to_rgb(opened) if preprocess else apply_exif_orientation(opened)
-        return DecodedImage(pixels, size, extent, opened.format or "")
+        return DecodedImage(pixels, size, extent, opened.format or "", white)
 
 
 def read_image(content: Content, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
     """Decodes and preprocesses an image. Raises UnreadableError, and UserError as `Preprocess` does."""
     image = decode_image(content, preprocess)
     return preprocess(image.pixels, image.extent)
+
+
+def _raw_mode(image: PIL.Image.Image) -> tuple[str, int]:
+    """Returns the layout of an opened file's samples, such as "L;4", and the maximum of a PPM's, else 0."""
+    decoder, *_, args = image.tile[0] if image.tile else ("", "")
+    raw_mode = args[0] if args and isinstance(args, tuple) else args
+    return str(raw_mode), args[1] if decoder.startswith("ppm") else 0
+
+
+def _white_level(image: PIL.Image.Image) -> int:
+    raw_mode, maximum = _raw_mode(image)
+    return maximum or {"L;2": 3, "L;4": 15}.get(raw_mode[:3], 255)
+
+
+def _mend_transparency(image: PIL.Image.Image, content: Content, white: int) -> None:
+    """Makes PNG's transparent gray or color that of the decoded pixels: Pillow keeps that of the file's samples."""
+    color = image.info.get("transparency")
+    if isinstance(color, int) and white < 255:
+        image.info["transparency"] = color * 255 // white
+    elif isinstance(color, tuple) and _raw_mode(image)[0] == "RGB;16B":
+        del image.info["transparency"]
+        with open_image(content) as low:  # Pillow decodes the high bytes; read as little-endian, the low ones
+            low.tile = [low.tile[0]._replace(args="RGB;16L")]
+            samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+        image.putalpha(PIL.Image.fromarray((samples != color).any(axis=-1)))
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ class DepthReader(Reader):
             return np.repeat(depth[..., None], 3, axis=-1)
         if not mode.startswith("I"):
             raise UnreadableError(f"mode {mode}; depth is 16-bit gray, or rendered 8-bit gray (mode L)")
+        depth = image.to_samples(depth)
         return self.codec.render(np.where(depth == NO_READING, 0, depth))
 
 
@@ -76,9 +77,9 @@ class SegmentationReader(Reader):
             return self.codec.render(self._look_up(preprocess.resize_labels(pixels)))
         if mode not in ("1", "L", "P") and not mode.startswith("I"):
             raise UnreadableError(f"mode {mode}; segmentation is class ids (1, L, P, 16-bit) or RGB colors")
-        if self._is_mask and mode == "L" and is_mask(pixels):
-            pixels = pixels > 0
-        return self.codec.render(preprocess.resize_labels(pixels).astype(np.int64))
+        ids = preprocess.resize_labels(pixels)
+        ids = ids > 0 if self._is_mask and mode == "L" and is_mask(pixels) else image.to_samples(ids)
+        return self.codec.render(ids.astype(np.int64))
 
     def _look_up(self, rgb: UInt8[np.ndarray, "R R 3"]) -> UInt8[np.ndarray, "R R"]:
         packed = _pack(rgb)

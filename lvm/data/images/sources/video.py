@@ -181,11 +181,12 @@ def _decode(path: pathlib.Path, time: fractions.Fraction) -> Iterator[tuple[frac
 
 
 def _to_image(frame: Any) -> PIL.Image.Image:
-    """Returns a frame as an upright image. Raises UnreadableError for one that FFmpeg concealed errors in."""
+    """Returns a frame upright, as RGB or RGBA. Raises UnreadableError for one that FFmpeg concealed errors in."""
     if frame.is_corrupt:
         raise UnreadableError(f"the frame at {frame.time:.2f} s is damaged")
     turns = round(frame.rotation / 90) % 4  # counterclockwise
-    image = frame.to_image()
+    has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    image = PIL.Image.fromarray(frame.to_ndarray(format="rgba")) if has_alpha else frame.to_image()
     return image.transpose(_ROTATIONS[turns]) if turns else image
 
 

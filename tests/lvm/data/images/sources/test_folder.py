@@ -16,6 +16,7 @@ from lvm.data.images.sources import open_source
 from lvm.data.images.sources.folder import FolderSource
 from lvm.data.streams.codecs import PALETTE, Depth, Palette
 from tests.commands import SHARED_DATA
+from tests.image_files import encode_png
 
 needs_dev = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}: real images are not distributed")
 exact = Preprocess(8, filter="nearest")
@@ -156,6 +157,35 @@ def test_classes_json_names_classes(tmp_path, classes, codec) -> None:
     assert source.streams["segmentation"] == codec
     np.testing.assert_array_equal(codec.parse(source.load(0).images[0, 1]), ids(0, 1))
     assert source.skipped == ()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encode_png(ids(0, 1, 3), 2),
+        encode_png(ids(0, 1, 3), 4),
+        b"P5 8 8 15\n" + ids(0, 1, 3).tobytes(),
+        b"P2 8 8 100\n" + " ".join(map(str, ids(0, 1, 3).ravel())).encode(),
+        b"P5 8 8 300\n" + ids(0, 1, 3).astype(">u2").tobytes(),
+    ],
+    ids=["2-bit", "4-bit", "pgm", "plain pgm", "pgm of 16 bits"],
+)
+def test_class_ids_are_the_samples_of_the_file(tmp_path, content) -> None:
+    folder = write_pair(tmp_path, "segmentation", ids(0))
+    (folder / "segmentation" / "a.png").write_bytes(content)
+    np.testing.assert_array_equal(load_one(folder), ids(0, 1, 3))
+
+
+def test_four_bit_mask_of_black_and_white_is_a_mask(tmp_path) -> None:
+    folder = write_pair(tmp_path, "segmentation", ids(0))
+    (folder / "segmentation" / "a.png").write_bytes(encode_png(ids(0, 15), 4))
+    np.testing.assert_array_equal(load_one(folder), ids(0, 1))
+
+
+def test_depth_of_pgm_is_not_scaled_by_its_maximum(tmp_path) -> None:
+    folder = write_pair(tmp_path, "depth", np.full((8, 8), 1, np.uint16))
+    (folder / "depth" / "a.png").write_bytes(b"P5 8 8 9000\n" + np.full((8, 8), 2500, ">u2").tobytes())
+    np.testing.assert_allclose(load_one(folder), 2500, atol=10000 / 508)
 
 
 def test_unnamed_class_id_is_a_failure(tmp_path) -> None:

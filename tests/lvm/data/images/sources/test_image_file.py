@@ -16,7 +16,7 @@ from lvm.data.images.sources import KINDS, _open, open_source
 from lvm.data.images.sources.image_file import decode_image, read_image
 from lvm.data.streams.derived import DERIVED
 from tests.commands import ROOT
-from tests.image_files import BAD_FILES, UNUSUAL_FILES, check_image_files, encode_image, photo
+from tests.image_files import BAD_FILES, UNUSUAL_FILES, check_image_files, encode_image, encode_png, photo
 
 small = Preprocess(16)
 
@@ -72,6 +72,19 @@ def test_reduced_decoding_keeps_the_minimum_side(tmp_path) -> None:
     assert decode_image(path, reduced(257)).pixels.size == (640, 513)
     assert decode_image(path).pixels.size == (640, 513)
     assert decode_image(path, reduced(128)).size == (640, 513)
+
+
+@pytest.mark.parametrize(
+    ("bits", "channels"), [(1, ()), (2, ()), (4, ()), (8, ()), (16, ()), (8, (3,)), (16, (3,))]
+)
+def test_transparent_color_of_png_is_black(bits, channels) -> None:
+    white = 2**bits - 1
+    samples = np.full((4, 8, *channels), white, np.int64)
+    samples[:, 4:] = white - 1  # of RGB with 16 bits, the low byte alone tells them apart
+    png = encode_png(samples, bits, (white,) * samples[0, 0].size)
+    image = read_image(lambda: png, Preprocess(8, filter="nearest"))
+    assert not image[:, :4].any()
+    assert (image[:, 4:] == round(255 * (white - 1) / white)).all()
 
 
 def test_annotations_are_decoded_in_full(tmp_path) -> None:

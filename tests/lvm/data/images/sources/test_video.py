@@ -150,6 +150,28 @@ def test_animated_gif_is_a_video(tmp_path) -> None:
     assert source.load(0).images.shape == (3, 1, 16, 16, 3)
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.mov"])
+def test_alpha_of_videos_is_composed_over_black(tmp_path, name) -> None:
+    frames = [np.full((16, 16, 4), (250 - i, 200, 100, 255), np.uint8) for i in range(2)]
+    for frame in frames:
+        frame[:, :8, 3] = 0
+    if name == "a.gif":
+        images = [PIL.Image.fromarray(frame) for frame in frames]
+        gif = encode_image(images[0], "GIF", save_all=True, append_images=images[1:], disposal=2)
+        (tmp_path / name).write_bytes(gif)
+    else:
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("png", rate=10, width=16, height=16, pix_fmt="rgba")
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
+            container.mux(stream.encode())
+    images = open_source(str(tmp_path / name), Preprocess(16, filter="nearest")).load(0).images[:, 0]
+    assert len(images) == 2
+    for i, image in enumerate(images):
+        assert not image[:, :8].any()
+        assert (image[:, 8:] == (250 - i, 200, 100)).all()
+
+
 def test_video_description_is_location_independent(tmp_path) -> None:
     for folder in ("a", "b"):
         write_video(tmp_path / folder / "v.mp4", frames=4)
