@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageFile
 from jaxtyping import Shaped, UInt8
 
 from lvm.common.errors import UserError
@@ -53,7 +54,7 @@ class DecodedImage:
         return (gray.astype(np.int64) * self.white + scale // 2) // scale
 
 
-def open_image(content: Content) -> PIL.Image.Image:
+def open_image(content: Content) -> PIL.ImageFile.ImageFile:
     """Opens an image by its header, without decoding. Raises UnreadableError."""
     with _reasons("cannot be opened"):
         file: pathlib.Path | io.BytesIO
@@ -101,24 +102,25 @@ def read_image(content: Content, preprocess: Preprocess) -> UInt8[np.ndarray, "R
     return preprocess(image.pixels, image.extent)
 
 
-def _raw_mode(image: PIL.Image.Image) -> tuple[str, int]:
-    """Returns the layout of an opened file's samples, such as "L;4", and the maximum of a PPM's, else 0."""
-    decoder, *_, args = image.tile[0] if image.tile else ("", "")
-    raw_mode = args[0] if args and isinstance(args, tuple) else args
-    return str(raw_mode), args[1] if decoder.startswith("ppm") else 0
+def _raw_mode(image: PIL.ImageFile.ImageFile) -> str:
+    """Returns the layout of an opened file's samples, such as "L;4"."""
+    args = image.tile[0].args if image.tile else ""
+    return str(args[0] if args and isinstance(args, tuple) else args)
 
 
-def _white_level(image: PIL.Image.Image) -> int:
-    raw_mode, maximum = _raw_mode(image)
-    return maximum or {"L;2": 3, "L;4": 15}.get(raw_mode[:3], 255)
+def _white_level(image: PIL.ImageFile.ImageFile) -> int:
+    for tile in image.tile:
+        if tile.codec_name.startswith("ppm") and isinstance(tile.args, tuple):
+            return int(tile.args[1])
+    return {"L;2": 3, "L;4": 15}.get(_raw_mode(image)[:3], 255)
 
 
-def _mend_transparency(image: PIL.Image.Image, content: Content, white: int) -> None:
+def _mend_transparency(image: PIL.ImageFile.ImageFile, content: Content, white: int) -> None:
     """Makes PNG's transparent gray or color that of the decoded pixels: Pillow keeps that of the file's samples."""
     color = image.info.get("transparency")
     if isinstance(color, int) and white < 255:
         image.info["transparency"] = color * 255 // white
-    elif isinstance(color, tuple) and _raw_mode(image)[0] == "RGB;16B":
+    elif isinstance(color, tuple) and _raw_mode(image) == "RGB;16B":
         del image.info["transparency"]
         with open_image(content) as low:  # Pillow decodes the high bytes; read as little-endian, the low ones
             low.tile = [low.tile[0]._replace(args="RGB;16L")]

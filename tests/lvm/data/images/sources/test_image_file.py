@@ -74,9 +74,7 @@ def test_reduced_decoding_keeps_the_minimum_side(tmp_path) -> None:
     assert decode_image(path, reduced(128)).size == (640, 513)
 
 
-@pytest.mark.parametrize(
-    ("bits", "channels"), [(1, ()), (2, ()), (4, ()), (8, ()), (16, ()), (8, (3,)), (16, (3,))]
-)
+@pytest.mark.parametrize(("bits", "channels"), [(1, ()), (2, ()), (4, ()), (8, ()), (16, ()), (8, (3,)), (16, (3,))])
 def test_transparent_color_of_png_is_black(bits, channels) -> None:
     white = 2**bits - 1
     samples = np.full((4, 8, *channels), white, np.int64)
