@@ -44,6 +44,7 @@ def from_variant_fields(fields: Fields, where: str) -> VQGANConfig:
     return from_config_dict(VQGANConfig, to_json(VARIANTS[fields["variant"]]) | sizes, where)
 
 
+_BLOCKS = ("decoder_blocks", "middle_blocks")
 # Per class: fields → ours, and the fields of which one value is supported → (value, default of the class).
 _MUSE = {
     "resolution": "resolution",
@@ -53,8 +54,12 @@ _MUSE = {
     "num_embeddings": "codebook_size",
     "z_channels": "codebook_dim",
 }
-_MUSE_FIXED = {"num_channels": (3, 3), "no_attn_mid_block": (True, False), "resample_with_conv": (True, True)}
 _MUSE_DECODER = ("decoder_res_blocks", "decoder_hidden_channels", "decoder_channel_mult", "extra_mid_res_blocks")
+_MUSE_FIXED = {"num_channels": (3, 3), "resample_with_conv": (True, True)}
+_MUSE_CLASSES = {  # variant → class, and its own fields
+    "lvm": ("VQGANModel", {"no_attn_mid_block": (True, False)} | dict.fromkeys(_MUSE_DECODER, (None, None))),
+    "maskgit": ("MaskGitVQGAN", {}),
+}
 _DIFFUSERS = {
     "sample_size": "resolution",
     "layers_per_block": "encoder_blocks",
@@ -71,24 +76,28 @@ _DIFFUSERS_FIXED = {
 
 
 def to_muse(config: VQGANConfig) -> dict[str, Any]:
-    """Fields of open-muse's `VQGANModel`."""
+    """Fields of open-muse's `VQGANModel` or `MaskGitVQGAN`."""
+    class_name, fixed = _MUSE_CLASSES[variant_of(config) or ""]
     return {
-        "_class_name": "VQGANModel",
+        "_class_name": class_name,
         "attn_resolutions": [],
         "quantized_embed_dim": config.codebook_dim,
         "dropout": 0.0,
         "commitment_cost": 0.25,
-    } | _to_fields(config, _MUSE, _MUSE_FIXED)
+    } | _to_fields(config, _MUSE, _MUSE_FIXED | fixed)
 
 
 def from_muse(fields: Fields, where: str) -> VQGANConfig:
-    """The network of open-muse's `VQGANModel`."""
+    """The network of open-muse's `VQGANModel` or `MaskGitVQGAN`."""
+    variant = next(variant for variant, (name, _) in _MUSE_CLASSES.items() if name == fields["_class_name"])
     values = {ours: _require(fields, theirs, where) for theirs, ours in _MUSE.items()}
-    fixed = _MUSE_FIXED | {"quantized_embed_dim": (values["codebook_dim"], 256)}
-    _expect(fields, fixed | dict.fromkeys(_MUSE_DECODER, (None, None)), where)
-    config = _lvm_network(values, where)
+    fixed = _MUSE_FIXED | _MUSE_CLASSES[variant][1]
+    _expect(fields, fixed | {"quantized_embed_dim": (values["codebook_dim"], 256)}, where)
+    config = _network(variant, values, where)
     if config.channel_multipliers[0] != 1:  # its first convolution has hidden_channels whatever the multiplier
         raise UserError(f"{where}: channel_mult: {list(config.channel_multipliers)}, expected 1 as the first")
+    if variant == "maskgit":  # a class without attention, whatever `attn_resolutions` says
+        return config
     sides = [config.resolution >> i for i in range(len(config.widths))]
     attention = fields.get("attn_resolutions", (16,))
     if not isinstance(attention, list | tuple) or set(attention) & set(sides):
@@ -130,7 +139,7 @@ def from_diffusers(fields: Fields, where: str) -> VQGANConfig:
         "channel_multipliers": [width // channels for width in widths],
         "norm_groups": fields.get("norm_num_groups", 32),
     }
-    return _lvm_network(values, where)
+    return _network("lvm", values, where)
 
 
 def _to_fields(config: VQGANConfig, names: Mapping[str, str], fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,12 +147,13 @@ def _to_fields(config: VQGANConfig, names: Mapping[str, str], fixed: Mapping[str
     return values | {name: value for name, (value, _) in fixed.items()}
 
 
-def _lvm_network(values: dict[str, Any], where: str) -> VQGANConfig:
-    """A network of variant "lvm", whose decoder has one more block per stage than the encoder."""
+def _network(variant: str, values: dict[str, Any], where: str) -> VQGANConfig:
+    """A network of a variant: the decoder of "lvm" has a block more per stage, "maskgit" as many everywhere."""
     blocks = values["encoder_blocks"]
     if type(blocks) is int:  # from_config_dict rejects anything else
-        values = values | {"decoder_blocks": blocks + 1}
-    return from_config_dict(VQGANConfig, to_json(VARIANTS["lvm"]) | values, where)
+        is_lvm = variant == "lvm"
+        values = values | ({"decoder_blocks": blocks + 1} if is_lvm else dict.fromkeys(_BLOCKS, blocks))
+    return from_config_dict(VQGANConfig, to_json(VARIANTS[variant]) | values, where)
 
 
 def _require(fields: Fields, name: str, where: str) -> Any:

@@ -134,7 +134,7 @@ _DIFFUSERS_FIELDS = (layout_fields.to_diffusers, layout_fields.from_diffusers)
 _CODEBOOK, _NIN = "quantize.embedding.weight", {"shortcut": "nin_shortcut"}
 _OLD_CODEBOOK, _OLD = "quantizer.embedding.weight", {"shortcut": "conv_out"}
 LAYOUTS = (
-    Layout("maskgit", "torch", _CODEBOOK, _NIN, _MASKGIT_TORCH, *_VARIANT_FIELDS),
+    Layout("maskgit", "torch", _CODEBOOK, _NIN, _MASKGIT_TORCH, *_MUSE_FIELDS),
     Layout("maskgit", "maskgit", "quantizer.codebook", _FLAX_ALIASES, _MASKGIT_FLAX, *_VARIANT_FIELDS),
     Layout("lvm_old", "torch", _OLD_CODEBOOK, _OLD, _LVM_OLD_TORCH, *_VARIANT_FIELDS),
     Layout("lvm", "torch", _CODEBOOK, _NIN, _LVM_TORCH, *_MUSE_FIELDS),

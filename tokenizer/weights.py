@@ -43,7 +43,9 @@ _FILENAMES = {
     "maskgit": "tokenizer.msgpack",
 }
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", "")
-_KIND_OF_CLASS = {"VQGANModel": "torch", "VQModel": "diffusers"}
+_LAYOUT_OF_CLASS = {
+    "VQGANModel": ("lvm", "torch"), "MaskGitVQGAN": ("maskgit", "torch"), "VQModel": ("lvm", "diffusers")
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _read_published(folder: epath.Path, file: epath.Path | None) -> Weights:
     preprocess = preprocess or Preprocess(config.resolution, _MODES[layout.variant])
     if preprocess.resolution != config.resolution:
         raise UserError(f"{path}: resolution: {preprocess.resolution}, {CONFIG} says {config.resolution}")
-    names, tensors = layout.tensors(config), _open(file, file_format)
+    names, tensors = layout.tensors(config), interop.unwrap(_open(file, file_format), layout.codebook, file)
     interop.check_shapes(tensors, {name: shape for name, (_, shape) in names.items()}, file)
     _check_dtypes(tensors, file)
     params = {}
@@ -150,11 +152,11 @@ def _layout_of(fields: Mapping[str, Any], file_format: str, where: str) -> Layou
                 f"{', '.join(_MODES)}, of which only maskgit is published as msgpack"
             )
         return dataclasses.replace(layout, from_fields=from_variant_fields)
-    layout = layouts.find_layout("lvm", _KIND_OF_CLASS.get(fields.get("_class_name", ""), ""))
+    layout = layouts.find_layout(*_LAYOUT_OF_CLASS.get(fields.get("_class_name", ""), ("", "")))
     if layout is None:
         raise UserError(
             f"{where}: not a tokenizer's: it has {', '.join(sorted(fields)) or 'nothing'}; expected kind (a workdir), "
-            f"_class_name of {' or '.join(_KIND_OF_CLASS)}, or variant (docs/interop.md)"
+            f"_class_name of {' or '.join(_LAYOUT_OF_CLASS)}, or variant (docs/interop.md)"
         )
     return layout
 

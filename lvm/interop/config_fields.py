@@ -45,7 +45,7 @@ _SUPPORTED = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
+    "partial_rotary_factor": (1.0,),
     "quantization_config": (None,),
 }
 
@@ -134,15 +134,18 @@ def parse_config(
 
 def _rope_theta(fields: Mapping[str, Any], path: epath.Path) -> float:
     """The RoPE base, a member of `rope_parameters` in transformers 5 and a field of its own in 4."""
-    rope = fields.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise UserError(f"{path}: rope_parameters: {rope!r} is not supported; expected rope_type 'default'")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: rope_parameters: {rope!r} is not supported; expected partial_rotary_factor 1")
-    values = [value for value in (rope.get("rope_theta"), fields.get("rope_theta")) if value is not None]
-    if len(set(values)) > 1:
-        raise UserError(f"{path}: rope_theta: {values[1]!r}, but rope_parameters.rope_theta: {values[0]!r}")
-    return values[0] if values else _DEFAULTS["rope_theta"]
+    values: dict[str, Any] = {"rope_theta": fields.get("rope_theta")}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(name) or {}
+        if not isinstance(rope, dict) or any(rope.get(key, "default") != "default" for key in ("rope_type", "type")):
+            raise UserError(f"{path}: {name}: {rope!r} is not supported; expected rope_type 'default'")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError(f"{path}: {name}: {rope!r} is not supported; expected partial_rotary_factor 1")
+        values[f"{name}.rope_theta"] = rope.get("rope_theta")
+    values = {name: value for name, value in values.items() if value is not None}
+    if len(set(values.values())) > 1:
+        raise UserError(f"{path}: {', but '.join(f'{name}: {value!r}' for name, value in values.items())}")
+    return next(iter(values.values()), _DEFAULTS["rope_theta"])
 
 
 def write_record(folder: pathlib.Path, checkpoint: LazyCheckpoint) -> None:

@@ -10,13 +10,12 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.interop.config_fields import LLAMA_CONTEXT, common_fields, read_checkpoint, special_token_fields, write_record
 from lvm.interop.layouts import HUGGING_FACE
-from lvm.interop.lazy_checkpoint import LazyCheckpoint
-from lvm.interop.tensors import LazyTensor, format_names, read_safetensors, write_safetensors
+from lvm.interop.lazy_checkpoint import GENERATION_CONFIG, LazyCheckpoint
+from lvm.interop.tensors import LazyTensor, format_names, read_safetensors, unwrap, write_safetensors
 from lvm.interop.torch_reader import read_state_dict
 from lvm.model.transformer import ModelConfig
 from lvm.training.workdir import CONFIG
 
-GENERATION_CONFIG = "generation_config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -37,7 +36,8 @@ def read(folder: epath.Path) -> LazyCheckpoint:
     """
 
     def open_tensors(config: ModelConfig) -> dict[str, LazyTensor]:
-        tensors = {name: t for name, t in _open_weights(folder).items() if not _BUFFERS.fullmatch(name)}
+        opened = unwrap(_open_weights(folder), HUGGING_FACE.name("embedding"), folder)
+        tensors = {name: t for name, t in opened.items() if not _BUFFERS.fullmatch(name)}
         if config.tie_embeddings:  # some versions save the embedding twice
             tensors.pop(HUGGING_FACE.name("head"), None)
         return tensors

@@ -18,7 +18,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lvm import __version__
-from lvm.common.config import to_json
+from lvm.common import files
+from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.interop.tensors import BFLOAT16, LazyTensor, Tensors, cast, format_names, stack
 from lvm.model.nnx_utils import Params, abstract_module
@@ -29,6 +30,7 @@ from lvm.training.workdir import RECORD_VERSION
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
 _PUBLISHED = Vocabulary(8192, 8292, bos=None, eos=None, pad=8192)  # of LVM's released checkpoints
 _KNOWN_VOCABULARIES = {_PUBLISHED.size: _PUBLISHED, 8448: Vocabulary.for_codes(8192)}
+GENERATION_CONFIG = "generation_config.json"  # of transformers
 _LAYERS = "layers."
 # The run record of a model that was trained elsewhere.
 NO_RECORD: dict[str, Any] = {"version": RECORD_VERSION, "kind": "lvm", "tokenizer": None, "stores": [], "sources": []}
@@ -130,12 +132,21 @@ def check_dtypes(tensors: Tensors, path: str | os.PathLike[str]) -> None:
 
 
 def load_vocabulary(folder: epath.Path, size: int) -> Vocabulary:
-    """The vocabulary declared in a model folder, or a known one. Raises UserError unless one has this size."""
+    """The vocabulary declared in a model folder, or a known one. Raises UserError unless one has this size.
+
+    An export that another library saved again declares it in its generation_config.json alone.
+    """
     if (folder / FILENAME).exists():
         vocabulary = Vocabulary.load(folder)
         if vocabulary.size != size:
             raise UserError(f"{folder / FILENAME}: size: {vocabulary.size}, the model's vocabulary has {size}")
         return vocabulary
+    path = folder / GENERATION_CONFIG
+    match files.read_json(path) if path.exists() else {}:
+        # An export suppresses all ids that are not codes.
+        case {"suppress_tokens": [int(first), *_] as suppressed, **fields} if suppressed == list(range(first, size)):
+            specials = {name: fields.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+            return from_config_dict(Vocabulary, {"num_codes": first, "size": size, **specials}, os.fspath(path))
     if size not in _KNOWN_VOCABULARIES:
         raise UserError(
             f"{folder}: vocabulary of {size} ids without a {FILENAME}; only sizes "

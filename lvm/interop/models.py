@@ -17,6 +17,7 @@ from lvm.model.vocabulary import Vocabulary
 from lvm.training.workdir import CONFIG
 
 FORMATS = ("hf", "orbax", "easylm")
+_ADAPTER = "adapter"  # peft's files: adapter_config.json, adapter_model.safetensors
 MAX_SHARD_BYTES = 2 * 10**9
 
 
@@ -50,6 +51,13 @@ def _checked(checkpoint: LazyCheckpoint) -> LazyCheckpoint:
 
 def _detect_format(path: epath.Path) -> tuple[str, epath.Path | None]:
     """The format of a folder or file, and EasyLM's streaming checkpoint."""
+    if path.name.startswith(f"{_ADAPTER}_model.") or (
+        (path / f"{_ADAPTER}_config.json").exists() and not (path / CONFIG).exists()
+    ):
+        raise UserError(
+            f"{path}: an adapter, which holds changes of a model's weights; merge it first: "
+            "peft_model.merge_and_unload().save_pretrained(FOLDER) (docs/interop.md)"
+        )
     if path.is_file():
         if hugging_face.has_weights([path.name]):
             raise UserError(f"{path}: a weights file; give its folder, {path.parent}")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_dtypes
@@ -20,10 +21,13 @@ from jaxtyping import Shaped
 
 from lvm.common import files
 from lvm.common.errors import UserError
+from lvm.common.logging import log_info
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _MAX_LISTED = 8
 _CHUNK = 2**18  # elements whose bits are tested at once: they stay in the processor's cache
+# Parts of names that torch.compile, FSDP and activation checkpointing add to whatever module they wrap.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
     "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
@@ -146,6 +150,20 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> 
     safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
     path.chmod(mode)  # safetensors leaves the mode of a private temporary file, 0600, where others have the umask's
     files.flush(path)
+
+
+def unwrap(tensors: Tensors, anchor: str, path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
+    """The tensors of a file by their names in the module itself: without wrappers' parts, nor a prefix that all share.
+
+    `anchor` is the name of one of them in the module; prefixes are, for example, `module.` or `vqgan.`.
+    """
+    names = {name: _WRAPPERS.sub("", name) for name in tensors}
+    prefix = next((name.removesuffix(anchor) for name in names.values() if name.endswith(f".{anchor}")), "")
+    if anchor not in names.values() and all(name.startswith(prefix) for name in names.values()):
+        names = {name: short.removeprefix(prefix) for name, short in names.items()}
+    if changed := [f"{name} as {short}" for name, short in names.items() if name != short]:
+        log_info(f"{path}: {len(changed)} names are read without their wrapper's prefix: {changed[0]}")
+    return {short: tensors[name] for name, short in names.items()}
 
 
 def check_shapes(tensors: Tensors, shapes: Mapping[str, Sequence[int]], path: str | os.PathLike[str]) -> None:

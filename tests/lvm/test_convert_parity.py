@@ -18,7 +18,7 @@ from lvm.inference.sampling import SamplingParams
 from lvm.interop import models
 from lvm.interop.lazy_checkpoint import resize_vocabulary
 from lvm.model.vocabulary import Vocabulary
-from tests.lvm.small_models import OURS, PUBLISHED, assert_same_tensors, small_model
+from tests.lvm.small_models import OURS, PUBLISHED, SMALL, assert_same_tensors, small_model
 from tests.tokenizer.networks import random_weights, small
 from tokenizer import Tokenizer, weights
 
@@ -107,8 +107,8 @@ def test_generation_config_has_special_ids(tmp_path):
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 def test_read_what_transformers_saves(theta, tmp_path):
-    """Weights saved again by transformers, with the fields of its version."""
-    checkpoint = small_model(OURS, num_heads=4, num_kv_heads=2, rope_theta=theta)
+    """Weights saved again by transformers, with the fields of its version and none of our files."""
+    checkpoint = small_model(SMALL, num_heads=4, num_kv_heads=2, rope_theta=theta)
     models.write(tmp_path / "hf", checkpoint, "hf")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     theirs.save_pretrained(tmp_path / "saved")
@@ -116,7 +116,7 @@ def test_read_what_transformers_saves(theta, tmp_path):
     assert ("rope_parameters" in fields) or ("rope_theta" in fields)
     loaded = models.read(tmp_path / "saved")
     assert_same_tensors(loaded, checkpoint)
-    assert loaded.vocabulary == OURS
+    assert loaded.vocabulary == SMALL
     assert dataclasses.replace(loaded.config, attention="xla") == checkpoint.config
     torch.save(theirs.state_dict(), tmp_path / "saved" / "pytorch_model.bin")
     (tmp_path / "saved" / "model.safetensors").unlink()

@@ -4,13 +4,18 @@ Random weights at reduced width, and the released network at full width; compare
 """
 
 import dataclasses
+import re
+import shlex
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from lvm.model import nnx_utils
-from tests.tokenizer.networks import random_weights, same_bits, small
+from tests.commands import ROOT
+from tests.tokenizer.networks import check_same, random_weights, same_bits, small
 from tokenizer import weights
 from tokenizer.network import VARIANTS, VQGAN
 
@@ -122,6 +127,23 @@ def test_diffusers_round_trips_our_folder(tmp_path):
     again = weights.read(tmp_path / "theirs")
     assert again.config == stored.config
     same_bits(again.params, stored.params)
+
+
+@pytest.mark.parametrize("variant", ["lvm", "maskgit"])
+def test_documented_line_writes_a_torch_file(variant, tmp_path):
+    """docs/interop.md has a line for loaders that read `pytorch_model.bin` alone, as open-muse's does."""
+    stored = random_weights(small(variant), mode="center_crop")
+    weights.write(tmp_path / "DST", stored, "torch")
+    (line,) = re.findall(
+        r"^python -c .*pytorch_model\.bin.*$", (ROOT / "docs" / "interop.md").read_text(), re.MULTILINE
+    )
+    subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, check=True)
+    state = torch.load(tmp_path / "DST" / "pytorch_model.bin", weights_only=True)
+    assert {name: tuple(x.shape) for name, x in state.items()} == {
+        name: x.shape for name, x in weights.to_layout(stored, weights.layouts.find_layout(variant, "torch")).items()
+    }
+    for source in (tmp_path / "DST", tmp_path / "DST" / "pytorch_model.bin"):
+        check_same(weights.read(source), stored)
 
 
 def test_released_network_at_full_width():

@@ -241,6 +241,38 @@ def test_read_lists_all_mismatched_tensors(folder):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "vqgan.", "module._orig_mod."])
+def test_read_drops_a_prefix_that_all_names_share(folder, prefix, caplog):
+    expected = weights.read(folder)
+    rewrite(folder, lambda tensors: {f"{prefix}{name}": x for name, x in tensors.items()})
+    with caplog.at_level("INFO", "lvm"):
+        check_same(weights.read(folder), expected)
+    assert f"prefix: {prefix}" in caplog.text
+    rewrite(folder, lambda tensors: tensors | {"loss.scale": np.ones(1, np.float32)})
+    with pytest.raises(UserError, match=r"unexpected \(.*loss\.scale"):
+        weights.read(folder)
+
+
+def test_read_open_muse_maskgit(tmp_path):
+    """With the fields of its published config.json, and with `variant` as earlier exports have it."""
+    original = random_weights(small("maskgit", **TINY), mode="center_crop")
+    weights.write(tmp_path / "in", original, "torch")
+    path = tmp_path / "in" / "config.json"
+    published = {
+        "_class_name": "MaskGitVQGAN", "_version": "0.0.1", "attn_resolutions": [16], "channel_mult": [1, 2],
+        "commitment_cost": 0.25, "dropout": 0.0, "hidden_channels": 32, "num_channels": 3, "num_embeddings": 16,
+        "num_res_blocks": 2, "quantized_embed_dim": 4, "resample_with_conv": True, "resolution": 16, "z_channels": 4,
+    }  # fmt: skip
+    written = files.read_json(path)
+    assert written | {"_version": "0.0.1", "attn_resolutions": [16]} == published
+    for fields in (published, {"variant": "maskgit", "channels": 32, **TINY}):
+        files.write_json(path, fields)
+        check_same(weights.read(tmp_path / "in"), original)
+    files.write_json(path, published | {"num_res_blocks": 3})
+    with pytest.raises(UserError, match=r"36 missing \(decoder\.mid\.2\.conv1"):
+        weights.read(tmp_path / "in")
+
+
 def test_read_widens_half_precision_and_logs_it(folder, caplog):
     rewrite(folder, lambda tensors: {name: x.astype(np.float16) for name, x in tensors.items()})
     stored = weights.read(folder)

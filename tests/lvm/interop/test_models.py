@@ -18,7 +18,7 @@ from lvm.inference.pretrained import LVM
 from lvm.interop import models
 from lvm.interop.layouts import EASYLM, HUGGING_FACE
 from lvm.interop.lazy_checkpoint import NO_RECORD, stacked_shapes, with_dtype
-from lvm.interop.tensors import from_array
+from lvm.interop.tensors import from_array, read_safetensors, write_safetensors
 from lvm.model.vocabulary import Vocabulary
 from lvm.training.checkpoint import open_params
 from tests.lvm.small_models import (
@@ -132,6 +132,9 @@ def test_read_hf_lists_misshapen_and_missing_tensors(sharded):
     [
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: .*llama3.* is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "expected rope_type 'default'"),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "rope_parameters: .*linear.* is not supported"),
+        ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "expected partial_rotary_factor 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 .*expected 1.0"),
         ({"rope_theta": 5e5}, "rope_theta: 500000.0, but .*10000.0"),
         ({"attention_bias": True}, "attention_bias: True .*expected False"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' .*expected 'silu'"),
@@ -159,6 +162,34 @@ def test_read_hf_accepts_fields_of_transformers_4_and_5(sharded):
         path.write_text(before)
 
 
+@pytest.mark.parametrize(
+    "scaling", [None, {}, {"type": "default"}, {"rope_type": "default", "type": "default", "factor": 1.0}]
+)
+def test_read_hf_takes_default_rope_scaling_as_plain(scaling, sharded):
+    expected = models.read(sharded)
+    edit(sharded / "config.json", lambda fields: fields.update(rope_scaling=scaling))
+    assert_same_model(models.read(sharded), expected)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "layer"),
+    [("module.", ""), ("module._orig_mod.", ""), ("model.", ""), ("vqgan.", ""), ("", "_orig_mod.")],
+)
+def test_read_hf_drops_prefixes_of_wrappers(prefix, layer, sharded, caplog):
+    def rename(name):
+        return prefix + name.replace("layers.0.", f"layers.0.{layer}")
+
+    for path in sharded.glob("*.safetensors"):
+        write_safetensors(path, {rename(name): tensor.read() for name, tensor in read_safetensors(path).items()})
+    edit(
+        sharded / "model.safetensors.index.json",
+        lambda fields: fields.update(weight_map={rename(name): file for name, file in fields["weight_map"].items()}),
+    )
+    with caplog.at_level("INFO", "lvm"):
+        assert_same_model(models.read(sharded), small_model(OURS))
+    assert "names are read without their wrapper's prefix" in caplog.text
+
+
 def undeclared(folder, vocabulary, **sizes):
     models.write(folder, small_model(vocabulary, **sizes), "hf")
     (folder / "vocabulary.json").unlink()
@@ -170,6 +201,29 @@ def test_read_knows_two_undeclared_vocabularies(tmp_path):
     assert models.read(undeclared(tmp_path / "a", PUBLISHED)).vocabulary == PUBLISHED
     assert models.read(undeclared(tmp_path / "b", OURS)).vocabulary == OURS
     assert models.read(tmp_path / "b").record == NO_RECORD
+
+
+@pytest.mark.parametrize("vocabulary", [SMALL, Vocabulary(20, 24, None, 21, 23), PUBLISHED, OURS])
+def test_read_takes_vocabulary_from_generation_config(vocabulary, tmp_path):
+    """As transformers saves a fine-tuned export: without our files, and without ids that are None."""
+    folder = undeclared(tmp_path / "x", vocabulary)
+    edit(
+        folder / "generation_config.json",
+        lambda fields: [fields.pop(name) for name, value in list(fields.items()) if value is None],
+    )
+    assert models.read(folder).vocabulary == vocabulary
+    if vocabulary == SMALL:
+        edit(folder / "generation_config.json", lambda fields: fields.update(suppress_tokens=[3, 7]))
+        with pytest.raises(UserError, match=r"272 ids without a vocabulary\.json"):
+            models.read(folder)
+
+
+def test_read_recognizes_adapters(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(UserError, match=r"an adapter.*merge_and_unload"):
+            models.read(path)
 
 
 def test_read_rejects_language_model(tmp_path):
