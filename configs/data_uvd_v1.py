@@ -3,7 +3,7 @@
 Every component has its family's share of the paper's tokens and the origin of its images. Encode each data set with
 `tokenizer.encode`, and set its store at the command line or here:
 
-    --config.data.components.kinetics.store=STORES/kinetics
+    --config.data.components.kinetics.store=STORES/kinetics   (repeat it for a data set in several stores)
 
 Components without a store are reported together; `--config.data.allow_missing=true` skips them, and weights become
 relative to the remaining ones. The paper gives shares of families; components of a family are weighted equally. Recipes

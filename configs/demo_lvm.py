@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
         TrainConfig(
             batch_size=2,
             model=model,
-            data=MixtureConfig(components, store="runs/demo/store", heldout_fraction=0.15),
+            data=MixtureConfig(components, store=("runs/demo/store",), heldout_fraction=0.15),
             optimizer=OptimizerConfig(
                 learning_rate=2.5e-3, end_learning_rate=2e-5, warmup_steps=100, b2=0.99, weight_decay=0.05
             ),

@@ -15,7 +15,7 @@ from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info, log_warning
 from lvm.data.images.sources import ImageSource, open_source
-from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
+from lvm.data.mixture.mixture import MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Video
 from lvm.data.store.reader import MANIFEST, Store
 from lvm.evaluation import likelihood, prompted, report
@@ -133,22 +133,25 @@ def _likelihood(
     for name, component in mixture.components.items():
         recipe = component.recipe
         if isinstance(recipe, Video) and name in losses and losses[name].shape[1] > 2:
-            videos = _videos(recipe, component, mixture.store, heldout, model.record["stores"])
+            videos = _videos(recipe, mixture.stores_of(component), heldout, model.record["stores"])
             results["video"] = likelihood.video_metrics(losses[name], videos, min(recipe.strides), num_codes)
     return results
 
 
-def _videos(
-    recipe: Video, component: ComponentConfig, default_store: str, heldout: Heldout, stores: list[str]
-) -> list[np.ndarray]:
+def _videos(recipe: Video, paths: Sequence[str], heldout: Heldout, identities: list[str]) -> list[np.ndarray]:
     """Codes int [T, N] of the videos to estimate the conditional entropy on.
 
-    Videos of the training store if it is there, else the held-out ones: few transitions bias the estimate low.
+    Videos of the training stores if they are there, else the held-out ones: few transitions bias the estimate low.
     """
-    path = epath.Path(component.store or default_store)
-    if (path / MANIFEST).exists() and (store := Store(path)).identity() in stores:
-        return store.videos(recipe.stream, recipe.min_frames, _MAX_STORE_VIDEOS)
-    log_warning(f"{path} is not the training store; the conditional entropy is estimated on held-out videos alone")
+    videos: list[np.ndarray] = []
+    for path in paths:
+        if (epath.Path(path) / MANIFEST).exists() and (store := Store(path)).identity() in identities:
+            videos += store.videos(recipe.stream, recipe.min_frames, _MAX_STORE_VIDEOS - len(videos))
+    if videos:
+        return videos
+    log_warning(
+        f"{', '.join(paths)}: not the training store; the conditional entropy is estimated on held-out videos alone"
+    )
     scenes = heldout.with_streams([recipe.stream], recipe.min_frames)
     return [scene.codes[:, scene.info.streams.index(recipe.stream)] for scene in scenes]
 

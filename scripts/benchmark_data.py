@@ -87,11 +87,11 @@ def make_rows(args: cli.Args, folder: str, packing: str, shuffle: str = "all") -
     images, annotated, videos = (os.path.join(folder, name) for name, *_ in STORES)
     # 15 images with BOS and EOS are 3842 tokens, which leaves room for a single image in a row of whole sentences.
     components = {
-        "single": ComponentConfig(Single(), store=images),
-        "category": ComponentConfig(Category(images=15), store=images),
-        "pairs": ComponentConfig(Pairs(target="depth", shots=7), store=annotated),
-        "multi_annotation": ComponentConfig(MultiAnnotation(num_streams=5, shots=3), store=annotated),
-        "video": ComponentConfig(Video(frames=15), store=videos),
+        "single": ComponentConfig(Single(), store=(images,)),
+        "category": ComponentConfig(Category(images=15), store=(images,)),
+        "pairs": ComponentConfig(Pairs(target="depth", shots=7), store=(annotated,)),
+        "multi_annotation": ComponentConfig(MultiAnnotation(num_streams=5, shots=3), store=(annotated,)),
+        "video": ComponentConfig(Video(frames=15), store=(videos,)),
     }
     mixture = Mixture(MixtureConfig(components, weigh_by="codes", packing=packing, shuffle=shuffle), seed=0)
     return Rows(mixture, VOCABULARY, args.context, args.batch_size)

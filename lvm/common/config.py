@@ -66,7 +66,7 @@ def _build(annotation: Any, value: Any, path: str) -> Any:
         return _build(next(a for a in arguments if a is not type(None)), value, path)
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
-            raise UserError(f"{path}: {value!r} is not a tuple")
+            raise UserError(f"{path}: {value!r} is not a tuple; a tuple of one is ({value!r},)")
         return tuple(_build(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         items = _mapping(value, path).items()

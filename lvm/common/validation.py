@@ -24,3 +24,10 @@ def check_choice(config: Any, name: str, choices: Collection[Any]) -> None:
     """Raises UserError unless the named field of `config` is one of `choices`."""
     if getattr(config, name) not in choices:
         raise UserError(f"{name}={getattr(config, name)!r} must be one of {', '.join(map(str, choices))}")
+
+
+def check_tuples(config: Any, *names: str) -> None:
+    """Raises UserError for a value that is not a tuple, such as a string where several are expected."""
+    for name in names:
+        if not isinstance(value := getattr(config, name), tuple):
+            raise UserError(f"{name}={value!r} must be a tuple; a tuple of one is ({value!r},)")

@@ -174,7 +174,7 @@ def test_load_initial_model_checks_architecture_and_codes(tmp_path):
 def test_train_init_from_every_format(demo, tmp_path, caplog):
     """With a zero learning rate the initial weights come out: sharded, from a smaller vocabulary."""
     tiny = tiny_lvm.get_config()
-    tiny.data.store = str(demo / "store")
+    tiny.data.store = (str(demo / "store"),)
     tiny.optimizer.update({"learning_rate": 1e-30, "end_learning_rate": 1e-30, "warmup_steps": 1})
     tiny.loop.total_steps = 2
     tiny.update({"batch_size": 8, "tokenizer": ""})

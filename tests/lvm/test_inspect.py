@@ -171,7 +171,7 @@ def test_training_rejects_or_skips_damaged_records(copy, packing, caplog):
             "single": ComponentConfig(Single()),
             "video": ComponentConfig(Video(frames=2, strides=(1,))),
         }
-        config = MixtureConfig(sources, str(copy), 0.0, packing=packing, skip_damaged=skip)
+        config = MixtureConfig(sources, (str(copy),), 0.0, packing=packing, skip_damaged=skip)
         return Rows(Mixture(config, 0), vocabulary, 40, 4)
 
     before = [rows(False).batch(step) for step in range(4)]

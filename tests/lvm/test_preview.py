@@ -18,7 +18,7 @@ def make_rows(make_store):
 
     def make(context=24, **options):
         components = {"pairs": ComponentConfig(Pairs(shots=2)), "single": ComponentConfig(Single())}
-        mixture = Mixture(MixtureConfig(components, path, 0.0, **options), 0)
+        mixture = Mixture(MixtureConfig(components, (path,), 0.0, **options), 0)
         return Rows(mixture, Vocabulary.for_codes(16), context, 4)
 
     return make

@@ -4,6 +4,7 @@ Sentences come in blocks of `BLOCK`. Each block has every component in proportio
 sentences (and of tokens) before any block has a closed form: no sentence requires counting through those before it.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -20,12 +21,13 @@ from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.common.seeding import derive_seed
-from lvm.common.validation import check_choice
+from lvm.common.validation import check_choice, check_tuples
 from lvm.data.mixture.permutation import SHUFFLES
-from lvm.data.mixture.sentences import AnyStore, ComponentConfig, ComponentSentences, usable_mask
+from lvm.data.mixture.sentences import ComponentConfig, ComponentSentences, usable_mask
 from lvm.data.mixture.shares import SCALE, Shares
 from lvm.data.mixture.split import check_fraction
 from lvm.data.store import jsonl
+from lvm.data.store.concat import AnyStore, ConcatStore, SingleStore
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore
 from lvm.data.store.reader import Store
 
@@ -46,7 +48,7 @@ class MixtureConfig:
 
     Attributes:
       components: by name.
-      store: the scene store of components that name none.
+      store: the scene stores of components that name none.
       heldout_fraction: share of the groups that training never sees.
       allow_missing: log and skip components whose store is missing or lacks their streams or scenes, instead of
         failing; weights are then relative to the remaining ones.
@@ -62,7 +64,7 @@ class MixtureConfig:
     """
 
     components: dict[str, ComponentConfig] = dataclasses.field(default_factory=dict)
-    store: str = ""
+    store: tuple[str, ...] = ()
     heldout_fraction: float = 0.05
     allow_missing: bool = False
     weigh_by: str = "sentences"
@@ -77,10 +79,11 @@ class MixtureConfig:
         choices = {"weigh_by": _UNITS, "packing": PACKINGS, "loss": LOSSES, "shuffle": SHUFFLES}
         for name, allowed in choices.items():
             check_choice(self, name, allowed)
+        check_tuples(self, "store")
         check_fraction(self.heldout_fraction)
 
-    def store_of(self, component: ComponentConfig) -> str:
-        """The path of a component's store."""
+    def stores_of(self, component: ComponentConfig) -> tuple[str, ...]:
+        """The paths of a component's stores."""
         return component.store or self.store
 
 
@@ -114,15 +117,20 @@ class Mixture:
         stores, missing = _open_stores(config, configs)
         self.stores = list(stores.values())
         _check_one_tokenizer(stores)
-        for name in configs.keys() - missing.keys():
-            if reason := _check_scenes(configs[name], stores[config.store_of(configs[name])]):
+        of_component = {
+            name: _concat([stores[path] for path in config.stores_of(component)])
+            for name, component in configs.items()
+            if name not in missing
+        }
+        for name, store in of_component.items():
+            if reason := _check_scenes(configs[name], store):
                 missing[name] = reason
         present = [name for name in configs if name not in missing]
         components = [
             ComponentSentences(
                 name,
                 configs[name],
-                stores[config.store_of(configs[name])],
+                of_component[name],
                 config.heldout_fraction,
                 split,
                 _seed(seed, index, split),
@@ -186,23 +194,31 @@ class Mixture:
 
 def _open_stores(
     config: MixtureConfig, configs: Mapping[str, ComponentConfig]
-) -> tuple[dict[str, AnyStore], dict[str, str]]:
+) -> tuple[dict[str, SingleStore], dict[str, str]]:
     """Opens the components' stores. Returns them by path, and by component the reason why one can't be opened."""
-    stores: dict[str, AnyStore] = {}
+    stores: dict[str, SingleStore] = {}
     missing = {}
     for name, component in configs.items():
-        path = config.store_of(component)
-        if not path:
+        paths = config.stores_of(component)
+        if absent := [path for path in paths if path not in stores and not epath.Path(path).exists()]:
+            missing[name] = f"{', '.join(absent)} doesn't exist; tokenizer.encode writes a store"
+        elif not paths:
             missing[name] = f"no store: set config.data.components.{name}.store or config.data.store"
-        elif not epath.Path(path).exists():
-            missing[name] = f"{path} doesn't exist; tokenizer.encode writes a store"
-        elif path not in stores:
-            is_jsonl = path.endswith(jsonl.SUFFIX)
-            stores[path] = JsonlStore(path, config.jsonl) if is_jsonl else Store(path, config.stage_to)
+        elif repeated := [path for path, count in collections.Counter(paths).items() if count > 1]:
+            raise UserError(f"config.data: {', '.join(repeated)} is named twice as store of {name}; name it once")
+        else:
+            for path in paths:
+                if path not in stores:
+                    is_jsonl = path.endswith(jsonl.SUFFIX)
+                    stores[path] = JsonlStore(path, config.jsonl) if is_jsonl else Store(path, config.stage_to)
     return dict(sorted(stores.items())), missing
 
 
-def _check_one_tokenizer(stores: Mapping[str, AnyStore]) -> None:
+def _concat(stores: list[SingleStore]) -> AnyStore:
+    return stores[0] if len(stores) == 1 else ConcatStore(stores)
+
+
+def _check_one_tokenizer(stores: Mapping[str, SingleStore]) -> None:
     headers = {path: store.manifest["tokenizer"] for path, store in stores.items()}
     shapes = {(*header["grid"], header["num_codes"]) for header in headers.values()}
     hashes = {header["hash"] for header in headers.values()} - {""}  # unknown for a JSONL file

@@ -8,14 +8,13 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64, Shaped, UInt16
 
 from lvm.common.errors import UserError
-from lvm.common.validation import check_non_negative
+from lvm.common.validation import check_non_negative, check_tuples
 from lvm.data.mixture.counter_rng import CounterRng
 from lvm.data.mixture.recipes import Grids, Recipe
 from lvm.data.mixture.sampler import ClassSampler, RankIndex, SceneSampler, split_chunks
-from lvm.data.store.jsonl import JsonlStore
-from lvm.data.store.reader import Store
+from lvm.data.mixture.split import heldout_mask
+from lvm.data.store.concat import AnyStore
 
-AnyStore = Store | JsonlStore
 _SAMPLE = 2**22  # groups that are counted exactly; more are estimated from about as many
 
 
@@ -26,18 +25,19 @@ class ComponentConfig:
     Attributes:
       recipe: of its sentences.
       weight: its share of the sentences or of the codes (`weigh_by`), relative to the other weights.
-      store: its scene store, or a JSONL file of sentences; "" means the mixture's.
+      store: its scene stores, or JSONL files of sentences, read as one; () means the mixture's.
       max_repetitions: limit on how often an original image or video is shown; 0 sets none. Scenes of one group are
         copies of one original: with 4 scenes a group, an epoch shows it 4 times.
     """
 
     recipe: Recipe
     weight: float = 1.0
-    store: str = ""
+    store: tuple[str, ...] = ()
     max_repetitions: float = 0.0
 
     def __post_init__(self) -> None:
         check_non_negative(self, "weight", "max_repetitions")
+        check_tuples(self, "store")
         if math.inf in (self.weight, self.max_repetitions):
             raise UserError(f"weight={self.weight} and max_repetitions={self.max_repetitions} must be finite")
 
@@ -148,7 +148,7 @@ class ComponentSentences:
             )
 
     def _in_split(self, entries: np.ndarray) -> np.ndarray:
-        heldout = self.store.heldout(self._heldout_fraction, entries)
+        heldout = heldout_mask(entries["group"], self._heldout_fraction, self.store.group_hashes)
         return heldout if self._split == "heldout" else ~heldout
 
     def _is_usable(self, entries: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int, Int32, Shaped, UInt16
+from jaxtyping import Int, Int32, Shaped, UInt16
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -95,7 +95,7 @@ class JsonlStore:
         self._index = self._open_index(files.as_json(stamp))
         self.indexes = [self._index]
         groups = self._index["group"]
-        self._extremes = (int(groups.min()), int(groups.max())) if len(groups) else (0, 0)
+        self.group_hashes = (int(groups.min()), int(groups.max())) if len(groups) else (0, 0)
         tokenizer = {"weights": "", "hash": "", "grid": list(format.grid), "num_codes": format.num_codes}
         self.manifest: dict[str, Any] = {"tokenizer": tokenizer, "source": {"jsonl": self.path.name}}
 
@@ -112,11 +112,6 @@ class JsonlStore:
     def entries(self, scenes: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
         """Index entries of the lines `scenes`."""
         return self._index[scenes]
-
-    def heldout(self, fraction: float, entries: Shaped[np.ndarray, " n"] | None = None) -> Bool[np.ndarray, " n"]:
-        """See `Store.heldout`."""
-        groups = (self._index if entries is None else entries)["group"]
-        return split.heldout_mask(groups, fraction, self._extremes)
 
     def grids(
         self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]

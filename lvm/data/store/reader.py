@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int, Shaped, UInt16
+from jaxtyping import Int, Shaped, UInt16
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.data.mixture import split
 from lvm.data.store.format import ENTRY_DTYPE, RECORD_DTYPE, SCENE_DTYPE, DamagedError, Scene
 from lvm.data.store.records import Shards
 from lvm.data.streams.codecs import Codec, codec_from_json
@@ -59,6 +58,7 @@ class Store:
       streams: stream name → codec.
       stream_sets: names of the streams of each set.
       classes: class names.
+      group_hashes: the lowest and the highest of all scenes, for the split.
       shards: their files.
       indexes: `SCENE_DTYPE` of each shard's scenes, memory-mapped on first access.
 
@@ -74,6 +74,7 @@ class Store:
         }
         self.stream_sets = [tuple(names) for names in self.manifest["stream_sets"]]
         self.classes: list[str] = self.manifest["classes"]
+        self.group_hashes: tuple[int, int] = tuple(self.manifest["group_hashes"])
         self._num_streams = np.array([len(names) for names in self.stream_sets], np.int64)
         entries, num_streams = self.manifest["shards"], self._num_streams.tolist()
         self.shards = Shards(self.path, entries, stage_to, self.identity, num_streams)
@@ -135,12 +136,6 @@ class Store:
     def identity(self) -> str:
         """Hash of the manifest, which has the checksum of every shard."""
         return files.sha256(self.path / MANIFEST)
-
-    def heldout(self, fraction: float, entries: Shaped[np.ndarray, " n"] | None = None) -> Bool[np.ndarray, " n"]:
-        """Mask of the scenes of `entries` (default: all) in the held-out split (`lvm.data.mixture.split`)."""
-        lowest, highest = self.manifest["group_hashes"]
-        groups = (self.index if entries is None else entries)["group"]
-        return split.heldout_mask(groups, fraction, (lowest, highest))
 
     def scene(self, i: int) -> Scene:
         """Reads scene `i`, in [0, len).

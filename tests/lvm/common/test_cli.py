@@ -146,6 +146,17 @@ def test_config_flags_set_keys(spelling, monkeypatch):
     assert seeds == [7]
 
 
+def test_repeated_config_flag_gives_a_tuple(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags, stores = cli.Flags(""), []
+    flags.config()
+    repeated = ["--config.data.store=runs/a", "--config.data.store=gs://bucket/b"]
+    assert (
+        flags.run(lambda args: stores.append(args.config.data.store), ["--config=configs/demo_lvm.py", *repeated]) == 0
+    )
+    assert stores == [("runs/a", "gs://bucket/b")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

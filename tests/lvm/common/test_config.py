@@ -77,9 +77,9 @@ def test_json_round_trip(drawing):
 def test_mixture_config_round_trip():
     sources = {
         "a": ComponentConfig(Video(strides=(3, 4)), 2.0),
-        "b": ComponentConfig(Pairs(), store="elsewhere"),
+        "b": ComponentConfig(Pairs(), store=("elsewhere",)),
     }
-    mixture = MixtureConfig(sources, "store")
+    mixture = MixtureConfig(sources, ("store",))
     assert from_config_dict(MixtureConfig, to_config_dict(mixture)) == mixture
 
 

@@ -120,7 +120,7 @@ def test_run_records_options_and_resumes_with_others(make_store, tmp_path):
             dtype="float32",
             attention="xla",
         ),
-        data=MixtureConfig({"images": ComponentConfig(Single())}, store=store, heldout_fraction=0.0),
+        data=MixtureConfig({"images": ComponentConfig(Single())}, store=(store,), heldout_fraction=0.0),
         optimizer=OptimizerConfig(warmup_steps=1),
         mesh=MeshConfig(data=jax.device_count()),
         loop=LoopConfig(total_steps=2, log_every=1),

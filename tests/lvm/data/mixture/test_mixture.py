@@ -23,7 +23,7 @@ def weighted(**weights):
 
 
 def make_mixture(store, components, seed=0, split="train", heldout=0.2, **options):
-    return Mixture(MixtureConfig(components, store, heldout, **options), seed, split)
+    return Mixture(MixtureConfig(components, (store,), heldout, **options), seed, split)
 
 
 @pytest.fixture
@@ -178,13 +178,13 @@ def test_allow_missing_requires_one_component(store):
 
 
 def test_component_of_weight_0_needs_no_store(store):
-    components = {"a": ComponentConfig(Single(), 0.0, store="nowhere"), "c": ComponentConfig(Single())}
+    components = {"a": ComponentConfig(Single(), 0.0, store=("nowhere",)), "c": ComponentConfig(Single())}
     assert [component.name for component in make_mixture(store, components).components] == ["c"]
 
 
 def test_components_may_have_their_own_stores(store, make_store, new_scenes):
     other = make_store(new_scenes([(1, 2)] * 5, seed=9), "other")
-    components = {"here": ComponentConfig(Single()), "there": ComponentConfig(Single("edges"), store=other)}
+    components = {"here": ComponentConfig(Single()), "there": ComponentConfig(Single("edges"), store=(other,))}
     mixture = make_mixture(store, components, heldout=0.0)
     assert {str(store.path) for store in mixture.stores} == {store, other}
     edges = {Store(other).scene(i).codes[0, 0].tobytes() for i in range(5)}
@@ -197,7 +197,7 @@ def test_components_may_have_their_own_stores(store, make_store, new_scenes):
 )
 def test_stores_of_different_tokenizers_raise(store, make_store, options, named):
     other = make_store(SCENES, "other", **options)
-    components = {"a": ComponentConfig(Single()), "b": ComponentConfig(Single(), store=other)}
+    components = {"a": ComponentConfig(Single()), "b": ComponentConfig(Single(), store=(other,))}
     with pytest.raises(UserError, match=rf"tokenizers \(.*{named}"):
         make_mixture(store, components)
 
@@ -218,7 +218,7 @@ def test_too_few_scenes_raise_with_their_count(make_store):
 )
 def test_empty_mixture_raises(store, components, has_store, message):
     with pytest.raises(UserError, match=message):
-        make_mixture(store if has_store else "", components)
+        Mixture(MixtureConfig(components, (store,) if has_store else ()), 0)
 
 
 @given(st.floats(max_value=-1e-9) | st.sampled_from([float("nan"), float("inf")]))

@@ -69,7 +69,7 @@ def test_two_billion_sentences_are_fast_in_little_memory(monkeypatch, packing, s
     monkeypatch.setattr("lvm.data.mixture.mixture._check_scenes", lambda *arguments: "")
     tracemalloc.start()
     start = time.perf_counter()
-    config = MixtureConfig({"single": ComponentConfig(Single())}, "huge", 0.0, packing=packing, shuffle=shuffle)
+    config = MixtureConfig({"single": ComponentConfig(Single())}, ("huge",), 0.0, packing=packing, shuffle=shuffle)
     rows = Rows(Mixture(config, 0), Vocabulary.for_codes(2**16), context=24, batch_size=64)
     assert rows.mixture.components[0].sentences_per_epoch == HUGE
     sentences = {}
@@ -102,7 +102,7 @@ def test_rank_index_selects_by_predicate(parts):
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 def test_category_sentences_are_of_one_class_without_repeats(make_store, new_scenes, shuffle):
     path = make_store(new_scenes([(1, 0)] * 41))  # classes −1, 0, 1 in turn
-    config = MixtureConfig({"category": ComponentConfig(Category(images=3))}, path, 0.0, shuffle=shuffle)
+    config = MixtureConfig({"category": ComponentConfig(Category(images=3))}, (path,), 0.0, shuffle=shuffle)
     component = Mixture(config, 0).components[0]
     store = Store(path)
     assert component.sentences_per_epoch == 4 + 4
@@ -118,17 +118,17 @@ def test_category_sentences_are_of_one_class_without_repeats(make_store, new_sce
 
 def test_small_classes_are_excluded_and_counted(make_store, new_scenes):
     path = make_store(new_scenes([(1, 0)] * 5))  # class 0 has two scenes, class 1 has one
-    config = MixtureConfig({"category": ComponentConfig(Category(images=2))}, path, 0.0)
+    config = MixtureConfig({"category": ComponentConfig(Category(images=2))}, (path,), 0.0)
     component = Mixture(config, 0).components[0]
     assert (component.sentences_per_epoch, component.num_scenes, component.num_excluded) == (1, 2, 3)
     with pytest.raises(UserError, match=r"no class has 3 .*train scenes in .* 2"):
-        Mixture(MixtureConfig({"category": ComponentConfig(Category(images=3))}, path, 0.0), 0)
+        Mixture(MixtureConfig({"category": ComponentConfig(Category(images=3))}, (path,), 0.0), 0)
 
 
 def test_repetitions_count_copies_and_are_limited(make_store, new_scenes):
     path = make_store(new_scenes([(1, 0)] * 12, groups=[f"group {i // 3}" for i in range(12)]))
     components = {"single": ComponentConfig(Single(), max_repetitions=6.0)}
-    rows = Rows(Mixture(MixtureConfig(components, path, 0.0), 0), Vocabulary.for_codes(16), 6, 4)
+    rows = Rows(Mixture(MixtureConfig(components, (path,), 0.0), 0), Vocabulary.for_codes(16), 6, 4)
     component = rows.mixture.components[0]
     assert component.scenes_per_group == 3
     assert component.repetitions(24) == 6
@@ -145,16 +145,16 @@ def test_weigh_by_codes(make_store):
         "single": ComponentConfig(Single()),
         "video": ComponentConfig(Video(frames=3, strides=(1,))),
     }
-    mixture = Mixture(MixtureConfig(components, path, 0.0, weigh_by="codes"), 0)
+    mixture = Mixture(MixtureConfig(components, (path,), 0.0, weigh_by="codes"), 0)
     np.testing.assert_allclose(mixture.shares, [0.75, 0.25])
-    assert mixture.identity() != Mixture(MixtureConfig(components, path, 0.0), 0).identity()
+    assert mixture.identity() != Mixture(MixtureConfig(components, (path,), 0.0), 0).identity()
 
 
 def test_identity_covers_everything_that_changes_the_order(make_store):
     path = make_store([(3, 0)] * 12)
 
     def identity(seed=0, **options):
-        return Mixture(MixtureConfig({"single": ComponentConfig(Single())}, path, **options), seed).identity()
+        return Mixture(MixtureConfig({"single": ComponentConfig(Single())}, (path,), **options), seed).identity()
 
     assert identity() == identity(allow_missing=True)
     changed = [{"seed": 1}, {"packing": "whole"}, {"shuffle": "blocks"}, {"heldout_fraction": 0.3}]
@@ -163,8 +163,8 @@ def test_identity_covers_everything_that_changes_the_order(make_store):
 
 def test_missing_stores_are_reported_together_or_skipped(make_store, tmp_path, caplog):
     components = {
-        "gone": ComponentConfig(Single(), store=str(tmp_path / "gone")),
-        "here": ComponentConfig(Single(), store=make_store([(1, 0)] * 9)),
+        "gone": ComponentConfig(Single(), store=(str(tmp_path / "gone"),)),
+        "here": ComponentConfig(Single(), store=(make_store([(1, 0)] * 9),)),
         "unset": ComponentConfig(Single()),
     }
     with pytest.raises(UserError, match=r"gone \(.*/gone doesn't exist.*; unset \(no store"):
@@ -250,7 +250,7 @@ def test_fingerprint_hashes_the_tokens(flags, store_flag):
                     "single": ComponentConfig(Single()),
                     "video": ComponentConfig(Video(frames=4, strides=(1,)), 0.40),
                 },
-                store_flag.partition("=")[2],
+                (store_flag.partition("=")[2],),
                 heldout_fraction=0.25,
             ),
             seed=0,
@@ -270,7 +270,7 @@ def test_fingerprint_refuses_0_batches(flags):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_prefetch_yields_steps_in_order(make_store, workers):
     path = make_store([(1, 0)] * 30)
-    mixture = Mixture(MixtureConfig({"single": ComponentConfig(Single())}, path), 0)
+    mixture = Mixture(MixtureConfig({"single": ComponentConfig(Single())}, (path,)), 0)
     rows = Rows(mixture, Vocabulary.for_codes(16), 24, 4)
     yielded = list(prefetch_batches(rows.batch, 3, 9, workers))
     assert len(yielded) == 6
@@ -282,7 +282,7 @@ def test_prefetch_yields_steps_in_order(make_store, workers):
 def test_prefetch_raises_errors_of_reading(make_store):
     path = make_store([(1, 0)] * 30)
     components = {"single": ComponentConfig(Single(), max_repetitions=1.0)}
-    rows = Rows(Mixture(MixtureConfig(components, path, 0.0), 0), Vocabulary.for_codes(16), 24, 4)
+    rows = Rows(Mixture(MixtureConfig(components, (path,), 0.0), 0), Vocabulary.for_codes(16), 24, 4)
     with pytest.raises(UserError, match="max_repetitions"):
         list(prefetch_batches(rows.batch, 0, 9))
     with pytest.raises(UserError, match="workers=-1"):

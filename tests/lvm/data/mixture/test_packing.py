@@ -25,7 +25,7 @@ def make_rows(make_store):
     path = make_store([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
 
     def make(components=COMPONENTS, context=24, batch_size=3, seed=0, vocabulary=OURS, packing="whole", **options):
-        config = MixtureConfig(components, path, 0.0, packing=packing, **options)
+        config = MixtureConfig(components, (path,), 0.0, packing=packing, **options)
         return Rows(Mixture(config, seed), vocabulary, context, batch_size)
 
     return make
@@ -195,7 +195,7 @@ def make_rows_once(tmp_path_factory):
             scenes = make_scenes([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
             writer.write_shard(folder, 0, 1, scenes, NUM_CODES)
             assert not writer.write_manifest(folder, header(), 1)
-            config = MixtureConfig(COMPONENTS, str(folder), 0.0, packing=packing)
+            config = MixtureConfig(COMPONENTS, (str(folder),), 0.0, packing=packing)
             cache[packing] = Rows(Mixture(config, 0), OURS, 24, 9)
         return cache[packing]
 

@@ -26,7 +26,7 @@ def make_rows(make_store):
     path = make_store([(1, 0)] * 6 + [(4, 0)] * 5 + [(1, 1)] * 5)
 
     def make(vocabulary=OURS, context=24, batch_size=3, seed=0):
-        return Rows(Mixture(MixtureConfig(COMPONENTS, path, 0.0), seed), vocabulary, context, batch_size)
+        return Rows(Mixture(MixtureConfig(COMPONENTS, (path,), 0.0), seed), vocabulary, context, batch_size)
 
     return make
 

@@ -43,8 +43,8 @@ def test_missing_stores_are_all_named(config):
 
 
 def test_present_components_share_the_mixture(config, make_store):
-    config.data.components.laion.store = make_store([(1, 0)] * 40)
-    config.data.components.coco_segmentation.store = make_store([(1, 1)] * 40, "coco")
+    config.data.components.laion.store = (make_store([(1, 0)] * 40),)
+    config.data.components.coco_segmentation.store = (make_store([(1, 1)] * 40, "coco"),)
     config.data.allow_missing = True
     mixture = Mixture(from_config_dict(TrainConfig, config).data, 0)
     assert [component.name for component in mixture.components] == ["coco_segmentation", "laion"]
@@ -81,7 +81,7 @@ def tiny_stores(tmp_path):
 @pytest.mark.parametrize("packing", ["concat", "whole"])
 def test_paper_mixture_makes_batches(config, tiny_stores, packing):
     for name, path in tiny_stores.items():
-        config.data.components[name].store = path
+        config.data.components[name].store = (path,)
         config.data.components[name].max_repetitions = 0.0
     data = dataclasses.replace(from_config_dict(TrainConfig, config).data, packing=packing, heldout_fraction=0.0)
     mixture = Mixture(data, 0)
@@ -97,7 +97,7 @@ def test_paper_mixture_makes_batches(config, tiny_stores, packing):
 
 def test_paper_mixture_reads_each_sentence_once_an_epoch(config, tiny_stores):
     for name, path in tiny_stores.items():
-        config.data.components[name].store = path
+        config.data.components[name].store = (path,)
     mixture = Mixture(from_config_dict(TrainConfig, config).data, 0)
     sentences = [set() for _ in mixture.components]
     last = 400

@@ -78,7 +78,7 @@ def test_mixture_reads_staged_shards(gcs, make_store, tmp_path):
     remote = upload(local, gcs)
 
     def sentences(path, **options):
-        config = MixtureConfig({"single": ComponentConfig(Single())}, path, 0.0, **options)
+        config = MixtureConfig({"single": ComponentConfig(Single())}, (path,), 0.0, **options)
         return Mixture(config, 0).components[0].sentences(np.arange(40))
 
     np.testing.assert_array_equal(sentences(remote, stage_to=str(tmp_path / "staged")), sentences(local))
