@@ -132,7 +132,7 @@ def test_lvm_resume_keys(make_store, tmp_path, monkeypatch, accepted):
     path = make_store([(1, 0)] * 9)
     manifest = pathlib.Path(path, MANIFEST)
     files.write_json(manifest, files.read_json(manifest) | {"source": {"kind": "folder"}})
-    data = MixtureConfig({"photos": ComponentConfig(Single())}, path)
+    data = MixtureConfig({"photos": ComponentConfig(Single())}, (path,))
     config = TrainConfig(data=data, accept_changed_mixture=accepted, compiler_options="xla_cpu_enable_fast_math=true")
     call = opened_with(monkeypatch, lvm_train, config, str(tmp_path / "run"))
     free, refused = FREE + LVM_FREE, REFUSED + LVM_REFUSED

@@ -49,7 +49,7 @@ def make_mixture(make_store):
 
     def make(split="train", **options):
         components = {name: ComponentConfig(recipe, weight) for name, (recipe, weight) in RECIPES.items()}
-        return Mixture(MixtureConfig(components, path, 0.2, **options), 7, split)
+        return Mixture(MixtureConfig(components, (path,), 0.2, **options), 7, split)
 
     return make
 
