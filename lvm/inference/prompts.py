@@ -65,8 +65,11 @@ class PromptReader:
         source = VideoSource(self._preprocess, path=path, rate=self._rate, clip_frames=frames)
         self._check_count(source.info(0).num_frames)
         scene = source.load(0)
-        if scene.failures:
-            raise UserError(f"{path}: {scene.failures[0].reason}")
+        failures = scene.failures
+        if len(source) == 1:  # it reaches the file's end, which may be missing
+            failures += source.skipped
+        if failures:
+            raise UserError(f"{path}: {failures[0].reason}")
         return list(scene.images[:, 0])
 
     def read_image(self, path: str) -> UInt8[np.ndarray, "R R 3"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import pathlib
 import pickle
 import struct
 
@@ -17,30 +16,9 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.images.sources.video import VideoSource
 from tests.image_files import encode_image, photo
+from tests.video_files import frame_numbers, write_video
 
 small = Preprocess(16)
-
-
-def write_video(
-    path: pathlib.Path, frames: int = 40, rate: int = 10, keyframes: int = 12, codec: str = "mpeg4"
-) -> pathlib.Path:
-    """Writes a video whose frame n has the mean gray level 30 + 4 n."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grain = np.random.default_rng(0).integers(-25, 26, (48, 64, 1))
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options={"g": str(keyframes), "bf": "0"})
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
-        for number in range(frames):
-            pixels = np.repeat(30 + 4 * number + grain - round(grain.mean()), 3, axis=2).astype(np.uint8)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def frame_numbers(images: np.ndarray) -> list[int]:
-    """Returns the frame numbers of images from `write_video`."""
-    return np.rint((images.mean((1, 2, 3, 4)) - 30) / 4).astype(int).tolist()
 
 
 def clip_frame_numbers(source) -> list[list[int]]:
@@ -66,6 +44,7 @@ def test_video_is_cut_into_clips(tmp_path, suffix) -> None:
         ({"stride": 3}, list(range(0, 40, 3))),
         ({"rate": 5.0, "stride": 3}, list(range(0, 40, 6))),
         ({"rate": 60.0}, list(range(40))),
+        ({"rate": 9.95}, list(range(40))),
         ({"rate": 4.0}, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 30, 32, 35, 37]),
     ],
 )
@@ -76,6 +55,72 @@ def test_rate_and_stride_select_frames(tmp_path, parameters, frames) -> None:
     assert {len(clip) for clip in clips[:-1]} <= {7}
 
 
+THIRTY_FPS = [round(1000 * i / 30) for i in range(91)]  # as Matroska rounds it
+BURSTS = [0, 100, 200, 300, 400, 20400, 20500, 20600, 20700, 20800, 20900]
+STILL = [0, 10000, 20000, 60000]
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+@pytest.mark.parametrize(
+    ("times_ms", "parameters", "frames"),
+    [
+        (THIRTY_FPS, {}, list(range(90))),
+        (THIRTY_FPS, {"rate": 30.0}, list(range(90))),
+        (THIRTY_FPS, {"rate": 10.0}, list(range(0, 90, 3))),
+        (BURSTS, {}, list(range(10))),
+        (BURSTS, {"stride": 2}, [0, 2, 4, 6, 8]),
+        (BURSTS, {"rate": 1.0}, [0, *[4] * 20]),
+        (BURSTS, {"rate": 10.0}, [0, 1, 2, 3, *[4] * 200, 5, 6, 7, 8, 9]),
+        (STILL, {}, [0, 1, 2]),
+        (STILL, {"rate": 0.25}, [0, 0, 0, 1, 1, *[2] * 10]),
+        ([0, 60000], {"rate": 0.25}, [0] * 15),
+        ([5000 + time for time in BURSTS], {"rate": 1.0}, [0, *[4] * 20]),
+    ],
+)
+def test_frames_are_selected_by_their_own_times(tmp_path, suffix, times_ms, parameters, frames) -> None:
+    path = write_video(tmp_path / f"v.{suffix}", rate=1000, times_ms=times_ms)  # the rate that it states is no guide
+    source = VideoSource(small, path=str(path), **parameters)
+    assert not source.skipped
+    assert list(itertools.chain(*clip_frame_numbers(source))) == [number % 45 for number in frames]
+
+
+@pytest.mark.parametrize(("media_time", "frames"), [(None, range(20)), (10240, range(10, 30))])
+def test_edit_list_limits_the_frames(tmp_path, media_time, frames) -> None:
+    path = write_video(tmp_path / "v.mp4")
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"elst") + 12
+    data[entry : entry + 4] = struct.pack(">I", 2000)  # ms of the 4 s that are shown
+    if media_time is not None:
+        data[entry + 4 : entry + 8] = struct.pack(">i", media_time)  # its start, in units of 1/10240 s
+    path.write_bytes(data)
+    source = open_source(str(path), small)
+    assert list(itertools.chain(*clip_frame_numbers(source))) == list(frames)
+    assert not source.skipped
+    assert not source.load(1).failures
+
+
+def test_live_webm_without_duration_is_read(tmp_path) -> None:
+    path = write_video(tmp_path / "v.webm", 90, rate=30, codec="libvpx", options={"live": "1"})
+    source = VideoSource(small, path=str(path), rate=10)
+    assert list(itertools.chain(*clip_frame_numbers(source))) == [number % 45 for number in range(0, 90, 3)]
+    assert sum(source_info.num_frames for source_info in map(open_source(str(path), small).info, range(6))) == 90
+
+
+def test_times_that_go_back_end_a_video(tmp_path) -> None:
+    part = write_video(tmp_path / "part.ts", rate=25, codec="mpeg2video")
+    (tmp_path / "v.ts").write_bytes(part.read_bytes() * 2)
+    source = open_source(str(tmp_path / "v.ts"), small)
+    assert "its times go back after frame 39" in source.skipped[0].reason
+    assert max(itertools.chain(*clip_frame_numbers(source))) == 39
+
+
+def test_long_damaged_video_is_rejected(tmp_path) -> None:
+    path = write_video(tmp_path / "v.mkv", times_ms=[0, 100, 2_000_000_000])
+    assert VideoSource(small, path=str(path)).info(0).num_frames == 2
+    with pytest.raises(UserError, match=r"no usable video \(v\.mkv: damaged: its frames last 2000000 s"):
+        VideoSource(small, path=str(path), rate=5)
+
+
 def test_frames_are_independent_of_the_seek(tmp_path) -> None:
     path = write_video(tmp_path / "v.mp4", keyframes=100)
     one_by_one = VideoSource(small, path=str(path), clip_frames=1)
@@ -84,25 +129,34 @@ def test_frames_are_independent_of_the_seek(tmp_path) -> None:
     np.testing.assert_array_equal(separate, at_once.load(0).images)
 
 
-@pytest.mark.parametrize("suffix", ["avi", "mkv"])
-def test_truncated_video_keeps_its_readable_frames(tmp_path, suffix) -> None:
-    path = write_video(tmp_path / f"v.{suffix}")
-    whole = open_source(str(path), small)
-    expected = [whole.load(i).images for i in range(len(whole))]
+@pytest.mark.parametrize("rate", [0, 5])
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv", "flv"])
+def test_truncated_video_keeps_its_readable_frames(tmp_path, suffix, rate) -> None:
+    options = {"movflags": "faststart"} if suffix == "mp4" else {}
+    path = write_video(tmp_path / f"v.{suffix}", codec="flv1" if suffix == "flv" else "mpeg4", options=options)
+    whole = VideoSource(small, path=str(path), rate=rate)
+    assert not whole.skipped
+    expected = np.concatenate([whole.load(i).images for i in range(len(whole))])
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
+    source = VideoSource(small, path=str(path), rate=rate)
+    kept = np.concatenate([source.load(i).images for i in range(len(source))])
+    assert 5 < len(kept) < 0.6 * len(expected)
+    np.testing.assert_array_equal(kept, expected[: len(kept)])
+    assert [failure.key for failure in source.skipped] == [f"v.{suffix}"]
+
+
+def test_frames_that_fail_to_decode_are_missing(tmp_path) -> None:
+    path = write_video(tmp_path / "v.mkv", codec="libx264")
+    with av.open(str(path)) as container:
+        packet = [bytes(packet) for packet in container.demux(video=0)][20]
+    path.write_bytes(path.read_bytes().replace(packet, b"\xff" * len(packet)))
     source = open_source(str(path), small)
     scenes = [source.load(i) for i in range(len(source))]
-    kept = sum(len(scene.images) for scene in scenes)
-    assert 0 < kept < 40
-    np.testing.assert_array_equal(np.concatenate([scene.images for scene in scenes]), np.concatenate(expected)[:kept])
-    for scene, info in zip(scenes, [source.info(i) for i in range(len(source))], strict=True):
-        assert scene.info.num_frames == len(scene.images)
-        assert len(scene.failures) == (len(scene.images) < info.num_frames)
-    last = scenes[-1]
-    assert last.images.shape == (0, 1, 16, 16, 3)
-    assert last.failures[0].key == f"v.{suffix}/clip-0002"
-    assert f"v.{suffix}: 8 of 8 frames are missing" in last.failures[0].reason
+    assert [len(scene.images) for scene in scenes] == [16, 4, 8]
+    assert [scene.info.num_frames for scene in scenes] == [16, 4, 8]
+    assert [[failure.key for failure in scene.failures] for scene in scenes] == [[], ["v.mkv/clip-0001"], []]
+    assert "v.mkv: 12 of 16 frames are missing: it can't be decoded" in scenes[1].failures[0].reason
 
 
 def test_unreadable_videos_are_skipped(tmp_path) -> None:
@@ -187,27 +241,6 @@ def test_video_description_is_location_independent(tmp_path) -> None:
 def test_video_rejects_bad_parameters(tmp_path, parameters, message) -> None:
     with pytest.raises(UserError, match=message):
         VideoSource(small, path=str(tmp_path), **parameters)
-
-
-def test_recorded_rotation_is_applied(tmp_path) -> None:
-    path = tmp_path / "v.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        pixels = np.zeros((64, 64, 3), np.uint8)
-        pixels[:, :32] = 255
-        for _ in range(3):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    plain = open_source(str(path), small).load(0).images[0, 0]
-    assert plain[:, :6].min() > 200  # bright at the left
-    data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 44  # of a track's header: rows of 16.16 fixed point, here (0, 1), (−1, 0)
-    data[matrix : matrix + 20] = struct.pack(">iiiii", 0, 1 << 16, 0, -1 << 16, 0)
-    path.write_bytes(data)
-    rotated = open_source(str(path), small).load(0).images[0, 0]
-    assert rotated[:6].min() > 200  # a quarter clockwise: bright at the top
-    assert rotated[-6:].max() < 50
 
 
 def test_video_source_pickles(tmp_path) -> None:
