@@ -1,10 +1,13 @@
 """Image sources: files of many kinds, ready codes, and scenes generated from a seed (docs/data.md)."""
 
 import importlib
+import json
 import pathlib
 import runpy
 from collections.abc import Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from lvm.common.config import find_config
 from lvm.common.errors import UserError
@@ -105,7 +108,8 @@ def _kind_of_folder(folder: pathlib.Path) -> str:
 def _load_config(path: pathlib.Path) -> dict[str, Any]:
     try:
         config = runpy.run_path(str(path))["get_config"]()
-        return dict(config.items())
+        # A ConfigDict's items are sorted by key; its JSON keeps the order in which streams are named.
+        return {k: json.loads(v.to_json()) if isinstance(v, ConfigDict) else v for k, v in config.items()}
     except UserError:
         raise
     except Exception as error:  # the file may raise anything

@@ -99,12 +99,17 @@ class SceneSource(abc.ABC, Generic[Location]):
         streams = getattr(self.config, "streams", ())
         if isinstance(streams, Mapping) and streams and "rgb" not in streams:
             raise UserError(f"{self.kind}.streams: {sorted(streams)} lack rgb; name every stream to read")
+        self._columns = dict(streams) if isinstance(streams, Mapping) else dict.fromkeys(streams, "")
         self._preprocess, self._skipped = preprocess, list[Failure]()
         self._origin = getattr(self.config, self.required[0]) if self.required else self.kind  # for errors
         self._files: list[str] = []  # in `_root`; their sizes and tails are part of the identity
         self._stream_names: tuple[str, ...] = STREAMS  # in the order of a scene
         self._reset()
         self._scenes: list[tuple[SceneInfo, Location]] = list(self._list_scenes())
+        used = {stream for info, _ in self._scenes for stream in info.streams}
+        for stream in [stream for stream in self._columns if self._scenes and stream not in used]:
+            column = self._columns[stream]
+            self._skip(stream, f"no scene has this stream{f': nothing in {column!r}' if column else ''}")
         self.skipped = tuple(self._skipped)
         if not len(self):
             reasons = "".join(f" ({failure.key}: {failure.reason})" for failure in self.skipped[:1])
@@ -171,7 +176,7 @@ class SceneSource(abc.ABC, Generic[Location]):
     def _set_root(self, root: pathlib.Path) -> None:
         """Sets the folder that the source's paths are relative to."""
         self._root, self.name = root, root.resolve().name
-        names = (*STREAMS, *declared_streams(root), *getattr(self.config, "streams", ()))
+        names = (*STREAMS, *declared_streams(root), *sorted(self._columns))
         self._stream_names = tuple(dict.fromkeys(names))
 
     def _codecs_json(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lvm.common.errors import UserError
 from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.listing import relative_to
-from lvm.data.images.sources.readers import match_columns
+from lvm.data.images.sources.readers import STREAMS, match_columns
 
 _CACHED_GROUPS = 4  # row groups kept in memory per process: neighboring rows are read soon
 
@@ -28,7 +28,7 @@ class ParquetConfig(PathConfig):
 
     Attributes:
       streams: column of each stream; of bytes, or of structs with a field `bytes`, as Hugging Face's image columns.
-        By default columns named as streams are those, and the only other such column is rgb.
+        Scenes have this order. By default columns named as streams are those, and the only other such column is rgb.
       key: column of scene keys; by default the key is FILE/ROW.
       group: column of what a split must not separate; by default each scene is its own group.
       class_name: column of class names.
@@ -70,7 +70,7 @@ class ParquetSource(ImageFileSource[Row]):
         return info, [{stream: ImageFile(name, read(stream)) for stream in info.streams}]
 
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, Row]]:
-        self._columns, self._keys = dict(self.config.streams), set[str]()
+        self._keys = set[str]()
         return self._list_files(self._list_file)
 
     def _list_file(self, file: str) -> list[tuple[SceneInfo, Row]]:
@@ -80,7 +80,7 @@ class ParquetSource(ImageFileSource[Row]):
         text_columns = [name for name in (config.key, config.group, config.class_name) if name]
         for group in range(table.num_row_groups):
             texts = table.read_row_group(group, columns=text_columns).to_pydict() if text_columns else {}
-            null = {stream: _null_rows(table, group, column) for stream, column in self._columns.items()}
+            empty = {stream: _empty_rows(table, group, column) for stream, column in self._columns.items()}
             num_rows = table.metadata.row_group(group).num_rows
             for row in range(num_rows):
                 name = f"{file}/{start + row}"
@@ -88,9 +88,9 @@ class ParquetSource(ImageFileSource[Row]):
                     str(texts[column][row]) if column and texts[column][row] is not None else default
                     for column, default in ((config.key, name), (config.group, ""), (config.class_name, ""))
                 )
-                streams = tuple(stream for stream in self._columns if row not in null[stream])
+                streams = tuple(stream for stream in self._columns if row not in empty[stream])
                 if "rgb" not in streams:
-                    self._skip(name, f"column {self._columns['rgb']!r} is null")
+                    self._skip(name, f"column {self._columns['rgb']!r} {empty['rgb'][row]}")
                 elif key in self._keys or key in scenes:
                     self._skip(name, f"its key {key!r} is that of an earlier row, which is used")
                 else:
@@ -103,18 +103,26 @@ class ParquetSource(ImageFileSource[Row]):
     def _check_columns(self, file: str, schema: pyarrow.Schema) -> None:
         config, path = self.config, self._root / file
         if not self._columns:
-            images = [field.name for field in schema if _holds_bytes(field.type)]
+            named = [
+                f.name for f in schema if f.name in self._stream_names and (_holds_bytes(f.type) or _is_null(f.type))
+            ]
+            others = [f for f in schema if f.name not in self._stream_names and _holds_bytes(f.type)]
+            others = [f for f in others if not pyarrow.types.is_fixed_size_binary(f.type)] or others  # of hashes
             try:
-                self._columns = match_columns(images, self._stream_names)
+                self._columns = match_columns([*named, *(field.name for field in others)], self._stream_names)
             except UserError as error:
                 raise UserError(f"{config.path}: {error}") from error
+        for stream in [stream for stream in STREAMS if stream in schema.names and stream not in self._columns]:
+            if not config.streams and _holds_bytes(schema.field(stream).type):
+                self._skip(file, f"column {stream!r} is not read: the first file has none")
         self._stream_names = tuple(self._columns)
         for column in (*self._columns.values(), config.key, config.group, config.class_name):
             if column and column not in schema.names:
                 raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
         for column in self._columns.values():
-            if not _holds_bytes(kind := schema.field(column).type):
-                raise UserError(f"{path}: column {column!r} is {kind}; expected bytes, or structs of bytes")
+            if not (_holds_bytes(kind := schema.field(column).type) or _is_null(kind)):
+                expected = "expected bytes, or structs of bytes, of image files; paths are not followed"
+                raise UserError(f"{path}: column {column!r} is {kind}; {expected}")
 
     def _read(self, file: str, group: int, row: int, column: str) -> bytes:
         try:
@@ -133,21 +141,33 @@ class ParquetSource(ImageFileSource[Row]):
         return table.read_row_group(group, columns=list(self._columns.values()), use_threads=False)
 
 
+_is_null = pyarrow.types.is_null  # of a column without any value
+
+
 def _holds_bytes(kind: pyarrow.DataType) -> bool:
-    if pyarrow.types.is_struct(kind):
+    types = pyarrow.types
+    if types.is_struct(kind):
         index = kind.get_field_index("bytes")
-        return index >= 0 and _holds_bytes(kind.field(index).type)
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+        return index >= 0 and not types.is_struct(child := kind.field(index).type) and _holds_bytes(child)
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    is_bytes = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return any(test(kind) for test in is_bytes)
 
 
-def _null_rows(table: pyarrow.parquet.ParquetFile, group: int, column: str) -> set[int]:
-    """Returns the rows of a group where a column is null; reads the column only if its statistics allow a null."""
+def _empty_rows(table: pyarrow.parquet.ParquetFile, group: int, column: str) -> dict[int, str]:
+    """Returns the rows of a group without bytes, and why; reads the column only if its statistics allow a null."""
     metadata = table.metadata.row_group(group)
     chunks = (metadata.column(i) for i in range(metadata.num_columns))
-    chunk = next(chunk for chunk in chunks if chunk.path_in_schema in (column, f"{column}.bytes"))
-    if chunk.statistics is not None and chunk.statistics.null_count == 0:
-        return set()
+    chunk = next((chunk for chunk in chunks if chunk.path_in_schema in (column, f"{column}.bytes")), None)
+    if chunk is not None and chunk.statistics is not None and chunk.statistics.null_count == 0:
+        return {}
     values = table.read_row_group(group, columns=[column]).column(column)
-    if pyarrow.types.is_struct(values.type):
-        values = pyarrow.compute.struct_field(values, "bytes")
-    return {row for row, null in enumerate(values.is_null().to_pylist()) if null}
+    is_struct = pyarrow.types.is_struct(values.type)
+    nulls = pyarrow.compute.struct_field(values, "bytes").is_null() if is_struct else values.is_null()
+    has_paths = is_struct and values.type.get_field_index("path") >= 0
+    paths = pyarrow.compute.struct_field(values, "path").to_pylist() if has_paths else [None] * len(values)
+    return {
+        row: f"holds the path {path!r} and no bytes; embed the image files in the Parquet file" if path else "is null"
+        for row, (null, path) in enumerate(zip(nulls.to_pylist(), paths, strict=True))
+        if null
+    }

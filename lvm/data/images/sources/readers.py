@@ -102,19 +102,24 @@ def _pack(rgb: Int[np.ndarray, "*batch 3"] | UInt8[np.ndarray, "*batch 3"]) -> I
 def read_frame(
     readers: Mapping[str, Reader], files: Mapping[str, ImageFile], preprocess: Preprocess
 ) -> UInt8[np.ndarray, "S R R 3"]:
-    """Reads one frame from the file of each stream, rgb first. Raises UnreadableError, naming the file."""
-    images: list[np.ndarray] = []
+    """Reads one frame from the file of each stream, in their order. Raises UnreadableError, naming the file.
+
+    The aspect ratio of each file must be that of rgb, else of the first.
+    """
+    images: dict[str, np.ndarray] = {}
     size: tuple[int, int] | None = None
-    for stream, file in files.items():
+    reference, *others = sorted(files, key=lambda stream: stream != "rgb")
+    for stream in (reference, *others):
+        file = files[stream]
         reader = readers[stream]
         try:
             image = decode_image(file.content, None if reader.exact else preprocess)
             size = size or image.size
-            check_aspect(image.size, size, f"its {next(iter(files))}")
-            images.append(reader.read(image, preprocess))
+            check_aspect(image.size, size, f"its {reference}")
+            images[stream] = reader.read(image, preprocess)
         except (UnreadableError, UserError) as error:
             raise UnreadableError(f"{file.name}: {error}") from error
-    return np.stack(images)
+    return np.stack([images[stream] for stream in files])
 
 
 def check_aspect(size: tuple[int, int], expected: tuple[int, int], owner: str) -> None:

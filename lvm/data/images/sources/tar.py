@@ -45,6 +45,11 @@ class TarConfig(PathConfig):
 
     streams: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        suffixes = collections.Counter(suffix for ends in self.streams.values() for suffix in ends.split(";"))
+        if repeated := [suffix for suffix, count in suffixes.items() if count > 1]:
+            raise UserError(f"streams: {dict(self.streams)} repeat {repeated[0]!r}; expected each suffix once")
+
 
 class TarSource(ImageFileSource[Sample]):
     """An `ImageSource` of uncompressed tar files, read by random access without unpacking.

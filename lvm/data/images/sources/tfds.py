@@ -26,8 +26,8 @@ class TfdsConfig:
       name: such as "oxford_iiit_pet", or the folder of a prepared version, such as ".../oxford_iiit_pet/4.0.0".
       split: such as "train" or "train[:10%]".
       data_dir: the folder of prepared datasets; empty for the default of tensorflow-datasets.
-      streams: feature of each stream, "video/frames" for a nested one. By default features named as streams are those,
-        the only other image or video is rgb, and the only LabeledImage is segmentation.
+      streams: feature of each stream, "video/frames" for a nested one; scenes have this order. By default features
+        named as streams are those, the only other image or video is rgb, and the only LabeledImage is segmentation.
       class_name: a ClassLabel feature; by default `label`, if there is one.
       group: feature of what a split must not separate; by default each scene is its own group.
     """
@@ -75,7 +75,7 @@ class TfdsSource(ImageFileSource[None]):
         self.name, self._version = builder.name, str(builder.version)
         self._root = pathlib.Path(builder.data_dir)
         self._images = dict(sorted(_image_features(builder.info.features), key=lambda item: item[0]))
-        self._columns = dict(config.streams) or self._match_features()
+        self._columns = self._columns or self._match_features()
         for path in self._columns.values():
             if path not in self._images:
                 names = ", ".join(self._images) or "none"
@@ -140,10 +140,16 @@ class TfdsSource(ImageFileSource[None]):
         class_id = int(example[self._label]) if self._label else -1
         class_name = self._names[class_id] if class_id >= 0 else ""
         images = {stream: _images(example, path) for stream, path in self._columns.items()}
-        num_frames = len(next(iter(images.values())))
-        frames = (
-            {s: ImageFile(f"{s} {t}", functools.partial(_at, images[s], t)) for s in images} for t in range(num_frames)
-        )
+        num_frames = len(images["rgb"])
+        longest = max(images, key=lambda stream: len(images[stream]))
+        frames = [
+            {s: ImageFile(f"{s} {t}", functools.partial(_at, images[s], s, t)) for s in images}
+            for t in range(num_frames)
+        ]
+        frames += [  # listed as failures, like frames that another stream lacks
+            {s: ImageFile(f"{longest} {t}", functools.partial(_at, images["rgb"], "rgb", t)) for s in images}
+            for t in range(num_frames, len(images[longest]))
+        ]
         group = group.decode() if isinstance(group, bytes) else str(group)
         return SceneInfo(key, group, class_name, num_frames, tuple(self._columns)), frames
 
@@ -178,7 +184,7 @@ def _images(example: Mapping[str, Any], path: str) -> list[bytes]:
     return [value] if isinstance(value, bytes) else list(value)
 
 
-def _at(images: list[bytes], frame: int) -> bytes:
+def _at(images: list[bytes], stream: str, frame: int) -> bytes:
     if frame >= len(images):
-        raise UnreadableError(f"there are {len(images)} frames of it")
+        raise UnreadableError(f"{stream} has {len(images)} frames")
     return images[frame]

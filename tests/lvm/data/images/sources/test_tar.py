@@ -85,6 +85,14 @@ def test_streams_parameter_sets_suffixes(tmp_path) -> None:
         open_source(str(config), small, {"streams": {"depth": "png"}})
 
 
+def test_stream_of_no_member_and_repeated_suffix_are_named(tmp_path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", RGB), ("1.depth.png", IDS)])
+    source = open_source(str(path), small, {"streams": {"rgb": "jpg", "depth": "depht.png"}})
+    assert failures(source)["depth"] == "no scene has this stream: nothing in 'depht.png'"
+    with pytest.raises(UserError, match=r"tar\.streams: .* repeat 'png'"):
+        open_source(str(path), small, {"streams": {"rgb": "jpg;png", "depth": "png"}})
+
+
 def test_tar_lists_bad_files_and_reads_unusual_ones(tmp_path) -> None:
     files = {f"a.tar/{name.split('.')[0]}": name for name in BAD_FILES | UNUSUAL_FILES}
     members = [(name, content) for name, (content, _) in (BAD_FILES | UNUSUAL_FILES).items()]

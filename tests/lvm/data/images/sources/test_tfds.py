@@ -125,6 +125,24 @@ def test_image_sequences_are_videos(tmp_path) -> None:
         TfdsSource(small, **where)
 
 
+@pytest.mark.parametrize("order", [("rgb", "edges"), ("edges", "rgb")])
+@pytest.mark.parametrize(("frames", "edges"), [(2, 3), (3, 2)])
+def test_frames_are_counted_by_rgb(tmp_path, order, frames, edges) -> None:
+    image = Image(shape=(None, None, 3))
+    example = {
+        "rgb": [file(encode_image(photo(seed=i))) for i in range(frames)],
+        "edges": [file(encode_image(photo(seed=9))) for _ in range(edges)],
+    }
+    where = prepare(tmp_path, {"rgb": Sequence(image), "edges": Sequence(image)}, [example])
+    source = TfdsSource(small, **where, streams={stream: stream for stream in order})
+    assert (source.info(0).num_frames, source.info(0).streams) == (frames, order)
+    scene = source.load(0)
+    assert len(scene.images) == 2
+    np.testing.assert_array_equal(scene.images[1, order.index("rgb")], small(photo(seed=1)))
+    blamed, reason = ("edges 2", "rgb has 2 frames") if edges > frames else ("edges 2", "edges has 2 frames")
+    assert [failure.reason for failure in scene.failures] == [f"{blamed}: {reason}"]
+
+
 def test_tfds_lists_bad_files_and_reads_unusual_ones(tmp_path) -> None:
     files = {name: content for name, (content, _) in (BAD_FILES | UNUSUAL_FILES).items()}
     examples = [{"image": file(content)} for content in files.values()]
