@@ -42,6 +42,41 @@ def encode_png(samples: np.ndarray, bits: int, transparent: tuple[int, ...] = ()
     return _png([(b"IHDR", header), *alpha, (b"IDAT", zlib.compress(data)), (b"IEND", b"")])
 
 
+# Colorants of RGB spaces, XYZ under D50: columns are red, green and blue.
+COLORANTS = {
+    "sRGB": [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]],
+    "P3": [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]],
+    "Adobe": [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]],
+}
+
+
+def icc_profile(space: str, gamma: float = 2.2) -> bytes:
+    """Returns an ICC profile of version 2: one of `COLORANTS`, "GRAY", or a "CMYK" whose inks are all gray."""
+    fixed = lambda *values: struct.pack(f">{len(values)}i", *(round(v * 65536) for v in values))  # noqa: E731
+    curve = b"curv" + struct.pack(">IIH", 0, 1, round(gamma * 256)) + bytes(2)
+    tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
+    if space in COLORANTS:
+        for name, column in zip(b"rgb", zip(*COLORANTS[space], strict=True), strict=True):
+            tags[bytes([name]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(*column)
+            tags[bytes([name]) + b"TRC"] = curve
+    elif space == "GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        levels = [255 - 255 * bin(node).count("1") // 4 for node in range(16)]  # lightness by the number of inks
+        grid = b"".join(bytes([level, 128, 128]) for level in levels)
+        ramp = bytes(range(256))
+        matrix = fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+        tags[b"A2B0"] = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramp * 4 + grid + ramp * 3
+    offset, table, data = 132 + 12 * len(tags), b"", b""
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", offset + len(data), len(tag))
+        data += tag + bytes(-len(tag) % 4)
+    kind, inks = {"GRAY": (b"mntr", b"GRAYXYZ "), "CMYK": (b"prtr", b"CMYKLab ")}.get(space, (b"mntr", b"RGB XYZ "))
+    header = struct.pack(">I4sI4s8s12s4s24s", offset + len(data), b"", 0x02100000, kind, inks, b"", b"acsp", b"")
+    header += bytes(4) + fixed(0.9642, 1, 0.8249) + bytes(48)
+    return header + struct.pack(">I", len(tags)) + table + data
+
+
 def _png(chunks: list[tuple[bytes, bytes]]) -> bytes:
     framed = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)

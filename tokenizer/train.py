@@ -49,8 +49,8 @@ def load_init_params(config: TokenizerConfig) -> Params:
       UserError: not a tokenizer folder, or one of another model or preprocess than the configuration's.
     """
     stored = weights.read(config.init_from)
-    theirs = {"model": to_json(stored.config), "preprocess": stored.preprocess.to_json()}
-    ours = {"model": to_json(config.model), "preprocess": config.preprocess.to_json()}
+    theirs = {"model": to_json(stored.config), "preprocess": to_json(stored.preprocess)}
+    ours = {"model": to_json(config.model), "preprocess": to_json(config.preprocess)}
     different = [
         f"config.{group}.{key}={value!r}, there {theirs[group][key]!r}"
         for group in ours

@@ -121,7 +121,7 @@ def _read_published(folder: epath.Path, file: epath.Path | None) -> Weights:
         if layout.kind == "diffusers":  # whose sample_size is often left at its default
             fields = {**fields, "sample_size": preprocess.resolution}
     config = layout.from_fields(fields, where)
-    preprocess = preprocess or Preprocess(config.resolution, _MODES[layout.variant])
+    preprocess = preprocess or Preprocess(config.resolution, _MODES[layout.variant], icc="ignore")
     if preprocess.resolution != config.resolution:
         raise UserError(f"{path}: resolution: {preprocess.resolution}, {CONFIG} says {config.resolution}")
     names, tensors = layout.tensors(config), interop.unwrap(_open(file, file_format), layout.codebook, file)

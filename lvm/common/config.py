@@ -46,7 +46,8 @@ def to_json(config: Any) -> Any:
 
 
 def from_config_dict(cls: type[T], values: Any, path: str = "config") -> T:
-    """Builds `cls` from nested mappings.
+    """Builds `cls` from nested mappings. Its attribute `absent` has the values of keys that older records lack, if they
+    are not the defaults.
 
     Raises:
       UserError: an unknown key, a wrong type, or a value that the dataclass rejects; names the key from `path` on.
@@ -83,7 +84,7 @@ def _member(family: Any, value: Any, path: str) -> tuple[type, dict[str, Any]]:
 
 
 def _build_dataclass(cls: Any, value: Any, path: str) -> Any:
-    values = _mapping(value, path)
+    values = {**getattr(cls, "absent", {}), **_mapping(value, path)}
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for key in values:

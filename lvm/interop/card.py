@@ -33,8 +33,10 @@ def example_script(preprocess: Preprocess) -> str:
     """The text of `example.py`, with the tokenizer's preprocessing."""
     is_cropped = preprocess.mode == "center_crop"
     note = ""
+    if preprocess.icc == "srgb":
+        note = "    # The tokenizer's images with an ICC profile were converted to sRGB (ImageCms.profileToProfile).\n"
     if preprocess != dataclasses.replace(preprocess, resizer="pillow", decode="full"):
-        note = (
+        note += (
             f"    # The tokenizer was trained with resizer {preprocess.resizer!r} and decode {preprocess.decode!r}; "
             "Pillow's pixels differ by a level or two.\n"
         )
@@ -78,11 +80,12 @@ def _tokenizer(identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
         return "## Tokenizer\n\nUnknown. Codes can only be decoded by the tokenizer that encoded them.\n"
     height, width = identity["grid"]
     preprocess = identity["preprocess"]
+    colors = ", ICC profiles converted to sRGB" if preprocess.get("icc") == "srgb" else ""
     location = f" `{TOKENIZER}/` holds it as diffusers' `VQModel`." if has_tokenizer else ""
     return (
         f"## Tokenizer\n\n{identity['num_codes']} codes, {height} × {width} an image in raster order; images are "
         f"resized to {preprocess['resolution']} × {preprocess['resolution']} pixels by `{preprocess['mode']}` "
-        f"({preprocess['filter']}).{location}\n\n- hash of the weights: `{identity['weights']}`\n"
+        f"({preprocess['filter']}){colors}.{location}\n\n- hash of the weights: `{identity['weights']}`\n"
         f"- hash with network and preprocessing: `{identity['hash']}`\n"
     )
 

@@ -68,10 +68,12 @@ config.model.encoder_blocks config.model.decoder_blocks config.model.middle_bloc
 config.model.codebook_dim config.model.norm_groups config.model.block_bias config.model.shortcut
 config.model.downsample config.model.upsample config.model.latent_kernel config.model.quant_convs
 config.model.l2_normalize config.model.compute_dtype config.preprocess.resolution config.preprocess.mode
-config.preprocess.filter config.preprocess.decode config.preprocess.resizer config.data.heldout_fraction
+config.preprocess.filter config.preprocess.decode config.preprocess.resizer config.preprocess.icc
+config.data.heldout_fraction
 config.data.rgb_share config.data.max_scenes config.loss.l1 config.loss.l2 config.loss.gradient
 config.loss.commitment config.loss.autoencoder_steps config.loss.ema_decay config.loss.dead_below
-preprocess.resolution preprocess.mode preprocess.filter preprocess.colours source.kind source.num_scenes source.seed
+preprocess.resolution preprocess.mode preprocess.filter preprocess.icc preprocess.colours source.kind
+source.num_scenes source.seed
 source.num_frames source.streams
 """
 

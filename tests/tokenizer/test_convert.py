@@ -11,6 +11,7 @@ import pytest
 from lvm.common import files
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
 from tests.commands import run
 from tests.configs import tiny_tokenizer
 from tests.tokenizer.networks import check_same, random_weights, same_bits, small
@@ -64,6 +65,8 @@ def test_training_starts_from_converted_weights(tmp_path):
         start("run", **init, loss=LossConfig(autoencoder_steps=8))
     with pytest.raises(UserError, match="codebook_size=32, there 64"):
         start("other", **init, model=dataclasses.replace(config, codebook_size=32))
+    with pytest.raises(UserError, match="resizer='swscale', there 'pillow'"):
+        start("other", **init, preprocess=Preprocess(32, resizer="swscale"))
     start("run", **init)
     stored = weights.read(tmp_path / "run")
     assert stored.step == 2

@@ -329,17 +329,17 @@ def test_read_names_unsupported_fields_of_diffusers(tmp_path, changes, message):
 
 def test_preprocess_defaults_to_the_authors(folder, tmp_path):
     (folder / "preprocess.json").unlink()
-    assert weights.read(folder).preprocess == Preprocess(16, "squash")
+    assert weights.read(folder).preprocess == Preprocess(16, "squash", icc="ignore")
     weights.write(tmp_path / "maskgit", random_weights(small("maskgit", **TINY)), "maskgit")
     (tmp_path / "maskgit" / "preprocess.json").unlink()
-    assert weights.read(tmp_path / "maskgit").preprocess == Preprocess(16, "center_crop")
+    assert weights.read(tmp_path / "maskgit").preprocess == Preprocess(16, "center_crop", icc="ignore")
     files.write_json(folder / "preprocess.json", Preprocess(32).to_json())
     with pytest.raises(UserError, match=r"resolution: 32, config\.json says 16"):
         weights.read(folder)
 
 
 def test_read_bare_file_with_variant(tmp_path):
-    original = random_weights(small("maskgit", **TINY), mode="center_crop")
+    original = random_weights(small("maskgit", **TINY), mode="center_crop", icc="ignore")
     weights.write(tmp_path / "in", original, "maskgit")
     tree = flax.serialization.msgpack_restore((tmp_path / "in" / "tokenizer.msgpack").read_bytes())
     bare = tmp_path / "bare"
@@ -393,6 +393,7 @@ def test_identity_covers_weights_network_preprocess():
         dataclasses.replace(original, params=changed),
         dataclasses.replace(original, config=dataclasses.replace(original.config, l2_normalize=True)),
         dataclasses.replace(original, preprocess=Preprocess(16, "center_crop")),
+        dataclasses.replace(original, preprocess=Preprocess(16, icc="ignore")),
         dataclasses.replace(original, preprocess=Preprocess(16, filter="lanczos")),
     ]
     identities = [Tokenizer(w.config, w.preprocess, w.params).identity() for w in (original, *others)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import av
 import numpy as np
@@ -18,13 +18,15 @@ from jaxtyping import Float, Num, Shaped, UInt8
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.common.validation import check_choice, check_positive
+from lvm.data.images.color import to_srgb
 
 FILTERS = {n: PIL.Image.Resampling[n.upper()] for n in ("nearest", "box", "bilinear", "bicubic", "lanczos")}
 _SWSCALE_FILTERS = {name: Interpolation[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 _SWSCALE_FLAGS = Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same pixels on every CPU
 _SWSCALE_FLAGS |= Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT  # full chroma resolution
 _RANGE = {"colours": "0..1"}  # in every identity on disk: the network's input is uint8 / 255
-_OMITTED = {"decode": "full", "resizer": "pillow"}  # not written at these values: identities from before stay valid
+# Not written at these values: identities from before stay valid.
+_OMITTED = {"decode": "full", "resizer": "pillow", "icc": "ignore"}
 
 Number = int | float
 
@@ -44,6 +46,8 @@ class Preprocess:
       resizer: "pillow", used by published tokenizers, or "swscale" (FFmpeg), more than twice as fast: pixels of photos
         differ by one or two levels of 255, those of noise and of tiny images by more. swscale supports "bilinear",
         "bicubic" and "lanczos", crops at whole pixels, and refuses lines of thousands of pixels.
+      icc: "srgb" converts images with an ICC profile (Display P3, Adobe RGB, CMYK) to sRGB; "ignore", as published
+        tokenizers were trained, takes all as sRGB.
 
     Raises:
       UserError: an impossible value.
@@ -54,6 +58,9 @@ class Preprocess:
     filter: str = "bicubic"
     decode: str = "full"
     resizer: str = "pillow"
+    icc: str = "srgb"
+
+    absent: ClassVar[Mapping[str, str]] = {"icc": "ignore"}  # in records from before the key existed
 
     def __post_init__(self) -> None:
         check_positive(self, "resolution")
@@ -61,6 +68,7 @@ class Preprocess:
         check_choice(self, "filter", FILTERS)
         check_choice(self, "decode", ("full", "reduced"))
         check_choice(self, "resizer", ("pillow", "swscale"))
+        check_choice(self, "icc", ("srgb", "ignore"))
         if self.resizer == "swscale":
             check_choice(self, "filter", _SWSCALE_FILTERS)
 
@@ -94,6 +102,7 @@ class Preprocess:
 
     def to_rgb(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """Converts an image of any mode but F to upright RGB of its own size. Raises UserError for mode F."""
+        profile = image.info.get("icc_profile") if self.icc == "srgb" else None
         image = apply_exif_orientation(image)
         if image.mode == "F":
             raise UserError("an image holds floats (mode F), whose range is unknown; expected 8 or 16 bits")
@@ -101,9 +110,12 @@ class Preprocess:
             gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
             gray[gray == image.info.get("transparency")] = 0
             image = PIL.Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+        is_gray = image.mode in ("1", "L", "LA")
         if image.has_transparency_data:
             black = PIL.Image.new("RGBA", image.size, (0, 0, 0, 255))
             image = PIL.Image.alpha_composite(black, image.convert("RGBA"))
+        if profile:
+            image = to_srgb(image.convert("L") if is_gray else image, profile)
         return image if image.mode == "RGB" else image.convert("RGB")
 
     @property

@@ -93,6 +93,7 @@ def decode_image(content: Content, preprocess: Preprocess | None = None) -> Deco
         if opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # turned by 90° or 270°
             size, extent = size[::-1], extent[::-1]
         pixels = preprocess.to_rgb(opened) if preprocess else apply_exif_orientation(opened)
+        pixels.info = {}  # its transparency and color profile are applied, or pixels are data
         return DecodedImage(pixels, size, extent, opened.format or "", white)
 
 

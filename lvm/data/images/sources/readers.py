@@ -1,5 +1,6 @@
 """Readers: how the image files of each stream become images, and the settings files that choose codecs."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,13 @@ class Reader:
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
+
+    def decode(self, file: ImageFile, preprocess: Preprocess) -> DecodedImage:
+        """Decodes a file; colors that are data are not converted to sRGB. Raises UnreadableError or UserError."""
+        if self.exact:
+            return decode_image(file.content)
+        is_photo = isinstance(self.codec, codecs.Image)
+        return decode_image(file.content, preprocess if is_photo else dataclasses.replace(preprocess, icc="ignore"))
 
     def read(self, image: DecodedImage, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
         """Converts a decoded file to the stream's image. Raises UnreadableError or UserError."""
@@ -113,7 +121,7 @@ def read_frame(
         file = files[stream]
         reader = readers[stream]
         try:
-            image = decode_image(file.content, None if reader.exact else preprocess)
+            image = reader.decode(file, preprocess)
             size = size or image.size
             check_aspect(image.size, size, f"its {reference}")
             images[stream] = reader.read(image, preprocess)

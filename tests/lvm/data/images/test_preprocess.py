@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import FILTERS, Preprocess
+from tokenizer.config import TokenizerConfig
 
 
 @pytest.mark.parametrize("mode", ["squash", "center_crop"])
@@ -142,7 +144,19 @@ def test_preprocess_json_rejects_bad_fields(fields, message) -> None:
 def test_preprocess_json_keeps_the_input_range_of_old_stores() -> None:
     fields = Preprocess(8).to_json()
     assert fields["colours"] == "0..1"
-    assert Preprocess.from_json(fields) == Preprocess.from_json({"resolution": 8}) == Preprocess(8)
+    assert Preprocess.from_json(fields) == Preprocess(8)
+    assert Preprocess.from_json({"resolution": 8}) == Preprocess(8, icc="ignore")
+
+
+def test_identity_without_color_management_is_unchanged() -> None:
+    published = Preprocess(256, icc="ignore").to_json()
+    assert published == {"resolution": 256, "mode": "squash", "filter": "bicubic", "colours": "0..1"}
+    assert Preprocess(256).to_json() == published | {"icc": "srgb"}
+    config = to_json(TokenizerConfig())
+    assert config["preprocess"].pop("icc") == "srgb"
+    assert from_config_dict(TokenizerConfig, config).preprocess.icc == "ignore"  # of a run from before the key existed
+    with pytest.raises(UserError, match="icc='p3' must be one of srgb, ignore"):
+        Preprocess(8, icc="p3")
 
 
 def test_preprocess_json_round_trip_and_bad_arrays() -> None:
