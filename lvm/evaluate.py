@@ -40,11 +40,10 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     weights = {"record": model.record, "step": model.step}  # equal for equal weights
     request = files.as_json({"config": to_json(config), "model": weights, "source": source.describe()})
     results_path = epath.Path(out) / "results.json"
-    if results_path.exists() and (epath.Path(out) / "index.html").exists():
-        earlier = files.read_json(results_path)
-        if earlier.get("request") == request:
-            log_info(f"{results_path} is up to date")
-            return earlier
+    earlier = files.read_side_file(results_path)
+    if earlier.get("request") == request and (epath.Path(out) / "index.html").exists():
+        log_info(f"{results_path} is up to date")
+        return earlier
     epath.Path(out).mkdir(parents=True, exist_ok=True)
     _check_source(config, source, model)
 

@@ -6,7 +6,6 @@ Local files are written under a temporary name, flushed and renamed; an object o
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import fsspec
 from etils import epath
 
 from lvm.common.errors import UserError
-from lvm.common.logging import log_warning
+from lvm.common.logging import warn_once
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of NFS, or Lustre mounted with noflock
 _REMOVE_TRIES, _REMOVE_WAIT_S, _REMOVE_STABLE = 100, 0.1, 10
@@ -130,7 +129,8 @@ def lock_file(path: epath.PathLike, *, wait: bool = False) -> IO[str] | None:
         file.close()
         raise
     if is_ours is None:
-        _warn_without_locks(os.path.dirname(path) or ".")
+        folder = os.path.dirname(path) or "."
+        warn_once(f"{folder}: its file system has no locks; make sure that no two runs write there at a time")
     elif not is_ours:
         file.close()
         return None
@@ -163,11 +163,6 @@ def _flock(file: IO[Any], operation: int) -> bool | None:
     return True
 
 
-@functools.cache  # once a folder
-def _warn_without_locks(folder: str) -> None:
-    log_warning(f"{folder}: its file system has no locks; make sure that no two runs write there at a time")
-
-
 def flush(path: epath.PathLike) -> None:
     """Flushes a file's content to disk (fsync)."""
     with open(path, "rb+") as file:
@@ -191,9 +186,18 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 def read_json(path: epath.PathLike) -> Any:
     """Reads JSON. Raises UserError where it is malformed."""
     try:
-        return json.loads(epath.Path(path).read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(epath.Path(path).read_bytes())
+    except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
+
+
+def read_side_file(path: epath.PathLike) -> dict[str, Any]:
+    """Reads a JSON object that can be made again; {} where there is none, or where a power cut left something else."""
+    try:
+        value = read_json(path)
+    except (FileNotFoundError, UserError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def as_json(value: Any) -> Any:

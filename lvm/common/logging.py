@@ -1,5 +1,6 @@
 """Logging: one readable line a message on stderr, from process 0 unless it is a warning; progress with time left."""
 
+import functools
 import logging
 import sys
 import time
@@ -51,6 +52,12 @@ def log_info(message: str) -> None:
 def log_warning(message: str) -> None:
     """Logs a warning, from whichever process calls."""
     _LOGGER.warning("%s", message)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning that a process repeats for nothing."""
+    log_warning(message)
 
 
 def duration(seconds: float) -> str:

@@ -27,13 +27,14 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from lvm.common import distributed, files
 from lvm.common.errors import UserError
-from lvm.common.logging import log_warning
+from lvm.common.logging import log_warning, warn_once
 from lvm.training import checksums
 from lvm.training.task import State
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"
 DAMAGED = "damaged-checkpoints"
+_REQUIRED = ("params/manifest.ocdbt", "training/manifest.ocdbt", "meta/metadata")  # files of a complete checkpoint
 _POLL_S, _REMOTE_POLL_S = 0.2, 2.0
 _OVERHEAD_BYTES = 2**20  # of a checkpoint, beside its arrays
 _CHUNK_BYTES = 2**26  # of an array on disk: the unit of reads
@@ -69,12 +70,22 @@ class Checkpoints:
         self._save_failed = False
 
     def latest_step(self) -> int | None:
-        """The step of the latest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        """The step of the latest complete checkpoint, or None; logs which folders are none."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if not (problem := self._find_missing(step)):
+                return step
+            warn_once(f"not a checkpoint: {problem}")
+        return None
 
     def all_steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        return sorted(step for step in self._manager.all_steps() if not self._find_missing(step))
+
+    def _find_missing(self, step: int) -> str | None:
+        """One line naming what a step's folder lacks, such as an interrupted copy; None if it is complete."""
+        folder = self._folder(step)
+        missing = [name.partition("/")[0] for name in _REQUIRED if not (folder / name).exists()]
+        return f"{folder}: lacks {', '.join(missing)}" if missing else None
 
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, the latest first. No save may be in progress."""
@@ -136,8 +147,8 @@ class Checkpoints:
 
     def _find_intact_step(self) -> int:
         damaged: dict[int, str] = {}
-        for step in reversed(self.all_steps()):
-            damage = self.find_damage(step)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            damage = self._find_missing(step) or self.find_damage(step)
             if damage is None:
                 self._quarantine(damaged, step)
                 return step
@@ -159,13 +170,8 @@ class Checkpoints:
             self._record(step).unlink(missing_ok=True)
 
     def find_damage(self, step: int, prefix: str = "") -> str | None:
-        """See `checksums.find_damage`."""
-        record = self._record(step)
-        if not record.exists():
-            # A kill between the final rename and the checksums leaves a complete checkpoint.
-            log_warning(f"{self._folder(step)}: has no checksums; used without verification")
-            return None
-        return checksums.find_damage(self._folder(step), record, prefix)
+        """See `checksums.find_damage`. A kill between the final rename and the checksums leaves none of them."""
+        return checksums.find_damage(self._folder(step), self._record(step), prefix)
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """The state at `step`, with the shapes, dtypes and shardings of `abstract`, and its meta."""
@@ -292,10 +298,9 @@ def open_params(
     """
     folder = epath.Path(workdir) / FOLDER / str(step) / "params"
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-    base = os.fspath(folder) if files.is_remote(folder) else f"file://{os.fspath(folder.resolve())}"
-    arrays = {}
+    database, arrays = checksums.ocdbt_spec(folder), {}
     for name, shape in shapes.items():
-        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+        spec = {"driver": "zarr", "kvstore": {**database, "path": f"{name}/"}}
         try:
             arrays[name] = tensorstore.open(spec, context=context, open=True, read=True).result()
         except (ValueError, OSError) as error:

@@ -1,15 +1,19 @@
 """Checkpoint checksums. Orbax does not detect corrupted bytes on restore.
 
 On disk every byte is read back. On gs:// the store keeps each object's CRC-32C and checks it on every read, so the
-listing is compared.
+listing is compared. A checkpoint without checksums, such as a copy, may be a part of one: its arrays are read back.
 """
 
 import concurrent.futures
+import errno
+import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import google_crc32c
+import tensorstore
 from etils import epath
 
 from lvm.common import files
@@ -18,6 +22,7 @@ from lvm.common.logging import log_warning
 T = TypeVar("T")
 _CHUNK_BYTES = 2**24
 _THREADS = 4
+_DAMAGE = re.compile("NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|Error decoding")  # other errors of TensorStore are of the disk
 _RETRY_DELAYS_S = (1.0, 4.0, 16.0)
 
 
@@ -36,13 +41,19 @@ def write(folder: epath.Path, record: epath.Path) -> None:
 def find_damage(folder: epath.Path, record: epath.Path, prefix: str = "") -> str | None:
     """Compares the files of `folder` whose relative path starts with `prefix` with the checksums in `record`.
 
+    Without a record that can be read, reads their arrays.
+
     Returns:
       The first damaged file and what is wrong with it, in one line; None if all files are intact.
 
     Raises:
       OSError: a file can't be read, even after retries: it may or may not be intact.
     """
-    expected = {name: entry for name, entry in files.read_json(record).items() if name.startswith(prefix)}
+    if not (entries := files.read_side_file(record)):
+        log_warning(f"{folder}: has no checksums in {record}; its arrays are read instead")
+        items = [item for item in ("params/", "training/") if item.startswith(prefix)]
+        return next(filter(None, (_find_unreadable(folder / item) for item in items)), None)
+    expected = {name: entry for name, entry in entries.items() if name.startswith(prefix)}
     objects = retry_io(lambda: files.objects(folder)) if files.is_remote(folder) else None
 
     def check(name: str) -> str | None:
@@ -57,6 +68,30 @@ def find_damage(folder: epath.Path, record: epath.Path, prefix: str = "") -> str
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return next(filter(None, pool.map(lambda name: retry_io(lambda: check(name)), expected)), None)
+
+
+def ocdbt_spec(folder: epath.Path) -> dict[str, Any]:
+    """The database of arrays in a folder of Orbax, for TensorStore."""
+    base = os.fspath(folder) if files.is_remote(folder) else f"file://{os.fspath(folder.resolve())}"
+    return {"driver": "ocdbt", "base": base}
+
+
+def _find_unreadable(folder: epath.Path) -> str | None:
+    """Reads every array in a folder of Orbax; returns the first problem in one line, None if there is none."""
+
+    def read(key: bytes) -> None:
+        store.read(key).result()
+
+    try:
+        store = tensorstore.KvStore.open(ocdbt_spec(folder)).result()
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(read, store.list().result()):
+                pass
+    except ValueError as error:
+        if not _DAMAGE.match(str(error)):
+            raise OSError(errno.EIO, " ".join(str(error).split()), os.fspath(folder)) from error
+        return f"{folder}: {' '.join(str(error).split())[:300]}"
+    return None
 
 
 def _checksum(path: epath.Path) -> dict[str, Any]:

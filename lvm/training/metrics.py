@@ -14,16 +14,30 @@ from tensorboardX import SummaryWriter
 
 from lvm.common import distributed, files
 from lvm.common.errors import UserError
+from lvm.common.logging import warn_once
 
 FILENAME = "metrics.jsonl"
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Returns all complete lines of a workdir's metrics; a kill may have cut off the last one."""
+    """Returns all complete lines of a workdir's metrics; a kill may have cut off the last one.
+
+    A line that is none of a step's metrics, such as zeros after a power cut, is logged and left out.
+    """
     path = epath.Path(workdir) / FILENAME
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        else:
+            warn_once(f"{path}:{number}: not a step's metrics, left out: {line[:40]!r}")
+    return records
 
 
 class MetricsWriter:
@@ -86,7 +100,7 @@ def _init_wandb(workdir: epath.Path, project: str) -> Any:
     except ImportError as error:
         raise UserError(f"config.loop.wandb: {project}: pip install wandb ({error})") from error
     id_path = workdir / "wandb.json"
-    if not id_path.exists():
+    if "id" not in files.read_side_file(id_path):
         files.write_json(id_path, {"id": uuid.uuid4().hex[:8]})
     entity, _, name = project.rpartition("/")
     try:

@@ -135,11 +135,10 @@ class JsonlStore:
     def _open_index(self, stamp: dict[str, Any]) -> np.ndarray:
         index_path = self.path.parent / f"{self.path.name}.index"
         stamp_path = self.path.parent / f"{self.path.name}.index.json"
-        if stamp_path.exists() and index_path.exists():
-            stored = files.read_json(stamp_path)
-            count = stored.pop("sentences", 0)
-            if stored == stamp and files.file_size(index_path) == count * _LINE_DTYPE.itemsize:
-                return np.memmap(index_path, _LINE_DTYPE, mode="r") if count else np.zeros(0, _LINE_DTYPE)
+        stored = files.read_side_file(stamp_path)
+        count = stored.pop("sentences", 0)
+        if stored == stamp and files.file_size(index_path) == count * _LINE_DTYPE.itemsize:
+            return np.memmap(index_path, _LINE_DTYPE, mode="r") if count else np.zeros(0, _LINE_DTYPE)
         log_info(f"{self.path}: scanning it once for an index")
         index = np.array(list(self._scan()), _LINE_DTYPE)
         try:

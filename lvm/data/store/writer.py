@@ -206,11 +206,9 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 def read_shard_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:
     """The entry of a finished shard; None if there is none, or a file that it lists is missing or has another size."""
     path = epath.Path(folder) / f"{shard_name(shard, num_shards)}.json"
-    if not path.exists():
-        return None
-    entry = files.read_json(path)
-    sizes = {name: files.file_size(path.parent / name) for name in entry["files"]}
-    return entry if sizes == {name: listed["bytes"] for name, listed in entry["files"].items()} else None
+    entry = files.read_side_file(path)
+    listed = {name: properties["bytes"] for name, properties in entry.get("files", {}).items()}
+    return entry if listed and listed == {name: files.file_size(path.parent / name) for name in listed} else None
 
 
 def begin_store(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> None:

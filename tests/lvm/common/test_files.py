@@ -46,10 +46,21 @@ def test_failed_write_names_file_and_leaves_no_temporary(tmp_path):
     assert os.listdir(tmp_path) == ["taken"]
 
 
-def test_read_json_names_malformed_file(tmp_path):
-    (tmp_path / "bad.json").write_text('{"a": ')
+@pytest.mark.parametrize("content", [b'{"a": ', b"", b"\0\0\0\0", b'{"a": "\xff"}'])
+def test_read_json_names_malformed_file(tmp_path, content):
+    (tmp_path / "bad.json").write_bytes(content)
     with pytest.raises(UserError, match=r"bad\.json: not JSON"):
         files.read_json(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("content", [None, b"\0\0\0\0", b"[1]"])
+def test_side_file_that_is_no_object_is_empty(tmp_path, content):
+    path = tmp_path / "side.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert files.read_side_file(path) == {}
+    files.write_json(path, {"a": 1})
+    assert files.read_side_file(path) == {"a": 1}
 
 
 def test_file_size_needs_no_owner_name(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.training import checksums
-from lvm.training.checkpoint import FOLDER, Checkpoints, latest_step, load_params
+from lvm.training.checkpoint import FOLDER, Checkpoints, intact_step, latest_step, load_params
 
 
 def new_state(seed=0, step=3):
@@ -174,13 +174,9 @@ def cut_short(path):
 
 
 @pytest.fixture
-def fresh(tmp_path):
-    """A workdir with the states of steps 3 and 5, for one test to damage."""
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (3, 5):
-        checkpoints.save(new_state(seed=step, step=step), step, {})
-    checkpoints.close()
-    return tmp_path
+def fresh(saved, tmp_path):
+    """A copy of `saved` for one test to damage."""
+    return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -239,12 +235,52 @@ def test_unreadable_file_is_retried_not_damaged(fresh, monkeypatch):
     assert latest_step(fresh) == 5
 
 
-def test_checkpoint_without_checksums_is_used_and_logged(fresh, caplog):
-    (fresh / "checksums" / "5.json").unlink()
+@pytest.mark.parametrize("record", [None, b"\0" * 50])
+def test_checkpoint_without_checksums_is_read_and_logged(fresh, caplog, record):
+    path = fresh / "checksums" / "5.json"
+    path.unlink() if record is None else path.write_bytes(record)
     checkpoints = Checkpoints(fresh, keep=2)
     assert checkpoints.latest_intact_step() == 5
     checkpoints.close()
-    assert "has no checksums; used without verification" in caplog.text
+    assert "its arrays are read instead" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("item", "damage"),
+    [
+        ("params", lambda path: path.unlink()),
+        ("training", cut_short),
+        ("training", lambda path: path.write_bytes(b"\0" * 1000)),
+    ],
+)
+def test_part_of_a_copy_falls_back_without_checksums(fresh, caplog, item, damage):
+    (fresh / "checksums" / "5.json").unlink()
+    damage(max((fresh / FOLDER / "5" / item / "d").iterdir(), key=lambda path: path.stat().st_size))
+    checkpoints = Checkpoints(fresh, keep=2)
+    assert checkpoints.latest_intact_step() == 3
+    checkpoints.close()
+    assert f"damaged checkpoint: {fresh / FOLDER / '5' / item}" in caplog.text
+
+
+@pytest.mark.parametrize(("lost", "step"), [("params", 7), ("training", 7), ("meta", 7), (None, 7), (None, 4)])
+def test_folder_that_lacks_parts_is_no_checkpoint(fresh, caplog, lost, step):
+    folder = fresh / FOLDER / str(step)
+    if lost is None:
+        folder.mkdir()
+    else:
+        shutil.copytree(fresh / FOLDER / "5", folder)
+        shutil.rmtree(folder / lost)
+    assert latest_step(fresh) == 5
+    assert load_params(fresh, jax.eval_shape(lambda: new_state()["params"]))[1] == 5
+    with pytest.raises(UserError, match=f"no checkpoint of step {step}; it has 3, 5"):
+        intact_step(fresh, step)
+    checkpoints = Checkpoints(fresh, keep=2)
+    assert checkpoints.latest_intact_step() == 5
+    assert (fresh / "damaged-checkpoints" / f"{step}-0").is_dir() == (step > 5)
+    checkpoints.save(new_state(step=6), 6, {})
+    checkpoints.close()
+    assert latest_step(fresh) == 6
+    assert (f"{folder}: lacks {lost or 'params, training, meta'}" in caplog.text) == (step > 5)
 
 
 def test_checksums_are_deleted_with_checkpoints(tmp_path):

@@ -54,6 +54,17 @@ def test_truncated_last_line_is_dropped(tmp_path, rest):
     assert steps(tmp_path) == [10, 20, 30]
 
 
+def test_lines_that_are_no_metrics_are_named_and_dropped(tmp_path, caplog):
+    good = b'{"step": 10, "loss": 1.0}'
+    bad = [b"\0" * 20, b"", b"{", b"null", b'{"loss": 1.0}', b'{"step": null}', b"\xff\xfe"]
+    (tmp_path / FILENAME).write_bytes(b"\n".join([good, *bad, good.replace(b"10", b"20"), b""]))
+    assert steps(tmp_path) == [10, 20]
+    assert [f"{FILENAME}:{number}:" in caplog.text for number in range(1, 10)] == [False, *[True] * 7, False]
+    write(tmp_path, 20, [30])
+    assert steps(tmp_path) == [10, 20, 30]
+    assert (tmp_path / FILENAME).read_text().count("\n") == 3
+
+
 class FakeWandb(types.ModuleType):
     """A stand-in for the wandb module that records its calls."""
 

@@ -75,6 +75,8 @@ def test_index_is_built_once_per_file_content(tmp_path, caplog):
     other = JsonlStore(path, SMALL)
     assert (len(first), len(other)) == (4, 5)
     assert other.identity() != first.identity()
+    (tmp_path / "a.jsonl.index.json").write_bytes(b"\0" * 30)
+    assert JsonlStore(path, SMALL).identity() == other.identity()
 
 
 def test_equal_lines_are_in_one_split(tmp_path):

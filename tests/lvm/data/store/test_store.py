@@ -84,6 +84,8 @@ def test_shard_entry_has_checksums_and_failures(tmp_path, new_scenes):
     assert writer.read_shard_entry(tmp_path, 0, 1) == entry
     for name, file in entry["files"].items():
         assert file == {"bytes": os.path.getsize(tmp_path / name), "sha256": files.sha256(tmp_path / name)}
+    next(tmp_path.glob("*.json")).write_bytes(b"\0" * 30)
+    assert writer.read_shard_entry(tmp_path, 0, 1) is None
 
 
 def test_equal_input_gives_equal_bytes(make_store):
