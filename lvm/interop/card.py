@@ -13,6 +13,7 @@ from lvm.interop.lazy_checkpoint import LazyCheckpoint, special_ids
 
 README, EXAMPLE = "README.md", "example.py"
 TOKENIZER = "tokenizer"  # folder in the export
+_HEAD_DIM_MULTIPLE = 8  # of flash attention (github.com/vllm-project/vllm/issues/336, NVIDIA/TensorRT-LLM/issues/679)
 _EXAMPLE = pathlib.Path(__file__).with_name("example.py.in")
 _CROP = """    side = min(picture.size)
     left, top = (picture.width - side) / 2, (picture.height - side) / 2
@@ -64,7 +65,7 @@ def _sizes(checkpoint: LazyCheckpoint) -> str:
     rows = {
         "parameters": f"{count:,}",
         "layers, hidden size, MLP size": f"{config.num_layers}, {config.hidden_size}, {config.mlp_size}",
-        "heads, key-value heads": f"{config.num_heads}, {config.kv_heads}",
+        "heads, key-value heads, head dim": f"{config.num_heads}, {config.kv_heads}, {config.head_dim}",
         "context": f"{config.context} tokens",
         "output projection": "tied to the embedding" if config.tie_embeddings else "untied",
         "dtype": checkpoint.dtype,
@@ -72,7 +73,13 @@ def _sizes(checkpoint: LazyCheckpoint) -> str:
         "training step": f"{checkpoint.step:,}" if checkpoint.step else "unknown",
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    return f"## Sizes\n\n| | |\n|---|---|\n{table}"
+    note = ""
+    if config.head_dim % _HEAD_DIM_MULTIPLE:
+        note = (
+            f"\nFlash attention of vLLM and TensorRT-LLM takes head dims that are multiples of {_HEAD_DIM_MULTIPLE}, "
+            f"and refuses {config.head_dim}.\n"
+        )
+    return f"## Sizes\n\n| | |\n|---|---|\n{table}{note}"
 
 
 def _tokenizer(identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
@@ -97,8 +104,10 @@ def _prompting(checkpoint: LazyCheckpoint, has_tokenizer: bool) -> str:
     return (
         f"## Prompting\n\nA prompt is {first} codes of each image, one image after the other. To continue a sequence, "
         "give its images; for a task, give pairs of input and answer, then the query image. The next image is as "
-        "many new tokens as an image has codes. `generation_config.json` suppresses the ids from "
-        f"{vocabulary.num_codes} on, which are not codes. vLLM loads this folder with `skip_tokenizer_init=True`, "
+        "many new tokens as an image has codes. `generate` is greedy; to sample, give `do_sample=True, top_k=0`: "
+        "without `top_k`, transformers samples from the 50 most likely ids. `generation_config.json` suppresses ids "
+        f"from {vocabulary.num_codes} on, which are not codes. For programs that want text, `tokenizer.json` reads and "
+        "writes codes in decimal, separated by spaces. vLLM loads this folder with `skip_tokenizer_init=True`, "
         "takes `prompt_token_ids`, and needs the sampling parameter "
         f"`allowed_token_ids=list(range({vocabulary.num_codes}))`.\n"
         + (f"\n```sh\n{command}\n```\n" if has_tokenizer else "")

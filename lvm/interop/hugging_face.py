@@ -3,6 +3,7 @@
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -10,10 +11,11 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.interop.config_fields import LLAMA_CONTEXT, common_fields, read_checkpoint, special_token_fields, write_record
 from lvm.interop.layouts import HUGGING_FACE
-from lvm.interop.lazy_checkpoint import GENERATION_CONFIG, LazyCheckpoint
+from lvm.interop.lazy_checkpoint import GENERATION_CONFIG, LazyCheckpoint, special_ids
 from lvm.interop.tensors import LazyTensor, format_names, read_safetensors, unwrap, write_safetensors
 from lvm.interop.torch_reader import read_state_dict
 from lvm.model.transformer import ModelConfig
+from lvm.model.vocabulary import Vocabulary
 from lvm.training.workdir import CONFIG
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
@@ -107,7 +109,47 @@ def write(folder: pathlib.Path, checkpoint: LazyCheckpoint, max_shard_bytes: int
     suppressed = list(range(vocabulary.num_codes, vocabulary.size))
     generation = {**special_token_fields(vocabulary), "suppress_tokens": suppressed}
     files.write_json(folder / GENERATION_CONFIG, generation)
+    _write_tokenizer(folder, vocabulary, config.context)
     write_record(folder, checkpoint)
+
+
+def _write_tokenizer(folder: pathlib.Path, vocabulary: Vocabulary, context: int) -> None:
+    """Writes a tokenizer of text, for programs that want one: codes in decimal, separated by spaces.
+
+    Any other word is an error. BOS, if the vocabulary has one, is put in front, as our prompts have it.
+    """
+    specials = {f"<{name}>": token for name, token in special_ids(vocabulary).items() if token is not None}
+    names = {token: name for name, token in specials.items()}
+    words = [str(i) if i < vocabulary.num_codes else names.get(i, f"<{i}>") for i in range(vocabulary.size)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    sequences = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    bos = [{"SpecialToken": {"id": name, "type_id": 0}} for name in specials if name == "<bos>"]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*bos, sequences[0]],
+        "pair": [*bos, *sequences],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [vocabulary.bos], "tokens": ["<bos>"]}} if bos else {},
+    }
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token, "content": name, **flags} for name, token in specials.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": template,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"},
+    }
+    files.write_json(folder / "tokenizer.json", content)
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # transformers would make another of `model_type`
+        "model_input_names": ["input_ids", "attention_mask"],  # Llama takes no `token_type_ids`
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+        **{f"{name.strip('<>')}_token": name for name in specials},
+    }
+    files.write_json(folder / "tokenizer_config.json", fields)
 
 
 def _shards(tensors: Mapping[str, LazyTensor], max_bytes: int) -> Iterator[list[str]]:

@@ -94,7 +94,7 @@ def test_convert_hf_writes_card_example_and_tokenizer(trained, tmp_path):
     convert.convert(str(trained / "run"), str(out), "hf", tokenizer=str(trained / "tokenizer"))
     assert {path.name for path in out.iterdir()} == {
         "README.md", "config.json", "example.py", "generation_config.json", "lvm.json", "model.safetensors",
-        "tokenizer", "vocabulary.json",
+        "tokenizer", "tokenizer.json", "tokenizer_config.json", "vocabulary.json",
     }  # fmt: skip
     card = (out / "README.md").read_text()
     identity = Tokenizer.load(trained / "tokenizer").identity()
@@ -105,9 +105,13 @@ def test_convert_hf_writes_card_example_and_tokenizer(trained, tmp_path):
         identity["weights"],
         "BOS 64, EOS 65, PAD 66",
         '"batch_size": 96',
+        "do_sample=True, top_k=0",
+        "| 2, 2, 8 |",
     ):
         assert text in card
     assert "2 × 2 an image" in card
+    assert "Flash attention" not in card
+    assert "do_sample=True, top_k=0" in (out / "example.py").read_text()
     check_same(weights.read(out / "tokenizer"), weights.read(trained / "tokenizer"))
     compile((out / "example.py").read_text(), "example.py", "exec")
     generation = json.loads((out / "generation_config.json").read_text())
@@ -119,6 +123,12 @@ def test_convert_hf_writes_card_example_and_tokenizer(trained, tmp_path):
     assert exported["record"].pop("lvm_version") == lvm.__version__
     (out / "lvm.json").write_text(json.dumps(exported))  # exports of older versions lack it
     assert models.read(out).record["tokenizer"] == files.as_json(identity)
+
+
+def test_model_card_names_heads_that_flash_attention_refuses(tmp_path):
+    models.write(tmp_path / "run", small_model(hidden_size=200), "easylm")
+    convert.convert(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
+    assert "takes head dims that are multiples of 8, and refuses 100" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_convert_rejects_another_tokenizer(trained, caplog):

@@ -95,6 +95,26 @@ def test_greedy_generation_matches(vocabulary, kv_heads, tmp_path):
         )
 
 
+@vocabularies
+def test_text_pipeline_gives_our_codes(vocabulary, tmp_path):
+    """Through the exported tokenizer: codes in decimal, BOS where the model has one."""
+    models.write(tmp_path / "hf", small_model(vocabulary, context=64), "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompt = [*([] if vocabulary.bos is None else [vocabulary.bos]), 17, 4, 8191]
+    assert tokenizer("17 4 8191").input_ids == prompt
+    assert tokenizer.decode(prompt, skip_special_tokens=True) == "17 4 8191"
+    assert len(tokenizer) == vocabulary.size
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        vocabulary.bos, vocabulary.eos, vocabulary.pad
+    )  # fmt: skip
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("a word")
+    generate = transformers.pipeline("text-generation", model=str(tmp_path / "hf"))
+    text = generate("17 4 8191", max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
+    ours = LVM.load(tmp_path / "hf").generate_tokens(np.array([prompt]), 12, SamplingParams(0.0), codes_only=True)[0]
+    assert [int(word) for word in text.split()] == ours.tolist()
+
+
 def test_generation_config_has_special_ids(tmp_path):
     _, theirs = exported(tmp_path / "hf", OURS)
     for config in (theirs.config, theirs.generation_config):

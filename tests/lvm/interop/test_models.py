@@ -250,6 +250,26 @@ def test_read_hf_refuses_pickle_with_code(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("bos", [3, None])
+def test_written_hf_has_a_tokenizer_of_decimal_codes(bos, tmp_path):
+    models.write(tmp_path / "x", small_model(Vocabulary(3, 7, bos, 5, None)), "hf")
+    content, fields = (files.read_json(tmp_path / "x" / f"tokenizer{name}.json") for name in ("", "_config"))
+    words = ["0", "1", "2", "<3>" if bos is None else "<bos>", "<4>", "<eos>", "<6>"]
+    assert content["model"]["vocab"] == {word: i for i, word in enumerate(words)}
+    assert content["model"]["unk_token"] not in words  # any other word is an error
+    specials = {"<eos>": 5} | ({} if bos is None else {"<bos>": 3})
+    assert {token["content"]: token["id"] for token in content["added_tokens"]} == specials
+    first, *_ = content["post_processor"]["single"]
+    assert first == (
+        {"Sequence": {"id": "A", "type_id": 0}} if bos is None else {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    )
+    assert (fields.get("bos_token"), fields["eos_token"], fields["model_max_length"]) == (
+        words[3] if bos else None,
+        "<eos>",
+        32,
+    )
+
+
 # --- Workdirs ---------------------------------------------------------------------------------------------------
 
 
