@@ -397,6 +397,6 @@ def test_identity_covers_weights_network_preprocess():
         dataclasses.replace(original, preprocess=Preprocess(16, filter="lanczos")),
     ]
     identities = [Tokenizer(w.config, w.preprocess, w.params).identity() for w in (original, *others)]
-    assert len({identity["hash"] for identity in identities}) == 5
+    assert len({identity["hash"] for identity in identities}) == 6
     assert len({identity["weights"] for identity in identities}) == 2
     assert identities[0]["preprocess"]["colours"] == "0..1"
