@@ -8,6 +8,7 @@ from PIL import Image
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.inference import prompts
+from tests.video_files import write_video
 
 SIDE = 8
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
@@ -59,6 +60,16 @@ def test_encode_mp4_round_trip(reader, tmp_path):
     np.testing.assert_allclose(prompt.images, frames, atol=6)
     assert len(prompts.PromptReader(read, Preprocess(SIDE), max_frames=2).read_sequence([str(path)]).images) == 2
     assert len(prompts.PromptReader(read, Preprocess(SIDE), rate=2.0).read_sequence([str(path)]).images) == 2
+
+
+def test_reader_refuses_a_truncated_video(reader, tmp_path):
+    path = tmp_path / "clip.avi"
+    data = write_video(path).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"clip\.avi: a packet after frame \d+ is damaged"):
+        reader.read_sequence([str(path)])
+    first = prompts.PromptReader(read, Preprocess(SIDE), max_frames=2).read_sequence([str(path)])
+    assert len(first.images) == 2  # the damage comes later
 
 
 def test_read_pairs_ends_with_the_query(reader, tmp_path):

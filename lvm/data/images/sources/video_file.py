@@ -2,6 +2,7 @@
 
 import contextlib
 import fractions
+import os
 import pathlib
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -80,13 +81,12 @@ def read_packets(root: pathlib.Path, file: str) -> Packets:
         times = np.array(sorted(durations), np.int64)
         video = Video(file, index, stream.time_base, int(times[0]), has_seek)
         end = float(times[-1]) + (durations[int(times[-1])] or int(np.diff(times[-2:]).sum()) or 1)
-        header_end = _header_end(container, stream)
-        if problem or header_end <= end:
-            return Packets(video, times, end, problem)
-        if _is_cut(root / file, container, (header_end - end) * float(stream.time_base)):
-            problem = f"ends early, at {video.seconds(end):.2f} of {video.seconds(header_end):.2f} s"
-            return Packets(video, times, end, problem)
-        return Packets(video, times, header_end, "")
+        header_end = max(end, _header_end(container, stream))
+        if not problem and _is_cut(root / file, container, (header_end - end) * float(stream.time_base)):
+            problem = f"ends early, after frame {len(times)}"
+        if problem and container.format.name == "gif" and len(times) > 1:  # the last frame is drawn in part
+            times, end = times[:-1], float(times[-1])
+        return Packets(video, times, end if problem else header_end, problem)
 
 
 def decode_frames(
@@ -177,7 +177,11 @@ def _header_end(container: Any, stream: Any) -> float:
 
 def _is_cut(path: pathlib.Path, container: Any, missing_s: float) -> bool:
     """Tells a cut file from one whose last frame lasts long, if its header's duration is `missing_s` after the end."""
-    if "matroska" not in container.format.name:
+    if container.format.name == "gif":
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b";"
+    if "matroska" not in container.format.name or not missing_s:
         return missing_s > _MAX_GAP_S  # others tell how long each frame lasts, or are steady
     with path.open("rb") as file:
         head = file.read(4096)

@@ -204,6 +204,18 @@ def test_animated_gif_is_a_video(tmp_path) -> None:
     assert source.load(0).images.shape == (3, 1, 16, 16, 3)
 
 
+def test_truncated_gif_loses_its_last_frame(tmp_path) -> None:
+    images = [PIL.Image.fromarray(photo(seed=i)) for i in range(4)]
+    data = encode_image(images[0], "GIF", save_all=True, append_images=images[1:], duration=100)
+    (tmp_path / "a.gif").write_bytes(data)
+    whole = open_source(str(tmp_path / "a.gif"), small)
+    assert not whole.skipped
+    (tmp_path / "a.gif").write_bytes(data[:-700])
+    source = open_source(str(tmp_path / "a.gif"), small)
+    assert [failure.key for failure in source.skipped] == ["a.gif"]
+    np.testing.assert_array_equal(source.load(0).images, whole.load(0).images[:3])
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.mov"])
 def test_alpha_of_videos_is_composed_over_black(tmp_path, name) -> None:
     frames = [np.full((16, 16, 4), (250 - i, 200, 100, 255), np.uint8) for i in range(2)]
