@@ -205,7 +205,7 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         if "failed" in record:
             failed.append(f"{record['contender']}: {record['failed']}")
-        if "rows per call" not in record:
+        if "rows" not in record:
             continue
         speed = record["bytes"] / record["milliseconds"] * 1000 if "bytes" in record else 0.0
         lines.append(

@@ -16,7 +16,7 @@ TINY = ("--size=debug", "--cached=16", "--tokens=8", "--repeats=1", "--batch_siz
 def test_benchmark_generate_prints_both_contenders():
     output = run("scripts.benchmark_generate", *TINY)
     assert "ours, cache of fixed size" in output
-    assert "debug in float32, 16 tokens cached, then 8 written" in output
+    assert "debug in float32, 16 tokens cached, then 8 generated" in output
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         assert f"transformers: {missing[0]} isn't installed" in output
