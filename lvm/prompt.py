@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from lvm.common import cli, files
 from lvm.common.errors import UserError
 from lvm.common.png import encode_png
-from lvm.data.images.sources.listing import VIDEO_SUFFIXES
+from lvm.data.images.sources.listing import VIDEO_SUFFIXES, suffix_of
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.inference import prompts
 from lvm.inference.pretrained import LVM
@@ -44,7 +44,7 @@ def check_flags(args: cli.Args) -> None:
         raise UserError("--pairs needs --query=IMAGE, the image to answer for")
     members = [path for pair in args.pairs for path in re.split("[:+]", pair)]
     paths = [pathlib.Path(path) for path in (*args.sequence, *members, args.query) if path]
-    has_video = any(path.suffix.lower() in VIDEO_SUFFIXES for path in paths)
+    has_video = any(suffix_of(path) in VIDEO_SUFFIXES for path in paths)
     if args.rate and not has_video:
         raise UserError(f"--rate={args.rate:g} applies to videos, and the prompt has none")
     if args.frames and not has_video and not any(path.is_dir() for path in paths):

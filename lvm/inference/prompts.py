@@ -12,8 +12,7 @@ from PIL import Image
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.image_file import IMAGE_SUFFIXES
-from lvm.data.images.sources.listing import VIDEO_SUFFIXES, natural_key
+from lvm.data.images.sources.listing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_key, suffix_of
 from lvm.data.images.sources.video import VideoSource
 from lvm.inference.contact_sheet import Cell, Pixels, render_sheet
 
@@ -58,8 +57,8 @@ class PromptReader:
         file = pathlib.Path(path)
         if file.is_dir():
             self._check_count(len(listed := self._list(file)))
-            return [self._read_file(member) for member in listed]
-        if file.suffix.lower() not in VIDEO_SUFFIXES:
+            return [self.read_image(str(member)) for member in listed]
+        if suffix_of(file) not in VIDEO_SUFFIXES:
             return [self._read_file(file)]
         frames = self._max_frames or _ALL_FRAMES
         source = VideoSource(self._preprocess, path=path, rate=self._rate, clip_frames=frames)
@@ -120,13 +119,13 @@ class PromptReader:
 
     def _overlay(self, paths: Sequence[str | pathlib.Path]) -> np.ndarray:
         """Pastes each image over the preceding ones wherever it isn't black."""
-        result, *others = [self._read_file(pathlib.Path(path)) for path in paths]
+        result, *others = [self.read_image(str(path)) for path in paths]
         for image in others:
             result = np.where(image.any(axis=-1, keepdims=True), image, result)
         return result
 
     def _list(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "."]
+        files = [f for f in folder.iterdir() if suffix_of(f) in IMAGE_SUFFIXES and f.name[0] != "."]
         if not files:
             raise UserError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
         return sorted(files, key=lambda file: natural_key(file.name))[: self._max_frames or None]

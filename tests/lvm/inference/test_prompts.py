@@ -109,6 +109,19 @@ def test_read_pairs_matches_folders_by_name(reader, tmp_path):
         reader.read_pairs([f"{tmp_path / 'photos'}:{tmp_path / 'masks'}"], query)
 
 
+def test_gif_is_read_alike_everywhere(reader, tmp_path):
+    frames = [Image.new("RGB", (SIDE, SIDE), color) for color in ("red", "green")]
+    still, animated = tmp_path / "still.gif", tmp_path / "animated.gif"
+    frames[0].save(still)
+    frames[0].save(animated, save_all=True, append_images=frames[1:])
+    prompt = reader.read_pairs([f"{still}:{still}"], str(still))
+    assert center_colors(prompt) == [COLORS["red"]] * 3
+    with pytest.raises(UserError, match=r"animated\.gif holds 2 images; give a single image"):
+        reader.read_pairs([f"{still}:{animated}"], str(still))
+    with pytest.raises(UserError, match=r"animated\.gif holds 2 images; give a single image"):
+        reader.read_sequence([str(tmp_path)])
+
+
 def test_reader_rejects_invalid_prompts(reader, tmp_path):
     x = save(tmp_path / "x.png", "red")
     (tmp_path / "empty").mkdir()

@@ -14,8 +14,7 @@ from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import CodeSource, Failure, ImageSource, SceneInfo
 from lvm.data.images.sources.derived import DerivedStreams
-from lvm.data.images.sources.image_file import IMAGE_SUFFIXES
-from lvm.data.images.sources.listing import COMPRESSED_SUFFIXES, SUFFIXES, walk_files
+from lvm.data.images.sources.listing import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, SUFFIXES, suffix_of, walk_files
 
 __all__ = ["CodeSource", "Failure", "ImageSource", "SceneInfo", "open_any_source", "open_source"]
 
@@ -69,9 +68,9 @@ def open_any_source(
             raise UserError(f"{spec}: {error}") from error
     if path.is_dir():
         kind = _kind_of_folder(path)
-    elif path.is_file() and path.suffix.lower() in COMPRESSED_SUFFIXES:
+    elif path.is_file() and suffix_of(path) in COMPRESSED_SUFFIXES:
         kind = "tar"  # whose error says what to do
-    elif not path.is_file() or not (kind := _KIND_OF_SUFFIX.get(path.suffix.lower())):
+    elif not path.is_file() or not (kind := _KIND_OF_SUFFIX.get(suffix_of(path))):
         raise UserError(
             f"{spec}: found {'a file' if path.is_file() else 'nothing'} there; expected a folder of images, or a "
             "config file ending in .py with get_config(), such as configs/demo_scenes.py, or a file ending in "
@@ -95,7 +94,7 @@ def _kind_of_folder(folder: pathlib.Path) -> str:
     """Returns the kind of the first file, in natural order, that belongs to any."""
     otherwise = "folder"
     for _, name in walk_files(folder, lambda path, reason: None):
-        suffix = pathlib.PurePath(name).suffix.lower()
+        suffix = suffix_of(name)
         if suffix in IMAGE_SUFFIXES:
             return "folder"
         if suffix in _KIND_OF_SUFFIX:

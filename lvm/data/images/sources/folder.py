@@ -9,8 +9,15 @@ from typing import Any
 from lvm.common.errors import UserError
 from lvm.common.validation import check_positive
 from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
-from lvm.data.images.sources.image_file import IMAGE_SUFFIXES, ImageFile, UnreadableError, open_image
-from lvm.data.images.sources.listing import SETTINGS_FILES, hash_files, natural_key, walk_files
+from lvm.data.images.sources.image_file import ImageFile, UnreadableError, open_image
+from lvm.data.images.sources.listing import (
+    IMAGE_SUFFIXES,
+    SETTINGS_FILES,
+    hash_files,
+    natural_key,
+    suffix_of,
+    walk_files,
+)
 from lvm.data.images.sources.readers import STREAMS
 
 _EXPECTED = (
@@ -106,7 +113,7 @@ class FolderSource(ImageFileSource[list[Frame]]):
         for folder, name in walk_files(self._root / tree, skip):
             file = "/".join(filter(None, (tree, folder, name)))
             key = (folder, pathlib.PurePath(name).stem if by_stem else name)
-            if pathlib.PurePath(name).suffix.lower() not in IMAGE_SUFFIXES:
+            if suffix_of(name) not in IMAGE_SUFFIXES:
                 if file not in SETTINGS_FILES:
                     self._skip(file, "not an image file")
             elif not tree and folder.split("/")[0] in STREAMS:

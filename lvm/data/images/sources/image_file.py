@@ -14,9 +14,8 @@ from jaxtyping import Shaped, UInt8
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess, apply_exif_orientation
+from lvm.data.images.sources.listing import IMAGE_FORMATS
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000")  # others start programs
 MAX_PIXELS = 64_000_000
 # In other multi-image formats (MPO, TIFF), further images are previews and pages.
 _ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")

@@ -9,6 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from lvm.common.errors import UserError
 
 SETTINGS_FILES = ("classes.json", "streams.json")
+IMAGE_FORMATS = {  # Pillow's name → suffixes of files; others of its formats are not opened: some start programs
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "GIF": (".gif",),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k"),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif",
 )  # fmt: skip
@@ -30,6 +42,11 @@ Skip = Callable[[str, str], None]  # receives a path inside the source, and the 
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Returns a sort key that puts frame 2 before frame 10; ties, such as 2 and 02, are broken by the name."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))], name
+
+
+def suffix_of(name: str | pathlib.PurePath) -> str:
+    """Returns the suffix of a file's name in lower case, such as ".jpg": it tells images and videos in every source."""
+    return pathlib.PurePath(name).suffix.lower()
 
 
 def printable(name: str) -> str:

@@ -15,8 +15,8 @@ from lvm.common import files
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
-from lvm.data.images.sources.image_file import IMAGE_SUFFIXES, ImageFile
-from lvm.data.images.sources.listing import COMPRESSED, NOT_UTF8, printable, read_range
+from lvm.data.images.sources.image_file import ImageFile
+from lvm.data.images.sources.listing import COMPRESSED, IMAGE_SUFFIXES, NOT_UTF8, printable, read_range, suffix_of
 
 CLASS = "cls"  # suffix of the member that holds its scene's class name
 _INDEX_VERSION = 2
@@ -39,14 +39,15 @@ class TarConfig(PathConfig):
     """Parameters of a tar source.
 
     Attributes:
-      streams: suffixes of each stream's members, separated by ";", such as {"rgb": "jpg;png", "depth": "depth.png"}.
+      streams: suffixes of each stream's members, separated by ";", such as {"rgb": "jpg;png", "depth": "depth.png"};
+        in any case, with or without their first dot.
         By default "jpg" and the other image suffixes are rgb, and "depth.png" is depth.
     """
 
     streams: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        suffixes = collections.Counter(suffix for ends in self.streams.values() for suffix in ends.split(";"))
+        suffixes = collections.Counter(suffix for ends in self.streams.values() for suffix in _suffixes(ends))
         if repeated := [suffix for suffix, count in suffixes.items() if count > 1]:
             raise UserError(f"streams: {dict(self.streams)} repeat {repeated[0]!r}; expected each suffix once")
 
@@ -118,9 +119,9 @@ class TarSource(ImageFileSource[Sample]):
         if suffix == CLASS:
             return CLASS
         if self.config.streams:
-            return next((s for s, ends in self.config.streams.items() if suffix in ends.split(";")), None)
-        stream, _, image_suffix = suffix.rpartition(".")
-        if f".{image_suffix}" not in IMAGE_SUFFIXES or (stream and stream not in self._stream_names):
+            return next((s for s, ends in self.config.streams.items() if suffix in _suffixes(ends)), None)
+        stream = suffix.rpartition(".")[0]
+        if suffix_of(f"a.{suffix}") not in IMAGE_SUFFIXES or (stream and stream not in self._stream_names):
             return None
         return stream or "rgb"
 
@@ -132,11 +133,16 @@ class TarSource(ImageFileSource[Sample]):
             return ""
 
 
+def _suffixes(ends: str) -> list[str]:
+    return [end.strip().lstrip(".") for end in ends.lower().split(";")]
+
+
 def _split(name: str) -> tuple[str, str]:
-    """Splits a member's name into key and lower-case suffix; hidden files have no key."""
+    """Splits a member's name into key and lower-case suffix; hidden files and those in hidden folders have no key."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
-    return (folder + slash + stem if stem else ""), suffix.lower()
+    is_hidden = any(part.startswith(".") for part in name.split("/"))
+    return ("" if is_hidden else folder + slash + stem), suffix.lower()
 
 
 def _load_index(path: pathlib.Path) -> tuple[list[Member], list[tuple[str, str]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import tarfile
 
 import numpy as np
 import PIL.Image
@@ -14,7 +15,9 @@ from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import KINDS, _open, open_source
 from lvm.data.images.sources.image_file import decode_image, read_image
+from lvm.data.images.sources.listing import IMAGE_FORMATS, IMAGE_SUFFIXES
 from lvm.data.streams.derived import DERIVED
+from lvm.inference.prompts import PromptReader
 from tests.commands import ROOT
 from tests.image_files import BAD_FILES, UNUSUAL_FILES, check_image_files, encode_image, encode_png, photo
 
@@ -150,6 +153,26 @@ def test_folder_has_the_kind_of_its_first_file(tmp_path) -> None:
     (tmp_path / "a.png").write_bytes(encode_image(photo()))
     source = open_source(str(tmp_path), small)
     assert [(failure.key, failure.reason) for failure in source.skipped] == [("b.tar", "not an image file")]
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_suffix_is_an_image_in_folder_tar_and_prompt(tmp_path, suffix) -> None:
+    format = next(format for format, suffixes in IMAGE_FORMATS.items() if suffix in suffixes)
+    content = encode_image(photo(), format)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}{suffix.upper()}").write_bytes(content)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(folder, ".")
+    images = open_source(str(folder), small).load(0).images[:, 0]
+    source = open_source(str(tmp_path / "a.tar"), small)
+    assert len(source) == 2
+    np.testing.assert_array_equal(source.load(0).images[:, 0], images)
+    reader = PromptReader(lambda path: read_image(path, small), small)
+    query = str(folder / f"a{suffix.upper()}")
+    for prompt in (reader.read_sequence([str(folder)]), reader.read_pairs([f"{folder}:{folder}"], query)):
+        assert (prompt.images == images).all()
 
 
 def test_documented_parameters_are_valid() -> None:

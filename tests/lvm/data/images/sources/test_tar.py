@@ -40,6 +40,19 @@ def failures(source) -> dict[str, str]:
     return {failure.key: failure.reason for failure in source.skipped}
 
 
+def test_hidden_members_are_not_used(tmp_path) -> None:
+    names = ["./7.jpg", "./._7.jpg", ".cache/8.jpg", "a/.b/9.jpg"]
+    source = open_source(str(write_tar(tmp_path / "a.tar", [(name, RGB) for name in names])), small)
+    assert [source.info(i).key for i in range(len(source))] == ["a.tar/7"]
+    assert sum(int(failure.reason.split()[0]) for failure in source.skipped) == 3
+
+
+def test_suffixes_of_streams_may_have_dots_and_capitals(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", [("7.JPG", RGB), ("7.Mask.PNG", IDS)])
+    source = open_source(str(tmp_path / "a.tar"), small, {"streams": {"rgb": ".png; .JPG", "segmentation": "MASK.png"}})
+    assert source.info(0).streams == ("rgb", "segmentation")
+
+
 def test_members_of_one_key_are_one_scene(tmp_path) -> None:
     members = [
         ("a/7.jpg", RGB),
