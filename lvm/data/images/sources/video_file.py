@@ -22,6 +22,8 @@ _MIN_SEEK_S = 1  # clips that begin earlier are decoded from the start of the fi
 _MAX_GAP_S = 1  # a video may end this much before its header says: sound is often longer
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ignore a WebM's alpha
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif"
+_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}  # a playlist would read other files
 _SEGMENT = b"\x18\x53\x80\x67"  # Matroska's element that holds all others
 
 
@@ -131,8 +133,8 @@ def _decode(path: pathlib.Path, video: Video, first: int) -> Iterator[tuple[int,
 
 def _decode_packets(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
     decoder = stream.codec_context
-    if stream.metadata.get("alpha_mode") == "1":
-        decoder = av.CodecContext.create(_ALPHA_DECODERS.get(decoder.name, decoder.name), "r")
+    if stream.metadata.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:
+        decoder = av.CodecContext.create(_ALPHA_DECODERS[decoder.name], "r")
     slots: deque[int] = deque()
     for packet in container.demux(stream):
         if not packet.size and packet.dts is not None:
@@ -221,7 +223,7 @@ def _to_image(frame: Any) -> PIL.Image.Image:
 @contextlib.contextmanager
 def _open(path: pathlib.Path) -> Iterator[Any]:
     try:
-        container = av.open(str(path))
+        container = av.open(str(path.absolute()), options=_OPTIONS)  # a relative "a:b.mp4" would name a protocol
     except _ERRORS as error:
         raise UnreadableError(f"can't be opened: {relative_to(path.parent, error)}") from error
     with container:

@@ -184,6 +184,19 @@ def test_unreadable_videos_are_skipped(tmp_path) -> None:
         open_source(str(tmp_path / "c.mp4"), small)
 
 
+def test_playlist_named_as_a_video_is_not_followed(tmp_path) -> None:
+    write_video(tmp_path / "other.mkv", frames=3)
+    (tmp_path / "v.mp4").write_text("ffconcat version 1.0\nfile other.mkv\n")
+    with pytest.raises(UserError, match=r"no usable video \(v\.mp4: can't be opened"):
+        open_source(str(tmp_path / "v.mp4"), small)
+
+
+def test_relative_video_name_may_have_a_colon(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "12:30.mp4", frames=3)
+    assert len(open_source("12:30.mp4", small).load(0).images) == 3
+
+
 def test_header_with_more_frames_than_bytes_is_rejected(tmp_path) -> None:
     path = write_video(tmp_path / "v.mp4", frames=3)
     data = bytearray(path.read_bytes())
