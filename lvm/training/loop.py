@@ -218,6 +218,9 @@ class Loop:
         clock = _Clock()
         pending: deque[tuple[int, Metrics]] = deque()  # of steps that may still be running
         for step, batch in enumerate(clock.time_input(self._batches(start, total)), start + 1):
+            if step == start + 1:
+                with clock.paused(state):  # compiling is neither a step's time nor productive
+                    self._step.compile()
             self._profiler.start_step(step)
             state, metrics = self._step(state, batch)
             pending.append((step, metrics))
@@ -230,8 +233,10 @@ class Loop:
             stopping = self._preemption.noticed()
             if last or stopping or _is_due(step, self._config.checkpoint_every):
                 self._check_steps(pending, 0)
+                # Steps since the last lap are kept too.
+                productive = {"productive_seconds": self._goodput.productive_seconds + clock.elapsed()}
+                meta = dataclasses.asdict(self._goodput) | productive | {"losses": list(self._spikes.losses)}
                 with clock.paused(state), self._watchdog.pause("saving a checkpoint"):
-                    meta = dataclasses.asdict(self._goodput) | {"losses": list(self._spikes.losses)}
                     self._checkpoints.save(state, step, meta)
             if stopping:
                 started_at = time.monotonic()
@@ -341,6 +346,10 @@ class _Clock:
         before = time.monotonic()
         yield
         self._started_at += time.monotonic() - before
+
+    def elapsed(self) -> float:
+        """Seconds since the previous lap, without pauses."""
+        return time.monotonic() - self._started_at
 
     def lap(self) -> tuple[float, float, int]:
         """Seconds per step, fraction waited, and number of steps, since the previous lap."""

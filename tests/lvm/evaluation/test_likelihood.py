@@ -102,3 +102,15 @@ def test_video_metrics_of_known_transitions():
     assert metrics["below_conditional"] == pytest.approx(1 - 0.5 / corrected)
     assert metrics["num_transitions"] == 4
     assert metrics["perplexity_ratio"] == pytest.approx(np.exp(-1.5))
+
+
+def test_video_metrics_count_transitions_at_the_stride():
+    # Frames alternate between two codes that are independent of each other: certain two frames on, else a coin flip.
+    videos = [np.array([[first], [second]] * 3) for first in (0, 1) for second in (0, 1)]
+    nll = np.ones((1, 3, 1))
+    apart = likelihood.video_metrics(nll, videos, 2, K)
+    assert apart["num_transitions"] == 4 * 2  # of the third and fourth frame
+    assert apart["conditional_entropy_plug_in"] == pytest.approx(0.0, abs=1e-12)
+    next_to = likelihood.video_metrics(nll, videos, 1, K)
+    assert next_to["num_transitions"] == 4 * 4
+    assert next_to["conditional_entropy_plug_in"] == pytest.approx(np.log(2))

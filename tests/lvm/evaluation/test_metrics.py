@@ -58,7 +58,7 @@ def test_bootstrap_interval_of_the_mean():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
     low, high = metrics.bootstrap(values)
     error = 1.96 * values.std() / np.sqrt(400)
-    np.testing.assert_allclose([low, high], [values.mean() - error, values.mean() + error], atol=0.03)
+    np.testing.assert_allclose([low, high], [values.mean() - error, values.mean() + error], atol=0.015)
     assert metrics.bootstrap(values) == (low, high)
     assert metrics.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
 

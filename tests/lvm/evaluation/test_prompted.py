@@ -136,9 +136,11 @@ def test_segmentation_metrics_skip_void_pixels():
     assert scores["class_miou"] == 1.0
 
 
-def test_class_miou_chance_level():
+@pytest.mark.parametrize("background_rows", [0, 2])
+def test_class_miou_chance_level(background_rows):
     codec = Palette(("nothing", *"abcd"), background=0)
     ids = np.random.default_rng(0).integers(1, 5, (60, 1, 1)) * np.ones((1, 4, 4), int)  # one class an image
+    ids[:, :background_rows] = 0  # neither permuted nor averaged
     images = np.stack([codec.render(x) for x in ids])
     scores = prompted.segmentation_metrics(images, images, images, codec)
     assert scores["class_miou"] == 1.0

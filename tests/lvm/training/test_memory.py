@@ -65,11 +65,17 @@ def test_nothing_fits_suggests_fsdp(monkeypatch):
         choose(monkeypatch, 1000)
 
 
-def test_format_breakdown_names_all_categories():
+def test_format_breakdown_adds_up(monkeypatch):
+    monkeypatch.setattr(memory, "_GIB", 1)  # the sizes are in bytes
     step = make_step(MeshConfig(data=1, fsdp=8))
-    text = format_breakdown(step)
-    names = [part.rsplit(" ", 1)[0] for part in text.split(", ")]
-    assert names == ["parameters", "optimizer", "batch", "temporaries"]
+    parts = [part.rpartition(" ") for part in format_breakdown(step).split(", ")]
+    sizes = {name: float(size) for name, _, size in parts}
+    assert list(sizes) == ["parameters", "optimizer", "batch", "temporaries"]
+    assert sizes["batch"] == 4 * 17 + 16 + 4 * 16 + 2 * 16  # one row
+    assert 2 * sizes["parameters"] <= sizes["optimizer"] <= 2 * sizes["parameters"] + 64  # two moments and counts
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state["params"]))
+    assert whole / 8 <= sizes["parameters"] < whole / 4  # the norms are replicated
+    assert sum(sizes.values()) == step.memory_bytes()
 
 
 def test_auto_remat_needs_known_accelerator(monkeypatch):

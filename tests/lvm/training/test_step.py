@@ -153,4 +153,8 @@ def test_state_is_donated_and_step_compiled_once():
     jax.monitoring.unregister_event_duration_listener(listen)
     assert len(compiled) == 1
     memory = step.compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    state_bytes = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= state_bytes
+    assert memory.temp_size_in_bytes > 0
+    # The old and the new state share their buffers; the rest is the batch and the metrics.
+    assert state_bytes < step.memory_bytes() - memory.temp_size_in_bytes < 1.5 * state_bytes
