@@ -249,7 +249,8 @@ def test_tpu_vm_watch_fetches_its_files(tmp_path, programs):
     here = tmp_path / "out"
     here.mkdir()
     (here / "create.json").write_text(written["create.json"])  # as `gcloud storage cp` would
-    programs.answer(("storage cat", 0, "65\n"))
+    hosts = [("storage cat", 0, codes) for codes in ("1\n", "1\n65\n0\n", "1\n65\n0\n")]  # ending one by one
+    programs.answer(*hosts)
     more = [*CLOUD, "--workdir=gs://bucket/lvm-300m"]
     manage(tmp_path, "watch", "tpu-vm-300m-v4-32", 65, more)
     (here / "create.json").unlink()
@@ -275,13 +276,19 @@ def test_gke_watch_ends_with_the_run(tmp_path, programs, terminal, code):
     assert f"lvm-3b: {terminal}, 2 restarts" in output
 
 
-def test_slurm_watch_ends_with_the_run(tmp_path, programs):
+@pytest.mark.parametrize(("state", "code"), [("COMPLETED", 0), ("COMPLETED\nFAILED", 1), ("CANCELLED by 7", 1)])
+def test_slurm_watch_ends_with_the_run(tmp_path, programs, state, code):
     submit(tmp_path, "slurm-1b-8x8", f"--workdir={tmp_path / 'work'}")
     programs.answer(
-        ("squeue", 0, "PENDING\n"), ("squeue", 0, "RUNNING\n"), ("squeue", 0, ""), ("sacct", 0, "COMPLETED")
-    )
-    output = manage(tmp_path, "watch", "slurm-1b-8x8")
-    assert output.index("PENDING") < output.index("RUNNING") < output.index("COMPLETED")
+        ("squeue", 0, "PENDING\n"), ("squeue", 0, "RUNNING\n"), ("squeue", 0, ""), ("sacct", 0, ""),
+        ("sacct", 0, state),
+    )  # fmt: skip
+    output = manage(tmp_path, "watch", "slurm-1b-8x8", code)
+    assert output.index("PENDING") < output.index("RUNNING") < output.index("no job named") < output.index(state[:6])
+
+
+def test_slurm_watch_of_unknown_run_is_an_error(tmp_path, programs):
+    assert "error: sacct: no job named lvm-1b" in manage(tmp_path, "watch", "slurm-1b-8x8", 2)
 
 
 @pytest.mark.parametrize(

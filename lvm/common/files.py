@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from typing import IO, Any, BinaryIO
 
@@ -101,7 +102,7 @@ def write_atomically(path: epath.PathLike, data: bytes) -> None:
 def atomic_file(path: epath.PathLike) -> Iterator[BinaryIO]:
     """Yields a temporary file, renamed to the local `path` on success; on an error `path` keeps its former content."""
     path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"  # threads and hosts may share a process id
     try:
         with open(temporary, "wb") as file:
             yield file

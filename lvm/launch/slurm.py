@@ -5,7 +5,7 @@ import shlex
 from lvm.common.errors import UserError
 from lvm.launch import shell
 from lvm.launch.requests import VARIABLE, Request, SubmittedRun
-from lvm.launch.shell import Command
+from lvm.launch.shell import Command, CommandError
 
 SCRIPT = "job.sh"
 _GRACE = 300  # seconds before the time limit at which a job receives SIGTERM
@@ -65,6 +65,9 @@ def watch(run: SubmittedRun, poll: float) -> int:
 
     Returns:
       0 if all jobs completed, else 1.
+
+    Raises:
+      CommandError: a command keeps failing, or Slurm keeps knowing no such job.
     """
     queue = ["squeue", "--me", "--noheader", f"--name={run.name}", "--format=%T"]
     final = [*status(run)[:-1], "--noheader", "--format=State"]
@@ -74,6 +77,8 @@ def watch(run: SubmittedRun, poll: float) -> int:
         if states:
             return " ".join(states), None
         states = shell.run(final, run.folder, quiet=True).split()
+        if not states:  # accounting may lag behind the queue
+            raise CommandError(f"sacct: no job named {run.name}; see --run", "")
         return " ".join(states), 0 if set(states) <= {"COMPLETED"} else 1
 
     code = shell.watch(run.name, check, poll)

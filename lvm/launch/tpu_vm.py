@@ -105,11 +105,16 @@ def watch(run: SubmittedRun, poll: float) -> int:
         shell.run(["gcloud", "storage", "cp", *paths, "."], run.folder)
     create = json.loads((run.folder / CREATE).read_text())
 
+    previous: list[int] = []
+
     def check() -> tuple[str, int | None]:
-        code = _exit_code(run)
-        if code is not None:
+        nonlocal previous
+        before, previous = previous, _exit_codes(run)
+        if previous and previous != before:
+            return "ending", None  # other hosts may still be saving
+        if previous:
             shell.run(cancel(run), run.folder)
-            return f"ended with exit code {code}; hosts released", code
+            return f"ended with exit code {max(previous)}; hosts released", max(previous)
         state = _state(run)
         if state in _LOST:
             shell.run(cancel(run), run.folder)
@@ -127,10 +132,10 @@ def _state(run: SubmittedRun) -> str:
     return "deleted" if described is None else json.loads(described)["state"]["state"]
 
 
-def _exit_code(run: SubmittedRun) -> int | None:
-    """The highest exit code that a host has uploaded; None while the run goes on."""
+def _exit_codes(run: SubmittedRun) -> list[int]:
+    """The exit codes that hosts have uploaded, none while the run goes on."""
     codes = _query(run, ["gcloud", "storage", "cat", f"{run.launch_folder}/ended-*"])
-    return None if codes is None else max(map(int, codes.split()))
+    return [int(code) for code in (codes or "").split()]
 
 
 def _query(run: SubmittedRun, command: Command) -> str | None:

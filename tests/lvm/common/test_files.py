@@ -46,6 +46,32 @@ def test_failed_write_names_file_and_leaves_no_temporary(tmp_path):
     assert os.listdir(tmp_path) == ["taken"]
 
 
+def test_write_atomically_replaces_only_after_flushing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"old")
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append("fsync") or sync(descriptor))
+    monkeypatch.setattr(files.os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    files.write_atomically(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace", "fsync"]  # the file, then its folder
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="file"):
+        files.write_atomically(tmp_path / "file", b"newer")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_concurrent_atomic_writers_are_safe(tmp_path):
+    with files.atomic_file(tmp_path / "file") as first, files.atomic_file(tmp_path / "file") as second:
+        first.write(b"the first writer's")
+        second.write(b"the second's")
+    assert (tmp_path / "file").read_bytes() == b"the first writer's"  # it was the last to finish
+    assert os.listdir(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("content", [b'{"a": ', b"", b"\0\0\0\0", b'{"a": "\xff"}'])
 def test_read_json_names_malformed_file(tmp_path, content):
     (tmp_path / "bad.json").write_bytes(content)

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import types
 
 import pytest
 
@@ -55,3 +56,36 @@ def test_supervisor_file_cut_off_does_not_stop_a_run(tmp_path):
     with local.lock_run(tmp_path):
         assert local._state(tmp_path) == f"running, process {os.getpid()}"
     assert local._state(tmp_path) == "ended"
+
+
+@pytest.mark.parametrize(
+    ("max_restarts", "codes", "never"),
+    [
+        (1, [75, 75, 75, 75, 0], []),  # preemptions don't count
+        (1, [1, 75, 0], []),
+        (1, [1, 75, 137], [0]),
+        (3, [76, 1, 137, 0], []),
+        (0, [75], [0]),
+        (0, [1], [0]),
+        (3, [2], [0]),
+        (3, [75, 65], [0]),
+    ],
+)
+def test_supervisor_restarts_within_budget(monkeypatch, max_restarts, codes, never):
+    attempts = iter([*codes, *never])
+    monkeypatch.setattr(local.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(Supervisor, "_run_once", lambda self: next(attempts))
+    assert Supervisor([], 1, max_restarts, grace=1.0).run() == codes[-1]
+    assert list(attempts) == never
+
+
+def test_supervisor_does_not_restart_after_sigterm(monkeypatch):
+    monkeypatch.setattr(local.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(Supervisor, "_run_once", lambda self: self._forward_signal(signal.SIGTERM, None) or 75)
+    assert Supervisor([], 1, max_restarts=3, grace=1.0).run() == 75
+
+
+def test_supervisor_of_ended_ranks_returns_highest_code():
+    supervisor = Supervisor([], 3, max_restarts=0, grace=1.0)
+    supervisor._ranks = [types.SimpleNamespace(poll=lambda code=code: code, returncode=code) for code in (0, 75, 0)]
+    assert supervisor._wait() == 75

@@ -53,6 +53,9 @@ def test_skipped_batches_round_trip(tmp_path):
 
 
 def test_detector_needs_full_window():
+    early = SpikeDetector(SpikeConfig(deviations=3.0, window=4))
+    for step, loss in enumerate([2.0, 2.1, 2.0, 9.0]):
+        early.update(step, loss)
     watch = SpikeDetector(SpikeConfig(deviations=3.0, window=4))
     for step, loss in enumerate([90.0, 2.0, 2.2, 1.9, 2.1]):
         watch.update(step, loss)  # the first precedes the window and leaves it with the fifth

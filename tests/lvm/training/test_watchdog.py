@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 
 from lvm.common.errors import UserError
-from lvm.training.watchdog import WatchdogConfig
+from lvm.training import watchdog
+from lvm.training.watchdog import Watchdog, WatchdogConfig
 from tests.commands import ROOT
 
 # A program that runs code under a watchdog.
@@ -64,6 +66,26 @@ def test_stalled_run_exits_76_with_all_stacks(body, config, activity):
 def test_progressing_run_is_left_alone(body):
     process = run(body)
     assert (process.returncode, process.stdout) == (0, "done\n"), process.stderr
+
+
+def test_deadline_follows_steps_not_compilation_or_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watchdog, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    watched = Watchdog(WatchdogConfig(factor=10.0, min_timeout_s=5.0, pause_timeout_s=600.0))
+
+    def step_ended(after):
+        now[0] += after
+        watched.step_ended()
+        return watched._timeout_s
+
+    assert step_ended(after=1000.0) == 5.0  # the first step compiles
+    assert step_ended(after=2.0) == 20.0
+    with watched.pause("an evaluation"):
+        assert watched._timeout_s == 600.0
+        now[0] += 500.0
+    assert watched._timeout_s == 20.0
+    assert step_ended(after=4.0) == 30.0  # the median of 2 s and 4 s
+    assert step_ended(after=100.0) == 40.0
 
 
 @pytest.mark.parametrize("name", ["factor", "min_timeout_s", "startup_timeout_s", "pause_timeout_s"])
