@@ -48,6 +48,14 @@ def no_file_locks(monkeypatch):
 
 
 @pytest.fixture
+def compiled_quickly():
+    """Compiles without most optimizations, for tests that spend most of their time compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def gcs():
     """The path of an empty bucket on gs://, of a server on this machine."""
     with fake_gcs() as bucket:

@@ -1,6 +1,5 @@
 """Small scene stores and held-out scenes of random codes."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -36,14 +35,6 @@ def header(weights="a" * 64, grid=GRID):
         "stream_sets": [list(names) for names in STREAM_SETS],
         "classes": ["cat", "dog"],
     }
-
-
-@pytest.fixture
-def compiled_quickly():
-    """Compiles without most optimizations, for tests that spend most of their time compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ CONFIG = VQGANConfig(
 )  # fmt: skip
 SEED_STEP = 4
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @functools.cache
 def make_task():
@@ -64,6 +66,10 @@ def test_loss_falls_in_both_phases():
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert history[-1]["psnr"] > history[SEED_STEP]["psnr"]
     assert all(entry["loss/commitment"] == 0 for entry in history[:SEED_STEP])
+    weights = {"l1": 1.0, "l2": 4.0, "gradient": 0.5, "commitment": 0.25}
+    for entry in (history[0], history[-1]):
+        total = sum(weight * entry[f"loss/{name}"] for name, weight in weights.items())
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_codebook_moves_without_gradient_once_seeded():
@@ -77,6 +83,38 @@ def test_codebook_moves_without_gradient_once_seeded():
     moments = jax.tree.leaves_with_path(after["training"]["optimizer"])
     assert moments
     assert not any("codebook" in jax.tree_util.keystr(path) for path, _ in moments)
+
+
+def test_codebook_keeps_unit_length():
+    state, _ = run(SEED_STEP + 3)
+    np.testing.assert_allclose(jnp.linalg.norm(state["params"]["codebook"], axis=-1), 1.0, atol=1e-6)
+
+
+def test_codebook_changes_no_loss_before_it_is_seeded():
+    state, _ = run(0)
+    other = state | {"params": state["params"] | {"codebook": -state["params"]["codebook"]}}
+    metrics, others = (compiled()(x, batch(), jax.random.key(0))[1] for x in (state, other))
+    assert metrics["loss"] == others["loss"]
+    assert metrics["codebook_perplexity"] != others["codebook_perplexity"]  # which measures the unused codes
+
+
+def test_encoder_gets_gradients_through_codes_and_of_commitment():
+    # One program for both: compiling dominates.
+    task = TokenizerTask(
+        CONFIG, LossConfig(), make_task().optimizer, make_task().schedule, batch_size=8, has_codebook=True
+    )
+    params, images = run(0)[0]["params"], to_float(batch()["images"])
+
+    def terms(network):
+        metrics = task._loss(network, params["codebook"], images, jnp.int32(0), jax.random.key(0))[1][1]
+        return {name: metrics[name] for name in ("loss/l2", "loss/commitment")}
+
+    network = {name: tree for name, tree in params.items() if name != "codebook"}
+    largest = jax.tree.map(lambda x: float(jnp.abs(x).max()), jax.jit(jax.jacrev(terms))(network))
+    for gradients in largest.values():
+        assert min(jax.tree.leaves(gradients["encoder"])) > 0
+    assert min(jax.tree.leaves(largest["loss/l2"]["decoder"])) > 0
+    assert max(jax.tree.leaves(largest["loss/commitment"]["decoder"])) == 0
 
 
 def test_codebook_is_seeded_from_encoder_outputs():
@@ -103,13 +141,22 @@ def test_update_of_a_donated_state_is_equal():
     jax.tree.map(np.testing.assert_array_equal, donated, kept)
 
 
-def test_reconstruct_encodes_to_codes():
-    state, _ = run(0)
-    images = make_task().reconstruct(state["params"], batch()["images"])
-    assert (images.shape, images.dtype) == ((8, 16, 16, 3), jnp.uint8)
-    model = make_task().model(state["params"])
-    expected = to_uint8(model.decode_float(model.encode(to_float(batch()["images"]))))
-    np.testing.assert_array_equal(images, expected)
+def test_reconstruct_encodes_to_codes_and_clips(monkeypatch):
+    class Rounding:
+        """Codes are the pixels in fifths of the range; each is decoded as twice its value, which may exceed white."""
+
+        def encode(self, images):
+            return jnp.round(images * 5).astype(jnp.int32)
+
+        def decode_float(self, codes):
+            return codes / 5 * 2
+
+    monkeypatch.setattr(TokenizerTask, "model", lambda self, params: Rounding())
+    images = jnp.full((1, 16, 16, 3), 50, jnp.uint8).at[0, 0, 0].set(jnp.array([0, 110, 255], jnp.uint8))
+    reconstructed = make_task().reconstruct({}, images)
+    assert reconstructed.dtype == jnp.uint8
+    assert reconstructed[0, 0, 0].tolist() == [0, 204, 255]
+    assert reconstructed[0, 1, 0].tolist() == [102, 102, 102]
 
 
 def test_losses_match_values_by_hand():
@@ -117,8 +164,10 @@ def test_losses_match_values_by_hand():
     assert losses.l1(a, b) == 0.25
     assert losses.l2(a, b / 2) == 0.0625
     assert losses.gradient_l1(a, b) == 0.5 + 0.5
-    gradient = jax.grad(lambda quantized: losses.commitment(a, quantized))(b)
-    np.testing.assert_array_equal(gradient, 0.0)
+    assert losses.commitment(a, b / 2) == 0.0625
+    to_latents, to_quantized = jax.grad(losses.commitment, argnums=(0, 1))(a, b)
+    np.testing.assert_allclose(to_latents, -2 * b / 8)
+    np.testing.assert_array_equal(to_quantized, 0.0)
     assert quantizers.usage(jnp.array([1.0, 0.0])) == 0.5
 
 
