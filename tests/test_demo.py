@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from lvm import LVM
+from lvm.common.errors import UserError
 from lvm.inference.sampling import SamplingParams
 from lvm.training import metrics
 from tests.commands import ROOT, SHARED_DATA, TINY_DEMO, run, start
@@ -32,7 +33,8 @@ def test_page_embeds_pictures_and_needs_no_network(demo):
 def test_results_have_every_figure(demo):
     results = json.loads((demo / "results.json").read_text())
     assert set(results["prompted"]) == {"segmentation", "depth", "edges"}
-    assert 0 <= results["prompted"]["segmentation"]["foreground_iou"] <= 1
+    low, high = results["prompted"]["segmentation"]["foreground_iou_ci95"]
+    assert 0 <= low <= results["prompted"]["segmentation"]["foreground_iou"] <= high <= 1
     assert results["prompted"]["segmentation"]["num_queries"] == 8
     assert set(results["task_following"]["by_codes"]) == {"all", "segmentation", "depth", "edges"}
     assert {"below_conditional", "perplexity_ratio"} <= set(results["likelihood"]["video"])
@@ -74,16 +76,17 @@ def test_tokenizer_api_in_two_lines(demo):
     latents = t.encode_latents(images)
     assert (latents.shape, latents.dtype) == ((3, 16, 4), np.float32)
     np.testing.assert_allclose(latents, t.encode_latents(images / np.float32(255)), atol=1e-5)
-    assert Tokenizer.load(demo / "tokenizer", dtype="bfloat16").decode(codes).shape == decoded.shape
+    rounded = Tokenizer.load(demo / "tokenizer", dtype="bfloat16").decode(codes)
+    assert 0 < np.abs(rounded.astype(int) - decoded).mean() < 2
 
 
 def test_tokenizer_rejects_bad_images_and_codes(demo):
     t = Tokenizer.load(demo / "tokenizer")
-    with pytest.raises(Exception, match="`preprocess` resizes any image"):
+    with pytest.raises(UserError, match="`preprocess` resizes any image"):
         t.encode(np.zeros((1, 48, 64, 3), np.uint8))
-    with pytest.raises(Exception, match="float32, expected uint8"):
+    with pytest.raises(UserError, match="float32, expected uint8"):
         t.encode(np.zeros((1, 32, 32, 3), np.float32))
-    with pytest.raises(Exception, match=r"the codebook has 0\.\.63"):
+    with pytest.raises(UserError, match=r"the codebook has 0\.\.63"):
         t.decode(np.full((1, 16), 64))
     assert t.preprocess(np.zeros((48, 64, 3), np.uint8)).shape == (32, 32, 3)
 
@@ -103,9 +106,9 @@ def test_model_api_in_two_lines(demo):
     unequal = m.generate([grids[0], grids[1, :1]], 2, temperature=0)
     np.testing.assert_array_equal(unequal[0], answers[0])
     assert m.generate(np.zeros((1, 5, 16), int), 3, temperature=0).shape == (1, 3, 16)  # the window slides
-    with pytest.raises(Exception, match="a prompt of 6 images and an answer don't fit"):
+    with pytest.raises(UserError, match="a prompt of 6 images and an answer don't fit"):
         m.generate(np.zeros((1, 6, 16), int), 1)
-    with pytest.raises(Exception, match="tokens: float32"):
+    with pytest.raises(UserError, match="tokens: float32"):
         m.logits(np.zeros((1, 4), np.float32))
 
 

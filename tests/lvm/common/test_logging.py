@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from logging import DEBUG, INFO, WARNING, LogRecord
 
 import pytest
 
@@ -41,6 +42,36 @@ def test_progress_without_rate_has_no_time_left():
 def test_log_info_goes_through_logging(caplog):
     logging.log_info("hello")
     assert [(record.levelname, record.message) for record in caplog.records] == [("INFO", "hello")]
+
+
+def test_log_info_is_of_process_zero_and_warnings_of_all(caplog, monkeypatch):
+    monkeypatch.setattr(logging.jax.distributed, "is_initialized", lambda: True)
+    for index in (0, 1):
+        monkeypatch.setattr(logging.jax, "process_index", lambda index=index: index)
+        logging.log_info(f"info of {index}")
+        logging.log_warning(f"warning of {index}")
+    assert caplog.messages == ["info of 0", "warning of 0", "warning of 1"]
+
+
+def test_log_lines_of_several_processes_name_theirs(monkeypatch):
+    monkeypatch.setattr(logging, "_process", "")  # restored afterwards
+    logging.set_process(3, 64)
+    assert format_record("lvm").endswith(" W [p3/64] careful")
+
+
+def test_tracebacks_of_libraries_are_for_debugging(monkeypatch):
+    with pytest.raises(ValueError, match="odd") as error:
+        raise ValueError("odd")
+    monkeypatch.setattr(logging._LOGGER, "level", INFO)
+    assert "ValueError: odd" in format_record("lvm", error)
+    assert format_record("orbax", error).endswith(" W orbax: careful")
+    logging._LOGGER.setLevel(DEBUG)
+    assert "ValueError: odd" in format_record("orbax", error)
+
+
+def format_record(logger, error=None):
+    record = LogRecord(logger, WARNING, "file.py", 1, "careful", (), error and (error.type, error.value, error.tb))
+    return logging._Formatter().format(record)
 
 
 LEVELS = """

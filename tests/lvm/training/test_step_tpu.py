@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from lvm.common.errors import UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model.nnx_utils import count_params
 from lvm.model.transformer import SIZES, ModelConfig
@@ -153,7 +154,7 @@ def test_slices_are_split_by_data_axis_alone():
 
 
 def test_mesh_refuses_data_axis_below_slices():
-    with pytest.raises(Exception, match=r"config\.mesh\.data=1 .*2 slices"):
+    with pytest.raises(UserError, match=r"config\.mesh\.data=1 .*2 slices"):
         make_mesh(MeshConfig(data=1, fsdp=16), devices("v5e:2x4", num_slices=2))
 
 
