@@ -1,6 +1,7 @@
 """The decoder: published sizes, causality, remat, grouped heads, RoPE, and config checks."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from lvm.common.errors import UserError
 from lvm.model.nnx_utils import abstract_module, count_params, init_params, merge, split
 from lvm.model.transformer import SIZES, ModelConfig, Transformer, apply_rope, rope_cos_sin
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 PUBLISHED = {  # parameters with a vocabulary of 8292
     "100m": 116_974_720,
@@ -24,6 +27,7 @@ TINY = ModelConfig(
 )
 
 
+@functools.cache
 def build(config, seed=0):
     make = lambda rngs: Transformer(config, rngs)  # noqa: E731
     graphdef, _ = abstract_module(make)
@@ -45,22 +49,22 @@ def test_later_tokens_change_no_earlier_logit():
     graphdef, params = build(TINY)
     tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 50)
     changed = tokens.at[:, 12].set((tokens[:, 12] + 1) % 50)
-    before, after = (merge(graphdef, params)(t, positions(t), "xla") for t in (tokens, changed))
+    forward = jax.jit(lambda t: merge(graphdef, params)(t, positions(t), "xla"))
+    before, after = forward(tokens), forward(changed)
     np.testing.assert_array_equal(before[:, :12], after[:, :12])
     assert jnp.abs(before[:, 12:] - after[:, 12:]).max() > 1e-4
 
 
+@functools.cache
+def gradients(remat):
+    graphdef, params = build(dataclasses.replace(TINY, remat=remat))
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
+    return jax.jit(jax.grad(lambda p: jnp.sum(merge(graphdef, p)(tokens, positions(tokens), "xla") ** 2)))(params)
+
+
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_remat_keeps_gradients(remat):
-    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
-
-    def gradient(config):
-        graphdef, params = build(config)
-        loss = lambda p: jnp.sum(merge(graphdef, p)(tokens, positions(tokens), "xla") ** 2)  # noqa: E731
-        return jax.jit(jax.grad(loss))(params)
-
-    plain, recomputed = gradient(TINY), gradient(dataclasses.replace(TINY, remat=remat))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
+    for a, b in zip(jax.tree.leaves(gradients("none")), jax.tree.leaves(gradients(remat)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
 
 
@@ -132,3 +136,20 @@ def test_split_inverts_merge():
 def test_config_names_impossible_values(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_initial_weights_have_their_standard_deviations(scaled):
+    config = dataclasses.replace(
+        TINY, hidden_size=64, mlp_size=96, num_layers=2, init_std=0.5, depth_scaled_init=scaled
+    )
+    params = init_params(lambda rngs: Transformer(config, rngs), jax.random.key(0))
+    layers, residual = params["layers"], 0.5 / 2 if scaled else 0.5  # √(2 · 2) = 2
+    for name, expected in {"query": 0.5, "key": 0.5, "value": 0.5, "out": residual}.items():
+        assert float(layers["attention"][name].std()) == pytest.approx(expected, rel=0.05)
+    for name, expected in {"gate": 0.5, "up": 0.5, "down": residual}.items():
+        assert float(layers["mlp"][name].std()) == pytest.approx(expected, rel=0.05)
+    for matrix in (params["embedding"], params["head"]):
+        assert float(matrix.std()) == pytest.approx(0.5, rel=0.05)
+    assert all((scale == 1).all() for scale in (layers["mlp_norm"]["scale"], params["norm"]["scale"]))
+    assert (layers["mlp"]["up"][0] != layers["mlp"]["up"][1]).any()  # layers differ
