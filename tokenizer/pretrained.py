@@ -23,7 +23,7 @@ from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.image_file import UnreadableError, read_image
-from lvm.model.nnx_utils import Params, abstract_module, merge
+from lvm.model.nnx_utils import Params, abstract_module, count_params, merge
 from tokenizer import weights
 from tokenizer.network import VQGAN, VQGANConfig
 from tokenizer.objective import to_float, to_uint8
@@ -78,6 +78,13 @@ class Tokenizer:
         stored = weights.read(folder)
         config = dataclasses.replace(stored.config, compute_dtype=dtype) if dtype else stored.config
         return cls(config, stored.preprocess, stored.params, stored.step)
+
+    def __repr__(self) -> str:
+        config, (height, width) = self.config, self.config.grid
+        return (
+            f"<Tokenizer: {count_params(self.params):,} parameters, images of {config.resolution}×{config.resolution}, "
+            f"{height}×{width} codes of {config.codebook_size}, {config.compute_dtype}, step {self.step}>"
+        )
 
     @property
     def codes_per_image(self) -> int:

@@ -19,7 +19,7 @@ from lvm.common.errors import UserError
 from lvm.inference.generator import Generator, SamplingParams, SlidingWindow
 from lvm.interop import models
 from lvm.model.attention import choose_kernel
-from lvm.model.nnx_utils import Params, abstract_module, merge
+from lvm.model.nnx_utils import Params, abstract_module, count_params, merge
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import Vocabulary
 from lvm.training import losses
@@ -44,7 +44,7 @@ class LVM:
         self.config, self.vocabulary, self.record, self.step = config, vocabulary, record, step
         self._params, self._mesh = params, mesh
         graphdef, _ = abstract_module(lambda rngs: Transformer(config, rngs))
-        kernel = choose_kernel(config.attention, jax.default_backend(), config.dtype)
+        kernel = choose_kernel(config.attention, jax.default_backend(), config.dtype, config.head_dim)
 
         def run(params: Params, tokens: jax.Array) -> tuple[Transformer, jax.Array]:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -87,6 +87,14 @@ class LVM:
         config = dataclasses.replace(checkpoint.config, dtype=dtype, attention="auto")
         params, record = checkpoint.load_params(), dict(checkpoint.record)
         return cls(config, checkpoint.vocabulary, params, record, checkpoint.step, mesh)
+
+    def __repr__(self) -> str:
+        config, vocabulary = self.config, self.vocabulary
+        return (
+            f"<LVM: {count_params(self._params):,} parameters, {config.num_layers} layers of {config.hidden_size}, "
+            f"context {config.context}, {vocabulary.num_codes} codes of {vocabulary.size} ids, {config.dtype}, "
+            f"step {self.step}>"
+        )
 
     @functools.cached_property
     def _generator(self) -> Generator:

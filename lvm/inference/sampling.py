@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from lvm.common.errors import UserError
 
+# Values beyond these mean the same, and would leave the device's dtypes: logits / 1e-40 overflows.
+_TINY, _MAX_TOP_K = 1e-30, 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -51,8 +54,11 @@ def batch_sampling(params: Sequence[SamplingParams], seeds: Sequence[int], candi
     keys = jnp.stack([jax.random.key(int(seed) % 2**32) for seed in seeds])  # [B]
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     keys = fold(keys, jnp.arange(candidates)).reshape(-1)  # [R]
-    dtypes = {"temperature": jnp.float32, "top_k": jnp.int32, "top_p": jnp.float32}
-    columns = {name: jnp.array([getattr(p, name) for p in params], dtype) for name, dtype in dtypes.items()}
+    columns = {
+        "temperature": jnp.array([p.temperature and max(p.temperature, _TINY) for p in params], jnp.float32),
+        "top_k": jnp.array([min(p.top_k, _MAX_TOP_K) for p in params], jnp.int32),
+        "top_p": jnp.array([max(p.top_p, _TINY) for p in params], jnp.float32),
+    }
     return BatchedSampling(keys, **{name: jnp.repeat(column, candidates) for name, column in columns.items()})
 
 

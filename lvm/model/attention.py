@@ -26,8 +26,10 @@ _SPLASH_BLOCKS = (512, 256, 128)  # queries and keys per splash block: the large
 _CUDNN_MULTIPLE, _CUDNN_MAX_HEAD_DIM = 8, 128  # supported by cuDNN flash attention on every GPU that has it
 
 
-def choose_kernel(kernel: str, platform: str, dtype: str, head_dim: int = 128, segmented: bool = False) -> str:
-    """Resolves `auto` (splash on TPU, cuDNN for bfloat16 on GPU, else XLA) and checks that the kernel can run.
+def choose_kernel(kernel: str, platform: str, dtype: str, head_dim: int, segmented: bool = False) -> str:
+    """Resolves `auto` and checks that the kernel can run.
+
+    `auto` is splash on TPU, cuDNN on GPU for bfloat16 and the head dims that it supports, else XLA.
 
     Args:
       kernel: one of `KERNELS`.
@@ -42,7 +44,8 @@ def choose_kernel(kernel: str, platform: str, dtype: str, head_dim: int = 128, s
     if kernel not in KERNELS:
         raise UserError(f"attention={kernel!r} must be one of {', '.join(KERNELS)}")
     if kernel == "auto":
-        kernel = {"tpu": "splash", "gpu": "cudnn" if dtype == "bfloat16" else "xla"}.get(platform, "xla")
+        has_cudnn = dtype == "bfloat16" and head_dim <= _CUDNN_MAX_HEAD_DIM
+        kernel = {"tpu": "splash", "gpu": "cudnn" if has_cudnn else "xla"}.get(platform, "xla")
     problem = ""
     if kernel == "splash" and platform != "tpu":
         problem = f"needs a TPU, this is {platform}; use auto or xla"

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,8 +42,9 @@ _CHUNK_BYTES = 2**26  # of an array on disk: the unit of reads
 _CACHE_BYTES = 2**28  # of chunks kept in memory: one may hold several small layers
 
 
-# Orbax warns of every folder that it opens to read, which is what was asked for.
-logging.getLogger("absl").addFilter(lambda record: "Given directory is read only" not in record.getMessage())
+# Orbax warns of folders opened to read and of arrays that aren't JAX's, both intended: users can't act on it.
+_INTENDED = re.compile("Given directory is read only|No jax.Array in TypeHandlerRegistry")
+logging.getLogger("absl").addFilter(lambda record: not _INTENDED.search(record.getMessage()))
 
 
 class Checkpoints:

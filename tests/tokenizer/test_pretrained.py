@@ -28,6 +28,14 @@ def pictures(count):
     return np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
 
 
+def test_repr_has_sizes():
+    stored = random_weights(small("lvm", resolution=32, channel_multipliers=(1, 2), codebook_size=512))
+    tokenizer = Tokenizer(stored.config, stored.preprocess, stored.params, step=7)
+    assert repr(tokenizer) == (
+        "<Tokenizer: 816,763 parameters, images of 32×32, 16×16 codes of 512, float32, step 7>"
+    )
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_codes_are_independent_of_batch_and_device(variant):
     """Alone, in batches of 7 and 64, with padding, on one device or eight: the same codes, in float32."""

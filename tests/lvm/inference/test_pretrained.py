@@ -36,6 +36,22 @@ def test_token_losses_match_logits(model):
     np.testing.assert_allclose(model.token_losses(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_wide_heads_get_a_kernel_that_runs(monkeypatch):
+    """On a GPU cuDNN takes heads of up to 128; here it fails at any size."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = ModelConfig(320, 32, 1, 2, vocabulary_size=VOCABULARY.size, context=16, dtype="bfloat16")
+    wide = LVM(config, VOCABULARY, init_params(lambda rngs: Transformer(config, rngs), jax.random.key(0)), {}, 0)
+    tokens = np.zeros((1, 4), int)
+    assert np.isfinite(wide.logits(tokens)).all()
+    assert wide.generate_tokens(tokens, 2).shape == (1, 2)
+
+
+def test_repr_has_sizes(model):
+    assert repr(model) == (
+        "<LVM: 36,000 parameters, 2 layers of 32, context 300, 32 codes of 288 ids, float32, step 0>"
+    )
+
+
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [

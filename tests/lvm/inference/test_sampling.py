@@ -63,6 +63,14 @@ def test_top_k_above_the_vocabulary_keeps_all():
     check(more, PROBS)
 
 
+def test_values_beyond_the_devices_dtypes_are_limits():
+    all_tokens, cold, narrow = sample(
+        SamplingParams(top_k=2**40), SamplingParams(temperature=1e-40), SamplingParams(top_p=1e-60), probs=PROBS[::-1]
+    )
+    check(all_tokens, PROBS[::-1])
+    assert set(cold) == set(narrow) == {4}
+
+
 def test_sample_token_depends_on_seed_and_index():
     sampling = batch_sampling([SamplingParams()] * 2, [5, 5], 3)
     logits = jnp.zeros((6, 1000))

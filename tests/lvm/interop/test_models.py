@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import logging
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 
 import numpy as np
@@ -378,6 +380,16 @@ def test_weights_that_are_not_finite_are_refused(format, dtype, value, tmp_path)
         with_dtype(opened, "float32").tree()["layers"]["mlp"]["up"].read()  # as `init_from` does
     with pytest.raises(UserError, match=message):
         HUGGING_FACE.export_tensors(opened.tensors)["model.layers.1.mlp.up_proj.weight"].read()  # as `convert` does
+
+
+@pytest.mark.parametrize("format", models.FORMATS)
+def test_libraries_do_not_warn(format, tmp_path, caplog):
+    """A notebook would show warnings on which the user can't act."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.write(tmp_path / "x", small_model(), format)
+        LVM.load(tmp_path / "x")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("format", models.FORMATS)

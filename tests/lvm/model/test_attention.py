@@ -140,22 +140,23 @@ def test_cudnn_pads_head_dim_and_keeps_the_scale(monkeypatch):
 
 
 def test_choose_kernel_by_platform():
-    assert choose_kernel("auto", "cpu", "bfloat16") == "xla"
-    assert choose_kernel("auto", "gpu", "bfloat16") == "cudnn"
-    assert choose_kernel("auto", "gpu", "float32") == "xla"
-    assert choose_kernel("auto", "tpu", "bfloat16") == "splash"
-    assert choose_kernel("auto", "tpu", "bfloat16", segmented=True) == "splash"
+    assert choose_kernel("auto", "cpu", "bfloat16", 128) == "xla"
+    assert choose_kernel("auto", "gpu", "bfloat16", 128) == "cudnn"
+    assert choose_kernel("auto", "gpu", "bfloat16", 160) == "xla"
+    assert choose_kernel("auto", "gpu", "float32", 128) == "xla"
+    assert choose_kernel("auto", "tpu", "bfloat16", 160) == "splash"
+    assert choose_kernel("auto", "tpu", "bfloat16", 128, segmented=True) == "splash"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("splash", "gpu", "bfloat16"), "splash needs a TPU, this is gpu"),
+        (("splash", "gpu", "bfloat16", 128), "splash needs a TPU, this is gpu"),
         (("auto", "gpu", "bfloat16", 128, True), "cudnn cannot mask packed sentences"),
-        (("auto", "gpu", "bfloat16", 160), "cudnn .* up to 128, this is 160"),
-        (("cudnn", "cpu", "bfloat16"), "cudnn needs a GPU, this is cpu"),
-        (("cudnn", "gpu", "float32"), "cudnn computes in bfloat16, dtype is float32"),
-        (("flash", "cpu", "float32"), "'flash' must be one of"),
+        (("cudnn", "gpu", "bfloat16", 160), "cudnn .* up to 128, this is 160"),
+        (("cudnn", "cpu", "bfloat16", 128), "cudnn needs a GPU, this is cpu"),
+        (("cudnn", "gpu", "float32", 128), "cudnn computes in bfloat16, dtype is float32"),
+        (("flash", "cpu", "float32", 128), "'flash' must be one of"),
     ],
 )
 def test_choose_kernel_rejects_what_cannot_run(arguments, message):
