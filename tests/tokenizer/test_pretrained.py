@@ -31,9 +31,7 @@ def pictures(count):
 def test_repr_has_sizes():
     stored = random_weights(small("lvm", resolution=32, channel_multipliers=(1, 2), codebook_size=512))
     tokenizer = Tokenizer(stored.config, stored.preprocess, stored.params, step=7)
-    assert repr(tokenizer) == (
-        "<Tokenizer: 816,763 parameters, images of 32×32, 16×16 codes of 512, float32, step 7>"
-    )
+    assert repr(tokenizer) == ("<Tokenizer: 816,763 parameters, images of 32×32, 16×16 codes of 512, float32, step 7>")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
