@@ -1,13 +1,19 @@
 """Image source of a folder: photos, videos as folders of frames, and annotations in parallel folders."""
 
+import contextlib
 import dataclasses
+import math
 import pathlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from lvm.common.errors import UserError
-from lvm.common.validation import check_positive
+from lvm.common.logging import log_info
+from lvm.common.validation import check_choice, check_positive
 from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError, open_image
 from lvm.data.images.sources.listing import (
@@ -25,17 +31,33 @@ _EXPECTED = (
     f"for each stream: rgb/ and any of {', '.join(STREAMS[1:])}"
 )
 
+_SAMPLED = 8  # subfolders, and images of each, that tell their layout
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")  # folders around those of classes
+
 Frame = dict[str, str]  # stream → file, relative to the root
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderConfig(PathConfig):
-    """Parameters of a folder source."""
+    """Parameters of a folder source.
 
-    clip_frames: int = 16  # maximum frames per scene; longer videos are cut into clips
+    Attributes:
+      clip_frames: maximum frames per scene; longer videos are cut into clips.
+      layout: of subfolders: "videos" (frames), "classes" (photos of a class each), or "auto", which tells them apart.
+    """
+
+    clip_frames: int = 16
+    layout: str = "auto"
 
     def __post_init__(self) -> None:
         check_positive(self, "clip_frames")
+        check_choice(self, "layout", ("auto", "videos", "classes"))
+
+
+def _class_name(folder: str) -> str:
+    """Returns the class of photos in a subfolder: its first part, or its second after that of a split."""
+    first, *others = folder.split("/")
+    return (others or [""])[0] if first.lower() in _SPLITS else first
 
 
 class FolderSource(ImageFileSource[list[Frame]]):
@@ -43,8 +65,13 @@ class FolderSource(ImageFileSource[list[Frame]]):
 
     Layouts: photos directly in the folder are scenes of one frame, grouped by their path. A subfolder, however deep,
     is a video: its files in natural order (2 before 10) are cut into clips with the keys "video/clip-0000", …, and the
-    video is their group. If there is a subfolder `rgb`, it contains both kinds, and its siblings named after streams
-    hold annotations under the same paths and stems. A scene has the streams that every one of its frames has.
+    video is their group. With the layout "classes" its files are photos too, of the class "cat" in "cat/…" and in
+    "train/cat/…". "auto" takes subfolders for classes if their images have three sizes or more, for videos if they have
+    one and are evenly numbered. If there is a subfolder `rgb`, it contains both kinds, and its siblings named after
+    streams hold annotations under the same paths and stems. A scene has the streams that every one of its frames has.
+
+    Raises:
+      UserError: also if the files of subfolders tell no layout, or some tell videos and some classes.
 
     Annotations: `segmentation` holds class ids (modes 1, L, P; a mask may be 0 and 255) or exact RGB colors, named by
     `classes.json`; `depth` holds 16-bit millimeters (0 and 65535: no reading) or rendered 8-bit gray; the others are
@@ -61,6 +88,7 @@ class FolderSource(ImageFileSource[list[Frame]]):
             "num_frames": sum(info.num_frames for info, _ in self._scenes),
             "listing": hash_files(((f"{stream} {file}", self._root / file) for stream, file in files), tail_bytes=256),
             "streams": self._codecs_json(),
+            **({"layout": self._layout} if self._layout != "videos" else {}),
         }
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, Iterable[dict[str, ImageFile]]]:
@@ -78,15 +106,54 @@ class FolderSource(ImageFileSource[list[Frame]]):
         for (video, _), frame in self._list_frames(has_streams).items():
             videos.setdefault(video, []).append(frame)
         self._check_readable(frame for frames in videos.values() for frame in frames)
-        for photo in videos.pop("", []):
-            key = photo["rgb"].removeprefix("rgb/" if has_streams else "")
-            yield SceneInfo(key, key, "", 1, tuple(photo)), [photo]
+        self._layout = self._find_layout({video: frames for video, frames in videos.items() if video})
+        photos = list(videos) if self._layout == "classes" else [""]
+        for folder in photos:
+            for photo in videos.pop(folder, []):
+                key = photo["rgb"].removeprefix("rgb/" if has_streams else "")
+                yield SceneInfo(key, key, _class_name(folder), 1, tuple(photo)), [photo]
         size = self.config.clip_frames
         for video, frames in videos.items():
             for start in range(0, len(frames), size):
                 clip = frames[start : start + size]
                 key = f"{video}/clip-{start // size:04d}"
                 yield SceneInfo(key, video, "", len(clip), self._complete_streams(key, clip)), clip
+
+    def _find_layout(self, folders: dict[str, list[Frame]]) -> str:
+        """Returns "classes" or "videos". Raises UserError if the images of subfolders tell neither."""
+        layout = self.config.layout
+        if layout == "auto":
+            step = math.ceil(len(folders) / _SAMPLED) or 1
+            kinds = {self._kind(frames[:_SAMPLED]) for frames in list(folders.values())[::step]} - {""}
+            kinds = kinds - {"unknown"} or kinds
+            if len(kinds) > 1 or kinds == {"unknown"}:
+                raise UserError(
+                    f"{self._root}: its subfolders may be videos (folders of frames) or classes (folders of photos); "
+                    'give layout="videos" or layout="classes", in a config file with kind="folder" (docs/data.md)'
+                )
+            layout = kinds.pop() if kinds else "videos"
+        if folders:
+            item, other = ("frames", "classes") if layout == "videos" else ("photos", "videos")
+            text = f"{len(folders)} subfolders read as {layout}, of {sum(map(len, folders.values()))} {item}"
+            log_info(f'{self._root}: {text}; layout="{other}" reads them as {other}')
+        return layout
+
+    def _kind(self, frames: list[Frame]) -> str:
+        """Returns the layout that the first images of a subfolder tell; "unknown", or "" if there are too few."""
+        sizes = []
+        for frame in frames:
+            with contextlib.suppress(UnreadableError), open_image(self._root / frame["rgb"]) as image:
+                sizes.append(image.size)
+        if len(sizes) < 2:
+            return ""
+        if len(set(sizes)) > 1:  # a video may change its size once
+            return "classes" if len(set(sizes)) > 2 else "unknown"
+        names = [re.split(r"(\d+)", pathlib.PurePath(frame["rgb"]).stem) for frame in frames]
+        varying = [parts for parts in zip(*names, strict=False) if len(set(parts)) > 1]
+        if len(set(map(len, names))) > 1 or len(varying) != 1 or not all(part.isdecimal() for part in varying[0]):
+            return "unknown"
+        steps = Counter(np.diff([int(part) for part in varying[0]]).tolist())
+        return "videos" if max(steps.values()) * 2 >= steps.total() else "unknown"  # some frames may be missing
 
     def _list_frames(self, has_streams: bool) -> dict[tuple[str, str], Frame]:
         """Returns the frames by (folder, stem or name), each with its files by stream."""
