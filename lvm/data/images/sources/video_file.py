@@ -135,6 +135,7 @@ def _decode_packets(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
     decoder = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:
         decoder = av.CodecContext.create(_ALPHA_DECODERS[decoder.name], "r")
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}  # frames may be larger than the header says
     slots: deque[int] = deque()
     for packet in container.demux(stream):
         if not packet.size and packet.dts is not None:
@@ -143,13 +144,13 @@ def _decode_packets(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
         for frame in decoder.decode(packet):
             time = frame.dts if frame.pts is None else frame.pts
             if _has_slots(container, stream):
-                time = slots.popleft()
+                time = slots.popleft() if slots else None
             if time is not None:
                 yield time, frame
 
 
 def _has_slots(container: Any, stream: Any) -> bool:
-    """Whether frames are shown in the order of their packets' decoding times, since the container has no others."""
+    """Returns whether frames are shown in the order of their packets: an AVI has no presentation times."""
     return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
 
 
@@ -186,7 +187,7 @@ def _is_cut(path: pathlib.Path, container: Any, missing_s: float) -> bool:
     if "matroska" not in container.format.name or not missing_s:
         return missing_s > _MAX_GAP_S  # others tell how long each frame lasts, or are steady
     with path.open("rb") as file:
-        head = file.read(4096)
+        head = file.read(4096) + bytes(16)
     start = head.find(_SEGMENT) + len(_SEGMENT)
     length = 9 - head[start].bit_length()  # of its size, in bytes; a size of all ones is that of a live stream
     size = int.from_bytes(head[start : start + length]) & (1 << 7 * length) - 1

@@ -107,6 +107,19 @@ def test_b_frames_are_shown_in_order(tmp_path, name, codec) -> None:
     assert not source.skipped
 
 
+def test_frames_larger_than_the_header_says_are_refused(tmp_path) -> None:
+    path = write_video(tmp_path / "v.webm", frames=20, codec="libvpx", keyframes=5)
+    with av.open(str(path)) as container:
+        packet = [bytes(packet) for packet in container.demux(video=0) if packet.is_keyframe][2]
+    data = bytearray(path.read_bytes())
+    at = data.index(packet[:64]) + 6  # width and height of a key frame of VP8
+    data[at : at + 4] = struct.pack("<HH", 12000, 12000)
+    path.write_bytes(data)
+    scene = open_source(str(path), small, {"clip_frames": 20}).load(0)
+    assert len(scene.images) == 10
+    assert len(scene.failures) == 1
+
+
 def test_times_before_zero_are_read(tmp_path) -> None:
     times, options = [100 * i - 1000 for i in range(21)], {"avoid_negative_ts": "disabled"}
     path = write_video(tmp_path / "v.ts", codec="libx264", times_ms=times, options=options)
