@@ -90,10 +90,11 @@ def test_heldout_images_match_codes(make_heldout, exact_codec):
 
 
 def test_with_streams_filters_by_streams_and_frames(make_heldout):
-    for scene in make_heldout().with_streams(["segmentation"], min_frames=3):
-        index = int(scene.info.key.split()[1])
-        assert index % 3
-        assert index % 4 >= 2
+    heldout = make_heldout()
+    scenes = heldout.with_streams(["segmentation"], min_frames=3)
+    expected = [index for index in scene_indices(heldout) if index % 3 and index % 4 >= 2]
+    assert [int(scene.info.key.split()[1]) for scene in scenes] == expected
+    assert 0 < len(expected) < len(heldout.scenes)
 
 
 def test_heldout_logs_and_skips_unreadable_scenes(make_heldout, caplog):

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from lvm import evaluate
+from lvm.data.images.sources.base import SceneInfo
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
+from lvm.data.mixture.recipes import Video
 from lvm.evaluation import likelihood
+from lvm.evaluation.heldout import Heldout, HeldoutScene
 from lvm.inference.pretrained import LVM
 from lvm.model.vocabulary import Vocabulary
 from lvm.training import losses
@@ -104,13 +109,32 @@ def test_video_metrics_of_known_transitions():
     assert metrics["perplexity_ratio"] == pytest.approx(np.exp(-1.5))
 
 
+# Six frames alternate between two codes that are independent of each other: certain two frames on, else a coin flip.
+ALTERNATING = [np.array([[first], [second]] * 3) for first in (0, 1) for second in (0, 1)]
+
+
 def test_video_metrics_count_transitions_at_the_stride():
-    # Frames alternate between two codes that are independent of each other: certain two frames on, else a coin flip.
-    videos = [np.array([[first], [second]] * 3) for first in (0, 1) for second in (0, 1)]
     nll = np.ones((1, 3, 1))
-    apart = likelihood.video_metrics(nll, videos, 2, K)
+    apart = likelihood.video_metrics(nll, ALTERNATING, 2, K)
     assert apart["num_transitions"] == 4 * 2  # of the third and fourth frame
     assert apart["conditional_entropy_plug_in"] == pytest.approx(0.0, abs=1e-12)
-    next_to = likelihood.video_metrics(nll, videos, 1, K)
+    next_to = likelihood.video_metrics(nll, ALTERNATING, 1, K)
     assert next_to["num_transitions"] == 4 * 4
     assert next_to["conditional_entropy_plug_in"] == pytest.approx(np.log(2))
+
+
+class AlternatingHeldout(Heldout):
+    def __init__(self):
+        images, info = np.zeros((6, 1, 1, 1, 3), np.uint8), SceneInfo("", "", "", 6, ("rgb",))
+        self.scenes = [HeldoutScene(info, images, codes[:, None]) for codes in ALTERNATING]
+
+
+@pytest.mark.parametrize(("strides", "entropy"), [((1, 2), np.log(2)), ((2, 1), np.log(2)), ((2,), 0.0)])
+def test_conditional_entropy_is_at_the_smallest_stride(strides, entropy, caplog):
+    model = Bigram()
+    model.record = {"stores": []}
+    mixture = MixtureConfig({"clips": ComponentConfig(Video(frames=3, strides=strides))}, ("/no/store",))
+    sentences = {"clips": np.zeros((2, 3, 1), int)}
+    results = evaluate._likelihood(model, mixture, AlternatingHeldout(), sentences)
+    assert results["video"]["conditional_entropy_plug_in"] == pytest.approx(entropy, abs=1e-12)
+    assert "/no/store: not the training store" in caplog.text
