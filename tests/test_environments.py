@@ -55,7 +55,7 @@ def readme_commands(folder: pathlib.Path) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", ["unknown_user", "no_locks"])
+@pytest.mark.parametrize("environment", ["unknown_user", "ascii", "no_locks", "proxy"])
 def test_readme_commands_run(tmp_path, environment):
     if environment == "unknown_user" and (
         not shutil.which("unshare") or subprocess.run([*_UNKNOWN_USER, "true"], capture_output=True).returncode

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float32, Int32, UInt8, UInt16
 
-from lvm.common.config import to_json
+from lvm.common.config import expand_home, to_json
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.image_file import UnreadableError, read_image
@@ -75,7 +76,7 @@ class Tokenizer:
         Raises:
           UserError: not a tokenizer's folder, weights of another network, or an unknown dtype.
         """
-        stored = weights.read(folder)
+        stored = weights.read(expand_home(os.fspath(folder)))
         config = dataclasses.replace(stored.config, compute_dtype=dtype) if dtype else stored.config
         return cls(config, stored.preprocess, stored.params, stored.step)
 

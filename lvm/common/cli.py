@@ -2,8 +2,8 @@
 
 import ctypes
 import errno
-import io
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,8 +13,9 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from lvm.common import errors, logging
-from lvm.common.commands import exit_process, report_error
-from lvm.common.config import find_config
+from lvm.common.commands import exit_process, prepare_output, report_error
+from lvm.common.config import expand_home, find_config
+from lvm.common.jax_settings import device_problem, pin_settings
 
 __all__ = ["PARENT", "Args", "Flags", "exit_process", "positionals_to_flags", "spread_list_flags"]
 
@@ -79,6 +80,7 @@ class Flags:
         exception is raised.
         """
         _end_with_parent()
+        prepare_output()
         argv = list(sys.argv[1:] if argv is None else argv)
         try:
             if not self._parse(argv):
@@ -87,8 +89,7 @@ class Flags:
         except Exception as error:  # a config file may raise anything
             return report_error(_flag_problem(error), errors.EXIT_BAD_INPUT)
         logging.configure(self._values.quiet, self._values.verbose)
-        if isinstance(sys.stdout, io.TextIOWrapper):  # keep the order of lines among processes that share a pipe
-            sys.stdout.reconfigure(line_buffering=True)
+        pin_settings()
         return _guarded(lambda: body(self._values))
 
     def _help(self) -> str:
@@ -119,6 +120,12 @@ class Flags:
         rest = values(["", *positionals_to_flags(argv, self._positionals, values)])
         if len(rest) > 1:
             raise errors.UserError(f"unexpected argument {rest[1]!r}; flags are --name=value")
+        for name in [name for name in values if not name.startswith("config.")]:
+            value = values[name].value
+            if isinstance(value, str):
+                values[name].value = expand_home(value)
+            elif isinstance(value, list):
+                values[name].value = [expand_home(item) for item in value]
         if self._has_config:
             values.config.to_dict()  # ml_collections raises a config file's errors when it is used
         return True
@@ -195,12 +202,26 @@ def _guarded(body: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # whoever reads the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.EXIT_ERROR
-    except OSError as error:
-        if error.errno not in _DISK | _PATH:
+    except Exception as error:
+        message, code = _explain(error)
+        if not message:
             raise
+        return report_error(message, code)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """The line and the exit code of an error of the machine, its disk or its devices; ("", 1) for any other."""
+    if isinstance(error, OSError) and error.errno in _DISK | _PATH:
         where = f": {error.filename}" if error.filename else ""
         code = errors.EXIT_BAD_INPUT if error.errno in _PATH else errors.EXIT_ERROR
-        return report_error(f"{error.strerror or error}{where}", code)
+        return f"{error.strerror or error}{where}", code
+    if os.strerror(errno.EMFILE) in str(error):  # libraries raise types of their own
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"too many open files: this process may open {limit}; raise ulimit -n", errors.EXIT_ERROR
+    if (isinstance(error, AssertionError) and not error.args) or "Unable to initialize backend" in str(error):
+        is_busy = bool(error.args) and "known backends" not in str(error)  # a restart may find it free
+        return device_problem(), errors.EXIT_ERROR if is_busy else errors.EXIT_BAD_INPUT
+    return "", errors.EXIT_ERROR
 
 
 def _end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import io
 import os
 import pathlib
 import sys
@@ -24,8 +25,15 @@ def exit_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def prepare_output() -> None:
+    """Makes stdout take any text, in an ASCII locale too, and keep the order of lines of processes with one pipe."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
 def dispatch(package: str, argv: Sequence[str] | None = None) -> int:
     """`PROGRAM COMMAND …`: runs `main` of the module COMMAND of `package`, or lists its commands."""
+    prepare_output()
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = list_commands(package)
     if not argv or argv[0] in ("help", "-h", "--help"):

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -20,8 +21,25 @@ from lvm.common.errors import UserError
 T = TypeVar("T")
 
 
+def expand_home(text: str) -> str:
+    """Expands `~` at the start of a path, or of each of several joined by `:` or `+`; other text is unchanged.
+
+    Raises:
+      UserError: no home folder is known.
+    """
+
+    def expand(match: re.Match[str]) -> str:
+        home = os.path.expanduser(match[0])
+        if home == "~":
+            raise UserError(f"{text}: no home folder is known for ~; give the whole path, or set HOME")
+        return home
+
+    return re.sub(r"(?:^|(?<=[:+]))~[^/:+]*(?=[/:+]|$)", expand, text)
+
+
 def find_config(path: str) -> str:
     """`path`, or this package's own `configs/NAME.py` where the working directory has no such file."""
+    path = expand_home(path)
     packaged = pathlib.Path(__file__).parents[2] / path
     is_packaged = path.startswith("configs/") and packaged.is_file()
     return str(packaged) if is_packaged and not os.path.exists(path) else path
@@ -110,6 +128,8 @@ def _mapping(value: Any, path: str) -> Mapping[str, Any]:
 def _scalar(annotation: Any, value: Any, path: str) -> Any:
     if annotation is float and type(value) is int:
         return float(value)
+    if annotation is str and type(value) is str:
+        return expand_home(value)
     if annotation is float and type(value) is float and not math.isfinite(value):
         raise UserError(f"{path}: {value} is not a finite number")
     if type(value) is not annotation:

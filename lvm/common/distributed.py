@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info, set_process
+from lvm.common.logging import log_info, log_warning, set_process
 from lvm.common.validation import check_positive
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def join(config: DistributedConfig) -> None:
     detects (Slurm, multi-host TPUs). Must be called before anything asks for devices.
 
     Raises:
-      UserError: a launcher's variables are incomplete.
+      UserError: a launcher's variables are incomplete or malformed, or JAX detects no cluster.
     """
     launcher = {name: os.environ.get(name, "") for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)}
     options: dict[str, Any] = {
@@ -56,19 +56,30 @@ def join(config: DistributedConfig) -> None:
             missing = [name for name, value in launcher.items() if not value]
             raise UserError(f"{', '.join(missing)}: not set, but other variables of the launcher are")
         options["coordinator_address"] = launcher[COORDINATOR]
-        options["num_processes"] = int(launcher[NUM_PROCESSES])
-        options["process_id"] = int(launcher[PROCESS_ID])
+        for key, name in (("num_processes", NUM_PROCESSES), ("process_id", PROCESS_ID)):
+            if not launcher[name].isdecimal():
+                raise UserError(f"{name}={launcher[name]}: not a number")
+            options[key] = int(launcher[name])
     elif launcher[COORDINATOR] != "auto" and not _in_cluster():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**options)
+    # Processes reach each other directly where http_proxy is set; JAX's warning about that can go.
+    os.environ.setdefault("grpc_proxy", "")
+    jax.config.update("jax_check_proxy_envs", False)
+    try:
+        jax.distributed.initialize(**options)
+    except ValueError as error:
+        raise UserError(f"{COORDINATOR}={launcher[COORDINATOR]}: the processes can't join: {error}") from error
     set_process(jax.process_index(), jax.process_count())
     log_info(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
 
 def _in_cluster() -> bool:
     environment = os.environ
-    under_srun = "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
+    tasks = environment.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in environment else "1"
+    under_srun = tasks != "1" and "SLURM_STEP_NODELIST" in environment
+    if tasks != "1" and not under_srun:
+        log_warning(f"SLURM_NTASKS={tasks}, but this is no step of srun: running as one process; use srun for {tasks}")
     hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     return under_srun or len(hosts) > 1 or int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1
 

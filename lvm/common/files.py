@@ -123,7 +123,7 @@ def lock_file(path: epath.PathLike, *, wait: bool = False) -> IO[str] | None:
     Returns:
       The open file, which holds the lock until it is closed; None if another process holds it and `wait` is False.
     """
-    file = open(path, "a+")  # noqa: SIM115 (returned open)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (returned open)
     try:
         is_ours = _flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException:
@@ -140,7 +140,7 @@ def lock_file(path: epath.PathLike, *, wait: bool = False) -> IO[str] | None:
 
 def is_locked(path: epath.PathLike) -> bool | None:
     """Checks whether another process holds a local file's lock; None on a file system without locks."""
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         is_ours = _flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return None if is_ours is None else not is_ours
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
+from lvm.common.config import expand_home
 from lvm.common.errors import UserError
 from lvm.inference.generator import Generator, SamplingParams, SlidingWindow
 from lvm.interop import models
@@ -81,7 +83,7 @@ class LVM:
           UserError: not a model folder, no checkpoint, weights of another architecture, no declared vocabulary, or an
             unknown dtype.
         """
-        checkpoint = models.read(folder, step)
+        checkpoint = models.read(expand_home(os.fspath(folder)), step)
         # The attention kernel of the training hardware may not run here.
         dtype = dtype or checkpoint.config.dtype
         config = dataclasses.replace(checkpoint.config, dtype=dtype, attention="auto")

@@ -41,7 +41,7 @@ def example_script(preprocess: Preprocess) -> str:
             f"    # The tokenizer was trained with resizer {preprocess.resizer!r} and decode {preprocess.decode!r}; "
             "Pillow's pixels differ by a level or two.\n"
         )
-    return _EXAMPLE.read_text().format(
+    return _EXAMPLE.read_text("utf-8").format(
         side=preprocess.resolution,
         box="left, top, left + side, top + side" if is_cropped else "0, 0, *picture.size",
         crop=_CROP if is_cropped else "",

@@ -60,10 +60,10 @@ def submit(backend: str, request: Request, folder: Path, ship_changes: bool, pla
         _check_plan(request)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in _REMOTE[backend].files(request).items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, "utf-8")
     (folder / "changes.diff").unlink(missing_ok=True)  # of an earlier submission
     if diff := code.uncommitted_diff(request.commit):
-        (folder / "changes.diff").write_text(diff)
+        (folder / "changes.diff").write_text(diff, "utf-8")
     record = {"on": backend, "workdir": request.workdir, "commit": request.commit}
     files.write_json(folder / _RECORD, {**record, "site": dataclasses.asdict(request.site)})
     shell.run(code.archive_command(request.commit, folder / f"{request.commit}.tar.gz"), folder)

@@ -194,7 +194,7 @@ def manage(verb: str, run: SubmittedRun, poll: float) -> None:
     if not (run.folder / _LOG).exists():
         raise UserError(f"{run.name}: no run of this name on this machine ({run.folder})")
     if verb == "logs":
-        print("".join((run.folder / _LOG).read_text().splitlines(keepends=True)[-200:]), end="")
+        print("".join((run.folder / _LOG).read_text("utf-8", "replace").splitlines(keepends=True)[-200:]), end="")
     elif verb == "status":
         print(f"{run.name}: {_state(run.folder)}; workdir {run.workdir}")
     elif verb == "watch":

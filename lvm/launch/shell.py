@@ -48,7 +48,9 @@ def run(command: Command, folder: Path, quiet: bool = False) -> str:
       CommandError: it failed.
     """
     try:
-        result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder)
+        result = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, cwd=folder
+        )
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not installed: {_INSTALL.get(command[0], 'install it')}") from error
     if result.returncode:
@@ -107,4 +109,4 @@ def render_script(template: str, **values: str) -> str:
         value = values[match[1]]
         return value + match[2] if value else ""
 
-    return re.sub(r"\{\{(\w+)\}\}(\n?)", replace, (Path(__file__).parent / template).read_text())
+    return re.sub(r"\{\{(\w+)\}\}(\n?)", replace, (Path(__file__).parent / template).read_text("utf-8"))

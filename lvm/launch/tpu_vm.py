@@ -103,7 +103,7 @@ def watch(run: SubmittedRun, poll: float) -> int:
     if not (run.folder / CREATE).exists():
         paths = [f"{run.launch_folder}/{name}" for name in (SCRIPT, CREATE)]
         shell.run(["gcloud", "storage", "cp", *paths, "."], run.folder)
-    create = json.loads((run.folder / CREATE).read_text())
+    create = json.loads((run.folder / CREATE).read_text("utf-8"))
 
     previous: list[int] = []
 

@@ -58,7 +58,7 @@ class MetricsWriter:
         self._text = "".join(json.dumps(line) + "\n" for line in kept)  # rewritten as a whole on gs://
         files.write_atomically(self._path, self._text.encode())
         self._wandb = _init_wandb(epath.Path(workdir), wandb) if wandb else None
-        self._file = None if files.is_remote(self._path) else open(self._path, "a")  # noqa: SIM115 (closed on exit)
+        self._file = None if files.is_remote(self._path) else open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
         # TensorBoard drops what an earlier run wrote from `purge_step` on.
         self._events = SummaryWriter(os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
 

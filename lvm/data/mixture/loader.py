@@ -2,11 +2,14 @@
 
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
 import math
 import multiprocessing
 import os
+import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
@@ -24,6 +27,7 @@ from lvm.common.errors import UserError
 # M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of <malloc.h>: one heap for all threads, which keeps its memory.
 _MALLOC = {-8: 1, -3: 2**28, -1: 2**28}
 _INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32)
+_SHARED_MEMORY = "/dev/shm"
 PREFETCH = 4  # batches ready ahead of their use, for each worker
 
 
@@ -62,6 +66,16 @@ def prefetch_batches(
             # Shared memory is freed with its last view, and JAX may hold on to an array for longer: copy it.
             yield decompress(compressed)
             del compressed
+    except (OSError, RuntimeError) as error:
+        # Without a free page a worker dies by SIGBUS, and without one for a semaphore, which is no file, none starts.
+        is_semaphore = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+        if not is_semaphore and f"exit code -{int(signal.SIGBUS)}" not in str(error):
+            raise
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+        raise UserError(
+            f"{_SHARED_MEMORY}: too small for the batches of {workers} worker processes ({free:,} bytes free); enlarge "
+            "it (docker run --shm-size), or read without workers (config.loop.input_workers=0, encode --workers=0)"
+        ) from error
     finally:
         iterator.close()
 

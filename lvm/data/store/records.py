@@ -101,7 +101,7 @@ class Shards:
         if shard not in self._indexes:
             entry, path = self._entries[shard], self._local_path(shard, INDEX_SUFFIX)
             # Offsets have no other check: a corrupted index would silently return another image.
-            with _too_many_files():
+            with _too_many_files(path):
                 if files.sha256(path) != entry["files"][path.name]["sha256"]:
                     raise UserError(f"{path}: {FILE_CHECKSUM_MISMATCH}")
                 data = np.zeros(0, np.uint8)
@@ -186,8 +186,9 @@ class Shards:
         file = self._files.get(shard)
         if file is None:
             # If two threads open it, the first file stays and the other is closed with its last reference.
-            with _too_many_files():
-                opened = open(self._local_path(shard, RECORDS_SUFFIX), "rb")  # noqa: SIM115 (kept open)
+            path = self._local_path(shard, RECORDS_SUFFIX)
+            with _too_many_files(path):
+                opened = open(path, "rb")  # noqa: SIM115 (kept open)
             file = self._files.setdefault(shard, opened)
         return file.fileno()
 
@@ -233,7 +234,7 @@ def _raise_open_file_limit() -> None:
 
 
 @contextlib.contextmanager
-def _too_many_files() -> Iterator[None]:
+def _too_many_files(path: epath.Path) -> Iterator[None]:
     """Turns the error for too many open files into a UserError."""
     try:
         yield
@@ -242,7 +243,7 @@ def _too_many_files() -> Iterator[None]:
             raise
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise UserError(
-            f"{error.filename}: {error.strerror}: a shard takes two, this process may open {soft}; raise ulimit -n"
+            f"{path}: {error.strerror}: a shard takes two, this process may open {soft}; raise ulimit -n"
         ) from error
 
 

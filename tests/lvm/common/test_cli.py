@@ -1,9 +1,11 @@
 """The command line: list flags, errors as one line, exit codes."""
 
+import errno
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags as absl_flags
 from hypothesis import given
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 import lvm
 from lvm.common import cli, commands
 from lvm.common.cli import positionals_to_flags, spread_list_flags
+from lvm.common.config import from_config_dict
+from lvm.training.config import TrainConfig
 from tests.commands import ROOT
 
 SCRIPT = """
@@ -36,10 +40,10 @@ cli.exit_process(flags.run(body))
 """
 
 
-def run(*arguments):
+def run(*arguments, **variables):
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         capture_output=True,
         text=True,
         timeout=60,
@@ -69,6 +73,58 @@ def test_spread_list_flags_without_lists_is_identity(argv):
 def test_success_exits_0_with_list_flags_parsed():
     done = run("--pairs", "a", "b", "--outcome=done")
     assert (done.returncode, done.stdout, done.stderr) == (0, "pairs ['a', 'b']\n", "")
+
+
+def test_ascii_stdout_takes_any_text():
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run("--pairs", "a→b", **ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), 1, "this process may open "),
+        (ValueError("UNKNOWN: /a/b: Too many open files [source locations]"), 1, "ulimit -n"),
+        (AssertionError(), 2, "JAX_PLATFORMS=cpu: no such device, or its plugin is not installed"),
+        (RuntimeError("Unable to initialize backend 'x': not in the list of known backends"), 2, "known backends"),
+        (RuntimeError("Unable to initialize backend 'tpu': already in use\nby process 7"), 1, "in use by process 7"),
+    ],
+)
+def test_error_of_the_machine_is_one_line(error, code, words, monkeypatch, capsys):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("jax.devices", fail)
+    monkeypatch.setitem(jax.config.values, "jax_platforms", "cpu")
+    assert cli.Flags("").run(fail, []) == code
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert words in line
+    assert line.count("\n") == 1
+
+
+def test_assertion_of_ours_keeps_its_traceback():
+    def fail(args):
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        cli.Flags("").run(fail, [])
+
+
+def test_home_is_expanded_in_flags_and_configs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.py").write_text((ROOT / "configs" / "demo_lvm.py").read_text("utf-8"), "utf-8")
+    flags, values = cli.Flags(""), []
+    flags.config()
+    flags.string("out", "~/default", "a folder")
+    flags.strings("pairs", "a list")
+    arguments = ["--config", "~/config.py", "--pairs", "~/a.png:~/b.png", "c~d", "--config.data.store=~/store"]
+    assert flags.run(values.append, arguments) == 0
+    assert values[0].out == f"{tmp_path}/default"
+    assert values[0].pairs == [f"{tmp_path}/a.png:{tmp_path}/b.png", "c~d"]
+    assert from_config_dict(TrainConfig, values[0].config).data.store == (f"{tmp_path}/store",)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from lvm.common.config import find_config, from_config_dict, to_config_dict, to_json
+from lvm.common.config import expand_home, find_config, from_config_dict, to_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Video
 from tests.commands import ROOT
+
+
+@pytest.mark.parametrize(
+    ("text", "expanded"),
+    [
+        ("~", "/home/me"),
+        ("~/a/~", "/home/me/a/~"),
+        ("~/a+~/b:~", "/home/me/a+/home/me/b:/home/me"),
+        ("a~/b", "a~/b"),
+        ("gs://a/~/b", "gs://a/~/b"),
+        ("~no.such.user/a", "~no.such.user/a"),
+        ("", ""),
+    ],
+)
+def test_expand_home(text, expanded, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_home(text) == expanded
+
+
+def test_expand_home_names_unknown_home(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda text: text)
+    with pytest.raises(UserError, match=r"~/a: no home folder .* set HOME"):
+        expand_home("~/a")
 
 
 class Shape:

@@ -1,5 +1,9 @@
 """Compression of batches for shared memory is lossless."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +11,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lvm.data.mixture import loader
+from tests.commands import ROOT
 
+SCRIPT = """
+import numpy as np
+from lvm.common.errors import UserError
+from lvm.data.mixture import loader
+
+def read(step):
+    return {"x": np.random.default_rng(step).integers(0, 255, 2**21, np.uint8)}
+
+if __name__ == "__main__":
+    try:
+        print(len(list(loader.prefetch_batches(read, 0, 9, workers=1))))
+    except UserError as error:
+        print(error)
+"""
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0)
 dtypes = st.sampled_from([np.bool_, np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64, np.float32])
 
@@ -53,3 +72,21 @@ def test_compress_stores_broadcast_rows_once_and_bools_as_bits():
 def test_compress_passes_objects_through():
     x = np.array([{"a": 1}, None], object)
     assert round_trip(x)[0].tolist() == x.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "output"), [("64k", "/dev/shm: too small"), ("1m", "/dev/shm: too small"), ("64m", "9")]
+)
+def test_small_shared_memory_is_named(tmp_path, size, output):
+    (tmp_path / "read.py").write_text(SCRIPT)
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    command = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    if subprocess.run([*mount, command, "sh", "true"], capture_output=True).returncode:
+        pytest.skip("this machine makes no user namespaces")
+    script = [sys.executable, str(tmp_path / "read.py")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*mount, command, "sh", *script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout.startswith(output), result.stderr

@@ -1,0 +1,65 @@
+"""Joining the processes of a run, by the environment that a launcher or a cluster sets."""
+
+import os
+
+import jax
+import pytest
+
+from lvm.common import distributed
+from lvm.common.distributed import DistributedConfig
+from lvm.common.errors import UserError
+
+STEP = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "node[1-2]"}
+LAUNCHED = {distributed.COORDINATOR: "host:1", distributed.NUM_PROCESSES: "2", distributed.PROCESS_ID: "1"}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Options of each call of `jax.distributed.initialize`, in an environment without a cluster."""
+    calls = []
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "LVM_", "TPU_", "MEGASCALE_")) or name == "grpc_proxy":
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+    monkeypatch.setattr(distributed, "set_process", lambda index, count: None)
+    yield calls
+    os.environ.pop("grpc_proxy", None)
+
+
+@pytest.mark.parametrize(("variables", "count"), [({}, 0), (STEP, 1), (LAUNCHED, 1)])
+def test_join_follows_environment(joined, monkeypatch, variables, count):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    distributed.join(DistributedConfig())
+    assert len(joined) == count
+    if variables == LAUNCHED:
+        assert (joined[0]["coordinator_address"], joined[0]["process_id"]) == ("host:1", 1)
+    assert dict(os.environ).get("grpc_proxy") == ("" if count else None)  # processes reach each other without a proxy
+
+
+def test_batch_script_without_srun_is_one_process(joined, monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    distributed.join(DistributedConfig())
+    assert joined == []
+    assert "SLURM_NTASKS=2" in caplog.text
+    assert "srun" in caplog.text
+
+
+@pytest.mark.parametrize("variables", [{distributed.NUM_PROCESSES: "two"}, {distributed.PROCESS_ID: ""}])
+def test_join_refuses_malformed_launcher_variables(joined, monkeypatch, variables):
+    for name, value in (LAUNCHED | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=next(iter(variables))):
+        distributed.join(DistributedConfig())
+
+
+def test_join_without_a_cluster_to_detect_is_user_error(joined, monkeypatch):
+    def undefined(**options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", undefined)
+    monkeypatch.setenv(distributed.COORDINATOR, "auto")
+    with pytest.raises(UserError, match=f"{distributed.COORDINATOR}=auto: .*coordinator_address"):
+        distributed.join(DistributedConfig())
