@@ -93,3 +93,7 @@ def test_histogram_and_usage():
     counts = quantizers.histogram(jnp.array([[0, 0], [1, 1]]), 8)
     np.testing.assert_array_equal(counts, [2, 2, 0, 0, 0, 0, 0, 0])
     assert quantizers.usage(counts) == 0.25
+
+
+def test_normalize_keeps_zero():
+    np.testing.assert_array_equal(quantizers.normalize(jnp.zeros((2, 4))), 0.0)

@@ -76,6 +76,7 @@ def test_generate_rejects_invalid_requests(model):
         ({"grids": [grids[0], grids[0, :, :8]]}, r"\[8, 16\] codes per image"),
         ({"grids": grids + 32}, "expected 0..31"),
         ({"grids": np.zeros((1, 18, 16), int)}, "holds 18 images"),
+        ({"grids": [grids[0], np.zeros((18, 16), int)]}, "a prompt of 18 images"),
     ]:
         with pytest.raises(UserError, match=words):
             model.generate(**{"grids": grids, "num_images": 1, **arguments})

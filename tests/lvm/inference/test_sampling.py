@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lvm.common.errors import UserError
-from lvm.inference.sampling import SamplingParams, batch_sampling, sample_token
+from lvm.inference.sampling import SamplingParams, _truncate, batch_sampling, sample_token
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -87,3 +87,15 @@ def test_sample_token_depends_on_seed_and_index():
 def test_sampling_params_reject_invalid_values(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingParams(**bad)
+
+
+def test_seeds_count_modulo_two_to_the_32():
+    keys = jax.random.key_data(batch_sampling([SamplingParams()] * 4, [0, 2**31, 2**32, -1], 1).keys).tolist()
+    assert keys[0] == keys[2]
+    assert len({tuple(key) for key in keys}) == 3
+
+
+def test_truncate_keeps_unlikely_tokens_without_top_p():
+    logits = jnp.array([[0.0, -40.0, -50.0]])  # the first one's probability rounds to 1
+    kept = _truncate(logits, jnp.array([2]), jnp.array([1.0]))
+    np.testing.assert_array_equal(kept, [[0.0, -40.0, -np.inf]])

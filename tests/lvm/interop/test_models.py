@@ -236,6 +236,28 @@ def test_read_rejects_language_model(tmp_path):
     assert models.read(folder).vocabulary.num_codes == 31000
 
 
+def test_read_hf_of_tied_model_ignores_a_second_copy(tmp_path):
+    expected = small_model(tie_embeddings=True)
+    models.write(tmp_path / "hf", expected, "hf")
+    weights = {name: tensor.read() for name, tensor in read_safetensors(tmp_path / "hf" / "model.safetensors").items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    write_safetensors(tmp_path / "hf" / "model.safetensors", weights)
+    assert_same_model(models.read(tmp_path / "hf"), expected)
+
+
+def test_check_tokenizer_compares_hash_and_codes(caplog):
+    identity = {"hash": "a", "num_codes": 16}
+    models.check_tokenizer({"hash": "a"}, SMALL, identity, "folder")
+    assert not caplog.text
+    models.check_tokenizer(None, SMALL, identity, "folder")
+    assert "folder: can't be verified" in caplog.text
+    with pytest.raises(UserError, match="folder: not the tokenizer"):
+        models.check_tokenizer({"hash": "b"}, SMALL, identity, "folder")
+    for expected in (None, {"hash": "a"}):
+        with pytest.raises(UserError, match="folder: 17 codes, but the model has 16"):
+            models.check_tokenizer(expected, SMALL, {**identity, "num_codes": 17}, "folder")
+
+
 def test_read_hf_refuses_pickle_with_code(tmp_path):
     folder = undeclared(tmp_path / "hf", OURS)
     (folder / "model.safetensors").unlink()

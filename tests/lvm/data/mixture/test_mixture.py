@@ -225,3 +225,10 @@ def test_empty_mixture_raises(store, components, has_store, message):
 def test_negative_or_infinite_weight_raises(weight):
     with pytest.raises(UserError, match=r"^weight="):
         ComponentConfig(Single(), weight)
+
+
+def test_unreadable_groups_count_in_the_split(make_store):
+    """`make_store` lists groups of the lowest and the highest hash among those that could not be read."""
+    components = {"single": ComponentConfig(Single())}
+    mixture = make_mixture(make_store([(1, 0)] * 6), components, heldout=1e-9)
+    assert mixture.components[0].num_scenes == 6  # the group that is held out isn't there

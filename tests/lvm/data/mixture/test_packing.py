@@ -233,3 +233,8 @@ def test_best_fit_packs_every_item_within_capacity(kinds):
     assert all(0 < size <= 30 for size in sizes)
     total = sum(count * length for count, length in kinds)
     assert len(bins) <= 1 + 2 * total / 30  # no two bins would fit into one
+
+
+def test_best_fit_takes_the_fullest_bin_that_has_room():
+    # Neither the emptiest bin, nor the first or the last, and the first of equally full ones.
+    assert best_fit((1, 1, 2, 1), (17, 8, 12, 2), 22) == ((0,), (2, 1, 3), (2,))

@@ -49,6 +49,22 @@ def recipes_and_lengths(draw):
     return recipe, draw(st.lists(length, min_size=recipe.num_scenes, max_size=recipe.num_scenes))
 
 
+def test_recipes_default_to_the_papers_sentences():
+    defaults = {kind: vars(cls()) for kind, cls in Recipe.kinds.items()}
+    strided = {"frames": 8, "strides": (10, 20, 30), "input": "rgb", "target": "segmentation"}
+    annotations = ("segmentation", "depth", "normals", "edges")
+    assert defaults == {
+        "single": {"stream": "rgb"},
+        "video": {"stream": "rgb", "frames": 16, "strides": (10, 20, 30)},
+        "rotation": {"stream": "rgb", "views": 24, "step": 1},
+        "category": {"stream": "rgb", "images": 16},
+        "pairs": {"input": "rgb", "target": "segmentation", "shots": 8},
+        "multi_annotation": {"input": "rgb", "annotations": annotations, "num_streams": 4, "shots": 4},
+        "interleaved": strided,
+        "separated": strided,
+    }
+
+
 @given(recipes_and_lengths(), st.integers(0, 2**32))
 def test_sample_one_stays_within_its_scenes(example, seed):
     recipe, lengths = example

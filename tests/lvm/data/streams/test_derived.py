@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,6 +113,21 @@ def test_degradations_have_their_statistics() -> None:
     fine = np.abs(np.diff(derive("noisy", IMAGES, "a").astype(int), axis=1)).mean()
     assert np.abs(np.diff(low, axis=1)).mean() < fine
     assert np.abs(low.mean((1, 2)) - IMAGES.mean((1, 2))).max() < 3
+
+
+def test_low_resolution_averages_whole_blocks() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    sizes = set()
+    for key in "abcdefgh":
+        low, matches = derive("low_resolution", images, key).astype(int), []
+        for size in (4, 6, 8):
+            means = np.rint(images.reshape(2, 48 // size, size, 48 // size, size, 3).mean(axis=(2, 4))).astype(np.uint8)
+            enlarged = [PIL.Image.fromarray(x).resize((48, 48), PIL.Image.Resampling.BICUBIC) for x in means]
+            if np.abs(low - np.stack(enlarged)).max() <= 4:  # a level in rounding
+                matches.append(size)
+        assert len(matches) == 1
+        sizes.update(matches)
+    assert sizes == {4, 6, 8}
 
 
 def test_rotated_is_by_90_180_or_270_degrees() -> None:

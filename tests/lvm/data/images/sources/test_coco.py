@@ -367,3 +367,10 @@ def test_config_file_with_derived_streams(tmp_path) -> None:
     source = open_source(str(config), Preprocess(16))
     assert source.load(0).info.streams == ("rgb", "boxes", "masked")
     assert str(tmp_path) not in json.dumps(source.describe())
+
+
+def test_joints_lie_at_the_centers_of_pixels(tmp_path) -> None:
+    people = annotation(1, 1, keypoints=[20, 10, 2, 60, 30, 1, 0, 0, 0])
+    enlarged = CocoSource(Preprocess(320), **write(tmp_path, [people]))  # 4 × 8 pixels for each
+    nose, left, _ = parsed(enlarged, "pose")
+    np.testing.assert_allclose([nose[0], left[0]], [[82, 84], [242, 244]], atol=1)

@@ -196,3 +196,11 @@ def test_malformed_parquet_is_skipped(tmp_path) -> None:
     assert not any(str(tmp_path) in failure.reason for failure in source.skipped)
     with pytest.raises(UserError, match=r"no usable row \(a\.parquet: can't be read"):
         ParquetSource(small, path=str(tmp_path / "a.parquet"))
+
+
+def test_rows_of_every_group_are_found(tmp_path) -> None:
+    images = [encode_image(np.full((8, 8, 3), 40 * row, np.uint8)) for row in range(6)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=2)
+    source = ParquetSource(small, path=str(tmp_path / "a.parquet"))
+    assert [source.info(i).key for i in range(len(source))] == [f"a.parquet/{row}" for row in range(6)]
+    assert [source.load(i).images.mean() for i in range(6)] == [40 * row for row in range(6)]
