@@ -70,12 +70,13 @@ class FolderSource(ImageFileSource[list[Frame]]):
     one and are evenly numbered. If there is a subfolder `rgb`, it contains both kinds, and its siblings named after
     streams hold annotations under the same paths and stems. A scene has the streams that every one of its frames has.
 
-    Raises:
-      UserError: also if the files of subfolders tell no layout, or some tell videos and some classes.
-
     Annotations: `segmentation` holds class ids (modes 1, L, P; a mask may be 0 and 255) or exact RGB colors, named by
     `classes.json`; `depth` holds 16-bit millimeters (0 and 65535: no reading) or rendered 8-bit gray; the others are
     images. `streams.json` overrides codec parameters by stream, such as {"depth": {"near": 400, "far": 5000}}.
+
+    Raises:
+      UserError: also if the files of subfolders tell no layout, some tell videos and some classes, or they tell videos
+        in "train/cat/…", the layout of classes.
     """
 
     kind = "folder"
@@ -126,7 +127,8 @@ class FolderSource(ImageFileSource[list[Frame]]):
             step = math.ceil(len(folders) / _SAMPLED) or 1
             kinds = {self._kind(frames[:_SAMPLED]) for frames in list(folders.values())[::step]} - {""}
             kinds = kinds - {"unknown"} or kinds
-            if len(kinds) > 1 or kinds == {"unknown"}:
+            is_split = all("/" in folder and _class_name(folder) != folder.split("/")[0] for folder in folders)
+            if len(kinds) > 1 or kinds == {"unknown"} or (folders and is_split and kinds != {"classes"}):
                 raise UserError(
                     f"{self._root}: its subfolders may be videos (folders of frames) or classes (folders of photos); "
                     'give layout="videos" or layout="classes", in a config file with kind="folder" (docs/data.md)'

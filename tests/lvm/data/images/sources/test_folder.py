@@ -124,6 +124,18 @@ def test_layout_must_be_given_where_files_do_not_tell(tmp_path, caplog) -> None:
         open_source(str(tmp_path), exact, {"layout": "class"})
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_frames_in_a_folder_of_a_split_are_ambiguous(tmp_path, count) -> None:
+    for split in ("train", "val"):
+        for i in range(count):
+            save(tmp_path / split / "cat" / f"{i}.png")
+    with pytest.raises(UserError, match='give layout="videos" or layout="classes"'):
+        open_source(str(tmp_path), exact)
+    source = open_source(str(tmp_path), exact, {"layout": "classes"})
+    assert [source.info(i).key for i in (0, count)] == ["train/cat/0.png", "val/cat/0.png"]
+    assert source.classes == ("cat",)
+
+
 def test_videos_beside_photos_of_different_sizes_are_ambiguous(tmp_path) -> None:
     for i in range(3):
         save(tmp_path / "walk" / f"{i}.png")
