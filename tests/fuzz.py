@@ -39,6 +39,7 @@ def check_mutations(
     count: int = 1000,
     allowed: tuple[type[Exception], ...] = LISTED,
     limit_s: float = 5.0,
+    mutations: Callable[[bytes, int, int], Iterator[bytes]] = mutate,
 ) -> int:
     """Reads mutated copies of a file; returns how many were refused.
 
@@ -49,14 +50,15 @@ def check_mutations(
       count: number of mutated copies.
       allowed: exceptions that count as a refusal; each must give its reason in one line.
       limit_s: limit of CPU seconds of all threads for each copy.
+      mutations: yields the copies, as `mutate` does.
 
     Raises:
       AssertionError: another exception, or one copy took too long; the message tells how to get that copy.
     """
     read(content)
     num_refused = 0
-    for index, mutated in enumerate(mutate(content, seed, count)):
-        origin, reason = f"copy {index} of mutate({content[:8]!r}…, {seed}, {count})", None
+    for index, mutated in enumerate(mutations(content, seed, count)):
+        origin, reason = f"copy {index} of {mutations.__name__}({content[:8]!r}…, {seed}, {count})", None
         start = time.process_time()
         try:
             with warnings.catch_warnings(action="ignore"):

@@ -149,5 +149,5 @@ def read_range(path: pathlib.Path, offset: int, size: int) -> bytes:
 
 
 def relative_to(root: pathlib.Path, error: Exception) -> str:
-    """Returns an error's text with paths relative to `root`: a store must not name folders of this machine."""
-    return str(getattr(error, "strerror", None) or error).replace(f"{root}{os.sep}", "")
+    """Returns an error's text in one line, paths relative to `root`: a store must not name folders of this machine."""
+    return " ".join(str(getattr(error, "strerror", None) or error).replace(f"{root}{os.sep}", "").split())

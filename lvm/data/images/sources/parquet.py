@@ -53,7 +53,7 @@ class ParquetSource(ImageFileSource[Row]):
     kind = "parquet"
     config_class = ParquetConfig
     scene_noun = "row"
-    read_errors = (OSError, pyarrow.ArrowException)
+    read_errors = (OSError, ValueError, pyarrow.ArrowException)  # ValueError for text that is not UTF-8
     unpicklable = ("_cached_group", "_lock")
 
     def describe(self) -> dict[str, Any]:
@@ -74,7 +74,8 @@ class ParquetSource(ImageFileSource[Row]):
         return self._list_files(self._list_file)
 
     def _list_file(self, file: str) -> list[tuple[SceneInfo, Row]]:
-        table = pyarrow.parquet.ParquetFile(self._root / file)
+        # Without a buffer for the whole column, only what is needed is read.
+        table = pyarrow.parquet.ParquetFile(self._root / file, buffer_size=1 << 16, pre_buffer=False)
         self._check_columns(file, table.schema_arrow)
         config, scenes, start = self.config, dict[str, tuple[SceneInfo, Row]](), 0
         text_columns = [name for name in (config.key, config.group, config.class_name) if name]
@@ -118,7 +119,7 @@ class ParquetSource(ImageFileSource[Row]):
         self._stream_names = tuple(self._columns)
         for column in (*self._columns.values(), config.key, config.group, config.class_name):
             if column and column not in schema.names:
-                raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
+                raise UserError(f"{path}: no column {column!r}; it has {', '.join(map(repr, schema.names))}")
         for column in self._columns.values():
             if not (_holds_bytes(kind := schema.field(column).type) or _is_null(kind)):
                 expected = "expected bytes, or structs of bytes, of image files; paths are not followed"
@@ -128,10 +129,10 @@ class ParquetSource(ImageFileSource[Row]):
         try:
             with self._lock:  # threads that need the same group read it once
                 table = self._cached_group(file, group)
-            value = table.column(column)[row].as_py()
+            value = table.column(column)[row]
+            value = (value["bytes"] if isinstance(value, pyarrow.StructScalar) else value).as_py()
         except (OSError, pyarrow.ArrowException) as error:
             raise UnreadableError(f"the row group can't be read: {relative_to(self._root, error)}") from error
-        value = value["bytes"] if isinstance(value, dict) else value
         if value is None:
             raise UnreadableError(f"column {column!r} is null")
         return value
@@ -156,10 +157,17 @@ def _holds_bytes(kind: pyarrow.DataType) -> bool:
 
 def _empty_rows(table: pyarrow.parquet.ParquetFile, group: int, column: str) -> dict[int, str]:
     """Returns the rows of a group without bytes, and why; reads the column only if its statistics allow a null."""
+    leaves = [table.schema.column(i) for i in range(len(table.schema))]
+    leaf = next((i for i, leaf in enumerate(leaves) if leaf.path in (column, f"{column}.bytes")), -1)
+    if leaf < 0:
+        raise UnreadableError(f"damaged: its two schemas differ in column {column!r}")
+    # pyarrow ends the process at damaged metadata of a column, unless a batch, here of no rows, raises an error first.
+    next(table.reader.iter_batches(0, row_groups=[group], column_indices=[leaf], use_threads=False), None)
     metadata = table.metadata.row_group(group)
-    chunks = (metadata.column(i) for i in range(metadata.num_columns))
-    chunk = next((chunk for chunk in chunks if chunk.path_in_schema in (column, f"{column}.bytes")), None)
-    if chunk is not None and chunk.statistics is not None and chunk.statistics.null_count == 0:
+    chunk = metadata.column(leaf)
+    if (chunk.physical_type, chunk.num_values) != (leaves[leaf].physical_type, metadata.num_rows):
+        raise UnreadableError(f"damaged: column {column!r} of group {group} differs from the schema or number of rows")
+    if chunk.statistics is not None and chunk.statistics.null_count == 0:
         return {}
     values = table.read_row_group(group, columns=[column]).column(column)
     is_struct = pyarrow.types.is_struct(values.type)
