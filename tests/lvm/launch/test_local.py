@@ -58,6 +58,28 @@ def test_supervisor_file_cut_off_does_not_stop_a_run(tmp_path):
     assert local._state(tmp_path) == "ended"
 
 
+# Rank 0 fails once rank 1 is ready, which notices SIGTERM and hangs.
+FAILING = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+if os.environ["LVM_PROCESS_ID"] == "0":
+    while not (folder / "ready").exists():
+        time.sleep(0.01)
+    sys.exit(3)
+signal.signal(signal.SIGTERM, lambda *_: (folder / "noticed").touch())
+(folder / "ready").touch()
+for _ in range(300):
+    time.sleep(0.1)
+"""
+
+
+def test_supervisor_kills_hanging_ranks_after_grace(tmp_path):
+    supervisor = Supervisor(["-c", FAILING, str(tmp_path)], 2, max_restarts=0, grace=1.0)
+    assert supervisor._run_once() == 3
+    assert (tmp_path / "noticed").exists()
+    assert [rank.returncode for rank in supervisor._ranks] == [3, -signal.SIGKILL]
+
+
 @pytest.mark.parametrize(
     ("max_restarts", "codes", "never"),
     [
