@@ -156,9 +156,9 @@ def test_failed_background_save_raises_at_next_save(tmp_path, monkeypatch):
     assert latest_step(tmp_path) is None
 
 
-def largest_file(folder, step):
+def largest_file(folder, step, item="params"):
     return max(
-        (folder / FOLDER / str(step) / "params").rglob("*"),
+        (folder / FOLDER / str(step) / item).rglob("*"),
         key=lambda p: p.stat().st_size if p.is_file() else 0,
     )
 
@@ -207,6 +207,12 @@ def test_load_params_refuses_damaged_parameters(fresh):
     flip_a_byte(largest_file(fresh, 5))
     with pytest.raises(UserError, match=r"damaged checkpoint: .*/params/.*: checksum mismatch"):
         load_params(fresh, jax.eval_shape(lambda: new_state()["params"]))
+
+
+def test_load_params_verifies_parameters_alone(fresh):
+    flip_a_byte(largest_file(fresh, 5, "training"))
+    _, step = load_params(fresh, jax.eval_shape(lambda: new_state()["params"]))
+    assert step == 5
 
 
 def test_all_damaged_is_an_error(fresh):
