@@ -176,7 +176,7 @@ def test_opening_a_store_reads_only_the_manifest(make_store):
 def test_damaged_record_is_named_on_read(make_store, new_scenes):
     scenes = new_scenes([(3, 0), (3, 0)])
     folder = make_store(scenes, num_shards=1)
-    file = Path(folder) / "shard-00000-of-00002.array_record"
+    file = Path(folder) / "shard-00000-of-00001.array_record"
     data = file.read_bytes()
     at = data.index(scenes[1].scene.codes.tobytes())
     file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
@@ -247,7 +247,7 @@ def test_open_file_limit_is_raised_and_reported(make_store, new_scenes, monkeypa
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(files, "sha256", none_left)
-    with pytest.raises(UserError, match=r"shard-00000-of-00001\S*: Too many open files: .* 20; .*ulimit"):
+    with pytest.raises(UserError, match=r"shard-00000-of-00002\S*: Too many open files: .* 20; .*ulimit"):
         store.entries(np.array([0]))
     records._raise_open_file_limit.cache_clear()
 
