@@ -99,6 +99,7 @@ SIZES = {
     "600m": ModelConfig(1536, 4096, 22, 16),
     "1b": ModelConfig(2048, 5504, 22, 16),
     "3b": ModelConfig(3200, 8640, 26, 32),
+    "3b_tpu": ModelConfig(3072, 9216, 26, 24),  # heads of 128, which kernels take unpadded; the paper's have 100
     "7b": ModelConfig(4096, 11008, 32, 32),
 }
 

@@ -20,6 +20,7 @@ PUBLISHED = {  # parameters with a vocabulary of 8292
     "600m": 648_396_288,
     "1b": 1_147_119_616,
     "3b": 3_274_742_400,
+    "3b_tpu": 3_240_877_056,  # ours
     "7b": 6_544_199_680,
 }
 TINY = ModelConfig(
