@@ -4,6 +4,7 @@ lvm evaluate --config=configs/eval_demo.py --model=MODEL --tokenizer=TOKENIZER -
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ def _likelihood(
         return {}
     losses = {name: likelihood.grid_losses(model, batch) for name, batch in sentences.items()}
     num_codes = model.vocabulary.num_codes
-    weights = {name: component.weight for name, component in mixture.components.items()}
+    weights = {name: mixture.code_weight(component) for name, component in mixture.components.items()}
     results: dict[str, Any] = {
         "mixture": likelihood.mixture_metrics(losses, sentences, weights, num_codes),
         "perplexity_by_image": {name: likelihood.perplexity_by_image(x) for name, x in losses.items()},
@@ -132,19 +133,22 @@ def _likelihood(
     for name, component in mixture.components.items():
         recipe = component.recipe
         if isinstance(recipe, Video) and name in losses and losses[name].shape[1] > 2:
-            videos = _videos(recipe, mixture.stores_of(component), heldout, model.record["stores"])
+            videos = _videos(recipe, mixture.stores_of(component), heldout, model.record)
             results["video"] = likelihood.video_metrics(losses[name], videos, min(recipe.strides), num_codes)
     return results
 
 
-def _videos(recipe: Video, paths: Sequence[str], heldout: Heldout, identities: list[str]) -> list[np.ndarray]:
+def _videos(recipe: Video, paths: Sequence[str], heldout: Heldout, record: Mapping[str, Any]) -> list[np.ndarray]:
     """Codes int [T, N] of the videos to estimate the conditional entropy on.
 
     Videos of the training stores if they are there, else the held-out ones: few transitions bias the estimate low.
     """
     videos: list[np.ndarray] = []
     for path in paths:
-        if (epath.Path(path) / MANIFEST).exists() and (store := Store(path)).identity() in identities:
+        # Relative ones begin in the folder that training was started in; a store may have been moved with its project.
+        trained = os.path.join(record.get("folder", ""), path)
+        existing = next((p for p in (path, trained) if (epath.Path(p) / MANIFEST).exists()), None)
+        if existing and (store := Store(existing)).identity() in record["stores"]:
             videos += store.videos(recipe.stream, recipe.min_frames, _MAX_STORE_VIDEOS - len(videos))
     if videos:
         return videos

@@ -42,7 +42,7 @@ def check_flags(args: cli.Args) -> None:
         raise UserError("--query goes with --pairs, not with --sequence")
     if args.pairs and not args.query:
         raise UserError("--pairs needs --query=IMAGE, the image to answer for")
-    members = [path for pair in args.pairs for path in re.split("[:+]", pair)]
+    members = [path for pair in args.pairs for member in prompts.split_example(pair) for path in member]
     paths = [pathlib.Path(path) for path in (*args.sequence, *members, args.query) if path]
     has_video = any(suffix_of(path) in VIDEO_SUFFIXES for path in paths)
     if args.rate and not has_video:

@@ -5,6 +5,7 @@ lvm train --config=configs/demo_lvm.py --workdir=DIR
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -48,6 +49,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     options = compiler_options(jax.default_backend(), config.compiler_options, config.deterministic)
     record = {
         "config": to_json(config),
+        "folder": os.getcwd(),  # in which relative paths of the configuration begin
         "compiler_options": options,
         "tokenizer": store.manifest["tokenizer"],
         "stores": [store.identity() for store in mixture.stores],
@@ -81,7 +83,9 @@ def train(config: TrainConfig, workdir: str) -> None:
         heldout_rows = make_rows(config, "heldout")
         heldout = [heldout_rows.batch(step) for step in range(config.heldout_batches)]
     names, mesh = [component.name for component in mixture.components], make_mesh(config.mesh)
-    task = NextTokenTask(model, rows.batch_spec, names, tx, schedule, mesh, config.objective, heldout)
+    task = NextTokenTask(
+        model, rows.batch_spec, names, tx, schedule, mesh, config.objective, heldout, num_codes=store.num_codes
+    )
     if config.tokenizer:
         task.pictures = _picture_renderer(config, task, vocabulary)
     elif loop.picture_every:

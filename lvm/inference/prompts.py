@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 
 import av
@@ -102,7 +103,7 @@ class PromptReader:
 
     def _read_example(self, example: str) -> list[list[np.ndarray]]:
         """The rows of images that `x:y…` stands for: several if its members are folders."""
-        members = [member.split("+") for member in example.split(":")]
+        members = split_example(example)
         paths = [path for member in members for path in member]
         if len(members) < 2 or not all(paths):
             raise UserError(f"--pairs: {example!r} is not of the form image.png:answer.png")
@@ -129,6 +130,23 @@ class PromptReader:
         if not files:
             raise UserError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
         return sorted(files, key=lambda file: natural_key(file.name))[: self._max_frames or None]
+
+
+def split_example(example: str) -> list[list[str]]:
+    """`x:y+z` → [[x], [y, z]], where `:` and `+` may also be part of the name of a file that exists."""
+    return _split_at_files(example) or [member.split("+") for member in example.split(":")]
+
+
+def _split_at_files(example: str) -> list[list[str]]:
+    """The split into paths that all exist, the shortest first; [] if there is none."""
+    for separator in [*re.finditer("[:+]", example), None]:
+        path = example[: separator.start()] if separator else example
+        if path and pathlib.Path(path).exists():
+            if separator is None:
+                return [[path]]
+            if rest := _split_at_files(example[separator.end() :]):
+                return [[path], *rest] if separator[0] == ":" else [[path, *rest[0]], *rest[1:]]
+    return []
 
 
 def pairs_prompt(rows: Sequence[Sequence[np.ndarray]], query: UInt8[np.ndarray, "R R 3"]) -> Prompt:

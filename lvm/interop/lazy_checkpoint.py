@@ -67,9 +67,10 @@ class LazyCheckpoint:
         return sizes.most_common(1)[0][0]
 
     def export_record(self) -> dict[str, Any]:
-        """The run record to write beside exported weights, with this version of the package."""
+        """The run record to write beside exported weights: with this version, without the folder, which is private."""
         config = {**self.record.get("config", {}), "model": to_json(self.config)}
-        return {**self.record, "config": config, "lvm_version": __version__}
+        record = {name: value for name, value in self.record.items() if name != "folder"}
+        return {**record, "config": config, "lvm_version": __version__}
 
     def load_params(self) -> Params:
         """Reads all parameters, in their stored dtypes, stacked as in `Transformer`."""

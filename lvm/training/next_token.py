@@ -52,6 +52,8 @@ class NextTokenTask:
       objective: the training objective.
       heldout: batches that `evaluate` averages over.
       pictures: renders the pictures of a state; none by default.
+      num_codes: ids below it are codes, which alone count in `loss/NAME`; None counts all targets. BOS and EOS are
+        certain: a batch with no more of a component than its EOS would show a loss of almost 0.
       kernel: the attention kernel in use.
       graphdef, params_shape: the model's graph definition and its parameters' shapes.
 
@@ -68,6 +70,7 @@ class NextTokenTask:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     heldout: Sequence[Mapping[str, np.ndarray]] = ()
     pictures: Callable[[State], dict[str, UInt8[np.ndarray, "H W 3"]]] = lambda state: {}
+    num_codes: int | None = None
 
     def __post_init__(self) -> None:
         platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
@@ -121,7 +124,8 @@ class NextTokenTask:
             )  # [B, C]
         weights = batch["loss_mask"].astype(jnp.float32)  # [B, C]
         sums = {"loss": (jnp.sum(losses * weights), jnp.sum(weights))}
+        counted = weights if self.num_codes is None else weights * (targets < self.num_codes)
         for index, name in enumerate(self.component_names):
-            component_weights = weights * (batch["component_ids"] == index)
+            component_weights = counted * (batch["component_ids"] == index)
             sums[f"loss/{name}"] = jnp.sum(losses * component_weights), jnp.sum(component_weights)
         return jnp.sum((losses + self.objective.z_loss * log_z**2) * weights), sums

@@ -25,6 +25,7 @@ _CONVERT = {  # commands that read version 1
 # Keys that may differ on resume, by prefix: they change neither the data nor the mathematics of a step.
 _MAY_CHANGE = (
     "lvm_version",
+    "folder",
     "config.mesh.",
     "config.model.remat",
     "config.model.attention",

@@ -39,10 +39,11 @@ config.optimizer.moment_dtype config.optimizer.clip_norm
 """
 # The transformer's. A changed mixture is refused unless `config.accept_changed_mixture`.
 LVM_FREE = """
-config.tokenizer config.accept_changed_mixture config.compiler_options config.deterministic config.model.attention
-config.model.remat config.data.components.photos.store config.data.components.photos.max_repetitions
-config.data.store config.data.allow_missing config.data.stage_to config.data.skip_damaged
-config.objective.logits_chunk config.objective.accumulate_steps compiler_options.xla_cpu_enable_fast_math
+folder config.tokenizer config.accept_changed_mixture config.compiler_options config.deterministic
+config.model.attention config.model.remat config.data.components.photos.store
+config.data.components.photos.max_repetitions config.data.store config.data.allow_missing config.data.stage_to
+config.data.skip_damaged config.objective.logits_chunk config.objective.accumulate_steps
+compiler_options.xla_cpu_enable_fast_math
 """
 LVM_REFUSED = """
 config.heldout_batches config.model.hidden_size config.model.mlp_size config.model.num_layers config.model.num_heads

@@ -86,6 +86,10 @@ class MixtureConfig:
         """The paths of a component's stores."""
         return component.store or self.store
 
+    def code_weight(self, component: ComponentConfig) -> float:
+        """A component's weight relative to the others, in codes whichever unit `weigh_by` is."""
+        return component.weight * (1 if self.weigh_by == "codes" else component.recipe.num_grids)
+
 
 class Mixture:
     """All sentences of the training or held-out split, in their final order.

@@ -97,6 +97,18 @@ def test_read_pairs_overlays_what_is_not_black(reader, tmp_path):
     assert (answer[:, SIDE // 2 :] == COLORS["green"]).all()
 
 
+def test_read_pairs_with_separators_in_names(reader, tmp_path):
+    names = {"c++ 12:30": "red", "a+b:c": "green", "z": "blue"}
+    x, y, z = (save(tmp_path / name / f"{name}.png", color) for name, color in names.items())
+    prompt = reader.read_pairs([f"{x}:{y}"], z)
+    assert center_colors(prompt) == [COLORS[name] for name in ("red", "green", "blue")]
+    assert prompts.split_example(f"{x}:{y}+{z}:{y}") == [[x], [y, z], [y]]
+    assert prompts.split_example("a+b.png:c.png") == [["a", "b.png"], ["c.png"]]  # none of them exists
+    folders = f"{tmp_path / 'c++ 12:30'}:{tmp_path / 'a+b:c'}"
+    with pytest.raises(UserError, match=r"c\+\+ 12:30 and .*a\+b:c are not two folders of images with the same names"):
+        reader.read_pairs([folders], z)
+
+
 def test_read_pairs_matches_folders_by_name(reader, tmp_path):
     for index, (x, y) in enumerate([("red", "green"), ("blue", "black")]):
         save(tmp_path / "photos" / f"{index}.png", x)

@@ -24,7 +24,7 @@ B, C = 3, 6
 
 
 @functools.cache
-def objective(heldout=0):
+def objective(heldout=0, num_codes=None):
     spec = {
         "tokens": jax.ShapeDtypeStruct((B, C + 1), np.int32),
         "loss_mask": jax.ShapeDtypeStruct((B, C), np.bool_),
@@ -33,7 +33,9 @@ def objective(heldout=0):
     }
     schedule = optax.constant_schedule(0.01)
     batches = [batch(seed) for seed in range(100, 100 + heldout)]
-    return NextTokenTask(CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, heldout=batches)
+    return NextTokenTask(
+        CONFIG, spec, ["cats", "dogs", "owls"], optax.sgd(schedule), schedule, heldout=batches, num_codes=num_codes
+    )
 
 
 @functools.cache
@@ -91,6 +93,20 @@ def test_component_loss_is_mean_over_its_targets():
         counted = example["loss_mask"] & (example["component_ids"] == index)
         np.testing.assert_allclose(metrics[f"loss/{name}"], losses[counted].mean(), rtol=1e-5)
     assert np.isnan(metrics["loss/owls"])
+
+
+def test_component_loss_counts_codes_alone():
+    """A batch may hold no more of a component than its EOS, which is certain; the loss itself counts all targets."""
+    example = batch(mask=False)
+    example["component_ids"][:] = 0
+    example["tokens"] %= 18
+    example["tokens"][:, 2], example["component_ids"][:, 1] = 18, 1  # the only targets of dogs
+    sums = jax.jit(objective(num_codes=18)._loss)(state()["params"], example, jax.random.key(0))[1]
+    losses = numpy_losses(example)
+    cats = np.delete(losses, 1, axis=1)
+    np.testing.assert_allclose(sums["loss/cats"][0] / sums["loss/cats"][1], cats.mean(), rtol=1e-5)
+    assert sums["loss/dogs"][1] == 0
+    np.testing.assert_allclose(sums["loss"][0] / sums["loss"][1], losses.mean(), rtol=1e-5)
 
 
 def test_masked_targets_do_not_count():
