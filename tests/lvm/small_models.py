@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lvm.interop import tensors
+from lvm.interop import models, tensors
 from lvm.interop.lazy_checkpoint import DTYPES, NO_RECORD, LazyCheckpoint, tensor_shapes
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
@@ -27,6 +27,14 @@ def small_model(vocabulary=SMALL, dtype="float32", seed=0, step=7, spread=0.15, 
         array = np.float32(name.endswith("scale")) + spread * rng.standard_normal(shape, np.float32)
         arrays[name] = tensors.from_array(array.astype(DTYPES[dtype]))
     return LazyCheckpoint(config, vocabulary, arrays, NO_RECORD, step, "a small model")
+
+
+def undeclared(folder, vocabulary, **sizes):
+    """Writes an export without the files that declare its vocabulary and record; returns the folder."""
+    models.write(folder, small_model(vocabulary, **sizes), "hf")
+    (folder / "vocabulary.json").unlink()
+    (folder / "lvm.json").unlink()
+    return folder
 
 
 def assert_same_tensors(actual, expected):
