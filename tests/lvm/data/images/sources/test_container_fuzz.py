@@ -17,7 +17,7 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import ImageSource, open_source
 from lvm.data.images.sources.coco import CocoSource
 from lvm.data.images.sources.parquet import ParquetSource
-from tests.fuzz import check_mutations
+from tests.fuzz import check_mutations, mutate
 from tests.image_files import encode_image, photo
 
 small = Preprocess(8)
@@ -44,13 +44,25 @@ def tar_file(format: int) -> bytes:
     return file.getvalue()
 
 
+def mutate_tar(content: bytes, seed: int, count: int) -> Iterator[bytes]:
+    """Yields copies as `mutate`, a quarter of them with a hole of zero blocks before the last header instead."""
+    rng, last = np.random.default_rng(seed), content.rindex(b"ustar") // 512
+    for mutated in mutate(content, seed, count):
+        if rng.random() < 0.25:
+            start = int(rng.integers(last))
+            end = min(start + int(rng.integers(1, 8)), last)
+            mutated = content[: 512 * start] + bytes(512 * (end - start)) + content[512 * end :]
+        yield mutated
+
+
 def check_tars(folder: pathlib.Path, format: int, count: int) -> int:
     def read(content: bytes) -> None:
         (folder / "a.tar.index.json").unlink(missing_ok=True)  # would hide the changes
         (folder / "a.tar").write_bytes(content)
-        read_all(open_source(str(folder / "a.tar"), small))
+        read_all(source := open_source(str(folder / "a.tar"), small))
+        assert len(source) == 4 or source.skipped, "a scene is lost without a word"
 
-    return check_mutations(tar_file(format), read, seed=format, count=count)
+    return check_mutations(tar_file(format), read, seed=format, count=count, mutations=mutate_tar)
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -61,7 +73,7 @@ def test_damaged_tars_are_listed(tmp_path, format) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_thousands_of_damaged_tars_are_listed(tmp_path, format) -> None:
-    check_tars(tmp_path, format, count=4000)
+    check_tars(tmp_path, format, count=1000)
 
 
 def coco_file() -> bytes:
@@ -124,7 +136,7 @@ def test_malformed_coco_values_are_listed(tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_thousands_of_malformed_coco_files_are_listed(tmp_path, seed) -> None:
-    check_coco(tmp_path, seed, count=5000)
+    check_coco(tmp_path, seed, count=2000)
 
 
 WRITERS = [
@@ -167,4 +179,4 @@ def test_damaged_parquet_footers_are_listed(tmp_path, options) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", WRITERS)
 def test_thousands_of_damaged_footers_are_listed(tmp_path, options) -> None:
-    check_footers(tmp_path, options, count=3000)
+    check_footers(tmp_path, options, count=1000)
