@@ -8,7 +8,7 @@ from flax import traverse_util
 
 from lvm import train as lvm_train
 from lvm.common import files
-from lvm.common.config import from_config_dict
+from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Single
@@ -76,6 +76,40 @@ config.loss.commitment config.loss.autoencoder_steps config.loss.ema_decay confi
 preprocess.resolution preprocess.mode preprocess.filter preprocess.icc preprocess.colours source.kind
 source.num_scenes source.seed
 source.num_frames source.streams
+"""
+
+# Defaults: a changed one changes new runs, and refuses to resume those that left it to us.
+DEFAULTS = """
+seed=0 init_from='' data.heldout_fraction=0.05 optimizer.name='adamw' optimizer.schedule='cosine'
+optimizer.learning_rate=0.00015 optimizer.end_learning_rate=3e-05 optimizer.warmup_steps=2000
+optimizer.warmup_tokens=0 optimizer.decay_steps=0 optimizer.decay_tokens=0 optimizer.b1=0.9 optimizer.b2=0.95
+optimizer.epsilon=1e-08 optimizer.weight_decay=0.1 optimizer.weight_decay_mask='matrices'
+optimizer.moment_dtype='float32' optimizer.clip_norm=1.0 mesh.data=-1 mesh.fsdp=1 mesh.sequence=1 mesh.tensor=1
+mesh.zero1=False distributed.initialization_timeout=300 distributed.heartbeat_timeout=100 loop.total_steps=100000
+loop.total_tokens=0 loop.log_every=50 loop.evaluate_every=1000 loop.picture_every=5000 loop.checkpoint_every=1000
+loop.keep=2 loop.keep_every=0 loop.max_skipped=10 loop.input_workers=0 loop.profile=() loop.compilation_cache=''
+loop.wandb='' loop.spike.deviations=0.0 loop.spike.window=128 loop.spike.skip_before=100 loop.spike.max_rewinds=10
+loop.watchdog.factor=10.0 loop.watchdog.min_timeout_s=300.0 loop.watchdog.startup_timeout_s=3600.0
+loop.watchdog.pause_timeout_s=3600.0
+"""
+LVM_DEFAULTS = """
+batch_size=128 heldout_batches=4 tokenizer='' accept_changed_mixture=False compiler_options='' deterministic=False
+model.hidden_size=1024 model.mlp_size=2688 model.num_layers=22 model.num_heads=8 model.num_kv_heads=0
+model.vocabulary_size=0 model.context=4096 model.rope_theta=10000.0 model.norm_epsilon=1e-06 model.init_std=0.02
+model.depth_scaled_init=False model.tie_embeddings=False model.dtype='bfloat16' model.attention='auto'
+model.remat='none' data.store=() data.allow_missing=False data.weigh_by='sentences' data.packing='concat'
+data.loss='all' data.shuffle='all' data.jsonl.num_codes=8192 data.jsonl.grid=(16,16) data.stage_to=''
+data.skip_damaged=False objective.z_loss=0.0 objective.logits_chunk=1024 objective.accumulate_steps=1
+"""
+TOKENIZER_DEFAULTS = """
+batch_size=256 model.resolution=256 model.patch_size=1 model.channels=128 model.channel_multipliers=(1,2,2,4,6)
+model.encoder_blocks=2 model.decoder_blocks=3 model.middle_blocks=2 model.codebook_size=8192 model.codebook_dim=64
+model.norm_groups=32 model.block_bias=True model.shortcut='input' model.downsample='strided_conv'
+model.upsample='nearest_conv' model.latent_kernel=3 model.quant_convs=True model.l2_normalize=False
+model.compute_dtype='float32' preprocess.resolution=256 preprocess.mode='squash' preprocess.filter='bicubic'
+preprocess.decode='full' preprocess.resizer='pillow' preprocess.icc='srgb' data.source='' data.rgb_share=0.5
+data.max_scenes=0 data.max_gigabytes=8.0 loss.l1=1.0 loss.l2=4.0 loss.gradient=0.5 loss.commitment=0.25
+loss.autoencoder_steps=10000 loss.ema_decay=0.97 loss.dead_below=0.1
 """
 
 
@@ -148,3 +182,10 @@ def test_tokenizer_resume_keys(tmp_path, monkeypatch):
     call = opened_with(monkeypatch, tokenizer_train, config, str(tmp_path / "run"))
     table = expected(FREE + TOKENIZER_FREE, REFUSED + TOKENIZER_REFUSED)
     assert outcomes(tmp_path / "run", *call) == table
+
+
+@pytest.mark.parametrize(("config", "own"), [(TrainConfig, LVM_DEFAULTS), (TokenizerConfig, TOKENIZER_DEFAULTS)])
+def test_config_defaults(config, own):
+    defaults = traverse_util.flatten_dict(to_json(config()), sep=".")
+    table = dict(entry.split("=", 1) for entry in (DEFAULTS + own).split())
+    assert {key: repr(value).replace(" ", "") for key, value in defaults.items()} == table

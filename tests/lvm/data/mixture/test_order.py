@@ -20,6 +20,7 @@ from lvm.data.mixture.permutation import SHUFFLES
 from lvm.data.mixture.recipes import Category, Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
 from lvm.data.mixture.sampler import RankIndex
+from lvm.data.mixture.split import group_hash
 from lvm.data.store.format import SCENE_DTYPE
 from lvm.data.store.reader import Store
 from lvm.model.vocabulary import Vocabulary
@@ -123,6 +124,15 @@ def test_small_classes_are_excluded_and_counted(make_store, new_scenes):
     assert (component.sentences_per_epoch, component.num_scenes, component.num_excluded) == (1, 2, 3)
     with pytest.raises(UserError, match=r"no class has 3 .*train scenes in .* 2"):
         Mixture(MixtureConfig({"category": ComponentConfig(Category(images=3))}, (path,), 0.0), 0)
+
+
+def test_split_without_any_class_is_named(make_store, new_scenes):
+    groups = sorted(("a", "b", "c"), key=group_hash)  # scene 0, the one without a class, has the lowest hash
+    path = make_store(new_scenes([(1, 0)] * 3, groups=groups))
+    fraction = (group_hash(groups[0]) + group_hash(groups[1])) / 2**65
+    config = MixtureConfig({"category": ComponentConfig(Category(images=2))}, (path,), fraction)
+    with pytest.raises(UserError, match=r"no class has 2 .*heldout scenes in .*, the largest has 0"):
+        Mixture(config, 0, "heldout")
 
 
 def test_repetitions_count_copies_and_are_limited(make_store, new_scenes):
