@@ -100,10 +100,11 @@ def test_edit_list_limits_the_frames(tmp_path, media_time, frames) -> None:
 
 
 def test_live_webm_without_duration_is_read(tmp_path) -> None:
-    path = write_video(tmp_path / "v.webm", 90, rate=30, codec="libvpx", options={"live": "1"})
+    path = tmp_path / "v.webm"
+    write_video(path, rate=1000, codec="libvpx", times_ms=THIRTY_FPS, options={"live": "1"})
     source = VideoSource(small, path=str(path), rate=10)
     assert list(itertools.chain(*clip_frame_numbers(source))) == [number % 45 for number in range(0, 90, 3)]
-    assert sum(source_info.num_frames for source_info in map(open_source(str(path), small).info, range(6))) == 90
+    assert sum(info.num_frames for info in map(open_source(str(path), small).info, range(6))) == 90
 
 
 def test_times_that_go_back_end_a_video(tmp_path) -> None:
