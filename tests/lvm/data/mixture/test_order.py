@@ -69,7 +69,7 @@ def test_two_billion_sentences_are_fast_in_little_memory(monkeypatch, packing, s
     monkeypatch.setattr("lvm.data.mixture.mixture._open_stores", lambda config, parts: ({"huge": HugeStore(HUGE)}, {}))
     monkeypatch.setattr("lvm.data.mixture.mixture._check_scenes", lambda *arguments: "")
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     config = MixtureConfig({"single": ComponentConfig(Single())}, ("huge",), 0.0, packing=packing, shuffle=shuffle)
     rows = Rows(Mixture(config, 0), Vocabulary.for_codes(2**16), context=24, batch_size=64)
     assert rows.mixture.components[0].sentences_per_epoch == HUGE
@@ -84,7 +84,7 @@ def test_two_billion_sentences_are_fast_in_little_memory(monkeypatch, packing, s
             assert scenes.max() < HUGE
             sentences[row] = set(scenes.tolist())
             assert len(sentences[row]) == 256
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15
     assert tracemalloc.get_traced_memory()[1] < 2**26
     tracemalloc.stop()
     if packing == "whole":

@@ -31,9 +31,9 @@ def test_permute_maps_elements_independently(n, seed, data):
 
 @pytest.mark.parametrize("n", [2**31 - 1, 2**31 + 1, 2_000_000_000])
 def test_permute_of_billions_is_fast_and_spreads(n):
-    start = time.perf_counter()
+    start = time.process_time()
     result = permute(np.arange(n - 50_000, n), n, seed=3)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert len(np.unique(result)) == 50_000
     assert result.min() >= 0
     assert result.max() < n
