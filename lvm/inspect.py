@@ -2,9 +2,9 @@
 
     lvm inspect STORE
 
-Compares checksums, records, indexes and counts with the manifest. With `--source` and `--tokenizer`, re-encodes a
+Compares checksums, indexes and counts with the manifest. With `--source` and `--tokenizer`, re-encodes a
 sample of scenes and compares the codes; with `--tokenizer` and `--sheet=FILE.png`, decodes it onto a contact sheet.
-`--json` prints one JSON object. Exits with 1 if anything is damaged, naming shard and record.
+`--json` prints one JSON object. Exits with 1 if anything is damaged, naming shard, scene and frame.
 """
 
 import contextlib
@@ -26,18 +26,19 @@ from lvm.data.images.batches import ImageBatcher
 from lvm.data.images.sources import ImageSource, open_source
 from lvm.data.mixture.split import content_hash
 from lvm.data.store import writer
-from lvm.data.store.format import DamagedError, Scene
-from lvm.data.store.reader import HEADER, MANIFEST, Store, index_mismatch
-from lvm.data.store.records import FILE_CHECKSUM_MISMATCH, check_size
+from lvm.data.store.format import SECTIONS, Scene
+from lvm.data.store.reader import HEADER, MANIFEST, Store
+from lvm.data.store.shards import FILE_CHECKSUM_MISMATCH, Shard, check_size
 from lvm.inference.contact_sheet import Cell, render_sheet
 from tokenizer import Tokenizer
 
 _MAX_IMAGES, _MAX_LABEL = 16, 16  # images per scene on a sheet, characters of its key
+_CHUNK = 1024  # blocks read at once
 _LONG = ("histogram", "shards", "skipped")  # fields of a manifest that no summary prints
 
 
 def find_problems(store: Store) -> Iterator[str]:
-    """Yields every problem of a store, one line each; damaged records in the words of training's errors."""
+    """Yields every problem of a store, one line each; damaged codes in the words of training's errors."""
     entries: list[dict[str, Any]] = []
     yield from _manifest_problems(store, entries)
     for shard, entry in enumerate(entries or store.manifest["shards"]):
@@ -72,46 +73,55 @@ def _checksum_problems(store: Store, shard: int, is_named: bool) -> Iterator[str
         try:
             check_size(path, expected)
             if files.sha256(path) != expected["sha256"]:
-                yield f"{path}: {FILE_CHECKSUM_MISMATCH}{'' if is_named else ', but every record is intact'}"
+                yield f"{path}: {FILE_CHECKSUM_MISMATCH}{'' if is_named else ', but every block is intact'}"
         except (UserError, OSError) as error:
             yield str(error)
 
 
-def _shard_problems(store: Store, shard: int, entry: Mapping[str, Any]) -> Iterator[str]:
-    """Compares a shard's records with its index and its entry."""
+def _shard_problems(store: Store, number: int, entry: Mapping[str, Any]) -> Iterator[str]:
+    """Compares a shard's codes with its index, and its index with its entry."""
+    shard, name = store.shards[number], store.path / entry["name"]
     try:
-        store.shards.check_opens(shard)
-        index = store.indexes[shard]
+        sections = {section: shard.section(section) for section in SECTIONS}
+        histogram, is_damaged = np.zeros(2**16, np.int64), False
+        for damage in _damaged_blocks(shard, histogram):
+            is_damaged = True
+            yield damage
     except UserError as error:
         yield str(error)
         return
-    statistics, is_damaged = writer.ShardStatistics(2**16), False
-    keys = [np.zeros(0, np.uint64)]  # hashes, by record
-    for record in range(entry["records"]):
-        rows = index[slice(*np.searchsorted(index["record"], [record, record + 1]))]
-        try:
-            page = store.shards.page(shard, record)
-            if len(page) != len(rows) or statistics.add(record, page, rows["group"].tolist()) != rows.tolist():
-                raise index_mismatch(store.shards.record_name(shard, record))
-        except DamagedError as error:
-            is_damaged = True
-            yield str(error)
-            continue
-        keys.append(np.array([content_hash(scene.key.encode()) for scene in page], np.uint64))
-    if is_damaged:
+    scenes, num_streams = sections["scenes"], np.array([len(names) for names in store.stream_sets], np.int64)
+    if scenes["stream_set"].max(initial=0) >= len(num_streams):
+        yield f"{name}: the index has stream set {scenes['stream_set'].max()}, the manifest {len(num_streams)} sets"
         return
-    name, hashes, groups = store.path / entry["name"], np.concatenate(keys), index["group"]
+    images = scenes["frames"] * num_streams[scenes["stream_set"]]
+    if (scenes["first_grid"] != np.cumsum(images) - images).any():
+        yield f"{name}: the shard's index is damaged: its scenes do not follow one another"
+    hashes = np.array([content_hash(shard.key(i).encode()) for i in range(len(scenes))], np.uint64)
     if duplicates := len(hashes) - len(np.unique(hashes)):
         yield f"{name}: {duplicates} duplicate keys"
-    expected = statistics.to_json()
-    histogram = expected.pop("histogram")
-    if not np.array_equal(np.trim_zeros(histogram, "b"), np.trim_zeros(entry.get("histogram", histogram), "b")):
+    expected_histogram = histogram if is_damaged else entry.get("histogram", histogram)
+    if not np.array_equal(np.trim_zeros(histogram, "b"), np.trim_zeros(expected_histogram, "b")):
         yield f"{name}: histogram differs from that of the codes"
-    if len(groups) and not entry["failures"]:  # groups of failures are in the entry only
-        expected["group_hashes"] = [int(groups.min()), int(groups.max())]
+    by_stream_set = np.bincount(scenes["stream_set"], images).astype(int).tolist()
+    expected: dict[str, Any] = {
+        "scenes": len(scenes),
+        "images": int(images.sum()),
+        "images_by_stream_set": {str(i): count for i, count in enumerate(by_stream_set) if count},
+    }
+    if len(scenes) and not entry["failures"]:  # groups of failures are in the entry only
+        expected["group_hashes"] = [int(scenes["group"].min()), int(scenes["group"].max())]
     for key, value in expected.items():
         if entry.get(key, value) != value:
             yield f"{name}: the entry says {key} {entry[key]}, the shard has {value}"
+
+
+def _damaged_blocks(shard: Shard, histogram: np.ndarray) -> Iterator[str]:
+    """Yields the damage of each block; counts the codes of all in `histogram`."""
+    for start in range(0, shard.num_blocks, _CHUNK):
+        content = shard.read(start, min(start + _CHUNK, shard.num_blocks))
+        histogram += np.bincount(np.frombuffer(content, "<u2"), minlength=len(histogram))
+        yield from (str(shard.damage(block)) for block in shard.damaged_blocks(content, start))
 
 
 def sample_scenes(store: Store, count: int) -> Iterator[tuple[int, Scene]]:
@@ -239,7 +249,7 @@ def _run(args: cli.Args) -> int:
     elif problems:
         print("\n".join([*differences, f"{len(problems)} problem{'s' * (len(problems) > 1)}"]))
     else:
-        verified = "all checksums, records and counts are right" if args.verify else "not verified"
+        verified = "all checksums and counts are right" if args.verify else "not verified"
         print(verified + (f"; {args.sample} scenes re-encoded" if args.source else ""))
     return errors.EXIT_ERROR if problems else errors.EXIT_DONE
 

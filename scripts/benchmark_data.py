@@ -23,9 +23,10 @@ from lvm.data.mixture import loader
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Category, MultiAnnotation, Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
+from lvm.data.mixture.split import group_hash
 from lvm.data.store import jsonl
 from lvm.data.store.format import Scene
-from lvm.data.store.writer import GroupedScene, write_manifest, write_shard
+from lvm.data.store.writer import write_manifest, write_shard
 from lvm.data.streams.codecs import Edges, Image
 from lvm.model.vocabulary import Vocabulary
 
@@ -69,7 +70,8 @@ def make_stores(folder: pathlib.Path, scale: float) -> None:
         def scenes(name: str = name, count: int = count, shape: tuple[int, int] = (frames, streams)) -> Iterator:
             for index in range(count):
                 codes = rng.integers(0, NUM_CODES, (*shape, GRID[0] * GRID[1]), dtype=np.uint16)
-                yield GroupedScene(Scene(f"{name} {index}", index % 40, 0, codes), f"{name} {index}")
+                key = f"{name} {index}"
+                yield Scene(key, index % 40, 0, codes, group_hash(key))
 
         write_shard(folder / name, 0, 1, scenes(), NUM_CODES)
         codecs = {stream: (Edges() if stream == "edges" else Image()).to_json() for stream in STREAMS}

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from lvm.common import cli
+from lvm.data.mixture.split import group_hash
 from lvm.data.store.format import Scene
 from lvm.data.store.reader import Store
-from lvm.data.store.records import RECORDS_SUFFIX
-from lvm.data.store.writer import GroupedScene, begin_store, finish_store, write_shard
+from lvm.data.store.writer import begin_store, finish_store, write_shard
 from lvm.data.streams.codecs import Image
 from scripts.contenders import cpu_name
 
@@ -50,10 +50,10 @@ def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
     begin_store(folder, header, _SHARDS)
     codes = np.random.default_rng(0).integers(0, NUM_CODES, (997, frames, 1, GRID * GRID), dtype=np.uint16)
 
-    def content(first: int, last: int) -> Iterator[GroupedScene]:
+    def content(first: int, last: int) -> Iterator[Scene]:
         for index in range(first, last):
             key = f"scene-{index:09d}"
-            yield GroupedScene(Scene(key, -1, 0, codes[index % len(codes)]), key)
+            yield Scene(key, -1, 0, codes[index % len(codes)], group_hash(key))
 
     for shard in range(_SHARDS):
         part = content(scenes * shard // _SHARDS, scenes * (shard + 1) // _SHARDS)
@@ -73,7 +73,7 @@ def rate(name: str, read: Callable[[np.ndarray], object], indices: np.ndarray, b
 
 
 def rates(store: Store, count: int) -> list[str]:
-    """Lines of the table: records per second, singly and in batches."""
+    """Lines of the table: scenes per second, singly and in batches."""
     indices = np.random.default_rng(1).integers(0, len(store), count)
     frames = int(store.entries(indices[:1])["frames"][0])
 
@@ -84,7 +84,7 @@ def rates(store: Store, count: int) -> list[str]:
         frame_ids = np.tile(np.arange(frames), len(batch))
         store.grids(store.entries(batch).repeat(frames), frame_ids, np.zeros(len(frame_ids), np.int64))
 
-    lines = [f"{'records of 16 grids, random, checked':<44} {'a second':>12} {'a core second':>14}"]
+    lines = [f"{'scenes of 16 grids, random, checked':<44} {'a second':>12} {'a core second':>14}"]
     lines.append(rate("Store.scene, singly", singly, indices, 1))
     lines.append(rate(f"Store.grids, all grids of {_BATCH} scenes at once", grids, indices, _BATCH))
     return lines
@@ -115,13 +115,11 @@ def _run(args: cli.Args) -> None:
     print(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
     with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
         store = make_store(pathlib.Path(folder, "rates"), int(RATE_SCENES * scale), RATE_FRAMES)
-        stored_bytes = sum(
-            shard["files"][shard["name"] + RECORDS_SUFFIX]["bytes"] for shard in store.manifest["shards"]
-        )
+        stored_bytes = sum(file["bytes"] for shard in store.manifest["shards"] for file in shard["files"].values())
         minimum_bytes = len(store) * (512 * RATE_FRAMES + len("scene-000000000"))
         print(
             f"{len(store):,} scenes of {RATE_FRAMES} grids: {stored_bytes / minimum_bytes - 1:.2%} over 512 bytes per "
-            "grid and the keys"
+            "grid and the keys, index included"
         )
         print("\n" + "\n".join(rates(store, reads)))
         print(f"\n{'MiB resident':<32} {'before':>8} {'opened':>8} {'read':>8} {'of it own':>10}")

@@ -363,7 +363,7 @@ def test_store_rejects_second_source(demo, tmp_path):
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
     common = [f"--tokenizer={demo / 'tokenizer'}", f"--out={tmp_path / 'store'}"]
     run("tokenizer.encode", *common, f"--source={tmp_path / 'a'}")
-    shard = next((tmp_path / "store").glob("shard-00001*.array_record"))
+    shard = next((tmp_path / "store").glob("shard-00001*.codes"))
     whole = shard.read_bytes()
     shard.unlink()
     assert "holds codes made with other settings" in run(

@@ -29,15 +29,15 @@ from lvm.data.images.batches import DecodedScene, ImageBatcher
 from lvm.data.images.sources import CodeSource, Failure, ImageSource, SceneInfo
 from lvm.data.mixture import loader, split
 from lvm.data.store import writer
-from lvm.data.store.format import Scene
-from lvm.data.store.writer import GroupedScene, SkippedItems
+from lvm.data.store.format import MAX_STREAM_SETS, Scene
+from lvm.data.store.writer import SkippedItems
 from tokenizer.pretrained import Tokenizer
 
 T = TypeVar("T")
 Ranges = Sequence[tuple[int, int]]  # first scene of each, and the end
-ShardScenes = tuple[int, Iterator[GroupedScene], SkippedItems]  # index of the range, its scenes, what it skips
+ShardScenes = tuple[int, Iterator[Scene], SkippedItems]  # index of the range, its scenes, what it skips
 
-_SOFTWARE = ("jax", "jaxlib", "numpy", "pillow", "av", "array_record")
+_SOFTWARE = ("jax", "jaxlib", "numpy", "pillow", "av")
 _MAX_PENDING = 2  # batches on the devices while the host prepares the next
 _LOG_EVERY_S = 10.0
 
@@ -60,7 +60,7 @@ class ShardWriter(abc.ABC):
       num_shards: also an attribute.
 
     Raises:
-      UserError: the source has more than 256 stream sets, the limit of a store.
+      UserError: the source has more stream sets than a store counts.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class ShardWriter(abc.ABC):
         self._listing = source
         self._classes = {name: i for i, name in enumerate(source.classes)}
         self._stream_sets = {names: i for i, names in enumerate(source.stream_sets)}
-        if len(self._stream_sets) > 256:
-            raise UserError(f"{source.name}: {len(self._stream_sets)} stream sets; a store has at most 256")
+        if len(self._stream_sets) > MAX_STREAM_SETS:
+            raise UserError(f"{source.name}: {len(self._stream_sets)} stream sets, the limit is {MAX_STREAM_SETS}")
 
     def header(self) -> dict[str, Any]:
         """Metadata of all shards, known before anything is encoded."""
@@ -112,7 +112,7 @@ class ShardWriter(abc.ABC):
 
     def _store_scene(
         self, info: SceneInfo, failures: Iterable[Failure], codes: np.ndarray, skipped: SkippedItems
-    ) -> Iterator[GroupedScene]:
+    ) -> Iterator[Scene]:
         """Yields the scene of codes [images, N] or [T, S, N] unless it is empty; records its failures."""
         skipped.failures += map(dataclasses.asdict, failures)
         if not len(codes):
@@ -120,7 +120,7 @@ class ShardWriter(abc.ABC):
             return
         class_id = self._classes.get(info.class_name, -1)
         grids = codes.reshape(info.num_frames, len(info.streams), -1)  # [T, S, N]
-        yield GroupedScene(Scene(info.key, class_id, self._stream_sets[info.streams], grids), info.group)
+        yield Scene(info.key, class_id, self._stream_sets[info.streams], grids, split.group_hash(info.group))
 
 
 class CodeCopier(ShardWriter):
@@ -144,7 +144,7 @@ class CodeCopier(ShardWriter):
             skipped = SkippedItems()
             yield i, self._copy(range(*scenes), skipped, progress), skipped
 
-    def _copy(self, scenes: Iterable[int], skipped: SkippedItems, progress: EncodingProgress) -> Iterator[GroupedScene]:
+    def _copy(self, scenes: Iterable[int], skipped: SkippedItems, progress: EncodingProgress) -> Iterator[Scene]:
         for scene in progress.timed("host", map(self._source.load_codes, scenes)):
             progress.add(scene.codes.shape[0] * scene.codes.shape[1], 1)
             yield from self._store_scene(scene.info, scene.failures, scene.codes, skipped)
@@ -219,9 +219,7 @@ class Encoder(ShardWriter):
         if count or scenes:
             yield batch, count, scenes
 
-    def _collect(
-        self, batches: Iterator[_Batch], skipped: SkippedItems, progress: EncodingProgress
-    ) -> Iterator[GroupedScene]:
+    def _collect(self, batches: Iterator[_Batch], skipped: SkippedItems, progress: EncodingProgress) -> Iterator[Scene]:
         """Yields the scenes of one shard as their last codes arrive from the devices."""
         waiting: collections.deque[DecodedScene] = collections.deque()
         ready = np.zeros((0, self._tokenizer.codes_per_image), np.uint16)  # [images, N]

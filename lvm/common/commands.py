@@ -46,7 +46,7 @@ def dispatch(package: str, argv: Sequence[str] | None = None) -> int:
         return errors.EXIT_DONE
     if argv[0] not in commands:
         return report_error(f"no command {argv[0]!r}; one of {', '.join(commands)}", errors.EXIT_BAD_INPUT)
-    return int(importlib.import_module(f"{package}.{argv[0]}").main(argv[1:]))
+    return int(importlib.import_module(f"{package}.{argv[0].replace('-', '_')}").main(argv[1:]))
 
 
 def list_commands(package: str) -> dict[str, str]:
@@ -55,7 +55,7 @@ def list_commands(package: str) -> dict[str, str]:
     for path in sorted(pathlib.Path(importlib.import_module(package).__path__[0]).glob("[!_]*.py")):
         tree = ast.parse(path.read_text("utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            commands[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+            commands[path.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return commands
 
 

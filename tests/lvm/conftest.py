@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from lvm.data.images.sources.base import SceneInfo
+from lvm.data.mixture.split import group_hash
 from lvm.data.store import writer
 from lvm.data.store.format import Scene
-from lvm.data.store.writer import GroupedScene
 from lvm.data.streams.codecs import Edges, Image, Palette
 from lvm.evaluation.heldout import HeldoutScene
 
@@ -22,7 +22,7 @@ def make_scenes(shapes, seed=0, groups=None):
         size = (frames, len(STREAM_SETS[stream_set]), GRID[0] * GRID[1])
         codes = rng.integers(0, NUM_CODES, size, dtype=np.uint16)
         group = f"group {i}" if groups is None else groups[i]
-        scenes.append(GroupedScene(Scene(f"scene {i}", i % 3 - 1, stream_set, codes), group))
+        scenes.append(Scene(f"scene {i}", i % 3 - 1, stream_set, codes, group_hash(group)))
     return scenes
 
 
@@ -44,7 +44,7 @@ def make_store(tmp_path):
     def make(content, name="store", num_shards=2, **options):
         folder = tmp_path / name
         folder.mkdir()
-        scenes = content if content and isinstance(content[0], GroupedScene) else make_scenes(content)
+        scenes = content if content and isinstance(content[0], Scene) else make_scenes(content)
         for shard in range(num_shards):
             part = scenes[len(scenes) * shard // num_shards : len(scenes) * (shard + 1) // num_shards]
             writer.write_shard(folder, shard, num_shards, part, NUM_CODES, writer.SkippedItems(groups=[0, 2**64 - 1]))

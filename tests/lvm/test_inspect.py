@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single, Video
 from lvm.data.mixture.rows import Rows
 from lvm.data.store import writer
-from lvm.data.store.format import DamagedError
+from lvm.data.store.format import SCENE_DTYPE, DamagedError
 from lvm.data.store.reader import Store
 from lvm.model.vocabulary import Vocabulary
 from tests.commands import run
@@ -72,24 +73,25 @@ def test_any_changed_byte_is_reported(intact, tmp_path_factory, data):
     shutil.rmtree(folder)
 
 
-def test_damaged_record_is_reported_as_reading_reports_it(copy):
-    file, store = copy / "shard-00000-of-00002.array_record", Store(copy)
-    codes = store.scene(7).codes.tobytes()
-    flip(file, file.read_bytes().index(codes))
+def test_damaged_codes_are_reported_as_reading_reports_them(copy):
+    file, store = copy / "shard-00000-of-00002.codes", Store(copy)
+    flip(file, 8 * 7)  # the eighth grid of four codes
     reported = problems(copy)
     with pytest.raises(DamagedError) as error:
-        Store(copy).scene(7)
+        store.scene(7)
     assert reported[0] == str(error.value)
-    assert reported[0].startswith(f"{file}, record 0: ")
+    assert reported[0].startswith(f"{file}, scene 'scene 4' frame 0, ")
+    assert "'scene 7' frame 0: damaged" in reported[0]
     assert reported[1:] == [f"{file}: damaged: checksum differs from the manifest's"]
 
 
 def test_damaged_index_is_reported_as_reading_reports_it(copy):
     file = copy / "shard-00001-of-00002.index"
-    flip(file, 4)  # frames of the first scene
+    flip(file, 4)  # group of the first scene
     with pytest.raises(UserError) as error:
         Store(copy).entries(np.array([60]))
-    assert problems(copy) == [str(error.value)] == [f"{file}: damaged: checksum differs from the manifest's"]
+    assert problems(copy) == [str(error.value), f"{file}: damaged: checksum differs from the manifest's"]
+    assert str(error.value) == f"{file}: damaged: section scenes: checksum mismatch"
 
 
 def test_damaged_staged_index_is_reported(copy, tmp_path):
@@ -98,36 +100,34 @@ def test_damaged_staged_index_is_reported(copy, tmp_path):
     (file,) = (tmp_path / "staged").rglob("shard-00001-of-00002.index")
     flip(file, 4)
     reported = list(inspect.find_problems(Store(copy, stage_to=str(tmp_path / "staged"))))
-    assert reported == [f"{file}: damaged: checksum differs from the manifest's"]
+    assert reported == [f"{file}: damaged: section scenes: checksum mismatch"]
 
 
-def test_index_of_other_scenes_is_reported_with_its_record(copy):
+@pytest.mark.parametrize("field", ["frames", "first_grid", "stream_set"])
+def test_index_of_other_scenes_is_reported(copy, field):
     name = "shard-00001-of-00002"
-    flip(copy / f"{name}.index", 4)  # frames of the first scene
-    entry = files.read_json(copy / f"{name}.json")
-    entry["files"][f"{name}.index"]["sha256"] = files.sha256(copy / f"{name}.index")
+    index, entry = copy / f"{name}.index", files.read_json(copy / f"{name}.json")
+    scenes = np.frombuffer(index.read_bytes(), SCENE_DTYPE, entry["scenes"]).copy()
+    scenes[field][1] += 4
+    index.write_bytes(scenes.tobytes() + index.read_bytes()[scenes.nbytes :])
+    entry["sections"]["scenes"]["crc32c"] = google_crc32c.value(scenes.tobytes())
+    entry["files"][index.name]["sha256"] = files.sha256(index)
     files.write_json(copy / f"{name}.json", entry)
     writer.finish_store(copy)
-    reported = problems(copy)
-    with pytest.raises(DamagedError) as error:
-        Store(copy).scene(60)
-    assert reported[0] == str(error.value)
-    assert "record 0: the shard's index is damaged" in reported[0]
+    expected = "stream set 4" if field == "stream_set" else "the shard's index is damaged"
+    assert expected in problems(copy)[0]
 
 
-def test_unreadable_shard_is_reported_once(copy):
-    file = copy / "shard-00000-of-00002.array_record"
-    for at in range(file.stat().st_size - 65536, file.stat().st_size - 65536 + 64):
-        flip(file, at)
-    reported = [problem for problem in problems(copy) if "checksum" not in problem]
-    with pytest.raises(DamagedError) as error:
-        Store(copy).scene(0)
-    assert reported == [str(error.value)]
+def test_missing_file_of_codes_is_reported_once(copy):
+    file = copy / "shard-00000-of-00002.codes"
+    size = file.stat().st_size
+    file.unlink()
+    assert problems(copy) == [f"{file}: is missing, the manifest says {size}; encode it again"]
 
 
 def test_missing_and_truncated_files_are_reported(copy):
     (copy / "shard-00000-of-00002.index").unlink()
-    file = copy / "shard-00001-of-00002.array_record"
+    file = copy / "shard-00001-of-00002.codes"
     file.write_bytes(file.read_bytes()[:-100])
     reported = "\n".join(problems(copy))
     assert "shard-00000-of-00002.index: is missing, the manifest says" in reported
@@ -148,7 +148,7 @@ def test_wrong_counts_in_a_consistent_store_are_reported(tmp_path, new_scenes, m
     scenes = new_scenes([(1, 0)] * 5)
     writer.write_shard(tmp_path, 0, 1, [*scenes, scenes[0]], 16)
     entry = files.read_json(tmp_path / "shard-00000-of-00001.json")
-    entry |= {"scenes": 7, "histogram": [1] * 16, "images_by_stream_set": {"1": 14}}
+    entry |= {"histogram": [1] * 16, "images_by_stream_set": {"1": 14}}
     files.write_json(tmp_path / "shard-00000-of-00001.json", entry)
     writer.finish_store(tmp_path)
     reported = problems(tmp_path)
@@ -156,14 +156,20 @@ def test_wrong_counts_in_a_consistent_store_are_reported(tmp_path, new_scenes, m
     assert reported == [
         f"{name}: 1 duplicate keys",
         f"{name}: histogram differs from that of the codes",
-        f"{name}: the entry says scenes 7, the shard has 6",
         f"{name}: the entry says images_by_stream_set {{'1': 14}}, the shard has {{'0': 6}}",
     ]
 
 
+def test_entry_of_another_number_of_scenes_is_reported(copy):
+    path = copy / "shard-00000-of-00002.json"
+    files.write_json(path, files.read_json(path) | {"scenes": 59})
+    writer.finish_store(copy)
+    assert problems(copy) == [f"{path.with_suffix('.index')}: damaged: section scenes: 60 items, expected 59"]
+
+
 @pytest.mark.parametrize("packing", ["concat", "whole"])
-def test_training_rejects_or_skips_damaged_records(copy, packing, caplog):
-    file, store = copy / "shard-00000-of-00002.array_record", Store(copy)
+def test_training_rejects_or_skips_damaged_blocks(copy, packing, caplog):
+    file = copy / "shard-00000-of-00002.codes"
     vocabulary = Vocabulary.for_codes(16)
 
     def rows(skip):
@@ -175,17 +181,15 @@ def test_training_rejects_or_skips_damaged_records(copy, packing, caplog):
         return Rows(Mixture(config, 0), vocabulary, 40, 4)
 
     before = [rows(False).batch(step) for step in range(4)]
-    # Damages four blocks of a page.
-    for codes in [store.scene(damaged).codes.tobytes() for damaged in (0, 9, 20, 30)]:
-        flip(file, file.read_bytes().index(codes))
-    with pytest.raises(DamagedError, match=rf"{file}, record 0: "):
+    for grid in (0, 9, 20, 30):
+        flip(file, 8 * grid)
+    with pytest.raises(DamagedError, match=rf"{file}, scene 'scene \d+' frame 0, 'scene "):
         [rows(False).batch(step) for step in range(4)]
     skipping = rows(True)
     after = [skipping.batch(step) for step in range(4)]
-    (reason,) = skipping.skipped
-    assert reason == problems(copy)[0]
-    assert 1 < len(skipping.skipped[reason]) < 17
-    assert caplog.text.count(f"skipped: {reason} (1 damaged records, 1 sentences so far)") == 1
+    assert skipping.skipped.keys() <= set(problems(copy)[:4])
+    assert 1 < len(set().union(*skipping.skipped.values())) < 17
+    assert caplog.text.count(f"skipped: {next(iter(skipping.skipped))} (1 damaged blocks, 1 sentences so far)") == 1
     lost = 0
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old["component_ids"], new["component_ids"])
@@ -218,12 +222,12 @@ def test_command_prints_verifies_and_writes_a_sheet(encoded, tmp_path, copy):
     options = [f"--tokenizer={encoded / 'tokenizer'}", f"--source={encoded / 'scenes.py'}", "--sample=3"]
     output = run("lvm.inspect", store, *options, f"--sheet={tmp_path / 'a.png'}")
     assert "10 scenes, 80 images: depth 20, edges 20, rgb 20, segmentation 20" in output
-    assert output.endswith("all checksums, records and counts are right; 3 scenes re-encoded\n")
+    assert output.endswith("all checksums and counts are right; 3 scenes re-encoded\n")
     assert (tmp_path / "a.png").stat().st_size > 1000
-    file = copy / "shard-00000-of-00002.array_record"
-    flip(file, file.read_bytes().index(Store(copy).scene(0).codes.tobytes()))
+    file = copy / "shard-00000-of-00002.codes"
+    flip(file, 0)
     report = json.loads(run("lvm.inspect", copy, "--json", code=1))
-    assert report["problems"][0].startswith(f"{file}, record 0: ")
+    assert report["problems"][0].startswith(f"{file}, scene 'scene 0' frame 0, ")
     assert (report["scenes"], report["codes_used"], report["num_shards"]) == (79, 16, 2)
 
 

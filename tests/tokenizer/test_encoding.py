@@ -249,7 +249,7 @@ def test_image_batcher_bounds_images_of_late_videos():
 
 def test_shard_of_another_process_is_rejected(tokenizer, tmp_path):
     folder = encode(tokenizer, tmp_path / "store", [(1, 2)])
-    with open(folder / ".shard-00000-of-00004.array_record.tmp", "wb") as other:
+    with open(folder / ".shard-00000-of-00004.codes.tmp", "wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing this shard"):
             encode(tokenizer, folder)

@@ -53,7 +53,7 @@ class Rows:
       mixture, vocabulary, context: the arguments.
       sentence_lengths: int64 [components], tokens in a sentence.
       packer: of sentences into rows.
-      skipped: damaged record, as named by its error → (component, index) of the sentences skipped for it.
+      skipped: damaged block, as named by its error → (component, index) of the sentences skipped for it.
 
     Raises:
       UserError: `whole` with sentences longer than a row or a vocabulary without PAD; a loss on answers for a
@@ -182,7 +182,7 @@ class Rows:
         """Tokens int32 [n, length] of a component's sentences, and bool [n], which are damaged and to be skipped.
 
         Raises:
-          DamagedError: a record is damaged, and `skip_damaged` isn't set.
+          DamagedError: a block is damaged, and `skip_damaged` isn't set.
         """
         try:
             return self._tokens(component, indices), np.zeros(len(indices), bool)
@@ -204,7 +204,7 @@ class Rows:
         self.skipped.setdefault(reason, set()).add(sentence)
         if is_new:
             count = len(set().union(*self.skipped.values()))
-            log_warning(f"skipped: {reason} ({len(self.skipped)} damaged records, {count} sentences so far)")
+            log_warning(f"skipped: {reason} ({len(self.skipped)} damaged blocks, {count} sentences so far)")
 
     def _tokens(self, component: int, indices: np.ndarray) -> np.ndarray:
         """Tokens int32 [n, length] of a component's sentences."""

@@ -40,7 +40,7 @@ class ConcatStore:
         self._starts = np.cumsum([0] + [len(store) for store in stores])
         # From each store's ids to the common ones; class id -1, no class, is the last.
         self._class_ids = [np.array([*map(self.classes.index, store.classes), -1], np.int32) for store in stores]
-        self._stream_set_ids = [np.array([*map(self.stream_sets.index, s.stream_sets)], np.uint8) for s in stores]
+        self._stream_set_ids = [np.array([*map(self.stream_sets.index, s.stream_sets)], np.uint16) for s in stores]
         self._local_set_ids = [_inverse(ids, len(self.stream_sets)) for ids in self._stream_set_ids]
         entry_dtype = stores[0].entries(np.zeros(0, np.int64)).dtype
         self._nested = np.dtype([("entry", entry_dtype), ("store", "<i4")])
@@ -96,7 +96,7 @@ class ConcatStore:
 
 def _inverse(ids: np.ndarray, size: int) -> np.ndarray:
     """The index in `ids` of each of [0, size); 0 for those that aren't there, which are never looked up."""
-    inverse = np.zeros(size, np.uint8)
+    inverse = np.zeros(size, np.uint16)
     inverse[ids] = np.arange(len(ids))
     return inverse
 

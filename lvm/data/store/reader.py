@@ -1,19 +1,20 @@
-"""Scene store: ArrayRecord shards, an index beside each, and one manifest. `lvm.data.store.writer` writes it.
+"""Scene store: flat shards, an index beside each, and one manifest. `lvm.data.store.writer` writes it.
 
-    STORE/shard-00000-of-00004.array_record   records of `lvm.data.store.format`
-    STORE/shard-00000-of-00004.index          `SCENE_DTYPE` of its scenes, `RECORD_DTYPE` of its records
-    STORE/shard-00000-of-00004.json           the shard's entry, written after both
-    STORE/header.json                         metadata of all shards, written before the first
-    STORE/manifest.json                       header, totals and entries, written once all entries exist
+    STORE/shard-00000-of-00004.codes   the grids of its scenes (`lvm.data.store.format`)
+    STORE/shard-00000-of-00004.index   its scenes, keys, checksums and marks
+    STORE/shard-00000-of-00004.json    the shard's entry, written after both
+    STORE/header.json                  metadata of all shards, written before the first
+    STORE/manifest.json                header, totals and entries, written once all entries exist
 
 A shard is complete once its entry exists, a store once its manifest does. No file has a time or a host name in it.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,27 +23,13 @@ from jaxtyping import Int, Shaped, UInt16
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.data.store.format import ENTRY_DTYPE, RECORD_DTYPE, SCENE_DTYPE, DamagedError, Scene
-from lvm.data.store.records import Shards
+from lvm.data.store.format import ENTRY_DTYPE, SCENE_DTYPE, VERSION, Scene
+from lvm.data.store.shards import Shards
 from lvm.data.streams.codecs import Codec, codec_from_json
 
-VERSION = 3
-_NESTED_ENTRY = np.dtype([("scene", SCENE_DTYPE), ("record", RECORD_DTYPE), ("shard", "<i4")])  # as ENTRY_DTYPE
+_NESTED_ENTRY = np.dtype([("scene", SCENE_DTYPE), ("shard", "<i4")])  # as ENTRY_DTYPE
 MANIFEST, HEADER = "manifest.json", "header.json"
 _KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "histogram", "shards"}
-
-
-class _Indexes(Sequence[np.ndarray]):
-    """Scene indexes of all shards, each memory-mapped on first access."""
-
-    def __init__(self, shards: Shards):
-        self._shards = shards
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def __getitem__(self, shard: Any) -> Any:
-        return self._shards.index(range(len(self))[shard])[0]
 
 
 class Store:
@@ -60,7 +47,6 @@ class Store:
       classes: class names.
       group_hashes: the lowest and the highest of all scenes, for the split.
       shards: their files.
-      indexes: `SCENE_DTYPE` of each shard's scenes, memory-mapped on first access.
 
     Raises:
       UserError: not a store, or another version.
@@ -77,15 +63,21 @@ class Store:
         self.group_hashes: tuple[int, int] = tuple(self.manifest["group_hashes"])
         self._num_streams = np.array([len(names) for names in self.stream_sets], np.int64)
         entries, num_streams = self.manifest["shards"], self._num_streams.tolist()
-        self.shards = Shards(self.path, entries, stage_to, self.identity, num_streams)
-        self.indexes = _Indexes(self.shards)
+        self.shards = Shards(self.path, entries, stage_to, self.identity, self.codes_per_image, num_streams)
         self._starts = np.cumsum([0] + [entry["scenes"] for entry in entries])
+        self._first_scenes = self._starts.tolist()  # for single look-ups
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, str]]:
         return Store, (os.fspath(self.path), self._stage_to)
+
+    @property
+    def indexes(self) -> Iterator[Shaped[np.ndarray, " scenes"]]:
+        """`SCENE_DTYPE` of each shard's scenes, memory-mapped on first access."""
+        for shard in self.shards:
+            yield shard.section("scenes")
 
     @functools.cached_property
     def index(self) -> Shaped[np.ndarray, " scenes"]:
@@ -100,9 +92,7 @@ class Store:
         shard_starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
         for rows in np.split(order, shard_starts[1:]) if len(order) else ():
             shard = int(shards[rows[0]])
-            index, records = self.shards.index(shard)
-            entries["scene"][rows] = scene_entries = index[scenes[rows] - self._starts[shard]]
-            entries["record"][rows] = records[scene_entries["record"]]
+            entries["scene"][rows] = self.shards[shard].section("scenes")[scenes[rows] - self._starts[shard]]
         entries["shard"] = shards
         return entries.view(ENTRY_DTYPE)
 
@@ -117,11 +107,13 @@ class Store:
           streams: index of its stream in the scene's stream set.
 
         Raises:
-          DamagedError: a block is corrupted; names shard and record.
+          DamagedError: a block is corrupted; names its shard, scenes and frames.
         """
-        frames_before = entries["slot"] + frames  # in the record; a scene of several frames has slot 0
-        positions = frames_before * self._num_streams[entries["stream_set"]] + streams
-        return self.shards.grids(entries, positions, self.codes_per_image)
+        num_streams = self._num_streams[entries["stream_set"]]
+        if (beyond := (frames >= entries["frames"]) | (streams >= num_streams)).any():
+            i = int(np.argmax(beyond))
+            raise ValueError(f"frame {frames[i]}, stream {streams[i]} is not in a scene of {entries[i]}")
+        return self.shards.grids(entries["shard"], entries["first_grid"] + frames * num_streams + streams)
 
     @property
     def codes_per_image(self) -> int:
@@ -141,19 +133,14 @@ class Store:
         """Reads scene `i`, in [0, len).
 
         Raises:
-          DamagedError: its record is corrupted; names shard and record.
+          DamagedError: a block is corrupted; names its shard, scenes and frames.
         """
         shard = self.shard_of(i)
-        record, frames, slot, stream_set, *_ = self.indexes[shard][i - self._starts[shard]].item()
-        page = self.shards.page(shard, record)
-        scene = page[slot] if slot < len(page) else None
-        if scene is None or (len(scene.codes), scene.stream_set) != (frames, stream_set):
-            raise index_mismatch(self.shards.record_name(shard, record))
-        return scene
+        return self.shards[shard].scene(i - self._first_scenes[shard])
 
     def shard_of(self, i: int) -> int:
         """The shard of scene `i`."""
-        return int(np.searchsorted(self._starts, i, side="right")) - 1
+        return bisect.bisect_right(self._first_scenes, i) - 1
 
     def videos(self, stream: str, min_frames: int, limit: int) -> list[UInt16[np.ndarray, "T N"]]:
         """Codes of `stream` of the first `limit` scenes that have it and at least `min_frames` frames."""
@@ -163,11 +150,6 @@ class Store:
         return [scene.codes[:, self.stream_sets[scene.stream_set].index(stream)] for scene in scenes]
 
 
-def index_mismatch(record_name: str) -> DamagedError:
-    """The error for a record whose scenes are not those of the index."""
-    return DamagedError(f"{record_name}: the shard's index is damaged: it describes another scene")
-
-
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
     manifest_path = path / MANIFEST
     if not manifest_path.exists():
@@ -175,8 +157,12 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
     manifest = files.read_json(manifest_path)
     if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
         raise UserError(f"{manifest_path}: not a store's manifest; it needs {', '.join(sorted(_KEYS))}")
-    if manifest["version"] != VERSION:
-        raise UserError(
-            f"{manifest_path}: version {manifest['version']!r}, this reads version {VERSION}; encode it again"
-        )
+    check_version(manifest_path, manifest["version"])
     return manifest
+
+
+def check_version(path: epath.Path, version: Any) -> None:
+    """Raises UserError unless a store's file has the current version."""
+    if version != VERSION:
+        remedy = f"convert it: lvm convert-store {path.parent} NEW" if version == 3 else "encode it again"
+        raise UserError(f"{path}: version {version!r}, expected {VERSION}; {remedy}")

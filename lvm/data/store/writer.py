@@ -2,37 +2,24 @@
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Any, BinaryIO
 
 import numpy as np
-from array_record.python import array_record_module
 from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.data.mixture import split
 from lvm.data.store import format
-from lvm.data.store.format import PAGE_SIZE, RECORD_DTYPE, SCENE_DTYPE, Scene
-from lvm.data.store.reader import HEADER, MANIFEST, VERSION
-from lvm.data.store.records import INDEX_SUFFIX, RECORDS_SUFFIX, read_ranges
+from lvm.data.store.format import BLOCK_SIZE, CODES_SUFFIX, INDEX_SUFFIX, SCENE_DTYPE, SECTIONS, VERSION, Scene
+from lvm.data.store.reader import HEADER, MANIFEST, check_version
 
 _ABANDONED_S = 5.0  # age after which a temporary file of a process that no longer runs is removed
-_OPTIONS = "group_size:1,uncompressed"
-_MAX_RECORD_GAP = 2**12  # bytes searched for the next record; ArrayRecord puts far fewer between two
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupedScene:
-    """A scene to write, and the name of its group (the original image or video)."""
-
-    scene: Scene
-    group: str
+_BUFFER = 1024  # grids; a multiple of `BLOCK_SIZE`
 
 
 @dataclasses.dataclass
@@ -53,8 +40,9 @@ def shard_name(shard: int, num_shards: int) -> str:
 
 
 def write_shard(
-    folder: epath.PathLike, shard: int, num_shards: int, scenes: Iterable[GroupedScene], num_codes: int,
+    folder: epath.PathLike, shard: int, num_shards: int, scenes: Iterable[Scene], num_codes: int,
     skipped: SkippedItems | None = None, versions: Mapping[str, str] | None = None,
+    verify: Callable[[Mapping[str, Any], Callable[[str], epath.Path]], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes one shard, its index and, last, its entry; returns the entry.
 
@@ -64,37 +52,41 @@ def write_shard(
       num_codes: codebook size, for the histogram.
       skipped: items that are not in the shard; read once `scenes` is exhausted.
       versions: of the software that made the codes.
+      verify: called before the shard is complete with `Shard`'s `entry` and `locate`; an exception leaves no shard.
 
     Raises:
-      UserError: another process on this machine is writing the shard.
+      UserError: another process on this machine is writing the shard, or a scene or the shard is too large.
     """
     skipped, folder = skipped or SkippedItems(), epath.Path(folder)
     name = shard_name(shard, num_shards)
     with contextlib.ExitStack() as stack:
         scratch = epath.Path(stack.enter_context(_scratch_folder(folder)))
-        records, index = (scratch / f".{name}{suffix}.tmp" for suffix in (RECORDS_SUFFIX, INDEX_SUFFIX))
-        stack.enter_context(_lock_shard(records))
-        temporary = {f"{name}{RECORDS_SUFFIX}": records, f"{name}{INDEX_SUFFIX}": index}
+        temporary = {suffix: scratch / f".{name}{suffix}.tmp" for suffix in (CODES_SUFFIX, INDEX_SUFFIX)}
+        stack.enter_context(_lock_shard(temporary[CODES_SUFFIX]))
         for path in temporary.values():
             stack.callback(path.unlink, missing_ok=True)
-        statistics = ShardStatistics(num_codes)
-        with files.clear_disk_errors(records):
-            scene_index, record_index = _write_records(records, scenes, statistics)
-        index.write_bytes(scene_index.tobytes() + record_index.tobytes())
+        with files.clear_disk_errors(temporary[CODES_SUFFIX]), open(temporary[CODES_SUFFIX], "wb") as file:
+            content = _ShardContent(file, num_codes)
+            for scene in scenes:
+                content.add(scene)
+            contents = content.finish()
+        index, sections = format.pack_sections(contents)
+        temporary[INDEX_SUFFIX].write_bytes(index)
         entry = {
             "name": name,
-            **statistics.to_json(),
-            "records": len(record_index),
-            "group_hashes": _extremes(scene_index["group"].tolist() + skipped.groups),
+            **content.counts(skipped),
             "failures": skipped.failures,
             "versions": dict(versions or {}),
+            "sections": sections,
             "files": {
-                final: {"bytes": files.file_size(path), "sha256": files.sha256(path)}
-                for final, path in temporary.items()
+                f"{name}{suffix}": {"bytes": files.file_size(path), "sha256": files.sha256(path)}
+                for suffix, path in temporary.items()
             },
         }
-        for final, path in temporary.items():
-            files.put(path, folder / final)
+        if verify:
+            verify(entry, temporary.__getitem__)
+        for suffix, path in temporary.items():
+            files.put(path, folder / f"{name}{suffix}")
     files.write_json(folder / f"{name}.json", entry)
     return entry
 
@@ -112,95 +104,66 @@ def _lock_shard(path: epath.Path) -> IO[str]:
     return lock
 
 
-class ShardStatistics:
-    """Counts of a shard's records for its entry."""
+class _ShardContent:
+    """Writes the grids of a shard's scenes to `file`; collects its index and its counts."""
 
-    def __init__(self, num_codes: int):
-        self._num_scenes = 0
+    def __init__(self, file: BinaryIO, num_codes: int):
+        self._file, self._histogram = file, np.zeros(num_codes, np.int64)
+        self._scenes: list[tuple[int, ...]] = []  # fields of `SCENE_DTYPE`
+        self._keys: list[bytes] = []
+        self._marks: list[bytes] = []
+        self._checksums: list[int] = []
         self._images: Counter[int] = Counter()  # by stream set
-        self._histogram = np.zeros(num_codes, np.int64)
+        self._num_images = 0
+        self._pending: list[np.ndarray] = []  # grids to write, from the first of a block on
+        self._num_pending = 0
 
-    def add(self, record: int, scenes: Sequence[Scene], groups: Sequence[int]) -> list[tuple[int, ...]]:
-        """Counts the scenes of a record and returns their `SCENE_DTYPE` fields; `groups` are hashes."""
-        T, S, _ = scenes[0].codes.shape
-        self._num_scenes += len(scenes)
-        self._images[scenes[0].stream_set] += len(scenes) * T * S
-        codes = np.concatenate([scene.codes.ravel() for scene in scenes])
-        self._histogram += np.bincount(codes, minlength=len(self._histogram))
-        return [
-            (record, T, slot, scene.stream_set, scene.class_id, group)
-            for slot, (scene, group) in enumerate(zip(scenes, groups, strict=True))
-        ]
+    def add(self, scene: Scene) -> None:
+        """Appends a scene."""
+        T, S, N = scene.codes.shape
+        if T > format.MAX_FRAMES:
+            raise UserError(f"{scene.key[:80]}: {T} frames, the limit is {format.MAX_FRAMES}")
+        self._scenes.append((scene.group, self._num_images, scene.class_id, T, scene.stream_set))
+        self._keys.append(scene.key.encode())
+        self._marks.append(scene.marks)
+        self._images[scene.stream_set] += T * S
+        self._num_images += T * S
+        self._pending.append(scene.codes.reshape(-1, N))
+        self._num_pending += T * S
+        if self._num_pending >= _BUFFER:
+            self._write(self._num_pending // BLOCK_SIZE * BLOCK_SIZE)
 
-    def to_json(self) -> dict[str, Any]:
+    def _write(self, count: int) -> None:
+        """Writes the first `count` of the pending grids, whole blocks except at the end of the shard."""
+        grids = np.concatenate(self._pending).astype("<u2", copy=False)
+        content = grids[:count].tobytes()
+        self._file.write(content)
+        self._checksums += format.checksum_blocks(content, grids.shape[1])
+        self._histogram += np.bincount(grids[:count].ravel(), minlength=len(self._histogram))
+        self._pending, self._num_pending = [grids[count:]], self._num_pending - count
+
+    def finish(self) -> dict[str, bytes]:
+        """Writes the rest; returns the sections of the index."""
+        if self._num_pending:
+            self._write(self._num_pending)
+        if max(self._num_images, sum(map(len, self._keys))) > format.MAX_SIZE:
+            raise UserError(f"{self._file.name}: more than {format.MAX_SIZE} grids, or bytes of keys; use more shards")
         return {
-            "scenes": self._num_scenes,
-            "images": int(sum(self._images.values())),
-            "images_by_stream_set": {str(i): count for i, count in sorted(self._images.items())},
-            "histogram": self._histogram.tolist(),
+            "scenes": np.array(self._scenes, SCENE_DTYPE).tobytes(),
+            "checksums": np.array(self._checksums, SECTIONS["checksums"]).tobytes(),
+            **format.join_items("key", self._keys),
+            **(format.join_items("mark", self._marks) if any(self._marks) else {"mark_offsets": b"", "marks": b""}),
         }
 
-
-def _write_records(
-    path: epath.Path, scenes: Iterable[GroupedScene], statistics: ShardStatistics
-) -> tuple[np.ndarray, np.ndarray]:
-    """Writes and counts a shard's records; returns `SCENE_DTYPE` of its scenes and `RECORD_DTYPE` of its records."""
-    pages: dict[int, list[GroupedScene]] = {}  # stream set → single-image scenes of its unfinished page
-    index: list[tuple[int, ...]] = []
-    records: list[tuple[bytes, int, int, int]] = []
-    writer = array_record_module.ArrayRecordWriter(os.fspath(path), _OPTIONS)
-
-    def write(page: Sequence[GroupedScene]) -> None:
-        scenes, groups = [item.scene for item in page], [split.group_hash(item.group) for item in page]
-        record = format.pack(scenes)
-        writer.write(record)
-        index.extend(statistics.add(len(records), scenes, groups))
-        T, S, N = scenes[0].codes.shape
-        records.append((record[: format.RECORD_HEADER_SIZE], len(record), len(page) * T * S, N))
-
-    for item in scenes:
-        frames, streams, _ = item.scene.codes.shape
-        if frames * streams > 1:
-            write([item])
-            continue
-        page = pages.setdefault(item.scene.stream_set, [])
-        page.append(item)
-        if len(page) == PAGE_SIZE:
-            write(pages.pop(item.scene.stream_set))
-    for stream_set in sorted(pages):
-        write(pages[stream_set])
-    writer.close()
-    return np.array(index, SCENE_DTYPE), _locate_blocks(path, records)
-
-
-def _locate_blocks(path: epath.Path, records: Sequence[tuple[bytes, int, int, int]]) -> np.ndarray:
-    """Reads all records back, checks them, and returns where their blocks begin.
-
-    Args:
-      path: the file.
-      records: header, bytes, grids and codes per image of each record written to it.
-
-    Raises:
-      UserError: a record is not in the file as written.
-    """
-    located, end = np.zeros(len(records), RECORD_DTYPE), 0
-    with open(path, "rb") as file:
-        for i, (header, size, num_grids, codes_per_image) in enumerate(records):
-            gap = _read(file, end, _MAX_RECORD_GAP).find(header)
-            blocks_size = format.blocks_size(num_grids, codes_per_image)
-            start, end = end + gap + size - blocks_size, end + gap + size
-            blocks = _read(file, start, blocks_size)
-            if gap < 0 or format.unpack_blocks(blocks, num_grids, codes_per_image) is None:
-                raise UserError(
-                    f"{path}: record {i} is not there as it was written: a disk fault, or a version of array_record "
-                    "with another file layout"
-                )
-            located[i] = start, num_grids
-    return located
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
-    return read_ranges([file.fileno()], np.array([offset]), np.array([size]))
+    def counts(self, skipped: SkippedItems) -> dict[str, Any]:
+        """Counts for the shard's entry."""
+        return {
+            "scenes": len(self._scenes),
+            "images": self._num_images,
+            "images_by_stream_set": {str(i): count for i, count in sorted(self._images.items())},
+            "histogram": self._histogram.tolist(),
+            "group_hashes": _extremes([*(group for group, *_ in self._scenes), *skipped.groups]),
+        }
 
 
 def read_shard_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:
@@ -227,6 +190,7 @@ def begin_store(folder: epath.PathLike, header: Mapping[str, Any], num_shards: i
     path, new = folder / HEADER, files.as_json({"version": VERSION, **header, "num_shards": num_shards})
     if path.exists():
         old = files.read_json(path)
+        check_version(path, old.get("version"))
         keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         if keys:
             changes = ", ".join(_describe_change(key, old.get(key), new.get(key)) for key in keys)
@@ -257,10 +221,7 @@ def finish_store(folder: epath.PathLike) -> list[str]:
     if not (folder / HEADER).exists():
         raise UserError(f"{folder}: not a store ({HEADER} is missing)")
     header = files.read_json(folder / HEADER)
-    if (version := header.pop("version", None)) != VERSION:
-        raise UserError(
-            f"{folder / HEADER}: version {version}, this writes version {VERSION}; encode it again, into a new folder"
-        )
+    check_version(folder / HEADER, header.pop("version", None))
     missing = write_manifest(folder, header, header.pop("num_shards"))
     if not missing and not files.is_remote(folder):
         _remove_leftovers(pathlib.Path(folder))

@@ -236,9 +236,12 @@ def test_config_errors_name_the_key_or_file(arguments, named, monkeypatch, capsy
 def test_commands_are_listed_with_one_line_each(package, capsys):
     assert commands.dispatch(package, ["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = {path.stem for path in (ROOT / package).glob("[!_]*.py") if "\ndef main(" in path.read_text()}
+    names = {
+        path.stem.replace("_", "-") for path in (ROOT / package).glob("[!_]*.py") if "\ndef main(" in path.read_text()
+    }
     assert {line.split()[0] for line in lines if line.startswith("  ")} == names
     assert {"train", "convert"} <= names
+    assert ("convert-store" in names) == (package == "lvm")
     assert max(map(len, lines)) <= 120
 
 
@@ -254,8 +257,13 @@ def test_commands_three_spellings_are_the_same():
     assert "--topology" in done[0].stdout
 
 
+def test_command_of_two_words_is_spelled_with_a_dash(capsys):
+    assert commands.dispatch("lvm", ["convert-store", "--help"]) == 0
+    assert "lvm convert-store OLD NEW" in capsys.readouterr().out
+
+
 def test_unknown_command_is_one_line(capsys):
     assert commands.dispatch("lvm", ["trian"]) == 2
-    assert capsys.readouterr().err.startswith("error: no command 'trian'; one of convert, ")
+    assert capsys.readouterr().err.startswith("error: no command 'trian'; one of convert, convert-store, ")
     assert commands.dispatch("lvm", ["--version"]) == 0
     assert capsys.readouterr().out == f"{lvm.__version__}\n"

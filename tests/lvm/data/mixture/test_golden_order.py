@@ -44,8 +44,9 @@ RECIPES = {
 
 
 @pytest.fixture
-def make_mixture(make_store):
-    path = make_store([(1, 0)] * 20 + [(9, 0)] * 30 + [(6, 1)] * 40)
+def make_mixture(make_store, new_scenes):
+    scenes = new_scenes([(1, 0)] * 20 + [(9, 0)] * 30 + [(6, 1)] * 40)
+    path = make_store([*scenes[20:45], *scenes[:20], *scenes[45:]])  # as stores of version 3 ordered them
 
     def make(split="train", **options):
         components = {name: ComponentConfig(recipe, weight) for name, (recipe, weight) in RECIPES.items()}

@@ -35,8 +35,10 @@ class HugeStore(Store):
     path, stream_sets, classes, codes_per_image, num_codes = "huge", (("rgb",),), (), 4, 2**16
     manifest = {"tokenizer": {"weights": "", "hash": "", "grid": [2, 2], "num_codes": 2**16}}  # noqa: RUF012
 
+    indexes = ()
+
     def __init__(self, length):
-        self.indexes = [np.broadcast_to(np.array((0, 1, 0, 0, -1, 2**63), SCENE_DTYPE), (length,))]
+        self.indexes = [np.broadcast_to(np.array((2**63, 0, -1, 1, 0), SCENE_DTYPE), (length,))]
 
     def entries(self, numbers):
         entries = np.array(self.indexes[0][numbers])

@@ -10,6 +10,7 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import BLOCK, Mixture
 from lvm.data.mixture.rows import Rows
+from lvm.data.mixture.split import group_hash
 from lvm.data.store import writer
 from lvm.data.store.format import Scene
 from lvm.data.streams.codecs import Image
@@ -63,7 +64,7 @@ def tiny_stores(tmp_path):
         (tmp_path / name).mkdir()
         shape = (max(recipe.min_frames, 1), len(recipe.streams), 4)
         scenes = [
-            writer.GroupedScene(Scene(f"{i}", 0, 0, rng.integers(0, 16, shape, dtype=np.uint16)), f"{name} {i}")
+            Scene(f"{i}", 0, 0, rng.integers(0, 16, shape, dtype=np.uint16), group_hash(f"{name} {i}"))
             for i in range(2 * recipe.num_scenes)
         ]
         writer.write_shard(tmp_path / name, 0, 1, scenes, 16)

@@ -44,14 +44,11 @@ def write_reversed(folder, scenes):
     last = len(STREAM_SETS) - 1
     listed = [
         dataclasses.replace(
-            entry,
-            scene=dataclasses.replace(
-                entry.scene,
-                class_id=(1, 0, -1)[entry.scene.class_id],
-                stream_set=last - entry.scene.stream_set,
-            ),
+            scene,
+            class_id=(1, 0, -1)[scene.class_id],
+            stream_set=last - scene.stream_set,
         )
-        for entry in scenes
+        for scene in scenes
     ]
     stream_sets = [list(names) for names in reversed(STREAM_SETS)]
     return write_store(folder, listed, classes=["dog", "cat"], stream_sets=stream_sets)

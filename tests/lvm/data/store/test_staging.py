@@ -34,7 +34,7 @@ def test_remote_store_is_read_from_staged_shards(gcs, make_store, tmp_path):
     assert len(store) == len(SHAPES)
     assert not (tmp_path / "staged").exists()  # opening reads no shard
     np.testing.assert_array_equal(store.scene(0).codes, Store(local).scene(0).codes)
-    assert names(tmp_path / "staged") == [f"shard-00000-of-00003{suffix}" for suffix in (".array_record", ".index")]
+    assert names(tmp_path / "staged") == [f"shard-00000-of-00003{suffix}" for suffix in (".codes", ".index")]
     for i in range(len(store)):
         np.testing.assert_array_equal(store.scene(i).codes, Store(local).scene(i).codes)
     assert len(names(tmp_path / "staged")) == 6
@@ -53,7 +53,7 @@ def test_remote_store_needs_a_staging_folder(gcs, make_store):
 
 def test_staging_rejects_a_copy_unlike_the_manifest(make_store, tmp_path):
     folder = pathlib.Path(make_store(SHAPES, num_shards=1))
-    file = folder / "shard-00000-of-00001.array_record"
+    file = folder / "shard-00000-of-00001.codes"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

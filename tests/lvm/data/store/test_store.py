@@ -1,26 +1,39 @@
 """Store: round trip, reproducible bytes, checks of damaged and missing files."""
 
+import dataclasses
 import errno
 import json
 import os
+import re
 import resource
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.mixture import split
-from lvm.data.store import reader, records, writer
-from lvm.data.store.format import PAGE_SIZE, DamagedError, Scene
+from lvm.data.store import reader, writer
+from lvm.data.store import shards as shards_module
+from lvm.data.store.format import SECTIONS, DamagedError, Scene
 from lvm.data.store.reader import Store
-from lvm.data.store.writer import GroupedScene, SkippedItems
+from lvm.data.store.writer import SkippedItems
 from lvm.data.streams.codecs import Image
+from lvm.inspect import find_problems
+from tests.lvm.conftest import STREAM_SETS, header
 
 MIXED = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(1, 0)] * 5 + [(2, 2), (1, 0)]
+
+
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
 
 
 def contents(folder):
@@ -34,20 +47,105 @@ def test_store_returns_single_images_and_longer_scenes(make_store, new_scenes):
     by_key = {store.scene(i).key: (store.scene(i), entry) for i, entry in enumerate(store.index)}
     assert len(by_key) == len(scenes)
     for item in scenes:
-        scene, entry = by_key[item.scene.key]
-        np.testing.assert_array_equal(scene.codes, item.scene.codes)
-        assert (scene.class_id, scene.stream_set) == (item.scene.class_id, item.scene.stream_set)
+        scene, entry = by_key[item.key]
+        np.testing.assert_array_equal(scene.codes, item.codes)
+        assert (scene.class_id, scene.stream_set) == (item.class_id, item.stream_set)
         assert (entry["frames"], entry["stream_set"]) == (len(scene.codes), scene.stream_set)
-        assert (entry["class_id"], entry["group"]) == (scene.class_id, split.group_hash(item.group))
+        assert (entry["class_id"], entry["group"]) == (scene.class_id, item.group)
 
 
-def test_only_single_images_share_records(make_store):
-    index = Store(make_store(MIXED, num_shards=1)).index
-    single = (index["frames"] == 1) & (index["stream_set"] == 0)
-    assert np.count_nonzero(single) == 76
-    assert np.bincount(index["record"][single]).max() == PAGE_SIZE
-    assert len(np.unique(index["record"])) == 2 + 3
-    assert index["slot"].max() == PAGE_SIZE - 1
+def test_scenes_keep_the_order_of_the_source(make_store, new_scenes):
+    scenes = new_scenes(MIXED)
+    store = Store(make_store(scenes, num_shards=3))
+    assert [store.scene(i).key for i in range(len(store))] == [scene.key for scene in scenes]
+
+
+def test_codes_file_holds_the_grids_and_nothing_else(make_store, new_scenes):
+    scenes = new_scenes(MIXED)
+    folder = make_store(scenes, num_shards=1)
+    codes = np.memmap(f"{folder}/shard-00000-of-00001.codes", "<u2").reshape(-1, 4)
+    np.testing.assert_array_equal(codes, np.concatenate([scene.codes.reshape(-1, 4) for scene in scenes]))
+    index = Store(folder).index
+    for entry, scene in zip(index, scenes, strict=True):
+        T, S, _ = scene.codes.shape
+        for frame, stream in np.ndindex(T, S):
+            np.testing.assert_array_equal(codes[entry["first_grid"] + frame * S + stream], scene.codes[frame, stream])
+
+
+def test_sections_of_the_index_can_be_mapped(make_store, new_scenes):
+    scenes = new_scenes(MIXED)
+    folder = make_store(scenes, num_shards=1)
+    sections = files.read_json(f"{folder}/shard-00000-of-00001.json")["sections"]
+
+    def section(name):
+        place = sections[name]
+        assert place["offset"] % 8 == 0
+        shape = place["bytes"] // SECTIONS[name].itemsize
+        return np.memmap(f"{folder}/shard-00000-of-00001.index", SECTIONS[name], "r", place["offset"], shape)
+
+    assert section("scenes")["frames"].tolist() == [len(scene.codes) for scene in scenes]
+    assert section("key_offsets")[-1] == len(section("keys"))
+    assert section("keys").tobytes().decode() == "".join(scene.key for scene in scenes)
+    blocks = np.memmap(f"{folder}/shard-00000-of-00001.codes", np.uint8).reshape(-1, 8)
+    expected = [google_crc32c.value(blocks[i : i + 4].tobytes()) for i in range(0, len(blocks), 4)]
+    assert section("checksums").tolist() == expected
+    assert sections["marks"]["bytes"] == sections["mark_offsets"]["bytes"] == 0
+
+
+keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@st.composite
+def shards(draw):
+    """The scenes of a shard, with the number of codes of a grid."""
+    N, scenes = draw(st.integers(1, 6)), []
+    for i in range(draw(st.integers(0, 12))):
+        frames, stream_set = draw(st.integers(1, 9)), draw(st.integers(0, 2))
+        codes = draw(hnp.arrays(np.uint16, (frames, len(STREAM_SETS[stream_set]), N), fill=st.integers(0, 2**16 - 1)))
+        group, class_id = draw(st.integers(0, 2**64 - 1)), draw(st.integers(-1, 2**31 - 1))
+        scenes.append(Scene(f"{draw(keys)} {i}", class_id, stream_set, codes, group, draw(st.binary(max_size=3))))
+    return scenes, N
+
+
+@given(shards(), st.data())
+def test_written_scenes_are_read_back(tmp_path_factory, shard, data):
+    scenes, N = shard
+    folder = tmp_path_factory.mktemp("store")
+    writer.write_shard(folder, 0, 1, scenes, 2**16)
+    assert not writer.write_manifest(folder, header(grid=(1, N)), 1)
+    store = Store(folder)
+    assert len(store) == len(scenes)
+    for i, (entry, scene) in enumerate(zip(store.index, scenes, strict=True)):
+        copy = store.scene(i)
+        np.testing.assert_array_equal(copy.codes, scene.codes)
+        for name in ("key", "class_id", "stream_set", "group", "marks"):
+            assert getattr(copy, name) == getattr(scene, name)
+        assert (entry["frames"], entry["group"]) == (len(scene.codes), scene.group)
+    if not scenes:
+        return
+    # A changed byte anywhere in the codes is named by the scene and the frame that it belongs to.
+    file, i = folder / "shard-00000-of-00001.codes", data.draw(st.integers(0, len(scenes) - 1))
+    T, S, _ = scenes[i].codes.shape
+    frame, stream, byte = (data.draw(st.integers(0, n - 1)) for n in (T, S, 2 * N))
+    content = bytearray(file.read_bytes())
+    content[2 * N * (int(store.index["first_grid"][i]) + frame * S + stream) + byte] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(content)
+    entry = Store(folder).entries(np.array([i]))
+    for read in (
+        lambda store: store.scene(i),
+        lambda store: store.grids(entry, np.array([frame]), np.array([stream])),
+    ):
+        with pytest.raises(DamagedError) as error:
+            read(Store(folder))
+        assert str(error.value).startswith(f"{file}, scene ")
+        assert frame in named_frames(str(error.value), scenes[i].key)
+    assert list(find_problems(Store(folder)))[1] == str(error.value)
+
+
+def named_frames(message, key):
+    """The frames of a scene that an error names."""
+    first, last = re.search(rf"{re.escape(repr(key))} frames? (\d+)(?:–(\d+))?", message).groups()
+    return range(int(first), int(last or first) + 1)
 
 
 def test_store_has_streams_classes_and_num_codes(make_store):
@@ -62,7 +160,7 @@ def test_manifest_counts_scenes_images_and_codes(make_store, new_scenes):
     manifest = Store(make_store(scenes)).manifest
     assert sum(entry["scenes"] for entry in manifest["shards"]) == len(MIXED)
     assert sum(entry["images"] for entry in manifest["shards"]) == 76 + 3 + 2 + 4
-    counts = np.bincount(np.concatenate([item.scene.codes.ravel() for item in scenes]), minlength=16)
+    counts = np.bincount(np.concatenate([item.codes.ravel() for item in scenes]), minlength=16)
     np.testing.assert_array_equal(manifest["histogram"], counts)
     assert (manifest["scenes"], manifest["images"]) == (len(MIXED), 85)
     assert manifest["images_by_stream"] == {"rgb": 76 + 3 + 1 + 2, "segmentation": 1, "edges": 2}
@@ -96,7 +194,7 @@ def test_equal_input_gives_equal_bytes(make_store):
 
 def test_identity_depends_on_every_code(make_store, new_scenes):
     other = new_scenes(MIXED)
-    other[0].scene.codes[0, 0, 0] ^= 1
+    other[0].codes[0, 0, 0] ^= 1
     assert Store(make_store(MIXED, "a")).identity() != Store(make_store(other, "b")).identity()
 
 
@@ -133,25 +231,26 @@ def test_store_rejects_another_version(make_store):
     folder = make_store([(1, 0)])
     manifest = files.read_json(f"{folder}/manifest.json")
     files.write_json(f"{folder}/manifest.json", {**manifest, "version": 1})
-    with pytest.raises(UserError, match=r"manifest\.json: version 1, .* version 3"):
+    with pytest.raises(UserError, match=r"manifest\.json: version 1, expected 4; encode it again"):
         Store(folder)
 
 
-def test_finish_store_rejects_another_version(tmp_path, new_scenes, manifest_header):
+@pytest.mark.parametrize(("version", "remedy"), [(None, "encode it again"), (3, "lvm convert-store {} NEW")])
+def test_other_versions_are_neither_continued_nor_finished(tmp_path, new_scenes, manifest_header, version, remedy):
     writer.begin_store(tmp_path, manifest_header(), 1)
     writer.write_shard(tmp_path, 0, 1, new_scenes(MIXED), 16)
     header = files.read_json(tmp_path / "header.json")
-    assert header["version"] == reader.VERSION
-    del header["version"]  # as versions 1 and 2 wrote it
-    files.write_json(tmp_path / "header.json", header)
-    with pytest.raises(UserError, match=r"header\.json: version None, .* version 3"):
+    assert header.pop("version") == 4
+    files.write_json(tmp_path / "header.json", header | ({"version": version} if version else {}))
+    message = re.escape(f"header.json: version {version}, expected 4; ") + ".*" + re.escape(remedy.format(tmp_path))
+    with pytest.raises(UserError, match=message):
         writer.finish_store(tmp_path)
-    with pytest.raises(UserError, match=r"\(changed: version: None → 3\)"):
+    with pytest.raises(UserError, match=message):
         writer.begin_store(tmp_path, manifest_header(), 1)
     assert not (tmp_path / reader.MANIFEST).exists()
 
 
-@pytest.mark.parametrize("suffix", ["index", "array_record"])
+@pytest.mark.parametrize("suffix", ["index", "codes"])
 def test_missing_or_truncated_file_is_named_on_read(make_store, suffix):
     folder = make_store(MIXED)
     file = Path(folder) / f"shard-00001-of-00002.{suffix}"
@@ -173,26 +272,38 @@ def test_opening_a_store_reads_only_the_manifest(make_store):
     assert len(Store(folder)) == len(MIXED)
 
 
-def test_damaged_record_is_named_on_read(make_store, new_scenes):
-    scenes = new_scenes([(3, 0), (3, 0)])
+def test_damage_of_a_block_of_several_scenes_names_all(make_store, new_scenes):
+    scenes = new_scenes([(3, 0), (2, 1), (1, 0), (1, 0), (3, 0)])
     folder = make_store(scenes, num_shards=1)
-    file = Path(folder) / "shard-00000-of-00001.array_record"
-    data = file.read_bytes()
-    at = data.index(scenes[1].scene.codes.tobytes())
-    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    file = Path(folder) / "shard-00000-of-00001.codes"
+    flip(file, 8 * 5)  # the sixth grid of four codes
     store = Store(folder)
-    np.testing.assert_array_equal(store.scene(0).codes, scenes[0].scene.codes)
-    with pytest.raises(UserError, match=r"shard-00000-of-00001\.array_record, record 1: "):
-        store.scene(1)
+    message = rf"{file}, scene 'scene 1' frames 0–1, 'scene 2' frame 0: damaged: checksum mismatch$"
+    for i in (1, 2):
+        with pytest.raises(DamagedError, match=message):
+            store.scene(i)
+    for i in (0, 3, 4):
+        np.testing.assert_array_equal(store.scene(i).codes, scenes[i].codes)
+
+
+@pytest.mark.parametrize("section", list(SECTIONS))
+def test_damaged_section_ends_reading_with_one_line(make_store, new_scenes, section):
+    scenes = [dataclasses.replace(scene, marks=b"marks") for scene in new_scenes(MIXED)]
+    folder = make_store(scenes, num_shards=1)
+    file = Path(folder) / "shard-00000-of-00001.index"
+    flip(file, files.read_json(f"{folder}/shard-00000-of-00001.json")["sections"][section]["offset"])
+    with pytest.raises(UserError, match=rf"^{file}: damaged: section {section}: checksum mismatch$") as error:
+        Store(folder).scene(0)
+    assert not isinstance(error.value, DamagedError)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A store of 16×16 grids that spans many of ArrayRecord's 64 KiB blocks, and the codes of its scenes."""
+    """A store of 16×16 grids, and the codes of its scenes."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("large")
     shapes = [(1, 1)] * 130 + [(40, 1), (3, 2), (1, 1), (200, 1), (1, 2)] + [(1, 1)] * 70
     codes = [rng.integers(0, 8192, (*shape, 256), dtype=np.uint16) for shape in shapes]
-    scenes = [GroupedScene(Scene(f"scene {i}", i, 1 if x.shape[1] == 2 else 0, x), str(i)) for i, x in enumerate(codes)]
+    scenes = [Scene(f"scene {i}", i, 1 if x.shape[1] == 2 else 0, x, i) for i, x in enumerate(codes)]
     for shard, shard_scenes in enumerate((scenes[:150], scenes[150:])):
         writer.write_shard(folder, shard, 2, shard_scenes, 8192)
     header = {
@@ -203,7 +314,7 @@ def large(tmp_path_factory):
     }
     assert not writer.write_manifest(folder, header, 2)
     store = Store(folder)
-    return store, [codes[i] for i in store.entries(np.arange(len(store)))["class_id"]]
+    return store, codes
 
 
 @given(st.data())
@@ -226,19 +337,20 @@ def test_grids_and_scene_read_the_same_codes(large):
         np.testing.assert_array_equal(store.scene(i).codes, expected)
 
 
-def test_grids_rejects_a_position_past_the_record(large):
+def test_grids_rejects_frames_and_streams_outside_the_scene(large):
     store, _ = large
     entry = store.entries(np.array([0]))
     assert store.grids(entry[:0], np.zeros(0, int), np.zeros(0, int)).shape == (0, 256)
-    with pytest.raises(DamagedError, match=r"record 0: damaged"):
-        store.grids(entry, np.array([64]), np.array([0]))
+    for frame, stream in ((1, 0), (0, 2)):
+        with pytest.raises(ValueError, match=rf"frame {frame}, stream {stream}"):
+            store.grids(entry, np.array([frame]), np.array([stream]))
 
 
 def test_open_file_limit_is_raised_and_reported(make_store, new_scenes, monkeypatch):
     limits = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (20, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: limits.append(limit))
-    records._raise_open_file_limit.cache_clear()
+    shards_module._raise_open_file_limit.cache_clear()
     folder = make_store(MIXED)
     store = Store(folder)
     assert limits == [(4096, 4096)]
@@ -246,38 +358,38 @@ def test_open_file_limit_is_raised_and_reported(make_store, new_scenes, monkeypa
     def none_left(*arguments, **options):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(files, "sha256", none_left)
-    with pytest.raises(UserError, match=r"shard-00000-of-00002\S*: Too many open files: .* 20; .*ulimit"):
+    monkeypatch.setattr(np, "memmap", none_left)
+    with pytest.raises(UserError, match=r"^/.*\.index: Too many open files: .* 20; .*ulimit"):
         store.entries(np.array([0]))
-    records._raise_open_file_limit.cache_clear()
+    shards_module._raise_open_file_limit.cache_clear()
 
 
 def test_damage_loses_only_the_four_grids_of_a_block(make_store, new_scenes):
     scenes = new_scenes([(16, 0)])
     folder = make_store(scenes, num_shards=1)
-    file = Path(folder) / "shard-00000-of-00001.array_record"
+    file = Path(folder) / "shard-00000-of-00001.codes"
     data = bytearray(file.read_bytes())
-    data[data.index(scenes[0].scene.codes[5, 0].tobytes())] ^= 1
+    data[data.index(scenes[0].codes[5, 0].tobytes())] ^= 1
     file.write_bytes(data)
     store = Store(folder)
     for frame in range(16):
         arguments = store.entries(np.array([0])), np.array([frame]), np.array([0])
         if 4 <= frame < 8:
-            with pytest.raises(DamagedError, match=r"array_record, record 0: damaged: .*mismatch"):
+            with pytest.raises(DamagedError, match=r"codes, scene 'scene 0' frames 4–7: damaged: .*mismatch"):
                 store.grids(*arguments)
         else:
-            np.testing.assert_array_equal(store.grids(*arguments)[0], scenes[0].scene.codes[frame, 0])
+            np.testing.assert_array_equal(store.grids(*arguments)[0], scenes[0].codes[frame, 0])
 
 
 @pytest.mark.parametrize(("scenes", "frames"), [(20_000, 1), (2_000, 16)])
-def test_shard_overhead_is_at_most_two_percent(tmp_path, scenes, frames):
+def test_index_takes_24_bytes_a_scene_and_4_a_block(tmp_path, scenes, frames):
     codes = np.random.default_rng(0).integers(0, 8192, (frames, 1, 256), dtype=np.uint16)
-    items = [GroupedScene(Scene(f"scene-{i:06d}", -1, 0, codes), "") for i in range(scenes)]
-    entry = writer.write_shard(tmp_path, 0, 1, items, 8192)
-    codes_and_keys = scenes * (512 * frames + len("scene-000000"))
-    size = entry["files"]["shard-00000-of-00001.array_record"]["bytes"]
-    padding = 2 * 65536  # array_record pads its footer and its last block
-    assert codes_and_keys < size <= 1.02 * codes_and_keys + padding
+    keys = [f"scene-{i:06d}" for i in range(scenes)]
+    entry = writer.write_shard(tmp_path, 0, 1, [Scene(key, -1, 0, codes, 0) for key in keys], 8192)
+    sizes = {name.partition(".")[2]: file["bytes"] for name, file in entry["files"].items()}
+    assert sizes["codes"] == scenes * 512 * frames
+    expected = scenes * (24 + len(keys[0])) + scenes * frames + 4  # and the end of the last key
+    assert expected <= sizes["index"] <= expected + 40
 
 
 def test_store_contains_no_time_and_no_path(make_store):
