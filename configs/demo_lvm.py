@@ -1,4 +1,4 @@
-"""The demo's transformer: 0.94M parameters over sentences of 8 images of 64 codes, on two CPU cores.
+"""The demo's transformer: 1.0M parameters over sentences of 8 images of 64 codes, on two CPU cores.
 
 Trained on the store of configs/demo_scenes.py, encoded by configs/demo_tokenizer.py's tokenizer.
 """

@@ -60,9 +60,9 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     results["prompted"] = {task.target_stream: task.scores(heldout.codecs[task.target_stream]) for task in tasks}
     if len(tasks) > 1:
         results["task_following"] = prompted.task_following(tasks, heldout, model.vocabulary.num_codes)
-    log_info("writing the report")
     sections = report.make_sections(model, mixture, heldout, decode, tasks, sentences)
     report.write_report(out, results, sections, model_folder, tokenizer_folder)
+    log_info(f"wrote {epath.Path(out) / 'index.html'} and results.json beside it")
     return results
 
 

@@ -45,8 +45,6 @@ def readme_commands(folder: pathlib.Path) -> list[list[str]]:
                 line = line.replace(long, tiny)
             line = re.sub(r"([= ])(runs/|[abqxy]\w*\.png)", rf"\g<1>{folder}/\g<2>", line)
             words = shlex.split(line.replace(":y.png", f":{folder}/y.png"), comments=True)
-            if "--processes=2" in words:
-                words.append("--config.loop.total_steps=80")  # another 20: the workdir holds a finished run
             if words[:1] == ["lvm"]:
                 commands.append(["-m", "lvm", *words[1:]])
             elif words[:2] == ["python", "-m"]:

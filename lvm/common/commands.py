@@ -38,7 +38,8 @@ def dispatch(package: str, argv: Sequence[str] | None = None) -> int:
     commands = list_commands(package)
     if not argv or argv[0] in ("help", "-h", "--help"):
         width = max(map(len, commands))
-        print(f"usage: python -m {package} COMMAND --help\n\nCommands:")
+        program = "lvm" if package == "lvm" else f"python -m {package}"
+        print(f"usage: {program} COMMAND --help\n\nCommands:")
         print("\n".join(f"  {name:{width}}  {summary}" for name, summary in commands.items()))
         return errors.EXIT_DONE
     if argv[0] == "--version":
