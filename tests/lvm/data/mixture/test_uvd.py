@@ -65,7 +65,7 @@ def tiny_stores(tmp_path):
         shape = (max(recipe.min_frames, 1), len(recipe.streams), 4)
         scenes = [
             Scene(f"{i}", 0, 0, rng.integers(0, 16, shape, dtype=np.uint16), group_hash(f"{name} {i}"))
-            for i in range(2 * recipe.num_scenes)
+            for i in range(max(2 * recipe.num_scenes, 32))  # an epoch of few sentences would cost most of the time
         ]
         writer.write_shard(tmp_path / name, 0, 1, scenes, 16)
         header = {
