@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import pytest
 from lvm.common import cli
 from lvm.common.errors import DivergedError, UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
-from lvm.training import loop, metrics
+from lvm.training import metrics
 from lvm.training.checkpoint import Checkpoints, latest_step
 from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.step import Step
@@ -196,75 +195,6 @@ def test_metrics_are_written_when_due_and_at_end(tmp_path):
     assert {"loss/here", "grad_norm", "param_norm", "learning_rate"} <= set(last)
     assert "loss/absent" not in last
     assert json.dumps(lines, allow_nan=False)
-
-
-class KnownTimes(Step):
-    """A step whose devices are still at work when it returns; every activity of the loop takes a known time."""
-
-    def __init__(self, task, mesh, monkeypatch):
-        super().__init__(task, mesh, seed=0)
-        self.now, self.is_running, self.saved = 0.0, False, []
-        stats = [{"bytes_in_use": 3}, None, {"bytes_in_use": 5}]
-        devices = [types.SimpleNamespace(memory_stats=lambda value=value: value) for value in stats]
-        fake_jax = types.SimpleNamespace(
-            block_until_ready=self._finish, local_devices=lambda: devices, errors=jax.errors
-        )
-        clock = types.SimpleNamespace(monotonic=lambda: self.now, time=lambda: 1e9 + self.now)
-        monkeypatch.setattr(loop, "jax", fake_jax)
-        monkeypatch.setattr(loop, "time", clock)
-        monkeypatch.setattr(metrics, "time", clock)
-        monkeypatch.setattr(loop, "accelerator_of", lambda device: types.SimpleNamespace(peak_flops=1000.0))
-        self._lasting(monkeypatch, task, "evaluate", 100.0)
-        self._lasting(monkeypatch, task, "pictures", 50.0)
-        self._lasting(monkeypatch, Checkpoints, "save", 30.0)
-
-    def _lasting(self, monkeypatch, owner, name, seconds):
-        original = getattr(owner, name)
-
-        def lasting(*arguments):
-            self.now += seconds
-            if name == "save":
-                self.saved.append(arguments[-1])
-            return original(*arguments)
-
-        monkeypatch.setattr(owner, name, lasting)
-
-    def _finish(self, state):
-        self.now += 3.0 * self.is_running
-        self.is_running = False
-
-    def compile(self):
-        self.now += 40.0 * (self._compiled is None)
-        return super().compile()
-
-    def shard_batch(self, batch):
-        self.now += 0.5
-        return super().shard_batch(batch)
-
-    def __call__(self, state, batch):
-        self.now, self.is_running = self.now + 2.0, True
-        return super().__call__(state, batch)
-
-
-def test_times_and_rates_are_of_steps_alone(tmp_path, monkeypatch):
-    step = KnownTimes(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), monkeypatch)
-    config = LoopConfig(total_steps=7, log_every=3, evaluate_every=4, picture_every=4, checkpoint_every=4)
-    read_rows = lambda index, rows: {name: x[rows] for name, x in read_batch(index).items()}  # noqa: E731
-    Loop(step, read_rows, config, Workdir(tmp_path, "lvm", {"config": {}}), 80, {"palm": 10_000.0}).run()
-    first, second, last = (line for line in metrics.read_metrics(tmp_path) if "loss" in line)
-    # A step takes 2.5 s, 0.5 of them for its batch. The evaluation after step 4 waits 3 s for the devices.
-    seconds = np.array([2.5, (3 * 2.5 + 3) / 3, 2.5])
-    lines = [first, second, last]
-    np.testing.assert_allclose([line["step_seconds"] for line in lines], seconds)
-    np.testing.assert_allclose([line["input_wait_fraction"] for line in lines], 0.5 / seconds)
-    np.testing.assert_allclose([line["tokens_per_second"] for line in lines], 80 / seconds)
-    np.testing.assert_allclose([line["mfu_palm"] for line in lines], 10_000 / (8 * 1000) / seconds)
-    assert [line["memory_bytes"] for line in lines] == [5, 5, 5]
-    productive = np.array([7.5, 18.0, 20.5])
-    elapsed = productive + 40 + np.array([0, 180, 180])  # compiled, evaluated, rendered and saved
-    np.testing.assert_allclose([line["goodput"] for line in lines], productive / elapsed)
-    # Steps since the last line count for the checkpoint of step 4.
-    np.testing.assert_allclose([meta["productive_seconds"] for meta in step.saved], [7.5 + 2.5 + 3, 20.5 + 3])
 
 
 def test_pictures_are_written_when_due_and_at_end(tmp_path):
