@@ -23,7 +23,6 @@ from lvm.data.store import shards as shards_module
 from lvm.data.store.format import SECTIONS, DamagedError, Scene
 from lvm.data.store.reader import Store
 from lvm.data.store.writer import SkippedItems
-from lvm.data.streams.codecs import Image
 from lvm.inspect import find_problems
 from tests.lvm.conftest import STREAM_SETS, header
 
@@ -295,55 +294,6 @@ def test_damaged_section_ends_reading_with_one_line(make_store, new_scenes, sect
     with pytest.raises(UserError, match=rf"^{file}: damaged: section {section}: checksum mismatch$") as error:
         Store(folder).scene(0)
     assert not isinstance(error.value, DamagedError)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """A store of 16×16 grids, and the codes of its scenes."""
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("large")
-    shapes = [(1, 1)] * 130 + [(40, 1), (3, 2), (1, 1), (200, 1), (1, 2)] + [(1, 1)] * 70
-    codes = [rng.integers(0, 8192, (*shape, 256), dtype=np.uint16) for shape in shapes]
-    scenes = [Scene(f"scene {i}", i, 1 if x.shape[1] == 2 else 0, x, i) for i, x in enumerate(codes)]
-    for shard, shard_scenes in enumerate((scenes[:150], scenes[150:])):
-        writer.write_shard(folder, shard, 2, shard_scenes, 8192)
-    header = {
-        "tokenizer": {"weights": "", "hash": "", "grid": [16, 16], "num_codes": 8192},
-        "streams": {"rgb": Image().to_json(), "depth": Image().to_json()},
-        "stream_sets": [["rgb"], ["rgb", "depth"]],
-        "classes": [],
-    }
-    assert not writer.write_manifest(folder, header, 2)
-    store = Store(folder)
-    return store, codes
-
-
-@given(st.data())
-def test_grids_reads_any_grids_in_any_order(large, data):
-    store, codes = large
-    scenes = np.array(data.draw(st.lists(st.integers(0, len(codes) - 1), min_size=1, max_size=40)))
-    frames = np.array([data.draw(st.integers(0, len(codes[i]) - 1)) for i in scenes])
-    streams = np.array([data.draw(st.integers(0, codes[i].shape[1] - 1)) for i in scenes])
-    grids = store.grids(store.entries(scenes), frames, streams)
-    expected = [codes[i][t, s] for i, t, s in zip(scenes, frames, streams, strict=True)]
-    np.testing.assert_array_equal(grids, expected)
-
-
-def test_grids_and_scene_read_the_same_codes(large):
-    store, codes = large
-    for i, expected in enumerate(codes):
-        frames, streams = (x.ravel() for x in np.indices(expected.shape[:2]))
-        entries = store.entries(np.full(len(frames), i))
-        np.testing.assert_array_equal(store.grids(entries, frames, streams), expected.reshape(-1, 256))
-        np.testing.assert_array_equal(store.scene(i).codes, expected)
-
-
-def test_grids_rejects_frames_and_streams_outside_the_scene(large):
-    store, _ = large
-    entry = store.entries(np.array([0]))
-    assert store.grids(entry[:0], np.zeros(0, int), np.zeros(0, int)).shape == (0, 256)
-    for frame, stream in ((1, 0), (0, 2)):
-        with pytest.raises(ValueError, match=rf"frame {frame}, stream {stream}"):
-            store.grids(entry, np.array([frame]), np.array([stream]))
 
 
 def test_open_file_limit_is_raised_and_reported(make_store, new_scenes, monkeypatch):
