@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +21,10 @@ from lvm.common.logging import format_progress, log_info
 from lvm.common.png import encode_png
 from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.mixture import loader
-from lvm.hardware.accelerators import accelerator_of
 from lvm.training.checkpoint import Checkpoints, latest_step
 from lvm.training.metrics import Goodput, MetricsWriter
 from lvm.training.profiling import StepProfiler
+from lvm.training.reporting import Clock, Reporter
 from lvm.training.spikes import SkippedBatches, SpikeConfig, SpikeDetector, SpikeError
 from lvm.training.step import Step
 from lvm.training.task import Batch, Metrics, State
@@ -131,17 +130,12 @@ class Loop:
         self._step, self._task = step, step.task
         self._read_batch, self._config = read_batch, config
         self._path = workdir.path
-        self._tokens_per_step = tokens_per_step
         self._memory_advice = memory_advice
-        accelerator = accelerator_of(step.mesh.devices.flat[0])
-        self._seconds_at_peak: dict[str, float] = {}  # of a step, by convention
-        if accelerator is not None:
-            peak_flops = accelerator.peak_flops * step.mesh.size
-            self._seconds_at_peak = {name: flops / peak_flops for name, flops in (flops_per_step or {}).items()}
+        self._reporter = Reporter(step.mesh, tokens_per_step, flops_per_step or {})
         self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
         self._profiler = StepProfiler(self._path, config.profile)
-        self._goodput, self._spikes = Goodput(), SpikeDetector(config.spike)
+        self._spikes = SpikeDetector(config.spike)
         self._skipped_batches = SkippedBatches.load(self._path)
 
     def run(self) -> State:
@@ -181,12 +175,12 @@ class Loop:
     def _start(self) -> tuple[State, int]:
         step = self._checkpoints.latest_intact_step()
         if step is None:
-            self._goodput.productive_seconds = 0.0
+            self._reporter.goodput.productive_seconds = 0.0
             self._spikes.losses.clear()
             return self._step.init(), 0
         log_info(f"{self._path}: resuming from step {step}")
         state, meta = self._checkpoints.restore(step, self._step.state)
-        self._goodput = Goodput(meta["started"], meta["productive_seconds"])
+        self._reporter.goodput = Goodput(meta["started"], meta["productive_seconds"])
         self._spikes = SpikeDetector(self._config.spike, meta.get("losses", ()))
         return state, step
 
@@ -215,7 +209,7 @@ class Loop:
             return self._start()
 
     def _train(self, state: State, start: int, total: int) -> State:
-        clock = _Clock()
+        clock = Clock()
         pending: deque[tuple[int, Metrics]] = deque()  # of steps that may still be running
         for step, batch in enumerate(clock.time_input(self._batches(start, total)), start + 1):
             if step == start + 1:
@@ -234,8 +228,9 @@ class Loop:
             if last or stopping or _is_due(step, self._config.checkpoint_every):
                 self._check_steps(pending, 0)
                 # Steps since the last lap are kept too.
-                productive = {"productive_seconds": self._goodput.productive_seconds + clock.elapsed()}
-                meta = dataclasses.asdict(self._goodput) | productive | {"losses": list(self._spikes.losses)}
+                goodput = self._reporter.goodput
+                productive = {"productive_seconds": goodput.productive_seconds + clock.elapsed()}
+                meta = dataclasses.asdict(goodput) | productive | {"losses": list(self._spikes.losses)}
                 with clock.paused(state), self._watchdog.pause("saving a checkpoint"):
                     self._checkpoints.save(state, step, meta)
             if stopping:
@@ -284,10 +279,10 @@ class Loop:
                 hashes[str(index)] = hashlib.sha256(data).hexdigest()
             files.write_json(self._path / DIVERGED, {"batches": hashes})
 
-    def _report(self, step: int, state: State, metrics: Metrics, clock: _Clock, last: bool) -> None:
+    def _report(self, step: int, state: State, metrics: Metrics, clock: Clock, last: bool) -> None:
         values: dict[str, float] = {}
         if last or _is_due(step, self._config.log_every):
-            values |= self._measure(step, metrics, clock)
+            values |= self._reporter.measure(step, metrics, clock)
             progress = format_progress(step, self._config.total_steps, 1 / values["step_seconds"])
             log_info(f"{progress}, loss {values['loss']:.4f}")
         if last or _is_due(step, self._config.evaluate_every):
@@ -299,65 +294,12 @@ class Loop:
         if values:
             self._metrics.write(step, values)
 
-    def _measure(self, step: int, metrics: Metrics, clock: _Clock) -> dict[str, float]:
-        # Reading the metrics waits for the step, so the clock measures completed steps.
-        # The loss of a component without tokens in the batch is NaN.
-        values = {name: float(x) for name, x in metrics.items() if not (name.startswith("loss/") and math.isnan(x))}
-        seconds, waited, steps = clock.lap()
-        goodput = self._goodput.add(steps * seconds)
-        values |= {"step_seconds": seconds, "input_wait_fraction": waited, "goodput": goodput}
-        if self._tokens_per_step:
-            values["perplexity"] = math.exp(min(values["loss"], 700.0))
-            values["tokens"] = step * self._tokens_per_step
-            values["tokens_per_second"] = self._tokens_per_step / seconds
-        memory = [(device.memory_stats() or {}).get("bytes_in_use", 0) for device in jax.local_devices()]
-        if any(memory):
-            values["memory_bytes"] = max(memory)
-        return values | {f"mfu_{name}": at_peak / seconds for name, at_peak in self._seconds_at_peak.items()}
-
     def _write_pictures(self, step: int, state: State) -> None:
         pictures = self._task.pictures(state)  # rendered by all processes, written by the first
         for name, picture in pictures.items() if distributed.is_first() else ():
             folder = self._path / "pictures"
             folder.mkdir(exist_ok=True)
             files.write_atomically(folder / f"{name}-{step:07d}.png", encode_png(picture))
-
-
-class _Clock:
-    """Measures the time of a step, and the fraction of it spent waiting for input."""
-
-    def __init__(self) -> None:
-        self._started_at, self._waited, self._steps = time.monotonic(), 0.0, 0
-
-    def time_input(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            before = time.monotonic()
-            batch = next(batches, None)
-            self._waited += time.monotonic() - before
-            if batch is None:
-                return
-            self._steps += 1
-            yield batch
-
-    @contextlib.contextmanager
-    def paused(self, state: State) -> Iterator[None]:
-        """Waits for the running steps, then excludes the time of the context."""
-        jax.block_until_ready(state)
-        before = time.monotonic()
-        yield
-        self._started_at += time.monotonic() - before
-
-    def elapsed(self) -> float:
-        """Seconds since the previous lap, without pauses."""
-        return time.monotonic() - self._started_at
-
-    def lap(self) -> tuple[float, float, int]:
-        """Seconds per step, fraction waited, and number of steps, since the previous lap."""
-        now = time.monotonic()
-        elapsed, steps = now - self._started_at, self._steps
-        seconds, waited = elapsed / max(1, steps), self._waited / max(elapsed, 1e-9)
-        self._started_at, self._waited, self._steps = now, 0.0, 0
-        return seconds, waited, steps
 
 
 def _read_local(read: ReadBatch, rows: np.ndarray, skipped: SkippedBatches, step: int) -> Mapping[str, np.ndarray]:

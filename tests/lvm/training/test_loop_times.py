@@ -2,11 +2,10 @@
 
 import types
 
-import jax
 import numpy as np
 
 from lvm.hardware.sharding import MeshConfig, make_mesh
-from lvm.training import loop, metrics
+from lvm.training import metrics, reporting
 from lvm.training.checkpoint import Checkpoints
 from lvm.training.loop import Loop, LoopConfig
 from lvm.training.step import Step
@@ -22,14 +21,12 @@ class KnownTimes(Step):
         self.now, self.is_running, self.saved = 0.0, False, []
         stats = [{"bytes_in_use": 3}, None, {"bytes_in_use": 5}]
         devices = [types.SimpleNamespace(memory_stats=lambda value=value: value) for value in stats]
-        fake_jax = types.SimpleNamespace(
-            block_until_ready=self._finish, local_devices=lambda: devices, errors=jax.errors
-        )
+        fake_jax = types.SimpleNamespace(block_until_ready=self._finish, local_devices=lambda: devices)
         clock = types.SimpleNamespace(monotonic=lambda: self.now, time=lambda: 1e9 + self.now)
-        monkeypatch.setattr(loop, "jax", fake_jax)
-        monkeypatch.setattr(loop, "time", clock)
+        monkeypatch.setattr(reporting, "jax", fake_jax)
+        monkeypatch.setattr(reporting, "time", clock)
         monkeypatch.setattr(metrics, "time", clock)
-        monkeypatch.setattr(loop, "accelerator_of", lambda device: types.SimpleNamespace(peak_flops=1000.0))
+        monkeypatch.setattr(reporting, "accelerator_of", lambda device: types.SimpleNamespace(peak_flops=1000.0))
         self._lasting(monkeypatch, task, "evaluate", 100.0)
         self._lasting(monkeypatch, task, "pictures", 50.0)
         self._lasting(monkeypatch, Checkpoints, "save", 30.0)
