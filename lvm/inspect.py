@@ -22,7 +22,7 @@ from lvm.common import cli, errors, files, statistics
 from lvm.common.commands import report_error
 from lvm.common.errors import UserError
 from lvm.data.images.augment import Augment
-from lvm.data.images.batches import ImageBatcher
+from lvm.data.images.decoding import SceneDecoder
 from lvm.data.images.sources import ImageSource, open_source
 from lvm.data.mixture.split import content_hash
 from lvm.data.store import writer
@@ -159,12 +159,8 @@ def _load_images(source: ImageSource, scenes: range, augment: Augment, key: str)
     i = next((i for i in scenes if source.info(i).key == original), None)
     if i is None:
         return None
-    batch, start = ImageBatcher(source, [(i, i + 1)], augment)(0), 0
-    for scene in batch["scenes"]:
-        if scene.num_images and scene.info.key == key:
-            return batch["images"][start : start + scene.num_images]
-        start += scene.num_images
-    return None
+    decoded = SceneDecoder(source, augment)(i)
+    return next((images for scene, images in decoded if len(images) and scene.info.key == key), None)
 
 
 def write_sheet(store: Store, tokenizer: Tokenizer, count: int, path: pathlib.Path) -> None:

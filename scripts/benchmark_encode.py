@@ -23,10 +23,11 @@ from PIL import Image
 from lvm.common import cli
 from lvm.common.errors import UserError
 from lvm.data.images.augment import Augment
-from lvm.data.images.batches import ImageBatcher
+from lvm.data.images.decode_pool import Chunk, DecodePool
+from lvm.data.images.decode_worker import Limits
+from lvm.data.images.decoding import SceneDecoder
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
-from lvm.data.mixture import loader
 from lvm.model import nnx_utils
 from scripts.contenders import Clock, Report, contend, cpu_name, run_job
 from tokenizer import Tokenizer
@@ -64,12 +65,14 @@ def host(job: Job, report: Report) -> None:
     for resizer, decode in (("pillow", "full"), ("swscale", "full"), ("swscale", "reduced")):
         preprocess = Preprocess(job["resolution"], decode=decode, resizer=resizer)
         source = open_source(job["folder"], preprocess)
-        chunks = ImageBatcher(source, [(0, len(source))], Augment(0, preprocess))
-        read = loader.prefetch_batches(chunks, 0, len(chunks), job["workers"])
-        next(iter(read))
-        clock = Clock()
-        for chunk in read:
-            clock.count(len(chunk["images"]))
+        decoder = SceneDecoder(source, Augment(0, preprocess))
+        chunks = (Chunk(decoder, scenes) for scenes in decoder.chunks(0, len(source)))
+        with DecodePool(job["workers"], Limits()) as pool:
+            read = pool.map(chunks)
+            next(read)
+            clock = Clock()
+            for chunk, _ in read:
+                clock.count(len(chunk.items))
         report({"part": "host", "what": f"ours, {resizer}, decode={decode}", **clock.rates()})
 
 
@@ -108,7 +111,7 @@ def end_to_end(job: Job, report: Report) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out, shards = pathlib.Path(folder, "store"), 8
         augment = Augment(0, tokenizer.preprocess)
-        Encoder(tokenizer, source, out, shards, job["batch_size"], augment, job["workers"]).run()
+        Encoder(tokenizer, source, out, shards, job["batch_size"], augment, job["workers"], Limits()).run()
         times = [(out / f"shard-{i:05d}-of-{shards:05d}.json").stat().st_mtime for i in (0, shards - 1)]
     images = len(source) - len(source) // shards
     report(

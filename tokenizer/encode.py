@@ -11,6 +11,7 @@ the shards, by `--shard` or when a launcher joins them (`lvm.common.distributed`
 number. The process that completes the last shard writes the manifest.
 """
 
+import dataclasses
 import os
 import re
 import time
@@ -24,6 +25,7 @@ from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
+from lvm.data.images.decode_worker import Limits
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import ImageSource, open_any_source
 from lvm.data.store import writer
@@ -32,7 +34,7 @@ from tokenizer.encoding import CodeCopier, Encoder, ShardWriter
 from tokenizer.pretrained import Tokenizer
 
 _POLL_S = 1.0
-_MIN_SCENES = 1000  # of a source that is worth starting worker processes for
+_LIMITS = tuple(field.name for field in dataclasses.fields(Limits))
 
 
 def parse_shard_flag(spec: str) -> tuple[int, int]:
@@ -70,6 +72,9 @@ def encode(args: cli.Args) -> None:
     """Encodes this process's shards."""
     if args.num_shards < 1 or args.batch_size < 1 or (args.workers or 0) < 0:
         raise UserError("--num_shards and --batch_size must be positive, --workers must not be negative")
+    for name in _LIMITS:
+        if args.workers == 0 and args[name].present:
+            raise UserError(f"--{name}: limits worker processes; --workers=0 has none")
     distributed.join(DistributedConfig())
     joined = jax.distributed.is_initialized()
     if joined and args.shard:
@@ -84,6 +89,7 @@ def encode(args: cli.Args) -> None:
 
 
 def _make_writer(args: cli.Args) -> ShardWriter:
+    limits = Limits(args.decode_timeout_s, args.decode_memory_gb)
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     # A source of codes needs no tokenizer and ignores the image size.
     augment = Augment(args.augment, tokenizer.preprocess if tokenizer else Preprocess(256))
@@ -97,10 +103,8 @@ def _make_writer(args: cli.Args) -> ShardWriter:
         return CodeCopier(tokenizer, source, args.out, num_shards)
     if tokenizer is None:
         raise UserError("--tokenizer: required to encode images")
-    workers = args.workers
-    if workers is None:
-        workers = max(1, (os.cpu_count() or 1) - 1) if len(source) >= _MIN_SCENES else 0
-    return Encoder(tokenizer, source, args.out, num_shards, args.batch_size, augment, workers)
+    workers = max(1, (os.cpu_count() or 1) - 1) if args.workers is None else args.workers
+    return Encoder(tokenizer, source, args.out, num_shards, args.batch_size, augment, workers, limits)
 
 
 def _run(args: cli.Args) -> None:
@@ -125,8 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.integer("augment", 0, "seeded crops and flips of each scene; 0 encodes each scene as it is")
     flags.string("shard", "", "i/n: encode the share of process i, from 0, of n independent processes")
     flags.boolean("finish", False, "only write the manifest, if all shards exist")
-    workers = f"processes that read images, 0 for threads; default: cores - 1 from {_MIN_SCENES} scenes on, else 0"
+    workers = "processes that read images; 0 for threads of this one, which a damaged file can end; default: cores - 1"
     flags.integer("workers", None, workers)
+    seconds = "a worker's time limit in seconds for a scene, for every 16 images of a longer one"
+    flags.float("decode_timeout_s", Limits.decode_timeout_s, seconds)
+    flags.float("decode_memory_gb", Limits.decode_memory_gb, "a worker's memory limit in GB")
     return flags.run(_run, argv)
 
 

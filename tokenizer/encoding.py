@@ -12,7 +12,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -25,9 +25,11 @@ import lvm
 from lvm.common.errors import UserError
 from lvm.common.logging import Progress, log_info
 from lvm.data.images.augment import Augment
-from lvm.data.images.batches import DecodedScene, ImageBatcher
+from lvm.data.images.decode_pool import Chunk, DecodePool
+from lvm.data.images.decode_worker import Limits
+from lvm.data.images.decoding import Decoded, DecodedScene, SceneDecoder
 from lvm.data.images.sources import CodeSource, Failure, ImageSource, SceneInfo
-from lvm.data.mixture import loader, split
+from lvm.data.mixture import split
 from lvm.data.store import writer
 from lvm.data.store.format import MAX_STREAM_SETS, Scene
 from lvm.data.store.writer import SkippedItems
@@ -99,15 +101,16 @@ class ShardWriter(abc.ABC):
         ranges = [(size * i // self.num_shards, size * (i + 1) // self.num_shards) for i in missing]
         progress = EncodingProgress(sum(end - first for first, end in ranges))
         num_codes, versions = self._identity["num_codes"], software_versions()
-        for i, scenes, skipped in self._shards(ranges, progress) if missing else ():
-            shard = missing[i]
-            writer.write_shard(self._folder, shard, self.num_shards, scenes, num_codes, skipped, versions)
-            for failure in skipped.failures:
-                log_info(f"skipped {failure['key']}: {failure['reason']}")
-            log_info(f"shard {shard + 1}/{self.num_shards}: {progress.line()}")
+        with contextlib.closing(self._shards(ranges, progress)) as written:  # also ends its worker processes
+            for i, scenes, skipped in written:
+                shard = missing[i]
+                writer.write_shard(self._folder, shard, self.num_shards, scenes, num_codes, skipped, versions)
+                for failure in skipped.failures:
+                    log_info(f"skipped {failure['key']}: {failure['reason']}")
+                log_info(f"shard {shard + 1}/{self.num_shards}: {progress.line()}")
 
     @abc.abstractmethod
-    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Iterator[ShardScenes]:
+    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Generator[ShardScenes]:
         """Yields the scenes of each range; each iterator is exhausted before the next, and fills its `SkippedItems`."""
 
     def _store_scene(
@@ -139,7 +142,7 @@ class CodeCopier(ShardWriter):
         super().__init__(identity, source, folder, num_shards)
         self._source = source
 
-    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Iterator[ShardScenes]:
+    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Generator[ShardScenes]:
         for i, scenes in enumerate(ranges):
             skipped = SkippedItems()
             yield i, self._copy(range(*scenes), skipped, progress), skipped
@@ -158,15 +161,16 @@ class Encoder(ShardWriter):
       batch_size: images per device and call; the last call of a shard is padded.
       augment: copies of each scene.
       workers: processes that read and decode; 0 uses threads of this one.
+      limits: time and memory of a worker. Scenes that exceed them, or end their worker, are listed as failures.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, source: ImageSource, folder: epath.PathLike, num_shards: int,
-        batch_size: int, augment: Augment, workers: int,
+        batch_size: int, augment: Augment, workers: int, limits: Limits,
     ):  # fmt: skip
         super().__init__(tokenizer.identity(), source, folder, num_shards)
         self._tokenizer, self._source, self._batch_size = tokenizer, source, batch_size
-        self._augment, self._workers = augment, workers
+        self._augment, self._workers, self._limits = augment, workers, limits
 
     def header(self) -> dict[str, Any]:
         """See `ShardWriter.header`; adds how the codes are computed."""
@@ -177,19 +181,21 @@ class Encoder(ShardWriter):
             "augment": self._augment.copies,
         }
 
-    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Iterator[ShardScenes]:
-        batcher = ImageBatcher(self._source, ranges, self._augment)
-        decoded = iter(loader.prefetch_batches(batcher, 0, len(batcher), self._workers))
-        batches = self._encode(progress.timed("host", decoded))
-        for i, of_range in itertools.groupby(batches, key=lambda batch: batch.range_index):
-            skipped = SkippedItems()
-            yield i, self._collect(of_range, skipped, progress), skipped
+    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Generator[ShardScenes]:
+        decoder = SceneDecoder(self._source, self._augment)
+        chunks = (Chunk(decoder, scenes, i) for i, ends in enumerate(ranges) for scenes in decoder.chunks(*ends))
+        with DecodePool(self._workers, self._limits) as pool:
+            batches = self._encode(progress.timed("host", pool.map(chunks)))
+            for i, of_range in itertools.groupby(batches, key=lambda batch: batch.range_index):
+                skipped = SkippedItems()
+                yield i, self._collect(of_range, skipped, progress), skipped
 
-    def _encode(self, decoded: Iterator[Mapping[str, np.ndarray]]) -> Iterator[_Batch]:
+    def _encode(self, decoded: Iterator[tuple[Chunk, list[Decoded]]]) -> Iterator[_Batch]:
         """Yields batches in order, each once `_MAX_PENDING` more are on the devices, across the ends of shards."""
         pending: collections.deque[_Batch] = collections.deque()
-        for i, of_range in itertools.groupby(decoded, key=lambda chunk: int(chunk["range"])):
-            for images, count, scenes in self._full_batches(of_range):
+        for i, of_range in itertools.groupby(decoded, key=lambda loaded: loaded[0].group):
+            scenes_of_range = (scene for _, results in of_range for decoded in results for scene in decoded)
+            for images, count, scenes in self._full_batches(scenes_of_range):
                 codes = self._tokenizer.encode_async(images) if count else None
                 if codes is not None:
                     codes.copy_to_host_async()
@@ -199,15 +205,14 @@ class Encoder(ShardWriter):
         yield from pending
 
     def _full_batches(
-        self, decoded: Iterator[Mapping[str, np.ndarray]]
+        self, decoded: Iterator[tuple[DecodedScene, UInt8[np.ndarray, "n R R 3"]]]
     ) -> Iterator[tuple[UInt8[np.ndarray, "B R R 3"], int, list[DecodedScene]]]:
         """Yields padded batches of one range, their number of images, and the scenes decoded up to there."""
         size, R = self._batch_size * self._tokenizer.num_devices, self._augment.preprocess.resolution
         batch, count = np.zeros((size, R, R, 3), np.uint8), 0
         scenes: list[DecodedScene] = []
-        for chunk in decoded:
-            scenes += chunk["scenes"].tolist()
-            images = chunk["images"]
+        for scene, images in decoded:
+            scenes.append(scene)
             while len(images):
                 taken = min(size - count, len(images))
                 batch[count : count + taken] = images[:taken]

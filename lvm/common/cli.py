@@ -1,6 +1,5 @@
 """The command line of one command: its flags, errors as one line, exit codes."""
 
-import ctypes
 import errno
 import os
 import resource
@@ -13,6 +12,7 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from lvm.common import errors, logging
+from lvm.common.child_process import end_with_parent
 from lvm.common.commands import exit_process, prepare_output, report_error
 from lvm.common.config import expand_home, find_config
 from lvm.common.jax_settings import device_problem, pin_settings
@@ -225,12 +225,8 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _end_with_parent() -> None:
-    parent = os.environ.pop(PARENT, "")
-    if parent and sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != int(parent):  # it ended before the signal was asked for
-            os._exit(errors.EXIT_ERROR)
+    if parent := os.environ.pop(PARENT, ""):
+        end_with_parent(int(parent))
 
 
 def _flag_problem(error: Exception) -> str:

@@ -12,6 +12,8 @@ from etils import epath
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.images.augment import Augment
+from lvm.data.images.decode_worker import Limits
+from lvm.data.images.decoding import SceneDecoder
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, ImageSource, SceneImages, SceneInfo
 from lvm.data.mixture import split
@@ -79,7 +81,7 @@ def encode(tokenizer, folder, shares=((0, 1),), num_shards=4, batch_size=2, copi
     augment = Augment(copies, tokenizer.preprocess)
     source = source or Scenes(augment.source_preprocess.resolution)
     for share in shares:
-        Encoder(tokenizer, source, folder, num_shards, batch_size, augment, workers).run(*share)
+        Encoder(tokenizer, source, folder, num_shards, batch_size, augment, workers, Limits()).run(*share)
         finish(str(folder), wait=False)
     return folder
 
@@ -163,12 +165,13 @@ def test_existing_shards_are_not_encoded_again(tokenizer, reference, tmp_path, m
     folder = encode(tokenizer, tmp_path / "store")
     (folder / "shard-00002-of-00004.json").unlink()
     (folder / "manifest.json").unlink()
-    calls, run = [], encoding.ImageBatcher.__call__
-    monkeypatch.setattr(encoding.ImageBatcher, "__call__", lambda self, index: calls.append(index) or run(self, index))
+    calls, run = [], SceneDecoder.__call__
+    monkeypatch.setattr(SceneDecoder, "__call__", lambda self, index: calls.append(index) or run(self, index))
     assert contents(encode(tokenizer, folder)) == contents(reference)
-    assert len(calls) == 1
+    missing = list(range(len(SCENES) * 2 // 4, len(SCENES) * 3 // 4))
+    assert sorted(calls) == missing
     encode(tokenizer, folder)
-    assert len(calls) == 1
+    assert sorted(calls) == missing
 
 
 def test_finish_removes_leftovers_of_killed_processes(tokenizer, reference, tmp_path):
@@ -241,10 +244,11 @@ def test_scene_without_frames_is_a_failure(tokenizer, tmp_path):
     assert shard["failures"] == [{"key": "scene 1", "reason": "it has no frames"}]
 
 
-def test_image_batcher_bounds_images_of_late_videos():
+def test_chunks_bound_images_of_late_videos():
     source = Scenes(scenes=((1, 0, 0),) * 60 + ((32, 1, 0),) * 60)
-    batcher = encoding.ImageBatcher(source, [(0, 120)], Augment(0, Preprocess(SIDE)))
-    assert max(len(batcher(i)["images"]) for i in (0, len(batcher) - 1)) == 64
+    chunks = list(SceneDecoder(source, Augment(0, Preprocess(SIDE))).chunks(3, 120))
+    assert [i for chunk in chunks for i in chunk] == list(range(3, 120))
+    assert max(sum(source.info(i).num_frames * len(source.info(i).streams) for i in chunk) for chunk in chunks) == 64
 
 
 def test_shard_of_another_process_is_rejected(tokenizer, tmp_path):

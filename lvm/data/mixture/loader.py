@@ -1,7 +1,5 @@
 """Prefetching of batches with Grain, in threads or worker processes."""
 
-import contextlib
-import ctypes
 import errno
 import functools
 import gc
@@ -22,10 +20,9 @@ from absl import flags
 from jax.sharding import Sharding
 from jaxtyping import Int, Shaped
 
+from lvm.common.child_process import retain_memory
 from lvm.common.errors import UserError
 
-# M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of <malloc.h>: one heap for all threads, which keeps its memory.
-_MALLOC = {-8: 1, -3: 2**28, -1: 2**28}
 _INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32)
 _SHARED_MEMORY = "/dev/shm"
 PREFETCH = 4  # batches ready ahead of their use, for each worker
@@ -52,7 +49,7 @@ def prefetch_batches(
         raise UserError(f"workers={workers} must not be negative")
     steps = grain.MapDataset.range(start, stop).map(functools.partial(_read_compressed, read) if workers else read)
     if not workers:
-        _retain_memory()
+        retain_memory()
         yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH))
         return
     if not flags.FLAGS.is_parsed():
@@ -74,7 +71,7 @@ def prefetch_batches(
         free = shutil.disk_usage(_SHARED_MEMORY).free
         raise UserError(
             f"{_SHARED_MEMORY}: too small for the batches of {workers} worker processes ({free:,} bytes free); enlarge "
-            "it (docker run --shm-size), or read without workers (config.loop.input_workers=0, encode --workers=0)"
+            "it (docker run --shm-size), or read without workers (config.loop.input_workers=0)"
         ) from error
     finally:
         iterator.close()
@@ -124,16 +121,7 @@ def _initialize_worker() -> None:
     # Freeze imported objects: GC scans took about 12 % of a worker's time.
     gc.collect()
     gc.freeze()
-    _retain_memory()
-
-
-@functools.cache
-def _retain_memory() -> None:
-    """Keeps freed memory in the heap: returned to the system, each batch's arrays would fault in new pages."""
-    with contextlib.suppress(AttributeError, OSError):  # glibc only
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in _MALLOC.items():
-            mallopt(parameter, value)
+    retain_memory()
 
 
 def _exit_with(parent: Any) -> None:
