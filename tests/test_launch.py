@@ -42,6 +42,7 @@ REQUESTS = {
         "--sweep=seed=0,1",
     ],
 }  # fmt: skip
+SUPERVISED = ["-m", "lvm.submit", "--on=local", "--run=a", "--max_restarts=3"]
 HOSTILE = {
     "SPACES": " a  b ",
     "QUOTES": "'\"`echo no`\"'",
@@ -82,7 +83,7 @@ def hostile():
     return [*job_arguments(), *(f"--env={name}={value}" for name, value in HOSTILE.items())]
 
 
-def test_slurm_job_quotes_values_and_requeues(tmp_path, programs, monkeypatch):
+def test_slurm_job_quotes_values_and_restarts(tmp_path, programs, monkeypatch):
     workdir = tmp_path / "it's a $(folder)"
     arguments = ["--on=slurm", "--run=a", f"--workdir={workdir}", "--secret=TOKEN", *hostile()]
     dry_run(tmp_path / "out", *arguments)
@@ -106,17 +107,22 @@ def test_slurm_job_quotes_values_and_requeues(tmp_path, programs, monkeypatch):
     assert [call[0] for call in fakes.calls[3:]] == ["srun"]
     fakes.answer(("srun", 75, ""), ("squeue", 0, "COMPLETING\n"))  # canceled
     subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"})
+    programs = [call[0] for call in fakes.calls]
     fakes.answer(("srun", 76, ""), ("squeue", 0, "RUNNING\n"))
-    for _ in range(4):
+    for saved in (None, None, None, 50, None, None):
+        if saved is not None:
+            (workdir / "progress").write_text(f"{saved}\n")
         subprocess.run(["bash", script], env={**os.environ, "SLURM_JOB_ID": "7"})
-    assert [call[0] for call in fakes.calls].count("scontrol") == 1 + 3  # the restart budget is three
+    # The budget is three: restarted in place, requeued twice, given up; and again after a checkpoint.
+    again = ["srun", "srun", "squeue", "scontrol", "srun", "squeue", "scontrol", "srun"]
+    assert [call[0] for call in fakes.calls][len(programs) :] == 2 * again
     written = "".join(path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".gz")
     assert "very secret" not in written
 
 
-def test_tpu_host_quotes_values_and_restarts(tmp_path, programs):
+def test_tpu_host_quotes_values_and_supervises(tmp_path, programs):
     arguments = ["--on=tpu-vm", "--run=a", "--accelerator=v4-32", "--workdir=gs://b/a", *CLOUD, *hostile()]
-    dry_run(tmp_path / "out", *arguments, "--secret=TOKEN=vault", "--max_restarts=2")
+    dry_run(tmp_path / "out", *arguments, "--secret=TOKEN=vault")
     host = tmp_path / "host"
     text = (tmp_path / "out" / "startup.sh").read_text()
     text = text.replace("/opt/lvm", f"{host}/opt").replace("/var/log/lvm.log", f"{host}/log").replace("sleep 10", ":")
@@ -127,16 +133,16 @@ def test_tpu_host_quotes_values_and_restarts(tmp_path, programs):
     # The environment that `uv` would create, with a fake Python.
     python = Programs(host / "opt" / "a" / "environment" / "bin", "python")
     (host / "script.sh").write_text(text.replace("rm -rf code environment && mkdir code", "mkdir code"))
-    python.answer(("lvm.train", 76, ""), ("lvm.train", 65, ""))
+    python.answer(("lvm.submit", 65, ""))
     subprocess.run(["bash", host / "script.sh"], check=True)
-    assert len(python.calls) == 2
-    assert python.calls[0][1:] == ["-m", "lvm.train", *job_arguments(), "--workdir=gs://b/a"]
+    assert len(python.calls) == 1
+    assert python.calls[0][1:] == [*SUPERVISED, *job_arguments(), "--workdir=gs://b/a"]
     assert python.environments[0].items() >= {**HOSTILE, "TOKEN": "very secret", "LVM_COORDINATOR": "auto"}.items()
     assert (host / "opt" / "a" / "ended").read_text() == "65\n"
     assert fakes.calls[-1][:3] == ["gcloud", "storage", "cp"]
     assert re.fullmatch(r"gs://b/a/launch/a/ended-.+", fakes.calls[-1][-1])
     subprocess.run(["bash", host / "script.sh"], check=True)  # reboot after the run has ended
-    assert len(python.calls) == 2
+    assert len(python.calls) == 1
     assert "very secret" not in (host / "log").read_text() + text
 
 
@@ -157,7 +163,29 @@ def test_pod_quotes_values(tmp_path):
     home = {"HOME": "/never"}
     assert {item["name"]: expanded(item["value"], home) for item in container["env"]} == HOSTILE
     arguments = [expanded(text, home) for text in container["args"]]
-    assert arguments[1:] == ["-m", "lvm.train", *job_arguments(), "--workdir=gs://b/$(HOME)"]
+    assert arguments[1:] == [*SUPERVISED, *job_arguments(), "--workdir=gs://b/$(HOME)"]
+
+
+def test_jobset_rules_tell_final_codes_from_preemption(tmp_path):
+    """With messages as Kubernetes writes them for a job that a rule of its pod failure policy ended."""
+    dry_run(tmp_path / "out", *REQUESTS["gke-1b-8x8"])
+    spec = manifest(tmp_path / "out")["spec"]
+    rules = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+
+    def action(message):
+        for rule in spec["failurePolicy"]["rules"]:
+            patterns = rule.get("onJobFailureMessagePatterns", [""])
+            if any(re.search(pattern, message) for pattern in patterns):
+                return rule["action"]
+
+    exit_codes = "Container lvm for pod default/a-host-0-1 failed with exit code {} matching FailJob rule at index 0"
+    assert rules[0]["onExitCodes"] == {"operator": "In", "values": [2, 65, 75]}
+    assert action(exit_codes.format(2)) == action(exit_codes.format(65)) == "FailJobSet"
+    assert action(exit_codes.format(75)) == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    disrupted = "Pod default/a-host-0-1 has condition DisruptionTarget matching FailJob rule at index 1"
+    assert action(disrupted) == "RestartJobSetAndIgnoreMaxRestarts"
+    assert all(rule["onJobFailureReasons"] == ["PodFailurePolicy"] for rule in spec["failurePolicy"]["rules"])
 
 
 # --- Management

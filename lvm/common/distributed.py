@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lvm.common.errors import UserError
+from lvm.common.commands import report_error
+from lvm.common.errors import EXIT_ALONE, UserError
 from lvm.common.logging import log_info, log_warning, set_process
 from lvm.common.validation import check_positive
 
 T = TypeVar("T")
+_ABORT_DELAY_S = 60  # by which JAX's own timeout, which aborts the process, is longer
 # Environment variables set by our launchers. COORDINATOR="auto" alone leaves it to JAX to detect the cluster.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "LVM_COORDINATOR", "LVM_NUM_PROCESSES", "LVM_PROCESS_ID"
 
@@ -26,11 +30,12 @@ class DistributedConfig:
     """Timeouts in seconds.
 
     Attributes:
-      initialization_timeout: for all processes to join.
+      initialization_timeout: for all processes to join. Processes that are late, or restart meanwhile, are waited for;
+        after this long the process exits with 77, which counts as a failure.
       heartbeat_timeout: a process without a heartbeat for this long counts as dead, and the others end.
     """
 
-    initialization_timeout: int = 300
+    initialization_timeout: int = 3600
     heartbeat_timeout: int = 100
 
     def __post_init__(self) -> None:
@@ -48,7 +53,7 @@ def join(config: DistributedConfig) -> None:
     """
     launcher = {name: os.environ.get(name, "") for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)}
     options: dict[str, Any] = {
-        "initialization_timeout": config.initialization_timeout,
+        "initialization_timeout": config.initialization_timeout + _ABORT_DELAY_S,
         "heartbeat_timeout_seconds": config.heartbeat_timeout,
     }
     if launcher[COORDINATOR] != "auto" and any(launcher.values()):
@@ -67,11 +72,30 @@ def join(config: DistributedConfig) -> None:
     os.environ.setdefault("grpc_proxy", "")
     jax.config.update("jax_check_proxy_envs", False)
     try:
-        jax.distributed.initialize(**options)
+        with _exit_after(config.initialization_timeout):
+            jax.distributed.initialize(**options)
     except ValueError as error:
         raise UserError(f"{COORDINATOR}={launcher[COORDINATOR]}: the processes can't join: {error}") from error
     set_process(jax.process_index(), jax.process_count())
     log_info(f"{jax.process_count()} processes, {jax.device_count()} devices")
+
+
+@contextlib.contextmanager
+def _exit_after(timeout_s: int) -> Iterator[None]:
+    """Ends the process unless all processes join in time. JAX itself would abort, like a process that crashes."""
+
+    def exit_alone() -> None:
+        reason = f"the other processes of the run have not joined in {timeout_s} s"
+        report_error(f"{reason} (config.distributed.initialization_timeout)", EXIT_ALONE)
+        os._exit(EXIT_ALONE)
+
+    timer = threading.Timer(timeout_s, exit_alone)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _in_cluster() -> bool:

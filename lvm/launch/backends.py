@@ -1,13 +1,14 @@
 """Backends by name, with one interface to submit to them and to manage what was submitted."""
 
 import dataclasses
+import functools
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Protocol
 
-from lvm.common import files
+from lvm.common import files, progress
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.launch import code, gke, local, shell, slurm, tpu_vm
@@ -87,7 +88,10 @@ def run_local(request: Request, folder: Path, processes: int, grace: float, dry_
     environment = {**request.environment, **secrets}
     with local.lock_run(folder) as log:
         files.write_json(folder / _RECORD, {"on": LOCAL, "workdir": request.workdir})
-        supervisor = local.Supervisor(request.command, processes, request.max_restarts, grace, environment, log)
+        newest_step = functools.partial(progress.read, request.workdir)
+        supervisor = local.Supervisor(
+            request.command, processes, request.max_restarts, grace, newest_step, environment, log
+        )
         return supervisor.run()
 
 

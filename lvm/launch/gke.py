@@ -15,6 +15,7 @@ MANIFEST = "jobset.yaml"
 _LABEL = "lvm-run"
 _PORT = 8476
 _GRACE = 300  # seconds from SIGTERM to SIGKILL: enough to save a checkpoint
+_FINAL = tuple(code for code in errors.FINAL if code != errors.EXIT_DONE)
 _GPU_LABELS = {
     "a100-40gb": "nvidia-tesla-a100",
     "a100-80gb": "nvidia-a100-80gb",
@@ -97,23 +98,43 @@ def manifest(request: Request) -> dict[str, Any]:
         exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
         metadata["annotations"] = {exclusive: "cloud.google.com/gke-nodepool"}
     job = {"name": "host", "replicas": request.slices, "template": {"spec": _job(request)}}
-    fail = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"], "name": "not-again"}
+    # Rules see the reason and the message of a failed job, which names the exit code; the first that matches counts.
+    final = f"exit code ({'|'.join(map(str, _FINAL))}) "
+    rules = [
+        {
+            "name": "final",
+            "action": "FailJobSet",
+            "onJobFailureReasons": ["PodFailurePolicy"],
+            "onJobFailureMessagePatterns": [final],
+        },
+        {
+            "name": "preempted",
+            "action": "RestartJobSetAndIgnoreMaxRestarts",
+            "onJobFailureReasons": ["PodFailurePolicy"],
+        },
+    ]
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": metadata,
-        "spec": {"failurePolicy": {"maxRestarts": request.max_restarts, "rules": [fail]}, "replicatedJobs": [job]},
+        "spec": {"failurePolicy": {"maxRestarts": request.max_restarts, "rules": rules}, "replicatedJobs": [job]},
     }
 
 
 def _job(request: Request) -> dict[str, Any]:
-    final = {"operator": "In", "values": [errors.EXIT_BAD_INPUT, errors.EXIT_DIVERGED]}
+    codes = {"operator": "In", "values": [*_FINAL, errors.EXIT_PREEMPTED]}
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]  # the node was preempted, drained or lost
     return {
         "parallelism": request.hardware.hosts,
         "completions": request.hardware.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": final}]},
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": codes},
+                {"action": "FailJob", "onPodConditions": disrupted},
+            ]
+        },
         "template": {"metadata": {"labels": {_LABEL: request.name}}, "spec": _pod(request)},
     }
 
@@ -162,7 +183,7 @@ def _container(request: Request, resource: str) -> dict[str, Any]:
         "name": "lvm",
         "image": request.site.image,
         # The entry point of the image, lvm/launch/start.py, fetches the code and runs `python` with the rest.
-        "args": [_literal(text) for text in (request.archive, *request.command)],
+        "args": [_literal(text) for text in (request.archive, *request.supervised_command)],
         "env": variables,
         "resources": {"limits": {resource: request.hardware.chips_per_host}},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],

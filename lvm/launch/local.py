@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,8 +29,10 @@ class Supervisor:
 
     Attributes:
       command: arguments of `python`, the same for every rank.
-      max_restarts: restart budget for failures; preemption is not counted. 0 never restarts.
+      max_restarts: restart budget: failures without a new checkpoint in between; preemption is not counted. 0 never
+        restarts.
       grace: seconds from SIGTERM to SIGKILL.
+      progress: step of the newest checkpoint.
       environment: variables added to this process's.
       log: receives the ranks' output, besides stdout.
     """
@@ -38,6 +41,7 @@ class Supervisor:
     processes: int
     max_restarts: int
     grace: float
+    progress: Callable[[], int] = lambda: 0
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     log: IO[str] | None = None
 
@@ -49,7 +53,8 @@ class Supervisor:
         """Returns the exit code of the last attempt; 128 + the signal's number for a signal."""
         signal.signal(signal.SIGTERM, self._forward_signal)
         signal.signal(signal.SIGINT, self._forward_signal)
-        failures = 0
+        failures: Counter[int] = Counter()  # by the step of the newest checkpoint
+        step = 0
         while True:
             code = self._run_once()
             if self._terminated or code in errors.FINAL or not self.max_restarts:
@@ -57,14 +62,22 @@ class Supervisor:
             if code == errors.EXIT_PREEMPTED:  # not a failure
                 log_info(f"restart after exit code {code}")
                 continue
-            failures += 1
-            if failures > self.max_restarts:
-                log_warning(f"restart budget ({self.max_restarts}) exhausted")
+            step = self._progress(step)
+            failures[step] += 1
+            if failures[step] > self.max_restarts:
+                log_warning(f"restart budget ({self.max_restarts}) exhausted: no checkpoint since step {step}")
                 return code
-            log_warning(f"restart {failures} of {self.max_restarts} after exit code {code}")
+            log_warning(f"restart {failures[step]} of {self.max_restarts} from step {step} after exit code {code}")
+
+    def _progress(self, last_step: int) -> int:
+        try:
+            return self.progress()
+        except Exception as error:  # storage libraries raise types of their own; the run goes on without the answer
+            log_warning(f"the newest checkpoint is unknown ({error}); taking step {last_step}")
+            return last_step
 
     def _run_once(self) -> int:
-        port = _free_port()
+        port = free_port()
         self._ranks = [self._start(rank, port) for rank in range(self.processes)]
         printers = [
             threading.Thread(target=_print, args=(f"[{index}] " if self.processes > 1 else "", rank.stdout, self.log))
@@ -133,7 +146,7 @@ def _exit_code(rank: subprocess.Popen) -> int:
     return 128 - rank.returncode if rank.returncode < 0 else rank.returncode
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]

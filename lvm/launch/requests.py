@@ -118,8 +118,8 @@ class Request(Run):
       slice: the accelerators; None for this machine.
       capacity: one of `CAPACITIES`.
       secrets: variable → name of the secret that holds its value; the value is not read here.
-      max_restarts: restart budget: failures (exit code 1, 76, a signal) after which the run is restarted. 75
-        (preempted) is not counted; 0 never restarts.
+      max_restarts: restart budget: failures (exit code 1, 76, 77, a signal) without a new checkpoint in between after
+        which the run is restarted. 75 (preempted) is not counted; 0 never restarts.
       sweep: arguments of each run of a sweep, besides `train_arguments`; () is a single run.
 
     Raises:
@@ -155,6 +155,14 @@ class Request(Run):
     def command(self) -> tuple[str, ...]:
         """Arguments of `python` in each process."""
         return ("-m", "lvm.train", *self.train_arguments, f"--workdir={self.workdir}")
+
+    @property
+    def supervised_command(self) -> tuple[str, ...]:
+        """Arguments of `python` on each host: `command` under the local backend's supervisor, which restarts it."""
+        if not self.max_restarts:
+            return self.command
+        supervisor = ("--on=local", f"--run={self.name}", f"--max_restarts={self.max_restarts}")
+        return ("-m", "lvm.submit", *supervisor, *self.train_arguments, f"--workdir={self.workdir}")
 
     @property
     def archive(self) -> str:

@@ -128,7 +128,6 @@ def _script(request: Request) -> str:
     if request.site.processes_per == "node":  # JAX uses one GPU per process under Slurm by default
         _, gpus = _nodes_and_gpus(request)
         environment = {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(gpus))), **environment}
-    requeue = shell.render_script("slurm_requeue.sh", max_restarts=str(request.max_restarts)).rstrip("\n")
     return shell.render_script(
         "slurm_job.sh",
         name=request.name,
@@ -138,18 +137,18 @@ def _script(request: Request) -> str:
         folder=shlex.quote(f"{request.launch_folder}/{request.commit}"),
         job="\n".join(_jobs(request)),
         grace=str(_GRACE),
-        requeue=requeue if request.max_restarts else "",
+        max_restarts=str(request.max_restarts),
     )
 
 
 def _jobs(request: Request) -> list[str]:
-    """Lines that set `job`, the arguments of `python`."""
+    """Lines that set `workdir`, and `job`, the arguments of `python`."""
     if not request.sweep:
-        return [f"job=({shlex.join(request.command)})"]
+        return [f"workdir={shlex.quote(request.workdir)} job=({shlex.join(request.command)})"]
     lines = ['case "$SLURM_ARRAY_TASK_ID" in']
     for index, arguments in enumerate(request.sweep):
         names = "+".join(text.removeprefix("--config.").replace("/", "_") for text in arguments)
         workdir = f"{request.workdir.rstrip('/')}/{names}"
         job = ("-m", "lvm.train", *request.train_arguments, *arguments, f"--workdir={workdir}")
-        lines.append(f"  {index}) job=({shlex.join(job)}) ;;")
+        lines.append(f"  {index}) workdir={shlex.quote(workdir)} job=({shlex.join(job)}) ;;")
     return [*lines, "esac"]

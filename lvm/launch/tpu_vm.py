@@ -164,11 +164,6 @@ def _script(request: Request) -> str:
         f"  export {name}"
         for name, source in request.secrets.items()
     ]
-    indent = "  " if request.max_restarts else ""
-    command = f"../environment/bin/python {shlex.join(request.command)}"
-    run = "\n".join(indent + line for line in (command, "code=$?", 'echo "ended with exit code $code"'))
-    if request.max_restarts:  # restarts within the budget, unless the exit code is final
-        run = shell.render_script("tpu_vm_restart.sh", attempt=run, max_restarts=str(request.max_restarts)).rstrip("\n")
     return shell.render_script(
         "tpu_vm_startup.sh",
         name=request.name,
@@ -177,5 +172,5 @@ def _script(request: Request) -> str:
         folder=shlex.quote(request.launch_folder),
         archive=shlex.quote(request.archive),
         exports=shell.export_lines({**request.environment, distributed.COORDINATOR: "auto"}),
-        run=run,
+        command=shlex.join(request.supervised_command),
     )

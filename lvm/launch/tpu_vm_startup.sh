@@ -21,6 +21,8 @@ prepare() {
 until prepare; do echo "this host is not ready; retrying"; sleep 60; done
 {{exports}}
 cd code || exit 1
-{{run}}
+../environment/bin/python {{command}}
+code=$?
+echo "ended with exit code $code"
 echo "$code" >../ended
 gcloud storage cp ../ended {{folder}}/ended-"$(hostname)"

@@ -26,7 +26,7 @@ import tensorstore
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from lvm.common import distributed, files
+from lvm.common import distributed, files, progress
 from lvm.common.errors import UserError
 from lvm.common.logging import log_warning, warn_once
 from lvm.training import checksums
@@ -127,6 +127,7 @@ class Checkpoints:
                 return
             time.sleep(_REMOTE_POLL_S if files.is_remote(folder) else _POLL_S)
         checksums.write(folder, self._record(step))
+        progress.write(self._workdir, step)
 
     def _folder(self, step: int) -> epath.Path:
         return self._manager.directory / str(step)

@@ -1,13 +1,16 @@
 """Joining the processes of a run, by the environment that a launcher or a cluster sets."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from lvm.common import distributed
 from lvm.common.distributed import DistributedConfig
-from lvm.common.errors import UserError
+from lvm.common.errors import EXIT_ALONE, UserError
+from lvm.launch.local import free_port
 
 STEP = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "node[1-2]"}
 LAUNCHED = {distributed.COORDINATOR: "host:1", distributed.NUM_PROCESSES: "2", distributed.PROCESS_ID: "1"}
@@ -53,6 +56,39 @@ def test_join_refuses_malformed_launcher_variables(joined, monkeypatch, variable
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=next(iter(variables))):
         distributed.join(DistributedConfig())
+
+
+LATE = """
+import sys, time
+from lvm.common import distributed
+time.sleep(float(sys.argv[1]))
+distributed.join(distributed.DistributedConfig(initialization_timeout=int(sys.argv[2])))
+"""
+
+
+def join_late(seconds, timeout, processes):
+    """Exit codes and output of two processes, of which the second is late."""
+    ranks = []
+    for rank in range(processes):
+        variables = {distributed.COORDINATOR: f"localhost:{free_port()}" if not ranks else ranks[0].args[-1]}
+        variables |= {distributed.NUM_PROCESSES: "2", distributed.PROCESS_ID: str(rank), "JAX_PLATFORMS": "cpu"}
+        arguments = [str(seconds * rank), str(timeout), variables[distributed.COORDINATOR]]
+        command = [sys.executable, "-c", LATE, *arguments]
+        ranks.append(subprocess.Popen(command, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True))
+    errors = [rank.communicate()[1] for rank in ranks]
+    return [rank.returncode for rank in ranks], errors
+
+
+def test_join_alone_exits_with_a_code_of_its_own():
+    codes, errors = join_late(0, 2, processes=1)
+    assert codes == [EXIT_ALONE]
+    assert errors[0].startswith("error: the other processes of the run have not joined in 2 s"), errors
+
+
+@pytest.mark.slow
+def test_join_waits_for_a_process_400_s_late():
+    codes, errors = join_late(400, 600, processes=2)
+    assert codes == [0, 0], errors
 
 
 def test_join_without_a_cluster_to_detect_is_user_error(joined, monkeypatch):

@@ -101,6 +101,28 @@ def test_supervisor_restarts_within_budget(monkeypatch, max_restarts, codes, nev
     assert list(attempts) == never
 
 
+@pytest.mark.parametrize(
+    ("steps", "code"),
+    [
+        ([0, 50, 50, 100, 150, 150], 0),  # at most two failures at a step
+        ([0, 50, 50, 50, 100, 150], 1),
+        ([0, 50, OSError("no answer"), 50, 100, 150], 1),  # unknown: as if there were no new checkpoint
+    ],
+)
+def test_supervisor_budget_refills_at_a_checkpoint(monkeypatch, steps, code):
+    codes, newest = iter([*[1] * len(steps), 0]), iter(steps)
+
+    def progress():
+        step = next(newest)
+        if isinstance(step, OSError):
+            raise step
+        return step
+
+    monkeypatch.setattr(local.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(Supervisor, "_run_once", lambda self: next(codes))
+    assert Supervisor([], 1, 2, 1.0, progress).run() == code
+
+
 def test_supervisor_does_not_restart_after_sigterm(monkeypatch):
     monkeypatch.setattr(local.signal, "signal", lambda *arguments: None)
     monkeypatch.setattr(Supervisor, "_run_once", lambda self: self._forward_signal(signal.SIGTERM, None) or 75)
