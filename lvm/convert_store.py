@@ -20,11 +20,12 @@ from lvm.common import cli, files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.store import staging, version3, writer
-from lvm.data.store.format import Scene
-from lvm.data.store.shards import Shard
+from lvm.data.store.format import Scene, shard_name
+from lvm.data.store.shards import Shard, StoreIds
 from tokenizer.encode import finish, parse_shard_flag
 
-_COUNTS = ("scenes", "images", "images_by_stream_set", "histogram", "group_hashes")
+_COUNTS = ("scenes", "images", "group_hashes")
+_MERGED = ("classes", "stream_sets")  # of a header of version 3; entries of version 4 have them
 
 
 def convert_store(old: epath.Path, new: epath.Path, process: int = 0, num_processes: int = 1) -> None:
@@ -35,18 +36,17 @@ def convert_store(old: epath.Path, new: epath.Path, process: int = 0, num_proces
     """
     header = version3.read_header(old)
     num_shards = header.pop("num_shards")
-    writer.begin_store(new, header, num_shards)
+    new_header = {key: value for key, value in header.items() if key not in _MERGED}
+    writer.begin_store(new, new_header, num_shards)
     for shard in range(process, num_shards, num_processes):
         if writer.read_shard_entry(new, shard, num_shards) is not None:
             continue
         if (entry := writer.read_shard_entry(old, shard, num_shards)) is None:
-            log_info(
-                f"{old}: {writer.shard_name(shard, num_shards)} is missing; tokenizer.encode --out={new} writes it"
-            )
+            log_info(f"{old}: {shard_name(shard, num_shards)} is missing; tokenizer.encode --out={new} writes it")
             continue
         with _local_folder(old, entry) as folder:
             _convert_shard(folder, entry, new, shard, header, num_shards)
-        log_info(f"{writer.shard_name(shard, num_shards)}: {entry['scenes']} scenes converted and compared")
+        log_info(f"{shard_name(shard, num_shards)}: {entry['scenes']} scenes converted and compared")
 
 
 @contextlib.contextmanager
@@ -64,28 +64,29 @@ def _local_folder(old: epath.Path, entry: Mapping[str, Any]) -> Iterator[epath.P
 def _convert_shard(
     folder: epath.Path, old: Mapping[str, Any], new: epath.Path, shard: int, header: Mapping[str, Any], num_shards: int
 ) -> None:
-    num_streams = [len(names) for names in header["stream_sets"]]
     height, width = header["tokenizer"]["grid"]
 
     def read() -> Iterator[Scene]:
-        return version3.read_scenes(folder, old, num_streams)
+        return version3.read_scenes(folder, old, header)
 
     def verify(entry: Mapping[str, Any], locate: Callable[[str], epath.Path]) -> None:
         name = f"{new / entry['name']}"
         if wrong := [key for key in _COUNTS if entry[key] != old[key]]:
             raise UserError(f"{name}: {', '.join(wrong)} differ from the entry's in {folder}; encode the shard again")
-        converted = Shard(name, entry, height * width, num_streams, locate)
+        converted = Shard(name, entry, height * width, StoreIds({}, {}), locate)
+        if converted.section("histogram").tolist() != old["histogram"]:
+            raise UserError(f"{name}: histogram differs from the entry's in {folder}; encode the shard again")
         for i, scene in enumerate(read()):
             if not _are_equal(scene, converted.scene(i)):
                 raise UserError(f"{name}: scene {scene.key!r} was not written as it was read: a fault of the disk?")
 
     skipped = writer.SkippedItems(old["failures"], old["group_hashes"])
     num_codes = header["tokenizer"]["num_codes"]
-    writer.write_shard(new, shard, num_shards, read(), num_codes, skipped, old["versions"], verify)
+    writer.write_shard(new, shard, num_shards, read(), num_codes, skipped, old["versions"], verify=verify)
 
 
 def _are_equal(a: Scene, b: Scene) -> bool:
-    fields = ("key", "class_id", "stream_set", "group")
+    fields = ("key", "class_name", "streams", "group")
     return all(getattr(a, name) == getattr(b, name) for name in fields) and np.array_equal(a.codes, b.codes)
 
 

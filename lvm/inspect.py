@@ -1,6 +1,8 @@
 """Print the contents of a store and verify it against its manifest.
 
     lvm inspect STORE
+    lvm inspect STORE --share=0.01             a quick look: one shard of a hundred
+    lvm inspect STORE --shard=3/8              the share of the fourth of eight hosts
 
 Compares checksums, indexes and counts with the manifest. With `--source` and `--tokenizer`, re-encodes a
 sample of scenes and compares the codes; with `--tokenizer` and `--sheet=FILE.png`, decodes it onto a contact sheet.
@@ -9,8 +11,10 @@ sample of scenes and compares the codes; with `--tokenizer` and `--sheet=FILE.pn
 
 import contextlib
 import json
+import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,111 +25,26 @@ from PIL import Image
 from lvm.common import cli, errors, files, statistics
 from lvm.common.commands import report_error
 from lvm.common.errors import UserError
+from lvm.common.logging import Progress, log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.decoding import SceneDecoder
 from lvm.data.images.sources import ImageSource, open_source
-from lvm.data.mixture.split import content_hash
-from lvm.data.store import writer
-from lvm.data.store.format import SECTIONS, Scene
-from lvm.data.store.reader import HEADER, MANIFEST, Store
-from lvm.data.store.shards import FILE_CHECKSUM_MISMATCH, Shard, check_size
+from lvm.data.store import failures, verify
+from lvm.data.store.format import Scene
+from lvm.data.store.manifest import MANIFEST
+from lvm.data.store.reader import Store
 from lvm.inference.contact_sheet import Cell, render_sheet
 from tokenizer import Tokenizer
+from tokenizer.encode import parse_shard_flag
 
 _MAX_IMAGES, _MAX_LABEL = 16, 16  # images per scene on a sheet, characters of its key
-_CHUNK = 1024  # blocks read at once
-_LONG = ("histogram", "shards", "skipped")  # fields of a manifest that no summary prints
-
-
-def find_problems(store: Store) -> Iterator[str]:
-    """Yields every problem of a store, one line each; damaged codes in the words of training's errors."""
-    entries: list[dict[str, Any]] = []
-    yield from _manifest_problems(store, entries)
-    for shard, entry in enumerate(entries or store.manifest["shards"]):
-        problems = list(_shard_problems(store, shard, entry))
-        yield from problems
-        yield from (p for p in _checksum_problems(store, shard, bool(problems)) if p not in problems)
-
-
-def _manifest_problems(store: Store, entries: list[dict[str, Any]]) -> Iterator[str]:
-    """Rebuilds the manifest from the header and the shards' entries, and compares; fills `entries`."""
-    path = store.path / MANIFEST
-    try:
-        header = files.read_json(store.path / HEADER)
-        read = [files.read_json(store.path / f"{shard['name']}.json") for shard in store.manifest["shards"]]
-        num_shards = header.pop("num_shards")
-        rebuilt = files.as_json(writer.build_manifest(header, read))
-    except (OSError, UserError, KeyError, IndexError, TypeError, ValueError) as error:
-        yield f"{store.path}: {HEADER} or a shard's entry is missing or damaged: {error}"
-        return
-    if num_shards != len(read):
-        yield f"{path}: has {len(read)} shards, {HEADER} {num_shards}"
-    for key in sorted(rebuilt.keys() | store.manifest.keys()):
-        if rebuilt.get(key) != store.manifest.get(key):
-            yield f"{path}: damaged: {key} differs from {HEADER} and the shards' entries"
-    if rebuilt["shards"] == store.manifest["shards"]:
-        entries += read
-
-
-def _checksum_problems(store: Store, shard: int, is_named: bool) -> Iterator[str]:
-    for name, expected in store.manifest["shards"][shard]["files"].items():
-        path = store.path / name
-        try:
-            check_size(path, expected)
-            if files.sha256(path) != expected["sha256"]:
-                yield f"{path}: {FILE_CHECKSUM_MISMATCH}{'' if is_named else ', but every block is intact'}"
-        except (UserError, OSError) as error:
-            yield str(error)
-
-
-def _shard_problems(store: Store, number: int, entry: Mapping[str, Any]) -> Iterator[str]:
-    """Compares a shard's codes with its index, and its index with its entry."""
-    shard, name = store.shards[number], store.path / entry["name"]
-    try:
-        sections = {section: shard.section(section) for section in SECTIONS}
-        histogram, is_damaged = np.zeros(2**16, np.int64), False
-        for damage in _damaged_blocks(shard, histogram):
-            is_damaged = True
-            yield damage
-    except UserError as error:
-        yield str(error)
-        return
-    scenes, num_streams = sections["scenes"], np.array([len(names) for names in store.stream_sets], np.int64)
-    if scenes["stream_set"].max(initial=0) >= len(num_streams):
-        yield f"{name}: the index has stream set {scenes['stream_set'].max()}, the manifest {len(num_streams)} sets"
-        return
-    images = scenes["frames"] * num_streams[scenes["stream_set"]]
-    if (scenes["first_grid"] != np.cumsum(images) - images).any():
-        yield f"{name}: the shard's index is damaged: its scenes do not follow one another"
-    hashes = np.array([content_hash(shard.key(i).encode()) for i in range(len(scenes))], np.uint64)
-    if duplicates := len(hashes) - len(np.unique(hashes)):
-        yield f"{name}: {duplicates} duplicate keys"
-    expected_histogram = histogram if is_damaged else entry.get("histogram", histogram)
-    if not np.array_equal(np.trim_zeros(histogram, "b"), np.trim_zeros(expected_histogram, "b")):
-        yield f"{name}: histogram differs from that of the codes"
-    by_stream_set = np.bincount(scenes["stream_set"], images).astype(int).tolist()
-    expected: dict[str, Any] = {
-        "scenes": len(scenes),
-        "images": int(images.sum()),
-        "images_by_stream_set": {str(i): count for i, count in enumerate(by_stream_set) if count},
-    }
-    if len(scenes) and not entry["failures"]:  # groups of failures are in the entry only
-        expected["group_hashes"] = [int(scenes["group"].min()), int(scenes["group"].max())]
-    for key, value in expected.items():
-        if entry.get(key, value) != value:
-            yield f"{name}: the entry says {key} {entry[key]}, the shard has {value}"
-
-
-def _damaged_blocks(shard: Shard, histogram: np.ndarray) -> Iterator[str]:
-    """Yields the damage of each block; counts the codes of all in `histogram`."""
-    for start in range(0, shard.num_blocks, _CHUNK):
-        content = shard.read(start, min(start + _CHUNK, shard.num_blocks))
-        histogram += np.bincount(np.frombuffer(content, "<u2"), minlength=len(histogram))
-        yield from (str(shard.damage(block)) for block in shard.damaged_blocks(content, start))
+_TABLES = ("sections", "files")  # places of the manifest's tables, which no summary prints
+_MIN_SCENES = 100_000  # to verify that are worth starting worker processes for
+_LOG_EVERY_S = 10.0
 
 
 def sample_scenes(store: Store, count: int) -> Iterator[tuple[int, Scene]]:
-    """Yields evenly spaced scenes, each with its shard, without damaged ones (`find_problems` lists those)."""
+    """Yields evenly spaced scenes, each with its shard, without damaged ones (`lvm.data.store.verify` lists those)."""
     for i in np.unique(np.linspace(0, len(store) - 1, count).astype(int)).tolist() if len(store) else ():
         with contextlib.suppress(UserError):
             yield store.shard_of(i), store.scene(i)
@@ -137,7 +56,7 @@ def reencode(store: Store, source_spec: str, tokenizer: Tokenizer, count: int) -
     source = open_source(source_spec, augment.source_preprocess)
     if files.as_json(source.describe()) != store.manifest["source"]:
         raise UserError(f"--source: {source_spec} is not the source of {store.path}, or has changed")
-    num_shards, problems = len(store.manifest["shards"]), []
+    num_shards, problems = len(store.shards), []
     for shard, scene in sample_scenes(store, count):
         scenes = range(len(source) * shard // num_shards, len(source) * (shard + 1) // num_shards)
         images = _load_images(source, scenes, augment, scene.key)
@@ -167,7 +86,7 @@ def write_sheet(store: Store, tokenizer: Tokenizer, count: int, path: pathlib.Pa
     """Decodes the first images of a sample of scenes to a contact sheet, one row per scene."""
     rows = []
     for _, scene in sample_scenes(store, count):
-        streams = store.stream_sets[scene.stream_set]
+        streams = scene.streams
         images = tokenizer.decode(scene.codes.reshape(-1, store.codes_per_image)[:_MAX_IMAGES])
         labels = [scene.key[-_MAX_LABEL:], *(streams[i % len(streams)] for i in range(1, len(images)))]
         rows.append([Cell(image, label) for image, label in zip(images, labels, strict=True)])
@@ -178,38 +97,66 @@ def write_sheet(store: Store, tokenizer: Tokenizer, count: int, path: pathlib.Pa
 
 
 def summarize(store: Store) -> dict[str, Any]:
-    """The manifest without its long fields, and statistics of it."""
-    manifest = store.manifest
-    histogram, shards = np.array(manifest["histogram"]), manifest["shards"]
-    return {key: value for key, value in manifest.items() if key not in _LONG} | {
-        "num_shards": len(shards),
-        "bytes": sum(file["bytes"] for shard in shards for file in shard["files"].values()),
-        "codes_used": int(np.count_nonzero(histogram)),
-        "perplexity": float(statistics.perplexity(histogram)) if histogram.any() else 0.0,
-        "failures": [failure for shard in shards for failure in shard["failures"]],
-        "skipped": manifest.get("skipped", []),
-    }
+    """The manifest without its tables' places, and the size of all shards."""
+    sizes = (file["bytes"] for shard in store.shards for file in shard.entry["files"].values())
+    return {key: value for key, value in store.manifest.items() if key not in _TABLES} | {"bytes": sum(sizes)}
 
 
-def format_summary(summary: dict[str, Any]) -> list[str]:
+def format_summary(store: Store) -> list[str]:
     """Formats `summarize` as lines."""
-    tokenizer = summary["tokenizer"]
+    summary = summarize(store)
+    tokenizer, skipped = summary["tokenizer"], summary.get("skipped", [])
     height, width = tokenizer["grid"]
     streams = ", ".join(f"{name} {count:,}" for name, count in sorted(summary["images_by_stream"].items()))
     versions = ", ".join(f"{name} {' and '.join(values)}" for name, values in summary["versions"].items())
     codecs = ", ".join(f"{name} ({codec['kind']})" for name, codec in summary["streams"].items())
-    skipped, failures = summary["skipped"], summary["failures"]
     return [
         f"version {summary['version']}, {summary['num_shards']} shards, {summary['bytes']:,} bytes",
         f"{summary['scenes']:,} scenes, {summary['images']:,} images: {streams or 'none'}",
         f"tokenizer {tokenizer['hash'][:12]}: grids of {height}×{width}, {summary['codes_used']:,} of "
-        f"{tokenizer['num_codes']:,} codes used, perplexity {summary['perplexity']:.1f}",
+        f"{tokenizer['num_codes']:,} codes used",
         f"encoded in {summary.get('dtype', '?')} on {summary.get('device_kind', '?')} with "
         f"{versions or 'unknown versions'}",
         f"streams: {codecs}",
-        f"{len(summary['classes'])} classes, {len(skipped)} items of the source skipped, {len(failures)} failures",
-        *(f"  {item['key']}: {item['reason']}" for item in [*skipped, *failures]),
+        f"{len(summary['classes'])} classes, {len(skipped)} items of the source skipped",
+        *(f"  {item['key']}: {item['reason']}" for item in skipped),
+        *failures.describe(store.path, summary["failures"]),
     ]
+
+
+def _verify(store: Store, args: cli.Args) -> tuple[list[str], str]:
+    """Verifies this process's share of the store and prints each problem; returns them, and a line of what was done."""
+    if not 0 < args.share <= 1:
+        raise UserError(f"--share={args.share} must be in (0, 1], for example 0.01")
+    process, num_processes = parse_shard_flag(args.shard) if args.shard else (0, 1)
+    count = max(1, round(args.share * len(store.shards)))
+    shards = np.unique(np.linspace(0, len(store.shards) - 1, count).astype(int))[process::num_processes].tolist()
+    workers = args.workers
+    if workers is None:
+        is_large = len(store) * len(shards) >= _MIN_SCENES * len(store.shards)
+        workers = min(os.cpu_count() or 1, len(shards)) if is_large else 0
+    problems: list[str] = []
+
+    def report(found: Iterable[str]) -> None:
+        for problem in found:
+            problems.append(problem)
+            if not args.json:
+                print(problem, flush=True)
+
+    if process == 0:
+        report(verify.manifest_problems(store))
+    histogram, progress, logged = np.zeros(2**16, np.int64), Progress(len(shards), unit="shards"), time.monotonic()
+    for done, checked in enumerate(verify.check_shards(store, shards, workers), 1):
+        report(checked.problems)
+        histogram += checked.histogram
+        if time.monotonic() - logged > _LOG_EVERY_S:
+            log_info(f"{progress.line(done)}, {len(problems)} problems")
+            logged = time.monotonic()
+    perplexity = (
+        f"perplexity of the codes {float(statistics.perplexity(histogram)):.1f}" if histogram.any() else "no codes"
+    )
+    verified = "" if len(shards) == len(store.shards) else f" in {len(shards)} of {len(store.shards)} shards"
+    return problems, f"all checksums and counts are right{verified}; {perplexity}"
 
 
 def _run(args: cli.Args) -> int:
@@ -223,13 +170,9 @@ def _run(args: cli.Args) -> int:
         raise UserError("--source and --sheet need --tokenizer")
     if args.sheet and pathlib.Path(args.sheet).suffix.lower() != ".png":
         raise UserError(f"--sheet={args.sheet} must end in .png")
-    summary, problems = summarize(store), []
     if not args.json:
-        print("\n".join([str(store.path), *format_summary(summary)]))
-    for problem in find_problems(store) if args.verify else ():
-        problems.append(problem)
-        if not args.json:
-            print(problem)
+        print("\n".join([str(store.path), *format_summary(store)]))
+    problems, outcome = _verify(store, args) if args.verify else ([], "not verified")
     differences = []
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer, store.manifest.get("dtype"))
@@ -240,13 +183,12 @@ def _run(args: cli.Args) -> int:
         differences = reencode(store, args.source, tokenizer, args.sample) if args.source else []
     problems += differences
     if args.json:
-        report = {"store": str(store.path), **summary, "problems": problems}
+        report = {"store": str(store.path), **summarize(store), "problems": problems}
         print(json.dumps(report, indent=1, sort_keys=True))
     elif problems:
         print("\n".join([*differences, f"{len(problems)} problem{'s' * (len(problems) > 1)}"]))
     else:
-        verified = "all checksums and counts are right" if args.verify else "not verified"
-        print(verified + (f"; {args.sample} scenes re-encoded" if args.source else ""))
+        print(outcome + (f"; {args.sample} scenes re-encoded" if args.source else ""))
     return errors.EXIT_ERROR if problems else errors.EXIT_DONE
 
 
@@ -256,6 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.string("store", None, "store folder; also as the first argument", required=True)
     flags.boolean("json", False, "print JSON")
     flags.boolean("verify", True, "verify all files; --noverify reads only the manifest")
+    flags.float("share", 1.0, "share of the shards to verify, evenly spaced")
+    flags.string("shard", "", "i/n: verify the share of process i, from 0, of n independent processes")
+    flags.integer("workers", None, f"processes that verify; default: cores from {_MIN_SCENES:,} scenes on, else 0")
     flags.string("source", "", "source of the store: re-encode a sample of scenes")
     flags.string("tokenizer", "", "tokenizer folder, for --source and --sheet")
     flags.integer("sample", 8, "number of scenes to re-encode and to decode", lower_bound=1)

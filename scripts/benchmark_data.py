@@ -71,15 +71,13 @@ def make_stores(folder: pathlib.Path, scale: float) -> None:
             for index in range(count):
                 codes = rng.integers(0, NUM_CODES, (*shape, GRID[0] * GRID[1]), dtype=np.uint16)
                 key = f"{name} {index}"
-                yield Scene(key, index % 40, 0, codes, group_hash(key))
+                yield Scene(key, f"class {index % 40:02d}", STREAMS[: shape[1]], codes, group_hash(key))
 
         write_shard(folder / name, 0, 1, scenes(), NUM_CODES)
         codecs = {stream: (Edges() if stream == "edges" else Image()).to_json() for stream in STREAMS}
         header = {
             "tokenizer": {"weights": "random", "hash": "random", "grid": list(GRID), "num_codes": NUM_CODES},
             "streams": codecs,
-            "stream_sets": [list(STREAMS[:streams])],
-            "classes": [f"class {i}" for i in range(40)],
         }
         write_manifest(folder / name, header, 1)
 

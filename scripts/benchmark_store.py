@@ -44,8 +44,6 @@ def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
     header = {
         "tokenizer": {"weights": "random", "hash": "random", "grid": [GRID, GRID], "num_codes": NUM_CODES},
         "streams": {"rgb": Image().to_json()},
-        "stream_sets": [["rgb"]],
-        "classes": [],
     }
     begin_store(folder, header, _SHARDS)
     codes = np.random.default_rng(0).integers(0, NUM_CODES, (997, frames, 1, GRID * GRID), dtype=np.uint16)
@@ -53,7 +51,7 @@ def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
     def content(first: int, last: int) -> Iterator[Scene]:
         for index in range(first, last):
             key = f"scene-{index:09d}"
-            yield Scene(key, -1, 0, codes[index % len(codes)], group_hash(key))
+            yield Scene(key, "", ("rgb",), codes[index % len(codes)], group_hash(key))
 
     for shard in range(_SHARDS):
         part = content(scenes * shard // _SHARDS, scenes * (shard + 1) // _SHARDS)
@@ -115,7 +113,7 @@ def _run(args: cli.Args) -> None:
     print(f"{cpu_name()}, {os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
     with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
         store = make_store(pathlib.Path(folder, "rates"), int(RATE_SCENES * scale), RATE_FRAMES)
-        stored_bytes = sum(file["bytes"] for shard in store.manifest["shards"] for file in shard["files"].values())
+        stored_bytes = sum(file["bytes"] for shard in store.shards for file in shard.entry["files"].values())
         minimum_bytes = len(store) * (512 * RATE_FRAMES + len("scene-000000000"))
         print(
             f"{len(store):,} scenes of {RATE_FRAMES} grids: {stored_bytes / minimum_bytes - 1:.2%} over 512 bytes per "

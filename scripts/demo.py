@@ -82,7 +82,7 @@ def mixture_flags(store: Store) -> list[str]:
 def steps_flag(store: Store, config: str) -> list[str]:
     """Limits the number of steps to `_MAX_EPOCHS` over a small folder, which would be memorized otherwise."""
     chosen = runpy.run_path(config)["get_config"]()
-    images = sum(shard["images"] for shard in store.manifest["shards"])
+    images = store.manifest["images"]
     max_steps = images * _MAX_EPOCHS // (chosen.batch_size * _FRAMES)
     steps = min(chosen.loop.total_steps, max(max_steps, 2 * chosen.optimizer.warmup_steps + 1))
     return [f"--config.loop.total_steps={steps}"]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 import jax
-import numpy as np
+from etils import epath
 
 from lvm.common import cli, distributed
 from lvm.common.distributed import DistributedConfig
@@ -28,12 +28,13 @@ from lvm.data.images.augment import Augment
 from lvm.data.images.decode_worker import Limits
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import ImageSource, open_any_source
-from lvm.data.store import writer
+from lvm.data.store import failures, writer
+from lvm.data.store.manifest import MANIFEST
 from lvm.data.store.reader import Store
 from tokenizer.encoding import CodeCopier, Encoder, ShardWriter
 from tokenizer.pretrained import Tokenizer
 
-_POLL_S = 1.0
+_POLL_S, _MAX_POLL_S = 1.0, 30.0
 _LIMITS = tuple(field.name for field in dataclasses.fields(Limits))
 
 
@@ -45,27 +46,46 @@ def parse_shard_flag(spec: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def summarize_store(folder: str) -> str:
-    """Counts of a finished store in one line."""
+def summarize_store(folder: str) -> list[str]:
+    """Lines with the counts of a finished store and its failures by reason."""
     manifest = Store(folder).manifest
-    used, num_codes = np.count_nonzero(manifest["histogram"]), len(manifest["histogram"])
-    failures = sum(len(shard["failures"]) for shard in manifest["shards"])
+    used, num_codes = manifest["codes_used"], manifest["tokenizer"]["num_codes"]
     line = f"{folder}: {manifest['scenes']} scenes, {manifest['images']} images, {used} of {num_codes} codes used"
-    return f"{line}, {failures} failures listed" if failures else line
+    return [line, *failures.describe(folder, manifest["failures"])]
 
 
 def finish(folder: str, wait: bool) -> None:
     """Writes the manifest if all shards exist.
 
-    With `wait`, waits for the shards of other processes: joined processes must exit together.
+    Args:
+      folder: the store.
+      wait: for the shards of the other processes, and then for process 0, which writes the manifest: joined processes
+        must exit together.
     """
-    while missing := writer.finish_store(folder):
+    if wait and not distributed.is_first():
+        while not (epath.Path(folder) / MANIFEST).exists():
+            time.sleep(_POLL_S)
+        return
+    num_shards, pause_s = writer.read_header(folder)["num_shards"], _POLL_S
+    while missing := writer.missing_shards(folder, num_shards):
         if not wait:
             listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
             log_info(f"{len(missing)} shards are missing ({listed}); the process that writes the last one finishes")
             return
-        time.sleep(_POLL_S)
-    log_info(summarize_store(folder))
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _MAX_POLL_S)  # each look lists the whole store
+    finish_now(folder)
+
+
+def finish_now(folder: str) -> None:
+    """Writes the manifest. Raises UserError if shards are missing."""
+    if missing := writer.finish_store(folder):
+        raise UserError(
+            f"{folder}: {len(missing)} shards are missing, or their files have other sizes than their entries say: "
+            f"{', '.join(missing[:10])}{' …' if len(missing) > 10 else ''}"
+        )
+    for line in summarize_store(folder):
+        log_info(line)
 
 
 def encode(args: cli.Args) -> None:
@@ -112,10 +132,8 @@ def _run(args: cli.Args) -> None:
         if not args.source:
             raise UserError("--source: required, except with --finish")
         encode(args)
-    elif missing := writer.finish_store(args.out):
-        raise UserError(f"{args.out}: {len(missing)} shards are missing: {', '.join(missing[:10])}")
     else:
-        log_info(summarize_store(args.out))
+        finish_now(args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

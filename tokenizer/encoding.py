@@ -31,7 +31,7 @@ from lvm.data.images.decoding import Decoded, DecodedScene, SceneDecoder
 from lvm.data.images.sources import CodeSource, Failure, ImageSource, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.store import writer
-from lvm.data.store.format import MAX_STREAM_SETS, Scene
+from lvm.data.store.format import Scene
 from lvm.data.store.writer import SkippedItems
 from tokenizer.pretrained import Tokenizer
 
@@ -60,9 +60,6 @@ class ShardWriter(abc.ABC):
     Args:
       tokenizer: identity of the tokenizer, for the manifest.
       num_shards: also an attribute.
-
-    Raises:
-      UserError: the source has more stream sets than a store counts.
     """
 
     def __init__(
@@ -70,10 +67,6 @@ class ShardWriter(abc.ABC):
     ):  # fmt: skip
         self._identity, self.num_shards, self._folder = tokenizer, num_shards, epath.Path(folder)
         self._listing = source
-        self._classes = {name: i for i, name in enumerate(source.classes)}
-        self._stream_sets = {names: i for i, names in enumerate(source.stream_sets)}
-        if len(self._stream_sets) > MAX_STREAM_SETS:
-            raise UserError(f"{source.name}: {len(self._stream_sets)} stream sets, the limit is {MAX_STREAM_SETS}")
 
     def header(self) -> dict[str, Any]:
         """Metadata of all shards, known before anything is encoded."""
@@ -82,8 +75,6 @@ class ShardWriter(abc.ABC):
             "source": self._listing.describe(),
             "skipped": [dataclasses.asdict(failure) for failure in self._listing.skipped],
             "streams": {name: codec.to_json() for name, codec in self._listing.streams.items()},
-            "stream_sets": [list(names) for names in self._listing.stream_sets],
-            "classes": list(self._listing.classes),
         }
 
     def run(self, process: int = 0, num_processes: int = 1) -> None:
@@ -94,7 +85,7 @@ class ShardWriter(abc.ABC):
         """
         writer.begin_store(self._folder, self.header(), self.num_shards)
         shards = range(process, self.num_shards, num_processes)
-        missing = [i for i in shards if writer.read_shard_entry(self._folder, i, self.num_shards) is None]
+        missing = writer.missing_among(self._folder, shards, self.num_shards)
         if len(missing) < len(shards):
             log_info(f"{len(shards) - len(missing)} of {len(shards)} shards exist already")
         size = len(self._listing)
@@ -121,9 +112,8 @@ class ShardWriter(abc.ABC):
         if not len(codes):
             skipped.groups.append(split.group_hash(info.group))
             return
-        class_id = self._classes.get(info.class_name, -1)
         grids = codes.reshape(info.num_frames, len(info.streams), -1)  # [T, S, N]
-        yield Scene(info.key, class_id, self._stream_sets[info.streams], grids, split.group_hash(info.group))
+        yield Scene(info.key, info.class_name, tuple(info.streams), grids, split.group_hash(info.group))
 
 
 class CodeCopier(ShardWriter):

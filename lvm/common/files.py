@@ -3,6 +3,7 @@
 Local files are written under a temporary name, flushed and renamed; an object on gs:// appears once it is complete.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -14,8 +15,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from typing import IO, Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, BinaryIO, TypeVar
 
 import fsspec
 from etils import epath
@@ -23,7 +24,11 @@ from etils import epath
 from lvm.common.errors import UserError
 from lvm.common.logging import warn_once
 
+S = TypeVar("S")
+T = TypeVar("T")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of NFS, or Lustre mounted with noflock
+_READS, _READ_AHEAD = 64, 1024  # calls at once, and results held at most
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}  # of FAT, gcsfuse
 _REMOVE_TRIES, _REMOVE_WAIT_S, _REMOVE_STABLE = 100, 0.1, 10
 
 # `epath` opens gs:// through fsspec. Listings aren't cached, since other hosts write there too; uploads are verified.
@@ -73,6 +78,19 @@ def objects(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
     }
 
 
+def sizes(folder: epath.PathLike) -> dict[str, int]:
+    """Sizes in bytes of the files in a local or remote folder by their names, in one listing."""
+    if is_remote(folder):
+        return {name: properties["size"] for name, properties in objects(folder).items()}
+    sizes = {}
+    with os.scandir(folder) as items:
+        for item in items:
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of another process
+                if item.is_file():
+                    sizes[item.name] = item.stat().st_size
+    return sizes
+
+
 def file_size(path: epath.PathLike) -> int | None:
     """Size of a local or remote file in bytes, None if there is none."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -96,6 +114,40 @@ def write_atomically(path: epath.PathLike, data: bytes) -> None:
         return
     with atomic_file(path) as file:
         file.write(data)
+
+
+def create(path: epath.PathLike, data: bytes) -> bool:
+    """Writes a whole file unless there is one: of several processes that do so at once, one gets True."""
+    path = epath.Path(path)
+    try:
+        if is_remote(path):
+            filesystem, name = _filesystem(path)
+            filesystem.pipe_file(name, data, mode="create")
+            return True
+        temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _link(temporary: epath.Path, path: epath.Path) -> None:
+    """Gives a finished file its name. Raises FileExistsError if there is one."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with open(path, "xb") as file:  # whoever reads at this very moment may see a part
+            file.write(temporary.read_bytes())
 
 
 @contextlib.contextmanager
@@ -179,15 +231,28 @@ def sync_folder(folder: epath.PathLike) -> None:
         os.close(descriptor)
 
 
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON with sorted keys; equal values give equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes indented JSON with sorted keys, atomically; equal values give equal bytes."""
-    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    """Writes `json_bytes`, atomically."""
+    write_atomically(path, json_bytes(value))
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+    """Reads a whole file, in one request if it is remote."""
+    if is_remote(path):
+        filesystem, name = _filesystem(path)
+        return filesystem.cat_file(name)
+    return pathlib.Path(path).read_bytes()
 
 
 def read_json(path: epath.PathLike) -> Any:
     """Reads JSON. Raises UserError where it is malformed."""
     try:
-        return json.loads(epath.Path(path).read_bytes())
+        return json.loads(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
 
@@ -199,6 +264,18 @@ def read_side_file(path: epath.PathLike) -> dict[str, Any]:
     except (FileNotFoundError, UserError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_side_files(paths: Sequence[epath.PathLike]) -> Iterator[dict[str, Any]]:
+    """Yields `read_side_file` of each path."""
+    return map_concurrently(read_side_file, paths)
+
+
+def map_concurrently(function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """Yields a function of each item in order; many calls wait for disks or object storage at once."""
+    with concurrent.futures.ThreadPoolExecutor(_READS) as pool:
+        for start in range(0, len(items), _READ_AHEAD):
+            yield from pool.map(function, items[start : start + _READ_AHEAD])
 
 
 def as_json(value: Any) -> Any:

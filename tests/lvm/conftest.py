@@ -11,7 +11,7 @@ from lvm.data.streams.codecs import Edges, Image, Palette
 from lvm.evaluation.heldout import HeldoutScene
 
 NUM_CODES, GRID = 16, (2, 2)
-STREAM_SETS = (("rgb",), ("rgb", "segmentation"), ("edges", "rgb"))
+STREAM_SETS, CLASSES = (("rgb",), ("rgb", "segmentation"), ("edges", "rgb")), ("", "cat", "dog")
 
 
 def make_scenes(shapes, seed=0, groups=None):
@@ -22,7 +22,7 @@ def make_scenes(shapes, seed=0, groups=None):
         size = (frames, len(STREAM_SETS[stream_set]), GRID[0] * GRID[1])
         codes = rng.integers(0, NUM_CODES, size, dtype=np.uint16)
         group = f"group {i}" if groups is None else groups[i]
-        scenes.append(Scene(f"scene {i}", i % 3 - 1, stream_set, codes, group_hash(group)))
+        scenes.append(Scene(f"scene {i}", CLASSES[i % 3], STREAM_SETS[stream_set], codes, group_hash(group)))
     return scenes
 
 
@@ -32,8 +32,6 @@ def header(weights="a" * 64, grid=GRID):
     return {
         "tokenizer": {"weights": weights, "hash": weights, "grid": list(grid), "num_codes": NUM_CODES},
         "streams": {name: codec.to_json() for name, codec in codecs.items()},
-        "stream_sets": [list(names) for names in STREAM_SETS],
-        "classes": ["cat", "dog"],
     }
 
 

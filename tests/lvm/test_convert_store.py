@@ -10,21 +10,22 @@ from etils import epath
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.convert_store import convert_store
-from lvm.data.store import version3, writer
+from lvm.data.store import failures, version3, writer
 from lvm.data.store.reader import Store
-from lvm.inspect import find_problems
+from lvm.data.store.verify import find_problems
 from tests.commands import run
-from tests.lvm.conftest import header, make_scenes
+from tests.lvm.conftest import STREAM_SETS, header, make_scenes
 from tests.lvm.data.store.version3 import write_store
 
 SHAPES = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(1, 0)] * 5 + [(2, 2), (1, 0)]
+OLD_HEADER = header() | {"classes": ["cat", "dog"], "stream_sets": [list(names) for names in STREAM_SETS]}
 FAILURES = ({"key": "broken", "reason": "cut off"},)
 
 
 def write_old(folder):
     """Writes a store of version 3; returns its scenes by shard."""
     shards = [make_scenes(SHAPES), make_scenes([(2, 1), (5, 0)], seed=1), []]
-    write_store(folder, header(), shards, FAILURES)
+    write_store(folder, OLD_HEADER, shards, FAILURES)
     return shards
 
 
@@ -48,7 +49,8 @@ def converted(tmp_path):
 def test_command_converts_all_scenes_in_the_old_order(tmp_path):
     shards = write_old(tmp_path / "old")
     output = run("lvm.convert_store", tmp_path / "old", tmp_path / "new")
-    assert "81 scenes, 94 images, 16 of 16 codes used, 1 failures listed" in output
+    assert "81 scenes, 94 images, 16 of 16 codes used\n" in output
+    assert f"1 failures, listed in {tmp_path / 'new' / '*.failures.jsonl'}:\n" in output
     store = Store(tmp_path / "new")
     assert list(find_problems(store)) == []
     # Version 3 has single images in pages after the longer scenes.
@@ -59,10 +61,10 @@ def test_command_converts_all_scenes_in_the_old_order(tmp_path):
     for i, scene in enumerate(expected):
         copy = store.scene(i)
         np.testing.assert_array_equal(copy.codes, scene.codes)
-        for name in ("key", "class_id", "stream_set", "group"):
+        for name in ("key", "class_name", "streams", "group"):
             assert getattr(copy, name) == getattr(scene, name)
     assert store.manifest["group_hashes"][0] == 7  # of the failed scene
-    assert store.manifest["shards"][0]["failures"] == list(FAILURES)
+    assert list(failures.read(store.path)) == list(FAILURES)
     assert store.manifest["versions"] == {"lvm": ["0.0.9"]}
 
 
@@ -70,7 +72,8 @@ def test_version_3_is_refused_elsewhere_with_the_command(tmp_path):
     write_old(tmp_path / "old")
     remedy = f"lvm convert-store {tmp_path / 'old'} NEW"
     files.write_json(
-        tmp_path / "old" / "manifest.json", header() | {"version": 3, "group_hashes": [], "histogram": [], "shards": []}
+        tmp_path / "old" / "manifest.json",
+        OLD_HEADER | {"version": 3, "group_hashes": [], "histogram": [], "shards": []},
     )
     with pytest.raises(UserError, match=remedy):
         Store(tmp_path / "old")
@@ -86,7 +89,7 @@ def test_conversion_goes_on_where_it_stopped(converted, tmp_path):
         convert_store(epath.Path(tmp_path / "old"), epath.Path(new), process, 3)
     assert writer.finish_store(new) == ["shard-00001-of-00003"]
     times = {file.name: file.stat().st_mtime_ns for file in new.glob("shard-*")}
-    assert len(times) == 6
+    assert len(times) == 7
     convert(tmp_path / "old", new)
     assert contents(new) == expected
     assert {name: (new / name).stat().st_mtime_ns for name in times} == times
@@ -119,20 +122,20 @@ def test_damaged_record_is_named_by_its_number(tmp_path, at):
     record = bytearray(write_and_read_record(tmp_path))
     record[at] ^= 1
     with pytest.raises(ValueError, match=r"checksum|format"):
-        version3._unpack(bytes(record), (1,), [0] * 3)
+        version3._unpack(bytes(record), OLD_HEADER, [0] * 3)
 
 
 def write_and_read_record(folder):
     from tests.lvm.data.store.version3 import pack
 
     scenes = make_scenes([(1, 0)] * 3)
-    record = pack(scenes)
-    copies = version3._unpack(record, (1,), [scene.group for scene in scenes])
+    record = pack(scenes, OLD_HEADER)
+    _, copies = version3._unpack(record, OLD_HEADER, [scene.group for scene in scenes])
     assert [copy.key for copy in copies] == [scene.key for scene in scenes]
     return record
 
 
-@pytest.mark.parametrize("field", ["codes", "key", "class_id", "group"])
+@pytest.mark.parametrize("field", ["codes", "key", "class_name", "group"])
 def test_shard_unlike_what_was_read_is_not_kept(tmp_path, monkeypatch, field):
     write_old(tmp_path / "old")
     reads, read_scenes = [], version3.read_scenes
@@ -142,7 +145,7 @@ def test_shard_unlike_what_was_read_is_not_kept(tmp_path, monkeypatch, field):
         reads.append(list(read_scenes(*arguments)))
         if len(reads) == 2:
             scene = reads[-1][-1]
-            value = {"codes": scene.codes ^ 1, "key": "other", "class_id": 5, "group": 5}[field]
+            value = {"codes": scene.codes ^ 1, "key": "other", "class_name": "cow", "group": 5}[field]
             reads[-1][-1] = type(scene)(**{**vars(scene), field: value})
         return iter(reads[-1])
 

@@ -17,6 +17,7 @@ from lvm.data.images.decoding import SceneDecoder
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import Failure, ImageSource, SceneImages, SceneInfo
 from lvm.data.mixture import split
+from lvm.data.store import failures
 from lvm.data.store.reader import Store
 from lvm.data.streams.codecs import Image, Palette
 from tests.tokenizer.networks import random_weights, small
@@ -107,12 +108,12 @@ def test_store_has_every_scene_or_lists_its_failure(tokenizer, reference):
         scene = stored[loaded.info.key]
         images = loaded.images.reshape(-1, SIDE, SIDE, 3)
         np.testing.assert_array_equal(scene.codes.reshape(len(images), -1), tokenizer.encode(images))
-        assert store.stream_sets[scene.stream_set] == loaded.info.streams
-        assert scene.class_id == {"": -1, "cat": 0}[loaded.info.class_name]
-    failures = [failure for shard in store.manifest["shards"] for failure in shard["failures"]]
+        assert scene.streams == loaded.info.streams
+        assert scene.class_name == loaded.info.class_name
+    assert store.manifest["failures"] == {"frame #: truncated": 4}
     listed = [("scene 10", "frame 0: truncated"), ("scene 11", "frame 0: truncated")]
     listed += [("scene 14", f"frame {i}: truncated") for i in range(2)]
-    assert [(failure["key"], failure["reason"]) for failure in failures] == listed
+    assert [(failure["key"], failure["reason"]) for failure in failures.read(reference)] == listed
 
 
 def test_manifest_records_how_codes_were_computed(tokenizer, reference):
@@ -157,7 +158,7 @@ def test_every_batch_has_one_shape_and_one_shard(tokenizer, tmp_path, monkeypatc
     monkeypatch.setattr(tokenizer, "encode_async", recorded)
     store = Store(encode(tokenizer, tmp_path / "store", num_shards=3))
     assert set(shapes) == {(16, SIDE, SIDE, 3)}  # eight devices of two
-    per_shard = [shard["images"] for shard in store.manifest["shards"]]
+    per_shard = [shard.entry["images"] for shard in store.shards]
     assert counts == [n for images in per_shard for n in [16] * (images // 16) + [images % 16] * (images % 16 > 0)]
 
 
@@ -196,9 +197,9 @@ def test_changed_settings_are_rejected(tokenizer, tmp_path):
 
 def test_shard_of_unreadable_scenes_is_empty(tokenizer, tmp_path):
     source = Scenes(scenes=((1, 0, 1), (2, 1, 2), (1, 0, 0), (1, 0, 0)))
-    manifest = Store(encode(tokenizer, tmp_path / "store", num_shards=2, source=source)).manifest
-    assert [shard["scenes"] for shard in manifest["shards"]] == [0, 2]
-    assert len(manifest["shards"][0]["failures"]) == 3
+    folder = encode(tokenizer, tmp_path / "store", num_shards=2, source=source)
+    assert [shard.entry["scenes"] for shard in Store(folder).shards] == [0, 2]
+    assert len(list(failures.read(folder))) == 3
 
 
 def test_augmented_copies_share_the_group(tokenizer, reference, tmp_path):
@@ -210,8 +211,7 @@ def test_augmented_copies_share_the_group(tokenizer, reference, tmp_path):
     expected = {f"scene {i}#{k}": split.group_hash(f"group {i // 2}") for i in readable for k in range(3)}
     assert keys == expected
     assert store.manifest["group_hashes"] == Store(reference).manifest["group_hashes"]
-    failures = [failure for shard in store.manifest["shards"] for failure in shard["failures"]]
-    assert len(failures) == 4  # once per scene, not per copy
+    assert len(list(failures.read(store.path))) == 4  # once per scene, not per copy
     other = encode(tokenizer, tmp_path / "other", [(1, 2), (0, 2)], copies=3)
     assert contents(other) == contents(store.path)
 
@@ -240,8 +240,8 @@ def test_augment_crops_all_images_of_a_copy_alike():
 
 def test_scene_without_frames_is_a_failure(tokenizer, tmp_path):
     source = Scenes(scenes=((1, 0, 0), (0, 0, 0)))
-    (shard,) = Store(encode(tokenizer, tmp_path / "store", num_shards=1, source=source)).manifest["shards"]
-    assert shard["failures"] == [{"key": "scene 1", "reason": "it has no frames"}]
+    folder = encode(tokenizer, tmp_path / "store", num_shards=1, source=source)
+    assert list(failures.read(folder)) == [{"key": "scene 1", "reason": "it has no frames"}]
 
 
 def test_chunks_bound_images_of_late_videos():

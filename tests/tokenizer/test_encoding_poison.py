@@ -6,6 +6,7 @@ import pytest
 
 from lvm.data.images.augment import Augment
 from lvm.data.images.decode_worker import Limits
+from lvm.data.store import failures
 from lvm.data.store.reader import Store
 from tests.tokenizer.networks import random_weights, small
 from tests.tokenizer.poison_scenes import SCENES, SIDE, PoisonScenes
@@ -35,8 +36,7 @@ def test_encoder_lists_poison_and_stores_all_others(tokenizer, tmp_path):
     healthy = contents(encode(tokenizer, tmp_path / "healthy", {}, workers=0))
     faults = {9: "exit", 20: "hang in C", 30: "memory"}
     store = encode(tokenizer, tmp_path / "store", faults, 2, decode_timeout_s=2, decode_memory_gb=0.25)
-    failures = [failure for shard in store.manifest["shards"] for failure in shard["failures"]]
-    assert failures == [
+    assert list(failures.read(store.path)) == [
         {"key": "scene 9", "reason": "its decoder ended with exit code 3"},
         {"key": "scene 20", "reason": "decoding took over 2 s"},
         {"key": "scene 30", "reason": "decoding took over 0.25 GB"},

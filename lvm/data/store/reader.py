@@ -1,10 +1,11 @@
 """Scene store: flat shards, an index beside each, and one manifest. `lvm.data.store.writer` writes it.
 
     STORE/shard-00000-of-00004.codes   the grids of its scenes (`lvm.data.store.format`)
-    STORE/shard-00000-of-00004.index   its scenes, keys, checksums and marks
-    STORE/shard-00000-of-00004.json    the shard's entry, written after both
+    STORE/shard-00000-of-00004.index   its scenes, keys, checksums, marks, names and histogram
+    STORE/shard-00000-of-00004.failures.jsonl   items of the source that it lacks, if any
+    STORE/shard-00000-of-00004.json    the shard's entry, written after its other files
     STORE/header.json                  metadata of all shards, written before the first
-    STORE/manifest.json                header, totals and entries, written once all entries exist
+    STORE/manifest.*                   header and totals, tables (`lvm.data.store.manifest`), once all entries exist
 
 A shard is complete once its entry exists, a store once its manifest does. No file has a time or a host name in it.
 """
@@ -23,17 +24,18 @@ from jaxtyping import Int, Shaped, UInt16
 
 from lvm.common import files
 from lvm.common.errors import UserError
+from lvm.data.store import manifest
 from lvm.data.store.format import ENTRY_DTYPE, SCENE_DTYPE, VERSION, Scene
-from lvm.data.store.shards import Shards
+from lvm.data.store.manifest import MANIFEST, ShardEntries
+from lvm.data.store.shards import Shards, StoreIds
 from lvm.data.streams.codecs import Codec, codec_from_json
 
 _NESTED_ENTRY = np.dtype([("scene", SCENE_DTYPE), ("shard", "<i4")])  # as ENTRY_DTYPE
-MANIFEST, HEADER = "manifest.json", "header.json"
-_KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "histogram", "shards"}
+_KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "sections", "files"}
 
 
 class Store:
-    """Random access to a finished store. Opening it reads only the manifest; pickling it reopens it.
+    """Random access to a finished store. Opening it reads manifest.json and manifest.index; pickling it reopens it.
 
     Args:
       path: its folder, local or gs://.
@@ -41,11 +43,12 @@ class Store:
         be local disk.
 
     Attributes:
-      manifest: as written.
+      manifest: manifest.json.
       streams: stream name → codec.
       stream_sets: names of the streams of each set.
       classes: class names.
       group_hashes: the lowest and the highest of all scenes, for the split.
+      runs: `manifest.RUN_DTYPE`, the kinds of the scenes of all shards that have few.
       shards: their files.
 
     Raises:
@@ -62,9 +65,12 @@ class Store:
         self.classes: list[str] = self.manifest["classes"]
         self.group_hashes: tuple[int, int] = tuple(self.manifest["group_hashes"])
         self._num_streams = np.array([len(names) for names in self.stream_sets], np.int64)
-        entries, num_streams = self.manifest["shards"], self._num_streams.tolist()
-        self.shards = Shards(self.path, entries, stage_to, self.identity, self.codes_per_image, num_streams)
-        self._starts = np.cumsum([0] + [entry["scenes"] for entry in entries])
+        tables = manifest.read_tables(self.path, self.manifest)
+        self.runs = tables.runs
+        entries = ShardEntries(tables.shards, self.codes_per_image)
+        ids = StoreIds(*({name: i for i, name in enumerate(names)} for names in (self.classes, self.stream_sets)))
+        self.shards = Shards(self.path, entries, stage_to, self.identity, self.codes_per_image, ids)
+        self._starts = np.append(0, np.cumsum(tables.shards["scenes"], dtype=np.int64))
         self._first_scenes = self._starts.tolist()  # for single look-ups
 
     def __len__(self) -> int:
@@ -75,9 +81,9 @@ class Store:
 
     @property
     def indexes(self) -> Iterator[Shaped[np.ndarray, " scenes"]]:
-        """`SCENE_DTYPE` of each shard's scenes, memory-mapped on first access."""
+        """`SCENE_DTYPE` of each shard's scenes."""
         for shard in self.shards:
-            yield shard.section("scenes")
+            yield shard.scenes()
 
     @functools.cached_property
     def index(self) -> Shaped[np.ndarray, " scenes"]:
@@ -92,7 +98,7 @@ class Store:
         shard_starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
         for rows in np.split(order, shard_starts[1:]) if len(order) else ():
             shard = int(shards[rows[0]])
-            entries["scene"][rows] = self.shards[shard].section("scenes")[scenes[rows] - self._starts[shard]]
+            entries["scene"][rows] = self.shards[shard].scenes(scenes[rows] - self._starts[shard])
         entries["shard"] = shards
         return entries.view(ENTRY_DTYPE)
 
@@ -126,7 +132,7 @@ class Store:
 
     @functools.cache  # noqa: B019 (lives as long as its store)
     def identity(self) -> str:
-        """Hash of the manifest, which has the checksum of every shard."""
+        """Hash of manifest.json, which has those of the tables, and so of every shard's checksum."""
         return files.sha256(self.path / MANIFEST)
 
     def scene(self, i: int) -> Scene:
@@ -147,18 +153,25 @@ class Store:
         has_stream = np.array([stream in names for names in self.stream_sets], bool)
         mask = has_stream[self.index["stream_set"]] & (self.index["frames"] >= min_frames)
         scenes = [self.scene(i) for i in np.flatnonzero(mask)[:limit].tolist()]
-        return [scene.codes[:, self.stream_sets[scene.stream_set].index(stream)] for scene in scenes]
+        return [scene.codes[:, scene.streams.index(stream)] for scene in scenes]
+
+    @functools.cached_property
+    def heldout(self) -> Shaped[np.ndarray, " scenes"]:
+        """`manifest.HELDOUT_DTYPE`, by group: the scenes that any held-out share up to `LISTED_SHARE` selects."""
+        return manifest.read_heldout(self.path, self.manifest)
 
 
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
     manifest_path = path / MANIFEST
-    if not manifest_path.exists():
-        raise UserError(f"{path}: not a finished store ({MANIFEST} is missing); tokenizer.encode writes one")
-    manifest = files.read_json(manifest_path)
-    if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
+    try:
+        content = files.read_json(manifest_path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: not a finished store ({MANIFEST} is missing); tokenizer.encode writes one") from error
+    if isinstance(content, dict) and "version" in content:
+        check_version(manifest_path, content["version"])
+    if not isinstance(content, dict) or not content.keys() >= _KEYS:
         raise UserError(f"{manifest_path}: not a store's manifest; it needs {', '.join(sorted(_KEYS))}")
-    check_version(manifest_path, manifest["version"])
-    return manifest
+    return content
 
 
 def check_version(path: epath.Path, version: Any) -> None:

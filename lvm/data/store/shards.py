@@ -1,6 +1,7 @@
 """Files of a store's shards: opened on first use, local or staged, with random access to scenes and grids."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 from etils import epath
-from jaxtyping import Int, UInt16
+from jaxtyping import Int, Shaped, UInt16
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -23,23 +24,31 @@ _MAX_BLOCKS = 2**32  # of a shard; shard · this + block is a key that sorts by 
 _MAX_GAP = 4  # blocks between two others that are cheaper to read than to skip
 
 
+@dataclasses.dataclass(frozen=True)
+class StoreIds:
+    """Ids of names in a store: class name → id, streams of a set → id."""
+
+    classes: Mapping[str, int]
+    stream_sets: Mapping[tuple[str, ...], int]
+
+
 class Shard:
     """The two files of a shard on local disk, opened on first use.
 
     Args:
       name: of the file of codes, for messages.
-      entry: of the shard in the manifest.
+      entry: of the shard, or the part of it that the manifest has.
       codes_per_image: N.
-      num_streams: number of streams of each stream set.
+      ids: of the classes and stream sets that `scenes` returns.
       locate: suffix → local path of the file; raises UserError if it is missing or has another size than in the entry.
     """
 
     def __init__(
-        self, name: str, entry: Mapping[str, Any], codes_per_image: int, num_streams: Sequence[int],
+        self, name: str, entry: Mapping[str, Any], codes_per_image: int, ids: StoreIds,
         locate: Callable[[str], epath.Path],
     ):  # fmt: skip
         self.name, self.entry, self._N = name, entry, codes_per_image
-        self._num_streams, self._locate = num_streams, locate
+        self._ids, self._locate = ids, locate
         self.num_grids: int = entry["images"]
         self.num_blocks = -(-self.num_grids // BLOCK_SIZE)
         self._sections: dict[str, np.ndarray] = {}
@@ -54,10 +63,31 @@ class Shard:
             scenes, located, index = self.entry["scenes"], self.entry["sections"][name], self._index
             count = {"scenes": scenes, "checksums": self.num_blocks, "key_offsets": scenes + 1}.get(name)
             try:
-                self._sections[name] = format.unpack_section(index, name, located, count)
+                self._sections[name] = format.unpack_section(index, name, format.SECTIONS[name], located, count)
             except UserError as error:
                 raise UserError(f"{self._locate(INDEX_SUFFIX)}: damaged: {error}") from error
         return self._sections[name]
+
+    @functools.cached_property
+    def names(self) -> tuple[list[str], list[tuple[str, ...]]]:
+        """Class names and stream sets by the shard's own ids, which section "scenes" has."""
+        return format.unpack_names(self.section("names"))
+
+    def scenes(self, rows: Int[np.ndarray, " n"] | slice = slice(None)) -> Shaped[np.ndarray, " n"]:
+        """`SCENE_DTYPE` of some scenes, with the store's ids."""
+        scenes, (class_ids, stream_set_ids) = self.section("scenes")[rows], self._store_ids
+        if not (_is_identity(class_ids[:-1]) and _is_identity(stream_set_ids)):
+            scenes = np.array(scenes)
+            scenes["class_id"] = class_ids[scenes["class_id"]]
+            scenes["stream_set"] = stream_set_ids[scenes["stream_set"]]
+        return scenes
+
+    @functools.cached_property
+    def _store_ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """The store's ids of the shard's classes, with -1 at the end, and of its stream sets."""
+        classes, stream_sets = self.names
+        class_ids = np.array([*(self._ids.classes[name] for name in classes), -1], np.int32)
+        return class_ids, np.array([self._ids.stream_sets[names] for names in stream_sets], np.uint16)
 
     def key(self, i: int) -> str:
         """The key of scene `i`."""
@@ -66,14 +96,15 @@ class Shard:
     def scene(self, i: int) -> Scene:
         """Reads scene `i`. Raises DamagedError, like `read`."""
         group, first, class_id, frames, stream_set = self.section("scenes")[i].item()
-        streams = self._num_streams[stream_set]
-        start, end = first // BLOCK_SIZE, -(-(first + frames * streams) // BLOCK_SIZE)
+        classes, stream_sets = self.names
+        class_name, streams = classes[class_id] if class_id >= 0 else "", stream_sets[stream_set]
+        start, end = first // BLOCK_SIZE, -(-(first + frames * len(streams)) // BLOCK_SIZE)
         content, skipped = self.read(start, end), first - start * BLOCK_SIZE
         if damaged := self.damaged_blocks(content, start):
             raise self.damage(damaged[0])
-        codes = np.frombuffer(content, "<u2", frames * streams * self._N, skipped * 2 * self._N)
+        codes = np.frombuffer(content, "<u2", frames * len(streams) * self._N, skipped * 2 * self._N)
         marks = self._item("mark", i) if len(self.section("mark_offsets")) else b""
-        return Scene(self.key(i), class_id, stream_set, codes.reshape(frames, streams, self._N), group, marks)
+        return Scene(self.key(i), class_name, streams, codes.reshape(frames, len(streams), self._N), group, marks)
 
     def read(self, start: int, end: int) -> bytes:
         """Reads the blocks [start, end), unchecked. Unreadable bytes are zeros, which fail their checksum."""
@@ -98,8 +129,8 @@ class Shard:
         frames: dict[int, list[int]] = {}
         for grid in range(first, min(first + BLOCK_SIZE, self.num_grids)):
             i = int(np.searchsorted(scenes["first_grid"], grid, side="right")) - 1
-            streams = self._num_streams[scenes["stream_set"][i]]
-            frames.setdefault(i, []).append((grid - int(scenes["first_grid"][i])) // streams)
+            num_streams = len(self.names[1][scenes["stream_set"][i]])
+            frames.setdefault(i, []).append((grid - int(scenes["first_grid"][i])) // num_streams)
         listed = [
             f"{self.key(i)!r} frame{'s' * (of[0] < of[-1])} {'–'.join(map(str, sorted({of[0], of[-1]})))}"
             for i, of in frames.items()
@@ -122,6 +153,10 @@ class Shard:
             return open(path, "rb")
 
 
+def _is_identity(ids: np.ndarray) -> bool:
+    return np.array_equal(ids, np.arange(len(ids)))
+
+
 def _read_into(file: BinaryIO, target: np.ndarray, offset: int) -> None:
     """Reads bytes; unreadable ones are zeros, which fail their checksum."""
     try:
@@ -141,15 +176,15 @@ class Shards(Sequence[Shard]):
       stage_to: local folder that shards are copied to before they are read; "" reads them in place.
       identity: hash of the store, which names its folder in `stage_to`.
       codes_per_image: N.
-      num_streams: number of streams of each stream set.
+      ids: of the store's classes and stream sets.
     """
 
     def __init__(
         self, path: epath.Path, entries: Sequence[Mapping[str, Any]], stage_to: str, identity: Callable[[], str],
-        codes_per_image: int, num_streams: Sequence[int],
+        codes_per_image: int, ids: StoreIds,
     ):  # fmt: skip
         self._path, self._entries, self._stage_to, self._identity = path, entries, stage_to, identity
-        self._N, self._num_streams = codes_per_image, num_streams
+        self._N, self._ids = codes_per_image, ids
         self._shards: dict[int, Shard] = {}
         _raise_open_file_limit()
 
@@ -162,7 +197,7 @@ class Shards(Sequence[Shard]):
             staged = f" (copied to {self._staging_folder()})" if self._stage_to else ""
             name = f"{self._path / entry['name']}{CODES_SUFFIX}{staged}"
             locate = functools.partial(self._local_path, entry)
-            self._shards[number] = Shard(name, entry, self._N, self._num_streams, locate)
+            self._shards[number] = Shard(name, entry, self._N, self._ids, locate)
         return self._shards[number]
 
     def grids(self, shards: Int[np.ndarray, " n"], grids: Int[np.ndarray, " n"]) -> UInt16[np.ndarray, "n N"]:

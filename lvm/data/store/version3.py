@@ -24,7 +24,7 @@ from etils import epath
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.store.format import CHECKSUM_MISMATCH, Scene
-from lvm.data.store.reader import HEADER
+from lvm.data.store.manifest import HEADER
 
 VERSION = 3
 _RECORDS, _INDEX, _OPTIONS = ".array_record", ".index", "readahead_buffer_size:0,max_parallelism:1"
@@ -45,13 +45,13 @@ def read_header(folder: epath.Path) -> dict[str, Any]:
     return header
 
 
-def read_scenes(folder: epath.Path, entry: Mapping[str, Any], num_streams: Sequence[int]) -> Iterator[Scene]:
+def read_scenes(folder: epath.Path, entry: Mapping[str, Any], header: Mapping[str, Any]) -> Iterator[Scene]:
     """Yields the scenes of a shard in the order of its index.
 
     Args:
       folder: of the shard's files, on local disk.
       entry: of the shard.
-      num_streams: number of streams of each stream set.
+      header: of the store, with the names of its classes and stream sets.
 
     Raises:
       UserError: a file differs from the entry, or a record is corrupted or not that of the index.
@@ -66,22 +66,25 @@ def read_scenes(folder: epath.Path, entry: Mapping[str, Any], num_streams: Seque
     for record in range(entry["records"]):
         rows = index[slice(*np.searchsorted(index["record"], [record, record + 1]))]
         try:
-            scenes = _unpack(reader.read(record, record + 1)[0], num_streams, rows["group"].tolist())
+            ids, scenes = _unpack(reader.read(record, record + 1)[0], header, rows["group"].tolist())
         except (ValueError, RuntimeError, IndexError, struct.error) as error:
             raise UserError(f"{path}, record {record}: damaged: {error}; encode the shard again") from error
         indexed = [row[1:5] for row in rows.tolist()]
-        if indexed != [(len(s.codes), slot, s.stream_set, s.class_id) for slot, s in enumerate(scenes)]:
+        if indexed != [(len(scenes[slot].codes), slot, *ids[slot]) for slot in range(len(scenes))]:
             raise UserError(f"{path}, record {record}: the index describes other scenes; encode the shard again")
         yield from scenes
 
 
-def _unpack(record: bytes, num_streams: Sequence[int], groups: Sequence[int]) -> list[Scene]:
-    """Parses a record whose scenes have these groups. Raises ValueError if it is corrupted."""
+def _unpack(
+    record: bytes, header: Mapping[str, Any], groups: Sequence[int]
+) -> tuple[list[tuple[int, int]], list[Scene]]:
+    """Stream set and class ids, and the scenes, of a record. Raises ValueError if it is corrupted."""
     magic, version, count, checksum = _HEAD.unpack_from(record)
     T, stream_set, N = _SHAPE.unpack_from(record, _HEAD.size)
-    if (magic, version, count) != (b"LVMS", 2, len(groups)) or stream_set >= len(num_streams):
+    if (magic, version, count) != (b"LVMS", 2, len(groups)) or stream_set >= len(header["stream_sets"]):
         raise ValueError(f"format {magic!r}, version {version}, {count} scenes of stream set {stream_set}")
-    S = num_streams[stream_set]
+    streams, classes = tuple(header["stream_sets"][stream_set]), [*header["classes"], ""]  # class -1 is the last
+    S = len(streams)
     blocks_size = count * T * S * 2 * N + -(-count * T * S // _BLOCK_SIZE) * _CHECKSUM_SIZE
     metadata, blocks = record[_HEAD.size : -blocks_size], record[-blocks_size:]
     class_ids = np.frombuffer(metadata, "<i4", count, _SHAPE.size).tolist()
@@ -93,8 +96,8 @@ def _unpack(record: bytes, num_streams: Sequence[int], groups: Sequence[int]) ->
         raise ValueError(CHECKSUM_MISMATCH)
     codes = np.frombuffer(b"".join(_check_blocks(blocks, N)), "<u2").reshape(count, T, S, N)
     keys = [metadata[start:end].decode() for start, end in itertools.pairwise(ends)]
-    return [
-        Scene(key, class_id, stream_set, grids, group)
+    return [(stream_set, class_id) for class_id in class_ids], [
+        Scene(key, classes[class_id], streams, grids, group)
         for key, class_id, grids, group in zip(keys, class_ids, codes, groups, strict=True)
     ]
 

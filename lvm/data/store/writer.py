@@ -1,4 +1,8 @@
-"""Store writer (`lvm.data.store.reader`): shards, an entry after each, and the manifest from all entries."""
+"""Store writer (`lvm.data.store.reader`): shards, an entry after each, and the manifest from all entries.
+
+Processes share nothing but the folder. Each shard is written without knowledge of the others; `finish_store` merges
+their classes, stream sets and codecs.
+"""
 
 import contextlib
 import dataclasses
@@ -6,17 +10,29 @@ import pathlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, BinaryIO
 
 import numpy as np
 from etils import epath
+from jaxtyping import Shaped, UInt64
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.data.store import format
-from lvm.data.store.format import BLOCK_SIZE, CODES_SUFFIX, INDEX_SUFFIX, SCENE_DTYPE, SECTIONS, VERSION, Scene
-from lvm.data.store.reader import HEADER, MANIFEST, check_version
+from lvm.data.store import failures, format, manifest
+from lvm.data.store.failures import FAILURES_SUFFIX
+from lvm.data.store.format import (
+    BLOCK_SIZE,
+    CODES_SUFFIX,
+    INDEX_SUFFIX,
+    SCENE_DTYPE,
+    SECTIONS,
+    VERSION,
+    Scene,
+    shard_name,
+)
+from lvm.data.store.manifest import HEADER
+from lvm.data.store.reader import check_version
 
 _ABANDONED_S = 5.0  # age after which a temporary file of a process that no longer runs is removed
 _BUFFER = 1024  # grids; a multiple of `BLOCK_SIZE`
@@ -35,13 +51,10 @@ class SkippedItems:
     groups: list[int] = dataclasses.field(default_factory=list)
 
 
-def shard_name(shard: int, num_shards: int) -> str:
-    return f"shard-{shard:05d}-of-{num_shards:05d}"
-
-
 def write_shard(
     folder: epath.PathLike, shard: int, num_shards: int, scenes: Iterable[Scene], num_codes: int,
     skipped: SkippedItems | None = None, versions: Mapping[str, str] | None = None,
+    codecs: Mapping[str, Any] | None = None,
     verify: Callable[[Mapping[str, Any], Callable[[str], epath.Path]], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes one shard, its index and, last, its entry; returns the entry.
@@ -52,6 +65,7 @@ def write_shard(
       num_codes: codebook size, for the histogram.
       skipped: items that are not in the shard; read once `scenes` is exhausted.
       versions: of the software that made the codes.
+      codecs: stream → codec as JSON, of streams whose codec the store's header lacks.
       verify: called before the shard is complete with `Shard`'s `entry` and `locate`; an exception leaves no shard.
 
     Raises:
@@ -72,10 +86,18 @@ def write_shard(
             contents = content.finish()
         index, sections = format.pack_sections(contents)
         temporary[INDEX_SUFFIX].write_bytes(index)
+        failed = folder / f"{name}{FAILURES_SUFFIX}"
+        if skipped.failures:
+            temporary[FAILURES_SUFFIX] = scratch / f".{failed.name}.tmp"
+            stack.callback(temporary[FAILURES_SUFFIX].unlink, missing_ok=True)
+            temporary[FAILURES_SUFFIX].write_bytes(failures.to_lines(skipped.failures))
+        else:
+            failed.unlink(missing_ok=True)  # of an attempt that ended before its entry
         entry = {
             "name": name,
-            **content.counts(skipped),
-            "failures": skipped.failures,
+            **content.summary(skipped.groups),
+            "failures": failures.count(skipped.failures),
+            "streams": files.as_json(codecs or {}),
             "versions": dict(versions or {}),
             "sections": sections,
             "files": {
@@ -105,15 +127,16 @@ def _lock_shard(path: epath.Path) -> IO[str]:
 
 
 class _ShardContent:
-    """Writes the grids of a shard's scenes to `file`; collects its index and its counts."""
+    """Writes the grids of a shard's scenes to `file`; collects its index and the summary for its entry."""
 
     def __init__(self, file: BinaryIO, num_codes: int):
-        self._file, self._histogram = file, np.zeros(num_codes, np.int64)
-        self._scenes: list[tuple[int, ...]] = []  # fields of `SCENE_DTYPE`
+        self._file, self._histogram = file, np.zeros(num_codes, SECTIONS["histogram"])
+        self._rows: list[tuple[int, ...]] = []  # fields of `SCENE_DTYPE`
         self._keys: list[bytes] = []
         self._marks: list[bytes] = []
         self._checksums: list[int] = []
-        self._images: Counter[int] = Counter()  # by stream set
+        self._classes: dict[str, int] = {}  # ids, in the order of the scenes, as those of the stream sets
+        self._stream_sets: dict[tuple[str, ...], int] = {}
         self._num_images = 0
         self._pending: list[np.ndarray] = []  # grids to write, from the first of a block on
         self._num_pending = 0
@@ -123,10 +146,13 @@ class _ShardContent:
         T, S, N = scene.codes.shape
         if T > format.MAX_FRAMES:
             raise UserError(f"{scene.key[:80]}: {T} frames, the limit is {format.MAX_FRAMES}")
-        self._scenes.append((scene.group, self._num_images, scene.class_id, T, scene.stream_set))
+        class_id = self._classes.setdefault(scene.class_name, len(self._classes)) if scene.class_name else -1
+        stream_set = self._stream_sets.setdefault(scene.streams, len(self._stream_sets))
+        if stream_set == format.MAX_STREAM_SETS:
+            raise UserError(f"{self._file.name}: more than {stream_set} stream sets, the limit of a shard")
+        self._rows.append((scene.group, self._num_images, class_id, T, stream_set))
         self._keys.append(scene.key.encode())
         self._marks.append(scene.marks)
-        self._images[scene.stream_set] += T * S
         self._num_images += T * S
         self._pending.append(scene.codes.reshape(-1, N))
         self._num_pending += T * S
@@ -139,7 +165,7 @@ class _ShardContent:
         content = grids[:count].tobytes()
         self._file.write(content)
         self._checksums += format.checksum_blocks(content, grids.shape[1])
-        self._histogram += np.bincount(grids[:count].ravel(), minlength=len(self._histogram))
+        self._histogram += np.bincount(grids[:count].ravel(), minlength=len(self._histogram)).astype(np.uint64)
         self._pending, self._num_pending = [grids[count:]], self._num_pending - count
 
     def finish(self) -> dict[str, bytes]:
@@ -148,30 +174,91 @@ class _ShardContent:
             self._write(self._num_pending)
         if max(self._num_images, sum(map(len, self._keys))) > format.MAX_SIZE:
             raise UserError(f"{self._file.name}: more than {format.MAX_SIZE} grids, or bytes of keys; use more shards")
+        self._scenes = np.array(self._rows, SCENE_DTYPE)
         return {
-            "scenes": np.array(self._scenes, SCENE_DTYPE).tobytes(),
+            "scenes": self._scenes.tobytes(),
             "checksums": np.array(self._checksums, SECTIONS["checksums"]).tobytes(),
             **format.join_items("key", self._keys),
             **(format.join_items("mark", self._marks) if any(self._marks) else {"mark_offsets": b"", "marks": b""}),
+            "names": format.pack_names([*self._classes], [*self._stream_sets]),
+            "histogram": self._histogram.tobytes(),
         }
 
-    def counts(self, skipped: SkippedItems) -> dict[str, Any]:
-        """Counts for the shard's entry."""
-        return {
-            "scenes": len(self._scenes),
-            "images": self._num_images,
-            "images_by_stream_set": {str(i): count for i, count in sorted(self._images.items())},
-            "histogram": self._histogram.tolist(),
-            "group_hashes": _extremes([*(group for group, *_ in self._scenes), *skipped.groups]),
-        }
+    def summary(self, skipped_groups: Sequence[int]) -> dict[str, Any]:
+        """`summarize`, after `finish`."""
+        return summarize(self._scenes, [*self._classes], [*self._stream_sets], self._histogram, skipped_groups)
+
+
+def summarize(
+    scenes: Shaped[np.ndarray, " scenes"], classes: Sequence[str], stream_sets: Sequence[Sequence[str]],
+    histogram: UInt64[np.ndarray, " codes"], skipped_groups: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """The part of a shard's entry that its index implies, for `manifest.build`; all ids are the shard's own.
+
+    Args:
+      scenes: `SCENE_DTYPE`.
+      classes, stream_sets: their names, by id.
+      histogram: of the codes.
+      skipped_groups: hashes of groups without a scene in the shard.
+    """
+    groups = scenes["group"]
+    frames = np.bincount(scenes["stream_set"], scenes["frames"], len(stream_sets)).astype(int).tolist()
+    images = Counter[str]()
+    for names, count in zip(stream_sets, frames, strict=True):
+        images.update(dict.fromkeys(names, count))
+    is_listed = groups < int(manifest.LISTED_SHARE * 2**64)
+    heldout = np.flatnonzero(is_listed | (groups == groups.min(initial=2**64 - 1)))
+    return {
+        "scenes": len(scenes),
+        "images": images.total(),
+        "images_by_stream": dict(images),
+        "classes": list(classes),
+        "stream_sets": [list(names) for names in stream_sets],
+        "runs": _find_runs(scenes),
+        "heldout": {"groups": groups[heldout].tolist(), "scenes": heldout.tolist()},
+        "codes_used": np.packbits(histogram > 0).tobytes().hex(),
+        "group_hashes": manifest.extremes([*manifest.extremes(groups.tolist()), *skipped_groups]),
+    }
+
+
+def _find_runs(scenes: Shaped[np.ndarray, " scenes"]) -> list[list[int]]:
+    """The first scene, class, frames and stream set of each run of a shard; none of more than `MAX_RUNS`."""
+    kinds = scenes[["class_id", "frames", "stream_set"]]
+    starts = np.flatnonzero(np.append(np.ones(min(1, len(kinds)), bool), kinds[1:] != kinds[:-1]))
+    return [[i, *kinds[i].item()] for i in starts.tolist()] if len(starts) <= manifest.MAX_RUNS else []
 
 
 def read_shard_entry(folder: epath.PathLike, shard: int, num_shards: int) -> dict[str, Any] | None:
     """The entry of a finished shard; None if there is none, or a file that it lists is missing or has another size."""
-    path = epath.Path(folder) / f"{shard_name(shard, num_shards)}.json"
-    entry = files.read_side_file(path)
-    listed = {name: properties["bytes"] for name, properties in entry.get("files", {}).items()}
-    return entry if listed and listed == {name: files.file_size(path.parent / name) for name in listed} else None
+    folder = epath.Path(folder)
+    entry = files.read_side_file(folder / f"{shard_name(shard, num_shards)}.json")
+    sizes = {name: files.file_size(folder / name) for name in entry.get("files", {})}
+    return entry if _is_complete(entry, sizes) else None
+
+
+def missing_among(folder: epath.PathLike, shards: Sequence[int], num_shards: int) -> list[int]:
+    """Those of some shards that `read_shard_entry` has no entry of."""
+
+    def is_missing(shard: int) -> bool:
+        return read_shard_entry(folder, shard, num_shards) is None
+
+    return [i for i, missing in zip(shards, files.map_concurrently(is_missing, shards), strict=True) if missing]
+
+
+def missing_shards(folder: epath.PathLike, num_shards: int) -> list[str]:
+    """Names of the shards without an entry or a file, by one listing of the folder."""
+    return _missing(files.sizes(folder), num_shards)
+
+
+def _missing(sizes: Mapping[str, int], num_shards: int) -> list[str]:
+    suffixes = (".json", CODES_SUFFIX, INDEX_SUFFIX)
+    names = (shard_name(i, num_shards) for i in range(num_shards))
+    return [name for name in names if not all(f"{name}{suffix}" in sizes for suffix in suffixes)]
+
+
+def _is_complete(entry: Mapping[str, Any], sizes: Mapping[str, int | None]) -> bool:
+    listed = entry.get("files", {})
+    return bool(listed) and all(sizes.get(name) == file["bytes"] for name, file in listed.items())
 
 
 def begin_store(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> None:
@@ -188,21 +275,25 @@ def begin_store(folder: epath.PathLike, header: Mapping[str, Any], num_shards: i
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, new = folder / HEADER, files.as_json({"version": VERSION, **header, "num_shards": num_shards})
-    if path.exists():
-        old = files.read_json(path)
-        check_version(path, old.get("version"))
-        keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        if keys:
-            changes = ", ".join(_describe_change(key, old.get(key), new.get(key)) for key in keys)
-            raise UserError(
-                f"{folder}: holds codes made with other settings (changed: {changes}); choose another --out, or its "
-                "settings"
-            )
-        return
-    # On gs:// a folder exists once it has an object.
-    if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+    # The second look at the header: other processes may have begun the store while the folder was listed.
+    if not path.exists() and _has_files(folder) and not path.exists():
         raise UserError(f"{folder}: not empty and not a store; choose a new folder for --out")
-    files.write_json(path, new)
+    if files.create(path, files.json_bytes(new)):
+        return
+    old = files.read_json(path)
+    check_version(path, old.get("version"))
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if keys:
+        changes = ", ".join(_describe_change(key, old.get(key), new.get(key)) for key in keys)
+        raise UserError(
+            f"{folder}: holds codes made with other settings (changed: {changes}); choose another --out, or its "
+            "settings"
+        )
+
+
+def _has_files(folder: epath.Path) -> bool:
+    # On gs:// a folder exists once it has an object.
+    return folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir())
 
 
 def _describe_change(key: str, old: Any, new: Any) -> str:
@@ -218,14 +309,26 @@ def finish_store(folder: epath.PathLike) -> list[str]:
       UserError: the folder has no header, or one of another version.
     """
     folder = epath.Path(folder)
-    if not (folder / HEADER).exists():
-        raise UserError(f"{folder}: not a store ({HEADER} is missing)")
-    header = files.read_json(folder / HEADER)
-    check_version(folder / HEADER, header.pop("version", None))
+    header = read_header(folder)
     missing = write_manifest(folder, header, header.pop("num_shards"))
     if not missing and not files.is_remote(folder):
         _remove_leftovers(pathlib.Path(folder))
     return missing
+
+
+def read_header(folder: epath.PathLike) -> dict[str, Any]:
+    """The header of a store, with its number of shards, without its version.
+
+    Raises:
+      UserError: the folder has no header, or one of another version.
+    """
+    path = epath.Path(folder) / HEADER
+    try:
+        header = files.read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not a store ({HEADER} is missing)") from error
+    check_version(path, header.pop("version", None))
+    return header
 
 
 def _remove_leftovers(folder: pathlib.Path) -> None:
@@ -240,36 +343,25 @@ def _remove_leftovers(folder: pathlib.Path) -> None:
 
 
 def write_manifest(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> list[str]:
-    """`finish_store` with a given header."""
-    entries = {shard_name(i, num_shards): read_shard_entry(folder, i, num_shards) for i in range(num_shards)}
-    missing = [name for name, entry in entries.items() if entry is None]
+    """`finish_store` with a given header: one listing, and one read of each entry, many at once."""
+    sizes = files.sizes(folder)
+    if missing := _missing(sizes, num_shards):
+        return missing
+
+    def complete_entries() -> Iterator[dict[str, Any]]:
+        for i, entry in enumerate(read_entries(folder, range(num_shards), num_shards)):
+            if _is_complete(entry, sizes):
+                yield entry
+            else:
+                missing.append(shard_name(i, num_shards))
+
+    contents = manifest.build(folder, header, complete_entries())
     if not missing:
-        manifest = build_manifest(header, [entry for entry in entries.values() if entry is not None])
-        files.write_json(epath.Path(folder) / MANIFEST, manifest)
+        for name, content in contents.items():
+            files.write_atomically(epath.Path(folder) / name, content)
     return missing
 
 
-def build_manifest(header: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The manifest of a store's header (without `num_shards`) and all of its entries."""
-    images: Counter[str] = Counter()
-    for entry in entries:
-        for i, count in entry["images_by_stream_set"].items():
-            names = header["stream_sets"][int(i)]
-            images.update({name: count // len(names) for name in names})
-    versions = {name: {entry["versions"].get(name) for entry in entries} for name in entries[0]["versions"]}
-    totals = {
-        "scenes": sum(entry["scenes"] for entry in entries),
-        "images": sum(entry["images"] for entry in entries),
-        "images_by_stream": dict(images),
-        "group_hashes": _extremes([hash for entry in entries for hash in entry["group_hashes"]]),
-        "histogram": np.sum([entry["histogram"] for entry in entries], axis=0).tolist(),
-        "versions": {name: sorted(filter(None, values)) for name, values in versions.items()},
-    }
-    # Summed fields stay in the entries: thousands of histograms would make the manifest slow to open.
-    summed = totals.keys() - {"scenes", "images"} | {"images_by_stream_set"}
-    shards = [{key: value for key, value in entry.items() if key not in summed} for entry in entries]
-    return {"version": VERSION, **header, **totals, "shards": shards}
-
-
-def _extremes(hashes: Sequence[int]) -> list[int]:
-    return [min(hashes), max(hashes)] if hashes else []
+def read_entries(folder: epath.PathLike, shards: Iterable[int], num_shards: int) -> Iterator[dict[str, Any]]:
+    """Yields the shards' entries, read many at once; {} for a missing or malformed one."""
+    return files.read_side_files([epath.Path(folder) / f"{shard_name(i, num_shards)}.json" for i in shards])

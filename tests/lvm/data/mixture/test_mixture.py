@@ -11,6 +11,7 @@ from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import BLOCK, ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.store.reader import Store
+from tests.lvm.conftest import STREAM_SETS
 
 VIDEO = Video(frames=2, strides=(1,))
 PAIRS = Pairs(shots=2)
@@ -114,7 +115,7 @@ def test_splits_are_disjoint_by_group_and_complete(make_store, new_scenes):
 def test_sentence_has_the_codes_of_its_recipe(store, new_scenes):
     segmentation_of = {}
     for item in new_scenes(SCENES):
-        if item.stream_set == 1:
+        if item.streams == STREAM_SETS[1]:
             segmentation_of[item.codes[0, 0].tobytes()] = item.codes[0, 1]
     component = make_mixture(store, weighted(pairs=1.0)).components[0]
     for index in range(2 * component.sentences_per_epoch):
@@ -143,8 +144,7 @@ def test_scenes_too_short_are_excluded_and_counted(store):
 
 def test_streams_are_located_in_every_stream_set(make_store, new_scenes):
     scenes = new_scenes([(1, 0), (1, 1), (1, 2)])
-    columns = {0: 0, 1: 0, 2: 1}  # of rgb in each stream set
-    expected = {item.codes[0, columns[item.stream_set]].tobytes() for item in scenes}
+    expected = {item.codes[0, item.streams.index("rgb")].tobytes() for item in scenes}
     component = make_mixture(make_store(scenes), weighted(single=1.0), heldout=0.0).components[0]
     assert set(sentence_bytes(component, range(3))) == expected
 

@@ -64,15 +64,13 @@ def tiny_stores(tmp_path):
         (tmp_path / name).mkdir()
         shape = (max(recipe.min_frames, 1), len(recipe.streams), 4)
         scenes = [
-            Scene(f"{i}", 0, 0, rng.integers(0, 16, shape, dtype=np.uint16), group_hash(f"{name} {i}"))
+            Scene(f"{i}", "cat", recipe.streams, rng.integers(0, 16, shape, dtype=np.uint16), group_hash(f"{name} {i}"))
             for i in range(max(2 * recipe.num_scenes, 32))  # an epoch of few sentences would cost most of the time
         ]
         writer.write_shard(tmp_path / name, 0, 1, scenes, 16)
         header = {
             "tokenizer": {"weights": "a", "hash": "a", "grid": [2, 2], "num_codes": 16},
             "streams": {stream: Image().to_json() for stream in recipe.streams},
-            "stream_sets": [list(recipe.streams)],
-            "classes": ["cat"],
         }
         assert not writer.write_manifest(tmp_path / name, header, 1)
         paths[name] = str(tmp_path / name)

@@ -17,14 +17,12 @@ def large(tmp_path_factory):
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("large")
     shapes = [(1, 1)] * 130 + [(40, 1), (3, 2), (1, 1), (200, 1), (1, 2)] + [(1, 1)] * 70
     codes = [rng.integers(0, 8192, (*shape, 256), dtype=np.uint16) for shape in shapes]
-    scenes = [Scene(f"scene {i}", i, 1 if x.shape[1] == 2 else 0, x, i) for i, x in enumerate(codes)]
+    scenes = [Scene(f"scene {i}", "", ("rgb", "depth")[: x.shape[1]], x, i) for i, x in enumerate(codes)]
     for shard, shard_scenes in enumerate((scenes[:150], scenes[150:])):
         writer.write_shard(folder, shard, 2, shard_scenes, 8192)
     header = {
         "tokenizer": {"weights": "", "hash": "", "grid": [16, 16], "num_codes": 8192},
         "streams": {"rgb": Image().to_json(), "depth": Image().to_json()},
-        "stream_sets": [["rgb"], ["rgb", "depth"]],
-        "classes": [],
     }
     assert not writer.write_manifest(folder, header, 2)
     store = Store(folder)

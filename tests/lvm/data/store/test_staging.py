@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lvm import inspect
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single
 from lvm.data.store import writer
 from lvm.data.store.reader import Store
+from lvm.data.store.verify import find_problems
 
 SHAPES = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(2, 2), (1, 0)]
 
@@ -39,7 +39,7 @@ def test_remote_store_is_read_from_staged_shards(gcs, make_store, tmp_path):
         np.testing.assert_array_equal(store.scene(i).codes, Store(local).scene(i).codes)
     assert len(names(tmp_path / "staged")) == 6
     for child in epath.Path(f"{gcs}/store").iterdir():
-        if child.name != "manifest.json":
+        if child.name not in ("manifest.json", "manifest.index"):
             child.unlink()
     reopened = pickle.loads(pickle.dumps(store))  # as for a worker; staged shards are reused
     np.testing.assert_array_equal(reopened.scene(5).codes, Store(local).scene(5).codes)
@@ -92,9 +92,9 @@ def test_inspect_checks_a_remote_store(gcs, tmp_path, manifest_header, new_scene
         writer.write_shard(path, shard, 2, new_scenes(SHAPES, seed=shard)[:40], 16)
         assert writer.read_shard_entry(path, shard, 2) is not None
     assert writer.finish_store(path) == []
-    assert list(inspect.find_problems(Store(path, str(tmp_path / "staged")))) == []
+    assert list(find_problems(Store(path, str(tmp_path / "staged")))) == []
     size = epath.Path(f"{path}/shard-00001-of-00002.index").stat().length
     epath.Path(f"{path}/shard-00001-of-00002.index").unlink()
     assert writer.read_shard_entry(path, 1, 2) is None
-    problems = list(inspect.find_problems(Store(path, str(tmp_path / "other"))))
+    problems = list(find_problems(Store(path, str(tmp_path / "other"))))
     assert any(f"shard-00001-of-00002.index: is missing, the manifest says {size}" in problem for problem in problems)

@@ -19,10 +19,11 @@ def write_store(folder, header, shards, failures=()):
     num_codes = header["tokenizer"]["num_codes"]
     for number, scenes in enumerate(shards):
         name = f"shard-{number:05d}-of-{len(shards):05d}"
-        indexed = _write_records(folder, name, scenes)
+        indexed = _write_records(folder, name, scenes, header)
         images = {}
         for scene in scenes:
-            images[scene.stream_set] = images.get(scene.stream_set, 0) + scene.codes.shape[0] * scene.codes.shape[1]
+            stream_set = ids(scene, header)[0]
+            images[stream_set] = images.get(stream_set, 0) + scene.codes.shape[0] * scene.codes.shape[1]
         codes = np.concatenate([np.zeros(0, np.int64), *(scene.codes.ravel() for scene in scenes)])
         groups = [scene.group for scene in scenes] + [7] * (number == 0 and bool(failures))
         entry = {
@@ -44,25 +45,31 @@ def write_store(folder, header, shards, failures=()):
     files.write_json(folder / "manifest.json", {"version": 3})  # the conversion reads the header and the entries
 
 
-def _write_records(folder, name, scenes):
+def ids(scene, header):
+    """The ids of a scene's stream set and class."""
+    class_id = header["classes"].index(scene.class_name) if scene.class_name else -1
+    return header["stream_sets"].index(list(scene.streams)), class_id
+
+
+def _write_records(folder, name, scenes, header):
     """Writes pages of single images and records of longer scenes, and their index; returns the number of records."""
     writer = array_record_module.ArrayRecordWriter(str(folder / f"{name}.array_record"), "group_size:1,uncompressed")
     pages, index, count = {}, [], 0
 
     def write(page):
         nonlocal count
-        writer.write(pack(page))
-        index.extend((count, len(s.codes), slot, s.stream_set, s.class_id, s.group) for slot, s in enumerate(page))
+        writer.write(pack(page, header))
+        index.extend((count, len(s.codes), slot, *ids(s, header), s.group) for slot, s in enumerate(page))
         count += 1
 
     for scene in scenes:
         if scene.codes.shape[:2] != (1, 1):
             write([scene])
             continue
-        page = pages.setdefault(scene.stream_set, [])
+        page = pages.setdefault(stream_set := ids(scene, header)[0], [])
         page.append(scene)
         if len(page) == 64:
-            write(pages.pop(scene.stream_set))
+            write(pages.pop(stream_set))
     for stream_set in sorted(pages):
         write(pages[stream_set])
     writer.close()
@@ -71,12 +78,12 @@ def _write_records(folder, name, scenes):
     return count
 
 
-def pack(scenes):
+def pack(scenes, header):
     """A record of one scene, or of several of one image."""
     T, _, N = scenes[0].codes.shape
     keys = [scene.key.encode() for scene in scenes]
-    metadata = struct.pack("<III", T, scenes[0].stream_set, N)
-    metadata += np.array([scene.class_id for scene in scenes], "<i4").tobytes()
+    metadata = struct.pack("<III", T, ids(scenes[0], header)[0], N)
+    metadata += np.array([ids(scene, header)[1] for scene in scenes], "<i4").tobytes()
     metadata += np.array([*map(len, keys)], "<u2").tobytes() + b"".join(keys)
     head = struct.pack("<4sHH", b"LVMS", 2, len(scenes))
     grids = np.concatenate([scene.codes.reshape(-1, N) for scene in scenes]).astype("<u2")
