@@ -14,6 +14,7 @@ from lvm import inspect
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.images.augment import Augment
+from lvm.data.images.decode_worker import Limits
 from lvm.data.images.sources import open_source
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single, Video
@@ -217,7 +218,7 @@ def encoded(tmp_path_factory):
     (folder / "scenes.py").write_text(f"def get_config():\n    return {config}\n")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     source = open_source(str(folder / "scenes.py"), tokenizer.preprocess)
-    Encoder(tokenizer, source, folder / "store", 2, 8, Augment(0, tokenizer.preprocess), 0).run()
+    Encoder(tokenizer, source, folder / "store", 2, 8, Augment(0, tokenizer.preprocess), 0, Limits()).run()
     assert writer.finish_store(folder / "store") == []
     return folder
 
