@@ -7,6 +7,7 @@ import socket
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from lvm.common import distributed
@@ -58,10 +59,12 @@ def kill_at_random_moments(job, reference, out, count, seed):
     while killed < count:
         process = start("tokenizer.encode", *job, f"--out={out}", f"--workers={rng.randrange(3)}")
         time.sleep(rng.uniform(0.3, 1.0) * seconds)  # before 0.3, Python only imports
+        workers = psutil.Process(process.pid).children()
         if process.poll() is None:
             process.kill()
             killed += 1
         output, _ = process.communicate()
+        assert not psutil.wait_procs(workers, timeout=30)[1]
         if process.returncode == 0:  # finished before the kill: start over in another folder
             assert contents(out) == contents(expected)
             out = out.with_name(f"{out.name}-{killed}")
@@ -112,6 +115,8 @@ def test_joined_processes_share_shards_and_exit_together(job, reference, tmp_pat
 
 def test_encode_reports_missing_flags_and_finishes(reference, tmp_path):
     assert "--source: required" in run("tokenizer.encode", f"--out={tmp_path}", code=2)
+    unlimited = ["tokenizer.encode", f"--out={tmp_path}", "--source=.", "--workers=0", "--decode_memory_gb=2"]
+    assert "--decode_memory_gb: limits worker processes; --workers=0 has none" in run(*unlimited, code=2)
     (tmp_path / "a.jsonl").write_text("".join(jsonl.encode_line(np.full((n, 4), n)) for n in (1, 3)))
     (tmp_path / "codes.py").write_text(
         f"def get_config():\n    return dict(kind='jsonl', path='{tmp_path}/a.jsonl', num_codes=8, grid=(2, 2))\n"
