@@ -3,9 +3,11 @@
 A process of its own program, not of `multiprocessing`: it imports what loading needs, and neither JAX nor the command.
 """
 
+import contextlib
 import dataclasses
 import gc
 import math
+import pathlib
 import pickle
 import signal
 import socket
@@ -21,6 +23,7 @@ from lvm.common.child_process import end_with_parent, retain_memory
 from lvm.common.validation import check_positive
 
 _IMAGES_PER_DEADLINE = 16  # a clip's, by default
+_OOM_SCORE = "500"  # of 1000, added to the share of memory that a process has
 _COUNT, _SIZE = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -106,6 +109,8 @@ def _load(loader: Loader, items: Sequence[Any], limits: Limits) -> list[Any] | E
 def main(descriptor: int, parent: int) -> None:
     """Answers messages until the other end closes: first `Limits`; a pickled `Loader`, or items for the latest one."""
     end_with_parent(parent)
+    with contextlib.suppress(OSError):  # Linux only: short of memory, the machine ends this process, not its parent
+        pathlib.Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     with socket.socket(fileno=descriptor) as connection:

@@ -1,6 +1,7 @@
 """Decoding in processes that may die: neighbors of a failure are loaded, and no process is left behind."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -91,8 +92,14 @@ def test_reason_names_the_deadline_of_a_long_item():
 
 def test_workers_import_no_jax_and_stay():
     results = load(Process({}), range(20))
-    assert len({process for process, _ in results.values()}) == 1
-    assert not any(has_jax for _, has_jax in results.values())
+    assert len({process for process, *_ in results.values()}) == 1
+    assert not any(has_jax for _, has_jax, _ in results.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux decides by a score")
+def test_machine_short_of_memory_ends_a_worker_first():
+    ((_, _, score),) = load(Process({}), [0]).values()
+    assert score > int(pathlib.Path("/proc/self/oom_score_adj").read_text())
 
 
 def test_loaders_change_between_chunks():
