@@ -46,9 +46,15 @@ def saved(workdir, step):
     return arrays
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(3, 60), pytest.param(20, 300, marks=pytest.mark.slow)])
-def test_killed_run_has_bits_of_unbroken_run(demo, tmp_path, kills, steps):
-    options = [*OPTIONS, f"--config.data.store={demo / 'store'}", f"--config.loop.total_steps={steps}"]
+@pytest.mark.parametrize(
+    ("kills", "steps", "is_local"), [(3, 60, True), pytest.param(20, 300, False, marks=pytest.mark.slow)]
+)
+def test_killed_run_has_bits_of_unbroken_run(demo, tmp_path, kills, steps, is_local):
+    local = []
+    if is_local:
+        local = ["--config.loop.local_checkpoint.every=5", "--config.loop.checkpoint_every=25"]
+        local += [f"--config.loop.local_checkpoint.folder={tmp_path / 'local'}"]
+    options = [*OPTIONS, *local, f"--config.data.store={demo / 'store'}", f"--config.loop.total_steps={steps}"]
     run("lvm.train", *options, f"--workdir={tmp_path / 'whole'}")
     killed = 0
     for attempt in range(kills):
@@ -56,7 +62,9 @@ def test_killed_run_has_bits_of_unbroken_run(demo, tmp_path, kills, steps):
         process = start("lvm.train", *options, f"--workdir={tmp_path / 'killed'}", start_new_session=True)
         killed += kill_after(process, kill_step)
     assert killed == kills
-    assert f"{steps}/{steps} steps" in run("lvm.train", *options, f"--workdir={tmp_path / 'killed'}")
+    output = run("lvm.train", *options, f"--workdir={tmp_path / 'killed'}")
+    assert f"{steps}/{steps} steps" in output
+    assert (f"{tmp_path / 'local'}" in output) == is_local
     whole, resumed = saved(tmp_path / "whole", steps), saved(tmp_path / "killed", steps)
     assert whole.keys() == resumed.keys()
     assert len(whole) > 20

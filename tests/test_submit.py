@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import time
@@ -30,13 +31,13 @@ def arguments(demo, workdir, *more, processes=2):
 class Run:
     """A supervised run and its output so far."""
 
-    def __init__(self, demo, workdir, *more):
-        self.process = start("lvm.submit", *arguments(demo, workdir, *more), devices=2)
+    def __init__(self, demo, workdir, *more, devices=2):
+        self.process = start("lvm.submit", *arguments(demo, workdir, *more), devices=devices)
         self.output = ""
 
-    def until(self, words):
-        """Reads output up to a line with `words`."""
-        while words not in self.output:
+    def until(self, words, start=0):
+        """Reads output up to a line with `words`, from `start` on."""
+        while words not in self.output[start:]:
             line = self.process.stdout.readline()
             assert line, f"ended before {words!r}:\n{self.output}"
             self.output += line
@@ -80,7 +81,7 @@ def test_submit_killed_rank_ends_run_which_resumes(demo, tmp_path, rank):
     killed.until(" 45/")
     start_time = time.monotonic()
     killed.signal(rank, signal.SIGKILL)
-    killed.until("restart 1 of 1 after exit code 137")
+    killed.until("restart 1 of 1 from step 40 after exit code 137")
     assert time.monotonic() - start_time < 15
     assert f"process {rank} of 2 ended with exit code 137" in killed.output
     assert killed.wait() == 0, killed.output
@@ -92,6 +93,36 @@ def test_submit_killed_rank_ends_run_which_resumes(demo, tmp_path, rank):
 
 
 @pytest.mark.slow
+def test_submit_survives_ten_kills_of_random_ranks(demo, tmp_path):
+    total, every, kills = 200, 10, 10
+    options = [f"--config.loop.total_steps={total}", "--config.loop.checkpoint_every=100", "--processes=4"]
+    options += ["--config.loop.evaluate_every=0", "--config.mesh.fsdp=4"]
+    options += [f"--config.loop.local_checkpoint.every={every}"]
+    folder = f"--config.loop.local_checkpoint.folder={tmp_path / 'local'}"
+    random_numbers = random.Random(0)
+    storm = Run(demo, tmp_path / "run", *options, folder, "--max_restarts=3", "--grace=1", devices=1)
+    lost = []
+    for target in sorted(random_numbers.sample(range(every, total - 1), kills)):
+        logged = 0
+        while logged < target:
+            storm.until(" steps/s, loss", len(storm.output))
+            logged = int(re.findall(rf"(\d+)/{total} steps", storm.output)[-1])
+        storm.signal(random_numbers.randrange(4), signal.SIGKILL)
+        start = len(storm.output)
+        storm.until(" of 3 from step", start)
+        reached = int(re.findall(rf"(\d+)/{total} steps", storm.output)[-1])
+        storm.until("resuming from step", start)
+        lost.append(reached - int(re.findall(r"resuming from step (\d+)", storm.output)[-1]))
+    assert storm.wait() == 0, storm.output
+    print(f"steps lost at each of {kills} kills: {lost}")
+    assert max(lost) <= 2 * every, lost
+    assert not any((tmp_path / "local").iterdir())
+    unbroken = Run(demo, tmp_path / "unbroken", *options, devices=1)
+    assert unbroken.wait() == 0, unbroken.output
+    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+
+
+@pytest.mark.slow
 def test_submit_watchdog_detects_stopped_rank(demo, tmp_path):
     watchdog = ["--config.loop.watchdog.min_timeout_s=5.0", "--config.loop.watchdog.pause_timeout_s=30.0"]
     options = [*MANY, "--config.loop.total_steps=200", *watchdog, "--grace=1", "--max_restarts=1"]
@@ -99,7 +130,7 @@ def test_submit_watchdog_detects_stopped_rank(demo, tmp_path):
     stopped.until(" 45/")
     stopped.signal(1, signal.SIGSTOP)
     start_time = time.monotonic()
-    stopped.until("restart 1 of 1 after exit code 76")
+    stopped.until("restart 1 of 1 from step 40 after exit code 76")
     assert time.monotonic() - start_time < 5 + 30 + 10
     assert re.search(r"\[0\] .*stalled", stopped.output)
     assert "lvm/training/loop.py" in stopped.output  # the stacks

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Shaped
 
 from lvm.common.commands import report_error
 from lvm.common.errors import EXIT_ALONE, UserError
@@ -149,6 +150,11 @@ def fetch(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def gather(values: Shaped[np.ndarray, " *shape"]) -> Shaped[np.ndarray, " processes *shape"]:
+    """Gathers a small host array of each process, all of one shape, on every process. All processes must call it."""
+    return np.asarray(multihost_utils.process_allgather(values)) if _num_processes() > 1 else values[None]
 
 
 class Preemption:

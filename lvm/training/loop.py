@@ -22,6 +22,7 @@ from lvm.common.png import encode_png
 from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.mixture import loader
 from lvm.training.checkpoint import Checkpoints, latest_step
+from lvm.training.local_checkpoint import LocalCheckpointConfig, LocalCheckpoints
 from lvm.training.metrics import Goodput, MetricsWriter
 from lvm.training.profiling import StepProfiler
 from lvm.training.reporting import Clock, Reporter
@@ -51,6 +52,7 @@ class LoopConfig:
         a file `profile.request` appears in its workdir.
       compilation_cache: folder of the compilation cache; "" for JAX_COMPILATION_CACHE_DIR, or else the workdir's.
       wandb: Weights & Biases project that also gets the metrics, "project" or "entity/project"; "" for none.
+      local_checkpoint: checkpoints on the hosts' own disks, between those in the workdir.
       spike: loss-spike recovery.
       watchdog: deadlines after which the run counts as stalled.
     """
@@ -68,6 +70,7 @@ class LoopConfig:
     profile: tuple[int, ...] = ()
     compilation_cache: str = ""
     wandb: str = ""
+    local_checkpoint: LocalCheckpointConfig = dataclasses.field(default_factory=LocalCheckpointConfig)
     spike: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
     watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
 
@@ -133,6 +136,7 @@ class Loop:
         self._memory_advice = memory_advice
         self._reporter = Reporter(step.mesh, tokens_per_step, flops_per_step or {})
         self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
+        self._local = LocalCheckpoints(config.local_checkpoint, self._path, step.state)
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
         self._profiler = StepProfiler(self._path, config.profile)
         self._spikes = SpikeDetector(config.spike)
@@ -161,6 +165,7 @@ class Loop:
                 self._profiler.stop()
                 with self._watchdog.pause("the last checkpoint"):
                     self._checkpoints.close()
+                    self._local.wait()
 
     @contextlib.contextmanager
     def _explain_out_of_memory(self) -> Iterator[None]:
@@ -173,13 +178,18 @@ class Loop:
             raise UserError(f"out of memory: {reason}; {self._memory_advice()}".rstrip("; ")) from error
 
     def _start(self) -> tuple[State, int]:
-        step = self._checkpoints.latest_intact_step()
-        if step is None:
+        if restored := self._local.restore(self._checkpoints, self._config.total_steps):
+            state, step, meta = restored
+        elif (persistent := self._checkpoints.latest_intact_step()) is not None:
+            step = persistent
+            log_info(f"{self._path}: resuming from step {step}")
+            state, meta = self._checkpoints.restore(step, self._step.state)
+        else:
+            self._local.delete_after(0)
             self._reporter.goodput.productive_seconds = 0.0
             self._spikes.losses.clear()
             return self._step.init(), 0
-        log_info(f"{self._path}: resuming from step {step}")
-        state, meta = self._checkpoints.restore(step, self._step.state)
+        self._local.delete_after(step)
         self._reporter.goodput = Goodput(meta["started"], meta["productive_seconds"])
         self._spikes = SpikeDetector(self._config.spike, meta.get("losses", ()))
         return state, step
@@ -200,6 +210,7 @@ class Loop:
             before_spike = [step for step in steps if step < spike.step - limits.skip_before]
             target = max(before_spike, default=min(steps, default=0))
             # Checkpoints first: a kill in between leads to the same spike again.
+            self._local.delete_after(target)
             self._checkpoints.delete_after(target)
             first = skipped.batch_index(max(target, spike.step - 1 - limits.skip_before))
             skipped.add(first, batch)
@@ -225,20 +236,28 @@ class Loop:
                 with clock.paused(state), self._watchdog.pause("rendering pictures"):
                     self._write_pictures(step, state)
             stopping = self._preemption.noticed()
-            if last or stopping or _is_due(step, self._config.checkpoint_every):
+            persistent = last or stopping or _is_due(step, self._config.checkpoint_every)
+            local = self._local.is_due(step) and not last
+            if persistent or local:
                 self._check_steps(pending, 0)
                 # Steps since the last lap are kept too.
                 goodput = self._reporter.goodput
                 productive = {"productive_seconds": goodput.productive_seconds + clock.elapsed()}
                 meta = dataclasses.asdict(goodput) | productive | {"losses": list(self._spikes.losses)}
                 with clock.paused(state), self._watchdog.pause("saving a checkpoint"):
-                    self._checkpoints.save(state, step, meta)
+                    if persistent:
+                        self._checkpoints.save(state, step, meta)
+                    if local:
+                        self._local.save(state, step, meta)
             if stopping:
                 started_at = time.monotonic()
                 with self._watchdog.pause("the last checkpoint"):
                     self._checkpoints.wait()
                 log_info(f"SIGTERM: saved at step {step}, after {time.monotonic() - started_at:.1f} s")
                 raise SystemExit(EXIT_PREEMPTED)
+        with self._watchdog.pause("the last checkpoint"):
+            self._checkpoints.wait()
+        self._local.remove()
         return state
 
     def _batches(self, start: int, total: int) -> Iterator[Batch]:

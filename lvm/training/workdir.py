@@ -14,6 +14,7 @@ from lvm.common.logging import log_info
 from lvm.training.lease import Lease
 
 CONFIG = "config.json"
+RUN_ID = "run_id"  # names the run in folders that several runs share, such as those of local checkpoints
 RECORD_VERSION = 2  # 1 had config.data.sources, and other keys named otherwise
 
 _CONVERT = {  # commands that read version 1
@@ -87,8 +88,8 @@ class Workdir:
         record = files.as_json({"version": RECORD_VERSION, "lvm_version": __version__, "kind": kind, **record})
         if any((self.path / "checkpoints").glob("[0-9]*")):  # before the first, nothing is lost by a fresh start
             self._check_record(kind, record, config_class)
-        elif config_path.exists():
-            _load_record(self.path, kind)
+        elif config_path.exists() and _load_record(self.path, kind) != record and distributed.is_first():
+            (self.path / RUN_ID).unlink(missing_ok=True)  # local checkpoints are those of the former configuration
         if distributed.is_first():
             files.write_json(config_path, record)
 
