@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from typing import Any
@@ -158,7 +159,7 @@ class LocalCheckpoints:
             self.wait()
             shutil.rmtree(self._folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # other processes' are still there
-                self._folder.parent.rmdir()
+                os.rmdir(self._folder.parent)
 
     def _steps(self) -> list[int]:
         """Steps that are complete, ascending."""

@@ -127,6 +127,11 @@ def test_local_steps_of_other_runs_and_meshes_are_ignored(saved, open_local, cap
 def test_local_delete_after_and_remove(saved, tmp_path):
     saved.delete_after(5)
     assert restored_step(saved) == 5
+    other = saved._folder.parent / "p1"
+    other.mkdir()
+    saved.remove()
+    assert list((tmp_path / "local").glob("*/*")) == [other]
+    other.rmdir()
     saved.remove()
     assert list((tmp_path / "local").iterdir()) == []
 
