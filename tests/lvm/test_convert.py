@@ -104,7 +104,7 @@ def test_convert_hf_writes_card_example_and_tokenizer(trained, tmp_path):
         identity["hash"],
         identity["weights"],
         "BOS 64, EOS 65, PAD 66",
-        '"batch_size": 96',
+        '\n "batch_size": 96',
         "do_sample=True, top_k=0",
         "| 2, 2, 8 |",
     ):

@@ -15,7 +15,7 @@ from lvm.data.store.reader import Store
 from lvm.data.store.verify import find_problems
 from tests.commands import run
 from tests.lvm.conftest import STREAM_SETS, header, make_scenes
-from tests.lvm.data.store.version3 import write_store
+from tests.lvm.data.store.version3 import pack, write_store
 
 SHAPES = [(1, 0)] * 70 + [(3, 0), (1, 1)] + [(1, 0)] * 5 + [(2, 2), (1, 0)]
 OLD_HEADER = header() | {"classes": ["cat", "dog"], "stream_sets": [list(names) for names in STREAM_SETS]}
@@ -125,9 +125,13 @@ def test_damaged_record_is_named_by_its_number(tmp_path, at):
         version3._unpack(bytes(record), OLD_HEADER, [0] * 3)
 
 
-def write_and_read_record(folder):
-    from tests.lvm.data.store.version3 import pack
+def test_record_of_an_unknown_stream_set_is_named():
+    record = pack(make_scenes([(1, 1)]), OLD_HEADER)
+    with pytest.raises(ValueError, match="1 scenes of stream set 1"):
+        version3._unpack(record, OLD_HEADER | {"stream_sets": [["rgb"]]}, [0])
 
+
+def write_and_read_record(folder):
     scenes = make_scenes([(1, 0)] * 3)
     record = pack(scenes, OLD_HEADER)
     _, copies = version3._unpack(record, OLD_HEADER, [scene.group for scene in scenes])

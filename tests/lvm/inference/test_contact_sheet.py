@@ -11,6 +11,7 @@ from lvm.inference.contact_sheet import (
     Cell,
     answer_row,
     completion_sheet,
+    crop_rows,
     render_sheet,
 )
 
@@ -93,3 +94,12 @@ def test_completion_sheet_of_a_single_image():
 
 def _fail(codes, num_images):
     raise AssertionError("unexpected call")
+
+
+def test_crop_rows_pads_narrow_sheets_with_white():
+    sheets = [np.full((200, width, 3), value, np.uint8) for width, value in ((5, 1), (3, 2))]
+    height = 2 * (20 + _GAP + _LABEL) + _GAP
+    stacked = crop_rows(sheets, side=20)
+    np.testing.assert_array_equal(stacked[:height], sheets[0][:height])
+    np.testing.assert_array_equal(stacked[height:, :3], sheets[1][:height])
+    assert (stacked[height:, 3:] == 255).all()

@@ -144,3 +144,10 @@ def test_generate_drops_images_when_the_context_is_full(model):
     np.testing.assert_array_equal(streamed[0, 0], answers[1].ravel())
     kept = np.concatenate([grids[:, 1:], answers[1][None, :1]], axis=1)
     np.testing.assert_array_equal(model.generate(kept, 1, temperature=0)[0, 0], answers[1][1])
+
+
+def test_stream_yields_after_every_few_codes(model):
+    parts = list(model.stream(prompts(1), 2, 1, SamplingParams(temperature=0), every=5))
+    assert [part.shape[-1] for part in parts] == [5, 10, 15, 20, 25, 30, 32]
+    for part in parts:
+        np.testing.assert_array_equal(part, parts[-1][..., : part.shape[-1]])

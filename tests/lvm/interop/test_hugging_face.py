@@ -48,6 +48,9 @@ def test_read_hf_rejects_inconsistent_index(sharded):
     edit(index, lambda fields: fields["weight_map"].update({"model.norm.bias": "../secret"}))
     with pytest.raises(UserError, match=r"index\.json: .*\.\./secret"):
         models.read(sharded)
+    edit(index, lambda fields: fields["weight_map"].update({"model.norm.bias": 3}))
+    with pytest.raises(UserError, match="no weight_map"):
+        models.read(sharded)
     edit(index, lambda fields: fields.pop("weight_map"))
     with pytest.raises(UserError, match="no weight_map"):
         models.read(sharded)
@@ -219,6 +222,9 @@ def test_written_hf_has_a_tokenizer_of_decimal_codes(bos, tmp_path):
     assert content["model"]["unk_token"] not in words  # any other word is an error
     specials = {"<eos>": 5} | ({} if bos is None else {"<bos>": 3})
     assert {token["content"]: token["id"] for token in content["added_tokens"]} == specials
+    for token in content["added_tokens"]:
+        flags = {name: value for name, value in token.items() if name not in ("content", "id")}
+        assert flags == {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     first, *_ = content["post_processor"]["single"]
     assert first == (
         {"Sequence": {"id": "A", "type_id": 0}} if bos is None else {"SpecialToken": {"id": "<bos>", "type_id": 0}}

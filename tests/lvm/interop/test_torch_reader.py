@@ -326,6 +326,13 @@ def test_read_safetensors_shapes_dtypes_and_data(tmp_path):
         tensors.read_safetensors(tmp_path / "x.safetensors")
 
 
+def test_check_finite_takes_few_passes(monkeypatch):
+    counted, count_nonzero = [], np.count_nonzero
+    monkeypatch.setattr(np, "count_nonzero", lambda bits: counted.append(bits.size) or count_nonzero(bits))
+    tensors.check_finite(np.zeros(2**18 + 1, np.float32), "x")
+    assert counted == [2**18, 1]  # 1 MiB at once: larger arrays leave the cache, smaller ones cost a call each
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_read_state_dict_of_torch_save(protocol, tmp_path):

@@ -21,6 +21,8 @@ def test_for_codes_puts_specials_after_codes(num_codes):
 def test_load_inverts_save(tmp_path, vocabulary):
     vocabulary.save(tmp_path)
     assert Vocabulary.load(tmp_path) == vocabulary
+    vocabulary.save(str(tmp_path))
+    assert Vocabulary.load(str(tmp_path)) == vocabulary
 
 
 @pytest.mark.parametrize("token", [0, 7, 264, -1])

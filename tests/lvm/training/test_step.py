@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lvm.hardware.sharding import MeshConfig
+from lvm.training import step
 from tests.commands import ROOT
 from tests.small_step import OPTIMIZERS, batch, make_step, sgd
 
@@ -158,3 +159,11 @@ def test_state_is_donated_and_step_compiled_once():
     assert memory.temp_size_in_bytes > 0
     # The old and the new state share their buffers; the rest is the batch and the metrics.
     assert state_bytes < step.memory_bytes() - memory.temp_size_in_bytes < 1.5 * state_bytes
+
+
+def test_cache_events_are_logged(caplog):
+    step._log_cache_events()
+    for event in ("cache_hits", "cache_misses", "other"):
+        jax.monitoring.record_event(f"/jax/compilation_cache/{event}")
+    messages = ["compiled program found in the cache", "compiled program not in the cache; added"]
+    assert [message for message in caplog.messages if "compiled program" in message] == messages

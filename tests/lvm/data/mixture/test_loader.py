@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -90,3 +91,16 @@ def test_small_shared_memory_is_named(tmp_path, size, output):
         [*mount, command, "sh", *script], env=environment, capture_output=True, text=True, timeout=120
     )
     assert result.stdout.startswith(output), result.stderr
+
+
+def test_reads_ahead_are_bounded():
+    """Every batch read ahead takes memory."""
+    reads = []
+    batches = loader.prefetch_batches(lambda step: reads.append(step) or {"x": np.zeros(1)}, 0, 100)
+    next(iter(batches))
+    for _ in range(100):
+        if len(reads) >= 5:
+            break
+        time.sleep(0.05)
+    time.sleep(0.2)
+    assert 5 <= len(reads) <= 8

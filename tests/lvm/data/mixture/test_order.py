@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvm.common.errors import UserError
+from lvm.data.mixture import sentences
 from lvm.data.mixture.loader import prefetch_batches
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.permutation import SHUFFLES
@@ -21,7 +22,7 @@ from lvm.data.mixture.recipes import Category, Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
 from lvm.data.mixture.sampler import RankIndex
 from lvm.data.mixture.split import group_hash
-from lvm.data.store.format import SCENE_DTYPE
+from lvm.data.store.format import SCENE_DTYPE, Scene
 from lvm.data.store.reader import Store
 from lvm.model.vocabulary import Vocabulary
 from tests.commands import ROOT, run
@@ -149,6 +150,14 @@ def test_repetitions_count_copies_and_are_limited(make_store, new_scenes):
         rows.batch(6)
     with pytest.raises(UserError, match=r"max_repetitions=6 .* 256 sentences"):
         rows.check_repetitions(50)
+
+
+def test_repetitions_of_many_scenes_come_from_a_sample(make_store, monkeypatch):
+    monkeypatch.setattr(sentences, "_SAMPLE", 8)  # of 24 scenes: groups whose hash is divisible by 3
+    groups = [3 + i % 2 if i < 8 else 4 + 3 * i for i in range(24)]
+    scenes = [Scene(f"{i}", "", ("rgb",), np.zeros((1, 1, 4), np.uint16), group) for i, group in enumerate(groups)]
+    mixture = Mixture(MixtureConfig({"single": ComponentConfig(Single())}, (make_store(scenes),), 0.0), 0)
+    assert mixture.components[0].scenes_per_group == 4
 
 
 def test_weigh_by_codes(make_store):

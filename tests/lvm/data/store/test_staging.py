@@ -1,5 +1,6 @@
 """Staging: shards are copied to local disk once, checked, and only when they are read."""
 
+import concurrent.futures
 import pathlib
 import pickle
 
@@ -11,7 +12,7 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single
-from lvm.data.store import writer
+from lvm.data.store import staging, writer
 from lvm.data.store.reader import Store
 from lvm.data.store.verify import find_problems
 
@@ -98,3 +99,15 @@ def test_inspect_checks_a_remote_store(gcs, tmp_path, manifest_header, new_scene
     assert writer.read_shard_entry(path, 1, 2) is None
     problems = list(find_problems(Store(path, str(tmp_path / "other"))))
     assert any(f"shard-00001-of-00002.index: is missing, the manifest says {size}" in problem for problem in problems)
+
+
+def test_staging_waits_for_another_process_that_copies(make_store, tmp_path):
+    store = pathlib.Path(make_store(SHAPES, num_shards=1))
+    name, folder = "shard-00000-of-00001.index", epath.Path(tmp_path / "staged")
+    folder.mkdir()
+    with concurrent.futures.ThreadPoolExecutor() as pool, files.lock_file(folder / f".{name}.lock"):
+        copy = pool.submit(staging.stage, epath.Path(store / name), {}, folder)
+        with pytest.raises(TimeoutError):
+            copy.result(0.2)
+        (folder / name).write_bytes(b"checked")
+    assert copy.result(10).read_bytes() == b"checked"
