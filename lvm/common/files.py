@@ -27,7 +27,7 @@ from lvm.common.logging import warn_once
 S = TypeVar("S")
 T = TypeVar("T")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of NFS, or Lustre mounted with noflock
-_READS, _READ_AHEAD = 64, 1024  # calls at once, and results held at most
+_READS, _READ_AHEAD = 64, 512  # calls at once, and results held at most
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}  # of FAT, gcsfuse
 _REMOVE_TRIES, _REMOVE_WAIT_S, _REMOVE_STABLE = 100, 0.1, 10
 
@@ -81,7 +81,9 @@ def objects(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
 def sizes(folder: epath.PathLike) -> dict[str, int]:
     """Sizes in bytes of the files in a local or remote folder by their names, in one listing."""
     if is_remote(folder):
-        return {name: properties["size"] for name, properties in objects(folder).items()}
+        filesystem, name = _filesystem(folder)
+        listed = filesystem.find(name, detail=True, refresh=True).items()
+        return {path.removeprefix(name).lstrip("/"): int(properties["size"]) for path, properties in listed}
     sizes = {}
     with os.scandir(folder) as items:
         for item in items:
