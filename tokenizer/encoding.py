@@ -201,6 +201,7 @@ class Encoder(ShardWriter):
         size, R = self._batch_size * self._tokenizer.num_devices, self._augment.preprocess.resolution
         batch, count = np.zeros((size, R, R, 3), np.uint8), 0
         scenes: list[DecodedScene] = []
+        is_first = True
         for scene, images in decoded:
             scenes.append(scene)
             while len(images):
@@ -210,8 +211,8 @@ class Encoder(ShardWriter):
                 if count == size:
                     yield batch, count, scenes
                     # JAX may keep its argument beyond the call: the next batch needs memory of its own.
-                    batch, count, scenes = np.zeros_like(batch), 0, []
-        if count or scenes:
+                    batch, count, scenes, is_first = np.zeros_like(batch), 0, [], False
+        if count or scenes or is_first:  # a range without scenes has a shard, too
             yield batch, count, scenes
 
     def _collect(self, batches: Iterator[_Batch], skipped: SkippedItems, progress: EncodingProgress) -> Iterator[Scene]:

@@ -202,6 +202,12 @@ def test_shard_of_unreadable_scenes_is_empty(tokenizer, tmp_path):
     assert len(list(failures.read(folder))) == 3
 
 
+def test_shard_without_scenes_is_written(tokenizer, tmp_path):
+    source = Scenes(scenes=((1, 0, 0), (1, 0, 0)))
+    folder = encode(tokenizer, tmp_path / "store", num_shards=5, source=source)
+    assert [shard.entry["scenes"] for shard in Store(folder).shards] == [0, 0, 1, 0, 1]
+
+
 def test_augmented_copies_share_the_group(tokenizer, reference, tmp_path):
     store = Store(encode(tokenizer, tmp_path / "store", copies=3))
     assert store.manifest["augment"] == 3

@@ -33,7 +33,10 @@ class SceneDecoder:
         self._source, self._augment = source, augment
 
     def chunks(self, first: int, end: int) -> Iterator[range]:
-        """Yields the scenes of [first, end) in order, about 64 images at once."""
+        """Yields the scenes of [first, end) in order, about 64 images at once; one empty chunk where there are none."""
+        if first == end:
+            yield range(first, end)
+            return
         probed = np.unique(np.linspace(first, end - 1, _PROBED_SCENES).astype(int)).tolist()
         size = max(1, _CHUNK_IMAGES // max(map(self.num_images, probed)))
         for start in range(first, end, size):
