@@ -28,6 +28,7 @@ from lvm.model.vocabulary import Vocabulary
 from lvm.training import optimizer
 from lvm.training.checkpoint import latest_step
 from lvm.training.config import TrainConfig, make_rows
+from lvm.training.goodput import COMPILE, INDEX, Goodput
 from lvm.training.loop import Loop, is_finished
 from lvm.training.memory import explain_out_of_memory, find_fitting_step
 from lvm.training.next_token import NextTokenTask
@@ -42,8 +43,10 @@ _MIXTURE_KEYS = ("config.data.", "mixture.", "stores", "sources")
 
 def train(config: TrainConfig, workdir: str) -> None:
     """Starts or resumes training in `workdir`; does nothing if it is complete."""
+    times = Goodput()
     distributed.join(config.distributed)
-    mixture = Mixture(config.data, config.seed)
+    with times.spent_on(INDEX):
+        mixture = Mixture(config.data, config.seed)
     store = mixture.stores[0]
     vocabulary = Vocabulary.for_codes(store.num_codes)
     options = compiler_options(jax.default_backend(), config.compiler_options, config.deterministic)
@@ -80,8 +83,9 @@ def train(config: TrainConfig, workdir: str) -> None:
         log_info(f"deterministic, which costs {DETERMINISM_COST[jax.default_backend()]}")
     heldout = []
     if config.data.heldout_fraction and config.heldout_batches:
-        heldout_rows = make_rows(config, "heldout")
-        heldout = [heldout_rows.batch(step) for step in range(config.heldout_batches)]
+        with times.spent_on(INDEX):
+            heldout_rows = make_rows(config, "heldout")
+            heldout = [heldout_rows.batch(step) for step in range(config.heldout_batches)]
     names, mesh = [component.name for component in mixture.components], make_mesh(config.mesh)
     task = NextTokenTask(
         model, rows.batch_spec, names, tx, schedule, mesh, config.objective, heldout, num_codes=store.num_codes
@@ -97,8 +101,9 @@ def train(config: TrainConfig, workdir: str) -> None:
     # MFU is relative to the peak of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
-    step, memory_advice = _fitting_step(config, task, options, initialize)
-    Loop(step, rows.batch, loop, run, tokens, flops, memory_advice).run()
+    with times.spent_on(COMPILE):
+        step, memory_advice = _fitting_step(config, task, options, initialize)
+    Loop(step, rows.counted_batch, loop, run, tokens, flops, memory_advice, times).run()
 
 
 def _fitting_step(

@@ -21,9 +21,12 @@ from lvm.common.logging import format_progress, log_info
 from lvm.common.png import encode_png
 from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.mixture import loader
+from lvm.data.mixture.rows import SKIPPED
+from lvm.training import goodput
 from lvm.training.checkpoint import Checkpoints, latest_step
+from lvm.training.goodput import Goodput
 from lvm.training.local_checkpoint import LocalCheckpointConfig, LocalCheckpoints
-from lvm.training.metrics import Goodput, MetricsWriter
+from lvm.training.metrics import MetricsWriter
 from lvm.training.profiling import StepProfiler
 from lvm.training.reporting import Clock, Reporter
 from lvm.training.spikes import SkippedBatches, SpikeConfig, SpikeDetector, SpikeError
@@ -111,13 +114,14 @@ class Loop:
 
     Args:
       step: a task's update on a mesh.
-      read_batch: (step, rows) → those rows of the step's global batch, a pure function.
+      read_batch: (step, rows) → those rows of the step's global batch, a pure function; `SKIPPED` may be with them.
       config: length and intervals.
       workdir: where checkpoints, metrics and pictures go.
       tokens_per_step: for the metrics `tokens` and `tokens_per_second`; 0 omits them.
       flops_per_step: FLOPs of a step by convention (`lvm.model.flops`), for the metrics `mfu_…` on accelerators with a
         known peak.
       memory_advice: text appended to the error when a step runs out of memory.
+      times: of this process so far; by default all of it counts as its start.
     """
 
     def __init__(
@@ -129,12 +133,14 @@ class Loop:
         tokens_per_step: int = 0,
         flops_per_step: Mapping[str, float] | None = None,
         memory_advice: Callable[[], str] = lambda: "",
+        times: Goodput | None = None,
     ):
         self._step, self._task = step, step.task
         self._read_batch, self._config = read_batch, config
         self._path = workdir.path
         self._memory_advice = memory_advice
-        self._reporter = Reporter(step.mesh, tokens_per_step, flops_per_step or {})
+        self._times = times or Goodput()
+        self._reporter = Reporter(step.mesh, tokens_per_step, flops_per_step or {}, self._times)
         self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
         self._local = LocalCheckpoints(config.local_checkpoint, self._path, step.state)
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
@@ -151,21 +157,28 @@ class Loop:
           SystemExit: after SIGTERM, once the step is saved; the exit code is 75.
         """
         with self._preemption, self._watchdog, self._explain_out_of_memory():
+            if distributed.is_first() and (record := goodput.read_record(self._path)):
+                self._times.continue_from(record)
             state, start = self._start()
+            clock = Clock(self._times)
             try:
                 while True:
                     with MetricsWriter(self._path, start, self._config.wandb) as self._metrics:
                         try:
-                            return self._train(state, start, self._config.total_steps)
+                            return self._train(state, start, self._config.total_steps, clock)
                         except SpikeError as error:
                             # The frames hold the state, whose memory the restored one needs.
                             spike = error.with_traceback(None)
                         state, start = self._rewind(spike)
             finally:
+                clock.close()
                 self._profiler.stop()
                 with self._watchdog.pause("the last checkpoint"):
                     self._checkpoints.close()
                     self._local.wait()
+
+    def _write_times(self) -> None:
+        self._metrics.write_file(goodput.FILENAME, self._times.record())
 
     @contextlib.contextmanager
     def _explain_out_of_memory(self) -> Iterator[None]:
@@ -178,24 +191,26 @@ class Loop:
             raise UserError(f"out of memory: {reason}; {self._memory_advice()}".rstrip("; ")) from error
 
     def _start(self) -> tuple[State, int]:
-        if restored := self._local.restore(self._checkpoints, self._config.total_steps):
-            state, step, meta = restored
-        elif (persistent := self._checkpoints.latest_intact_step()) is not None:
-            step = persistent
-            log_info(f"{self._path}: resuming from step {step}")
-            state, meta = self._checkpoints.restore(step, self._step.state)
-        else:
-            self._local.delete_after(0)
-            self._reporter.goodput.productive_seconds = 0.0
-            self._spikes.losses.clear()
-            return self._step.init(), 0
-        self._local.delete_after(step)
-        self._reporter.goodput = Goodput(meta["started"], meta["productive_seconds"])
+        with self._times.spent_on(goodput.RESTORE):
+            if restored := self._local.restore(self._checkpoints, self._config.total_steps):
+                state, step, meta = restored
+            elif (persistent := self._checkpoints.latest_intact_step()) is not None:
+                step = persistent
+                log_info(f"{self._path}: resuming from step {step}")
+                state, meta = self._checkpoints.restore(step, self._step.state)
+            else:
+                self._local.delete_after(0)
+                self._times.roll_back(0.0)
+                self._spikes.losses.clear()
+                return self._step.init(), 0
+            self._local.delete_after(step)
+        self._times.roll_back(meta["productive_seconds"])
         self._spikes = SpikeDetector(self._config.spike, meta.get("losses", ()))
         return state, step
 
     def _rewind(self, spike: SpikeError) -> tuple[State, int]:
         """Rolls back to before a spike and skips its batches. All processes see the same losses, so all call it."""
+        self._times.switch(goodput.RESTORE)
         limits, skipped = self._config.spike, self._skipped_batches
         batch = skipped.batch_index(spike.step - 1)
         if skipped.rewinds == limits.max_rewinds:
@@ -219,51 +234,56 @@ class Loop:
             log_info(f"{spike}; skipping batches {first} to {batch}, rewind {skipped.rewinds}")
             return self._start()
 
-    def _train(self, state: State, start: int, total: int) -> State:
-        clock = Clock()
+    def _train(self, state: State, start: int, total: int, clock: Clock) -> State:
+        self._write_times()
+        self._times.switch(goodput.STEPS)
+        clock.restart()
         pending: deque[tuple[int, Metrics]] = deque()  # of steps that may still be running
         for step, batch in enumerate(clock.time_input(self._batches(start, total)), start + 1):
             if step == start + 1:
-                with clock.paused(state):  # compiling is neither a step's time nor productive
+                with clock.paused(state, goodput.COMPILE):
                     self._step.compile()
             self._profiler.start_step(step)
-            state, metrics = self._step(state, batch)
+            state, metrics = clock.run(self._step, state, batch)
             pending.append((step, metrics))
             last = step == total
             self._check_steps(pending, 0 if last else _STEPS_AHEAD)
             self._report(step, state, metrics, clock, last)
             if last or _is_due(step, self._config.picture_every):
-                with clock.paused(state), self._watchdog.pause("rendering pictures"):
+                with clock.paused(state, goodput.PICTURES), self._watchdog.pause("rendering pictures"):
                     self._write_pictures(step, state)
             stopping = self._preemption.noticed()
             persistent = last or stopping or _is_due(step, self._config.checkpoint_every)
             local = self._local.is_due(step) and not last
             if persistent or local:
                 self._check_steps(pending, 0)
-                # Steps since the last lap are kept too.
-                goodput = self._reporter.goodput
-                productive = {"productive_seconds": goodput.productive_seconds + clock.elapsed()}
-                meta = dataclasses.asdict(goodput) | productive | {"losses": list(self._spikes.losses)}
-                with clock.paused(state), self._watchdog.pause("saving a checkpoint"):
+                with clock.paused(state, goodput.SAVE), self._watchdog.pause("saving a checkpoint"):
+                    productive = self._times.seconds[goodput.STEPS]
+                    meta = {"productive_seconds": productive, "losses": list(self._spikes.losses)}
                     if persistent:
                         self._checkpoints.save(state, step, meta)
                     if local:
                         self._local.save(state, step, meta)
             if stopping:
                 started_at = time.monotonic()
-                with self._watchdog.pause("the last checkpoint"):
+                with self._watchdog.pause("the last checkpoint"), self._times.spent_on(goodput.SAVE):
                     self._checkpoints.wait()
+                self._write_times()
                 log_info(f"SIGTERM: saved at step {step}, after {time.monotonic() - started_at:.1f} s")
                 raise SystemExit(EXIT_PREEMPTED)
-        with self._watchdog.pause("the last checkpoint"):
+        with self._watchdog.pause("the last checkpoint"), self._times.spent_on(goodput.SAVE):
             self._checkpoints.wait()
         self._local.remove()
+        self._write_times()
+        for line in ["time of the run, restarts included:", *self._times.table()]:
+            log_info(line)
         return state
 
     def _batches(self, start: int, total: int) -> Iterator[Batch]:
         read = functools.partial(_read_local, self._read_batch, self._step.rows, self._skipped_batches)
         for batch in loader.prefetch_batches(read, start, total, self._config.input_workers):
-            yield self._step.shard_batch(batch)
+            self._reporter.skipped += int(np.sum(batch.get(SKIPPED, 0)))
+            yield self._step.shard_batch({name: x for name, x in batch.items() if name != SKIPPED})
 
     def _check_steps(self, pending: deque[tuple[int, Metrics]], ahead: int) -> None:
         """Waits for all but the latest `ahead` steps, and checks each.
@@ -302,10 +322,11 @@ class Loop:
         values: dict[str, float] = {}
         if last or _is_due(step, self._config.log_every):
             values |= self._reporter.measure(step, metrics, clock)
+            self._write_times()
             progress = format_progress(step, self._config.total_steps, 1 / values["step_seconds"])
             log_info(f"{progress}, loss {values['loss']:.4f}")
         if last or _is_due(step, self._config.evaluate_every):
-            with clock.paused(state), self._watchdog.pause("an evaluation"):
+            with clock.paused(state, goodput.EVALUATION), self._watchdog.pause("an evaluation"):
                 heldout = self._task.evaluate(state, self._preemption.noticed)
             if heldout:
                 log_info("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))

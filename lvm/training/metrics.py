@@ -1,12 +1,16 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard events and Weights & Biases."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard events and Weights & Biases.
+
+Objects can't be appended to: on object storage the lines are in parts, `metrics/STEP.jsonl` with the step of the first
+line, which a thread uploads.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import time
+import threading
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -16,7 +20,9 @@ from lvm.common import distributed, files
 from lvm.common.errors import UserError
 from lvm.common.logging import warn_once
 
-FILENAME = "metrics.jsonl"
+FILENAME, PARTS = "metrics.jsonl", "metrics"
+_PART_BYTES = 2**16  # from which on the next line begins a new part
+_RETRY_S = 10.0
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -24,9 +30,16 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
     A line that is none of a step's metrics, such as zeros after a power cut, is logged and left out.
     """
+    return [record for path in _list_files(workdir) for record in _read_lines(path)]
+
+
+def _list_files(workdir: epath.PathLike) -> list[epath.Path]:
+    """The files with a workdir's metrics, in the order of their steps."""
     path = epath.Path(workdir) / FILENAME
-    if not path.exists():
-        return []
+    return [*([path] if path.exists() else []), *sorted((epath.Path(workdir) / PARTS).glob("*.jsonl"))]
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
@@ -38,6 +51,10 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
         else:
             warn_once(f"{path}:{number}: not a step's metrics, left out: {line[:40]!r}")
     return records
+
+
+def _to_bytes(records: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 class MetricsWriter:
@@ -53,14 +70,12 @@ class MetricsWriter:
         self._enabled = distributed.is_first()
         if not self._enabled:
             return
-        kept = [line for line in read_metrics(workdir) if line["step"] <= start]
-        self._path = epath.Path(workdir) / FILENAME
-        self._text = "".join(json.dumps(line) + "\n" for line in kept)  # rewritten as a whole on gs://
-        files.write_atomically(self._path, self._text.encode())
-        self._wandb = _init_wandb(epath.Path(workdir), wandb) if wandb else None
-        self._file = None if files.is_remote(self._path) else open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
+        self._workdir = epath.Path(workdir)
+        self._lines: _LocalLines | _RemoteLines
+        self._lines = (_RemoteLines if files.is_remote(self._workdir) else _LocalLines)(self._workdir, start)
+        self._wandb = _init_wandb(self._workdir, wandb) if wandb else None
         # TensorBoard drops what an earlier run wrote from `purge_step` on.
-        self._events = SummaryWriter(os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
+        self._events = SummaryWriter(os.fspath(self._workdir / "tensorboard"), purge_step=start + 1)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -68,9 +83,7 @@ class MetricsWriter:
     def __exit__(self, *error: Any) -> None:
         if not self._enabled:
             return
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
+        self._lines.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -79,18 +92,118 @@ class MetricsWriter:
         """Writes one step's values."""
         if not self._enabled:
             return
-        line = json.dumps({"step": step, **values}) + "\n"
-        if self._file is None:
-            # Objects can't be appended to. At 500 bytes a line, rewriting is cheap.
-            self._text += line
-            files.write_atomically(self._path, self._text.encode())
-        else:
-            self._file.write(line)
-            self._file.flush()
+        self._lines.append(step, _to_bytes([{"step": step, **values}]))
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log({"step": step, **values})
+
+    def write_file(self, name: str, value: Any) -> None:
+        """Writes a small JSON file of the workdir anew; on object storage in the background."""
+        if self._enabled:
+            self._lines.write_file(self._workdir / name, value)
+
+
+class _LocalLines:
+    """One file that lines are appended to."""
+
+    def __init__(self, workdir: epath.Path, start: int):
+        kept = [record for record in read_metrics(workdir) if record["step"] <= start]
+        files.write_atomically(workdir / FILENAME, _to_bytes(kept))
+        for part in (workdir / PARTS).glob("*.jsonl"):  # of a workdir copied from object storage
+            part.unlink()
+        self._file = open(workdir / FILENAME, "ab")  # noqa: SIM115 (closed by `close`)
+
+    def append(self, step: int, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def write_file(self, path: epath.Path, value: Any) -> None:
+        files.write_json(path, value)
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class _RemoteLines:
+    """Objects with some lines each; only the last one is ever rewritten."""
+
+    def __init__(self, workdir: epath.Path, start: int):
+        # The last first: whenever this is interrupted, no line is missing between others.
+        for path in reversed(_list_files(workdir)):
+            records = _read_lines(path)
+            kept = [record for record in records if record["step"] <= start]
+            if kept and len(kept) == len(records):
+                break
+            if kept:
+                files.write_atomically(path, _to_bytes(kept))
+            else:
+                path.unlink()
+        self._folder, self._path, self._part = workdir / PARTS, None, b""
+        self._uploader = Uploader()
+
+    def append(self, step: int, line: bytes) -> None:
+        if self._path is None or len(self._part) >= _PART_BYTES:
+            self._path, self._part = self._folder / f"{step:09d}.jsonl", b""
+        self._part += line
+        self._uploader.put(self._path, self._part)
+
+    def write_file(self, path: epath.Path, value: Any) -> None:
+        self._uploader.put(path, files.json_bytes(value))
+
+    def close(self) -> None:
+        self._uploader.close()
+
+
+class Uploader:
+    """Writes small objects from a thread, so that training never waits for them. Failed writes are tried again."""
+
+    def __init__(self) -> None:
+        self._pending: dict[epath.Path, bytes] = {}
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._upload, name="metrics", daemon=True)
+        self._thread.start()
+
+    def put(self, path: epath.Path, data: bytes) -> None:
+        """Writes an object soon, unless its next content comes first."""
+        with self._changed:
+            self._pending[path] = data
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+          OSError: an object can't be written, or an error of the storage's own type.
+        """
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _upload(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._is_closed)
+                if not self._pending:
+                    return
+                path = next(iter(self._pending))  # the oldest: parts appear in order
+                data = self._pending.pop(path)
+            try:
+                files.write_atomically(path, data)
+            except Exception as error:  # storage libraries have their own
+                with self._changed:
+                    if self._is_closed:
+                        self._error = error
+                        return
+                    self._pending = {path: data} | self._pending
+                    warn_once(f"{path}: not written, tried again: {error}")
+                    self._changed.wait_for(lambda: self._is_closed, _RETRY_S)
 
 
 def _init_wandb(workdir: epath.Path, project: str) -> Any:
@@ -117,19 +230,3 @@ def _init_wandb(workdir: epath.Path, project: str) -> Any:
         raise UserError(f"config.loop.wandb: {project}: {error}") from error
     run.define_metric("*", step_metric="step")  # so that repeated steps of a resumed run overlay
     return run
-
-
-@dataclasses.dataclass
-class Goodput:
-    """Share of a run's wall time, restarts included, spent on steps that were kept; its fields go into checkpoints.
-
-    Steps repeated after a restart don't count: their time is not in the checkpoint that the run resumed from.
-    """
-
-    started: float = dataclasses.field(default_factory=lambda: time.time())
-    productive_seconds: float = 0.0
-
-    def add(self, seconds: float) -> float:
-        """Adds productive time; returns the goodput so far."""
-        self.productive_seconds += seconds
-        return min(1.0, self.productive_seconds / max(time.time() - self.started, 1e-9))

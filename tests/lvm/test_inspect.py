@@ -18,7 +18,7 @@ from lvm.data.images.decode_worker import Limits
 from lvm.data.images.sources import open_source
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Single, Video
-from lvm.data.mixture.rows import Rows
+from lvm.data.mixture.rows import SKIPPED, Rows
 from lvm.data.store import writer
 from lvm.data.store.format import SCENE_DTYPE, DamagedError
 from lvm.data.store.reader import Store
@@ -196,6 +196,11 @@ def test_training_rejects_or_skips_damaged_blocks(copy, packing, caplog):
     assert skipping.skipped.keys() <= set(problems(copy)[:4])
     assert 1 < len(set().union(*skipping.skipped.values())) < 17
     assert caplog.text.count(f"skipped: {next(iter(skipping.skipped))} (1 damaged blocks, 1 sentences so far)") == 1
+    # A sentence that is cut counts in both batches.
+    counts = [int(skipping.counted_batch(step)[SKIPPED].sum()) for step in range(4)]
+    num_skipped = len(set().union(*skipping.skipped.values()))
+    assert num_skipped <= sum(counts) <= num_skipped + 3
+    assert SKIPPED not in after[0]
     lost = 0
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old["component_ids"], new["component_ids"])

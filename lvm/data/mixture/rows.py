@@ -19,6 +19,8 @@ from lvm.data.mixture.packing import BestFitPacker, ConcatPacker, Spans
 from lvm.data.store.format import DamagedError
 from lvm.model.vocabulary import Vocabulary
 
+SKIPPED = "skipped"  # of a counted batch
+
 
 def to_tokens(codes: Integer[np.ndarray, "*batch grids N"], vocabulary: Vocabulary) -> Int32[np.ndarray, "*batch T"]:
     """Flattens the codes of sentences, and adds the BOS and EOS that the vocabulary has."""
@@ -93,13 +95,19 @@ class Rows:
           step: from 0 on.
           rows: int [n], the rows of the batch to read and return, in this order; None for all B.
         """
+        counted = self.counted_batch(step, rows)
+        return {name: x for name, x in counted.items() if name != SKIPPED}
+
+    def counted_batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """`batch`, and int32 [parts] `SKIPPED`: its sum is the number of sentences in it that damage left out."""
         rows = np.arange(self._batch_size) if rows is None else np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._batch_size:
             raise ValueError(f"rows {rows.min()}…{rows.max()} are not in a batch of {self._batch_size}")
         ranges = [r for r in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(r)]
         parts = [self._read(step * self._batch_size + int(r[0]), len(r)) for r in ranges]
         if not parts:
-            return {name: np.zeros((0, *x.shape[1:]), x.dtype) for name, x in self.batch_spec.items()}
+            empty = {name: np.zeros((0, *x.shape[1:]), x.dtype) for name, x in self.batch_spec.items()}
+            return {**empty, SKIPPED: np.zeros(0, np.int32)}
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -136,9 +144,9 @@ class Rows:
         return lines
 
     def _read(self, first: int, count: int) -> dict[str, np.ndarray]:
-        """The rows [first, first + count), by `batch_spec`."""
+        """The rows [first, first + count), by `batch_spec`, and `SKIPPED`, int32 [1]."""
         C, spans = self.context, self.packer.spans(first, count)
-        tokens, loss_mask = self._read_spans(spans)
+        tokens, loss_mask, num_skipped = self._read_spans(spans)
 
         def cut(flat: np.ndarray) -> np.ndarray:  # → [count, C + 1]
             return np.lib.stride_tricks.sliding_window_view(flat, C + 1)[:: self.packer.stride]
@@ -150,6 +158,7 @@ class Rows:
             "tokens": cut(tokens).copy(),
             "loss_mask": cut(loss_mask)[:, 1:].copy(),
             "component_ids": expand(spans.component_ids)[:, 1:].copy(),
+            SKIPPED: np.array([num_skipped], np.int32),
         }
         if not self._whole:
             return batch | {"positions": np.broadcast_to(np.arange(C, dtype=np.int32), (count, C))}
@@ -161,22 +170,23 @@ class Rows:
             "positions": cut(positions)[:, :C].copy(),
         }
 
-    def _read_spans(self, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of spans, int32 [n], and their loss mask, bool [n]."""
+    def _read_spans(self, spans: Spans) -> tuple[np.ndarray, np.ndarray, int]:
+        """The tokens of spans, int32 [n], their loss mask, bool [n], and the number of damaged sentences."""
         ends = np.cumsum(spans.lengths)
         tokens = np.full(ends[-1], self.vocabulary.pad or 0, np.int32)
-        loss_mask = np.zeros(len(tokens), bool)
+        loss_mask, num_skipped = np.zeros(len(tokens), bool), 0
         for component in np.unique(spans.component_ids[spans.component_ids >= 0]).tolist():
             selected = np.flatnonzero(spans.component_ids == component)
             indices, inverse = np.unique(spans.sentence_ids[selected], return_inverse=True)
             sentences, damaged = self._read_sentences(component, indices)
+            num_skipped += int(damaged.sum())
             template = self._loss_template(component)
             columns = ends[selected], spans.lengths[selected], spans.offsets[selected]
             for i, end, length, offset in zip(inverse, *(x.tolist() for x in columns), strict=True):
                 if not damaged[i]:
                     tokens[end - length : end] = sentences[i, offset : offset + length]
                     loss_mask[end - length : end] = template[offset : offset + length]
-        return tokens, loss_mask
+        return tokens, loss_mask, num_skipped
 
     def _read_sentences(self, component: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [n, length] of a component's sentences, and bool [n], which are damaged and to be skipped.

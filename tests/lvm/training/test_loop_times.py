@@ -1,11 +1,13 @@
 """Times of the loop on a known clock: step times, rates, goodput."""
 
+import threading
+import time
 import types
 
 import numpy as np
 
 from lvm.hardware.sharding import MeshConfig, make_mesh
-from lvm.training import metrics, reporting
+from lvm.training import goodput, metrics, reporting
 from lvm.training.checkpoint import Checkpoints
 from lvm.training.loop import Loop, LoopConfig
 from lvm.training.step import Step
@@ -25,7 +27,9 @@ class KnownTimes(Step):
         clock = types.SimpleNamespace(monotonic=lambda: self.now, time=lambda: 1e9 + self.now)
         monkeypatch.setattr(reporting, "jax", fake_jax)
         monkeypatch.setattr(reporting, "time", clock)
-        monkeypatch.setattr(metrics, "time", clock)
+        monkeypatch.setattr(goodput, "time", clock)
+        monkeypatch.setattr(goodput, "_process_start", lambda: 0.0)
+        monkeypatch.setattr(reporting, "IdleTimer", lambda: KnownIdle(self))
         monkeypatch.setattr(reporting, "accelerator_of", lambda device: types.SimpleNamespace(peak_flops=1000.0))
         self._lasting(monkeypatch, task, "evaluate", 100.0)
         self._lasting(monkeypatch, task, "pictures", 50.0)
@@ -59,6 +63,18 @@ class KnownTimes(Step):
         return super().__call__(state, batch)
 
 
+class KnownIdle(reporting.IdleTimer):
+    """Devices that are at work for 2 s of every step, which takes 2.5 s: they idle while its batch is read."""
+
+    def __init__(self, step):
+        super().__init__()
+        self._step, self._ended_at = step, 0.0
+
+    def dispatched(self, at, output):
+        self._idle += at - self._ended_at
+        self._ended_at = at + 2.0
+
+
 def test_times_and_rates_are_of_steps_alone(tmp_path, monkeypatch):
     step = KnownTimes(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), monkeypatch)
     config = LoopConfig(total_steps=7, log_every=3, evaluate_every=4, picture_every=4, checkpoint_every=4)
@@ -73,8 +89,44 @@ def test_times_and_rates_are_of_steps_alone(tmp_path, monkeypatch):
     np.testing.assert_allclose([line["tokens_per_second"] for line in lines], 80 / seconds)
     np.testing.assert_allclose([line["mfu_palm"] for line in lines], 10_000 / (8 * 1000) / seconds)
     assert [line["memory_bytes"] for line in lines] == [5, 5, 5]
-    productive = np.array([7.5, 18.0, 20.5])
-    elapsed = productive + 40 + np.array([0, 180, 180])  # compiled, evaluated, rendered and saved
-    np.testing.assert_allclose([line["goodput"] for line in lines], productive / elapsed)
+    # Devices are at work for 2 s of a step. They idle while a batch is read, and for 3 s before the evaluation.
+    idle = np.array([1.5, 6.0, 6.5])
+    productive = np.array([7.5, 18.0, 20.5]) - idle
+    paused = np.array([40.0, 220.0, 220.0])  # compiled, evaluated, rendered and saved
+    np.testing.assert_allclose([line["goodput"] for line in lines], productive / (productive + idle + paused))
+    badput = {name.removeprefix("badput/"): value for name, value in last.items() if name.startswith("badput/")}
+    assert badput == {
+        "compile": 40.0, "evaluation": 100.0, "pictures": 50.0, "save": 30.0, "input": 3.5, "host": 3.0,
+    }  # fmt: skip
     # Steps since the last line count for the checkpoint of step 4.
-    np.testing.assert_allclose([meta["productive_seconds"] for meta in step.saved], [7.5 + 2.5 + 3, 20.5 + 3])
+    np.testing.assert_allclose([meta["productive_seconds"] for meta in step.saved], [7.5 - 1.5 + 2.5 + 3, 14.0 + 3])
+
+
+def test_idle_time_is_from_end_to_dispatch(monkeypatch):
+    now, ended = [0.0], threading.Event()
+    monkeypatch.setattr(reporting, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    timer = reporting.IdleTimer()
+    output = types.SimpleNamespace(block_until_ready=ended.wait)
+    for dispatched_at in (3.0, 4.0):  # the second while the first is at work
+        timer.dispatched(dispatched_at, output)
+    now[0] = 10.0
+    ended.set()
+    assert timer.take() == 3.0
+    now[0] = 15.0
+    with timer.paused():
+        now[0] = 100.0
+    timer.dispatched(101.0, output)
+    assert timer.take() == 5.0 + 1.0
+    timer.close()
+
+
+def test_idle_timer_outlives_a_failed_step():
+    def fail():
+        raise RuntimeError("step failed")
+
+    timer = reporting.IdleTimer()
+    timer.dispatched(time.monotonic(), types.SimpleNamespace(block_until_ready=fail))
+    timer.take()
+    timer.dispatched(time.monotonic(), types.SimpleNamespace(block_until_ready=lambda: None))
+    assert timer.take() < 60
+    timer.close()

@@ -1,9 +1,14 @@
 """`metrics.jsonl` has each step once, after any interruption; Weights & Biases."""
 
 import sys
+import threading
+import time
 import types
+import uuid
+from unittest import mock
 
 import pytest
+from etils import epath
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -63,6 +68,98 @@ def test_lines_that_are_no_metrics_are_named_and_dropped(tmp_path, caplog):
     write(tmp_path, 20, [30])
     assert steps(tmp_path) == [10, 20, 30]
     assert (tmp_path / FILENAME).read_text().count("\n") == 3
+
+
+@pytest.fixture
+def bucket(gcs, monkeypatch):
+    """A folder on object storage, without TensorBoard's own objects."""
+    monkeypatch.setattr(metrics, "SummaryWriter", mock.MagicMock())
+    return epath.Path(gcs) / uuid.uuid4().hex
+
+
+def test_remote_metrics_are_parts_read_in_order(bucket, monkeypatch):
+    monkeypatch.setattr(metrics, "_PART_BYTES", 50)  # two lines
+    write(bucket, 0, range(10, 80, 10))
+    parts = bucket / metrics.PARTS
+    names = [f"{step:09d}.jsonl" for step in (10, 30, 50, 70)]
+    assert sorted(path.name for path in parts.iterdir()) == names
+    assert steps(bucket) == list(range(10, 80, 10))
+    before = files.objects(parts)[names[0]]
+    write(bucket, 40, [45])
+    assert sorted(path.name for path in parts.iterdir()) == [*names[:2], "000000045.jsonl"]
+    assert steps(bucket) == [10, 20, 30, 40, 45]
+    write(bucket, 30, [31])
+    assert steps(bucket) == [10, 20, 30, 31]
+    assert files.objects(parts)[names[0]] == before
+    write(bucket, 0, [1])
+    assert steps(bucket) == [1]
+
+
+def test_remote_metrics_in_one_file_are_continued(bucket):
+    files.write_atomically(bucket / FILENAME, b'{"step": 10}\n{"step": 20}\n')
+    write(bucket, 10, [11])
+    assert steps(bucket) == [10, 11]
+
+
+def test_parts_copied_to_a_disk_are_continued(tmp_path):
+    (tmp_path / metrics.PARTS).mkdir()
+    for step in (10, 20):
+        (tmp_path / metrics.PARTS / f"{step:09d}.jsonl").write_text(f'{{"step": {step}}}\n')
+    assert steps(tmp_path) == [10, 20]
+    write(tmp_path, 20, [30])
+    assert steps(tmp_path) == [10, 20, 30]
+
+
+def test_remote_writes_never_block_the_caller(bucket, monkeypatch):
+    released, written = threading.Event(), []
+
+    def slow_write(path, data):
+        released.wait()
+        written.append((path.name, data))
+
+    monkeypatch.setattr(files, "write_atomically", slow_write)
+    writer = MetricsWriter(bucket, 0)
+    for step in range(1, 101):
+        writer.write(step, {"loss": 1.0})
+        writer.write_file("goodput.json", {"step": step})
+    released.set()
+    writer.__exit__()
+    # What was put meanwhile goes up at once.
+    assert len(written) <= 4
+    assert written[-1][1].count(b"\n") in (3, 100)
+    assert dict(written)["000000001.jsonl"].count(b"\n") == 100
+    assert dict(written)["goodput.json"] == files.json_bytes({"step": 100})
+
+
+def test_upload_that_fails_is_tried_again(bucket, monkeypatch, caplog):
+    monkeypatch.setattr(metrics, "_RETRY_S", 0.01)
+    attempts, original = [], files.write_atomically
+
+    def failing_at_first(path, data):
+        attempts.append(path)
+        if len(attempts) < 3:
+            raise OSError("503")
+        original(path, data)
+
+    monkeypatch.setattr(files, "write_atomically", failing_at_first)
+    uploader = metrics.Uploader()
+    uploader.put(bucket / "a", b"1")
+    while len(attempts) < 3:
+        time.sleep(0.01)
+    uploader.close()
+    assert (bucket / "a").read_bytes() == b"1"
+    assert "a: not written, tried again: 503" in caplog.text
+
+
+def test_upload_that_fails_at_the_end_is_an_error(bucket, monkeypatch):
+    def fail(path, data):
+        raise OSError("403")
+
+    monkeypatch.setattr(files, "write_atomically", fail)
+    uploader = metrics.Uploader()
+    uploader.put(bucket / "a", b"1")
+    with pytest.raises(OSError, match="403"):
+        uploader.close()
 
 
 class FakeWandb(types.ModuleType):
