@@ -39,7 +39,7 @@ from tokenizer.encode import parse_shard_flag
 
 _MAX_IMAGES, _MAX_LABEL = 16, 16  # images per scene on a sheet, characters of its key
 _TABLES = ("sections", "files")  # places of the manifest's tables, which no summary prints
-_MIN_SCENES = 100_000  # to verify that are worth starting worker processes for
+_MIN_IMAGES = 5_000_000  # to verify that are worth starting worker processes for, about ten seconds of one
 _LOG_EVERY_S = 10.0
 
 
@@ -133,7 +133,7 @@ def _verify(store: Store, args: cli.Args) -> tuple[list[str], str]:
     shards = np.unique(np.linspace(0, len(store.shards) - 1, count).astype(int))[process::num_processes].tolist()
     workers = args.workers
     if workers is None:
-        is_large = len(store) * len(shards) >= _MIN_SCENES * len(store.shards)
+        is_large = store.manifest["images"] * len(shards) >= _MIN_IMAGES * len(store.shards)
         workers = min(os.cpu_count() or 1, len(shards)) if is_large else 0
     problems: list[str] = []
 
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.boolean("verify", True, "verify all files; --noverify reads only the manifest")
     flags.float("share", 1.0, "share of the shards to verify, evenly spaced")
     flags.string("shard", "", "i/n: verify the share of process i, from 0, of n independent processes")
-    flags.integer("workers", None, f"processes that verify; default: cores from {_MIN_SCENES:,} scenes on, else 0")
+    flags.integer("workers", None, f"processes that verify; default: cores from {_MIN_IMAGES:,} images on, else 0")
     flags.string("source", "", "source of the store: re-encode a sample of scenes")
     flags.string("tokenizer", "", "tokenizer folder, for --source and --sheet")
     flags.integer("sample", 8, "number of scenes to re-encode and to decode", lower_bound=1)

@@ -1,5 +1,6 @@
 """Verification of stores: an intact one passes, any changed byte is reported, in the words of training's errors."""
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -22,7 +23,7 @@ from lvm.data.mixture.rows import SKIPPED, Rows
 from lvm.data.store import writer
 from lvm.data.store.format import SCENE_DTYPE, DamagedError
 from lvm.data.store.reader import Store
-from lvm.data.store.verify import find_problems
+from lvm.data.store.verify import check_shards, find_problems
 from lvm.model.vocabulary import Vocabulary
 from tests.commands import run
 from tests.tokenizer.networks import random_weights, small
@@ -241,6 +242,37 @@ def test_command_prints_verifies_and_writes_a_sheet(encoded, tmp_path, copy):
     report = json.loads(run("lvm.inspect", copy, "--json", code=1))
     assert report["problems"][0].startswith(f"{file}, scene 'scene 0' frame 0, ")
     assert (report["scenes"], report["codes_used"], report["num_shards"]) == (79, 16, 2)
+
+
+def test_command_verifies_a_share_of_the_shards(copy):
+    flip(copy / "shard-00001-of-00002.codes", 0)
+    output = run("lvm.inspect", copy, "--share=0.01")
+    assert "all checksums and counts are right in 1 of 2 shards; perplexity" in output
+    (copy / "manifest.heldout").unlink()
+    output = run("lvm.inspect", copy, "--shard=1/2", code=1)
+    assert "scene 60" in output
+    assert "manifest.heldout" not in output  # which the first process checks
+    assert f"{copy / 'manifest.heldout'}" in problems(copy)[0]
+    assert "--share=0.0 must be" in run("lvm.inspect", copy, "--share=0", code=2)
+
+
+def test_workers_report_the_problems_of_one_process(copy):
+    for shard, at in ((0, 8), (1, 100)):
+        flip(copy / f"shard-0000{shard}-of-00002.codes", at)
+    reported = [report.problems for report in check_shards(Store(copy), range(2), 2)]
+    assert [*itertools.chain(*reported)] == problems(copy)
+    assert all(len(of_shard) == 2 for of_shard in reported)
+
+
+def test_damaged_list_of_failures_is_reported(tmp_path, new_scenes, manifest_header):
+    writer.begin_store(tmp_path, manifest_header(), 1)
+    skipped = writer.SkippedItems([{"key": "a.jpg", "reason": "cut off"}])
+    writer.write_shard(tmp_path, 0, 1, new_scenes(SHAPES), 16, skipped)
+    writer.finish_store(tmp_path)
+    assert problems(tmp_path) == []
+    (file,) = tmp_path.glob("*.failures.jsonl")
+    flip(file, 3)
+    assert problems(tmp_path) == [f"{file}: damaged: checksum differs from the manifest's"]
 
 
 def test_command_rejects_bad_flags(intact, tmp_path):
