@@ -150,7 +150,7 @@ class ObjectServer:
                 await asyncio.sleep(delay)
             if drop < faults.drop_share and request.transport:
                 request.transport.abort()
-                raise ConnectionResetError
+                return web.Response()
             if error < faults.error_share:
                 return web.Response(status=503, text="injected")
             response = await handler(request)

@@ -41,7 +41,7 @@ def make_store(tmp_path):
 
     def make(content, name="store", num_shards=2, **options):
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         scenes = content if content and isinstance(content[0], Scene) else make_scenes(content)
         for shard in range(num_shards):
             part = scenes[len(scenes) * shard // num_shards : len(scenes) * (shard + 1) // num_shards]

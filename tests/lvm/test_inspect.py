@@ -82,13 +82,12 @@ def test_any_changed_byte_is_reported(intact, tmp_path_factory, data):
 
 def test_damaged_codes_are_reported_as_reading_reports_them(copy):
     file, store = copy / "shard-00000-of-00002.codes", Store(copy)
-    flip(file, 8 * 7)  # the eighth grid of four codes
+    flip(file, 12 * 7)  # the eighth grid of four codes
     reported = problems(copy)
     with pytest.raises(DamagedError) as error:
         store.scene(7)
     assert reported[0] == str(error.value)
-    assert reported[0].startswith(f"{file}, scene 'scene 4' frame 0, ")
-    assert "'scene 7' frame 0: damaged" in reported[0]
+    assert reported[0] == f"{file}, scene 'scene 7' frame 0: damaged: checksum mismatch"
     assert reported[1:] == [f"{file}: damaged: checksum differs from the manifest's"]
 
 
@@ -175,7 +174,7 @@ def test_entry_of_another_number_of_scenes_is_reported(copy):
 
 
 @pytest.mark.parametrize("packing", ["concat", "whole"])
-def test_training_rejects_or_skips_damaged_blocks(copy, packing, caplog):
+def test_training_rejects_or_skips_damaged_grids(copy, packing, caplog):
     file = copy / "shard-00000-of-00002.codes"
     vocabulary = Vocabulary.for_codes(16)
 
@@ -188,15 +187,15 @@ def test_training_rejects_or_skips_damaged_blocks(copy, packing, caplog):
         return Rows(Mixture(config, 0), vocabulary, 40, 4)
 
     before = [rows(False).batch(step) for step in range(4)]
-    for grid in (0, 9, 20, 30):
-        flip(file, 8 * grid)
-    with pytest.raises(DamagedError, match=rf"{file}, scene 'scene \d+' frame 0, 'scene "):
+    for grid in (0, 9, 20, 27):
+        flip(file, 12 * grid)
+    with pytest.raises(DamagedError, match=rf"{file}, scene 'scene \d+' frame 0: damaged"):
         [rows(False).batch(step) for step in range(4)]
     skipping = rows(True)
     after = [skipping.batch(step) for step in range(4)]
     assert skipping.skipped.keys() <= set(problems(copy)[:4])
     assert 1 < len(set().union(*skipping.skipped.values())) < 17
-    assert caplog.text.count(f"skipped: {next(iter(skipping.skipped))} (1 damaged blocks, 1 sentences so far)") == 1
+    assert caplog.text.count(f"skipped: {next(iter(skipping.skipped))} (1 damaged grids, 1 sentences so far)") == 1
     # A sentence that is cut counts in both batches.
     counts = [int(skipping.counted_batch(step)[SKIPPED].sum()) for step in range(4)]
     num_skipped = len(set().union(*skipping.skipped.values()))
@@ -240,7 +239,7 @@ def test_command_prints_verifies_and_writes_a_sheet(encoded, tmp_path, copy):
     file = copy / "shard-00000-of-00002.codes"
     flip(file, 0)
     report = json.loads(run("lvm.inspect", copy, "--json", code=1))
-    assert report["problems"][0].startswith(f"{file}, scene 'scene 0' frame 0, ")
+    assert report["problems"][0].startswith(f"{file}, scene 'scene 0' frame 0: damaged")
     assert (report["scenes"], report["codes_used"], report["num_shards"]) == (79, 16, 2)
 
 

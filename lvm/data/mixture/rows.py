@@ -7,6 +7,7 @@ r·C … r·C+C; consecutive rows share one token, so that every token but the f
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from lvm.common.logging import log_warning
 from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.packing import BestFitPacker, ConcatPacker, Spans
 from lvm.data.store.format import DamagedError
+from lvm.data.store.grid_reads import read_all
 from lvm.model.vocabulary import Vocabulary
 
 SKIPPED = "skipped"  # of a counted batch
@@ -55,7 +57,7 @@ class Rows:
       mixture, vocabulary, context: the arguments.
       sentence_lengths: int64 [components], tokens in a sentence.
       packer: of sentences into rows.
-      skipped: damaged block, as named by its error → (component, index) of the sentences skipped for it.
+      skipped: damaged grid, as named by its error → (component, index) of the sentences skipped for it.
 
     Raises:
       UserError: `whole` with sentences longer than a row or a vocabulary without PAD; a loss on answers for a
@@ -99,18 +101,22 @@ class Rows:
         return {name: x for name, x in counted.items() if name != SKIPPED}
 
     def counted_batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """`batch`, and int32 [parts] `SKIPPED`: its sum is the number of sentences in it that damage left out."""
+        """`batch`, and int32 [1] `SKIPPED`: the number of sentences in it that damage left out."""
         rows = np.arange(self._batch_size) if rows is None else np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._batch_size:
             raise ValueError(f"rows {rows.min()}…{rows.max()} are not in a batch of {self._batch_size}")
         ranges = [r for r in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(r)]
-        parts = [self._read(step * self._batch_size + int(r[0]), len(r)) for r in ranges]
-        if not parts:
+        if not ranges:
             empty = {name: np.zeros((0, *x.shape[1:]), x.dtype) for name, x in self.batch_spec.items()}
             return {**empty, SKIPPED: np.zeros(0, np.int32)}
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        spans = [self.packer.spans(step * self._batch_size + int(r[0]), len(r)) for r in ranges]
+        ends = np.cumsum([part.lengths.sum() for part in spans])[:-1]
+        tokens, loss_mask, num_skipped = self._read_spans(Spans.concatenate(spans))
+        columns = spans, map(len, ranges), np.split(tokens, ends), np.split(loss_mask, ends)
+        parts = [self._cut(*part) for part in zip(*columns, strict=True)]
+        if len(parts) > 1:
+            parts[0] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {**parts[0], SKIPPED: np.array([num_skipped], np.int32)}
 
     def sentences_read(self, steps: int) -> list[int]:
         """Sentences of each component in the first `steps` batches, rounded up to whole blocks."""
@@ -143,10 +149,9 @@ class Rows:
             lines.append(line)
         return lines
 
-    def _read(self, first: int, count: int) -> dict[str, np.ndarray]:
-        """The rows [first, first + count), by `batch_spec`, and `SKIPPED`, int32 [1]."""
-        C, spans = self.context, self.packer.spans(first, count)
-        tokens, loss_mask, num_skipped = self._read_spans(spans)
+    def _cut(self, spans: Spans, count: int, tokens: np.ndarray, loss_mask: np.ndarray) -> dict[str, np.ndarray]:
+        """`count` neighboring rows, by `batch_spec`, from their spans and what was read of them."""
+        C = self.context
 
         def cut(flat: np.ndarray) -> np.ndarray:  # → [count, C + 1]
             return np.lib.stride_tricks.sliding_window_view(flat, C + 1)[:: self.packer.stride]
@@ -158,7 +163,6 @@ class Rows:
             "tokens": cut(tokens).copy(),
             "loss_mask": cut(loss_mask)[:, 1:].copy(),
             "component_ids": expand(spans.component_ids)[:, 1:].copy(),
-            SKIPPED: np.array([num_skipped], np.int32),
         }
         if not self._whole:
             return batch | {"positions": np.broadcast_to(np.arange(C, dtype=np.int32), (count, C))}
@@ -175,52 +179,61 @@ class Rows:
         ends = np.cumsum(spans.lengths)
         tokens = np.full(ends[-1], self.vocabulary.pad or 0, np.int32)
         loss_mask, num_skipped = np.zeros(len(tokens), bool), 0
-        for component in np.unique(spans.component_ids[spans.component_ids >= 0]).tolist():
-            selected = np.flatnonzero(spans.component_ids == component)
-            indices, inverse = np.unique(spans.sentence_ids[selected], return_inverse=True)
-            sentences, damaged = self._read_sentences(component, indices)
+        components = np.unique(spans.component_ids[spans.component_ids >= 0]).tolist()
+        selected = [np.flatnonzero(spans.component_ids == component) for component in components]
+        indices, inverses = [], []
+        for rows in selected:
+            unique, inverse = np.unique(spans.sentence_ids[rows], return_inverse=True)
+            indices.append(unique)
+            inverses.append(inverse)
+        read = self._read_sentences(components, indices)
+        for component, rows, inverse, (sentences, damaged) in zip(components, selected, inverses, read, strict=True):
             num_skipped += int(damaged.sum())
             template = self._loss_template(component)
-            columns = ends[selected], spans.lengths[selected], spans.offsets[selected]
+            columns = ends[rows], spans.lengths[rows], spans.offsets[rows]
             for i, end, length, offset in zip(inverse, *(x.tolist() for x in columns), strict=True):
                 if not damaged[i]:
                     tokens[end - length : end] = sentences[i, offset : offset + length]
                     loss_mask[end - length : end] = template[offset : offset + length]
         return tokens, loss_mask, num_skipped
 
-    def _read_sentences(self, component: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32 [n, length] of a component's sentences, and bool [n], which are damaged and to be skipped.
+    def _read_sentences(
+        self, components: Sequence[int], indices: Sequence[np.ndarray]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Sentences of several components, read at once.
+
+        Returns:
+          For each component the tokens, int32 [n, length], and bool [n], which are damaged and to be skipped.
 
         Raises:
-          DamagedError: a block is damaged, and `skip_damaged` isn't set.
+          DamagedError: a grid is damaged, and `skip_damaged` isn't set.
         """
-        try:
-            return self._tokens(component, indices), np.zeros(len(indices), bool)
-        except DamagedError:
-            if not self.mixture.config.skip_damaged:
-                raise
-        tokens = np.zeros((len(indices), self._full_lengths[component]), np.int32)
-        damaged = np.zeros(len(indices), bool)
-        for i, index in enumerate(indices):
-            try:
-                tokens[i] = self._tokens(component, indices[i : i + 1])[0]
-            except DamagedError as error:
-                damaged[i] = True
-                self._record_skip(str(error), (component, int(index)))
-        return tokens, damaged
+        plans = []
+        for component, ids in zip(components, indices, strict=True):
+            sentences = self.mixture.components[component]
+            sentences.check_repetitions(int(ids.max()) + 1)
+            plans.append(sentences.reads(ids))
+        results = []
+        for component, ids, (codes, damages) in zip(components, indices, read_all(plans), strict=True):
+            if damages and not self.mixture.config.skip_damaged:
+                raise DamagedError(next(iter(damages)))
+            num_grids = self.mixture.components[component].recipe.num_grids
+            damaged = np.zeros(len(ids), bool)
+            for message, grids in damages.items():
+                rows = np.unique(grids // num_grids)
+                damaged[rows] = True
+                for index in ids[rows].tolist():
+                    self._record_skip(message, (component, index))
+            tokens = to_tokens(codes.reshape(len(ids), num_grids, -1), self.vocabulary)
+            results.append((tokens, damaged))
+        return results
 
     def _record_skip(self, reason: str, sentence: tuple[int, int]) -> None:
         is_new = reason not in self.skipped
         self.skipped.setdefault(reason, set()).add(sentence)
         if is_new:
             count = len(set().union(*self.skipped.values()))
-            log_warning(f"skipped: {reason} ({len(self.skipped)} damaged blocks, {count} sentences so far)")
-
-    def _tokens(self, component: int, indices: np.ndarray) -> np.ndarray:
-        """Tokens int32 [n, length] of a component's sentences."""
-        sentences = self.mixture.components[component]
-        sentences.check_repetitions(int(indices.max()) + 1)
-        return to_tokens(sentences.sentences(indices), self.vocabulary)
+            log_warning(f"skipped: {reason} ({len(self.skipped)} damaged grids, {count} sentences so far)")
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (lives as long as its process)
     def _loss_template(self, component: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from lvm.data.mixture.recipes import Grids, Recipe
 from lvm.data.mixture.sampler import ClassSampler, RankIndex, SceneSampler, split_chunks
 from lvm.data.mixture.split import heldout_mask
 from lvm.data.store.concat import AnyStore
+from lvm.data.store.grid_reads import Reads, read_intact
 
 _SAMPLE = 2**22  # groups that are counted exactly; more are estimated from about as many
 
@@ -101,10 +102,14 @@ class ComponentSentences:
 
     def sentences(self, indices: Int[np.ndarray, " n"]) -> UInt16[np.ndarray, "n grids N"]:
         """The codes of the sentences at `indices`."""
+        codes = read_intact(self.reads(indices))
+        return codes.reshape(len(indices), self.recipe.num_grids, -1)
+
+    def reads(self, indices: Int[np.ndarray, " n"]) -> Reads:
+        """The reads of the sentences at `indices`, grid after grid, to be done with those of other components."""
         _, grids, entries = self._select(indices)
         columns = self._columns[entries["stream_set"], grids.streams]
-        codes = self.store.grids(entries.ravel(), grids.frames.ravel(), columns.ravel())
-        return codes.reshape(*entries.shape, -1)
+        return self.store.reads(entries.ravel(), grids.frames.ravel(), columns.ravel())
 
     def select_grids(self, indices: Int[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, "n grids"], Grids]:
         """The scene index of each grid of the sentences at `indices`, and the grids."""

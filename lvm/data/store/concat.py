@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt16
 
 from lvm.common.errors import UserError
+from lvm.common.ranges import Range
+from lvm.data.store.grid_reads import Damages, Reads, read_intact
 from lvm.data.store.jsonl import JsonlStore
 from lvm.data.store.reader import Store
 
@@ -73,14 +75,19 @@ class ConcatStore:
         self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]
     ) -> UInt16[np.ndarray, "n N"]:
         """See `Store.grids`."""
-        nested = entries.view(self._nested)
-        height, width = self.manifest["tokenizer"]["grid"]
-        codes = np.empty((len(entries), height * width), np.uint16)
+        return read_intact(self.reads(entries, frames, streams))
+
+    def reads(
+        self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]
+    ) -> Reads:
+        """See `Store.reads`."""
+        nested, parts = entries.view(self._nested), []
         for number, rows in self._by_store(entries["store"]):
             local = nested["entry"][rows]
             local["stream_set"] = self._local_set_ids[number][local["stream_set"]]
-            codes[rows] = self._stores[number].grids(local, frames[rows], streams[rows])
-        return codes
+            parts.append((rows, self._stores[number].reads(local, frames[rows], streams[rows])))
+        height, width = self.manifest["tokenizer"]["grid"]
+        return _ConcatReads(parts, len(entries), height * width)
 
     def _by_store(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yields each store that occurs, and the indices at which it does."""
@@ -92,6 +99,24 @@ class ConcatStore:
         entries["class_id"] = self._class_ids[number][entries["class_id"]]
         entries["stream_set"] = self._stream_set_ids[number][entries["stream_set"]]
         return entries
+
+
+class _ConcatReads(Reads):
+    """The reads of several stores, each with its rows."""
+
+    def __init__(self, parts: Sequence[tuple[np.ndarray, Reads]], count: int, codes_per_image: int):
+        self._parts, self._shape = parts, (count, codes_per_image)
+
+    def start(self) -> list[tuple[Range, np.ndarray]]:
+        return [part for _, reads in self._parts for part in reads.start()]
+
+    def finish(self) -> tuple[np.ndarray, Damages]:
+        codes = np.empty(self._shape, np.uint16)
+        damages: dict[str, np.ndarray] = {}
+        for rows, reads in self._parts:
+            codes[rows], damaged = reads.finish()
+            damages |= {message: rows[indices] for message, indices in damaged.items()}
+        return codes, damages
 
 
 def _inverse(ids: np.ndarray, size: int) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Layout of a shard's two files (store version 4), all numbers little-endian.
 
-CODES holds the grids of all scenes and nothing else, scene after scene, frame-major: uint16 × N each, so that
-`numpy.memmap(path, "<u2").reshape(-1, N)` opens it. The grid of a frame and a stream of a scene is the bytes
-[2·N·g, 2·N·(g + 1)) with g = first grid + frame · streams + stream.
+CODES holds the grids of all scenes, scene after scene, frame-major, each followed by its checksum: uint16 × N and a
+CRC-32C, so that `numpy.memmap(path, "<u2").reshape(-1, N + 2)[:, :N]` opens it. The grid of a frame and a stream of a
+scene is at [R·g, R·(g + 1)) with R = 2·N + 4 bytes and g = first grid + frame · streams + stream: one request to an
+object store gets it with all that verifies it. The checksum goes on from that of g, so that a grid read from another
+place is damaged, too.
 
 INDEX holds the sections of `SECTIONS`; the shard's entry has the offset, size and CRC-32C of each. Its class and stream
 set ids are the shard's own, named by its section "names": a shard is encoded without knowledge of the others.
@@ -20,7 +22,6 @@ from lvm.common.errors import UserError
 
 VERSION = 4
 CODES_SUFFIX, INDEX_SUFFIX = ".codes", ".index"
-BLOCK_SIZE = 4  # grids per checksum: 2 KiB of 256 codes each, half of a disk's 4 KiB block
 SCENE_DTYPE = np.dtype(
     [("group", "<u8"), ("first_grid", "<u4"), ("class_id", "<i4"), ("frames", "<u2"), ("stream_set", "<u2")]
 )
@@ -29,7 +30,6 @@ MAX_SIZE = 2**32 - 1  # grids of a shard, bytes of its keys
 ENTRY_DTYPE = np.dtype([*SCENE_DTYPE.descr, ("shard", "<i4")])  # of a scene, and its shard
 SECTIONS = {
     "scenes": SCENE_DTYPE,
-    "checksums": np.dtype("<u4"),  # CRC-32C of each `BLOCK_SIZE` grids of the file of codes
     "key_offsets": np.dtype("<u4"),  # of the scenes' keys in "keys", and their end
     "keys": np.dtype("u1"),  # UTF-8
     "mark_offsets": np.dtype("<u8"),  # of the scenes' marks in "marks", and their end; empty if no scene has any
@@ -38,11 +38,13 @@ SECTIONS = {
     "histogram": np.dtype("<u8"),  # of the shard's codes
 }
 CHECKSUM_MISMATCH = "checksum mismatch"
+_CHECKSUM_BYTES = 4
+_RESIDUE = google_crc32c.value(bytes(_CHECKSUM_BYTES))  # CRC-32C of any content with its own CRC-32C at the end
 _ALIGNMENT = 8  # of sections, in bytes
 
 
 class DamagedError(UserError):
-    """Corrupted codes. The message names the shard, and the scenes and frames of the block."""
+    """Corrupted codes. The message names the shard, the scene and the frame."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +72,24 @@ def shard_name(shard: int, num_shards: int) -> str:
     return f"shard-{shard:05d}-of-{num_shards:05d}"
 
 
-def checksum_blocks(content: bytes, codes_per_image: int) -> list[int]:
-    """CRC-32C of each block of the grids in `content`, whose first begins a block."""
-    stride = BLOCK_SIZE * 2 * codes_per_image
-    return [google_crc32c.value(content[start : start + stride]) for start in range(0, len(content), stride)]
+def grid_bytes(codes_per_image: int) -> int:
+    """Bytes of a grid and its checksum in the file of codes."""
+    return 2 * codes_per_image + _CHECKSUM_BYTES
+
+
+def pack_grids(grids: UInt16[np.ndarray, "n N"], first: int) -> bytes:
+    """The content of the file of codes from the grid number `first` on."""
+    codes = np.ascontiguousarray(grids, "<u2").view(np.uint8)
+    checksums = np.array(list(map(google_crc32c.extend, range(first, first + len(codes)), codes)), "<u4")
+    return np.concatenate([codes, checksums[:, None].view(np.uint8)], axis=1).tobytes()
+
+
+def damaged_grids(content: UInt8[np.ndarray, "n bytes"], numbers: Sequence[int]) -> list[int]:
+    """The indices of the grids, each with its checksum, that are not those of these numbers in their shard."""
+    residues = list(map(google_crc32c.extend, numbers, content))
+    if residues.count(_RESIDUE) == len(residues):
+        return []
+    return [i for i, residue in enumerate(residues) if residue != _RESIDUE]
 
 
 def join_items(kind: str, items: Sequence[bytes]) -> dict[str, bytes]:
@@ -115,23 +131,21 @@ def section_offsets(sizes: Iterable[int]) -> list[int]:
 
 
 def unpack_section(
-    data: UInt8[np.ndarray, " bytes"], name: str, dtype: np.dtype, located: Mapping[str, int], count: int | None
+    section: UInt8[np.ndarray, " bytes"], name: str, dtype: np.dtype, crc32c: int, count: int | None
 ) -> np.ndarray:
-    """A section of an index file, without a copy.
+    """The items of a section of an index file, without a copy.
 
     Args:
-      data: the file.
+      section: its bytes.
       name: of the section.
       dtype: of its items.
-      located: where it is, as `pack_sections` returned it.
+      crc32c: of its bytes, as `pack_sections` returned it.
       count: its number of items, None for any.
 
     Raises:
       UserError: it is corrupted.
     """
-    start = located["offset"]
-    section = data[start : start + located["bytes"]]
-    if google_crc32c.value(section) != located["crc32c"]:
+    if google_crc32c.value(section) != crc32c:
         raise UserError(f"section {name}: {CHECKSUM_MISMATCH}")
     actual = len(section) / dtype.itemsize
     if actual != (round(actual) if count is None else count):

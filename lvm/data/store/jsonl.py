@@ -21,7 +21,9 @@ from jaxtyping import Int, Int32, Shaped, UInt16
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
+from lvm.common.ranges import Range
 from lvm.data.mixture import split
+from lvm.data.store.grid_reads import Damages, Reads
 
 SUFFIX = ".jsonl"
 # Byte range of the line, then fields of `format.SCENE_DTYPE`.
@@ -70,6 +72,19 @@ def decode_grids(line: bytes, format: JsonlFormat) -> Int32[np.ndarray, "grids N
     if tokens.min() < 0 or tokens.max() >= format.num_codes:
         raise ValueError(f"codes are in [{tokens.min()}, {tokens.max()}], expected [0, {format.num_codes}) (num_codes)")
     return tokens.reshape(-1, codes_per_image)
+
+
+@dataclasses.dataclass(frozen=True)
+class LineReads(Reads):
+    """Grids of a local file's lines, read already."""
+
+    codes: UInt16[np.ndarray, "n N"]
+
+    def start(self) -> list[tuple[Range, np.ndarray]]:
+        return []
+
+    def finish(self) -> tuple[np.ndarray, Damages]:
+        return self.codes, {}
 
 
 class JsonlStore:
@@ -123,6 +138,12 @@ class JsonlStore:
             line = self._content[offset : offset + int(entries["size"][rows[0]])]
             codes[rows] = self._line_grids(line, int(np.searchsorted(self._index["offset"], offset)))[frames[rows]]
         return codes
+
+    def reads(
+        self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]
+    ) -> LineReads:
+        """See `Store.reads`."""
+        return LineReads(self.grids(entries, frames, streams))
 
     def _line_grids(self, line: bytes, i: int) -> Int32[np.ndarray, "grids N"]:
         """Grids of a line, the `i`-th that isn't blank."""

@@ -209,7 +209,7 @@ class ShardEntries(Sequence[dict[str, Any]]):
         sizes, checksums = row["section_bytes"].tolist(), row["section_crc32c"].tolist()
         *offsets, index_size = format.section_offsets(sizes)
         located = zip(SECTIONS, offsets, sizes, checksums, strict=True)
-        codes_size = int(row["images"]) * 2 * self._N
+        codes_size = int(row["images"]) * format.grid_bytes(self._N)
         return {
             "name": name,
             "scenes": int(row["scenes"]),
@@ -235,8 +235,10 @@ def read_tables(folder: epath.Path, manifest: Mapping[str, Any]) -> Tables:
     data = _read(folder, TABLES, manifest)
     return Tables(
         **{
-            name: format.unpack_section(data, name, dtype, manifest["sections"][name], None)
-            for name, dtype in _TABLE_DTYPES.items()
+            name: format.unpack_section(
+                data[located["offset"] :][: located["bytes"]], name, _TABLE_DTYPES[name], located["crc32c"], None
+            )
+            for name, located in manifest["sections"].items()
         }
     )
 

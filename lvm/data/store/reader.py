@@ -26,6 +26,7 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.store import manifest
 from lvm.data.store.format import ENTRY_DTYPE, SCENE_DTYPE, VERSION, Scene
+from lvm.data.store.grid_reads import GridReads, read_intact
 from lvm.data.store.manifest import MANIFEST, ShardEntries
 from lvm.data.store.shards import Shards, StoreIds
 from lvm.data.streams.codecs import Codec, codec_from_json
@@ -39,8 +40,7 @@ class Store:
 
     Args:
       path: its folder, local or gs://.
-      stage_to: local folder that shards are copied to, and checked, on first use; "" reads them in place, which must
-        be local disk.
+      stage_to: local folder that whole shards are copied to, and checked, on first use; "" reads grids in place.
 
     Attributes:
       manifest: manifest.json.
@@ -105,7 +105,7 @@ class Store:
     def grids(
         self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]
     ) -> UInt16[np.ndarray, "n N"]:
-        """Reads single grids, and no more of the shards than the blocks that hold them.
+        """Reads single grids, and no more of the shards.
 
         Args:
           entries: `ENTRY_DTYPE`, the scene of each grid.
@@ -113,13 +113,20 @@ class Store:
           streams: index of its stream in the scene's stream set.
 
         Raises:
-          DamagedError: a block is corrupted; names its shard, scenes and frames.
+          DamagedError: a grid is corrupted; names its shard, scene and frame.
         """
+        return read_intact(self.reads(entries, frames, streams))
+
+    def reads(
+        self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]
+    ) -> GridReads:
+        """The reads of single grids, to be done with others; arguments are those of `grids`."""
         num_streams = self._num_streams[entries["stream_set"]]
         if (beyond := (frames >= entries["frames"]) | (streams >= num_streams)).any():
             i = int(np.argmax(beyond))
             raise ValueError(f"frame {frames[i]}, stream {streams[i]} is not in a scene of {entries[i]}")
-        return self.shards.grids(entries["shard"], entries["first_grid"] + frames * num_streams + streams)
+        grids = entries["first_grid"] + frames * num_streams + streams
+        return GridReads(self.shards, entries["shard"], grids, self.codes_per_image)
 
     @property
     def codes_per_image(self) -> int:
@@ -139,7 +146,7 @@ class Store:
         """Reads scene `i`, in [0, len).
 
         Raises:
-          DamagedError: a block is corrupted; names its shard, scenes and frames.
+          DamagedError: a grid is corrupted; names its shard, scene and frame.
         """
         shard = self.shard_of(i)
         return self.shards[shard].scene(i - self._first_scenes[shard])

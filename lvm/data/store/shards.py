@@ -1,4 +1,4 @@
-"""Files of a store's shards: opened on first use, local or staged, with random access to scenes and grids."""
+"""Files of a store's shards, local, staged or on object storage: opened on first use, with random access to scenes."""
 
 import contextlib
 import dataclasses
@@ -7,21 +7,23 @@ import functools
 import os
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
-import google_crc32c
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Shaped, UInt16
+from jaxtyping import Int, Shaped, UInt8
 
 from lvm.common import files
 from lvm.common.errors import UserError
+from lvm.common.logging import log_info
+from lvm.common.ranges import Range, read_ranges
 from lvm.data.store import format, staging
-from lvm.data.store.format import BLOCK_SIZE, CODES_SUFFIX, INDEX_SUFFIX, DamagedError, Scene
+from lvm.data.store.format import CODES_SUFFIX, INDEX_SUFFIX, DamagedError, Scene
 
 FILE_CHECKSUM_MISMATCH = "damaged: checksum differs from the manifest's"
-_MAX_BLOCKS = 2**32  # of a shard; shard · this + block is a key that sorts by both
-_MAX_GAP = 4  # blocks between two others that are cheaper to read than to skip
+_MAX_OPEN = 512  # files of codes; opening one anew takes microseconds
+_LOADED_AT_ONCE = 1024  # sections of indexes
+_MAX_MAPPED = 8192  # indexes of a store; Linux allows a process 65,530 maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +35,15 @@ class StoreIds:
 
 
 class Shard:
-    """The two files of a shard on local disk, opened on first use.
+    """The two files of a shard, opened on first use.
 
     Args:
       name: of the file of codes, for messages.
       entry: of the shard, or the part of it that the manifest has.
       codes_per_image: N.
       ids: of the classes and stream sets that `scenes` returns.
-      locate: suffix → local path of the file; raises UserError if it is missing or has another size than in the entry.
+      locate: suffix → path of the file; raises UserError if a local one is missing or has another size than in the
+        entry.
     """
 
     def __init__(
@@ -50,23 +53,38 @@ class Shard:
         self.name, self.entry, self._N = name, entry, codes_per_image
         self._ids, self._locate = ids, locate
         self.num_grids: int = entry["images"]
-        self.num_blocks = -(-self.num_grids // BLOCK_SIZE)
+        self._grid_bytes = format.grid_bytes(codes_per_image)
         self._sections: dict[str, np.ndarray] = {}
 
     def section(self, name: str) -> np.ndarray:
-        """A section of the memory-mapped index (`format.SECTIONS`), checked on first use.
+        """A section of the index (`format.SECTIONS`), memory-mapped if that is local; checked on first use.
 
         Raises:
           UserError: it is corrupted, or the file is missing or differs from the manifest in size.
         """
         if name not in self._sections:
-            scenes, located, index = self.entry["scenes"], self.entry["sections"][name], self._index
-            count = {"scenes": scenes, "checksums": self.num_blocks, "key_offsets": scenes + 1}.get(name)
-            try:
-                self._sections[name] = format.unpack_section(index, name, format.SECTIONS[name], located, count)
-            except UserError as error:
-                raise UserError(f"{self._locate(INDEX_SUFFIX)}: damaged: {error}") from error
+            located = self.entry["sections"][name]
+            if (part := self.section_range(name)) is None:
+                self.put_section(name, self._index[located["offset"] :][: located["bytes"]])
+            else:
+                self.put_section(name, np.frombuffer(fetch([part])[0], np.uint8))
         return self._sections[name]
+
+    def section_range(self, name: str) -> Range | None:
+        """The bytes of a section on object storage that aren't in memory; None if there is nothing to fetch."""
+        path, located = self._locate(INDEX_SUFFIX), self.entry["sections"][name]
+        if name in self._sections or not files.is_remote(path):
+            return None
+        return Range(str(path), located["offset"], located["offset"] + located["bytes"])
+
+    def put_section(self, name: str, content: UInt8[np.ndarray, " bytes"]) -> None:
+        """Checks and keeps the bytes of a section. Raises UserError if they are corrupted."""
+        scenes, located = self.entry["scenes"], self.entry["sections"][name]
+        count = {"scenes": scenes, "key_offsets": scenes + 1}.get(name)
+        try:
+            self._sections[name] = format.unpack_section(content, name, format.SECTIONS[name], located["crc32c"], count)
+        except UserError as error:
+            raise UserError(f"{self._locate(INDEX_SUFFIX)}: damaged: {error}") from error
 
     @functools.cached_property
     def names(self) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -98,44 +116,55 @@ class Shard:
         group, first, class_id, frames, stream_set = self.section("scenes")[i].item()
         classes, stream_sets = self.names
         class_name, streams = classes[class_id] if class_id >= 0 else "", stream_sets[stream_set]
-        start, end = first // BLOCK_SIZE, -(-(first + frames * len(streams)) // BLOCK_SIZE)
-        content, skipped = self.read(start, end), first - start * BLOCK_SIZE
-        if damaged := self.damaged_blocks(content, start):
-            raise self.damage(damaged[0])
-        codes = np.frombuffer(content, "<u2", frames * len(streams) * self._N, skipped * 2 * self._N)
+        count = frames * len(streams)
+        content = self.read(first, count)
+        if damaged := format.damaged_grids(content, range(first, first + count)):
+            raise self.damage(first + damaged[0])
+        codes = content.view("<u2")[:, : self._N].reshape(frames, len(streams), self._N)
         marks = self._item("mark", i) if len(self.section("mark_offsets")) else b""
-        return Scene(self.key(i), class_name, streams, codes.reshape(frames, len(streams), self._N), group, marks)
+        return Scene(self.key(i), class_name, streams, codes, group, marks)
 
-    def read(self, start: int, end: int) -> bytes:
-        """Reads the blocks [start, end), unchecked. Unreadable bytes are zeros, which fail their checksum."""
-        grids = min(end * BLOCK_SIZE, self.num_grids) - start * BLOCK_SIZE
-        size, offset = grids * 2 * self._N, start * BLOCK_SIZE * 2 * self._N
+    def read(self, first: int, count: int) -> UInt8[np.ndarray, "count bytes"]:
+        """Reads grids with their checksums, unchecked. Unreadable bytes are zeros, which fail their checksum."""
+        target = np.empty((count, self._grid_bytes), np.uint8)
+        if (part := self.codes_range(first, count)) is None:
+            self.read_into(target, first)
+        else:
+            target.reshape(-1)[:] = np.frombuffer(fetch([part])[0], np.uint8)
+        return target
+
+    def codes_range(self, first: int, count: int) -> Range | None:
+        """The bytes of grids with their checksums on object storage; None if they are on local disk."""
+        if not self.is_remote:
+            return None
+        offset = first * self._grid_bytes
+        return Range(str(self._locate(CODES_SUFFIX)), offset, offset + count * self._grid_bytes)
+
+    def read_into(self, target: UInt8[np.ndarray, "count bytes"], first: int) -> None:
+        """`read` into a part of an array, from local disk."""
         try:
-            return os.pread(self.file.fileno(), size, offset).ljust(size, b"\0")
+            size = os.preadv(_codes_file(self).descriptor, [target.data], first * self._grid_bytes)
         except OSError:
-            return bytes(size)
+            size = 0
+        if size < target.nbytes:
+            target.reshape(-1)[size:] = 0
 
-    def damaged_blocks(self, content: bytes, start: int) -> list[int]:
-        """The blocks whose checksum is wrong; `content` is that of the blocks from `start` on."""
-        actual = format.checksum_blocks(content, self._N)
-        expected = self.section("checksums")[start : start + len(actual)].tolist()
-        if actual == expected:
-            return []
-        return [start + i for i, pair in enumerate(zip(actual, expected, strict=True)) if pair[0] != pair[1]]
+    @functools.cached_property
+    def is_remote(self) -> bool:
+        """True if the file of codes is read from object storage."""
+        return files.is_remote(self._locate(CODES_SUFFIX))
 
-    def damage(self, block: int) -> DamagedError:
-        """The error for a corrupted block; names its scenes and frames."""
-        scenes, first = self.section("scenes"), block * BLOCK_SIZE
-        frames: dict[int, list[int]] = {}
-        for grid in range(first, min(first + BLOCK_SIZE, self.num_grids)):
-            i = int(np.searchsorted(scenes["first_grid"], grid, side="right")) - 1
-            num_streams = len(self.names[1][scenes["stream_set"][i]])
-            frames.setdefault(i, []).append((grid - int(scenes["first_grid"][i])) // num_streams)
-        listed = [
-            f"{self.key(i)!r} frame{'s' * (of[0] < of[-1])} {'–'.join(map(str, sorted({of[0], of[-1]})))}"
-            for i, of in frames.items()
-        ]
-        return DamagedError(f"{self.name}, scene {', '.join(listed)}: damaged: {format.CHECKSUM_MISMATCH}")
+    def open_codes(self) -> "_OpenFile":
+        """Opens the file of codes on local disk."""
+        with _too_many_files(path := self._locate(CODES_SUFFIX)):
+            return _OpenFile(os.open(path, os.O_RDONLY))
+
+    def damage(self, grid: int) -> DamagedError:
+        """The error for a corrupted grid; names its scene and frame."""
+        scenes = self.section("scenes")
+        i = int(np.searchsorted(scenes["first_grid"], grid, side="right")) - 1
+        frame = (grid - int(scenes["first_grid"][i])) // len(self.names[1][scenes["stream_set"][i]])
+        return DamagedError(f"{self.name}, scene {self.key(i)!r} frame {frame}: damaged: {format.CHECKSUM_MISMATCH}")
 
     def _item(self, kind: str, i: int) -> bytes:
         start, end = self.section(f"{kind}_offsets")[i : i + 2].tolist()
@@ -146,25 +175,33 @@ class Shard:
         with _too_many_files(path := self._locate(INDEX_SUFFIX)):
             return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
 
-    @functools.cached_property
-    def file(self) -> BinaryIO:
-        """The file of codes."""
-        with _too_many_files(path := self._locate(CODES_SUFFIX)):
-            return open(path, "rb")
+
+def fetch(parts: Sequence[Range]) -> list[bytes]:
+    """`read_ranges` of a store's files. Raises UserError for a missing file."""
+    try:
+        return read_ranges(parts)
+    except FileNotFoundError as error:
+        raise UserError(f"{error}: is missing, the manifest lists it; encode it again") from error
+
+
+class _OpenFile:
+    """A file descriptor, closed with its last reference."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@functools.lru_cache(maxsize=_MAX_OPEN)
+def _codes_file(shard: Shard) -> _OpenFile:
+    """The files of codes of this process that were used last, of all stores."""
+    return shard.open_codes()
 
 
 def _is_identity(ids: np.ndarray) -> bool:
     return np.array_equal(ids, np.arange(len(ids)))
-
-
-def _read_into(file: BinaryIO, target: np.ndarray, offset: int) -> None:
-    """Reads bytes; unreadable ones are zeros, which fail their checksum."""
-    try:
-        size = os.preadv(file.fileno(), [target.data], offset)
-    except OSError:
-        size = 0
-    if size < target.nbytes:
-        target.reshape(-1)[size:] = 0
 
 
 class Shards(Sequence[Shard]):
@@ -173,7 +210,7 @@ class Shards(Sequence[Shard]):
     Args:
       path: the store.
       entries: the manifest's entries of the shards.
-      stage_to: local folder that shards are copied to before they are read; "" reads them in place.
+      stage_to: local folder that whole shards are copied to before they are read; "" reads them in place.
       identity: hash of the store, which names its folder in `stage_to`.
       codes_per_image: N.
       ids: of the store's classes and stream sets.
@@ -193,64 +230,42 @@ class Shards(Sequence[Shard]):
 
     def __getitem__(self, number: Any) -> Any:
         if number not in self._shards:
+            if len(self._shards) >= _MAX_MAPPED and not self.is_remote:
+                self._shards.pop(next(iter(self._shards)))
             entry = self._entries[range(len(self))[number]]
             staged = f" (copied to {self._staging_folder()})" if self._stage_to else ""
             name = f"{self._path / entry['name']}{CODES_SUFFIX}{staged}"
-            locate = functools.partial(self._local_path, entry)
+            locate = functools.partial(self._locate, entry)
             self._shards[number] = Shard(name, entry, self._N, self._ids, locate)
         return self._shards[number]
 
-    def grids(self, shards: Int[np.ndarray, " n"], grids: Int[np.ndarray, " n"]) -> UInt16[np.ndarray, "n N"]:
-        """Single grids, by shard and position in it; each block is read and checked once.
+    @property
+    def is_remote(self) -> bool:
+        """True if shards are read from object storage."""
+        return files.is_remote(self._path) and not self._stage_to
 
-        Raises:
-          DamagedError: a block is corrupted; names its shard, scenes and frames.
-        """
-        if not len(grids):
-            return np.zeros((0, self._N), np.uint16)
-        keys, inverse = np.unique(shards.astype(np.int64) * _MAX_BLOCKS + grids // BLOCK_SIZE, return_inverse=True)
-        is_start = np.diff(keys, prepend=-_MAX_BLOCKS) > 1 + _MAX_GAP  # of a read; it ends before a gap
-        starts, reads = np.flatnonzero(is_start), np.cumsum(is_start) - 1
-        lasts = keys[np.append(starts[1:], len(keys)) - 1]
-        numbers, blocks = np.divmod(keys, _MAX_BLOCKS)
-        shards_read = [self[number] for number in numbers[starts].tolist()]
-        num_grids = np.array([shard.num_grids for shard in shards_read])
-        first, stop = blocks[starts] * BLOCK_SIZE, np.minimum((lasts % _MAX_BLOCKS + 1) * BLOCK_SIZE, num_grids)
-        ends = np.cumsum(stop - first)  # of the reads, in `content`
-        content = np.empty((ends[-1], 2 * self._N), np.uint8)
-        parts = map(content.__getitem__, map(slice, (ends - stop + first).tolist(), ends.tolist()))
-        for shard, part, grid in zip(shards_read, parts, first.tolist(), strict=True):
-            _read_into(shard.file, part, grid * 2 * self._N)
-        rows = np.append(0, ends)[reads] + (keys - keys[starts][reads]) * BLOCK_SIZE  # of the blocks, in `content`
-        slices = map(slice, rows.tolist(), np.minimum(rows + BLOCK_SIZE, ends[reads]).tolist())
-        self._check(numbers, blocks, list(map(google_crc32c.value, map(content.__getitem__, slices))))
-        return content.view("<u2")[rows[inverse] + grids % BLOCK_SIZE]
-
-    def _check(self, numbers: np.ndarray, blocks: np.ndarray, checksums: Sequence[int]) -> None:
-        """Raises DamagedError if the checksum of one of these blocks of shards, sorted, isn't that of the index."""
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        shards = [self[number] for number in numbers[starts].tolist()]
-        parts = np.split(blocks, starts[1:])
-        expected = [shard.section("checksums")[part] for shard, part in zip(shards, parts, strict=True)]
-        wrong = np.flatnonzero(np.concatenate(expected) != np.array(checksums, np.uint32))
-        if len(wrong):
-            raise self[int(numbers[wrong[0]])].damage(int(blocks[wrong[0]]))
+    def load_sections(self, numbers: Sequence[int], names: Sequence[str]) -> None:
+        """Fetches sections of these shards that are on object storage, many at once."""
+        parts = [(self[number], name, self[number].section_range(name)) for number in numbers for name in names]
+        missing = [(shard, name, part) for shard, name, part in parts if part is not None]
+        for start in range(0, len(missing), _LOADED_AT_ONCE):
+            chunk = missing[start : start + _LOADED_AT_ONCE]
+            size = sum(part.stop - part.start for *_, part in missing if part.stop is not None)
+            log_info(f"{self._path}: reads indexes, {start} of {len(missing)} sections, {size / 2**20:,.0f} MiB in all")
+            for (shard, name, _), content in zip(chunk, fetch([part for *_, part in chunk]), strict=True):
+                shard.put_section(name, np.frombuffer(content, np.uint8))
 
     def _staging_folder(self) -> epath.Path:
         return epath.Path(self._stage_to) / self._identity()[:16]
 
-    def _local_path(self, entry: Mapping[str, Any], suffix: str) -> epath.Path:
-        """A shard's file on local disk, staged first if need be."""
+    def _locate(self, entry: Mapping[str, Any], suffix: str) -> epath.Path:
+        """The path of a shard's file, staged first if need be."""
         name = entry["name"] + suffix
         path, expected = self._path / name, entry["files"][name]
         if self._stage_to:
             return staging.stage(path, expected, self._staging_folder())
-        if files.is_remote(path):
-            raise UserError(
-                f"{self._path}: shards are read from local disk; set --config.data.stage_to (or --stage_to) to a "
-                "folder to copy them to"
-            )
-        check_size(path, expected)
+        if not files.is_remote(path):  # a request for each file: a range beyond its end is an error, too
+            check_size(path, expected)
         return path
 
 

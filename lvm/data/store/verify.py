@@ -14,14 +14,14 @@ import numpy as np
 
 from lvm.common import files
 from lvm.common.errors import UserError
-from lvm.data.store import manifest, writer
+from lvm.data.store import format, manifest, writer
 from lvm.data.store.failures import FAILURES_SUFFIX
 from lvm.data.store.format import SECTIONS
 from lvm.data.store.manifest import HEADER, MANIFEST
 from lvm.data.store.reader import Store
 from lvm.data.store.shards import FILE_CHECKSUM_MISMATCH, Shard, check_size
 
-_CHUNK = 1024  # blocks read at once
+_CHUNK = 4096  # grids read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _content_problems(store: Store, shard: Shard, histogram: np.ndarray) -> Iter
     name, is_damaged = store.path / shard.entry["name"], False
     try:
         sections = {section: shard.section(section) for section in SECTIONS}
-        for damage in _damaged_blocks(shard, histogram):
+        for damage in _damaged_grids(shard, histogram, store.codes_per_image):
             is_damaged = True
             yield damage
         classes, stream_sets = shard.names
@@ -125,6 +125,7 @@ def _content_problems(store: Store, shard: Shard, histogram: np.ndarray) -> Iter
         yield f"{name}: histogram differs from that of the codes"
     entry = files.read_side_file(store.path / f"{name.name}.json")
     expected = writer.summarize(scenes, classes, stream_sets, sections["histogram"])
+    expected["sections"] = shard.entry["sections"]
     if entry.get("failures"):  # groups of failures are in the entry only
         del expected["group_hashes"]
     for key, value in expected.items():
@@ -132,12 +133,13 @@ def _content_problems(store: Store, shard: Shard, histogram: np.ndarray) -> Iter
             yield f"{name}: the entry says {key} {str(entry[key])[:80]}, the shard has {str(value)[:80]}"
 
 
-def _damaged_blocks(shard: Shard, histogram: np.ndarray) -> Iterator[str]:
-    """Yields the damage of each block; counts the codes of all in `histogram`."""
-    for start in range(0, shard.num_blocks, _CHUNK):
-        content = shard.read(start, min(start + _CHUNK, shard.num_blocks))
-        histogram += np.bincount(np.frombuffer(content, "<u2"), minlength=len(histogram))
-        yield from (str(shard.damage(block)) for block in shard.damaged_blocks(content, start))
+def _damaged_grids(shard: Shard, histogram: np.ndarray, codes_per_image: int) -> Iterator[str]:
+    """Yields the damage of each grid; counts the codes of all in `histogram`."""
+    for first in range(0, shard.num_grids, _CHUNK):
+        content = shard.read(first, count := min(_CHUNK, shard.num_grids - first))
+        histogram += np.bincount(content.view("<u2")[:, :codes_per_image].ravel(), minlength=len(histogram))
+        damaged = format.damaged_grids(content, range(first, first + count))
+        yield from (str(shard.damage(first + i)) for i in damaged)
 
 
 def _file_problems(store: Store, shard: Shard, is_named: bool) -> Iterator[str]:
@@ -150,7 +152,7 @@ def _file_problems(store: Store, shard: Shard, is_named: bool) -> Iterator[str]:
         try:
             check_size(path, expected)
             if files.sha256(path) != expected["sha256"]:
-                note = "" if is_named or file in failures else ", but every block is intact"
+                note = "" if is_named or file in failures else ", but every grid is intact"
                 yield f"{path}: {FILE_CHECKSUM_MISMATCH}{note}"
         except (UserError, OSError) as error:
             yield str(error)

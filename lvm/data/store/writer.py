@@ -22,7 +22,6 @@ from lvm.common.errors import UserError
 from lvm.data.store import failures, format, manifest
 from lvm.data.store.failures import FAILURES_SUFFIX
 from lvm.data.store.format import (
-    BLOCK_SIZE,
     CODES_SUFFIX,
     INDEX_SUFFIX,
     SCENE_DTYPE,
@@ -35,7 +34,7 @@ from lvm.data.store.manifest import HEADER
 from lvm.data.store.reader import check_version
 
 _ABANDONED_S = 5.0  # age after which a temporary file of a process that no longer runs is removed
-_BUFFER = 1024  # grids; a multiple of `BLOCK_SIZE`
+_BUFFER = 1024  # grids
 
 
 @dataclasses.dataclass
@@ -134,11 +133,10 @@ class _ShardContent:
         self._rows: list[tuple[int, ...]] = []  # fields of `SCENE_DTYPE`
         self._keys: list[bytes] = []
         self._marks: list[bytes] = []
-        self._checksums: list[int] = []
         self._classes: dict[str, int] = {}  # ids, in the order of the scenes, as those of the stream sets
         self._stream_sets: dict[tuple[str, ...], int] = {}
         self._num_images = 0
-        self._pending: list[np.ndarray] = []  # grids to write, from the first of a block on
+        self._pending: list[np.ndarray] = []  # grids to write
         self._num_pending = 0
 
     def add(self, scene: Scene) -> None:
@@ -157,27 +155,23 @@ class _ShardContent:
         self._pending.append(scene.codes.reshape(-1, N))
         self._num_pending += T * S
         if self._num_pending >= _BUFFER:
-            self._write(self._num_pending // BLOCK_SIZE * BLOCK_SIZE)
+            self._write()
 
-    def _write(self, count: int) -> None:
-        """Writes the first `count` of the pending grids, whole blocks except at the end of the shard."""
-        grids = np.concatenate(self._pending).astype("<u2", copy=False)
-        content = grids[:count].tobytes()
-        self._file.write(content)
-        self._checksums += format.checksum_blocks(content, grids.shape[1])
-        self._histogram += np.bincount(grids[:count].ravel(), minlength=len(self._histogram)).astype(np.uint64)
-        self._pending, self._num_pending = [grids[count:]], self._num_pending - count
+    def _write(self) -> None:
+        grids = np.concatenate(self._pending)
+        self._file.write(format.pack_grids(grids, self._num_images - len(grids)))
+        self._histogram += np.bincount(grids.ravel(), minlength=len(self._histogram)).astype(np.uint64)
+        self._pending, self._num_pending = [], 0
 
     def finish(self) -> dict[str, bytes]:
         """Writes the rest; returns the sections of the index."""
         if self._num_pending:
-            self._write(self._num_pending)
+            self._write()
         if max(self._num_images, sum(map(len, self._keys))) > format.MAX_SIZE:
             raise UserError(f"{self._file.name}: more than {format.MAX_SIZE} grids, or bytes of keys; use more shards")
         self._scenes = np.array(self._rows, SCENE_DTYPE)
         return {
             "scenes": self._scenes.tobytes(),
-            "checksums": np.array(self._checksums, SECTIONS["checksums"]).tobytes(),
             **format.join_items("key", self._keys),
             **(format.join_items("mark", self._marks) if any(self._marks) else {"mark_offsets": b"", "marks": b""}),
             "names": format.pack_names([*self._classes], [*self._stream_sets]),

@@ -23,6 +23,7 @@ from lvm.data.mixture.rows import Rows
 from lvm.data.mixture.sampler import RankIndex
 from lvm.data.mixture.split import group_hash
 from lvm.data.store.format import SCENE_DTYPE, Scene
+from lvm.data.store.jsonl import LineReads
 from lvm.data.store.reader import Store
 from lvm.model.vocabulary import Vocabulary
 from tests.commands import ROOT, run
@@ -49,8 +50,8 @@ class HugeStore(Store):
     def heldout(self, fraction, entries):
         return np.zeros(len(entries), bool)
 
-    def grids(self, entries, frames, columns):
-        return entries["group"].astype("<i8").view("<u2").reshape(-1, 4)
+    def reads(self, entries, frames, columns):
+        return LineReads(entries["group"].astype("<i8").view("<u2").reshape(-1, 4))
 
     def identity(self):
         return "huge"

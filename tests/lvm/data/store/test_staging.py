@@ -46,12 +46,6 @@ def test_remote_store_is_read_from_staged_shards(gcs, make_store, tmp_path):
     np.testing.assert_array_equal(reopened.scene(5).codes, Store(local).scene(5).codes)
 
 
-def test_remote_store_needs_a_staging_folder(gcs, make_store):
-    store = Store(upload(make_store(SHAPES), gcs))
-    with pytest.raises(UserError, match=r"gs://bucket/store: .*stage_to"):
-        store.scene(0)
-
-
 def test_staging_rejects_a_copy_unlike_the_manifest(make_store, tmp_path):
     folder = pathlib.Path(make_store(SHAPES, num_shards=1))
     file = folder / "shard-00000-of-00001.codes"

@@ -1,0 +1,112 @@
+"""Stores read where they lie, on object storage."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from lvm.common import ranges
+from lvm.common.errors import UserError
+from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
+from lvm.data.mixture.recipes import Pairs, Single, Video
+from lvm.data.mixture.rows import Rows
+from lvm.data.store import shards
+from lvm.data.store.format import DamagedError
+from lvm.data.store.reader import Store
+from lvm.model.vocabulary import Vocabulary
+from tests.object_server import Faults, object_server
+
+SHAPES = [(1, 0)] * 70 + [(3, 0), (1, 1)] * 9 + [(2, 2), (1, 0)]
+COMPONENTS = {
+    "pairs": ComponentConfig(Pairs(shots=2)),
+    "single": ComponentConfig(Single()),
+    "video": ComponentConfig(Video(frames=2, strides=(1,))),
+}
+
+
+@pytest.fixture
+def served(make_store, tmp_path):
+    """A server of a store, the store's path there and on local disk."""
+    local = make_store(SHAPES, "bucket/store", num_shards=3)
+    with object_server(tmp_path) as server:
+        yield server, "gs://bucket/store", local
+
+
+def rows(path, **options):
+    config = MixtureConfig(COMPONENTS, (path,), 0.1, **options)
+    return Rows(Mixture(config, 0), Vocabulary.for_codes(16), 40, 16)
+
+
+def test_remote_scenes_and_grids_equal_local_ones(served):
+    _, remote, local = served
+    store, expected = pickle.loads(pickle.dumps(Store(remote))), Store(local)
+    for i in range(0, len(expected), 7):
+        scene = store.scene(i)
+        assert scene.key == expected.scene(i).key
+        np.testing.assert_array_equal(scene.codes, expected.scene(i).codes)
+    scenes = np.arange(len(expected))[::-1]
+    zeros = np.zeros_like(scenes)
+    codes = store.grids(store.entries(scenes), zeros, zeros)
+    np.testing.assert_array_equal(codes, expected.grids(expected.entries(scenes), zeros, zeros))
+
+
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+def test_remote_batches_equal_local_ones_despite_faults(served, packing):
+    server, remote, local = served
+    expected = rows(local, packing=packing)
+    server.faults = Faults(0.005, slow_share=0.02, slow_s=0.3, error_share=0.05, drop_share=0.02, flip_share=0.01)
+    actual = rows(remote, packing=packing)
+    for step in range(4):
+        batch = expected.batch(step)
+        hosts = [actual.batch(step, np.arange(16)[host::2]) for host in range(2)]
+        for name, x in batch.items():
+            np.testing.assert_array_equal(hosts[0][name], x[::2])
+            np.testing.assert_array_equal(hosts[1][name], x[1::2])
+
+
+def test_batch_fetches_its_grids_and_no_more(served):
+    server, remote, _ = served
+    batches = rows(remote)
+    server.keep_log = True
+    before = server.counts["bytes"]
+    batches.batch(0)
+    assert all(path.endswith(".codes") for _, path, _ in server.log)
+    used = 12 * 16 * 40 // 4  # at most: grids of four codes take 12 bytes
+    assert 0 < server.counts["bytes"] - before <= 1.1 * used
+
+
+def test_remote_damage_is_read_once_more_then_named(served):
+    server, remote, _ = served
+    store = Store(remote)
+    path = "bucket/store/shard-00000-of-00003.codes"
+    content = bytearray(server[path])
+    content[12 * 5] ^= 1
+    server[path] = bytes(content)
+    entry, zero = store.entries(np.array([5])), np.zeros(1, int)
+    server.keep_log = True
+    with pytest.raises(DamagedError, match=r"gs://bucket/store/shard-00000-of-00003.codes, scene 'scene 5' frame 0"):
+        store.grids(entry, zero, zero)
+    assert [path for _, path, _ in server.log].count(f"/storage/v1/b/{path.replace('bucket/', 'bucket/o/', 1)}") == 2
+    del server[path]
+    with pytest.raises(UserError, match=r"gs://bucket/store/shard-00000-of-00003.codes: is missing"):
+        store.grids(entry, zero, zero)
+
+
+def test_slow_ranges_are_requested_again():
+    with object_server() as server:
+        server["bucket/a"] = bytes(range(100))
+        server.faults = Faults(0.01, slow_share=0.3, slow_s=30.0)
+        for _ in range(3):
+            parts = [ranges.Range("gs://bucket/a", i, i + 2) for i in range(60)]
+            assert ranges.read_ranges(parts) == [bytes([i, i + 1]) for i in range(60)]
+        with pytest.raises(OSError, match="gs://bucket/a"):
+            ranges.read_ranges([ranges.Range("gs://bucket/a", 90, 110)])
+
+
+def test_open_files_are_bounded(make_store, monkeypatch):
+    store, opened = Store(make_store(SHAPES, num_shards=8)), []
+    monkeypatch.setattr(shards._OpenFile, "__del__", lambda file: opened.append(file.descriptor), raising=True)
+    monkeypatch.setattr(shards, "_codes_file", shards.functools.lru_cache(maxsize=2)(lambda shard: shard.open_codes()))
+    for i in (*range(len(store)), 0):
+        store.scene(i)
+    assert len(opened) == 8 + 1 - 2
