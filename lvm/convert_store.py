@@ -93,7 +93,7 @@ def _are_equal(a: Scene, b: Scene) -> bool:
 def _run(args: cli.Args) -> None:
     process, num_processes = parse_shard_flag(args.shard) if args.shard else (0, 1)
     convert_store(epath.Path(args.old), epath.Path(args.new), process, num_processes)
-    finish(args.new, wait=False)
+    finish(args.new)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,13 +2,14 @@
 
     python -m tokenizer encode --tokenizer=DIR --source=FOLDER-or-config --out=STORE
     python -m tokenizer encode … --augment=4          four seeded crops and flips of each scene instead of the scene
-    python -m tokenizer encode … --shard=0/8          one of eight independent processes
+    python -m tokenizer encode … --shard=0/8          the first of eight groups of shards, as one task of a scheduler
     python -m tokenizer encode --source=FILE.jsonl --out=STORE       codes that exist already
     python -m tokenizer encode --finish --out=STORE   write the manifest once all shards exist
 
-Each shard holds a contiguous range of the source's scenes; existing shards are skipped. Several processes share
-the shards, by `--shard` or when a launcher joins them (`lvm.common.distributed`); the bytes don't depend on their
-number. The process that completes the last shard writes the manifest.
+Each shard holds a contiguous range of the source's scenes; existing shards are skipped. All processes that run the
+same command share the shards: each claims the next one that is free, and takes over those of processes that have ended.
+With `--shard`, a scheduler distributes groups of shards instead. The bytes don't depend on the number of processes. The
+process that completes the last shard writes the manifest.
 """
 
 import dataclasses
@@ -31,10 +32,11 @@ from lvm.data.images.sources import ImageSource, open_any_source
 from lvm.data.store import failures, writer
 from lvm.data.store.manifest import MANIFEST
 from lvm.data.store.reader import Store
+from lvm.data.store.shard_queue import ShardQueue
 from tokenizer.encoding import CodeCopier, Encoder, ShardWriter
 from tokenizer.pretrained import Tokenizer
 
-_POLL_S, _MAX_POLL_S = 1.0, 30.0
+_POLL_S = 1.0
 _LIMITS = tuple(field.name for field in dataclasses.fields(Limits))
 
 
@@ -54,27 +56,13 @@ def summarize_store(folder: str) -> list[str]:
     return [line, *failures.describe(folder, manifest["failures"])]
 
 
-def finish(folder: str, wait: bool) -> None:
-    """Writes the manifest if all shards exist.
-
-    Args:
-      folder: the store.
-      wait: for the shards of the other processes, and then for process 0, which writes the manifest: joined processes
-        must exit together.
-    """
-    if wait and not distributed.is_first():
-        while not (epath.Path(folder) / MANIFEST).exists():
-            time.sleep(_POLL_S)
-        return
-    num_shards, pause_s = writer.read_header(folder)["num_shards"], _POLL_S
-    while missing := writer.missing_shards(folder, num_shards):
-        if not wait:
-            listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-            log_info(f"{len(missing)} shards are missing ({listed}); the process that writes the last one finishes")
-            return
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _MAX_POLL_S)  # each look lists the whole store
-    finish_now(folder)
+def finish(folder: str) -> None:
+    """Writes the manifest if all shards exist."""
+    if missing := writer.missing_shards(folder, writer.read_header(folder)["num_shards"]):
+        listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        log_info(f"{len(missing)} shards are missing ({listed}); the process that writes the last one finishes")
+    else:
+        finish_now(folder)
 
 
 def finish_now(folder: str) -> None:
@@ -99,13 +87,31 @@ def encode(args: cli.Args) -> None:
     joined = jax.distributed.is_initialized()
     if joined and args.shard:
         raise UserError(f"--shard={args.shard}: joined processes share the shards without it")
-    here = (jax.process_index(), jax.process_count())
-    process, num_processes = parse_shard_flag(args.shard) if args.shard else here
     shard_writer = _make_writer(args)
+    if not args.shard:
+        _encode_queue(shard_writer, args.out)
+        return
+    process, num_processes = parse_shard_flag(args.shard)
     if (idle := num_processes - shard_writer.num_shards) > 0:
         log_info(f"{idle} of {num_processes} processes have no shard; raise --num_shards to use them")
     shard_writer.run(process, num_processes)
-    finish(args.out, wait=joined)
+    finish(args.out)
+
+
+def _encode_queue(shard_writer: ShardWriter, folder: str) -> None:
+    """Shares the shards with all processes that encode the same store; one of them writes the manifest."""
+    with ShardQueue(folder, shard_writer.num_shards) as queue:
+        shard_writer.run_queue(queue)
+        while True:
+            with queue.finishing() as is_ours:
+                while is_ours and (damaged := writer.finish_store(folder)):
+                    queue.require(damaged)
+                    shard_writer.run_queue(queue)
+            if (epath.Path(folder) / MANIFEST).exists():
+                break
+            time.sleep(_POLL_S)  # joined processes must exit together
+    for line in summarize_store(folder):
+        log_info(line)
 
 
 def _make_writer(args: cli.Args) -> ShardWriter:
@@ -145,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.integer("num_shards", 4, "number of shards")
     flags.integer("batch_size", 64, "images per device and call")
     flags.integer("augment", 0, "seeded crops and flips of each scene; 0 encodes each scene as it is")
-    flags.string("shard", "", "i/n: encode the share of process i, from 0, of n independent processes")
+    flags.string(
+        "shard", "", "i/n: encode group i, from 0, of n groups of shards; default: shards that no other process encodes"
+    )
     flags.boolean("finish", False, "only write the manifest, if all shards exist")
     workers = "processes that read images; 0 for threads of this one, which a damaged file can end; default: cores - 1"
     flags.integer("workers", None, workers)

@@ -12,7 +12,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -32,11 +32,12 @@ from lvm.data.images.sources import CodeSource, Failure, ImageSource, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.store import writer
 from lvm.data.store.format import Scene
-from lvm.data.store.writer import SkippedItems
+from lvm.data.store.shard_queue import ShardQueue
+from lvm.data.store.writer import BusyShardError, SkippedItems
 from tokenizer.pretrained import Tokenizer
 
 T = TypeVar("T")
-Ranges = Sequence[tuple[int, int]]  # first scene of each, and the end
+Ranges = Iterable[tuple[int, int]]  # first scene of each, and the end
 ShardScenes = tuple[int, Iterator[Scene], SkippedItems]  # index of the range, its scenes, what it skips
 
 _SOFTWARE = ("jax", "jaxlib", "numpy", "pillow", "av")
@@ -78,24 +79,59 @@ class ShardWriter(abc.ABC):
         }
 
     def run(self, process: int = 0, num_processes: int = 1) -> None:
-        """Writes the missing shards among every `num_processes`-th, from shard `process` on.
+        """Writes the missing shards of the contiguous group `process` of `num_processes`.
 
         Raises:
           UserError: the folder holds something else, or a store with another header.
         """
         writer.begin_store(self._folder, self.header(), self.num_shards)
-        shards = range(process, self.num_shards, num_processes)
-        missing = writer.missing_among(self._folder, shards, self.num_shards)
-        if len(missing) < len(shards):
-            log_info(f"{len(shards) - len(missing)} of {len(shards)} shards exist already")
+        first, end = (self.num_shards * i // num_processes for i in (process, process + 1))
+        missing = writer.missing_among(self._folder, range(first, end), self.num_shards)
+        if len(missing) < end - first:
+            log_info(f"{end - first - len(missing)} of {end - first} shards exist already")
+        self._write(missing, EncodingProgress(sum(b - a for a, b in map(self._range, missing))))
+
+    def run_queue(self, queue: ShardQueue) -> None:
+        """Writes shards that no other process writes until the store is complete.
+
+        Raises:
+          UserError: the folder holds something else, or a store with another header.
+        """
+        writer.begin_store(self._folder, self.header(), self.num_shards)
+        progress = EncodingProgress(0)
+        for shards in queue.passes():
+            self._write(shards, progress, queue)
+
+    def _range(self, shard: int) -> tuple[int, int]:
         size = len(self._listing)
-        ranges = [(size * i // self.num_shards, size * (i + 1) // self.num_shards) for i in missing]
-        progress = EncodingProgress(sum(end - first for first, end in ranges))
+        return size * shard // self.num_shards, size * (shard + 1) // self.num_shards
+
+    def _write(self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None = None) -> None:
+        """Writes shards; images of the next one are read before the codes of one are complete."""
+        taken: list[int] = []
+
+        def ranges() -> Iterator[tuple[int, int]]:
+            for shard in shards:
+                taken.append(shard)
+                first, end = self._range(shard)
+                if queue:
+                    progress.expect(end - first)
+                yield first, end
+
         num_codes, versions = self._identity["num_codes"], software_versions()
-        with contextlib.closing(self._shards(ranges, progress)) as written:  # also ends its worker processes
+        with contextlib.closing(self._shards(ranges(), progress)) as written:  # also ends its worker processes
             for i, scenes, skipped in written:
-                shard = missing[i]
-                writer.write_shard(self._folder, shard, self.num_shards, scenes, num_codes, skipped, versions)
+                shard = taken[i]
+                try:
+                    writer.write_shard(self._folder, shard, self.num_shards, scenes, num_codes, skipped, versions)
+                except BusyShardError as error:
+                    if not queue:
+                        raise
+                    log_info(str(error))
+                    queue.postpone(shard)
+                    continue
+                if queue:
+                    queue.complete(shard)
                 for failure in skipped.failures:
                     log_info(f"skipped {failure['key']}: {failure['reason']}")
                 log_info(f"shard {shard + 1}/{self.num_shards}: {progress.line()}")
@@ -240,6 +276,10 @@ class EncodingProgress:
 
     def _reset(self) -> None:
         self._start, self._images, self._waited_s = time.monotonic(), 0, {"host": 0.0, "device": 0.0}
+
+    def expect(self, num_scenes: int) -> None:
+        """Adds scenes to those that remain."""
+        self._progress.add_total(num_scenes)
 
     @contextlib.contextmanager
     def waiting(self, resource: str) -> Iterator[None]:

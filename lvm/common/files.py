@@ -93,6 +93,24 @@ def sizes(folder: epath.PathLike) -> dict[str, int]:
     return sizes
 
 
+def times(folder: epath.PathLike) -> dict[str, float]:
+    """Times of the last change of the files in a local or remote folder, in seconds since 1970, by their names.
+
+    One listing. The clock is the file system's or the service's. A folder that doesn't exist has no files.
+    """
+    if is_remote(folder):
+        filesystem, name = _filesystem(folder)
+        listing = filesystem.find(name, detail=True, refresh=True)
+        return {path.removeprefix(name).lstrip("/"): entry["mtime"].timestamp() for path, entry in listing.items()}
+    times: dict[str, float] = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as items:
+        for item in items:
+            with contextlib.suppress(FileNotFoundError):  # a file that another process has just removed
+                if item.is_file():
+                    times[item.name] = item.stat().st_mtime
+    return times
+
+
 def file_size(path: epath.PathLike) -> int | None:
     """Size of a local or remote file in bytes, None if there is none."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -82,6 +82,10 @@ class Progress:
         self._total, self._unit = total, unit
         self._last_done, self._last_time = done, time.monotonic()
 
+    def add_total(self, count: int) -> None:
+        """Adds work that was not known of before."""
+        self._total += count
+
     def line(self, done: int) -> str:
         """`format_progress` with the rate since the previous line."""
         now = time.monotonic()

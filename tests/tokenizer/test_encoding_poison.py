@@ -24,7 +24,7 @@ def tokenizer():
 def encode(tokenizer, folder, faults, workers, **limits):
     source = PoisonScenes(faults)
     Encoder(tokenizer, source, folder, 2, 2, Augment(0, tokenizer.preprocess), workers, Limits(**limits)).run()
-    finish(str(folder), wait=False)
+    finish(str(folder))
     return Store(folder)
 
 

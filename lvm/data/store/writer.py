@@ -37,6 +37,10 @@ _ABANDONED_S = 5.0  # age after which a temporary file of a process that no long
 _BUFFER = 1024  # grids
 
 
+class BusyShardError(UserError):
+    """Another process on this machine is writing the shard."""
+
+
 @dataclasses.dataclass
 class SkippedItems:
     """Items of a shard's range of the source that are not in the shard; filled while the range is read.
@@ -68,7 +72,8 @@ def write_shard(
       verify: called before the shard is complete with `Shard`'s `entry` and `locate`; an exception leaves no shard.
 
     Raises:
-      UserError: another process on this machine is writing the shard, or a scene or the shard is too large.
+      BusyShardError: another process on this machine is writing the shard.
+      UserError: a scene or the shard is too large.
     """
     skipped, folder = skipped or SkippedItems(), epath.Path(folder)
     name = shard_name(shard, num_shards)
@@ -121,7 +126,7 @@ def _lock_shard(path: epath.Path) -> IO[str]:
     """Refuses a shard that another process writes: checksums would cover a mix of both."""
     lock = files.lock_file(path)
     if lock is None:
-        raise UserError(f"{path}: another process is writing this shard; give each process its own --shard")
+        raise BusyShardError(f"{path}: another process is writing this shard; give each process its own --shard")
     return lock
 
 
