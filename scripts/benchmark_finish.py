@@ -21,7 +21,7 @@ import numpy as np
 
 from lvm.common import cli, files
 from lvm.data.store import writer
-from lvm.data.store.format import SCENE_DTYPE, SECTIONS, VERSION, section_offsets, shard_name
+from lvm.data.store.format import SCENE_DTYPE, SECTIONS, VERSION, grid_bytes, section_offsets, shard_name
 from lvm.data.store.reader import Store
 from lvm.data.streams.codecs import Image
 
@@ -88,7 +88,6 @@ def make_entry() -> bytes:
     summary = writer.summarize(scenes, classes, [("rgb",)], rng.integers(0, 9, NUM_CODES).astype(np.uint64))
     sizes = {
         "scenes": scenes.nbytes,
-        "checksums": SCENES,
         "key_offsets": 4 * (SCENES + 1),
         "keys": KEY_BYTES * SCENES,
         "mark_offsets": 0,
@@ -97,7 +96,7 @@ def make_entry() -> bytes:
         "histogram": 8 * NUM_CODES,
     }
     *offsets, index_size = section_offsets(sizes[name] for name in SECTIONS)
-    codes_size = SCENES * GRID * GRID * 2
+    codes_size = SCENES * grid_bytes(GRID * GRID)
     entry = {
         "name": "NAME",
         **summary,

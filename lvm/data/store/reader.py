@@ -1,7 +1,7 @@
 """Scene store: flat shards, an index beside each, and one manifest. `lvm.data.store.writer` writes it.
 
     STORE/shard-00000-of-00004.codes   the grids of its scenes (`lvm.data.store.format`)
-    STORE/shard-00000-of-00004.index   its scenes, keys, checksums, marks, names and histogram
+    STORE/shard-00000-of-00004.index   its scenes, keys, marks, names and histogram
     STORE/shard-00000-of-00004.failures.jsonl   items of the source that it lacks, if any
     STORE/shard-00000-of-00004.json    the shard's entry, written after its other files
     STORE/header.json                  metadata of all shards, written before the first

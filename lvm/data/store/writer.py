@@ -68,7 +68,7 @@ def write_shard(
       num_codes: codebook size, for the histogram.
       skipped: items that are not in the shard; read once `scenes` is exhausted.
       versions: of the software that made the codes.
-      codecs: stream → codec as JSON, of streams whose codec the store's header lacks.
+      codecs: stream → codec as JSON, of streams whose codec the store's header lacks; read once `scenes` is exhausted.
       verify: called before the shard is complete with `Shard`'s `entry` and `locate`; an exception leaves no shard.
 
     Raises:

@@ -87,7 +87,8 @@ def test_inspect_checks_a_remote_store(gcs, tmp_path, manifest_header, new_scene
         writer.write_shard(path, shard, 2, new_scenes(SHAPES, seed=shard)[:40], 16)
         assert writer.read_shard_entry(path, shard, 2) is not None
     assert writer.finish_store(path) == []
-    assert list(find_problems(Store(path, str(tmp_path / "staged")))) == []
+    for stage_to in ("", str(tmp_path / "staged")):  # in place by ranges, and copied
+        assert list(find_problems(Store(path, stage_to))) == []
     size = epath.Path(f"{path}/shard-00001-of-00002.index").stat().length
     epath.Path(f"{path}/shard-00001-of-00002.index").unlink()
     assert writer.read_shard_entry(path, 1, 2) is None
