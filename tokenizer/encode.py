@@ -4,6 +4,7 @@
     python -m tokenizer encode … --augment=4          four seeded crops and flips of each scene instead of the scene
     python -m tokenizer encode … --shard=0/8          the first of eight groups of shards, as one task of a scheduler
     python -m tokenizer encode --source=FILE.jsonl --out=STORE       codes that exist already
+    python -m tokenizer encode --status --out=STORE   progress of all processes together
     python -m tokenizer encode --finish --out=STORE   write the manifest once all shards exist
 
 Each shard holds a contiguous range of the source's scenes; existing shards are skipped. All processes that run the
@@ -33,6 +34,7 @@ from lvm.data.store import failures, writer
 from lvm.data.store.manifest import MANIFEST
 from lvm.data.store.reader import Store
 from lvm.data.store.shard_queue import ShardQueue
+from lvm.data.store.status import describe_progress
 from tokenizer.encoding import CodeCopier, Encoder, ShardWriter
 from tokenizer.pretrained import Tokenizer
 
@@ -134,9 +136,11 @@ def _make_writer(args: cli.Args) -> ShardWriter:
 
 
 def _run(args: cli.Args) -> None:
-    if not args.finish:
+    if args.status:
+        print("\n".join(describe_progress(args.out)))
+    elif not args.finish:
         if not args.source:
-            raise UserError("--source: required, except with --finish")
+            raise UserError("--source: required, except with --finish or --status")
         encode(args)
     else:
         finish_now(args.out)
@@ -154,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.string(
         "shard", "", "i/n: encode group i, from 0, of n groups of shards; default: shards that no other process encodes"
     )
+    flags.boolean("status", False, "only print shards, rate and time left over all processes, and stale claims")
     flags.boolean("finish", False, "only write the manifest, if all shards exist")
     workers = "processes that read images; 0 for threads of this one, which a damaged file can end; default: cores - 1"
     flags.integer("workers", None, workers)
