@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from lvm.launch import local
 from lvm.training import metrics
 from tests.commands import run, start
 
@@ -120,6 +121,27 @@ def test_submit_survives_ten_kills_of_random_ranks(demo, tmp_path):
     unbroken = Run(demo, tmp_path / "unbroken", *options, devices=1)
     assert unbroken.wait() == 0, unbroken.output
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_hosts_with_supervisors_of_their_own_recover(demo, tmp_path, monkeypatch, killed):
+    # As on TPU VMs and in pods: each host restarts its process, and waits for the other's.
+    monkeypatch.setenv("LVM_COORDINATOR", f"localhost:{local.free_port()}")
+    monkeypatch.setenv("LVM_NUM_PROCESSES", "2")
+    options = [*MANY, "--config.loop.total_steps=120", "--processes=1", "--max_restarts=2"]
+    hosts = []
+    for rank in range(2):
+        monkeypatch.setenv("LVM_PROCESS_ID", str(rank))
+        hosts.append(Run(demo, tmp_path / "run", *options, f"--run=host-{rank}", f"--out={tmp_path / str(rank)}"))
+    hosts[0].until(" 45/")
+    hosts[killed].until("processes ")
+    hosts[killed].signal(0, signal.SIGKILL)
+    for host in hosts:
+        assert host.wait() == 0, host.output
+        assert "restart 1 of 2 from step 40" in host.output
+        assert "restart 2 of 2" not in host.output
+    assert list(losses(tmp_path / "run")) == list(range(1, 121))
 
 
 @pytest.mark.slow
