@@ -106,7 +106,7 @@ def test_submit_survives_ten_kills_of_random_ranks(demo, tmp_path):
     for target in sorted(random_numbers.sample(range(every, total - 1), kills)):
         logged = 0
         while logged < target:
-            storm.until(" steps/s, loss", len(storm.output))
+            storm.until(" left, loss", len(storm.output))
             logged = int(re.findall(rf"(\d+)/{total} steps", storm.output)[-1])
         storm.signal(random_numbers.randrange(4), signal.SIGKILL)
         start = len(storm.output)
