@@ -12,7 +12,10 @@ from lvm.common import progress
 from lvm.common.errors import UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.training import local_checkpoint
+from lvm.training.checkpoint import latest_step
 from lvm.training.local_checkpoint import LocalCheckpointConfig, LocalCheckpoints
+from lvm.training.workdir import RUN_ID, Workdir
+from tests.lvm.training.test_loop import bits, broken_at, release, timeless, train
 
 META = {"productive_seconds": 3.5, "losses": [1.5, 1.25]}
 
@@ -145,6 +148,32 @@ def test_local_save_on_a_full_disk_is_a_warning(saved, monkeypatch, caplog):
     saved.wait()
     assert "step 15 is not saved locally" in caplog.text
     assert restored_step(saved) == 10
+
+
+def test_loop_resumes_from_local_checkpoint(tmp_path, caplog):
+    caplog.set_level("INFO")
+    options = {"total": 8, "checkpoint_every": 5}
+    whole = train(tmp_path / "whole", **options)
+    options["local_checkpoint"] = LocalCheckpointConfig(str(tmp_path / "local"), every=1)
+    for broken in (4, 7):
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            train(tmp_path / "cut", read=broken_at(broken), **options)
+        release(tmp_path / "cut")
+    assert bits(train(tmp_path / "cut", **options)) == bits(whole)
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    assert [line.rpartition(" ")[2] for line in caplog.messages if "resuming from step" in line] == ["4", "7"]
+    assert latest_step(tmp_path / "cut") == 8
+    assert not any((tmp_path / "local").iterdir())
+
+
+def test_changed_config_before_any_checkpoint_is_another_run(tmp_path):
+    ids = []
+    for seed in (0, 0, 1):
+        workdir = Workdir(tmp_path / "run", "lvm", {"config": {"seed": seed}})
+        LocalCheckpoints(LocalCheckpointConfig(str(tmp_path / "local")), workdir.path, abstract_state())
+        ids.append((workdir.path / RUN_ID).read_text())
+        release(workdir.path)
+    assert ids[0] == ids[1] != ids[2]
 
 
 @pytest.mark.parametrize("values", [{"every": 0}, {"keep": 1}, {"folder": "gs://bucket/local"}])

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from lvm.common.errors import DivergedError, UserError
 from lvm.training import metrics
 from lvm.training.checkpoint import Checkpoints
+from lvm.training.local_checkpoint import LocalCheckpointConfig
 from lvm.training.spikes import FILENAME, SkippedBatches, SpikeConfig, SpikeDetector, SpikeError
 from tests.lvm.training.test_loop import bits, read_batch, release, stopping_at, timeless, train
 
@@ -95,8 +97,12 @@ def test_resumed_run_detects_same_spike(tmp_path, caplog):
 @pytest.mark.parametrize(("checkpoint_every", "kept"), [(0, 0), (2, 6)])
 def test_rewind_falls_back_to_earliest_checkpoint(tmp_path, caplog, checkpoint_every, kept):
     spike = SpikeConfig(deviations=8.0, window=4, skip_before=6)
-    train(tmp_path, total=10, read=spiking_at(8), spike=spike, checkpoint_every=checkpoint_every)
+    caplog.set_level("INFO")
+    local = LocalCheckpointConfig(str(tmp_path / "local"), every=1)  # later ones than the one kept are not restored
+    options = {"checkpoint_every": checkpoint_every, "local_checkpoint": local}
+    train(tmp_path, total=10, read=spiking_at(8), spike=spike, **options)
     assert f"skipping batches {max(kept, 2)} to 8" in caplog.text
+    assert re.findall(r"resuming from step (\d+)", caplog.text) == ([str(kept)] if kept else [])
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == list(range(1, 11))
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.all_steps()[-1] == 10
