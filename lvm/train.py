@@ -87,9 +87,12 @@ def train(config: TrainConfig, workdir: str) -> None:
             heldout_rows = make_rows(config, "heldout")
             heldout = [heldout_rows.batch(step) for step in range(config.heldout_batches)]
     names, mesh = [component.name for component in mixture.components], make_mesh(config.mesh)
+    objective = config.objective.for_mesh(config.batch_size, mesh.shape["data"], mesh.shape["fsdp"])
     task = NextTokenTask(
-        model, rows.batch_spec, names, tx, schedule, mesh, config.objective, heldout, num_codes=store.num_codes
+        model, rows.batch_spec, names, tx, schedule, mesh, objective, heldout, num_codes=store.num_codes
     )
+    if config.objective.rows_per_device:
+        log_info(f"{objective.accumulate_steps} micro-batches a step")
     if config.tokenizer:
         task.pictures = _picture_renderer(config, task, vocabulary)
     elif loop.picture_every:

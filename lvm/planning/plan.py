@@ -145,14 +145,17 @@ class Plan:
 
 
 def resolve_config(config: TrainConfig, target: Target, num_codes: int) -> TrainConfig:
-    """Sets the vocabulary size for `num_codes` codes and replaces -1 in the mesh.
+    """Sets the vocabulary size for `num_codes` codes, and replaces -1 in the mesh and `rows_per_device`.
 
     Raises:
       UserError: the mesh does not divide chips, model or batch.
     """
     size = config.model.vocabulary_size or Vocabulary.for_codes(num_codes).size
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary_size=size))
-    return dataclasses.replace(config, mesh=meshes.validate_mesh(config, target.chips, target.slices))
+    mesh = meshes.validate_mesh(config, target.chips, target.slices)
+    return dataclasses.replace(
+        config, mesh=mesh, objective=config.objective.for_mesh(config.batch_size, mesh.data, mesh.fsdp)
+    )
 
 
 def with_choice(
@@ -164,7 +167,7 @@ def with_choice(
         model=dataclasses.replace(config.model, remat=remat),
         mesh=mesh,
         batch_size=batch_size,
-        objective=dataclasses.replace(config.objective, accumulate_steps=accumulate_steps),
+        objective=dataclasses.replace(config.objective, accumulate_steps=accumulate_steps, rows_per_device=0),
     )
 
 

@@ -1,5 +1,7 @@
 """Next-token prediction as a `TrainTask`."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -28,15 +30,33 @@ class ObjectiveConfig:
       z_loss: weight of the squared log-normalizer, which keeps logits from drifting (PaLM, arXiv 2204.02311).
       logits_chunk: tokens of a row whose logits are in memory at once.
       accumulate_steps: micro-batches per optimizer step (gradient accumulation).
+      rows_per_device: the most rows of a micro-batch on each of the mesh's data × fsdp devices, from which
+        `accumulate_steps` follows: on fewer devices a run makes more micro-batches, and its batches stay the same. 0
+        takes `accumulate_steps`.
     """
 
     z_loss: float = 0.0
     logits_chunk: int = 1024
     accumulate_steps: int = 1
+    rows_per_device: int = 0
 
     def __post_init__(self) -> None:
-        check_non_negative(self, "z_loss")
+        check_non_negative(self, "z_loss", "rows_per_device")
         check_positive(self, "logits_chunk", "accumulate_steps")
+        if self.rows_per_device and self.accumulate_steps > 1:
+            raise UserError(
+                f"config.objective: rows_per_device={self.rows_per_device} and accumulate_steps="
+                f"{self.accumulate_steps}; set one of them"
+            )
+
+    def for_mesh(self, batch_size: int, data: int, fsdp: int) -> ObjectiveConfig:
+        """Replaces `rows_per_device` by the `accumulate_steps` that it means for a batch on a mesh."""
+        if not self.rows_per_device:
+            return self
+        rows = batch_size // (data * fsdp)  # a rest is an error of the mesh
+        counts = (count for count in range(1, rows + 1) if rows % count == 0)
+        steps = next((count for count in counts if rows // count <= self.rows_per_device), 1)
+        return dataclasses.replace(self, accumulate_steps=steps, rows_per_device=0)
 
 
 @dataclasses.dataclass

@@ -33,6 +33,7 @@ _MAY_CHANGE = (
     "config.loop.",  # the workdir itself records which batches `config.loop.spike` skipped
     "config.distributed.",
     "config.objective.accumulate_steps",
+    "config.objective.rows_per_device",
     "config.objective.logits_chunk",
     "config.tokenizer",
     "config.accept_changed_mixture",

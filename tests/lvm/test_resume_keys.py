@@ -43,6 +43,7 @@ folder config.tokenizer config.accept_changed_mixture config.compiler_options co
 config.model.attention config.model.remat config.data.components.photos.store
 config.data.components.photos.max_repetitions config.data.store config.data.allow_missing config.data.stage_to
 config.data.skip_damaged config.objective.logits_chunk config.objective.accumulate_steps
+config.objective.rows_per_device
 compiler_options.xla_cpu_enable_fast_math
 """
 LVM_REFUSED = """
@@ -100,6 +101,7 @@ model.depth_scaled_init=False model.tie_embeddings=False model.dtype='bfloat16' 
 model.remat='none' data.store=() data.allow_missing=False data.weigh_by='sentences' data.packing='concat'
 data.loss='all' data.shuffle='all' data.jsonl.num_codes=8192 data.jsonl.grid=(16,16) data.stage_to=''
 data.skip_damaged=False objective.z_loss=0.0 objective.logits_chunk=1024 objective.accumulate_steps=1
+objective.rows_per_device=0
 """
 TOKENIZER_DEFAULTS = """
 batch_size=256 model.resolution=256 model.patch_size=1 model.channels=128 model.channel_multipliers=(1,2,2,4,6)
