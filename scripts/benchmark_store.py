@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,13 +40,17 @@ MEMORY = [
 _SHARDS, _BATCH = 4, 1000
 
 
-def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
-    """Writes a store of random codes."""
-    header = {
+def header() -> dict[str, Any]:
+    """The header of a store of random codes."""
+    return {
         "tokenizer": {"weights": "random", "hash": "random", "grid": [GRID, GRID], "num_codes": NUM_CODES},
         "streams": {"rgb": Image().to_json()},
     }
-    begin_store(folder, header, _SHARDS)
+
+
+def make_store(folder: pathlib.Path, scenes: int, frames: int) -> Store:
+    """Writes a store of random codes."""
+    begin_store(folder, header(), _SHARDS)
     codes = np.random.default_rng(0).integers(0, NUM_CODES, (997, frames, 1, GRID * GRID), dtype=np.uint16)
 
     def content(first: int, last: int) -> Iterator[Scene]:

@@ -18,13 +18,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import pathlib
 import random
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 from urllib.parse import unquote
 from xml.sax.saxutils import escape
@@ -71,6 +72,7 @@ class ObjectServer:
         self._folder = pathlib.Path(folder).resolve() if folder else None
         self._written: dict[str, bytes] = {}
         self._deleted: set[str] = set()
+        self._maps: dict[tuple[str, int, int, int], mmap.mmap] = {}
         self._generations: collections.Counter[str] = collections.Counter()
         self._uploads: dict[str, tuple[str, str | None, bytearray]] = {}
         self._random, self._in_flight = random.Random(0), 0
@@ -168,6 +170,17 @@ class ObjectServer:
         except KeyError:
             raise web.HTTPNotFound(text=json.dumps({"error": {"code": 404, "message": path}})) from None
 
+    def _mapped(self, path: str) -> bytes | mmap.mmap:
+        """The content, memory-mapped if it is a file: most requests are for a small range of a large one."""
+        if path in self._written or path in self._deleted or not self._folder or not (self._folder / path).is_file():
+            return self._content(path)
+        status = os.stat(self._folder / path)
+        key = path, status.st_ino, status.st_mtime_ns, status.st_size
+        if key not in self._maps and status.st_size:
+            with open(self._folder / path, "rb") as file:
+                self._maps[key] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps.get(key, b"")
+
     def _metadata(self, path: str, content: bytes) -> dict[str, str]:
         bucket, name = path.split("/", 1)
         checksum = base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
@@ -186,21 +199,19 @@ class ObjectServer:
 
     def _generation(self, path: str) -> int:
         """0 if there is no object."""
-        with contextlib.suppress(KeyError):
-            self[path]
-            return 1 + self._generations[path]
-        return 0
+        is_file = self._folder and path not in self._deleted and (self._folder / path).is_file()
+        return 1 + self._generations[path] if path in self._written or is_file else 0
 
     def _check_generation(self, path: str, expected: str | None) -> None:
         if expected is not None and int(expected) != self._generation(path):
             raise web.HTTPPreconditionFailed(text="{}")
 
     def _ranged(self, request: web.Request, path: str) -> web.Response:
-        content = self._content(path)
+        content = self._mapped(path)
         headers = {"x-goog-generation": str(self._generation(path)), "ETag": f'"{self._generation(path)}"'}
         start, stop = request.http_range.start, request.http_range.stop
         if start is None and stop is None:
-            return web.Response(body=content, headers=headers)
+            return web.Response(body=content[:], headers=headers)
         first, last, _ = slice(start, stop).indices(len(content))
         if first >= len(content):
             return web.Response(status=416, headers=headers | {"Content-Range": f"bytes */{len(content)}"})
@@ -314,11 +325,11 @@ class ObjectServer:
         return web.json_response(dict(self.counts))
 
 
-async def _serve(server: ObjectServer, port: int, started: threading.Event, stopped: asyncio.Event) -> None:
+async def _serve(server: ObjectServer, port: int, started: Callable[[], object], stopped: asyncio.Event) -> None:
     runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=0)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port, backlog=1024, reuse_address=True).start()
-    started.set()
+    started()
     await stopped.wait()
     await runner.cleanup()
 
@@ -341,7 +352,7 @@ def object_server(folder: str | os.PathLike | None = None, faults: Faults | None
     started, loop = threading.Event(), asyncio.new_event_loop()
     stopped = asyncio.Event()
     thread = threading.Thread(
-        target=loop.run_until_complete, args=(_serve(server, port, started, stopped),), daemon=True
+        target=loop.run_until_complete, args=(_serve(server, port, started.set, stopped),), daemon=True
     )
     with mock.patch.dict(os.environ, server.environment):
         thread.start()
@@ -372,12 +383,10 @@ def main() -> None:
     port = _free_port()
     server = ObjectServer(args.pop("folder"), Faults(**args), port)
 
-    async def serve() -> None:
-        task = asyncio.create_task(_serve(server, port, threading.Event(), asyncio.Event()))
+    def started() -> None:
         print(json.dumps(server.environment), flush=True)
-        await task
 
-    asyncio.run(serve())
+    asyncio.run(_serve(server, port, started, asyncio.Event()))
 
 
 if __name__ == "__main__":

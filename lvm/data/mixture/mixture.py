@@ -5,10 +5,12 @@ sentences (and of tokens) before any block has a closed form: no sentence requir
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import weakref
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int16, Int64
 
+from lvm.common import files
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
@@ -29,6 +32,7 @@ from lvm.data.mixture.split import check_fraction
 from lvm.data.store import jsonl
 from lvm.data.store.concat import AnyStore, ConcatStore, SingleStore
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore
+from lvm.data.store.manifest import MANIFEST
 from lvm.data.store.reader import Store
 
 __all__ = ["BLOCK", "PERIOD", "ComponentConfig", "ComponentSentences", "Mixture", "MixtureConfig"]
@@ -214,8 +218,22 @@ def _open_stores(
             for path in paths:
                 if path not in stores:
                     is_jsonl = path.endswith(jsonl.SUFFIX)
-                    stores[path] = JsonlStore(path, config.jsonl) if is_jsonl else Store(path, config.stage_to)
+                    stores[path] = JsonlStore(path, config.jsonl) if is_jsonl else _open_store(path, config.stage_to)
     return dict(sorted(stores.items())), missing
+
+
+_open: weakref.WeakValueDictionary[tuple[str, str, str], Store] = weakref.WeakValueDictionary()
+
+
+def _open_store(path: str, stage_to: str) -> Store:
+    """Opens a store once for all mixtures of this process, while any of them is in use."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        key = path, stage_to, hashlib.sha256(files.read_bytes(epath.Path(path) / MANIFEST)).hexdigest()
+        store = _open.get(key)
+        if store is None:
+            store = _open[key] = Store(path, stage_to)
+        return store
+    return Store(path, stage_to)  # raises
 
 
 def _concat(stores: list[SingleStore]) -> AnyStore:
@@ -238,7 +256,8 @@ def _check_one_tokenizer(stores: Mapping[str, SingleStore]) -> None:
 def _check_scenes(component: ComponentConfig, store: AnyStore) -> str:
     """The reason why no scene of the store suits the component's recipe, or ""."""
     recipe = component.recipe
-    if any(usable_mask(store, recipe, entries).any() for entries in store.indexes):
+    summaries = store.indexes if store.kinds is None else [store.kinds]
+    if any(usable_mask(store, recipe, entries).any() for entries in summaries):
         return ""
     with_class = " with a class" if recipe.same_class else ""
     streams = ", ".join(recipe.streams)

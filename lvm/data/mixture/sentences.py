@@ -11,11 +11,14 @@ from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_tuples
 from lvm.data.mixture.counter_rng import CounterRng
 from lvm.data.mixture.recipes import Grids, Recipe
-from lvm.data.mixture.sampler import ClassSampler, RankIndex, SceneSampler, split_chunks
+from lvm.data.mixture.sampler import ClassSampler, RankIndex, RunIndex, SceneSampler, split_chunks
 from lvm.data.mixture.split import heldout_mask
 from lvm.data.store.concat import AnyStore
 from lvm.data.store.grid_reads import Reads, read_intact
+from lvm.data.store.manifest import LISTED_SHARE
+from lvm.data.store.reader import Store
 
+_MIN_SAMPLE = 2**12  # groups that an estimate needs
 _SAMPLE = 2**22  # groups that are counted exactly; more are estimated from about as many
 
 
@@ -70,8 +73,7 @@ class ComponentSentences:
     ):
         self.name, self.recipe, self.config, self.store = name, config.recipe, config, store
         self._seed, self._heldout_fraction, self._split = seed, heldout_fraction, split
-        scenes = RankIndex(store.indexes, self._is_usable)
-        split_size = sum(int(self._in_split(entries).sum()) for entries in split_chunks(store.indexes))
+        scenes, split_size = self._select_scenes()
         k = config.recipe.num_scenes
         self._sampler: SceneSampler | ClassSampler
         if config.recipe.same_class:
@@ -83,6 +85,18 @@ class ComponentSentences:
         self.sentences_per_epoch = self._sampler.sentences_per_epoch
         columns = [[names.index(s) if s in names else -1 for s in self.recipe.streams] for names in store.stream_sets]
         self._columns = np.array(columns).reshape(len(store.stream_sets), -1)  # [stream sets, streams]
+
+    def _select_scenes(self) -> tuple[RankIndex | RunIndex, int]:
+        """The usable scenes of the split, and the number of all; without a look at indexes where the manifest tells."""
+        store, kinds = self.store, self.store.kinds
+        heldout = None if kinds is None else store.heldout_scenes(self._heldout_fraction)
+        if kinds is None or heldout is None:
+            split_size = sum(int(self._in_split(entries).sum()) for entries in split_chunks(store.indexes))
+            return RankIndex(store.indexes, self._is_usable), split_size
+        usable = kinds[usable_mask(store, self.recipe, kinds)]
+        is_train = self._split != "heldout"
+        scenes = RunIndex.within(usable["first"], usable["count"], heldout, inverse=is_train)
+        return scenes, len(store) - len(heldout) if is_train else len(heldout)
 
     def shortage(self) -> str:
         """The reason why an epoch has no sentence, or ""."""
@@ -130,6 +144,10 @@ class ComponentSentences:
     @functools.cached_property
     def scenes_per_group(self) -> float:
         """Mean number of scenes of an original image or video; estimated from a sample if there are millions."""
+        if self.num_scenes > _SAMPLE and isinstance(self.store, Store) and self.store.kinds is not None:
+            listed = self.store.heldout["group"]  # of hashes below a threshold, so this is a random sample
+            if len(listed := listed[listed < int(LISTED_SHARE * 2**64)]) >= _MIN_SAMPLE:
+                return len(listed) / len(np.unique(listed))
         share = max(1, self.num_scenes // _SAMPLE)
         groups, num_scenes = np.zeros(0, np.uint64), 0
         for entries in split_chunks(self.store.indexes):

@@ -1,11 +1,12 @@
 """Several stores read as one, such as a data set that was encoded in parts: their scenes follow one another."""
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt16
+from jaxtyping import Int, Int64, Shaped, UInt16
 
 from lvm.common.errors import UserError
 from lvm.common.ranges import Range
@@ -57,6 +58,26 @@ class ConcatStore:
         for number, store in enumerate(self._stores):
             for entries in store.indexes:
                 yield self._with_common_ids(entries, number)
+
+    @functools.cached_property
+    def kinds(self) -> Shaped[np.ndarray, " runs"] | None:
+        """See `Store.kinds`."""
+        parts = []
+        for number, store in enumerate(self._stores):
+            if store.kinds is None:
+                return None
+            parts.append(self._with_common_ids(store.kinds, number))
+            parts[-1]["first"] += self._starts[number]
+        return np.concatenate(parts)
+
+    def heldout_scenes(self, fraction: float) -> Int64[np.ndarray, " scenes"] | None:
+        """See `Store.heldout_scenes`."""
+        parts = []
+        for store, start in zip(self._stores, self._starts.tolist(), strict=False):
+            if not isinstance(store, Store) or (scenes := store.heldout_scenes(fraction, self.group_hashes)) is None:
+                return None
+            parts.append(start + scenes)
+        return np.concatenate(parts)
 
     def identity(self) -> str:
         """Hash of the stores' identities, in order."""

@@ -27,6 +27,9 @@ SCENE_DTYPE = np.dtype(
 )
 MAX_STREAM_SETS, MAX_FRAMES = 2**16, 2**16 - 1  # of a store or shard, of a scene
 MAX_SIZE = 2**32 - 1  # grids of a shard, bytes of its keys
+KIND_DTYPE = np.dtype(
+    [("first", "<i8"), ("count", "<i8"), ("class_id", "<i4"), ("frames", "<u2"), ("stream_set", "<u2")]
+)  # consecutive scenes of a store, of one kind
 ENTRY_DTYPE = np.dtype([*SCENE_DTYPE.descr, ("shard", "<i4")])  # of a scene, and its shard
 SECTIONS = {
     "scenes": SCENE_DTYPE,

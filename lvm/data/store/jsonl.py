@@ -98,6 +98,7 @@ class JsonlStore:
 
     classes: tuple[str, ...] = ()
     stream_sets = (("rgb",),)
+    kinds = None  # the index beside the file is on local disk
 
     def __init__(self, path: epath.PathLike, format: JsonlFormat):
         self.path, self._format = epath.Path(path), format
@@ -123,6 +124,9 @@ class JsonlStore:
     def identity(self) -> str:
         """Hash of every line's content, in order."""
         return f"{split.content_hash(np.ascontiguousarray(self._index['group']).tobytes()):016x}"
+
+    def heldout_scenes(self, fraction: float) -> None:
+        """See `Store.heldout_scenes`."""
 
     def entries(self, scenes: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
         """Index entries of the lines `scenes`."""

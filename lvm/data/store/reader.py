@@ -20,17 +20,19 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Shaped, UInt16
+from jaxtyping import Int, Int64, Shaped, UInt16
 
 from lvm.common import files
 from lvm.common.errors import UserError
+from lvm.data.mixture.split import heldout_mask
 from lvm.data.store import manifest
-from lvm.data.store.format import ENTRY_DTYPE, SCENE_DTYPE, VERSION, Scene
+from lvm.data.store.format import ENTRY_DTYPE, KIND_DTYPE, SCENE_DTYPE, VERSION, Scene
 from lvm.data.store.grid_reads import GridReads, read_intact
 from lvm.data.store.manifest import MANIFEST, ShardEntries
 from lvm.data.store.shards import Shards, StoreIds
 from lvm.data.streams.codecs import Codec, codec_from_json
 
+_INDEXES_AT_ONCE = 512
 _NESTED_ENTRY = np.dtype([("scene", SCENE_DTYPE), ("shard", "<i4")])  # as ENTRY_DTYPE
 _KEYS = {"version", "tokenizer", "streams", "stream_sets", "classes", "group_hashes", "sections", "files"}
 
@@ -81,8 +83,11 @@ class Store:
 
     @property
     def indexes(self) -> Iterator[Shaped[np.ndarray, " scenes"]]:
-        """`SCENE_DTYPE` of each shard's scenes."""
-        for shard in self.shards:
+        """`SCENE_DTYPE` of each shard's scenes; from object storage, many shards at once."""
+        for number, shard in enumerate(self.shards):
+            if number % _INDEXES_AT_ONCE == 0:
+                numbers = range(number, min(number + _INDEXES_AT_ONCE, len(self.shards)))
+                self.shards.load_sections(numbers, ("names", "scenes"))
             yield shard.scenes()
 
     @functools.cached_property
@@ -90,17 +95,58 @@ class Store:
         """`SCENE_DTYPE` of all scenes in memory, shard after shard; `entries` doesn't need it."""
         return np.concatenate([np.zeros(0, SCENE_DTYPE), *self.indexes])
 
+    @functools.cached_property
+    def kinds(self) -> Shaped[np.ndarray, " runs"] | None:
+        """`KIND_DTYPE` of all scenes in order, without a look at an index; None if a shard has too many runs."""
+        if len(np.unique(self.runs["shard"])) < np.count_nonzero(np.diff(self._starts)):
+            return None
+        kinds = np.zeros(len(self.runs), KIND_DTYPE)
+        for name in ("class_id", "frames", "stream_set"):
+            kinds[name] = self.runs[name]
+        kinds["first"] = self._starts[self.runs["shard"]] + self.runs["first_scene"]
+        kinds["count"] = np.diff(kinds["first"], append=len(self))
+        return kinds
+
+    def heldout_scenes(
+        self, fraction: float, extremes: tuple[int, int] | None = None
+    ) -> Int64[np.ndarray, " scenes"] | None:
+        """The scenes that `heldout_mask` selects, ascending, without a look at an index; None if only indexes tell."""
+        if not fraction or not len(self):
+            return np.zeros(0, np.int64)
+        lowest, highest = extremes or self.group_hashes
+        if lowest < int(fraction * 2**64) <= highest and fraction > manifest.LISTED_SHARE:
+            return None
+        mask = heldout_mask(self.heldout["group"], fraction, (lowest, highest))
+        return np.sort(self.heldout["scene"][mask].astype(np.int64))
+
     def entries(self, scenes: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
-        """Looks up scenes, in [0, len), in the index: `ENTRY_DTYPE`."""
-        entries = np.empty(len(scenes), _NESTED_ENTRY)
+        """Looks up scenes, in [0, len): `ENTRY_DTYPE`. Their groups are 0 if `kinds` tells the rest."""
+        entries = np.zeros(len(scenes), _NESTED_ENTRY)
         shards = np.searchsorted(self._starts, scenes, side="right") - 1
+        entries["shard"] = shards
+        if self.kinds is not None:
+            runs = np.searchsorted(self.kinds["first"], scenes, side="right") - 1
+            for name in ("class_id", "frames", "stream_set"):
+                entries["scene"][name] = self.kinds[name][runs]
+            first_grids, num_grids = self._run_grids
+            entries["scene"]["first_grid"] = first_grids[runs] + (scenes - self.kinds["first"][runs]) * num_grids[runs]
+            return entries.view(ENTRY_DTYPE)
         order = np.argsort(shards, kind="stable")
         shard_starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
         for rows in np.split(order, shard_starts[1:]) if len(order) else ():
             shard = int(shards[rows[0]])
             entries["scene"][rows] = self.shards[shard].scenes(scenes[rows] - self._starts[shard])
-        entries["shard"] = shards
         return entries.view(ENTRY_DTYPE)
+
+    @functools.cached_property
+    def _run_grids(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first grid of each of `kinds` in its shard, and the grids of each of its scenes."""
+        assert self.kinds is not None
+        num_grids = self.kinds["frames"] * self._num_streams[self.kinds["stream_set"]]
+        ends = np.cumsum(num_grids * self.kinds["count"])
+        before = ends - num_grids * self.kinds["count"]  # in the store
+        is_first = self.runs["first_scene"] == 0
+        return before - before[is_first][np.cumsum(is_first) - 1], num_grids
 
     def grids(
         self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]

@@ -142,8 +142,9 @@ class Shard:
 
     def read_into(self, target: UInt8[np.ndarray, "count bytes"], first: int) -> None:
         """`read` into a part of an array, from local disk."""
+        file = _codes_file(self)  # held until the read ends: another thread's files may evict it
         try:
-            size = os.preadv(_codes_file(self).descriptor, [target.data], first * self._grid_bytes)
+            size = os.preadv(file.descriptor, [target.data], first * self._grid_bytes)
         except OSError:
             size = 0
         if size < target.nbytes:

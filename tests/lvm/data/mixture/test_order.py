@@ -1,5 +1,6 @@
 """The order of data is a function of (config, seed, step), at any size and for any number of processes and workers."""
 
+import dataclasses
 import hashlib
 import os
 import socket
@@ -20,7 +21,7 @@ from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.permutation import SHUFFLES
 from lvm.data.mixture.recipes import Category, Pairs, Single, Video
 from lvm.data.mixture.rows import Rows
-from lvm.data.mixture.sampler import RankIndex
+from lvm.data.mixture.sampler import RankIndex, RunIndex
 from lvm.data.mixture.split import group_hash
 from lvm.data.store.format import SCENE_DTYPE, Scene
 from lvm.data.store.jsonl import LineReads
@@ -37,7 +38,7 @@ class HugeStore(Store):
     path, stream_sets, classes, codes_per_image, num_codes = "huge", (("rgb",),), (), 4, 2**16
     manifest = {"tokenizer": {"weights": "", "hash": "", "grid": [2, 2], "num_codes": 2**16}}  # noqa: RUF012
 
-    indexes = ()
+    indexes, kinds = (), None
 
     def __init__(self, length):
         self.indexes = [np.broadcast_to(np.array((2**63, 0, -1, 1, 0), SCENE_DTYPE), (length,))]
@@ -93,6 +94,42 @@ def test_two_billion_sentences_are_fast_in_little_memory(monkeypatch, packing, s
     tracemalloc.stop()
     if packing == "whole":
         assert not sentences[0] & sentences[HUGE // 4 - 4096]  # the same epoch
+
+
+@given(st.lists(st.booleans(), max_size=60), st.sets(st.integers(0, 59)))
+def test_run_index_selects_as_a_mask_does(usable, scenes):
+    mask, listed = np.array(usable, bool), np.sort(np.array([i for i in scenes if i < len(usable)], np.int64))
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    firsts, counts = edges[::2], edges[1::2] - edges[::2]
+    among = np.isin(np.arange(len(mask)), listed)
+    for inverse, expected in ((False, mask & among), (True, mask & ~among)):
+        index = RunIndex.within(firsts, counts, listed, inverse=inverse)
+        assert index.select(np.arange(len(index))).tolist() == np.flatnonzero(expected).tolist()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 2**-8, 0.2])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_manifest_selects_as_the_indexes_do(make_store, new_scenes, monkeypatch, fraction, split):
+    scenes = [[dataclasses.replace(x, class_name="") for x in new_scenes([(4 + i, i)] * 400, seed=i)] for i in range(2)]
+    paths = tuple(make_store(scenes[i], f"store{i}", num_shards=3) for i in range(2))
+    components = {"single": ComponentConfig(Single()), "pairs": ComponentConfig(Pairs(shots=2), store=paths[1:])}
+    config = MixtureConfig(components, paths, fraction, allow_missing=True)
+    if not fraction and split == "heldout":
+        return
+
+    def select():
+        mixture = Mixture(config, 0, split)
+        chosen = [c.select_grids(np.arange(c.sentences_per_epoch))[0].tolist() for c in mixture.components]
+        codes = [c.sentences(np.arange(3)).tolist() for c in mixture.components]
+        return chosen, codes, [(c.num_scenes, c.num_excluded) for c in mixture.components]
+
+    opened = Mixture(config, 0, split).stores
+    kinds = [None if store.kinds is None else len(store.kinds) for store in opened]
+    result = select()
+    for store in opened:
+        monkeypatch.setattr(store, "kinds", None)
+    assert select() == result
+    assert None not in kinds
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=200), max_size=4))

@@ -1,5 +1,6 @@
 """Stores read where they lie, on object storage."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -110,3 +111,15 @@ def test_open_files_are_bounded(make_store, monkeypatch):
     for i in (*range(len(store)), 0):
         store.scene(i)
     assert len(opened) == 8 + 1 - 2
+
+
+def test_uniform_store_is_opened_without_its_indexes(make_store, new_scenes, tmp_path):
+    scenes = [dataclasses.replace(scene, class_name="") for scene in new_scenes([(1, 0)] * 3000)]
+    make_store(scenes, "bucket/store", num_shards=30)
+    config = MixtureConfig({"single": ComponentConfig(Single())}, ("gs://bucket/store",), 2**-9)
+    with object_server(tmp_path) as server:
+        train, heldout = (Mixture(config, 0, split) for split in ("train", "heldout"))
+        assert train.stores[0] is heldout.stores[0]
+        Rows(train, Vocabulary.for_codes(16), 40, 16)
+        assert server.counts["requests"] < 10
+        assert [c.num_scenes for c in train.components + heldout.components] == [2998, 2]
