@@ -28,7 +28,8 @@ config.loop.checkpoint_every config.loop.keep config.loop.keep_every config.loop
 config.loop.input_workers config.loop.profile config.loop.compilation_cache config.loop.wandb
 config.loop.spike.deviations config.loop.spike.window config.loop.spike.skip_before config.loop.spike.max_rewinds
 config.loop.watchdog.factor config.loop.watchdog.min_timeout_s config.loop.watchdog.startup_timeout_s
-config.loop.watchdog.pause_timeout_s
+config.loop.watchdog.pause_timeout_s config.loop.local_checkpoint.folder config.loop.local_checkpoint.every
+config.loop.local_checkpoint.keep
 """
 REFUSED = """
 config.seed config.batch_size config.init_from config.optimizer.name config.optimizer.schedule
@@ -86,12 +87,13 @@ optimizer.learning_rate=0.00015 optimizer.end_learning_rate=3e-05 optimizer.warm
 optimizer.warmup_tokens=0 optimizer.decay_steps=0 optimizer.decay_tokens=0 optimizer.b1=0.9 optimizer.b2=0.95
 optimizer.epsilon=1e-08 optimizer.weight_decay=0.1 optimizer.weight_decay_mask='matrices'
 optimizer.moment_dtype='float32' optimizer.clip_norm=1.0 mesh.data=-1 mesh.fsdp=1 mesh.sequence=1 mesh.tensor=1
-mesh.zero1=False distributed.initialization_timeout=300 distributed.heartbeat_timeout=100 loop.total_steps=100000
+mesh.zero1=False distributed.initialization_timeout=3600 distributed.heartbeat_timeout=100 loop.total_steps=100000
 loop.total_tokens=0 loop.log_every=50 loop.evaluate_every=1000 loop.picture_every=5000 loop.checkpoint_every=1000
 loop.keep=2 loop.keep_every=0 loop.max_skipped=10 loop.input_workers=0 loop.profile=() loop.compilation_cache=''
 loop.wandb='' loop.spike.deviations=0.0 loop.spike.window=128 loop.spike.skip_before=100 loop.spike.max_rewinds=10
 loop.watchdog.factor=10.0 loop.watchdog.min_timeout_s=300.0 loop.watchdog.startup_timeout_s=3600.0
-loop.watchdog.pause_timeout_s=3600.0
+loop.watchdog.pause_timeout_s=3600.0 loop.local_checkpoint.folder='' loop.local_checkpoint.every=50
+loop.local_checkpoint.keep=2
 """
 LVM_DEFAULTS = """
 batch_size=128 heldout_batches=4 tokenizer='' accept_changed_mixture=False compiler_options='' deterministic=False
