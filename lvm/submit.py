@@ -2,6 +2,7 @@
 
     lvm submit --on=local --processes=2 --config=FILE --workdir=DIR
     lvm submit --on=tpu-vm --accelerator=v5litepod-256 --run=NAME --config=FILE --workdir=gs://…
+    lvm submit encode --on=slurm --workers=500 --run=NAME --tokenizer=DIR --source=SOURCE --out=STORE
     lvm submit {watch,logs,status,cancel,list} --on=… --run=NAME
 
 Arguments that begin with `--config` are passed on to `lvm train`. `--dry_run` writes every file and prints every
@@ -16,9 +17,11 @@ from pathlib import Path
 
 from lvm.common import cli
 from lvm.common.errors import UserError
+from lvm.data.store.status import describe_progress
 from lvm.hardware.accelerators import resolve
 from lvm.launch import backends, requests
 from lvm.launch.requests import ClusterConfig
+from tokenizer import encode
 
 VERBS = ("watch", "logs", "status", "cancel", "list")
 
@@ -46,7 +49,10 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
             raise UserError(f"{train_arguments[0]}: {verb} takes no configuration")
         _reject_flags(args, verb, _SUBMISSION_FLAGS)
         submitted = backends.load_submitted(args.on, name, site, folder, args.workdir)
-        return backends.manage(verb, args.on, submitted, args.poll)
+        code = backends.manage(verb, args.on, submitted, args.poll)
+        if verb == "status" and submitted.store:
+            print("\n".join(describe_progress(submitted.store)))
+        return code
     if not any(argument.partition("=")[0] == "--config" for argument in train_arguments):
         raise UserError("--config: required, the config file of the run")
     if not args.workdir:
@@ -75,6 +81,54 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
     return 0
 
 
+def _run_encode(args: cli.Args, names: Sequence[str]) -> int:
+    """Submits an encoding; `names` are the flags that are passed on to `tokenizer.encode`."""
+    used = ClusterConfig.keys_of(args.on)
+    _reject_flags(args, f"--on={args.on}", [name for name in _CLUSTER_KEYS if name not in used])
+    if not args.source or not args.run:
+        raise UserError(f"--{'run' if args.source else 'source'}: required")
+    if args.num_shards < args.workers:
+        raise UserError(f"--num_shards={args.num_shards}: less than --workers={args.workers}; use a multiple of it")
+    for name in ("tokenizer", "source", "out"):
+        path = args[name].value
+        if args.on == "gke" and path and not path.startswith("gs://") and not path.endswith(".py"):
+            raise UserError(f"--{name}={path}: hosts share no disk; use gs://…")
+    settings = {name: args[name].value for name in _CLUSTER_KEYS if args[name].value is not None}
+    request = requests.EncodeRequest(
+        name=args.run,
+        workdir=f"{args.out.rstrip('/')}.encode",
+        site=requests.read_cluster_config(args.site, settings),
+        commit=args.commit,
+        slice=resolve(args.accelerator) if args.accelerator else None,
+        capacity="spot" if args.spot else requests.CAPACITIES[0],
+        environment=requests.parse_pairs("env", args.env),
+        secrets=requests.parse_pairs("secret", args.secret, default_to_name=True),
+        max_restarts=args.max_restarts,
+        encode_arguments=tuple(f"--{name}={args[name].value}" for name in names if args[name].present),
+        store=args.out,
+        workers=args.workers,
+        parallelism=min(args.parallelism or args.workers, args.workers),
+    )
+    if args.check:
+        encode.check(args)
+    folder = Path(args.folder or f"runs/submitted/{args.run}")
+    backends.submit(args.on, request, folder, args.ship_changes, plan=False, dry_run=args.dry_run)
+    return 0
+
+
+def _main_encode(argv: Sequence[str]) -> int:
+    flags = cli.Flags(__doc__)
+    encode.define_settings(flags)
+    names = flags.names()
+    flags.enum("on", "slurm", backends.SCHEDULERS, "backend; elsewhere, run `tokenizer encode` itself on every host")
+    flags.integer("workers", 1, "groups of shards, each a task of the scheduler", lower_bound=1, upper_bound=100_000)
+    flags.integer("parallelism", None, "workers at a time; default: all", lower_bound=1)
+    flags.boolean("check", True, "submit only what `tokenizer encode` accepts, by opening tokenizer, source and store")
+    flags.string("folder", "", "folder for the run's files; default: runs/submitted/RUN")
+    _define_common(flags)
+    return flags.run(lambda args: _run_encode(args, names), argv)
+
+
 def _run_name(args: cli.Args, verb: str) -> str:
     if verb == "list":
         return ""
@@ -101,34 +155,40 @@ def _reject_flags(args: cli.Args, context: str, names: Iterable[str]) -> None:
             raise UserError(f"--{name}: has no effect with {context}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    flags = cli.Flags(__doc__)
-    flags.enum("on", backends.LOCAL, backends.NAMES, "backend")
+def _define_common(flags: cli.Flags) -> None:
     flags.string("run", "", "name of the run, the same at every submission; default on this machine: the workdir's")
-    flags.string("workdir", "", "directory of the run")
     flags.string("accelerator", "", "slice or GPUs: v5litepod-256, v5e:16x16, v5p-128, h100-64")
-    flags.integer("slices", 1, "number of slices", lower_bound=1)
-    flags.integer("processes", 1, "number of processes on this machine", lower_bound=1)
-    flags.float("grace", 60.0, "seconds from SIGTERM to SIGKILL, on this machine", lower_bound=0.0)
     flags.integer("max_restarts", 3, "restart budget for failures; 0 never restarts", lower_bound=0)
     flags.boolean("spot", False, "use preemptible capacity")
-    flags.boolean("reserved", False, "use reserved capacity")
-    flags.boolean("queued", False, "wait for capacity for up to a week")
     flags.multi_string("env", "NAME=VALUE: environment variable of the run")
     flags.multi_string("secret", "NAME or NAME=SECRET: environment variable that is read from a secret")
-    flags.multi_string("sweep", "KEY=VALUE,VALUE: one run per value, as a Slurm array job")
     flags.string("site", None, "YAML file of cluster settings, the flags --project to --setup")
     flags.string("commit", "", "revision of the code; default: HEAD")
     flags.boolean("ship_changes", False, "ship uncommitted changes too, and record them")
-    flags.boolean("plan", True, "submit only what fits by `lvm plan`")
     flags.boolean("dry_run", False, "write the files and print the commands without running any")
-    flags.string("out", "", "folder for the run's files; default: runs/submitted/RUN")
-    flags.float("poll", 60.0, "seconds between checks by watch", lower_bound=0.01)
     for field in dataclasses.fields(ClusterConfig):
         define = flags.integer if isinstance(field.default, int) else flags.string
         define(field.name, None, field.metadata["help"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] == "encode":
+        return _main_encode(argv[1:])
+    flags = cli.Flags(__doc__)
+    flags.enum("on", backends.LOCAL, backends.NAMES, "backend")
+    flags.string("workdir", "", "directory of the run")
+    flags.integer("slices", 1, "number of slices", lower_bound=1)
+    flags.integer("processes", 1, "number of processes on this machine", lower_bound=1)
+    flags.float("grace", 60.0, "seconds from SIGTERM to SIGKILL, on this machine", lower_bound=0.0)
+    flags.boolean("reserved", False, "use reserved capacity")
+    flags.boolean("queued", False, "wait for capacity for up to a week")
+    flags.multi_string("sweep", "KEY=VALUE,VALUE: one run per value, as a Slurm array job")
+    flags.boolean("plan", True, "submit only what fits by `lvm plan`")
+    flags.string("out", "", "folder for the run's files; default: runs/submitted/RUN")
+    flags.float("poll", 60.0, "seconds between checks by watch", lower_bound=0.01)
+    _define_common(flags)
     train_arguments = tuple(argument for argument in argv if argument.startswith("--config"))
     argv = [argument for argument in argv if argument not in train_arguments]
     verb = argv.pop(0) if argv and argv[0] in VERBS else ""

@@ -227,7 +227,7 @@ def test_submit_status_logs_cancel_list(tmp_path, programs, name):
     }  # fmt: skip
     assert programs.calls[-1] == cancels[on]
     manage(tmp_path, "list", name)
-    words = {"tpu-vm": "list", "gke": "jobsets", "slurm": "squeue"}
+    words = {"tpu-vm": "list", "gke": "jobsets,jobs", "slurm": "squeue"}
     assert words[on] in programs.calls[-1]
 
 

@@ -31,7 +31,7 @@ from lvm.data.images.decode_worker import Limits
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import ImageSource, open_any_source
 from lvm.data.store import failures, writer
-from lvm.data.store.manifest import MANIFEST
+from lvm.data.store.manifest import HEADER, MANIFEST
 from lvm.data.store.reader import Store
 from lvm.data.store.shard_queue import ShardQueue
 from lvm.data.store.status import describe_progress
@@ -131,7 +131,9 @@ def _make_writer(args: cli.Args) -> ShardWriter:
         return CodeCopier(tokenizer, source, args.out, num_shards)
     if tokenizer is None:
         raise UserError("--tokenizer: required to encode images")
-    workers = max(1, (os.cpu_count() or 1) - 1) if args.workers is None else args.workers
+    workers = args["workers"].value if "workers" in args else 0  # a check reads no images
+    if workers is None:
+        workers = max(1, (os.cpu_count() or 1) - 1)
     return Encoder(tokenizer, source, args.out, num_shards, args.batch_size, augment, workers, limits)
 
 
@@ -146,15 +148,30 @@ def _run(args: cli.Args) -> None:
         finish_now(args.out)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    flags = cli.Flags(__doc__)
+def check(args: cli.Args) -> None:
+    """Raises UserError unless a process with these flags could encode: opens tokenizer and source, compares headers."""
+    shard_writer = _make_writer(args)
+    if (epath.Path(args.out) / HEADER).exists():
+        writer.check_header(args.out, shard_writer.header(), shard_writer.num_shards, ignored=("device_kind",))
+
+
+def define_settings(flags: cli.Flags) -> None:
+    """Defines the flags that are equal for all processes."""
     flags.string("tokenizer", "", "tokenizer folder")
     flags.string("source", "", "image source: a folder, a file, or a config file")
     flags.string("out", None, "store to write, local or gs://", required=True)
     flags.integer("num_shards", 4, "number of shards")
     flags.integer("batch_size", 64, "images per device and call")
     flags.integer("augment", 0, "seeded crops and flips of each scene; 0 encodes each scene as it is")
+    seconds = "a worker's time limit in seconds for a scene, for every 16 images of a longer one"
+    flags.float("decode_timeout_s", Limits.decode_timeout_s, seconds)
+    flags.float("decode_memory_gb", Limits.decode_memory_gb, "a worker's memory limit in GB")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = cli.Flags(__doc__)
+    define_settings(flags)
     flags.string(
         "shard", "", "i/n: encode group i, from 0, of n groups of shards; default: shards that no other process encodes"
     )
@@ -162,9 +179,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.boolean("finish", False, "only write the manifest, if all shards exist")
     workers = "processes that read images; 0 for threads of this one, which a damaged file can end; default: cores - 1"
     flags.integer("workers", None, workers)
-    seconds = "a worker's time limit in seconds for a scene, for every 16 images of a longer one"
-    flags.float("decode_timeout_s", Limits.decode_timeout_s, seconds)
-    flags.float("decode_memory_gb", Limits.decode_memory_gb, "a worker's memory limit in GB")
     return flags.run(_run, argv)
 
 

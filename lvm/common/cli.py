@@ -23,6 +23,7 @@ PARENT = "LVM_PARENT"  # environment variable: the command is killed when the pr
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 _PATH = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
+_EVERY = ("flagfile", "undefok", "help", "h", "quiet", "verbose", "v")
 Args = absl_flags.FlagValues  # parsed flags: `args.workdir`, `args["workdir"].present`
 
 
@@ -40,6 +41,10 @@ class Flags:
         self.boolean("help", False, "print this help", short_name="h")
         self.boolean("quiet", False, "log warnings and errors only")
         self.boolean("verbose", False, "log debug messages, and what libraries log", short_name="v")
+
+    def names(self) -> list[str]:
+        """The flags defined so far, besides those of every command."""
+        return [name for name in self._values if name not in _EVERY]
 
     def string(self, name: str, default: str | None, help: str, **options: Any) -> None:
         absl_flags.DEFINE_string(name, default, help, flag_values=self._values, **options)

@@ -12,7 +12,7 @@ from lvm.common import files, progress
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.launch import code, gke, local, shell, slurm, tpu_vm
-from lvm.launch.requests import ClusterConfig, Request, SubmittedRun
+from lvm.launch.requests import ClusterConfig, EncodeRequest, Request, SubmittedRun
 from lvm.launch.shell import Command, CommandError
 
 
@@ -36,6 +36,7 @@ class Backend(Protocol):
 LOCAL = "local"
 _REMOTE: dict[str, Backend] = {"tpu-vm": tpu_vm, "gke": gke, "slurm": slurm}
 NAMES = (LOCAL, *_REMOTE)
+SCHEDULERS = ("slurm", "gke")  # which distribute the groups of an encoding
 _RECORD = "submitted.json"
 
 
@@ -66,6 +67,8 @@ def submit(backend: str, request: Request, folder: Path, ship_changes: bool, pla
     if diff := code.uncommitted_diff(request.commit):
         (folder / "changes.diff").write_text(diff, "utf-8")
     record = {"on": backend, "workdir": request.workdir, "commit": request.commit}
+    if isinstance(request, EncodeRequest):
+        record["store"] = request.store
     files.write_json(folder / _RECORD, {**record, "site": dataclasses.asdict(request.site)})
     shell.run(code.archive_command(request.commit, folder / f"{request.commit}.tar.gz"), folder)
     commands = _REMOTE[backend].submit(request)
@@ -129,7 +132,7 @@ def load_submitted(backend: str, name: str, site: ClusterConfig, folder: Path, w
             raise UserError(f"--on={backend}, but {name} was submitted to {record['on']} ({folder})")
         if site == ClusterConfig() and backend != LOCAL:
             site = ClusterConfig(**record["site"])
-        workdir = workdir or record["workdir"]
+        return SubmittedRun(name, workdir or record["workdir"], site, folder, record.get("store", ""))
     return SubmittedRun(name, workdir, site, folder)
 
 

@@ -8,10 +8,11 @@ import yaml
 from lvm.common import distributed, errors
 from lvm.common.errors import UserError
 from lvm.launch import shell
-from lvm.launch.requests import ClusterConfig, Request, SubmittedRun
+from lvm.launch.requests import ClusterConfig, EncodeRequest, Request, SubmittedRun
 from lvm.launch.shell import Command
 
-MANIFEST = "jobset.yaml"
+MANIFEST, ENCODE_MANIFEST = "jobset.yaml", "job.yaml"
+_INDEX = "SHARD_GROUP"  # variable
 _LABEL = "lvm-run"
 _PORT = 8476
 _GRACE = 300  # seconds from SIGTERM to SIGKILL: enough to save a checkpoint
@@ -42,8 +43,16 @@ def validate(request: Request) -> None:
         if generation not in _GPU_LABELS:
             raise UserError(f"--accelerator: GKE has no {generation}; use one of {', '.join(_GPU_LABELS)}")
 
+    if isinstance(request, EncodeRequest) and request.hardware.hosts > 1:
+        raise UserError(
+            f"--accelerator={request.hardware.name}: {request.hardware.hosts} hosts; a worker is one host, such as "
+            "v5litepod-8 or h100-8, and --workers is their number"
+        )
+
 
 def files(request: Request) -> dict[str, str]:
+    if isinstance(request, EncodeRequest):
+        return {ENCODE_MANIFEST: yaml.safe_dump(encode_manifest(request), sort_keys=False)}
     return {MANIFEST: yaml.safe_dump(manifest(request), sort_keys=False)}
 
 
@@ -53,12 +62,12 @@ def submit(request: Request) -> list[Command]:
     return [
         ["gcloud", "storage", "cp", f"{request.commit}.tar.gz", request.archive],
         ["gcloud", "container", "clusters", "get-credentials", site.cluster, *location],
-        [*_kubectl(site), "create", f"--filename={MANIFEST}"],
+        [*_kubectl(site), "create", f"--filename={next(iter(files(request)))}"],
     ]
 
 
 def status(run: SubmittedRun) -> Command:
-    return [*_kubectl(run.site), "get", "jobset,pods", f"--selector={_LABEL}={run.name}", "--output=wide"]
+    return [*_kubectl(run.site), "get", f"{_kind(run)},pods", f"--selector={_LABEL}={run.name}", "--output=wide"]
 
 
 def logs(run: SubmittedRun) -> Command:
@@ -67,15 +76,21 @@ def logs(run: SubmittedRun) -> Command:
 
 
 def cancel(run: SubmittedRun) -> Command:
-    return [*_kubectl(run.site), "delete", "jobset", run.name]
+    return [*_kubectl(run.site), "delete", _kind(run), run.name]
 
 
 def list_runs(run: SubmittedRun) -> Command:
-    return [*_kubectl(run.site), "get", "jobsets", f"--selector={_LABEL}", "--output=wide"]
+    return [*_kubectl(run.site), "get", "jobsets,jobs", f"--selector={_LABEL}", "--output=wide"]
+
+
+def _kind(run: SubmittedRun) -> str:
+    return "job" if run.store else "jobset"
 
 
 def watch(run: SubmittedRun, poll: float) -> int:
     """Logs the run's state until it has ended; the cluster restarts it. Returns 0 if it completed, 1 if it failed."""
+    if run.store:
+        return _watch_job(run, poll)
     command = [*_kubectl(run.site), "get", "jobset", run.name, "--output=json"]
 
     def check() -> tuple[str, int | None]:
@@ -87,12 +102,56 @@ def watch(run: SubmittedRun, poll: float) -> int:
     return shell.watch(run.name, check, poll)
 
 
-def manifest(request: Request) -> dict[str, Any]:
-    """The JobSet, `jobset.x-k8s.io/v1alpha2`."""
+def _watch_job(run: SubmittedRun, poll: float) -> int:
+    command = [*_kubectl(run.site), "get", "job", run.name, "--output=json"]
+
+    def check() -> tuple[str, int | None]:
+        status = json.loads(shell.run(command, run.folder, quiet=True)).get("status", {})
+        ended = [item["type"] for item in status.get("conditions", ()) if item["status"] == "True"]
+        code = 0 if "Complete" in ended else 1 if "Failed" in ended else None
+        counts = ", ".join(f"{status.get(key, 0)} {key}" for key in ("active", "succeeded", "failed"))
+        return f"{ {0: 'complete', 1: 'failed', None: 'running'}[code] }; pods: {counts}", code
+
+    return shell.watch(run.name, check, poll)
+
+
+def encode_manifest(request: EncodeRequest) -> dict[str, Any]:
+    """The Indexed Job, `batch/v1`: an index is a group of shards, which the next free pod takes."""
+    metadata = _metadata(request)
+    pod = _pod(request)
+    (container,) = pod["containers"]
+    container["args"].append(f"--shard=$({_INDEX})/{request.workers}")
+    container["env"].append(_from_index(_INDEX))
+    ignored = [{"type": "DisruptionTarget", "status": "True"}]  # preempted or drained: not counted as a failure
+    spec = {
+        "completions": request.workers,
+        "parallelism": request.parallelism,
+        "completionMode": "Indexed",
+        "backoffLimitPerIndex": request.max_restarts,
+        "maxFailedIndexes": max(1, request.workers // 10),
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "Ignore", "onPodConditions": ignored},
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [*_FINAL]}},
+            ]
+        },
+        "template": {"metadata": {"labels": {_LABEL: request.name}}, "spec": pod},
+    }
+    if request.site.queue:
+        spec["suspend"] = True  # until Kueue admits it
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def _metadata(request: Request) -> dict[str, Any]:
     labels: dict[str, str] = {_LABEL: request.name}
     if request.site.queue:
         labels["kueue.x-k8s.io/queue-name"] = request.site.queue
-    metadata: dict[str, Any] = {"name": request.name, "namespace": request.site.namespace, "labels": labels}
+    return {"name": request.name, "namespace": request.site.namespace, "labels": labels}
+
+
+def manifest(request: Request) -> dict[str, Any]:
+    """The JobSet, `jobset.x-k8s.io/v1alpha2`."""
+    metadata = _metadata(request)
     if request.hardware.accelerator.platform == "tpu":
         # Each job has a slice to itself.
         exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
@@ -173,11 +232,10 @@ def _container(request: Request, resource: str) -> dict[str, Any]:
     variables += [_secret(name, source) for name, source in request.secrets.items()]
     if request.hardware.accelerator.platform == "gpu" and request.hardware.hosts > 1:
         # By these the hosts join: JobSet names every pod, and the job indexes them.
-        index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
         variables += [
             {"name": distributed.COORDINATOR, "value": f"{request.name}-host-0-0.{request.name}:{_PORT}"},
             {"name": distributed.NUM_PROCESSES, "value": str(request.hardware.hosts)},
-            {"name": distributed.PROCESS_ID, "valueFrom": index},
+            _from_index(distributed.PROCESS_ID),
         ]
     return {
         "name": "lvm",
@@ -188,6 +246,12 @@ def _container(request: Request, resource: str) -> dict[str, Any]:
         "resources": {"limits": {resource: request.hardware.chips_per_host}},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
     }
+
+
+def _from_index(name: str) -> dict[str, Any]:
+    """Variable with the index of the pod in its job."""
+    path = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
 def _secret(name: str, source: str) -> dict[str, Any]:

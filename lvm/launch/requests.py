@@ -103,9 +103,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class SubmittedRun(Run):
-    """A run that was submitted, or all runs of a site if the name is "". `folder`: its files on this machine."""
+    """A run that was submitted, or all runs of a site if the name is "".
+
+    Attributes:
+      folder: its files on this machine.
+      store: the store that it encodes; "" for training.
+    """
 
     folder: Path = Path()
+    store: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +179,33 @@ class Request(Run):
         """Raises UserError unless the workdir is on Google Cloud Storage."""
         if not self.workdir.startswith("gs://"):
             raise UserError(f"--workdir={self.workdir}: hosts share no disk; use gs://…")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeRequest(Request):
+    """An encoding to submit: tasks of a scheduler, each of which encodes one group of the store's shards.
+
+    Attributes:
+      encode_arguments: arguments of `tokenizer.encode` besides the group.
+      store: the store.
+      workers: number of groups and tasks.
+      parallelism: tasks at a time.
+    """
+
+    encode_arguments: tuple[str, ...] = ()
+    store: str = ""
+    workers: int = 1
+    parallelism: int = 1
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """Arguments of `python` in each task, without the group."""
+        return ("-m", "tokenizer.encode", *self.encode_arguments)
+
+    @property
+    def supervised_command(self) -> tuple[str, ...]:
+        """`command`: the scheduler repeats tasks that fail."""
+        return self.command
 
 
 def check_run_name(name: str) -> None:

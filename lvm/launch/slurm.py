@@ -4,10 +4,11 @@ import shlex
 
 from lvm.common.errors import UserError
 from lvm.launch import shell
-from lvm.launch.requests import VARIABLE, Request, SubmittedRun
+from lvm.launch.requests import VARIABLE, EncodeRequest, Request, SubmittedRun
 from lvm.launch.shell import Command, CommandError
 
-SCRIPT = "job.sh"
+SCRIPT, FINISH = "job.sh", "finish.sh"
+_ENCODE_GRACE = 60  # as `_GRACE`, for tasks that save nothing
 _GRACE = 300  # seconds before the time limit at which a job receives SIGTERM
 
 
@@ -19,6 +20,8 @@ def validate(request: Request) -> None:
         raise UserError("--slices: for TPUs; under Slurm use --nodes")
     if request.capacity != "on-demand":
         raise UserError(f"--{request.capacity}: under Slurm, the --partition determines the capacity")
+    if isinstance(request, EncodeRequest) and _nodes_and_gpus(request)[0] > 1:
+        raise UserError(f"{_nodes_and_gpus(request)[0]} nodes: a worker is one node; --workers is their number")
     for variable in request.secrets.values():
         if not VARIABLE.fullmatch(variable):
             raise UserError(f"--secret: {variable!r} is not an environment variable; Slurm takes secrets from those")
@@ -28,15 +31,24 @@ def validate(request: Request) -> None:
 
 def files(request: Request) -> dict[str, str]:
     """The batch script; each task of an array job runs one run of a sweep."""
+    if isinstance(request, EncodeRequest):
+        return {SCRIPT: _encode_script(request), FINISH: _finish_script(request)}
     return {SCRIPT: _script(request)}
 
 
 def submit(request: Request) -> list[Command]:
     code, logs = f"{request.launch_folder}/{request.commit}", _log_folder(request.workdir)
+    unpack = [["mkdir", "-p", code, logs], ["tar", "-xzf", f"{request.commit}.tar.gz", "-C", code]]
+    if not isinstance(request, EncodeRequest):
+        return [*unpack, ["sbatch", "--parsable", *_options(request, logs), SCRIPT]]
+    limit = f"%{request.parallelism}" if request.parallelism < request.workers else ""
+    array = [f"--array=0-{request.workers - 1}{limit}", f"--signal=B:TERM@{_ENCODE_GRACE}"]
+    # A singleton begins when all tasks of the jobs with its name have ended.
+    finish = [*_common_options(request, logs), "--ntasks=1", "--dependency=singleton"]
     return [
-        ["mkdir", "-p", code, logs],
-        ["tar", "-xzf", f"{request.commit}.tar.gz", "-C", code],
-        ["sbatch", "--parsable", *_options(request, logs), SCRIPT],
+        *unpack,
+        ["sbatch", "--parsable", *_node_options(request), *_common_options(request, logs), *array, SCRIPT],
+        ["sbatch", "--parsable", *finish, FINISH],
     ]
 
 
@@ -120,10 +132,55 @@ def _options(request: Request, logs: str) -> list[str]:
     ]
 
 
-def _script(request: Request) -> str:
+def _node_options(request: EncodeRequest) -> list[str]:
+    _, gpus = _nodes_and_gpus(request)
+    return ["--nodes=1", "--ntasks-per-node=1", f"--gpus-per-node={gpus}", "--exclusive"]
+
+
+def _common_options(request: EncodeRequest, logs: str) -> list[str]:
+    site = request.site
+    return [
+        f"--job-name={request.name}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={logs.replace('%', '%%')}/%x-%j.out",
+        *(f"--{key}={getattr(site, key)}" for key in ("partition", "account", "time") if getattr(site, key)),
+        "--export=ALL",  # as in `_options`
+    ]
+
+
+def _encode_script(request: EncodeRequest) -> str:
+    return shell.render_script(
+        "slurm_encode.sh",
+        name=request.name,
+        exports=shell.export_lines(request.environment),
+        secrets=_secret_lines(request),
+        setup=request.site.setup,
+        folder=shlex.quote(f"{request.launch_folder}/{request.commit}"),
+        command=shlex.join(request.command),
+        workers=str(request.workers),
+        max_restarts=str(request.max_restarts),
+    )
+
+
+def _finish_script(request: EncodeRequest) -> str:
+    return shell.render_script(
+        "slurm_finish.sh",
+        name=request.name,
+        setup=request.site.setup,
+        folder=shlex.quote(f"{request.launch_folder}/{request.commit}"),
+        store=shlex.quote(request.store),
+    )
+
+
+def _secret_lines(request: Request) -> str:
     secrets = request.secrets.items()
     missing = [f': "${{{source}:?the secret {name} is not in the environment}}"' for name, source in secrets]
     renamed = [f'export {name}="${{{source}}}"' for name, source in secrets if name != source]
+    return "\n".join([*missing, *renamed])
+
+
+def _script(request: Request) -> str:
     environment = dict(request.environment)
     if request.site.processes_per == "node":  # JAX uses one GPU per process under Slurm by default
         _, gpus = _nodes_and_gpus(request)
@@ -132,7 +189,7 @@ def _script(request: Request) -> str:
         "slurm_job.sh",
         name=request.name,
         exports=shell.export_lines(environment),
-        secrets="\n".join([*missing, *renamed]),
+        secrets=_secret_lines(request),
         setup=request.site.setup,
         folder=shlex.quote(f"{request.launch_folder}/{request.commit}"),
         job="\n".join(_jobs(request)),

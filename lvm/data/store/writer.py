@@ -279,9 +279,17 @@ def begin_store(folder: epath.PathLike, header: Mapping[str, Any], num_shards: i
         raise UserError(f"{folder}: not empty and not a store; choose a new folder for --out")
     if files.create(path, files.json_bytes(new)):
         return
+    check_header(folder, header, num_shards)
+
+
+def check_header(
+    folder: epath.PathLike, header: Mapping[str, Any], num_shards: int, ignored: Sequence[str] = ()
+) -> None:
+    """Raises UserError unless a store's header is this one, apart from the ignored keys."""
+    path, new = epath.Path(folder) / HEADER, files.as_json({"version": VERSION, **header, "num_shards": num_shards})
     old = files.read_json(path)
     check_version(path, old.get("version"))
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    keys = [key for key in sorted((old.keys() | new.keys()) - set(ignored)) if old.get(key) != new.get(key)]
     if keys:
         changes = ", ".join(_describe_change(key, old.get(key), new.get(key)) for key in keys)
         raise UserError(
