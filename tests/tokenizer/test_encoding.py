@@ -177,7 +177,7 @@ def test_existing_shards_are_not_encoded_again(tokenizer, reference, tmp_path, m
 
 def test_finish_removes_leftovers_of_killed_processes(tokenizer, reference, tmp_path):
     folder = encode(tokenizer, tmp_path / "store")
-    for name in (".manifest.json.999999999.tmp", ".shard-00002-of-00004.json.999999999.tmp"):
+    for name in (".manifest.index.999999999.tmp", ".shard-00002-of-00004.json.999999999.tmp"):
         (folder / name).touch()
         os.utime(folder / name, (0, 0))
     assert contents(encode(tokenizer, folder)) == contents(reference)

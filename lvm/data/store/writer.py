@@ -340,7 +340,7 @@ def read_header(folder: epath.PathLike) -> dict[str, Any]:
 
 def _remove_leftovers(folder: pathlib.Path) -> None:
     """Removes temporary files of processes that were killed while writing an entry or a manifest."""
-    for file in folder.glob(".*.json.*.tmp"):
+    for file in [*folder.glob(".*.json.*.tmp"), *folder.glob(".manifest.*.tmp")]:
         process = file.name.split(".")[-2]
         with contextlib.suppress(FileNotFoundError):
             # A process of another host can't be looked up: its recent files may still be in use.
