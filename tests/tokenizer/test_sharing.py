@@ -46,7 +46,7 @@ def test_killed_process_leaves_its_shard_to_others(tmp_path):
     scenes, shards, folder = 48, 12, tmp_path / "store"
     with processes(folder, scenes, shards, [1.0]) as (victim,):
         pathlib.Path(f"{folder}.go").touch()
-        while not list(folder.glob("claims/*")):
+        while not list(folder.glob("claims/shard*")):
             time.sleep(0.01)
         victim.send_signal(signal.SIGKILL)
         victim.wait()
@@ -54,7 +54,7 @@ def test_killed_process_leaves_its_shard_to_others(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(slow_codes.encode, folder, scenes, shards, each) for each in (0.01, 0.02)]:
             done.result(timeout=60)
-    assert not list(folder.glob("claims/*"))
+    assert not list(folder.glob("claims/shard*"))
     slow_codes.encode(tmp_path / "reference", scenes, shards, 0.0)
     assert contents(folder) == contents(tmp_path / "reference")
 
