@@ -16,6 +16,20 @@ from etils.epath import backend
 from gcp_storage_emulator import exceptions, server
 from gcp_storage_emulator.handlers import objects
 
+_PORT = "LVM_TEST_OBJECT_PORT"  # environment variable: processes that a test starts use its server
+
+
+def process_port() -> int:
+    """The port of all servers of a process, of which one may run at a time.
+
+    TensorStore reads a server's address once per process.
+    """
+    if _PORT not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ[_PORT] = str(free.getsockname()[1])
+    return int(os.environ[_PORT])
+
 
 @contextlib.contextmanager
 def fake_gcs() -> Iterator[str]:
@@ -23,13 +37,10 @@ def fake_gcs() -> Iterator[str]:
 
     This process and its children use it for gs://, by `STORAGE_EMULATOR_HOST`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = process_port()
     emulator = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     variables = {
         "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
-        # Read once per process by TensorStore, and so by Orbax.
         "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}",
         "GOOGLE_AUTH_TEST_MODE": "1",
         # Otherwise gcsfs asks the real service for the bucket's type.

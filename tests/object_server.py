@@ -23,7 +23,6 @@ import os
 import pathlib
 import random
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -34,6 +33,8 @@ import fsspec
 import google_crc32c
 from aiohttp import web
 from etils.epath import backend
+
+from tests.gcs import process_port
 
 _BATCHED = re.compile(r"^(DELETE|GET) (\S+) HTTP", re.MULTILINE)
 
@@ -334,20 +335,10 @@ async def _serve(server: ObjectServer, port: int, started: Callable[[], object],
     await runner.cleanup()
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @contextlib.contextmanager
 def object_server(folder: str | os.PathLike | None = None, faults: Faults | None = None) -> Iterator[ObjectServer]:
-    """Runs a server in a thread, and sets its variables in this process's environment.
-
-    TensorStore reads its variable once per process: of several servers in a process, it knows the first one's port.
-    They all have that port, so one is to run at a time.
-    """
-    port = int(os.environ.setdefault("LVM_TEST_OBJECT_PORT", str(_free_port())))
+    """Runs a server in a thread, and sets its variables in this process's environment; one at a time."""
+    port = process_port()
     server = ObjectServer(folder, faults, port)
     started, loop = threading.Event(), asyncio.new_event_loop()
     stopped = asyncio.Event()
@@ -380,7 +371,7 @@ def main() -> None:
     for field in dataclasses.fields(Faults):
         parser.add_argument(f"--{field.name}", type=float, default=field.default)
     args = vars(parser.parse_args())
-    port = _free_port()
+    port = process_port()
     server = ObjectServer(args.pop("folder"), Faults(**args), port)
 
     def started() -> None:

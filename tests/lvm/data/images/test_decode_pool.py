@@ -17,10 +17,13 @@ from tests.commands import ROOT
 from tests.lvm.data.images.misbehaving import DiesOnce, Numbers, Process, Unloadable
 
 SCRIPT = """
+import signal
+
 from lvm.data.images.decode_pool import Chunk, DecodePool
 from lvm.data.images.decode_worker import Limits
 from tests.lvm.data.images.misbehaving import Numbers
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which programs in the background ignore
 loader = Numbers({2: "hang", 3: "hang in C"})
 with DecodePool(2, Limits(decode_timeout_s=1000)) as pool:
     for _ in pool.map(Chunk(loader, [item]) for item in (1, 2, 3)):
@@ -39,6 +42,13 @@ def load(loader, items, workers=1, chunk=5, **limits):
     return results
 
 
+@pytest.fixture(autouse=True)
+def no_worker_is_left():
+    before = psutil.Process().children()  # other tests' fork servers
+    yield
+    assert [child for child in psutil.Process().children() if child not in before] == []
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pool_loads_chunks_in_order(workers):
     results = load(Numbers({}), range(100), workers)
@@ -46,7 +56,6 @@ def test_pool_loads_chunks_in_order(workers):
         np.testing.assert_array_equal(value, np.arange(item), strict=False)
         assert value.dtype == np.int32
         assert value.flags.writeable
-    assert not psutil.Process().children()
 
 
 def test_pool_names_what_ends_or_hangs_its_process():
@@ -61,7 +70,6 @@ def test_pool_names_what_ends_or_hangs_its_process():
         12: "decoding took more memory than there is",
     }
     assert all(len(value) == item for item, value in results.items() if item not in faults)
-    assert not psutil.Process().children()
 
 
 def test_pool_names_what_bloats_its_process():
@@ -113,7 +121,6 @@ def test_loaders_change_between_chunks():
 def test_error_of_a_loader_is_raised(workers):
     with pytest.raises(ValueError, match="a fault of the program"):
         load(Numbers({2: "error"}), range(20), workers)
-    assert not psutil.Process().children()
 
 
 def test_worker_that_cannot_start_is_no_failure_of_items():
