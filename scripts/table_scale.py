@@ -35,13 +35,13 @@ _BEGIN, _END = "<!-- {}: written by scripts.table_scale -->", "<!-- end of {} --
 
 def store_table() -> list[str]:
     """The store: figure, value, source."""
-    index_bytes = format.SCENE_DTYPE.itemsize + 4 + KEY_BYTES + 4 / format.BLOCK_SIZE
-    codes, index = IMAGES * 2 * CODES, IMAGES * index_bytes
+    grid_bytes, index_bytes = format.grid_bytes(CODES), format.SCENE_DTYPE.itemsize + 4 + KEY_BYTES
+    codes, index = IMAGES * grid_bytes, IMAGES * index_bytes
     return _table(
         ["", "value", "source"],
         ["images", f"{IMAGES:,.0f}", "the paper"],
-        ["codes", f"{codes / 1e9:,.0f} GB", f"computed: {2 * CODES} bytes an image"],
-        ["index", f"{index / 1e9:,.0f} GB", f"computed: {index_bytes:g} bytes a scene of one image"],
+        ["codes", f"{codes / 1e9:,.0f} GB", f"computed: {grid_bytes} bytes an image"],
+        ["index", f"{index / 1e9:,.0f} GB", f"computed: {index_bytes} bytes a scene of one image"],
         ["shards", f"{SHARDS:,} of {codes / SHARDS / 1e6:.0f} MB", "chosen"],
         ["storage", f"${(codes + index) / 1e9 * STORAGE_PRICE:,.0f} a month", f"vendor's page: ${STORAGE_PRICE} a GB"],
         ["one epoch of reads", f"${IMAGES * GET_PRICE:,.0f}", f"vendor's page: ${GET_PRICE * 1e6:g} a million"],
