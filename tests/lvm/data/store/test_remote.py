@@ -96,10 +96,11 @@ def test_remote_damage_is_read_once_more_then_named(served):
 def test_slow_ranges_are_requested_again():
     with object_server() as server:
         server["bucket/a"] = bytes(range(100))
-        server.faults = Faults(0.01, slow_share=0.3, slow_s=30.0)
+        server.faults = Faults(0.01, slow_share=0.3, slow_s=3.0)
         for _ in range(3):
             parts = [ranges.Range("gs://bucket/a", i, i + 2) for i in range(60)]
             assert ranges.read_ranges(parts) == [bytes([i, i + 1]) for i in range(60)]
+        assert server.counts["requests"] > 3 * 60
         with pytest.raises(OSError, match="gs://bucket/a"):
             ranges.read_ranges([ranges.Range("gs://bucket/a", 90, 110)])
 
