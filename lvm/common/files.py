@@ -320,8 +320,7 @@ def new_folder(folder: epath.PathLike) -> Iterator[pathlib.Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: exists and isn't an empty folder; choose a new one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(path.parent, f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = pathlib.Path(path.parent, f".{path.name}.{uuid.uuid4().hex}.tmp")  # hosts may share a process id
     temporary.mkdir()
     try:
         yield temporary

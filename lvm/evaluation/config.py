@@ -12,8 +12,8 @@ class EvalConfig:
     """Configuration of an evaluation.
 
     Attributes:
-      source: a folder of images or an image source's config file. By default the source of training, whose held-out
-        scenes are evaluated.
+      source: a folder of images or an image source's config file; required. Of the model's training source, the
+        held-out scenes are evaluated.
       unseen: declares that training saw no image of `source`, so that all its scenes are evaluated.
       max_scenes: upper limit on held-out scenes.
       num_sentences: sentences per component of the mixture, for likelihoods.
