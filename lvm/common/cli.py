@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from lvm.common import errors, logging
 from lvm.common.child_process import end_with_parent
-from lvm.common.commands import exit_process, prepare_output, report_error
+from lvm.common.commands import discard_output, exit_process, prepare_output, print_help, report_error
 from lvm.common.config import expand_home, find_config
 from lvm.common.jax_settings import device_problem, pin_settings
 
@@ -89,7 +89,7 @@ class Flags:
         argv = list(sys.argv[1:] if argv is None else argv)
         try:
             if not self._parse(argv):
-                print(self._help())
+                print_help(self._help())
                 return errors.EXIT_DONE
         except Exception as error:  # a config file may raise anything
             return report_error(_flag_problem(error), errors.EXIT_BAD_INPUT)
@@ -205,7 +205,7 @@ def _guarded(body: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return report_error("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:  # whoever reads the output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return errors.EXIT_ERROR
     except Exception as error:
         message, code = _explain(error)

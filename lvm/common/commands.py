@@ -31,6 +31,19 @@ def prepare_output() -> None:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
+def print_help(text: str) -> None:
+    """Prints text of which whoever reads it may have enough before its end, as `lvm --help | head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        discard_output()
+
+
+def discard_output() -> None:
+    """Discards what is still written to stdout, whose reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def dispatch(package: str, argv: Sequence[str] | None = None) -> int:
     """`PROGRAM COMMAND …`: runs `main` of the module COMMAND of `package`, or lists its commands."""
     prepare_output()
@@ -39,8 +52,8 @@ def dispatch(package: str, argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("help", "-h", "--help"):
         width = max(map(len, commands))
         program = "lvm" if package == "lvm" else f"python -m {package}"
-        print(f"usage: {program} COMMAND --help\n\nCommands:")
-        print("\n".join(f"  {name:{width}}  {summary}" for name, summary in commands.items()))
+        lines = (f"  {name:{width}}  {summary}" for name, summary in commands.items())
+        print_help("\n".join([f"usage: {program} COMMAND --help\n\nCommands:", *lines]))
         return errors.EXIT_DONE
     if argv[0] == "--version":
         print(lvm.__version__)

@@ -267,3 +267,10 @@ def test_unknown_command_is_one_line(capsys):
     assert capsys.readouterr().err.startswith("error: no command 'trian'; one of convert, convert-store, ")
     assert commands.dispatch("lvm", ["--version"]) == 0
     assert capsys.readouterr().out == f"{lvm.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", ["lvm --help", "lvm.plan --help"])
+def test_help_into_a_closed_pipe_ends_quietly(arguments):
+    command = ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m {arguments} | true"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
