@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
+from lvm.data.mixture import loader
 from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.rows import Rows
 from lvm.hardware.compiler_options import DETERMINISM_COST, OptionValue, compiler_options
-from lvm.hardware.sharding import make_mesh
+from lvm.hardware.sharding import batch_sharding, make_mesh
 from lvm.inference.contact_sheet import completion_sheet
 from lvm.inference.generator import Generator, SamplingParams
 from lvm.interop.init_from import load_initial_model, load_weights
@@ -81,12 +83,9 @@ def train(config: TrainConfig, workdir: str) -> None:
     rows.check_repetitions(loop.total_steps)
     if config.deterministic:
         log_info(f"deterministic, which costs {DETERMINISM_COST[jax.default_backend()]}")
-    heldout = []
-    if config.data.heldout_fraction and config.heldout_batches:
-        with times.spent_on(INDEX):
-            heldout_rows = make_rows(config, "heldout")
-            heldout = [heldout_rows.batch(step) for step in range(config.heldout_batches)]
     names, mesh = [component.name for component in mixture.components], make_mesh(config.mesh)
+    with times.spent_on(INDEX):
+        heldout = _read_heldout(config, mesh)
     objective = config.objective.for_mesh(config.batch_size, mesh.shape["data"], mesh.shape["fsdp"])
     task = NextTokenTask(
         model, rows.batch_spec, names, tx, schedule, mesh, objective, heldout, num_codes=store.num_codes
@@ -107,6 +106,15 @@ def train(config: TrainConfig, workdir: str) -> None:
     with times.spent_on(COMPILE):
         step, memory_advice = _fitting_step(config, task, options, initialize)
     Loop(step, rows.counted_batch, loop, run, tokens, flops, memory_advice, times).run()
+
+
+def _read_heldout(config: TrainConfig, mesh: Mesh) -> list[dict[str, np.ndarray]]:
+    """The held-out batches; of each, the rows on this process's devices."""
+    if not (config.data.heldout_fraction and config.heldout_batches):
+        return []
+    rows, size = make_rows(config, "heldout"), config.batch_size
+    local_rows = loader.local_rows(batch_sharding(mesh, size), (size,))
+    return [rows.batch(step, local_rows) for step in range(config.heldout_batches)]
 
 
 def _fitting_step(

@@ -1,5 +1,6 @@
 """A small training step and its batches; as a program, one of several processes that train together."""
 
+import dataclasses
 import json
 import sys
 
@@ -19,6 +20,7 @@ CONFIG = ModelConfig(
     init_std=0.2, dtype="float32", attention="xla",
 )  # fmt: skip
 B, C = 8, 16
+HELDOUT = (100, 101)  # seeds of batches
 ADAMW = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
 
 
@@ -53,7 +55,7 @@ def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
 
 
 def main(address, num_processes, process, mesh):
-    """Trains for 20 steps as one process, with two devices; prints the losses, and the norms of the first step."""
+    """Trains for 20 steps as one process, with two devices; prints the losses, the norms of the first step, and the initial held-out loss."""
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -61,6 +63,10 @@ def main(address, num_processes, process, mesh):
     jax.distributed.initialize(address, int(num_processes), int(process))
     step = make_step(MeshConfig(**json.loads(mesh)))
     state, losses, norms = step.init(), [], {}
+    heldout = [{name: x[step.rows] for name, x in batch(seed).items()} for seed in HELDOUT]
+    heldout_loss = dataclasses.replace(
+        step.task, heldout=heldout, objective=ObjectiveConfig(logits_chunk=4, accumulate_steps=2)
+    ).evaluate(state)
     for seed in range(20):
         state, metrics = step(state, step.shard_batch({name: x[step.rows] for name, x in batch(seed).items()}))
         losses.append(float(metrics["loss"]))
@@ -69,7 +75,7 @@ def main(address, num_processes, process, mesh):
         distributed.broadcast(2**40 + 5 if jax.process_index() == 0 else 7),
         distributed.broadcast(-1),
     ]
-    print(json.dumps({"losses": losses, **norms, "devices": jax.device_count(), "broadcast": broadcast}))
+    print(json.dumps({"losses": losses, **norms, **heldout_loss, "devices": jax.device_count(), "broadcast": broadcast}))
 
 
 if __name__ == "__main__":

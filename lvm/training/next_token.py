@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_positive
+from lvm.data.mixture import loader
 from lvm.hardware import sharding
 from lvm.model.attention import choose_kernel
 from lvm.model.nnx_utils import Params, abstract_module, init_params, logical_axes, merge
@@ -70,7 +71,7 @@ class NextTokenTask:
       optimizer, schedule: of `lvm.training.optimizer`.
       mesh: the devices that activations are sharded over; None for one device.
       objective: the training objective.
-      heldout: batches that `evaluate` averages over.
+      heldout: batches that `evaluate` averages over; of each, the rows on this process's devices (`Step.rows`).
       pictures: renders the pictures of a state; none by default.
       num_codes: ids below it are codes, which alone count in `loss/NAME`; None counts all targets. BOS and EOS are
         certain: a batch with no more of a component than its EOS would show a loss of almost 0.
@@ -128,10 +129,20 @@ class NextTokenTask:
             for index in range(num_micro_batches):
                 if stopping():
                     return {}
-                micro_batch = {name: x[index::num_micro_batches] for name, x in batch.items()}
-                loss_sum, num_targets = self._loss_sum(state["params"], micro_batch)
+                loss_sum, num_targets = self._loss_sum(state["params"], self._heldout_micro_batch(batch, index))
                 total, weight = total + float(loss_sum), weight + float(num_targets)
         return {"heldout_loss": total / weight} if weight else {}
+
+    def _heldout_micro_batch(self, batch: Mapping[str, np.ndarray], index: int) -> Batch:
+        """Rows `index`, `index` + n … of a batch, for n micro-batches: of each device's rows as many."""
+        num_micro_batches = self.objective.accumulate_steps
+        local = {name: x[index::num_micro_batches] for name, x in batch.items()}
+        if self.mesh is None:
+            return local
+        size = next(iter(self.batch_spec.values())).shape[0] // num_micro_batches
+        batch_sharding = sharding.batch_sharding(self.mesh, size)
+        rows = loader.local_rows(batch_sharding, (size,))
+        return {name: loader.to_global(x, rows, batch_sharding, (size, *x.shape[1:])) for name, x in local.items()}
 
     def _loss(self, params: Params, batch: Batch, rng: Key[Array, ""]) -> tuple[Float[Array, ""], Sums]:
         with sharding.use_mesh(self.mesh):

@@ -62,7 +62,7 @@ class MixtureConfig:
       shuffle: "all" mixes a component's scenes over its whole store; "blocks" keeps neighbors together, for storage
         with slow random reads (`lvm.data.mixture.permutation.permute_pages`).
       jsonl: the format of stores that are JSONL files.
-      stage_to: a local folder that shards are copied to, and verified, on first read; required for stores on gs://.
+      stage_to: a local folder that shards are copied to, and verified, on first read; "" reads grids where they lie.
       skip_damaged: replace a sentence with a damaged block by PAD without loss, log and count it, instead of
         failing. The order of the other sentences doesn't change.
     """

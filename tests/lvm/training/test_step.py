@@ -1,5 +1,6 @@
 """The compiled step: same numbers on every mesh and with ZeRO-1, shardings, donation."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from lvm.hardware.sharding import MeshConfig
 from lvm.training import step
 from tests.commands import ROOT
-from tests.small_step import OPTIMIZERS, batch, make_step, sgd
+from tests.small_step import HELDOUT, OPTIMIZERS, batch, make_step, sgd
 
 MESHES = {
     "8×1": MeshConfig(data=8),
@@ -108,11 +109,35 @@ def test_process_count_changes_no_losses(mesh):
     ]
     outputs = [json.loads(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
     expected_losses, _, _ = single_device("adamw")
+    expected_heldout_loss = evaluate(make_step(None))
     for output in outputs:
         assert output["devices"] == 4
         assert output["broadcast"] == [2**40 + 5, -1]
         np.testing.assert_allclose(output["losses"], expected_losses, rtol=1e-5)
+        np.testing.assert_allclose(output["heldout_loss"], expected_heldout_loss, rtol=1e-5)
     assert outputs[0] == outputs[1]
+
+
+def evaluate(step):
+    """The held-out loss of a fresh state, from the rows of this process's devices."""
+    heldout = [{name: x[step.rows] for name, x in batch(seed).items()} for seed in HELDOUT]
+    task = dataclasses.replace(step.task, heldout=heldout)
+    state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh("adamw"), step.state)
+    return task.evaluate(state)["heldout_loss"]
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.parametrize("mesh", ["2×2×2 with sequence", "sequence 4"])
+def test_heldout_loss_has_the_bits_of_replicated_batches(mesh, accumulate_steps):
+    step = make_step(MESHES[mesh], accumulate_steps=accumulate_steps)
+    state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh("adamw"), step.state)
+    total = weight = 0.0
+    for seed in HELDOUT:
+        for index in range(accumulate_steps):
+            micro_batch = {name: x[index::accumulate_steps] for name, x in batch(seed).items()}
+            sums = step.task._loss_sum(state["params"], micro_batch)
+            total, weight = total + float(sums[0]), weight + float(sums[1])
+    assert evaluate(step) == total / weight
 
 
 @pytest.mark.parametrize("mesh", ["fsdp 8", "2×2×2 with sequence"])
