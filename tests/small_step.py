@@ -55,7 +55,10 @@ def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
 
 
 def main(address, num_processes, process, mesh):
-    """Trains for 20 steps as one process, with two devices; prints the losses, the norms of the first step, and the initial held-out loss."""
+    """Trains for 20 steps as one process, with two devices.
+
+    Prints the losses, the norms of the first step, and the initial held-out loss.
+    """
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -75,7 +78,8 @@ def main(address, num_processes, process, mesh):
         distributed.broadcast(2**40 + 5 if jax.process_index() == 0 else 7),
         distributed.broadcast(-1),
     ]
-    print(json.dumps({"losses": losses, **norms, **heldout_loss, "devices": jax.device_count(), "broadcast": broadcast}))
+    figures = {"losses": losses, **norms, **heldout_loss}
+    print(json.dumps({**figures, "devices": jax.device_count(), "broadcast": broadcast}))
 
 
 if __name__ == "__main__":

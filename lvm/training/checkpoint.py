@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import logging
 import os
 import re
@@ -135,27 +136,37 @@ class Checkpoints:
     def _record(self, step: int) -> epath.Path:
         return self._workdir / CHECKSUMS / f"{step}.json"
 
-    def latest_intact_step(self) -> int | None:
+    def latest_intact_step(self, fallback: int = 0) -> int | None:
         """The latest step whose files match their checksums; the first process decides for all.
 
         Later, damaged checkpoints are logged and moved to `damaged-checkpoints/`.
+
+        Args:
+          fallback: a step that the run can restore from elsewhere, 0 for none: it is returned if no later checkpoint is
+            intact, and earlier ones are not looked at.
 
         Raises:
           UserError: there are checkpoints, but all are damaged.
           OSError: files can't be read, so nothing can be decided.
         """
-        step = distributed.broadcast(distributed.on_process_zero(self._find_intact_step) or 0)
+        find = functools.partial(self._find_intact_step, fallback)
+        step = distributed.broadcast(distributed.on_process_zero(find) or 0)
         self._manager.reload()
         return None if step < 0 else step
 
-    def _find_intact_step(self) -> int:
+    def _find_intact_step(self, fallback: int) -> int:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            if step <= fallback:
+                break
             damage = self._find_missing(step) or self.find_damage(step)
             if damage is None:
                 self._quarantine(damaged, step)
                 return step
             damaged[step] = damage
+        if fallback:
+            self._quarantine(damaged, fallback)
+            return fallback
         if damaged:
             raise UserError(
                 f"{self._manager.directory}: every checkpoint is damaged ({'; '.join(damaged.values())}); "

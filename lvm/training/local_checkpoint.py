@@ -1,7 +1,7 @@
 """Local checkpoints: each process saves its shards of the state to its host's own disk, often and cheaply.
 
-After a restart on the same hosts, all processes restore the newest step that each of them has intact; otherwise the run
-resumes from the persistent checkpoints (`lvm.training.checkpoint`). The files of a step are
+After a restart on the same hosts, all processes restore the newest step that each of them has intact, unless a
+persistent checkpoint (`lvm.training.checkpoint`) is newer and intact. The files of a step are
 
     FOLDER/RUN/pPROCESS/STEP/{shards.safetensors,meta.json}, FOLDER/RUN/pPROCESS/STEP.json
 
@@ -31,7 +31,6 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info, log_warning
 from lvm.common.validation import check_positive
 from lvm.training import checksums
-from lvm.training.checkpoint import Checkpoints
 from lvm.training.task import State
 from lvm.training.workdir import RUN_ID
 
@@ -63,7 +62,7 @@ class LocalCheckpointConfig:
 
 
 class LocalCheckpoints:
-    """The local checkpoints of this process. All processes must call `restore` equally often.
+    """The local checkpoints of this process. All processes must call `latest_intact_step` equally often.
 
     Args:
       config: see `LocalCheckpointConfig`; without a folder nothing is saved or restored.
@@ -123,17 +122,11 @@ class LocalCheckpoints:
             self._writing.result()
             self._writing = None
 
-    def restore(self, persistent: Checkpoints, before: int) -> tuple[State, int, dict[str, Any]] | None:
-        """The newest state that all processes have intact, its step and its meta; None if there is none.
-
-        Args:
-          persistent: checkpoints, of which the latest must not be newer.
-          before: the last step of the run, whose checkpoint must be persistent.
-        """
+    def latest_intact_step(self, before: int) -> int:
+        """The newest step, earlier than `before`, that all processes have intact; 0 if there is none."""
         if not self._config.folder:
-            return None
-        first = max(1, distributed.broadcast(persistent.latest_step() or 0))
-        steps = [step for step in self._steps() if first <= step < before][-_MAX_STEPS:]
+            return 0
+        steps = [step for step in self._steps() if 0 < step < before][-_MAX_STEPS:]
         offered = distributed.gather(np.array(steps + [-1] * (_MAX_STEPS - len(steps)), np.int32))
         common = set(offered[0].tolist()).intersection(*offered.tolist()) - {-1}
         for step in sorted(common, reverse=True):
@@ -141,9 +134,24 @@ class LocalCheckpoints:
             if damage:
                 log_warning(f"damaged local checkpoint: {damage}")
             if not distributed.gather(np.array(bool(damage))).any():
-                log_info(f"{self._folder}: resuming from step {step}")
-                return self._load(step)
-        return None
+                return step
+        return 0
+
+    def restore(self, step: int) -> tuple[State, dict[str, Any]]:
+        """The state at a step of `latest_intact_step`, and its meta."""
+        folder = self._folder / str(step)
+        log_info(f"{self._folder}: resuming from step {step}")
+        shards = safetensors.numpy.load_file(folder / _SHARDS)
+
+        def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            def shard(index: Any) -> np.ndarray:
+                shape = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True)]
+                return shards[_name(path, index, leaf.shape)].view(leaf.dtype).reshape(shape)
+
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+
+        state = jax.tree.map_with_path(load, self._abstract)
+        return state, files.read_json(folder / _META)["meta"]
 
     def delete_after(self, step: int) -> None:
         """Deletes this process's later steps: they belong to a course of training that will not be continued."""
@@ -183,20 +191,6 @@ class LocalCheckpoints:
         except OSError as error:
             return f"{folder}: {error}"
         return None if layout == self._layout else f"{folder}: of another mesh or model; ignored"
-
-    def _load(self, step: int) -> tuple[State, int, dict[str, Any]]:
-        folder = self._folder / str(step)
-        shards = safetensors.numpy.load_file(folder / _SHARDS)
-
-        def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            def shard(index: Any) -> np.ndarray:
-                shape = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True)]
-                return shards[_name(path, index, leaf.shape)].view(leaf.dtype).reshape(shape)
-
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
-
-        state = jax.tree.map_with_path(load, self._abstract)
-        return state, step, files.read_json(folder / _META)["meta"]
 
 
 def _run_id(workdir: epath.Path) -> str:

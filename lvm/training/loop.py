@@ -192,17 +192,18 @@ class Loop:
 
     def _start(self) -> tuple[State, int]:
         with self._times.spent_on(goodput.RESTORE):
-            if restored := self._local.restore(self._checkpoints, self._config.total_steps):
-                state, step, meta = restored
-            elif (persistent := self._checkpoints.latest_intact_step()) is not None:
-                step = persistent
-                log_info(f"{self._path}: resuming from step {step}")
-                state, meta = self._checkpoints.restore(step, self._step.state)
-            else:
+            local = self._local.latest_intact_step(self._config.total_steps)
+            step = self._checkpoints.latest_intact_step(local)
+            if step is None:
                 self._local.delete_after(0)
                 self._times.roll_back(0.0)
                 self._spikes.losses.clear()
                 return self._step.init(), 0
+            if step == local:
+                state, meta = self._local.restore(step)
+            else:
+                log_info(f"{self._path}: resuming from step {step}")
+                state, meta = self._checkpoints.restore(step, self._step.state)
             self._local.delete_after(step)
         self._times.roll_back(meta["productive_seconds"])
         self._spikes = SpikeDetector(self._config.spike, meta.get("losses", ()))

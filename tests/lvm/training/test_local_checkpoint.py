@@ -1,7 +1,5 @@
 """Local checkpoints: bit-exact restore, agreement, damage, other runs and meshes."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +37,6 @@ def new_state(step, abstract):
     return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), values | {"step": np.int32(step)}, abstract)
 
 
-def persistent(step=None):
-    return types.SimpleNamespace(latest_step=lambda: step)
-
-
 @pytest.fixture
 def open_local(tmp_path):
     """(workdir, fsdp, keep) → local checkpoints in one folder."""
@@ -65,14 +59,11 @@ def saved(open_local):
     return local
 
 
-def restored_step(local, *arguments):
-    restored = local.restore(persistent(*arguments), 100)
-    return restored and restored[1]
-
-
 def test_local_restore_returns_saved_bits_and_meta(saved, open_local, tmp_path):
-    state, step, meta = open_local().restore(persistent(), 100)
-    assert (step, meta) == (10, META)
+    local = open_local()
+    assert local.latest_intact_step(100) == 10
+    state, meta = local.restore(10)
+    assert meta == META
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(new_state(10, abstract_state())), strict=True):
         assert (one.dtype, one.sharding) == (other.dtype, other.sharding)
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
@@ -80,19 +71,22 @@ def test_local_restore_returns_saved_bits_and_meta(saved, open_local, tmp_path):
     assert saved._steps() == [5, 10]  # `keep`
 
 
-def test_local_restore_prefers_newer_persistent_checkpoint(saved):
-    assert restored_step(saved, 10) == 10
-    assert restored_step(saved, 11) is None
-    assert saved.restore(persistent(), before=10)[1] == 5
+def test_local_steps_end_before_the_last_of_the_run(saved):
+    assert saved.latest_intact_step(before=10) == 5
+    assert saved.latest_intact_step(before=5) == 0
+
+
+def flip_last_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "record", "meta"])
 def test_local_damage_is_named_and_older_step_restored(saved, caplog, damage):
     path = saved._folder / "10" / "shards.safetensors"
     if damage == "flip":
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
+        flip_last_bit(path)
     elif damage == "truncate":
         path.write_bytes(path.read_bytes()[:-1])
     elif damage == "record":
@@ -101,7 +95,7 @@ def test_local_damage_is_named_and_older_step_restored(saved, caplog, damage):
     else:
         path = saved._folder / "10" / "meta.json"
         path.unlink()
-    assert restored_step(saved) == 5
+    assert saved.latest_intact_step(100) == 5
     assert str(path) in caplog.text
 
 
@@ -112,24 +106,24 @@ def test_local_step_is_restored_only_where_all_have_it(saved, monkeypatch):
         return np.stack([values, np.array(False)])
 
     monkeypatch.setattr(local_checkpoint.distributed, "gather", gather)
-    assert restored_step(saved) == 5
+    assert saved.latest_intact_step(100) == 5
     # On another process everything is damaged.
     monkeypatch.setattr(local_checkpoint.distributed, "gather", lambda x: np.stack([x, x if x.ndim else ~x]))
-    assert restored_step(saved) is None
+    assert saved.latest_intact_step(100) == 0
 
 
 def test_local_steps_of_other_runs_and_meshes_are_ignored(saved, open_local, caplog):
-    assert restored_step(open_local(fsdp=8)) is None
+    assert open_local(fsdp=8).latest_intact_step(100) == 0
     assert "of another mesh or model" in caplog.text
     caplog.set_level("INFO")
-    assert restored_step(open_local("another")) is None
+    assert open_local("another").latest_intact_step(100) == 0
     assert "ignoring local checkpoints of other runs: 1" in caplog.text
-    assert restored_step(open_local()) == 10
+    assert open_local().latest_intact_step(100) == 10
 
 
 def test_local_delete_after_and_remove(saved, tmp_path):
     saved.delete_after(5)
-    assert restored_step(saved) == 5
+    assert saved.latest_intact_step(100) == 5
     other = saved._folder.parent / "p1"
     other.mkdir()
     saved.remove()
@@ -147,7 +141,7 @@ def test_local_save_on_a_full_disk_is_a_warning(saved, monkeypatch, caplog):
     saved.save(new_state(15, abstract_state()), 15, META)
     saved.wait()
     assert "step 15 is not saved locally" in caplog.text
-    assert restored_step(saved) == 10
+    assert saved.latest_intact_step(100) == 10
 
 
 def test_loop_resumes_from_local_checkpoint(tmp_path, caplog):
@@ -164,6 +158,24 @@ def test_loop_resumes_from_local_checkpoint(tmp_path, caplog):
     assert [line.rpartition(" ")[2] for line in caplog.messages if "resuming from step" in line] == ["4", "7"]
     assert latest_step(tmp_path / "cut") == 8
     assert not any((tmp_path / "local").iterdir())
+
+
+@pytest.mark.parametrize("persistent_every", [4, 8])
+def test_loop_passes_over_a_damaged_newest_checkpoint(tmp_path, caplog, persistent_every):
+    # Local steps 3 and 6; persistent ones 4 and 8, or 8 alone, which is damaged.
+    caplog.set_level("INFO")
+    options = {"total": 10, "checkpoint_every": persistent_every}
+    whole = train(tmp_path / "whole", **options)
+    options["local_checkpoint"] = LocalCheckpointConfig(str(tmp_path / "local"), every=3)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train(tmp_path / "cut", read=broken_at(8), **options)
+    release(tmp_path / "cut")
+    parameters = (tmp_path / "cut" / "checkpoints" / "8" / "params" / "d").iterdir()
+    flip_last_bit(max(parameters, key=lambda path: path.stat().st_size))
+    assert bits(train(tmp_path / "cut", **options)) == bits(whole)
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    assert "going back to step 6" in caplog.text
+    assert (tmp_path / "cut" / "damaged-checkpoints" / "8-0").is_dir()
 
 
 def test_changed_config_before_any_checkpoint_is_another_run(tmp_path):
