@@ -28,7 +28,8 @@ from lvm.common.errors import UserError
 from lvm.common.logging import Progress, log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.decoding import SceneDecoder
-from lvm.data.images.sources import ImageSource, open_source
+from lvm.data.images.sources import ImageSource, open_any_source
+from lvm.data.images.sources.division import PartSpec
 from lvm.data.store import failures, verify
 from lvm.data.store.format import Scene
 from lvm.data.store.manifest import MANIFEST
@@ -53,13 +54,14 @@ def sample_scenes(store: Store, count: int) -> Iterator[tuple[int, Scene]]:
 def reencode(store: Store, source_spec: str, tokenizer: Tokenizer, count: int) -> list[str]:
     """Re-encodes a sample of scenes and returns the differences. Raises UserError for another source."""
     augment = Augment(store.manifest.get("augment", 0), tokenizer.preprocess)
-    source = open_source(source_spec, augment.source_preprocess)
+    source = open_any_source(source_spec, augment.source_preprocess)
+    if not isinstance(source, ImageSource):
+        raise UserError(f"--source: {source_spec} holds ready codes, not images")
     if files.as_json(source.describe()) != store.manifest["source"]:
         raise UserError(f"--source: {source_spec} is not the source of {store.path}, or has changed")
     num_shards, problems = len(store.shards), []
     for shard, scene in sample_scenes(store, count):
-        scenes = range(len(source) * shard // num_shards, len(source) * (shard + 1) // num_shards)
-        images = _load_images(source, scenes, augment, scene.key)
+        images = _load_images(source, source.plan(shard, num_shards), augment, scene.key)
         T, S, N = scene.codes.shape
         if images is None:
             problems.append(f"{store.path}: {scene.key}: not in the source")
@@ -72,14 +74,18 @@ def reencode(store: Store, source_spec: str, tokenizer: Tokenizer, count: int) -
     return problems
 
 
-def _load_images(source: ImageSource, scenes: range, augment: Augment, key: str) -> UInt8[np.ndarray, "n R R 3"] | None:
-    """Images of the scene with this key, or copy of a scene; None if `scenes` of the source don't have it."""
+def _load_images(
+    source: ImageSource, parts: Iterable[PartSpec], augment: Augment, key: str
+) -> UInt8[np.ndarray, "n R R 3"] | None:
+    """Images of the scene with this key, or copy of a scene; None if these parts of the source don't have it."""
     original = key.rpartition("#")[0] if augment.copies else key
-    i = next((i for i in scenes if source.info(i).key == original), None)
-    if i is None:
-        return None
-    decoded = SceneDecoder(source, augment)(i)
-    return next((images for scene, images in decoded if len(images) and scene.info.key == key), None)
+    for part in map(source.part, parts):
+        for scene in [scene for scene in part.scenes if source.info(scene).key == original]:
+            decoded = SceneDecoder(source, augment)(scene)
+            part.release()
+            return next((images for copy, images in decoded if len(images) and copy.info.key == key), None)
+        part.release()
+    return None
 
 
 def write_sheet(store: Store, tokenizer: Tokenizer, count: int, path: pathlib.Path) -> None:

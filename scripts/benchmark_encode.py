@@ -66,7 +66,7 @@ def host(job: Job, report: Report) -> None:
         preprocess = Preprocess(job["resolution"], decode=decode, resizer=resizer)
         source = open_source(job["folder"], preprocess)
         decoder = SceneDecoder(source, Augment(0, preprocess))
-        chunks = (Chunk(decoder, scenes) for scenes in decoder.chunks(0, len(source)))
+        chunks = (Chunk(decoder, scenes) for scenes in decoder.chunks(range(len(source))))
         with DecodePool(job["workers"], Limits()) as pool:
             read = pool.map(chunks)
             next(read)

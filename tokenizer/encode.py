@@ -7,7 +7,7 @@
     python -m tokenizer encode --status --out=STORE   progress of all processes together
     python -m tokenizer encode --finish --out=STORE   write the manifest once all shards exist
 
-Each shard holds a contiguous range of the source's scenes; existing shards are skipped. All processes that run the
+Each shard holds consecutive files of the source, or scenes; existing shards are skipped. All processes that run the
 same command share the shards: each claims the next one that is free, and takes over those of processes that have ended.
 With `--shard`, a scheduler distributes groups of shards instead. The bytes don't depend on the number of processes. The
 process that completes the last shard writes the manifest.
@@ -122,9 +122,9 @@ def _make_writer(args: cli.Args) -> ShardWriter:
     # A source of codes needs no tokenizer and ignores the image size.
     augment = Augment(args.augment, tokenizer.preprocess if tokenizer else Preprocess(256))
     source = open_any_source(args.source, augment.source_preprocess)
-    for failure in source.skipped:
+    for failure in source.skipped_files:
         log_info(f"skipped {failure.key}: {failure.reason}")
-    num_shards = min(args.num_shards, len(source))
+    num_shards = min(args.num_shards, len(source)) if source.is_listed else args.num_shards
     if not isinstance(source, ImageSource):
         if augment.copies:
             raise UserError(f"--augment={augment.copies}: the source holds codes, which can't be cropped")
@@ -158,7 +158,9 @@ def check(args: cli.Args) -> None:
 def define_settings(flags: cli.Flags) -> None:
     """Defines the flags that are equal for all processes."""
     flags.string("tokenizer", "", "tokenizer folder")
-    flags.string("source", "", "image source: a folder, a file, or a config file")
+    flags.string(
+        "source", "", "image source: a folder, a file or a pattern of files, also of gs:// or s3://, or a config"
+    )
     flags.string("out", None, "store to write, local or gs://", required=True)
     flags.integer("num_shards", 4, "number of shards")
     flags.integer("batch_size", 64, "images per device and call")

@@ -1,12 +1,13 @@
 """Encodes an image source into the shards of a store: images from worker processes, codes from the devices.
 
-Each shard holds a contiguous range of the source's scenes.
+Each shard holds consecutive files of the source, or scenes (`SceneSource.plan`), which are listed when it is encoded.
 """
 
 from __future__ import annotations
 
 import abc
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -29,6 +30,7 @@ from lvm.data.images.decode_pool import Chunk, DecodePool
 from lvm.data.images.decode_worker import Limits
 from lvm.data.images.decoding import Decoded, DecodedScene, SceneDecoder
 from lvm.data.images.sources import CodeSource, Failure, ImageSource, SceneInfo
+from lvm.data.images.sources.base import Part
 from lvm.data.mixture import split
 from lvm.data.store import writer
 from lvm.data.store.format import Scene
@@ -37,19 +39,19 @@ from lvm.data.store.writer import BusyShardError, SkippedItems
 from tokenizer.pretrained import Tokenizer
 
 T = TypeVar("T")
-Ranges = Iterable[tuple[int, int]]  # first scene of each, and the end
-ShardScenes = tuple[int, Iterator[Scene], SkippedItems]  # index of the range, its scenes, what it skips
+ShardScenes = tuple[int, Iterator[Scene], SkippedItems]  # shard, its scenes, what it skips
 
 _SOFTWARE = ("jax", "jaxlib", "numpy", "pillow", "av")
+_LISTED_AHEAD = 8  # parts of the source that threads list, and copy from object storage, before their turn
 _MAX_PENDING = 2  # batches on the devices while the host prepares the next
 _LOG_EVERY_S = 10.0
 
 
 @dataclasses.dataclass
 class _Batch:
-    """A batch of images of one range, on the devices."""
+    """A batch of images of one shard, on the devices."""
 
-    range_index: int
+    shard: int
     scenes: list[DecodedScene]  # decoded since the previous batch; their images may continue in the next
     codes: UInt16[Array, "B N"] | None  # None without images
     count: int  # images; the rest is padding
@@ -74,9 +76,12 @@ class ShardWriter(abc.ABC):
         return {
             "tokenizer": self._identity,
             "source": self._listing.describe(),
-            "skipped": [dataclasses.asdict(failure) for failure in self._listing.skipped],
-            "streams": {name: codec.to_json() for name, codec in self._listing.streams.items()},
+            "skipped": [dataclasses.asdict(failure) for failure in self._listing.skipped_files],
+            "streams": self._codecs(self._listing.streams if self._listing.is_listed else ()),
         }
+
+    def _codecs(self, streams: Iterable[str]) -> dict[str, Any]:
+        return {name: codec.to_json() for name, codec in self._listing.codecs(streams).items()}
 
     def run(self, process: int = 0, num_processes: int = 1) -> None:
         """Writes the missing shards of the contiguous group `process` of `num_processes`.
@@ -89,7 +94,9 @@ class ShardWriter(abc.ABC):
         missing = writer.missing_among(self._folder, range(first, end), self.num_shards)
         if len(missing) < end - first:
             log_info(f"{end - first - len(missing)} of {end - first} shards exist already")
-        self._write(missing, EncodingProgress(sum(b - a for a, b in map(self._range, missing))))
+        progress = EncodingProgress()
+        progress.expect(sum(len(self._listing.plan(shard, self.num_shards)) for shard in missing))
+        self._write(missing, progress)
 
     def run_queue(self, queue: ShardQueue) -> None:
         """Writes shards that no other process writes until the store is complete.
@@ -98,32 +105,21 @@ class ShardWriter(abc.ABC):
           UserError: the folder holds something else, or a store with another header.
         """
         writer.begin_store(self._folder, self.header(), self.num_shards)
-        progress = EncodingProgress(0)
+        progress = EncodingProgress()
         for shards in queue.passes():
             self._write(shards, progress, queue)
 
-    def _range(self, shard: int) -> tuple[int, int]:
-        size = len(self._listing)
-        return size * shard // self.num_shards, size * (shard + 1) // self.num_shards
-
     def _write(self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None = None) -> None:
         """Writes shards; images of the next one are read before the codes of one are complete."""
-        taken: list[int] = []
-
-        def ranges() -> Iterator[tuple[int, int]]:
-            for shard in shards:
-                taken.append(shard)
-                first, end = self._range(shard)
-                if queue:
-                    progress.expect(end - first)
-                yield first, end
-
         num_codes, versions = self._identity["num_codes"], software_versions()
-        with contextlib.closing(self._shards(ranges(), progress)) as written:  # also ends its worker processes
-            for i, scenes, skipped in written:
-                shard = taken[i]
+        with contextlib.closing(self._shards(shards, progress)) as written:  # also ends its worker processes
+            for shard, scenes, skipped in written:
+                codecs: dict[str, Any] = {}
+                scenes = self._note_codecs(scenes, codecs)
                 try:
-                    writer.write_shard(self._folder, shard, self.num_shards, scenes, num_codes, skipped, versions)
+                    writer.write_shard(
+                        self._folder, shard, self.num_shards, scenes, num_codes, skipped, versions, codecs
+                    )
                 except BusyShardError as error:
                     if not queue:
                         raise
@@ -136,9 +132,40 @@ class ShardWriter(abc.ABC):
                     log_info(f"skipped {failure['key']}: {failure['reason']}")
                 log_info(f"shard {shard + 1}/{self.num_shards}: {progress.line()}")
 
+    def _note_codecs(self, scenes: Iterator[Scene], codecs: dict[str, Any]) -> Iterator[Scene]:
+        """Yields the scenes, then adds the codecs that the header lacks to `codecs`."""
+        streams: set[str] = set()
+        for scene in scenes:
+            streams.update(scene.streams)
+            yield scene
+        codecs.update(self._codecs(() if self._listing.is_listed else streams))
+
     @abc.abstractmethod
-    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Generator[ShardScenes]:
-        """Yields the scenes of each range; each iterator is exhausted before the next, and fills its `SkippedItems`."""
+    def _shards(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[ShardScenes]:
+        """Yields the scenes of each shard; each iterator is exhausted before the next, and fills its `SkippedItems`."""
+
+    def _parts(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[tuple[int, Part]]:
+        """Yields the listed parts of each shard, at least one."""
+        pending: collections.deque[tuple[int, concurrent.futures.Future[Part]]] = collections.deque()
+        threads = concurrent.futures.ThreadPoolExecutor(_LISTED_AHEAD, "list")
+
+        def next_part() -> tuple[int, Part]:
+            shard, future = pending.popleft()
+            part = future.result()
+            progress.add_part(len(part.scenes))
+            return shard, part
+
+        try:
+            for shard in shards:
+                specs = self._listing.plan(shard, self.num_shards)
+                for spec in specs:
+                    pending.append((shard, threads.submit(self._listing.part, spec)))
+                    if len(pending) > _LISTED_AHEAD:
+                        yield next_part()
+            while pending:
+                yield next_part()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def _store_scene(
         self, info: SceneInfo, failures: Iterable[Failure], codes: np.ndarray, skipped: SkippedItems
@@ -168,15 +195,21 @@ class CodeCopier(ShardWriter):
         super().__init__(identity, source, folder, num_shards)
         self._source = source
 
-    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Generator[ShardScenes]:
-        for i, scenes in enumerate(ranges):
-            skipped = SkippedItems()
-            yield i, self._copy(range(*scenes), skipped, progress), skipped
+    def _shards(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[ShardScenes]:
+        with contextlib.closing(self._parts(shards, progress)) as parts:
+            for shard, of_shard in itertools.groupby(parts, key=lambda listed: listed[0]):
+                skipped = SkippedItems()
+                yield shard, self._copy(of_shard, skipped, progress), skipped
 
-    def _copy(self, scenes: Iterable[int], skipped: SkippedItems, progress: EncodingProgress) -> Iterator[Scene]:
-        for scene in progress.timed("host", map(self._source.load_codes, scenes)):
-            progress.add(scene.codes.shape[0] * scene.codes.shape[1], 1)
-            yield from self._store_scene(scene.info, scene.failures, scene.codes, skipped)
+    def _copy(
+        self, parts: Iterator[tuple[int, Part]], skipped: SkippedItems, progress: EncodingProgress
+    ) -> Iterator[Scene]:
+        for _, part in parts:
+            skipped.failures += map(dataclasses.asdict, part.skipped)
+            for scene in progress.timed("host", map(self._source.load_codes, part.scenes)):
+                progress.add(scene.codes.shape[0] * scene.codes.shape[1], 1)
+                yield from self._store_scene(scene.info, scene.failures, scene.codes, skipped)
+            part.release()
 
 
 class Encoder(ShardWriter):
@@ -207,25 +240,51 @@ class Encoder(ShardWriter):
             "augment": self._augment.copies,
         }
 
-    def _shards(self, ranges: Ranges, progress: EncodingProgress) -> Generator[ShardScenes]:
-        decoder = SceneDecoder(self._source, self._augment)
-        chunks = (Chunk(decoder, scenes, i) for i, ends in enumerate(ranges) for scenes in decoder.chunks(*ends))
-        with DecodePool(self._workers, self._limits) as pool:
-            batches = self._encode(progress.timed("host", pool.map(chunks)))
-            for i, of_range in itertools.groupby(batches, key=lambda batch: batch.range_index):
+    def _shards(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[ShardScenes]:
+        failures = collections.defaultdict[int, list[Failure]](list)  # of listing, by shard
+        with (
+            contextlib.closing(self._parts(shards, progress)) as parts,
+            DecodePool(self._workers, self._limits) as pool,
+        ):
+            batches = self._encode(progress.timed("host", self._load(pool, parts, failures)))
+            for shard, of_shard in itertools.groupby(batches, key=lambda batch: batch.shard):
                 skipped = SkippedItems()
-                yield i, self._collect(of_range, skipped, progress), skipped
+                yield shard, self._collect(of_shard, skipped, progress, failures), skipped
+
+    def _load(
+        self, pool: DecodePool, parts: Iterable[tuple[int, Part]], failures: dict[int, list[Failure]]
+    ) -> Iterator[tuple[Chunk, list[Decoded]]]:
+        """Yields loaded chunks; releases each part once it is loaded. Adds what listing found to `failures`."""
+        unreleased: collections.deque[tuple[Chunk, Part]] = collections.deque()  # with the last chunk of each
+
+        def chunks() -> Iterator[Chunk]:
+            decoder, streams = SceneDecoder(self._source.for_workers(), self._augment), set[str]()
+            for shard, part in parts:
+                failures[shard].extend(part.skipped)
+                if not self._source.is_listed:
+                    new = {stream for scene in part.scenes for stream in self._source.info(scene).streams} - streams
+                    if new:  # workers get the codecs of streams with the source, without its files
+                        self._source.codecs(new)
+                        decoder, streams = SceneDecoder(self._source.for_workers(), self._augment), streams | new
+                for scenes in decoder.chunks(part.scenes):
+                    yield (chunk := Chunk(decoder, scenes, shard))
+                unreleased.append((chunk, part))
+
+        for chunk, decoded in pool.map(chunks()):
+            yield chunk, decoded
+            while unreleased and unreleased[0][0] is chunk:
+                unreleased.popleft()[1].release()
 
     def _encode(self, decoded: Iterator[tuple[Chunk, list[Decoded]]]) -> Iterator[_Batch]:
         """Yields batches in order, each once `_MAX_PENDING` more are on the devices, across the ends of shards."""
         pending: collections.deque[_Batch] = collections.deque()
-        for i, of_range in itertools.groupby(decoded, key=lambda loaded: loaded[0].group):
-            scenes_of_range = (scene for _, results in of_range for decoded in results for scene in decoded)
-            for images, count, scenes in self._full_batches(scenes_of_range):
+        for shard, of_shard in itertools.groupby(decoded, key=lambda loaded: loaded[0].group):
+            scenes_of_shard = (scene for _, results in of_shard for decoded in results for scene in decoded)
+            for images, count, scenes in self._full_batches(scenes_of_shard):
                 codes = self._tokenizer.encode_async(images) if count else None
                 if codes is not None:
                     codes.copy_to_host_async()
-                pending.append(_Batch(i, scenes, codes, count))
+                pending.append(_Batch(shard, scenes, codes, count))
                 if len(pending) > _MAX_PENDING:
                     yield pending.popleft()
         yield from pending
@@ -233,7 +292,7 @@ class Encoder(ShardWriter):
     def _full_batches(
         self, decoded: Iterator[tuple[DecodedScene, UInt8[np.ndarray, "n R R 3"]]]
     ) -> Iterator[tuple[UInt8[np.ndarray, "B R R 3"], int, list[DecodedScene]]]:
-        """Yields padded batches of one range, their number of images, and the scenes decoded up to there."""
+        """Yields padded batches of a shard, at least one, their number of images, and the scenes decoded since."""
         size, R = self._batch_size * self._tokenizer.num_devices, self._augment.preprocess.resolution
         batch, count = np.zeros((size, R, R, 3), np.uint8), 0
         scenes: list[DecodedScene] = []
@@ -248,14 +307,19 @@ class Encoder(ShardWriter):
                     yield batch, count, scenes
                     # JAX may keep its argument beyond the call: the next batch needs memory of its own.
                     batch, count, scenes, is_first = np.zeros_like(batch), 0, [], False
-        if count or scenes or is_first:  # a range without scenes has a shard, too
+        if count or scenes or is_first:  # a shard may have no scenes
             yield batch, count, scenes
 
-    def _collect(self, batches: Iterator[_Batch], skipped: SkippedItems, progress: EncodingProgress) -> Iterator[Scene]:
+    def _collect(
+        self, batches: Iterator[_Batch], skipped: SkippedItems, progress: EncodingProgress,
+        failures: dict[int, list[Failure]],
+    ) -> Iterator[Scene]:  # fmt: skip
         """Yields the scenes of one shard as their last codes arrive from the devices."""
+        shard = -1
         waiting: collections.deque[DecodedScene] = collections.deque()
         ready = np.zeros((0, self._tokenizer.codes_per_image), np.uint16)  # [images, N]
         for batch in batches:
+            shard = batch.shard
             waiting += batch.scenes
             if batch.codes is not None:
                 with progress.waiting("device"):
@@ -265,21 +329,31 @@ class Encoder(ShardWriter):
                 scene = waiting.popleft()
                 codes, ready = ready[: scene.num_images], ready[scene.num_images :]
                 yield from self._store_scene(scene.info, scene.failures, codes, skipped)
+        skipped.failures[:0] = map(dataclasses.asdict, failures.pop(shard))
 
 
 class EncodingProgress:
-    """Progress in scenes, images per second, and the shares of time spent waiting for images and for codes."""
+    """Progress in scenes, images per second, and the shares of time spent waiting for images and for codes.
 
-    def __init__(self, num_scenes: int):
-        self._progress, self._done = Progress(num_scenes, unit="scenes"), 0
+    The number of all scenes is estimated from the parts that are listed.
+    """
+
+    def __init__(self) -> None:
+        self._progress, self._done = Progress(0, unit="scenes"), 0
+        self._parts, self._listed_parts, self._scenes = 0, 0, 0
         self._reset()
+
+    def expect(self, num_parts: int) -> None:
+        """Counts parts that will be listed."""
+        self._parts += num_parts
+
+    def add_part(self, num_scenes: int) -> None:
+        """Counts a listed part."""
+        self._listed_parts, self._scenes = self._listed_parts + 1, self._scenes + num_scenes
+        self._progress.total = round(self._scenes * max(1.0, self._parts / self._listed_parts))
 
     def _reset(self) -> None:
         self._start, self._images, self._waited_s = time.monotonic(), 0, {"host": 0.0, "device": 0.0}
-
-    def expect(self, num_scenes: int) -> None:
-        """Adds scenes to those that remain."""
-        self._progress.add_total(num_scenes)
 
     @contextlib.contextmanager
     def waiting(self, resource: str) -> Iterator[None]:

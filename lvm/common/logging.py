@@ -76,19 +76,15 @@ def format_progress(done: int, total: int, rate: float, unit: str = "steps") -> 
 
 
 class Progress:
-    """Rate and time left of work that is counted in `unit`s."""
+    """Rate and time left of work that is counted in `unit`s. `total` may change."""
 
     def __init__(self, total: int, done: int = 0, unit: str = "steps"):
-        self._total, self._unit = total, unit
+        self.total, self._unit = total, unit
         self._last_done, self._last_time = done, time.monotonic()
-
-    def add_total(self, count: int) -> None:
-        """Adds work that was not known of before."""
-        self._total += count
 
     def line(self, done: int) -> str:
         """`format_progress` with the rate since the previous line."""
         now = time.monotonic()
         rate = (done - self._last_done) / max(now - self._last_time, 1e-9)
         self._last_done, self._last_time = done, now
-        return format_progress(done, self._total, rate, self._unit)
+        return format_progress(done, self.total, rate, self._unit)

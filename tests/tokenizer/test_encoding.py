@@ -252,7 +252,7 @@ def test_scene_without_frames_is_a_failure(tokenizer, tmp_path):
 
 def test_chunks_bound_images_of_late_videos():
     source = Scenes(scenes=((1, 0, 0),) * 60 + ((32, 1, 0),) * 60)
-    chunks = list(SceneDecoder(source, Augment(0, Preprocess(SIDE))).chunks(3, 120))
+    chunks = list(SceneDecoder(source, Augment(0, Preprocess(SIDE))).chunks(range(3, 120)))
     assert [i for chunk in chunks for i in chunk] == list(range(3, 120))
     assert max(sum(source.info(i).num_frames * len(source.info(i).streams) for i in chunk) for chunk in chunks) == 64
 
@@ -292,7 +292,9 @@ def test_encoding_progress_reports_rates_and_waits(monkeypatch):
             clock[0] += seconds
             yield item
 
-    progress = EncodingProgress(40)
+    progress = EncodingProgress()
+    progress.expect(2)
+    progress.add_part(20)
     assert list(progress.timed("host", after(3.0, [1, 2]))) == [1, 2]
     with progress.waiting("device"):
         clock[0] += 1.0

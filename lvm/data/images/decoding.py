@@ -1,7 +1,8 @@
 """Scenes of a source, decoded and augmented for an encoder."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -27,30 +28,30 @@ Decoded = list[tuple[DecodedScene, UInt8[np.ndarray, "n R R 3"]]]  # images are 
 
 
 class SceneDecoder:
-    """Decodes and augments scenes of a source, by index. A `Loader` of a `DecodePool`."""
+    """Decodes and augments scenes of a source, as in its `Part`s or by index. A `Loader` of a `DecodePool`."""
 
     def __init__(self, source: ImageSource, augment: Augment):
         self._source, self._augment = source, augment
 
-    def chunks(self, first: int, end: int) -> Iterator[range]:
-        """Yields the scenes of [first, end) in order, about 64 images at once; one empty chunk where there are none."""
-        if first == end:
-            yield range(first, end)
+    def chunks(self, scenes: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        """Yields the scenes of a `Part` in order, about 64 images at once; one empty chunk where there are none."""
+        if not scenes:
+            yield scenes
             return
-        probed = np.unique(np.linspace(first, end - 1, _PROBED_SCENES).astype(int)).tolist()
-        size = max(1, _CHUNK_IMAGES // max(map(self.num_images, probed)))
-        for start in range(first, end, size):
-            yield range(start, min(start + size, end))
+        probed = np.unique(np.linspace(0, len(scenes) - 1, _PROBED_SCENES).astype(int)).tolist()
+        size = max(1, _CHUNK_IMAGES // max(self.num_images(scenes[i]) for i in probed))
+        for start in range(0, len(scenes), size):
+            yield scenes[start : start + size]
 
-    def num_images(self, item: int) -> int:
+    def num_images(self, item: Any) -> int:
         """Returns the images of a scene and its copies, at least 1."""
         info = self._source.info(item)
         return max(1, info.num_frames * len(info.streams) * max(1, self._augment.copies))
 
-    def __call__(self, item: int) -> Decoded:
+    def __call__(self, item: Any) -> Decoded:
         """Decodes a scene. The result has a scene for each copy; one without images lists the failures."""
         scene, R = self._source.load(item), self._augment.preprocess.resolution
-        copies = list(self._augment(scene, self._source.streams)) if len(scene.images) else []
+        copies = list(self._augment(scene, self._source.codecs(scene.info.streams))) if len(scene.images) else []
         failures = scene.failures
         if not copies and not failures:
             failures = (Failure(scene.info.key, "it has no frames"),)
@@ -60,7 +61,7 @@ class SceneDecoder:
             decoded.append((DecodedScene(copy.info, len(images), (), is_last=i == len(copies)), images))
         return decoded
 
-    def failed(self, item: int, reason: str) -> Decoded:
+    def failed(self, item: Any, reason: str) -> Decoded:
         """Returns the result of a scene that can't be decoded."""
         info = self._source.info(item)
         return [self._without_images(info, (Failure(info.key, reason),), is_last=True)]

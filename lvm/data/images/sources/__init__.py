@@ -4,16 +4,18 @@ import importlib
 import json
 import pathlib
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from lvm.common import files
 from lvm.common.config import find_config
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import CodeSource, Failure, ImageSource, SceneInfo
 from lvm.data.images.sources.derived import DerivedStreams
+from lvm.data.images.sources.folders import locate
 from lvm.data.images.sources.listing import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, SUFFIXES, suffix_of, walk_files
 
 __all__ = ["CodeSource", "Failure", "ImageSource", "SceneInfo", "open_any_source", "open_source"]
@@ -37,7 +39,8 @@ def open_source(spec: str, preprocess: Preprocess, overrides: Mapping[str, Any] 
 
     Args:
       spec: a folder: of image files (see `FolderSource` for its layouts), or of videos, tars or another kind, which its
-        first file tells; a file of such a kind; or a config file ending in .py whose `get_config()` returns a
+        first file tells; a file of such a kind; the URL of a folder, a file or a pattern of files, such as
+        gs://BUCKET/FOLDER or s3://BUCKET/FOLDER/*.tar; or a config file ending in .py whose `get_config()` returns a
         ConfigDict with the `kind` of source and its parameters. With every kind, `derived` names streams that are
         computed from rgb (`lvm.data.streams.derived`), `derived_seed` seeds them.
       preprocess: converts decoded images to the model's size.
@@ -49,13 +52,20 @@ def open_source(spec: str, preprocess: Preprocess, overrides: Mapping[str, Any] 
     source = open_any_source(spec, preprocess, overrides)
     if not isinstance(source, ImageSource):
         raise UserError(f"{spec}: holds ready codes, not images; only tokenizer.encode takes it")
+    try:
+        len(source)  # lists all scenes
+        source.streams  # noqa: B018 (raises errors of the settings files)
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(spec) else f"{spec}: {error}") from error
     return source
 
 
 def open_any_source(
     spec: str, preprocess: Preprocess, overrides: Mapping[str, Any] | None = None
 ) -> ImageSource | CodeSource:
-    """Opens an `ImageSource` or a `CodeSource`; arguments and errors as for `open_source`."""
+    """Opens an `ImageSource` or a `CodeSource` without listing its files; arguments and errors as for `open_source`."""
+    if files.is_remote(spec):
+        return _open(_kind_of_url(spec), preprocess, {**(overrides or {}), "path": spec})
     path, parameters = pathlib.Path(find_config(spec)), dict(overrides or {})
     if path.suffix == ".py" and path.is_file():
         parameters = _load_config(path) | parameters
@@ -67,7 +77,7 @@ def open_any_source(
         except UserError as error:
             raise UserError(f"{spec}: {error}") from error
     if path.is_dir():
-        kind = _kind_of_folder(path)
+        kind = _kind_of_first(name for _, name in walk_files(path, lambda path, reason: None))
     elif path.is_file() and suffix_of(path) in COMPRESSED_SUFFIXES:
         kind = "tar"  # whose error says what to do
     elif not path.is_file() or not (kind := _KIND_OF_SUFFIX.get(suffix_of(path))):
@@ -90,10 +100,17 @@ def _open(kind: str, preprocess: Preprocess, parameters: dict[str, Any]) -> Imag
     return DerivedStreams(source, derived, seed)
 
 
-def _kind_of_folder(folder: pathlib.Path) -> str:
-    """Returns the kind of the first file, in natural order, that belongs to any."""
+def _kind_of_url(url: str) -> str:
+    _, names = locate(url, lambda path, reason: None)
+    if not names:
+        raise UserError(f"{url}: found nothing there; expected a folder, a file or a pattern of files")
+    return _kind_of_first(names)
+
+
+def _kind_of_first(names: Iterable[str]) -> str:
+    """Returns the kind of the first file that belongs to any."""
     otherwise = "folder"
-    for _, name in walk_files(folder, lambda path, reason: None):
+    for name in names:
         suffix = suffix_of(name)
         if suffix in IMAGE_SUFFIXES:
             return "folder"

@@ -1,8 +1,7 @@
 """Image source of ArrayRecord files whose records are image files."""
 
-import bisect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
@@ -11,12 +10,13 @@ from lvm.data.images.sources.base import ImageFileSource, SceneInfo
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.listing import relative_to
 
+Record = tuple[str, int]  # file, and index of the record in it
 
-class ArrayRecordSource(ImageFileSource[None]):
+
+class ArrayRecordSource(ImageFileSource[Record]):
     """An `ImageSource` of ArrayRecord files whose records are image files: JPEG, PNG and others that Pillow decodes.
 
-    Record 12 of photos.array_record is the scene "photos.array_record/12", one frame of rgb, its own group. Metadata
-    is computed from record counts: a listing of billions needs no memory.
+    Record 12 of photos.array_record is the scene "photos.array_record/12", one frame of rgb, its own group.
     """
 
     kind = "array_record"
@@ -25,32 +25,20 @@ class ArrayRecordSource(ImageFileSource[None]):
     unpicklable = ("_open_readers",)
     stream_sets = (("rgb",),)
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def info(self, index: int) -> SceneInfo:
-        return self._open_scene(index)[0]
-
-    def _list_scenes(self) -> Iterable[tuple[SceneInfo, None]]:
-        self._starts = [0]  # of each file, and the end
-        return self._list_files(self._list_file)
-
-    def _list_file(self, file: str) -> tuple[()]:
+    def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, Record]]:
         count = self._reader(file).num_records()
         if not count:  # also the library's answer for a file of another format
             raise UnreadableError("it has no records")
-        self._starts.append(self._starts[-1] + count)
-        return ()
+        for record in range(count):
+            key = f"{file}/{record}"
+            yield SceneInfo(key, key, "", 1, ("rgb",)), (file, record)
 
     def _reset(self) -> None:
         self._open_readers: dict[str, Any] = {}
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, list[dict[str, ImageFile]]]:
-        self._check_index(index)
-        position = bisect.bisect_right(self._starts, index) - 1
-        file, record = self._files[position], index - self._starts[position]
-        key = f"{file}/{record}"
-        return SceneInfo(key, key, "", 1, ("rgb",)), [{"rgb": ImageFile(key, lambda: self._read(file, record))}]
+        info, (file, record) = self._scene(index)
+        return info, [{"rgb": ImageFile(info.key, lambda: self._read(file, record))}]
 
     def _read(self, file: str, record: int) -> bytes:
         try:
@@ -60,7 +48,7 @@ class ArrayRecordSource(ImageFileSource[None]):
 
     def _reader(self, file: str) -> Any:
         if file not in self._open_readers:
-            path = self._root / file
+            path = self._folder.local(file)
             if not path.stat().st_size:
                 raise UnreadableError("the file is empty (0 bytes)")
             self._open_readers[file] = ArrayRecordReader(os.fspath(path), "readahead_buffer_size:0")

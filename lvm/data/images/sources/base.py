@@ -1,10 +1,11 @@
 """Scenes, and the base classes of what lists and loads them: image sources and code sources."""
 
 import abc
+import copy
 import dataclasses
-import pathlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
@@ -13,9 +14,20 @@ from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import listing
+from lvm.data.images.sources.division import PartSpec, divide_files, split_range
+from lvm.data.images.sources.folders import Folder, find_files, hash_files
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
-from lvm.data.images.sources.readers import STREAMS, Reader, declared_streams, make_readers, read_frame
+from lvm.data.images.sources.readers import (
+    STREAMS,
+    Reader,
+    declared_streams,
+    hash_settings,
+    make_readers,
+    read_frame,
+)
 from lvm.data.streams.codecs import Codec
+
+_TAIL_BYTES = 65536  # of a local file, for its identity: a tar ends in at least 10 KB of padding
 
 Location = TypeVar("Location")  # where a scene's data is, as its source needs it
 
@@ -28,7 +40,7 @@ class Failure:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SceneInfo:
     """Metadata of a scene, known without decoding."""
 
@@ -64,18 +76,37 @@ class PathConfig:
     path: str = ""
 
 
-class SceneSource(abc.ABC, Generic[Location]):
-    """Base class of all sources: scenes by index, listed up front without decoding.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a source (`PartSpec`), listed.
 
-    A subclass sets the class attributes and overrides `_list_scenes`, by `_list_files` if each file has scenes of its
-    own. A source is pickled for worker processes without its `unpicklable` attributes, which `_reset` sets.
+    Attributes:
+      scenes: what the source's `info` and `load` take instead of an index, in other processes, too.
+      skipped: data that listing found and that is not used.
+      release: to be called when the scenes are loaded.
+    """
+
+    scenes: Sequence[Any]
+    skipped: tuple[Failure, ...] = ()
+    release: Callable[[], None] = lambda: None
+
+
+class SceneSource(abc.ABC, Generic[Location]):
+    """Base class of all sources: scenes by index, listed without decoding.
+
+    A kind of files (`listing.SUFFIXES`) overrides `_list_file`. Its files are found at once; they are listed when their
+    part is asked for, or all when a scene is asked for by index. Other kinds override `_list_scenes` and are listed at
+    once, or override `__len__`, `info` and `load`.
+
+    A source is pickled for other processes without its list of scenes, and without its `unpicklable` attributes, which
+    `_reset` sets.
 
     Args:
       preprocess: converts decoded images to the model's size.
       **parameters: the fields of `config_class`.
 
     Raises:
-      UserError: an unknown parameter, an impossible value, or no usable scene.
+      UserError: an unknown parameter, an impossible value, no file, or, when it is listed, no usable scene.
     """
 
     kind: ClassVar[str]
@@ -87,9 +118,8 @@ class SceneSource(abc.ABC, Generic[Location]):
 
     name: str  # for logs and manifests
     streams: Mapping[str, Codec]  # codec of every stream that any scene has
-    stream_sets: tuple[tuple[str, ...], ...]  # the distinct stream tuples of the scenes, sorted
-    classes: tuple[str, ...] = ()  # the distinct class names of the scenes, sorted, without ""
-    skipped: tuple[Failure, ...] = ()  # data that listing found and that is not used
+    _files: Sequence[str] = ()  # in `_folder`, of a kind of files
+    _skipped: list[Failure]
 
     def __init__(self, preprocess: Preprocess, **parameters: Any) -> None:
         self.config: Any = from_config_dict(self.config_class, parameters, self.kind)
@@ -100,64 +130,154 @@ class SceneSource(abc.ABC, Generic[Location]):
         if isinstance(streams, Mapping) and streams and "rgb" not in streams:
             raise UserError(f"{self.kind}.streams: {sorted(streams)} lack rgb; name every stream to read")
         self._columns = dict(streams) if isinstance(streams, Mapping) else dict.fromkeys(streams, "")
-        self._preprocess, self._skipped = preprocess, list[Failure]()
+        self._preprocess, self._skipped = preprocess, []
         self._origin = getattr(self.config, self.required[0]) if self.required else self.kind  # for errors
-        self._files: list[str] = []  # in `_root`; their sizes and tails are part of the identity
         self._stream_names: tuple[str, ...] = STREAMS  # in the order of a scene
         self._reset()
-        self._scenes: list[tuple[SceneInfo, Location]] = list(self._list_scenes())
-        used = {stream for info, _ in self._scenes for stream in info.streams}
-        for stream in [stream for stream in self._columns if self._scenes and stream not in used]:
+        if self.kind in listing.SUFFIXES:
+            folder, self._files = find_files(self.config.path, listing.SUFFIXES[self.kind], self._skip)
+            self._set_folder(folder)
+        else:
+            self._scenes = self._list_all()
+            self._check_usable(len(self))
+        self._num_found = len(self._skipped)
+
+    @functools.cached_property
+    def stream_sets(self) -> tuple[tuple[str, ...], ...]:
+        """The distinct stream tuples of the scenes, sorted."""
+        return tuple(sorted({info.streams for info, _ in self._scenes}))
+
+    @functools.cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The distinct class names of the scenes, sorted, without ""."""
+        return tuple(sorted({info.class_name for info, _ in self._scenes} - {""}))
+
+    @functools.cached_property
+    def skipped(self) -> tuple[Failure, ...]:
+        """Data that listing found and that is not used."""
+        len(self)
+        return tuple(self._skipped)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether its scenes are listed at once, not by part."""
+        return not self._files
+
+    @property
+    def skipped_files(self) -> tuple[Failure, ...]:
+        """Those of `skipped` that are known without listing any file."""
+        return tuple(self._skipped[: self._num_found]) if self._files else self.skipped
+
+    @functools.cached_property
+    def _scenes(self) -> list[tuple[SceneInfo, Location]]:
+        self._skipped = [*self._skipped[: self._num_found]]
+        return self._list_all()
+
+    def _list_all(self) -> list[tuple[SceneInfo, Location]]:
+        scenes = list(self._list_scenes())
+        used = {stream for info, _ in scenes for stream in info.streams}
+        for stream in [stream for stream in self._columns if scenes and stream not in used]:
             column = self._columns[stream]
             self._skip(stream, f"no scene has this stream{f': nothing in {column!r}' if column else ''}")
-        self.skipped = tuple(self._skipped)
-        if not len(self):
-            reasons = "".join(f" ({failure.key}: {failure.reason})" for failure in self.skipped[:1])
-            raise UserError(f"{self._origin}: found no usable {self.scene_noun}{reasons}")
-        if self._scenes:
-            self.stream_sets = tuple(sorted({info.streams for info, _ in self._scenes}))
-            self.classes = tuple(sorted({info.class_name for info, _ in self._scenes} - {""}))
+        return scenes
 
     def __len__(self) -> int:
+        self._check_usable(len(self._scenes))
         return len(self._scenes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in self.unpicklable}
+        dropped = {"_scenes", "skipped", "_skipped", *self.unpicklable}
+        return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._skipped, self._num_found = [], 0
         self._reset()
 
+    def for_workers(self) -> Self:
+        """Returns a copy that loads the scenes of parts alone: its size doesn't grow with the number of files."""
+        source = copy.copy(self)
+        source._files = ()
+        return source
+
     def info(self, index: int) -> SceneInfo:
-        """Returns the metadata of a scene; frames may turn out unreadable. Raises IndexError outside of [0, len)."""
+        """Returns the metadata of a scene; frames may turn out unreadable.
+
+        Args:
+          index: of the scene, or its element of a `Part`'s `scenes`.
+
+        Raises:
+          IndexError: outside of [0, len).
+        """
         return self._scene(index)[0]
+
+    def codecs(self, streams: Iterable[str]) -> dict[str, Codec]:
+        """Returns the codecs of some streams, which a part needn't list the others for."""
+        return {stream: self.streams[stream] for stream in streams}
 
     def describe(self) -> dict[str, Any]:
         """Returns the kind and parameters as JSON: equal for equal sources, wherever their files are."""
-        fields = {"kind": self.kind, "num_scenes": len(self)}
-        files = [(file, self._root / file) for file in self._files]
-        return fields | ({"listing": listing.hash_files(files, tail_bytes=65536)} if files else {})
+        if not self._files:
+            return {"kind": self.kind, "num_scenes": len(self)}
+        listed = hash_files(self._folder, ((file, file) for file in self._files), _TAIL_BYTES)
+        return {"kind": self.kind, "num_files": len(self._files), "listing": listed}
+
+    def plan(self, shard: int, num_shards: int) -> list[PartSpec]:
+        """Returns the parts whose scenes a shard has: a function of the number of its files, or else of scenes."""
+        if self._files:
+            return divide_files(len(self._files), shard, num_shards)
+        return [PartSpec(*split_range(len(self), shard, num_shards))]
+
+    def part(self, spec: PartSpec) -> Part:
+        """Lists a part. Its files, if they are remote, stay on a local disk until its `release`."""
+        if not self._files:
+            listed = vars(self).get("_scenes")
+            return Part(listed[spec.start : spec.stop] if listed else range(spec.start, spec.stop))
+        files, lister = self._files[spec.start : spec.stop], copy.copy(self)
+        held = [file for file in files if lister._hold(file, spec.piece)]
+        scenes = [scene for file in held for scene in lister._list_piece(file, spec.piece, spec.pieces)]
+        return Part(scenes, tuple(lister._skipped), functools.partial(self._release, held))
+
+    def _hold(self, file: str, piece: int) -> bool:
+        try:
+            self._folder.hold(file)
+        except (OSError, UnreadableError) as error:
+            if not piece:
+                self._skip(file, f"can't be read: {listing.relative_to(self._root, error)}")
+            return False
+        return True
+
+    def _release(self, files: Sequence[str]) -> None:
+        for file in files:
+            self._folder.release(file)
 
     def _list_scenes(self) -> Iterable[tuple[SceneInfo, Location]]:
-        """Lists all scenes; by default none, for a source that overrides `__len__` and `info`."""
-        return ()
+        """Lists all scenes; by default those of each file."""
+        return (scene for file in self._files for scene in self._list_piece(file))
 
-    def _list_files(
-        self, list_file: Callable[[str], Iterable[tuple[SceneInfo, Location]]]
-    ) -> Iterator[tuple[SceneInfo, Location]]:
-        """Lists the scenes of each file; a file whose listing raises UnreadableError or `read_errors` is skipped."""
-        root, files = listing.find_files(self.config.path, listing.SUFFIXES[self.kind], self._skip)
-        self._set_root(root)
-        for file in files:
-            try:
-                scenes = list(list_file(file))
-            except UnreadableError as error:
-                self._skip(file, str(error))
-            except self.read_errors as error:
-                self._skip(file, f"can't be read: {listing.relative_to(root, error)}")
-            else:
-                self._files.append(file)
-                yield from scenes
+    def _list_file(self, file: str) -> Iterable[tuple[SceneInfo, Location]]:
+        """Lists the scenes of a file; if it raises UnreadableError or `read_errors`, the file is skipped."""
+        raise TypeError(f"{type(self).__name__} lists no files")
+
+    def _list_range(self, file: str, piece: int, pieces: int) -> Iterable[tuple[SceneInfo, Location]]:
+        """Lists one of `pieces` ranges of a file's scenes; the first one has what is skipped."""
+        num_skipped = len(self._skipped)
+        scenes = list(self._list_file(file))
+        if piece:
+            del self._skipped[num_skipped:]
+        return scenes[slice(*split_range(len(scenes), piece, pieces))]
+
+    def _list_piece(self, file: str, piece: int = 0, pieces: int = 1) -> list[tuple[SceneInfo, Location]]:
+        """`_list_range`; a file that can't be listed is skipped."""
+        try:
+            return list(self._list_range(file, piece, pieces))
+        except UnreadableError as error:
+            reason = str(error)
+        except self.read_errors as error:
+            reason = f"can't be read: {listing.relative_to(self._root, error)}"
+        if not piece:
+            self._skip(file, reason)
+        return []
 
     def _reset(self) -> None:
         """Sets the attributes that can't be pickled, such as open files and locks."""
@@ -166,21 +286,25 @@ class SceneSource(abc.ABC, Generic[Location]):
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
 
-    def _scene(self, index: int) -> tuple[SceneInfo, Location]:
+    def _check_usable(self, count: int) -> None:
+        if not count:
+            reasons = "".join(f" ({failure.key}: {failure.reason})" for failure in self._skipped[:1])
+            raise UserError(f"{self._origin}: found no usable {self.scene_noun}{reasons}")
+
+    def _scene(self, index: int | tuple[SceneInfo, Location]) -> tuple[SceneInfo, Location]:
+        if isinstance(index, tuple):
+            return index
         self._check_index(index)
         return self._scenes[index]
 
     def _skip(self, key: str, reason: str) -> None:
         self._skipped.append(Failure(key, reason))
 
-    def _set_root(self, root: pathlib.Path) -> None:
-        """Sets the folder that the source's paths are relative to."""
-        self._root, self.name = root, root.resolve().name
-        names = (*STREAMS, *declared_streams(root), *sorted(self._columns))
+    def _set_folder(self, folder: Folder) -> None:
+        """Sets the folder that the source's files are relative to."""
+        self._folder, self._root, self.name = folder, folder.path, folder.name
+        names = (*STREAMS, *declared_streams(self._root), *sorted(self._columns))
         self._stream_names = tuple(dict.fromkeys(names))
-
-    def _codecs_json(self) -> dict[str, Any]:
-        return {stream: codec.to_json() for stream, codec in self.streams.items()}
 
 
 class ImageSource(SceneSource[Location]):
@@ -188,7 +312,7 @@ class ImageSource(SceneSource[Location]):
 
     @abc.abstractmethod
     def load(self, index: int) -> SceneImages:
-        """Decodes a scene; frames with an unreadable stream become failures. Raises IndexError outside of [0, len)."""
+        """Decodes a scene; frames with an unreadable stream become failures. Index and errors as for `info`."""
 
     def _scene_images(self, info: SceneInfo, frames: Sequence[np.ndarray], reasons: Iterable[str] = ()) -> SceneImages:
         """Stacks the readable frames [S, R, R, 3] of a scene; `reasons` are those of its failures."""
@@ -202,33 +326,54 @@ class ImageFileSource(ImageSource[Location]):
     """Base class of sources whose frames are image files, one per stream. A subclass implements `_open_scene`."""
 
     def __init__(self, preprocess: Preprocess, **parameters: Any) -> None:
+        self._readers: dict[str, Reader] = {}  # of the streams that were met
         super().__init__(preprocess, **parameters)
-        used = {stream for streams in self.stream_sets for stream in streams}
-        self._readers = self._make_readers([stream for stream in self._stream_names if stream in used])
-        self.streams = {stream: reader.codec for stream, reader in self._readers.items()}
 
     def load(self, index: int) -> SceneImages:
         """See `ImageSource.load`. A failure's key is the scene's; its reason begins with the file."""
         info, scene_files = self._open_scene(index)
+        readers = self._readers_of(info.streams)
         frames, reasons = [], []
         for files in scene_files:
             try:
                 files = {stream: files[stream] for stream in info.streams}
-                frames.append(read_frame(self._readers, files, self._preprocess))
+                frames.append(read_frame(readers, files, self._preprocess))
             except UnreadableError as error:
                 reasons.append(str(error))
         return self._scene_images(info, frames, reasons)
 
+    @functools.cached_property
+    def streams(self) -> Mapping[str, Codec]:  # type: ignore[override]
+        """See `SceneSource.streams`."""
+        return self.codecs(stream for streams in self.stream_sets for stream in streams)
+
+    def codecs(self, streams: Iterable[str]) -> dict[str, Codec]:
+        return {stream: reader.codec for stream, reader in self._readers_of(streams).items()}
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"settings": hash_settings(self._root)}
+
     @abc.abstractmethod
-    def _open_scene(self, index: int) -> tuple[SceneInfo, Iterable[Mapping[str, ImageFile]]]:
+    def _open_scene(self, index: Any) -> tuple[SceneInfo, Iterable[Mapping[str, ImageFile]]]:
         """Returns a scene's metadata and, for each frame, the image file of each stream."""
+
+    def _readers_of(self, streams: Iterable[str]) -> dict[str, Reader]:
+        """Returns the readers of some streams, in the order of a scene."""
+        used = set(streams)
+        names = [stream for stream in self._stream_names if stream in used]
+        if missing := [stream for stream in names if stream not in self._readers]:
+            self._readers |= self._make_readers(missing)
+        return {stream: self._readers[stream] for stream in names}
 
     def _make_readers(self, streams: Sequence[str]) -> dict[str, Reader]:
         return make_readers(self._root, {stream: self._stream_files(stream) for stream in streams})
 
     def _stream_files(self, stream: str) -> Iterator[ImageFile]:
-        for index in range(len(self)):
-            yield from (files[stream] for files in self._open_scene(index)[1] if stream in files)
+        """Yields the files of a stream, from the first file of the source on whatever part asks."""
+        lister = copy.copy(self)
+        scenes = range(len(self)) if not self._files or "_scenes" in vars(self) else lister._list_scenes()
+        for scene in scenes:
+            yield from (files[stream] for files in self._open_scene(scene)[1] if stream in files)
 
 
 class CodeSource(SceneSource[Location]):

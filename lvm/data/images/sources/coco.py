@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask
+from etils import epath
 from jaxtyping import Bool, Float, Float64, UInt8
 
 from lvm.common.errors import UserError
 from lvm.data.images.sources.base import ImageSource, SceneImages, SceneInfo
+from lvm.data.images.sources.folders import hash_files, open_folder
 from lvm.data.images.sources.image_file import MAX_PIXELS, UnreadableError, decode_image
-from lvm.data.images.sources.listing import NOT_UTF8, hash_files, printable
+from lvm.data.images.sources.listing import NOT_UTF8, printable
 from lvm.data.images.sources.readers import check_aspect
 from lvm.data.streams.codecs import Box, Boxes, Codec, Image, Palette, Pose
 
@@ -48,7 +50,10 @@ class CocoConfig:
             raise UserError(f"streams: {self.streams}; expected some of {', '.join(STREAMS)}, each once")
 
 
-class CocoSource(ImageSource[tuple[int, int]]):
+CocoImage = tuple[tuple[int, int], list[Annotation]]  # (height, width) in the JSON, and its annotations
+
+
+class CocoSource(ImageSource[CocoImage]):
     """An `ImageSource` of the images that a COCO-style JSON lists.
 
     Each image is a scene of one frame; its key and group are its file name. It has the streams that it has annotations
@@ -66,29 +71,29 @@ class CocoSource(ImageSource[tuple[int, int]]):
     scene_noun = "image"
 
     def load(self, index: int) -> SceneImages:
-        info, size = self._scene(index)
+        info, (size, annotations) = self._scene(index)
         try:
-            image = decode_image(self._root / info.key, self._preprocess)
+            image = decode_image(self._folder.content(info.key), self._preprocess)
             check_aspect(image.size, size[::-1], "its annotations")  # a smaller copy is accepted
             frame = [self._preprocess(image.pixels, image.extent)]
-            frame += [self._render(stream, self._annotations[info.key], size) for stream in info.streams[1:]]
+            frame += [self._render(stream, annotations, size) for stream in info.streams[1:]]
         except (UnreadableError, UserError) as error:
             return self._scene_images(info, [], [f"{info.key}: {error}"])
         return self._scene_images(info, [np.stack(frame)])
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {
-            "streams": self._codecs_json(),
             "annotations": self._digest,
-            "listing": hash_files(((info.key, self._root / info.key) for info, _ in self._scenes), tail_bytes=256),
+            "streams": {stream: codec.to_json() for stream, codec in self.streams.items()},
+            "listing": hash_files(self._folder, ((info.key, info.key) for info, _ in self._scenes), tail_bytes=256),
         }
 
-    def _list_scenes(self) -> Iterator[tuple[SceneInfo, tuple[int, int]]]:
-        """Yields each image with its (height, width) in the JSON."""
-        path, self._root = pathlib.Path(self.config.annotations), pathlib.Path(self.config.images)
+    def _list_scenes(self) -> Iterator[tuple[SceneInfo, CocoImage]]:
+        path, folder = epath.Path(self.config.annotations), open_folder(self.config.images)
         self.name = path.stem
-        if not self._root.is_dir():
-            raise UserError(f"images: {self._root}: no such folder; give that of the file names in {path}")
+        if folder is None:
+            raise UserError(f"images: {self.config.images}: no such folder; give that of the file names in {path}")
+        self._folder = folder
         data, content = _load(path)
         self._digest = hashlib.sha256(data).hexdigest()
         names = _check_categories(content["categories"], path)
@@ -99,16 +104,17 @@ class CocoSource(ImageSource[tuple[int, int]]):
         by_id = sorted(selected, key=lambda category: (isinstance(category["id"], str), category["id"]))
         codecs = self._make_codecs(by_id, path)
         images = self._usable_images(content["images"])
-        self._annotations = self._group_by_image(content, images)
+        by_image = self._group_by_image(content, images)
         used = set[str]()
         for name, image in images.items():
-            annotations = self._annotations[name]
+            annotations = by_image[name]
             streams = ("rgb", *(s for s in STREAMS if s in codecs and any(map(_IS_RENDERED[s], annotations))))
             used.update(streams)
-            yield SceneInfo(name, name, "", 1, streams), (int(image["height"]), int(image["width"]))
+            size = int(image["height"]), int(image["width"])
+            yield SceneInfo(name, name, "", 1, streams), (size, annotations)
         self.streams = {stream: codec for stream, codec in codecs.items() if stream in used}
 
-    def _make_codecs(self, categories: Sequence[Mapping[str, Any]], path: pathlib.Path) -> dict[str, Codec]:
+    def _make_codecs(self, categories: Sequence[Mapping[str, Any]], path: epath.Path) -> dict[str, Codec]:
         """Returns the codecs of rgb and of each requested stream; maps category ids to class ids from 1 on."""
         ids = [category["id"] for category in categories]
         fit = all(isinstance(i, int) and 1 <= i <= 255 for i in ids)
@@ -244,7 +250,7 @@ class CocoSource(ImageSource[tuple[int, int]]):
         return np.where(joints[:, 2:] > 0, points, np.nan)
 
 
-def _load(path: pathlib.Path) -> tuple[bytes, dict[str, list[Any]]]:
+def _load(path: epath.Path) -> tuple[bytes, dict[str, list[Any]]]:
     """Returns the JSON file's bytes and its content."""
     try:
         content = json.loads((data := path.read_bytes()).decode("utf-8"))
@@ -264,7 +270,7 @@ def _load(path: pathlib.Path) -> tuple[bytes, dict[str, list[Any]]]:
     return data, content
 
 
-def _check_categories(categories: Sequence[Mapping[str, Any]], path: pathlib.Path) -> list[str]:
+def _check_categories(categories: Sequence[Mapping[str, Any]], path: epath.Path) -> list[str]:
     """Returns the names of the categories. Raises UserError for one without a name, and two of the same id."""
     names: dict[int | str, str] = {}
     for category in categories:
@@ -279,7 +285,7 @@ def _check_categories(categories: Sequence[Mapping[str, Any]], path: pathlib.Pat
     return list(names.values())
 
 
-def _skeleton(category: Mapping[str, Any], path: pathlib.Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _skeleton(category: Mapping[str, Any], path: epath.Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Returns a category's joint names, "left" and "right" as separate words, and its limbs as 0-based pairs."""
     names, limbs = category["keypoints"], category.get("skeleton") or []
     is_named = isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(limbs, list)

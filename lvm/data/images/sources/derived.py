@@ -1,13 +1,16 @@
 """Image source that adds streams computed from the rgb of another source."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.data.images.sources.base import ImageSource, SceneImages, SceneInfo
+from lvm.data.images.sources.base import Failure, ImageSource, Part, SceneImages, SceneInfo
+from lvm.data.images.sources.division import PartSpec
+from lvm.data.streams.codecs import Codec
 from lvm.data.streams.derived import DERIVED, derive
 
 
@@ -22,14 +25,51 @@ class DerivedStreams(ImageSource[None]):
         for i, stream in enumerate(derived):
             if stream not in DERIVED:
                 raise UserError(f"derived: {stream!r} is unknown; expected some of {', '.join(DERIVED)}")
-            if stream in source.streams or stream in derived[:i]:
-                raise UserError(f"derived: {stream!r} is a stream of the source already")
-        if any("rgb" not in streams for streams in source.stream_sets):
-            raise UserError(f"derived: streams are computed from rgb, and scenes of {source.name} have none")
-        self._source, self._derived, self._seed = source, tuple(derived), seed
-        self.name, self.classes, self.skipped = source.name, source.classes, source.skipped
-        self.streams = dict(source.streams) | {stream: DERIVED[stream][1] for stream in derived}
-        self.stream_sets = tuple(sorted((*streams, *self._derived) for streams in source.stream_sets))
+            if stream in derived[:i]:
+                raise UserError(f"derived: {stream!r} is named twice")
+        self._source, self._derived, self._seed, self.name = source, tuple(derived), seed, source.name
+
+    @functools.cached_property
+    def streams(self) -> Mapping[str, Codec]:  # type: ignore[override]
+        """See `SceneSource.streams`."""
+        return self.codecs((*self._source.streams, *self._derived))
+
+    @functools.cached_property
+    def stream_sets(self) -> tuple[tuple[str, ...], ...]:
+        """See `SceneSource.stream_sets`."""
+        return tuple(sorted(map(self._add_names, self._source.stream_sets)))
+
+    @functools.cached_property
+    def classes(self) -> tuple[str, ...]:
+        """See `SceneSource.classes`."""
+        return self._source.classes
+
+    @functools.cached_property
+    def skipped(self) -> tuple[Failure, ...]:
+        """See `SceneSource.skipped`."""
+        return self._source.skipped
+
+    @property
+    def skipped_files(self) -> tuple[Failure, ...]:
+        return self._source.skipped_files
+
+    @property
+    def is_listed(self) -> bool:
+        return self._source.is_listed
+
+    def codecs(self, streams: Iterable[str]) -> dict[str, Codec]:
+        names = tuple(streams)
+        codecs = self._source.codecs(stream for stream in names if stream not in self._derived)
+        return codecs | {stream: DERIVED[stream][1] for stream in self._derived if stream in names}
+
+    def plan(self, shard: int, num_shards: int) -> list[PartSpec]:
+        return self._source.plan(shard, num_shards)
+
+    def part(self, spec: PartSpec) -> Part:
+        return self._source.part(spec)
+
+    def for_workers(self) -> "DerivedStreams":
+        return DerivedStreams(self._source.for_workers(), self._derived, self._seed)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -47,8 +87,12 @@ class DerivedStreams(ImageSource[None]):
     def describe(self) -> dict[str, Any]:
         return self._source.describe() | {"derived": list(self._derived), "derived_seed": self._seed}
 
-    def _list_scenes(self) -> list[tuple[SceneInfo, None]]:
-        return []  # the source's
-
     def _add_streams(self, info: SceneInfo) -> SceneInfo:
-        return dataclasses.replace(info, streams=(*info.streams, *self._derived))
+        return dataclasses.replace(info, streams=self._add_names(info.streams))
+
+    def _add_names(self, streams: tuple[str, ...]) -> tuple[str, ...]:
+        if "rgb" not in streams:
+            raise UserError(f"derived: streams are computed from rgb, and scenes of {self.name} have none")
+        if repeated := [stream for stream in self._derived if stream in streams]:
+            raise UserError(f"derived: {repeated[0]!r} is a stream of the source already")
+        return (*streams, *self._derived)

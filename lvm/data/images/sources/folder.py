@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import re
 from collections import Counter
@@ -15,15 +16,9 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.common.validation import check_choice, check_positive
 from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
+from lvm.data.images.sources.folders import hash_files, open_folder
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError, open_image
-from lvm.data.images.sources.listing import (
-    IMAGE_SUFFIXES,
-    SETTINGS_FILES,
-    hash_files,
-    natural_key,
-    suffix_of,
-    walk_files,
-)
+from lvm.data.images.sources.listing import IMAGE_SUFFIXES, SETTINGS_FILES, suffix_of
 from lvm.data.images.sources.readers import STREAMS
 
 _EXPECTED = (
@@ -84,35 +79,39 @@ class FolderSource(ImageFileSource[list[Frame]]):
 
     def describe(self) -> dict[str, Any]:
         files = (item for _, clip in self._scenes for frame in clip for item in sorted(frame.items()))
+        names = ((f"{stream} {file}", file) for stream, file in files)
         return super().describe() | {
             "clip_frames": self.config.clip_frames,
             "num_frames": sum(info.num_frames for info, _ in self._scenes),
-            "listing": hash_files(((f"{stream} {file}", self._root / file) for stream, file in files), tail_bytes=256),
-            "streams": self._codecs_json(),
+            "listing": hash_files(self._folder, names, tail_bytes=256),
             **({"layout": self._layout} if self._layout != "videos" else {}),
         }
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, Iterable[dict[str, ImageFile]]]:
         info, clip = self._scene(index)
-        return info, ({s: ImageFile(file, self._root / file) for s, file in frame.items()} for frame in clip)
+        return info, ({s: self._image(file) for s, file in frame.items()} for frame in clip)
+
+    def _image(self, file: str) -> ImageFile:
+        return ImageFile(file, self._folder.content(file))
 
     def _list_scenes(self) -> Iterator[tuple[SceneInfo, list[Frame]]]:
         """Yields photos first, then clips of videos, in natural order."""
-        root = pathlib.Path(self.config.path)
-        if not root.is_dir():
-            raise UserError(f"{root}: found {'a file' if root.exists() else 'nothing'} there; {_EXPECTED}")
-        self._set_root(root)
-        has_streams = (root / "rgb").is_dir()
+        folder = open_folder(self.config.path)
+        if folder is None:
+            text = "a file" if os.path.exists(self.config.path) else "nothing"
+            raise UserError(f"{self.config.path}: found {text} there; {_EXPECTED}")
+        self._set_folder(folder)
+        has_streams = folder.is_folder("rgb")
         videos: dict[str, list[Frame]] = {}  # video → frames; photos are under ""
         for (video, _), frame in self._list_frames(has_streams).items():
             videos.setdefault(video, []).append(frame)
         self._check_readable(frame for frames in videos.values() for frame in frames)
         self._layout = self._find_layout({video: frames for video, frames in videos.items() if video})
         photos = list(videos) if self._layout == "classes" else [""]
-        for folder in photos:
-            for photo in videos.pop(folder, []):
+        for photo_folder in photos:
+            for photo in videos.pop(photo_folder, []):
                 key = photo["rgb"].removeprefix("rgb/" if has_streams else "")
-                yield SceneInfo(key, key, _class_name(folder), 1, tuple(photo)), [photo]
+                yield SceneInfo(key, key, _class_name(photo_folder), 1, tuple(photo)), [photo]
         size = self.config.clip_frames
         for video, frames in videos.items():
             for start in range(0, len(frames), size):
@@ -130,21 +129,21 @@ class FolderSource(ImageFileSource[list[Frame]]):
             is_split = all("/" in folder and _class_name(folder) != folder.split("/")[0] for folder in folders)
             if len(kinds) > 1 or kinds == {"unknown"} or (folders and is_split and kinds != {"classes"}):
                 raise UserError(
-                    f"{self._root}: its subfolders may be videos (folders of frames) or classes (folders of photos); "
+                    f"{self._folder}: its subfolders may be videos (folders of frames) or classes (folders of photos); "
                     'give layout="videos" or layout="classes", in a config file with kind="folder" (docs/data.md)'
                 )
             layout = kinds.pop() if kinds else "videos"
         if folders:
             item, other = ("frames", "classes") if layout == "videos" else ("photos", "videos")
             text = f"{len(folders)} subfolders read as {layout}, of {sum(map(len, folders.values()))} {item}"
-            log_info(f'{self._root}: {text}; layout="{other}" reads them as {other}')
+            log_info(f'{self._folder}: {text}; layout="{other}" reads them as {other}')
         return layout
 
     def _kind(self, frames: list[Frame]) -> str:
         """Returns the layout that the first images of a subfolder tell; "unknown", or "" if there are too few."""
         sizes = []
         for frame in frames:
-            with contextlib.suppress(UnreadableError), open_image(self._root / frame["rgb"]) as image:
+            with contextlib.suppress(UnreadableError), open_image(self._folder.content(frame["rgb"])) as image:
                 sizes.append(image.size)
         if len(sizes) < 2:
             return ""
@@ -161,7 +160,7 @@ class FolderSource(ImageFileSource[list[Frame]]):
         """Returns the frames by (folder, stem or name), each with its files by stream."""
         folders = {"rgb": ""}
         if has_streams:
-            folders = {stream: stream for stream in self._stream_names if (self._root / stream).is_dir()}
+            folders = {stream: stream for stream in self._stream_names if self._folder.is_folder(stream)}
             self._skip_siblings(folders)
         by_stem = len(folders) > 1
         frames: dict[tuple[str, str], Frame] = {}
@@ -179,7 +178,7 @@ class FolderSource(ImageFileSource[list[Frame]]):
         """Returns the image files under root/tree by (folder, stem), or by (folder, name) unless `by_stem`."""
         skip = lambda path, reason: self._skip(pathlib.PurePath(tree, path).as_posix(), reason)  # noqa: E731
         files: dict[tuple[str, str], str] = {}
-        for folder, name in walk_files(self._root / tree, skip):
+        for folder, name in self._folder.walk(skip, tree):
             file = "/".join(filter(None, (tree, folder, name)))
             key = (folder, pathlib.PurePath(name).stem if by_stem else name)
             if suffix_of(name) not in IMAGE_SUFFIXES:
@@ -201,18 +200,18 @@ class FolderSource(ImageFileSource[list[Frame]]):
         return tuple(stream for stream in self._stream_names if counts[stream] == len(clip))
 
     def _skip_siblings(self, streams: Iterable[str]) -> None:
-        for entry in sorted(self._root.iterdir(), key=lambda entry: natural_key(entry.name)):
-            if entry.name.startswith(".") or entry.name in streams or entry.name in SETTINGS_FILES:
+        for name in self._folder.entries():
+            if name in streams or name in SETTINGS_FILES:
                 continue
             names = ", ".join(self._stream_names)
-            reason = f"not the name of a stream ({names})" if entry.is_dir() else "is not in a stream's folder"
-            self._skip(entry.name, reason)
+            is_folder = self._folder.is_folder(name)
+            self._skip(name, f"not the name of a stream ({names})" if is_folder else "is not in a stream's folder")
 
     def _check_readable(self, frames: Iterable[Frame]) -> None:
         reason = f"it holds no image file; {_EXPECTED}"
         for frame in frames:
             try:
-                return open_image(self._root / frame["rgb"]).close()
+                return open_image(self._folder.content(frame["rgb"])).close()
             except UnreadableError as error:
                 reason = f"none of its image files can be opened; the last, {frame['rgb']}: {error}"
-        raise UserError(f"{self._root}: {reason}")
+        raise UserError(f"{self._folder}: {reason}")

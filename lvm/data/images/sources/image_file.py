@@ -27,6 +27,10 @@ class UnreadableError(Exception):
     """A file that cannot be decoded. The message is the reason, without the file's name."""
 
 
+class UnavailableError(Exception):
+    """A storage that does not answer. Not the fault of a file: it ends the process, which may be started again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
     """An undecoded image file. `name` identifies it in failures: its path inside the source."""
@@ -133,7 +137,7 @@ def _reasons(step: str) -> Iterator[None]:
     """Raises UnreadableError instead of Pillow's errors, which are of any type on corrupt files."""
     try:
         yield
-    except (UnreadableError, UserError, MemoryError):
+    except (UnreadableError, UnavailableError, UserError, MemoryError):
         raise
     except PIL.UnidentifiedImageError as error:
         raise UnreadableError("not an image that can be decoded") from error

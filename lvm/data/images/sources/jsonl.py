@@ -1,7 +1,7 @@
 """Code source of LVM's JSONL: one scene per line."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class JsonlSource(CodeSource[Line]):
     def load_codes(self, index: int) -> SceneCodes:
         info, (file, offset, size) = self._scene(index)
         try:
-            grids = jsonl.decode_grids(read_range(self._root / file, offset, size), self.config)  # [T, N]
+            grids = jsonl.decode_grids(read_range(self._folder.local(file), offset, size), self.config)  # [T, N]
         except (OSError, ValueError) as error:  # the file has changed since it was listed
             info = dataclasses.replace(info, num_frames=0)
             empty = np.empty((0, 1, self.grid[0] * self.grid[1]), np.uint16)
@@ -46,13 +46,12 @@ class JsonlSource(CodeSource[Line]):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"num_codes": self.num_codes, "grid": list(self.grid)}
 
-    def _list_scenes(self) -> Iterable[tuple[SceneInfo, Line]]:
+    def _reset(self) -> None:
         self.num_codes, self.grid = self.config.num_codes, self.config.grid
-        return self._list_files(self._list_file)
 
     def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, Line]]:
         offset = 0
-        with open(self._root / file, "rb") as lines:
+        with open(self._folder.local(file), "rb") as lines:
             for number, line in enumerate(lines, 1):
                 key = f"{file}/{number}"
                 if line.strip():

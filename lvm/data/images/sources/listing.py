@@ -1,12 +1,9 @@
-"""Finding, reading and hashing the files of a source."""
+"""Names of the files of a source, and reading of their bytes."""
 
-import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-
-from lvm.common.errors import UserError
+from collections.abc import Callable, Iterator
 
 SETTINGS_FILES = ("classes.json", "streams.json")
 IMAGE_FORMATS = {  # Pillow's name → suffixes of files; others of its formats are not opened: some start programs
@@ -34,7 +31,7 @@ SUFFIXES = {  # of the files of each kind of source; a folder of image files has
 COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z")
 COMPRESSED = "it is compressed, and has no random access; unpack it to a plain .tar"
 NOT_UTF8 = "its name is not UTF-8"
-_INDEX_SUFFIX = ".index.json"  # written by sources beside their files
+INDEX_SUFFIX = ".index.json"  # written by sources beside their files
 
 Skip = Callable[[str, str], None]  # receives a path inside the source, and the reason
 
@@ -81,57 +78,17 @@ def walk_files(top: pathlib.Path, skip: Skip) -> Iterator[tuple[str, str]]:
             yield relative(folder).removeprefix("."), name
 
 
-def find_files(path: str, suffixes: Sequence[str], skip: Skip) -> tuple[pathlib.Path, list[str]]:
-    """Returns the root folder of a source, and its files' paths below it in natural order.
-
-    Args:
-      path: a file, a folder (all files below it that end in one of `suffixes`), or a pattern of files with * and ?.
-      suffixes: in lower case, with their dot.
-      skip: receives the other files of a folder or pattern.
-
-    Raises:
-      UserError: there is no such file.
-    """
-    root = pathlib.Path(path)
-    if root.is_file():
-        root, candidates = root.parent, [root.name]
-    elif root.is_dir():
-        candidates = ["/".join(filter(None, entry)) for entry in walk_files(root, skip)]
-    else:
-        parts = root.parts
-        plain = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts) - 1)
-        root = pathlib.Path(*parts[:plain])
-        matches = (file for file in root.glob("/".join(parts[plain:])) if file.is_file())
-        candidates = sorted((file.relative_to(root).as_posix() for file in matches), key=natural_key)
-    files = []
-    for file in candidates:
-        if file.lower().endswith(tuple(suffixes)):
-            files.append(file)
-        elif pathlib.PurePath(file).name not in SETTINGS_FILES and not file.endswith(_INDEX_SUFFIX):
-            is_compressed = file.lower().endswith(COMPRESSED_SUFFIXES)
-            skip(file, COMPRESSED if is_compressed else f"does not end in {', '.join(suffixes)}")
-    if not files:
-        for file in candidates:
-            if file.lower().endswith(COMPRESSED_SUFFIXES):
-                raise UserError(f"{root / file}: {COMPRESSED}")
-        expected = f"expected a file, a folder or a pattern of files ending in {', '.join(suffixes)}"
-        raise UserError(f"{path}: found {'none' if candidates else 'nothing'} there; {expected}")
-    return root, files
+def is_visible(path: str) -> bool:
+    """Returns whether no part of a relative path is hidden."""
+    return not any(part.startswith(".") for part in path.split("/"))
 
 
-def hash_files(files: Iterable[tuple[str, pathlib.Path]], tail_bytes: int) -> str:
-    """Hashes each file's name, size and last bytes, which hold its index or, if compressed, depend on all before."""
-    digest = hashlib.sha256()
-    for name, path in files:
-        try:
-            with open(path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - tail_bytes))
-                tail = file.read()
-        except OSError:  # it fails again when its scene is loaded
-            size, tail = 0, b""
-        digest.update(f"{name} {size}\n".encode() + tail)
-    return digest.hexdigest()
+def read_tail(path: pathlib.Path, size: int) -> tuple[int, bytes]:
+    """Returns a file's size, and its last `size` bytes. Raises OSError."""
+    with open(path, "rb") as file:
+        total = file.seek(0, os.SEEK_END)
+        file.seek(max(0, total - size))
+        return total, file.read()
 
 
 def read_range(path: pathlib.Path, offset: int, size: int) -> bytes:

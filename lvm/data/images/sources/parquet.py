@@ -11,7 +11,9 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
+from lvm.data.images.sources.division import split_range
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.listing import relative_to
 from lvm.data.images.sources.readers import STREAMS, match_columns
@@ -56,8 +58,13 @@ class ParquetSource(ImageFileSource[Row]):
     read_errors = (OSError, ValueError, pyarrow.ArrowException)  # ValueError for text that is not UTF-8
     unpicklable = ("_cached_group", "_lock")
 
+    def __init__(self, preprocess: Preprocess, **parameters: Any) -> None:
+        super().__init__(preprocess, **parameters)
+        self._columns = self._columns or self._match_columns()
+        self._stream_names = tuple(self._columns)
+
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"columns": self._columns, "streams": self._codecs_json()}
+        return super().describe() | {"columns": self._columns}
 
     def _reset(self) -> None:
         self._cached_group = functools.lru_cache(_CACHED_GROUPS)(self._load_group)
@@ -69,17 +76,26 @@ class ParquetSource(ImageFileSource[Row]):
         read = lambda s: functools.partial(self._read, file, group, row, self._columns[s])  # noqa: E731
         return info, [{stream: ImageFile(name, read(stream)) for stream in info.streams}]
 
-    def _list_scenes(self) -> Iterable[tuple[SceneInfo, Row]]:
-        self._keys = set[str]()
-        return self._list_files(self._list_file)
-
-    def _list_file(self, file: str) -> list[tuple[SceneInfo, Row]]:
+    def _list_range(self, file: str, piece: int, pieces: int) -> Iterable[tuple[SceneInfo, Row]]:
+        """See `SceneSource._list_range`. A range is of whole row groups if there are enough of them."""
         # Without a buffer for the whole column, only what is needed is read.
-        table = pyarrow.parquet.ParquetFile(self._root / file, buffer_size=1 << 16, pre_buffer=False)
-        self._check_columns(file, table.schema_arrow)
-        config, scenes, start = self.config, dict[str, tuple[SceneInfo, Row]](), 0
+        path = self._folder.local(file)
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False) as table:
+            num_groups = table.num_row_groups
+            self._check_columns(file, table.schema_arrow, is_first=piece == 0)
+            if num_groups >= pieces:
+                return self._list_groups(file, table, range(*split_range(num_groups, piece, pieces)))
+            num_skipped = len(self._skipped)
+            scenes = self._list_groups(file, table, range(num_groups))
+            if piece:
+                del self._skipped[num_skipped:]
+            return scenes[slice(*split_range(len(scenes), piece, pieces))]
+
+    def _list_groups(self, file: str, table: pyarrow.parquet.ParquetFile, groups: range) -> list[tuple[SceneInfo, Row]]:
+        config, scenes = self.config, dict[str, tuple[SceneInfo, Row]]()
+        start = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
         text_columns = [name for name in (config.key, config.group, config.class_name) if name]
-        for group in range(table.num_row_groups):
+        for group in groups:
             texts = table.read_row_group(group, columns=text_columns).to_pydict() if text_columns else {}
             empty = {stream: _empty_rows(table, group, column) for stream, column in self._columns.items()}
             num_rows = table.metadata.row_group(group).num_rows
@@ -92,31 +108,39 @@ class ParquetSource(ImageFileSource[Row]):
                 streams = tuple(stream for stream in self._columns if row not in empty[stream])
                 if "rgb" not in streams:
                     self._skip(name, f"column {self._columns['rgb']!r} {empty['rgb'][row]}")
-                elif key in self._keys or key in scenes:
+                elif key in scenes:
                     self._skip(name, f"its key {key!r} is that of an earlier row, which is used")
                 else:
                     info = SceneInfo(key, own_group or key, class_name, 1, streams)
                     scenes[key] = info, (file, group, row)
             start += num_rows
-        self._keys.update(scenes)  # of a file that is readable to its end
         return list(scenes.values())
 
-    def _check_columns(self, file: str, schema: pyarrow.Schema) -> None:
-        config, path = self.config, self._root / file
-        if not self._columns:
+    def _match_columns(self) -> dict[str, str]:
+        """Returns the column of each stream by the schema of the first readable file, {} if there is none."""
+        for file in self._files:
+            try:
+                with self._folder.open(file) as content:
+                    schema = pyarrow.parquet.read_schema(content)
+            except (UnreadableError, *self.read_errors):
+                continue  # skipped when it is listed
             named = [
                 f.name for f in schema if f.name in self._stream_names and (_holds_bytes(f.type) or _is_null(f.type))
             ]
             others = [f for f in schema if f.name not in self._stream_names and _holds_bytes(f.type)]
             others = [f for f in others if not pyarrow.types.is_fixed_size_binary(f.type)] or others  # of hashes
             try:
-                self._columns = match_columns([*named, *(field.name for field in others)], self._stream_names)
+                return match_columns([*named, *(field.name for field in others)], self._stream_names)
             except UserError as error:
-                raise UserError(f"{config.path}: {error}") from error
+                raise UserError(f"{self.config.path}: {error}") from error
+        return {}
+
+    def _check_columns(self, file: str, schema: pyarrow.Schema, is_first: bool) -> None:
+        """Raises UserError for missing columns, and for those of another type."""
+        config, path = self.config, f"{self._folder}/{file}"
         for stream in [stream for stream in STREAMS if stream in schema.names and stream not in self._columns]:
-            if not config.streams and _holds_bytes(schema.field(stream).type):
+            if is_first and not config.streams and _holds_bytes(schema.field(stream).type):
                 self._skip(file, f"column {stream!r} is not read: the first file has none")
-        self._stream_names = tuple(self._columns)
         for column in (*self._columns.values(), config.key, config.group, config.class_name):
             if column and column not in schema.names:
                 raise UserError(f"{path}: no column {column!r}; it has {', '.join(map(repr, schema.names))}")
@@ -138,7 +162,7 @@ class ParquetSource(ImageFileSource[Row]):
         return value
 
     def _load_group(self, file: str, group: int) -> pyarrow.Table:
-        table = pyarrow.parquet.ParquetFile(self._root / file)
+        table = pyarrow.parquet.ParquetFile(self._folder.local(file))
         return table.read_row_group(group, columns=list(self._columns.values()), use_threads=False)
 
 

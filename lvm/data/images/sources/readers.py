@@ -1,6 +1,7 @@
 """Readers: how the image files of each stream become images, and the settings files that choose codecs."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from jaxtyping import Int, UInt8
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.image_file import DecodedImage, ImageFile, UnreadableError, decode_image
+from lvm.data.images.sources.listing import SETTINGS_FILES
 from lvm.data.streams import codecs
 from lvm.data.streams.codecs import PALETTE, Codec, Palette
 
@@ -149,6 +151,12 @@ def declared_streams(folder: pathlib.Path) -> tuple[str, ...]:
                 'such as {"rain": {"kind": "image"}}'
             )
     return names
+
+
+def hash_settings(folder: pathlib.Path) -> str:
+    """Hashes the files of a folder that its readers follow; "" without any."""
+    contents = [path.read_bytes() for name in SETTINGS_FILES if (path := folder / name).is_file()]
+    return hashlib.sha256(b"\n".join(contents)).hexdigest() if contents else ""
 
 
 def match_columns(columns: Sequence[str], streams: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import pathlib
 import re
 import tarfile
@@ -69,29 +68,22 @@ class TarSource(ImageFileSource[Sample]):
     scene_noun = 'rgb member, such as 0001.jpg; give its suffix in streams={"rgb": SUFFIX} if it has another name'
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for info, (_, members) in self._scenes:
-            digest.update(f"{info} {sorted(members.items())}\n".encode())
-        return super().describe() | {
-            "streams": self._codecs_json(),
-            "suffixes": to_json(self.config.streams),
-            "members": digest.hexdigest(),
-        }
+        return super().describe() | {"suffixes": to_json(self.config.streams)}
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, list[dict[str, ImageFile]]]:
         info, (tar, members) = self._scene(index)
-        read = lambda m: functools.partial(read_range, self._root / tar, m.offset, m.size)  # noqa: E731
+        read = lambda m: functools.partial(self._read, tar, m)  # noqa: E731
         return info, [{stream: ImageFile(f"{tar}/{m.name}", read(m)) for stream, m in members.items()}]
 
-    def _list_scenes(self) -> Iterator[tuple[SceneInfo, Sample]]:
-        return self._list_files(self._list_file)
+    def _read(self, tar: str, member: Member) -> bytes:
+        return read_range(self._folder.local(tar), member.offset, member.size)
 
     def _list_file(self, tar: str) -> Iterator[tuple[SceneInfo, Sample]]:
         """Yields a tar's scenes in the order of their first members."""
         by_key: dict[str, dict[str, Member]] = {}
         unused: collections.Counter[str] = collections.Counter()
         try:
-            members, problems = _load_index(self._root / tar)
+            members, problems = _load_index(self._folder.local(tar))
         except OSError as error:
             members, problems = [], [("", f"can't be read: {error.strerror}")]
         for name, reason in problems:
@@ -127,7 +119,7 @@ class TarSource(ImageFileSource[Sample]):
 
     def _class_name(self, tar: str, member: Member) -> str:
         try:
-            return read_range(self._root / tar, member.offset, member.size).decode().strip()
+            return self._read(tar, member).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
             self._skip(f"{tar}/{member.name}", f"no class name: {error}")
             return ""

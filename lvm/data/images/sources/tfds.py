@@ -65,7 +65,7 @@ class TfdsSource(ImageFileSource[None]):
 
     def describe(self) -> dict[str, Any]:
         fields = {"name": self.name, "version": self._version, "split": self.config.split}
-        return super().describe() | fields | {"features": self._columns, "streams": self._codecs_json()}
+        return super().describe() | fields | {"features": self._columns}
 
     def _list_scenes(self) -> Iterator[tuple[SceneInfo, None]]:
         config, build = self.config, tensorflow_datasets.builder_from_directory

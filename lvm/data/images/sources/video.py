@@ -57,6 +57,7 @@ class VideoSource(ImageSource[Clip]):
         frames: dict[int, np.ndarray] = {}  # time → [1, R, R, 3]
         reason = ""
         try:
+            self._folder.local(video.file)
             for time, image in decode_frames(self._root, video, times):
                 frames[time] = self._preprocess(image)[None]
         except (UnreadableError, UserError) as error:
@@ -68,10 +69,8 @@ class VideoSource(ImageSource[Clip]):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {key: value for key, value in to_json(self.config).items() if key != "path"}
 
-    def _list_scenes(self) -> Iterator[tuple[SceneInfo, Clip]]:
-        return self._list_files(self._list_file)
-
     def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, Clip]]:
+        self._folder.local(file)
         packets = read_packets(self._root, file)
         times, size = self._sample(packets), self.config.clip_frames
         if packets.problem:
