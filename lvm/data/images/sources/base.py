@@ -328,6 +328,8 @@ class ImageFileSource(ImageSource[Location]):
     def __init__(self, preprocess: Preprocess, **parameters: Any) -> None:
         self._readers: dict[str, Reader] = {}  # of the streams that were met
         super().__init__(preprocess, **parameters)
+        if self.is_listed:
+            self.streams  # noqa: B018 (raises errors of the settings files)
 
     def load(self, index: int) -> SceneImages:
         """See `ImageSource.load`. A failure's key is the scene's; its reason begins with the file."""

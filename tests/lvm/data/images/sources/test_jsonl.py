@@ -53,4 +53,4 @@ def test_jsonl_is_not_an_image_source(tmp_path) -> None:
         open_any_source(str(tmp_path / "a.jsonl"), small, {"derived": ("gray",)})
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"no usable line of codes \(a\.jsonl/1: not"):
-        open_any_source(str(tmp_path / "a.jsonl"), small)
+        len(open_any_source(str(tmp_path / "a.jsonl"), small))
