@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lvm.data.images.sources.base import SceneInfo
+from lvm.data.images.sources.scene import SceneInfo
 from lvm.data.mixture.split import group_hash
 from lvm.data.store import writer
 from lvm.data.store.format import Scene

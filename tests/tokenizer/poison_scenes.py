@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from lvm.data.images.sources.base import ImageSource, SceneImages, SceneInfo
+from lvm.data.images.sources.base import ImageSource
+from lvm.data.images.sources.scene import SceneImages, SceneInfo
 from lvm.data.streams.codecs import Image
 from tests.lvm.data.images.misbehaving import misbehave
 

@@ -10,7 +10,8 @@ import time
 
 import numpy as np
 
-from lvm.data.images.sources.base import CodeSource, SceneCodes, SceneInfo
+from lvm.data.images.sources.base import CodeSource
+from lvm.data.images.sources.scene import SceneCodes, SceneInfo
 from lvm.data.store.shard_queue import ShardQueue
 from lvm.data.streams.codecs import Image
 from tokenizer.encoding import CodeCopier

@@ -15,7 +15,8 @@ from lvm.data.images.augment import Augment
 from lvm.data.images.decode_worker import Limits
 from lvm.data.images.decoding import SceneDecoder
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import Failure, ImageSource, SceneImages, SceneInfo
+from lvm.data.images.sources.base import ImageSource
+from lvm.data.images.sources.scene import Failure, SceneImages, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.store import failures
 from lvm.data.store.reader import Store

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import SceneImages
+from lvm.data.images.sources.scene import SceneImages
 from lvm.data.mixture import split
 from lvm.data.streams.codecs import Codec
 

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from lvm.data.images.augment import Augment
-from lvm.data.images.sources.base import Failure, ImageSource, SceneInfo
+from lvm.data.images.sources.base import ImageSource
+from lvm.data.images.sources.scene import Failure, SceneInfo
 
 _CHUNK_IMAGES = 64  # approximate images per chunk
 _PROBED_SCENES = 8  # scenes of a range that are probed for their size: videos may come after photos

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lvm.common.errors import UserError
-from lvm.data.images.sources.base import Failure, ImageSource, SceneImages, SceneInfo
+from lvm.data.images.sources.base import ImageSource
+from lvm.data.images.sources.scene import Failure, SceneImages, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.streams.codecs import Image, Palette

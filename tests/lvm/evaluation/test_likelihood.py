@@ -7,7 +7,7 @@ import pytest
 from scipy.special import log_softmax
 
 from lvm import evaluate
-from lvm.data.images.sources.base import SceneInfo
+from lvm.data.images.sources.scene import SceneInfo
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Video
 from lvm.evaluation import likelihood

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvm.data.images.sources.base import SceneInfo
+from lvm.data.images.sources.scene import SceneInfo
 from lvm.data.streams.codecs import Depth, Image, Palette
 from lvm.evaluation import prompted
 from lvm.evaluation.heldout import Heldout, HeldoutScene

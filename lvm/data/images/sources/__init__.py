@@ -13,10 +13,11 @@ from lvm.common import files
 from lvm.common.config import find_config
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import CodeSource, Failure, ImageSource, SceneInfo
+from lvm.data.images.sources.base import CodeSource, ImageSource
 from lvm.data.images.sources.derived import DerivedStreams
-from lvm.data.images.sources.folders import locate
 from lvm.data.images.sources.listing import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, SUFFIXES, suffix_of, walk_files
+from lvm.data.images.sources.remote import listing_once, match_objects
+from lvm.data.images.sources.scene import Failure, SceneInfo
 
 __all__ = ["CodeSource", "Failure", "ImageSource", "SceneInfo", "open_any_source", "open_source"]
 
@@ -65,7 +66,8 @@ def open_any_source(
 ) -> ImageSource | CodeSource:
     """Opens an `ImageSource` or a `CodeSource` without listing its files; arguments and errors as for `open_source`."""
     if files.is_remote(spec):
-        return _open(_kind_of_url(spec), preprocess, {**(overrides or {}), "path": spec})
+        with listing_once():
+            return _open(_kind_of_url(spec), preprocess, {**(overrides or {}), "path": spec})
     path, parameters = pathlib.Path(find_config(spec)), dict(overrides or {})
     if path.suffix == ".py" and path.is_file():
         parameters = _load_config(path) | parameters
@@ -101,7 +103,7 @@ def _open(kind: str, preprocess: Preprocess, parameters: dict[str, Any]) -> Imag
 
 
 def _kind_of_url(url: str) -> str:
-    _, names = locate(url, lambda path, reason: None)
+    _, _, names = match_objects(url)
     if not names:
         raise UserError(f"{url}: found nothing there; expected a folder, a file or a pattern of files")
     return _kind_of_first(names)

@@ -6,9 +6,10 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from lvm.data.images.sources.base import ImageFileSource, SceneInfo
+from lvm.data.images.sources.base import ImageFileSource
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.listing import relative_to
+from lvm.data.images.sources.scene import SceneInfo
 
 Record = tuple[str, int]  # file, and index of the record in it
 

@@ -1,4 +1,4 @@
-"""Scenes, and the base classes of what lists and loads them: image sources and code sources."""
+"""Base classes of what lists and loads scenes: image sources and code sources."""
 
 import abc
 import copy
@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
-from jaxtyping import UInt8, UInt16
 
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import listing
 from lvm.data.images.sources.division import PartSpec, divide_files, split_range
-from lvm.data.images.sources.folders import Folder, find_files, hash_files
+from lvm.data.images.sources.finding import find_files, hash_files
+from lvm.data.images.sources.folders import Folder
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.readers import (
     STREAMS,
@@ -25,48 +25,12 @@ from lvm.data.images.sources.readers import (
     make_readers,
     read_frame,
 )
+from lvm.data.images.sources.scene import Failure, SceneCodes, SceneImages, SceneInfo
 from lvm.data.streams.codecs import Codec
 
 _TAIL_BYTES = 65536  # of a local file, for its identity: a tar ends in at least 10 KB of padding
 
 Location = TypeVar("Location")  # where a scene's data is, as its source needs it
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """Data that is not used, and why."""
-
-    key: str  # a path inside the source, a scene, or a frame of a scene
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SceneInfo:
-    """Metadata of a scene, known without decoding."""
-
-    key: str  # identifies the scene within its source
-    group: str  # the original photo or video; a split never separates scenes of one group
-    class_name: str  # class label, or ""
-    num_frames: int  # T
-    streams: tuple[str, ...]  # in the order of the scene's images
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneImages:
-    """A decoded scene."""
-
-    info: SceneInfo  # `num_frames` counts the frames in `images`
-    images: UInt8[np.ndarray, "T S R R 3"]  # streams in the order of `info.streams`; T may be 0
-    failures: tuple[Failure, ...] = ()  # frames that could not be read and were dropped
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneCodes:
-    """A scene that is stored as codes; otherwise as `SceneImages`."""
-
-    info: SceneInfo
-    codes: UInt16[np.ndarray, "T S N"]
-    failures: tuple[Failure, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +83,7 @@ class SceneSource(abc.ABC, Generic[Location]):
     name: str  # for logs and manifests
     streams: Mapping[str, Codec]  # codec of every stream that any scene has
     _files: Sequence[str] = ()  # in `_folder`, of a kind of files
+    _is_part: bool = False  # of a copy that lists a part, which happens once
     _skipped: list[Failure]
 
     def __init__(self, preprocess: Preprocess, **parameters: Any) -> None:
@@ -233,10 +198,16 @@ class SceneSource(abc.ABC, Generic[Location]):
         if not self._files:
             listed = vars(self).get("_scenes")
             return Part(listed[spec.start : spec.stop] if listed else range(spec.start, spec.stop))
-        files, lister = self._files[spec.start : spec.stop], copy.copy(self)
+        files, lister = self._files[spec.start : spec.stop], self._copy_for_part()
         held = [file for file in files if lister._hold(file, spec.piece)]
         scenes = [scene for file in held for scene in lister._list_piece(file, spec.piece, spec.pieces)]
         return Part(scenes, tuple(lister._skipped), functools.partial(self._release, held))
+
+    def _copy_for_part(self) -> Self:
+        """Returns a copy that lists some files, and has what it skips to itself."""
+        lister = copy.copy(self)
+        lister._is_part = True
+        return lister
 
     def _hold(self, file: str, piece: int) -> bool:
         try:
@@ -372,8 +343,8 @@ class ImageFileSource(ImageSource[Location]):
 
     def _stream_files(self, stream: str) -> Iterator[ImageFile]:
         """Yields the files of a stream, from the first file of the source on whatever part asks."""
-        lister = copy.copy(self)
-        scenes = range(len(self)) if not self._files or "_scenes" in vars(self) else lister._list_scenes()
+        is_listed = self.is_listed or "_scenes" in vars(self)
+        scenes = range(len(self)) if is_listed else self._copy_for_part()._list_scenes()
         for scene in scenes:
             yield from (files[stream] for files in self._open_scene(scene)[1] if stream in files)
 

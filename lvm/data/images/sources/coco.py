@@ -14,11 +14,12 @@ from etils import epath
 from jaxtyping import Bool, Float, Float64, UInt8
 
 from lvm.common.errors import UserError
-from lvm.data.images.sources.base import ImageSource, SceneImages, SceneInfo
-from lvm.data.images.sources.folders import hash_files, open_folder
+from lvm.data.images.sources.base import ImageSource
+from lvm.data.images.sources.finding import hash_files, open_folder
 from lvm.data.images.sources.image_file import MAX_PIXELS, UnreadableError, decode_image
 from lvm.data.images.sources.listing import NOT_UTF8, printable
 from lvm.data.images.sources.readers import check_aspect
+from lvm.data.images.sources.scene import SceneImages, SceneInfo
 from lvm.data.streams.codecs import Box, Boxes, Codec, Image, Palette, Pose
 
 Annotation = Mapping[str, Any]

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.data.images.sources.base import Failure, ImageSource, Part, SceneImages, SceneInfo
+from lvm.data.images.sources.base import ImageSource, Part
 from lvm.data.images.sources.division import PartSpec
+from lvm.data.images.sources.scene import Failure, SceneImages, SceneInfo
 from lvm.data.streams.codecs import Codec
 from lvm.data.streams.derived import DERIVED, derive
 

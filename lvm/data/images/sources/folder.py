@@ -15,11 +15,12 @@ import numpy as np
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.common.validation import check_choice, check_positive
-from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
-from lvm.data.images.sources.folders import hash_files, open_folder
+from lvm.data.images.sources.base import ImageFileSource, PathConfig
+from lvm.data.images.sources.finding import hash_files, open_folder
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError, open_image
 from lvm.data.images.sources.listing import IMAGE_SUFFIXES, SETTINGS_FILES, suffix_of
 from lvm.data.images.sources.readers import STREAMS
+from lvm.data.images.sources.scene import SceneInfo
 
 _EXPECTED = (
     f"expected a folder of photos ({', '.join(IMAGE_SUFFIXES)}), of videos (folders of frames), or with a folder "

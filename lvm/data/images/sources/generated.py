@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_positive
-from lvm.data.images.sources.base import ImageSource, SceneImages, SceneInfo
+from lvm.data.images.sources.base import ImageSource
+from lvm.data.images.sources.scene import SceneImages, SceneInfo
 from lvm.data.images.sources.shapes import CLASSES, FAR, NEAR, Scene, render, sample_scene
 from lvm.data.streams.codecs import Box, Boxes, Codec, Depth, Edges, Image, Normals, Palette
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from lvm.data.images.sources.base import CodeSource, Failure, PathConfig, SceneCodes, SceneInfo
+from lvm.data.images.sources.base import CodeSource, PathConfig
 from lvm.data.images.sources.listing import read_range
+from lvm.data.images.sources.scene import Failure, SceneCodes, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.store import jsonl
 from lvm.data.streams.codecs import Image

@@ -12,11 +12,12 @@ import pyarrow.parquet
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
+from lvm.data.images.sources.base import ImageFileSource, PathConfig
 from lvm.data.images.sources.division import split_range
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.listing import relative_to
 from lvm.data.images.sources.readers import STREAMS, match_columns
+from lvm.data.images.sources.scene import SceneInfo
 
 _CACHED_GROUPS = 4  # row groups kept in memory per process: neighboring rows are read soon
 
@@ -120,8 +121,7 @@ class ParquetSource(ImageFileSource[Row]):
         """Returns the column of each stream by the schema of the first readable file, {} if there is none."""
         for file in self._files:
             try:
-                with self._folder.open(file) as content:
-                    schema = pyarrow.parquet.read_schema(content)
+                schema = self._folder.peek(file, pyarrow.parquet.read_schema, (ValueError, pyarrow.ArrowException))
             except (UnreadableError, *self.read_errors):
                 continue  # skipped when it is listed
             named = [

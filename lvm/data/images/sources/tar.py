@@ -13,9 +13,10 @@ from typing import Any, BinaryIO, NamedTuple
 from lvm.common import files
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
-from lvm.data.images.sources.base import ImageFileSource, PathConfig, SceneInfo
+from lvm.data.images.sources.base import ImageFileSource, PathConfig
 from lvm.data.images.sources.image_file import ImageFile
 from lvm.data.images.sources.listing import COMPRESSED, IMAGE_SUFFIXES, NOT_UTF8, printable, read_range, suffix_of
+from lvm.data.images.sources.scene import SceneInfo
 
 CLASS = "cls"  # suffix of the member that holds its scene's class name
 _INDEX_VERSION = 2
@@ -59,8 +60,8 @@ class TarSource(ImageFileSource[Sample]):
     that tars may repeat each other's keys. A scene is its own group. Annotations are as in `FolderSource`;
     `classes.json` and `streams.json` are read from the tars' folder.
 
-    The first time, a tar's headers are read, and an index is written beside it ("TAR.index.json") if the folder is
-    writable.
+    The first time that a source is listed as a whole, its tars' headers are read, and an index is written beside each
+    ("TAR.index.json") if the folder is writable. Encoding reads each tar once, and writes none.
     """
 
     kind = "tar"
@@ -83,7 +84,7 @@ class TarSource(ImageFileSource[Sample]):
         by_key: dict[str, dict[str, Member]] = {}
         unused: collections.Counter[str] = collections.Counter()
         try:
-            members, problems = _load_index(self._folder.local(tar))
+            members, problems = _load_index(self._folder.local(tar), keeps=not self._is_part)
         except OSError as error:
             members, problems = [], [("", f"can't be read: {error.strerror}")]
         for name, reason in problems:
@@ -137,8 +138,13 @@ def _split(name: str) -> tuple[str, str]:
     return ("" if is_hidden else folder + slash + stem), suffix.lower()
 
 
-def _load_index(path: pathlib.Path) -> tuple[list[Member], list[tuple[str, str]]]:
-    """Returns a tar's members, and (name, reason) of what is not used, from the index beside it if it is current."""
+def _load_index(path: pathlib.Path, keeps: bool) -> tuple[list[Member], list[tuple[str, str]]]:
+    """Returns a tar's members, and (name, reason) of what is not used, from the index beside it if it is current.
+
+    Args:
+      path: of the tar.
+      keeps: writes an index if there is no current one.
+    """
     index_path = path.with_name(f"{path.name}.index.json")
     status = path.stat()
     stamp = {"version": _INDEX_VERSION, "bytes": status.st_size, "modified": status.st_mtime_ns}
@@ -148,7 +154,7 @@ def _load_index(path: pathlib.Path) -> tuple[list[Member], list[tuple[str, str]]
             if index["stamp"] == stamp:
                 return [Member(*member) for member in index["members"]], [tuple(p) for p in index["problems"]]
     members, problems = _scan(path, status.st_size)
-    if members:
+    if members and keeps:
         with contextlib.suppress(OSError):  # in a read-only folder it is rebuilt each time
             files.write_json(index_path, {"stamp": stamp, "members": members, "problems": problems})
     return members, problems

@@ -9,9 +9,10 @@ from typing import Any
 import tensorflow_datasets
 
 from lvm.common.errors import UserError
-from lvm.data.images.sources.base import ImageFileSource, SceneInfo
+from lvm.data.images.sources.base import ImageFileSource
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.readers import STREAMS, Reader, SegmentationReader, match_columns
+from lvm.data.images.sources.scene import SceneInfo
 from lvm.data.streams.codecs import Palette
 
 features = tensorflow_datasets.features

@@ -11,8 +11,9 @@ from jaxtyping import Int64
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_positive
-from lvm.data.images.sources.base import ImageSource, PathConfig, SceneImages, SceneInfo
+from lvm.data.images.sources.base import ImageSource, PathConfig
 from lvm.data.images.sources.image_file import UnreadableError
+from lvm.data.images.sources.scene import SceneImages, SceneInfo
 from lvm.data.images.sources.video_file import Packets, Video, decode_frames, read_packets
 from lvm.data.streams.codecs import Image
 

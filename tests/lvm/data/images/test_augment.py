@@ -4,7 +4,7 @@ import numpy as np
 
 from lvm.data.images.augment import Augment
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import SceneImages, SceneInfo
+from lvm.data.images.sources.scene import SceneImages, SceneInfo
 from lvm.data.streams.codecs import Image, Normals
 
 

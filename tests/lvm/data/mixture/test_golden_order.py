@@ -12,7 +12,7 @@ import pytest
 from lvm.common.seeding import derive_seed
 from lvm.data.images.augment import Augment
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources.base import SceneImages, SceneInfo
+from lvm.data.images.sources.scene import SceneImages, SceneInfo
 from lvm.data.mixture import mixture, permutation, split
 from lvm.data.mixture.counter_rng import CounterRng
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
