@@ -12,9 +12,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from jaxtyping import Array, UInt8, UInt16
 
 import lvm
 from lvm.common.errors import UserError
-from lvm.common.logging import Progress, log_info
+from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.decode_pool import Chunk, DecodePool
 from lvm.data.images.decode_worker import Limits
@@ -36,15 +35,14 @@ from lvm.data.store import writer
 from lvm.data.store.format import Scene
 from lvm.data.store.shard_queue import ShardQueue
 from lvm.data.store.writer import BusyShardError, SkippedItems
+from tokenizer.encoding_progress import EncodingProgress
 from tokenizer.pretrained import Tokenizer
 
-T = TypeVar("T")
 ShardScenes = tuple[int, Iterator[Scene], SkippedItems]  # shard, its scenes, what it skips
 
 _SOFTWARE = ("jax", "jaxlib", "numpy", "pillow", "av")
 _LISTED_AHEAD = 8  # parts of the source that threads list, and copy from object storage, before their turn
 _MAX_PENDING = 2  # batches on the devices while the host prepares the next
-_LOG_EVERY_S = 10.0
 
 
 @dataclasses.dataclass
@@ -330,64 +328,6 @@ class Encoder(ShardWriter):
                 codes, ready = ready[: scene.num_images], ready[scene.num_images :]
                 yield from self._store_scene(scene.info, scene.failures, codes, skipped)
         skipped.failures[:0] = map(dataclasses.asdict, failures.pop(shard))
-
-
-class EncodingProgress:
-    """Progress in scenes, images per second, and the shares of time spent waiting for images and for codes.
-
-    The number of all scenes is estimated from the parts that are listed.
-    """
-
-    def __init__(self) -> None:
-        self._progress, self._done = Progress(0, unit="scenes"), 0
-        self._parts, self._listed_parts, self._scenes = 0, 0, 0
-        self._reset()
-
-    def expect(self, num_parts: int) -> None:
-        """Counts parts that will be listed."""
-        self._parts += num_parts
-
-    def add_part(self, num_scenes: int) -> None:
-        """Counts a listed part."""
-        self._listed_parts, self._scenes = self._listed_parts + 1, self._scenes + num_scenes
-        self._progress.total = round(self._scenes * max(1.0, self._parts / self._listed_parts))
-
-    def _reset(self) -> None:
-        self._start, self._images, self._waited_s = time.monotonic(), 0, {"host": 0.0, "device": 0.0}
-
-    @contextlib.contextmanager
-    def waiting(self, resource: str) -> Iterator[None]:
-        """Counts the time inside as waiting for the "host" or the "device"."""
-        start = time.monotonic()
-        yield
-        self._waited_s[resource] += time.monotonic() - start
-
-    def timed(self, resource: str, items: Iterator[T]) -> Iterator[T]:
-        """Yields the items; the time until each counts as waiting for `resource`."""
-        while True:
-            with self.waiting(resource):
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
-
-    def add(self, images: int, scenes: int) -> None:
-        """Counts finished images and scenes; logs a line every few seconds."""
-        self._images, self._done = self._images + images, self._done + scenes
-        if time.monotonic() - self._start > _LOG_EVERY_S:
-            log_info(self.line())
-
-    def line(self) -> str:
-        """`Progress.line`, with images/s and the shares of time waited since the previous line."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        shares = {resource: waited / seconds for resource, waited in self._waited_s.items()}
-        line = (
-            f"{self._progress.line(self._done)}, {self._images / seconds:.3g} images/s, "
-            f"{max(shares, key=shares.__getitem__)}-bound: waited {shares['host']:.0%} of the time for images, "
-            f"{shares['device']:.0%} for codes"
-        )
-        self._reset()
-        return line
 
 
 def software_versions() -> dict[str, str]:

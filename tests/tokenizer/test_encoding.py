@@ -22,9 +22,10 @@ from lvm.data.store import failures
 from lvm.data.store.reader import Store
 from lvm.data.streams.codecs import Image, Palette
 from tests.tokenizer.networks import random_weights, small
-from tokenizer import Tokenizer, encoding
+from tokenizer import Tokenizer, encoding_progress
 from tokenizer.encode import finish, parse_shard_flag
-from tokenizer.encoding import Encoder, EncodingProgress
+from tokenizer.encoding import Encoder
+from tokenizer.encoding_progress import EncodingProgress
 
 SIDE = 16
 SETS = (("rgb",), ("rgb", "segmentation"))
@@ -286,7 +287,7 @@ def test_parse_shard_flag():
 
 def test_encoding_progress_reports_rates_and_waits(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(encoding.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(encoding_progress.time, "monotonic", lambda: clock[0])
 
     def after(seconds, items):
         for item in items:

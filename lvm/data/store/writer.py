@@ -6,6 +6,7 @@ their classes, stream sets and codecs.
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import tempfile
 import time
@@ -313,7 +314,7 @@ def finish_store(folder: epath.PathLike) -> list[str]:
     Any process may call it, repeatedly: the manifest depends on the shards alone.
 
     Raises:
-      UserError: the folder has no header, or one of another version.
+      UserError: the folder has no header, or one of another version, or the store has no scene.
     """
     folder = epath.Path(folder)
     header = read_header(folder)
@@ -350,19 +351,25 @@ def _remove_leftovers(folder: pathlib.Path) -> None:
 
 
 def write_manifest(folder: epath.PathLike, header: Mapping[str, Any], num_shards: int) -> list[str]:
-    """`finish_store` with a given header: one listing, and one read of each entry, many at once."""
-    sizes = files.sizes(folder)
+    """`finish_store` with a given header: one listing, and one read of each entry, many at once. No store is empty."""
+    sizes, num_scenes = files.sizes(folder), 0
     if missing := _missing(sizes, num_shards):
         return missing
 
     def complete_entries() -> Iterator[dict[str, Any]]:
+        nonlocal num_scenes
         for i, entry in enumerate(read_entries(folder, range(num_shards), num_shards)):
             if _is_complete(entry, sizes):
+                num_scenes += entry["scenes"]
                 yield entry
             else:
                 missing.append(shard_name(i, num_shards))
 
     contents = manifest.build(folder, header, complete_entries())
+    if not missing and not num_scenes:
+        skipped = next(iter((*header.get("skipped", ()), *itertools.islice(failures.read(folder), 1))), None)
+        reason = f" ({skipped['key']}: {skipped['reason']})" if skipped else ""
+        raise UserError(f"{folder}: found no usable scene in the source{reason}")
     if not missing:
         for name, content in contents.items():
             files.write_atomically(epath.Path(folder) / name, content)

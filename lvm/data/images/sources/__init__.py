@@ -15,8 +15,9 @@ from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import CodeSource, ImageSource
 from lvm.data.images.sources.derived import DerivedStreams
+from lvm.data.images.sources.finding import locate
 from lvm.data.images.sources.listing import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, SUFFIXES, suffix_of, walk_files
-from lvm.data.images.sources.remote import listing_once, match_objects
+from lvm.data.images.sources.remote import has_wildcard, listing_once, match_objects
 from lvm.data.images.sources.scene import Failure, SceneInfo
 
 __all__ = ["CodeSource", "Failure", "ImageSource", "SceneInfo", "open_any_source", "open_source"]
@@ -40,7 +41,7 @@ def open_source(spec: str, preprocess: Preprocess, overrides: Mapping[str, Any] 
 
     Args:
       spec: a folder: of image files (see `FolderSource` for its layouts), or of videos, tars or another kind, which its
-        first file tells; a file of such a kind; the URL of a folder, a file or a pattern of files, such as
+        first file tells; a file or a pattern of files of such a kind; the URL of any of these, such as
         gs://BUCKET/FOLDER or s3://BUCKET/FOLDER/*.tar; or a config file ending in .py whose `get_config()` returns a
         ConfigDict with the `kind` of source and its parameters. With every kind, `derived` names streams that are
         computed from rgb (`lvm.data.streams.derived`), `derived_seed` seeds them.
@@ -82,6 +83,8 @@ def open_any_source(
         kind = _kind_of_first(name for _, name in walk_files(path, lambda path, reason: None))
     elif path.is_file() and suffix_of(path) in COMPRESSED_SUFFIXES:
         kind = "tar"  # whose error says what to do
+    elif has_wildcard(spec) and not path.exists() and (names := locate(spec, lambda path, reason: None)[1]):
+        kind = _kind_of_first(names)
     elif not path.is_file() or not (kind := _KIND_OF_SUFFIX.get(suffix_of(path))):
         raise UserError(
             f"{spec}: found {'a file' if path.is_file() else 'nothing'} there; expected a folder of images, or a "

@@ -274,7 +274,8 @@ class SceneSource(abc.ABC, Generic[Location]):
     def _set_folder(self, folder: Folder) -> None:
         """Sets the folder that the source's files are relative to."""
         self._folder, self._root, self.name = folder, folder.path, folder.name
-        names = (*STREAMS, *declared_streams(self._root), *sorted(self._columns))
+        with folder.named_errors():
+            names = (*STREAMS, *declared_streams(self._root), *sorted(self._columns))
         self._stream_names = tuple(dict.fromkeys(names))
 
 
@@ -339,7 +340,8 @@ class ImageFileSource(ImageSource[Location]):
         return {stream: self._readers[stream] for stream in names}
 
     def _make_readers(self, streams: Sequence[str]) -> dict[str, Reader]:
-        return make_readers(self._root, {stream: self._stream_files(stream) for stream in streams})
+        with self._folder.named_errors():
+            return make_readers(self._root, {stream: self._stream_files(stream) for stream in streams})
 
     def _stream_files(self, stream: str) -> Iterator[ImageFile]:
         """Yields the files of a stream, from the first file of the source on whatever part asks."""

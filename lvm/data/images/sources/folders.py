@@ -1,6 +1,7 @@
 """Folders of a source's files: local ones, and those of object storage, whose files are copied here to be read."""
 
 import collections
+import contextlib
 import functools
 import os
 import pathlib
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
+from lvm.common.errors import UserError
 from lvm.data.images.sources import remote
 from lvm.data.images.sources.image_file import Content
 from lvm.data.images.sources.listing import (
@@ -65,6 +67,14 @@ class Folder:
     def stamp(self, file: str, tail_bytes: int) -> tuple[int, bytes]:
         """The size of a file, and what changes with its content: its last bytes, or the storage's checksum."""
         return read_tail(self.path / file, tail_bytes)
+
+    @contextlib.contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """A context whose UserErrors name this folder, not that of copies."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(str(error).replace(str(self.path), str(self))) from error
 
     def hold(self, file: str) -> pathlib.Path:
         """Returns the local path of a file that stays until `release`. Raises OSError, or as `remote.retry`."""

@@ -47,7 +47,7 @@ _listings: ContextVar[dict[str, Objects] | None] = ContextVar("listings", defaul
 def filesystem_of(url: str) -> tuple[Any, str]:
     """fsspec's filesystem of a URL, and the path inside it. Raises UserError: an unknown protocol, or no package."""
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         protocol = url.partition("://")[0]
         package = _PACKAGES.get(protocol, getattr(error, "name", None) or "its package")
@@ -183,7 +183,7 @@ def match_objects(url: str) -> tuple[str, Objects, list[str]]:
     """
     protocol, _, rest = url.partition("://")
     parts = [part for part in rest.split("/") if part]
-    has_pattern = bool(_WILDCARD.search(rest))
+    has_pattern = has_wildcard(rest)
     plain = num_plain_parts(parts) if has_pattern else len(parts)
     base = f"{protocol}://{'/'.join(parts[:plain])}"
     objects = list_objects(base)
@@ -195,9 +195,14 @@ def match_objects(url: str) -> tuple[str, Objects, list[str]]:
     return base, objects, sorted(filter(pattern.match, objects), key=natural_key)
 
 
+def has_wildcard(path: str) -> bool:
+    """Returns whether a path is a pattern."""
+    return bool(_WILDCARD.search(path))
+
+
 def num_plain_parts(parts: Sequence[str]) -> int:
     """Returns the number of the parts of a path before the first with a wildcard, or before the last."""
-    return next((i for i, part in enumerate(parts) if _WILDCARD.search(part)), len(parts) - 1)
+    return next((i for i, part in enumerate(parts) if has_wildcard(part)), len(parts) - 1)
 
 
 def walk_names(names: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ import tensorflow_datasets
 
 from lvm.common.errors import UserError
 from lvm.data.images.sources.base import ImageFileSource
+from lvm.data.images.sources.folders import Folder
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.readers import STREAMS, Reader, SegmentationReader, match_columns
 from lvm.data.images.sources.scene import SceneInfo
@@ -73,8 +74,8 @@ class TfdsSource(ImageFileSource[None]):
         if not pathlib.Path(config.name).is_dir():
             build = functools.partial(tensorflow_datasets.builder, data_dir=config.data_dir or None)
         builder = self._query(lambda: build(config.name))
-        self.name, self._version = builder.name, str(builder.version)
-        self._root = pathlib.Path(builder.data_dir)
+        self._folder, self._version = Folder(pathlib.Path(builder.data_dir)), str(builder.version)
+        self._root, self.name = self._folder.path, builder.name
         self._images = dict(sorted(_image_features(builder.info.features), key=lambda item: item[0]))
         self._columns = self._columns or self._match_features()
         for path in self._columns.values():

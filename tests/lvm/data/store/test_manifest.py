@@ -74,7 +74,7 @@ kinds = st.tuples(st.sampled_from(["", "cat", "dog"]), st.sampled_from([("rgb",)
 
 
 @settings(max_examples=20)
-@given(st.lists(st.lists(st.tuples(kinds, st.integers(1, 5)), max_size=6), min_size=1, max_size=3))
+@given(st.lists(st.lists(st.tuples(kinds, st.integers(1, 5)), max_size=6), min_size=1, max_size=3).filter(any))
 def test_runs_tell_what_the_index_tells(tmp_path_factory, runs_of_shards):
     shards = [[scene(0, *kind) for kind, count in runs for _ in range(count)] for runs in runs_of_shards]
     store = write(tmp_path_factory.mktemp("store"), *shards)
@@ -169,3 +169,13 @@ def test_failures_of_an_earlier_attempt_are_removed(tmp_path):
     assert writer.finish_store(tmp_path) == []
     assert Store(tmp_path).manifest["failures"] == {}
     assert list(failures.read(tmp_path)) == []
+
+
+def test_store_without_scenes_is_refused(tmp_path):
+    writer.begin_store(tmp_path, HEADER, 2)
+    for shard in range(2):
+        skipped = writer.SkippedItems([{"key": f"{shard}.tar", "reason": "it is compressed"}], [])
+        writer.write_shard(tmp_path, shard, 2, [], 16, skipped)
+    with pytest.raises(UserError, match=r"found no usable scene in the source \(0\.tar: it is compressed\)"):
+        writer.finish_store(tmp_path)
+    assert not (tmp_path / manifest.MANIFEST).exists()

@@ -98,7 +98,7 @@ keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 def shards(draw):
     """The scenes of a shard, with the number of codes of a grid."""
     N, scenes = draw(st.integers(1, 6)), []
-    for i in range(draw(st.integers(0, 12))):
+    for i in range(draw(st.integers(1, 12))):
         frames, stream_set = draw(st.integers(1, 9)), draw(st.integers(0, 2))
         codes = draw(hnp.arrays(np.uint16, (frames, len(STREAM_SETS[stream_set]), N), fill=st.integers(0, 2**16 - 1)))
         group, class_name = draw(st.integers(0, 2**64 - 1)), draw(st.sampled_from(["", "dog", "cat", "Kätzchen"]))
