@@ -14,6 +14,7 @@ from lvm.data.images.sources.listing import (
     INDEX_SUFFIX,
     SETTINGS_FILES,
     Skip,
+    is_visible,
     natural_key,
     walk_files,
 )
@@ -48,8 +49,8 @@ def locate(path: str, skip: Skip) -> tuple[Folder, list[str]]:
         return Folder(root), ["/".join(filter(None, entry)) for entry in walk_files(root, skip)]
     plain = num_plain_parts(root.parts)
     root, pattern = pathlib.Path(*root.parts[:plain]), "/".join(root.parts[plain:])
-    matches = (file for file in root.glob(pattern) if file.is_file())
-    return Folder(root), sorted((file.relative_to(root).as_posix() for file in matches), key=natural_key)
+    matches = (file.relative_to(root).as_posix() for file in root.glob(pattern) if file.is_file())
+    return Folder(root), sorted(filter(is_visible, matches), key=natural_key)
 
 
 def find_files(path: str, suffixes: Sequence[str], skip: Skip) -> tuple[Folder, list[str]]:

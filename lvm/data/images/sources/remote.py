@@ -192,7 +192,7 @@ def match_objects(url: str) -> tuple[str, Objects, list[str]]:
     if not has_pattern:
         return base, objects, walk_names(objects)
     pattern = re.compile(fsspec.utils.glob_translate("/".join(parts[plain:])))
-    return base, objects, sorted(filter(pattern.match, objects), key=natural_key)
+    return base, objects, sorted(filter(pattern.match, filter(is_visible, objects)), key=natural_key)
 
 
 def has_wildcard(path: str) -> bool:
