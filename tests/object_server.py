@@ -74,6 +74,7 @@ class ObjectServer:
         self._written: dict[str, bytes] = {}
         self._deleted: set[str] = set()
         self._maps: dict[tuple[str, int, int, int], mmap.mmap] = {}
+        self._summaries: dict[tuple, tuple[int, str, str]] = {}
         self._generations: collections.Counter[str] = collections.Counter()
         self._uploads: dict[str, tuple[str, str | None, bytearray]] = {}
         self._random, self._in_flight = random.Random(0), 0
@@ -171,27 +172,39 @@ class ObjectServer:
         except KeyError:
             raise web.HTTPNotFound(text=json.dumps({"error": {"code": 404, "message": path}})) from None
 
+    def _identity(self, path: str) -> tuple[str, int, int, int] | None:
+        """What tells a file of the folder from others and from later content; None of what was written or deleted."""
+        if path in self._written or path in self._deleted or not self._folder or not (self._folder / path).is_file():
+            return None
+        status = os.stat(self._folder / path)
+        return path, status.st_ino, status.st_mtime_ns, status.st_size
+
     def _mapped(self, path: str) -> bytes | mmap.mmap:
         """The content, memory-mapped if it is a file: most requests are for a small range of a large one."""
-        if path in self._written or path in self._deleted or not self._folder or not (self._folder / path).is_file():
+        key = self._identity(path)
+        if key is None or not self._folder:
             return self._content(path)
-        status = os.stat(self._folder / path)
-        key = path, status.st_ino, status.st_mtime_ns, status.st_size
-        if key not in self._maps and status.st_size:
+        if key not in self._maps and key[-1]:
             with open(self._folder / path, "rb") as file:
                 self._maps[key] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps.get(key, b"")
 
-    def _metadata(self, path: str, content: bytes) -> dict[str, str]:
+    def _summary(self, path: str) -> tuple[int, str, str]:
+        """Size, MD5 and CRC-32C; kept of files, linked ones too, since a listing has those of all its objects."""
+        key = (self._identity(path) or (path,))[1:]
+        summary = self._summaries.get(key) or _summarize(self._content(path))
+        return self._summaries.setdefault(key, summary) if key else summary
+
+    def _metadata(self, path: str) -> dict[str, str]:
         bucket, name = path.split("/", 1)
-        checksum = base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
+        size, md5, crc32c = self._summary(path)
         return {
             "kind": "storage#object",
             "bucket": bucket,
             "name": name,
-            "size": str(len(content)),
-            "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
-            "crc32c": checksum,
+            "size": str(size),
+            "md5Hash": md5,
+            "crc32c": crc32c,
             "generation": str(self._generation(path)),
             "metageneration": "1",
             "updated": "2026-01-01T00:00:00.000Z",
@@ -200,8 +213,7 @@ class ObjectServer:
 
     def _generation(self, path: str) -> int:
         """0 if there is no object."""
-        is_file = self._folder and path not in self._deleted and (self._folder / path).is_file()
-        return 1 + self._generations[path] if path in self._written or is_file else 0
+        return 1 + self._generations[path] if path in self._written or self._identity(path) else 0
 
     def _check_generation(self, path: str, expected: str | None) -> None:
         if expected is not None and int(expected) != self._generation(path):
@@ -223,7 +235,7 @@ class ObjectServer:
         path = "{bucket}/{name}".format(**request.match_info)
         if request.query.get("alt") == "media":
             return self._ranged(request, path)
-        return web.json_response(self._metadata(path, self._content(path)))
+        return web.json_response(self._metadata(path))
 
     async def _get_plain(self, request: web.Request) -> web.Response:
         return self._ranged(request, "{bucket}/{name}".format(**request.match_info))
@@ -247,7 +259,7 @@ class ObjectServer:
     async def _list(self, request: web.Request) -> web.Response:
         objects, prefixes = self._listing(request)
         start, size = int(request.query.get("pageToken", 0)), min(int(request.query.get("maxResults", 1000)), 1000)
-        page = [self._metadata(path, self[path]) for path in objects[start : start + size]]
+        page = [self._metadata(path) for path in objects[start : start + size]]
         more = {"nextPageToken": str(start + size)} if start + size < len(objects) else {}
         return web.json_response({"kind": "storage#objects", "items": page, "prefixes": prefixes, **more})
 
@@ -257,7 +269,7 @@ class ObjectServer:
         page = objects[start : start + size]
         bucket, more = request.match_info["bucket"], start + size < len(objects)
         items = "".join(
-            f"<Contents><Key>{escape(path[len(bucket) + 1 :])}</Key><Size>{len(self[path])}</Size>"
+            f"<Contents><Key>{escape(path[len(bucket) + 1 :])}</Key><Size>{self._summary(path)[0]}</Size>"
             f"<ETag>{self._generation(path)}</ETag><LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
             for path in page
         ) + "".join(f"<CommonPrefixes><Prefix>{escape(p)}</Prefix></CommonPrefixes>" for p in prefixes)
@@ -279,12 +291,12 @@ class ObjectServer:
     async def _copy(self, request: web.Request) -> web.Response:
         path, target = "{bucket}/{name}".format(**request.match_info), "{to}/{target}".format(**request.match_info)
         self[target] = self._content(path)
-        return web.json_response({"done": True, "resource": self._metadata(target, self[target])})
+        return web.json_response({"done": True, "resource": self._metadata(target)})
 
     def _insert(self, path: str, content: bytes, generation: str | None) -> web.Response:
         self._check_generation(path, generation)
         self[path] = content
-        return web.json_response(self._metadata(path, content))
+        return web.json_response(self._metadata(path))
 
     async def _upload(self, request: web.Request) -> web.Response:
         """Uploads: media, multipart, and resumable in chunks."""
@@ -326,6 +338,12 @@ class ObjectServer:
         return web.json_response(dict(self.counts))
 
 
+def _summarize(content: bytes) -> tuple[int, str, str]:
+    checksums = hashlib.md5(content).digest(), google_crc32c.value(content).to_bytes(4, "big")
+    md5, crc32c = (base64.b64encode(checksum).decode() for checksum in checksums)
+    return len(content), md5, crc32c
+
+
 async def _serve(server: ObjectServer, port: int, started: Callable[[], object], stopped: asyncio.Event) -> None:
     runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=0)
     await runner.setup()
@@ -338,8 +356,7 @@ async def _serve(server: ObjectServer, port: int, started: Callable[[], object],
 @contextlib.contextmanager
 def object_server(folder: str | os.PathLike | None = None, faults: Faults | None = None) -> Iterator[ObjectServer]:
     """Runs a server in a thread, and sets its variables in this process's environment; one at a time."""
-    port = process_port()
-    server = ObjectServer(folder, faults, port)
+    server = ObjectServer(folder, faults, port := process_port())
     started, loop = threading.Event(), asyncio.new_event_loop()
     stopped = asyncio.Event()
     thread = threading.Thread(
@@ -371,8 +388,7 @@ def main() -> None:
     for field in dataclasses.fields(Faults):
         parser.add_argument(f"--{field.name}", type=float, default=field.default)
     args = vars(parser.parse_args())
-    port = process_port()
-    server = ObjectServer(args.pop("folder"), Faults(**args), port)
+    server = ObjectServer(args.pop("folder"), Faults(**args), port := process_port())
 
     def started() -> None:
         print(json.dumps(server.environment), flush=True)

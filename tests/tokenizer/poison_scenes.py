@@ -21,6 +21,7 @@ class PoisonScenes(ImageSource):
     name = "random"
     streams = {"rgb": Image()}  # noqa: RUF012
     stream_sets = (("rgb",),)
+    skipped = ()
 
     def __len__(self):
         return SCENES

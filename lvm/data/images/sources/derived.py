@@ -29,6 +29,8 @@ class DerivedStreams(ImageSource[None]):
             if stream in derived[:i]:
                 raise UserError(f"derived: {stream!r} is named twice")
         self._source, self._derived, self._seed, self.name = source, tuple(derived), seed, source.name
+        if source.is_listed:
+            self.stream_sets  # noqa: B018 (raises errors of the streams)
 
     @functools.cached_property
     def streams(self) -> Mapping[str, Codec]:  # type: ignore[override]

@@ -8,8 +8,8 @@ class PartSpec:
     """Scenes that are listed at once, without a list of them.
 
     Attributes:
-      start, stop: the units [start, stop) of the source (`SceneSource.num_units`).
-      piece, pieces: of `pieces` equal ranges of the units' scenes, the one that it is.
+      start, stop: the files [start, stop) of the source, or the scenes if it has no files to divide.
+      piece, pieces: of `pieces` equal ranges of the files' scenes, the one that it is.
     """
 
     start: int

@@ -164,7 +164,7 @@ def test_existing_or_unknown_derived_stream_raises() -> None:
     for derived, message in (
         (("blur",), "'blur' is unknown; expected some of edges, gray"),
         (("edges",), "'edges' is a stream of the source already"),
-        (("gray", "gray"), "'gray' is a stream"),
+        (("gray", "gray"), "'gray' is named twice"),
     ):
         with pytest.raises(UserError, match=message):
             DerivedStreams(scenes, derived)
