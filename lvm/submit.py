@@ -1,8 +1,9 @@
-"""Submit a training run and manage it: locally, on TPU VMs, GKE or Slurm.
+"""Submit a training run or an encoding and manage it: locally, on TPU VMs, GKE or Slurm.
 
     lvm submit --on=local --processes=2 --config=FILE --workdir=DIR
     lvm submit --on=tpu-vm --accelerator=v5litepod-256 --run=NAME --config=FILE --workdir=gs://…
     lvm submit encode --on=slurm --workers=500 --run=NAME --tokenizer=DIR --source=SOURCE --out=STORE
+    lvm submit encode --on=local --run=NAME --tokenizer=DIR --source=SOURCE --out=STORE
     lvm submit {watch,logs,status,cancel,list} --on=… --run=NAME
 
 Arguments that begin with `--config` are passed on to `lvm train`. `--dry_run` writes every file and prints every
@@ -10,14 +11,15 @@ command without running any.
 """
 
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lvm.common import cli
+from lvm.common import cli, progress
 from lvm.common.errors import UserError
-from lvm.data.store.status import describe_progress
+from lvm.data.store.status import count_complete, describe_progress
 from lvm.hardware.accelerators import resolve
 from lvm.launch import backends, requests
 from lvm.launch.requests import ClusterConfig
@@ -32,6 +34,14 @@ _SUBMISSION_FLAGS = {
     **dict.fromkeys(("accelerator", "slices", "spot", "reserved", "queued", "commit", "ship_changes"), _REMOTE),
     **dict.fromkeys(("processes", "grace"), _LOCAL),
     "sweep": ("slurm",),
+}
+# The same for an encoding.
+_ENCODE_FLAGS = {
+    **dict.fromkeys(("accelerator", "spot", "reserved", "queued", "commit", "ship_changes", "check"), _REMOTE),
+    **dict.fromkeys(("workers", "parallelism"), backends.SCHEDULERS),
+    **dict.fromkeys(("processes", "grace"), _LOCAL),
+    "slices": ("tpu-vm",),
+    "site": _REMOTE,
 }
 _CLUSTER_KEYS = [field.name for field in dataclasses.fields(ClusterConfig)]
 
@@ -74,7 +84,8 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
     _reject_flags(args, backend, [flag for flag, users in _SUBMISSION_FLAGS.items() if args.on not in users])
     if args.on == backends.LOCAL:
         _reject_flags(args, backend, ["site"])
-        return backends.run_local(request, folder, args.processes, args.grace, args.dry_run)
+        newest_step = functools.partial(progress.read, args.workdir)
+        return backends.run_local(request, folder, args.processes, args.grace, newest_step, args.dry_run)
     if request.slice is not None:
         _reject_flags(args, f"--accelerator={args.accelerator}", ["nodes", "gpus_per_node"])
     backends.submit(args.on, request, folder, args.ship_changes, args.plan, args.dry_run)
@@ -83,15 +94,16 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
 
 def _run_encode(args: cli.Args, names: Sequence[str]) -> int:
     """Submits an encoding; `names` are the flags that are passed on to `tokenizer.encode`."""
-    used = ClusterConfig.keys_of(args.on)
-    _reject_flags(args, f"--on={args.on}", [name for name in _CLUSTER_KEYS if name not in used])
+    backend, used = f"--on={args.on}", ClusterConfig.keys_of(args.on)
+    _reject_flags(args, backend, [name for name in _CLUSTER_KEYS if name not in used])
+    _reject_flags(args, backend, [flag for flag, users in _ENCODE_FLAGS.items() if args.on not in users])
     if not args.source or not args.run:
         raise UserError(f"--{'run' if args.source else 'source'}: required")
     if args.num_shards < args.workers:
         raise UserError(f"--num_shards={args.num_shards}: less than --workers={args.workers}; use a multiple of it")
     for name in ("tokenizer", "source", "out"):
         path = args[name].value
-        if args.on == "gke" and path and not path.startswith("gs://") and not path.endswith(".py"):
+        if args.on in ("gke", "tpu-vm") and path and not path.startswith("gs://") and not path.endswith(".py"):
             raise UserError(f"--{name}={path}: hosts share no disk; use gs://…")
     settings = {name: args[name].value for name in _CLUSTER_KEYS if args[name].value is not None}
     request = requests.EncodeRequest(
@@ -100,7 +112,8 @@ def _run_encode(args: cli.Args, names: Sequence[str]) -> int:
         site=requests.read_cluster_config(args.site, settings),
         commit=args.commit,
         slice=resolve(args.accelerator) if args.accelerator else None,
-        capacity="spot" if args.spot else requests.CAPACITIES[0],
+        slices=args.slices,
+        capacity=_capacity(args),
         environment=requests.parse_pairs("env", args.env),
         secrets=requests.parse_pairs("secret", args.secret, default_to_name=True),
         max_restarts=args.max_restarts,
@@ -109,9 +122,12 @@ def _run_encode(args: cli.Args, names: Sequence[str]) -> int:
         workers=args.workers,
         parallelism=min(args.parallelism or args.workers, args.workers),
     )
+    folder = Path(args.folder or f"runs/submitted/{args.run}")
+    if args.on == backends.LOCAL:
+        shards = functools.partial(count_complete, args.out)
+        return backends.run_local(request, folder, args.processes, args.grace, shards, args.dry_run)
     if args.check:
         encode.check(args)
-    folder = Path(args.folder or f"runs/submitted/{args.run}")
     backends.submit(args.on, request, folder, args.ship_changes, plan=False, dry_run=args.dry_run)
     return 0
 
@@ -120,7 +136,7 @@ def _main_encode(argv: Sequence[str]) -> int:
     flags = cli.Flags(__doc__)
     encode.define_settings(flags)
     names = flags.names()
-    flags.enum("on", "slurm", backends.SCHEDULERS, "backend; elsewhere, run `tokenizer encode` itself on every host")
+    flags.enum("on", backends.LOCAL, backends.NAMES, "backend")
     flags.integer("workers", 1, "groups of shards, each a task of the scheduler", lower_bound=1, upper_bound=100_000)
     flags.integer("parallelism", None, "workers at a time; default: all", lower_bound=1)
     flags.boolean("check", True, "submit only what `tokenizer encode` accepts, by opening tokenizer, source and store")
@@ -156,10 +172,15 @@ def _reject_flags(args: cli.Args, context: str, names: Iterable[str]) -> None:
 
 
 def _define_common(flags: cli.Flags) -> None:
-    flags.string("run", "", "name of the run, the same at every submission; default on this machine: the workdir's")
+    flags.string("run", "", "name of the run, the same at every submission; default of training here: the workdir's")
     flags.string("accelerator", "", "slice or GPUs: v5litepod-256, v5e:16x16, v5p-128, h100-64")
     flags.integer("max_restarts", 3, "restart budget for failures; 0 never restarts", lower_bound=0)
+    flags.integer("processes", 1, "number of processes on this machine", lower_bound=1)
+    flags.float("grace", 60.0, "seconds from SIGTERM to SIGKILL, on this machine", lower_bound=0.0)
+    flags.integer("slices", 1, "number of slices", lower_bound=1)
     flags.boolean("spot", False, "use preemptible capacity")
+    flags.boolean("reserved", False, "use reserved capacity")
+    flags.boolean("queued", False, "wait for capacity for up to a week")
     flags.multi_string("env", "NAME=VALUE: environment variable of the run")
     flags.multi_string("secret", "NAME or NAME=SECRET: environment variable that is read from a secret")
     flags.string("site", None, "YAML file of cluster settings, the flags --project to --setup")
@@ -179,11 +200,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = cli.Flags(__doc__)
     flags.enum("on", backends.LOCAL, backends.NAMES, "backend")
     flags.string("workdir", "", "directory of the run")
-    flags.integer("slices", 1, "number of slices", lower_bound=1)
-    flags.integer("processes", 1, "number of processes on this machine", lower_bound=1)
-    flags.float("grace", 60.0, "seconds from SIGTERM to SIGKILL, on this machine", lower_bound=0.0)
-    flags.boolean("reserved", False, "use reserved capacity")
-    flags.boolean("queued", False, "wait for capacity for up to a week")
     flags.multi_string("sweep", "KEY=VALUE,VALUE: one run per value, as a Slurm array job")
     flags.boolean("plan", True, "submit only what fits by `lvm plan`")
     flags.string("out", "", "folder for the run's files; default: runs/submitted/RUN")

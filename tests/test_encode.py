@@ -1,8 +1,10 @@
-"""tokenizer.encode in processes of its own: killed, sharing shards, joined by a launcher; always equal bytes."""
+"""tokenizer.encode in processes of its own: killed, sharing shards, joined, supervised; always equal bytes."""
 
 import os
 import pathlib
 import random
+import re
+import signal
 import socket
 import time
 
@@ -111,6 +113,45 @@ def test_joined_processes_share_shards_and_exit_together(job, reference, tmp_pat
     outputs = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
     assert contents(tmp_path / "store") == contents(reference[0])
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_submitted_encode_survives_a_kill(job, reference, tmp_path, processes):
+    store, folder = tmp_path / "store", f"{tmp_path / 'folder'}"
+    flags = ["--on=local", "--run=encode", f"--processes={processes}"]
+    submitted = start("lvm.submit", "encode", *flags, *job, f"--out={store}", f"--folder={folder}", "--max_restarts=1")
+    log = tmp_path / "folder" / "log.txt"
+    while not list(store.glob("shard-*.json")):
+        assert submitted.poll() is None, submitted.communicate()[0]
+        time.sleep(0.05)
+    verb = ["--on=local", "--run=encode", f"--out={folder}", "--poll=0.1"]
+    status = run("lvm.submit", "status", *verb)
+    assert f"encode: running, process {submitted.pid}; store {store}" in status
+    assert f" of {SHARDS} shards" in status
+    rank = psutil.Process(submitted.pid).children()[-1]
+    rank.kill()
+    assert run("lvm.submit", "watch", *verb) == "encode: ended\n"
+    output = submitted.communicate()[0]
+    assert submitted.returncode == 0, output
+    assert re.search(r"restart 1 of 1 from shard [1-8] after exit code 137", output)
+    assert f"{SCENES} scenes" in run("lvm.submit", "logs", *verb)
+    assert f"{SCENES} scenes" in log.read_text()
+    assert contents(store) == contents(reference[0])
+
+
+@pytest.mark.slow
+def test_submitted_encode_ends_when_it_is_canceled(job, tmp_path):
+    store, folder = tmp_path / "store", f"{tmp_path / 'folder'}"
+    flags = ["--on=local", "--run=encode", "--processes=2", f"--folder={folder}", *job]
+    submitted = start("lvm.submit", "encode", *flags, f"--out={store}")
+    while not list(store.glob("shard-*.json")):
+        assert submitted.poll() is None, submitted.communicate()[0]
+        time.sleep(0.05)
+    run("lvm.submit", "cancel", "--on=local", "--run=encode", f"--out={folder}")
+    output = submitted.communicate()[0]
+    assert submitted.returncode == 128 + signal.SIGTERM, output
+    assert "restart" not in output
+    assert not (store / "manifest.json").exists()
 
 
 def test_encode_reports_missing_flags_and_finishes(reference, tmp_path):

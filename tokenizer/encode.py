@@ -16,6 +16,7 @@ process that completes the last shard writes the manifest.
 import dataclasses
 import os
 import re
+import signal
 import time
 from collections.abc import Sequence
 
@@ -89,6 +90,8 @@ def encode(args: cli.Args) -> None:
     joined = jax.distributed.is_initialized()
     if joined and args.shard:
         raise UserError(f"--shard={args.shard}: joined processes share the shards without it")
+    if joined:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler only takes note, for a step to save at
     shard_writer = _make_writer(args)
     if not args.shard:
         _encode_queue(shard_writer, args.out)

@@ -1,14 +1,14 @@
 """Backends by name, with one interface to submit to them and to manage what was submitted."""
 
 import dataclasses
-import functools
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from lvm.common import files, progress
+from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.launch import code, gke, local, shell, slurm, tpu_vm
@@ -36,7 +36,7 @@ class Backend(Protocol):
 LOCAL = "local"
 _REMOTE: dict[str, Backend] = {"tpu-vm": tpu_vm, "gke": gke, "slurm": slurm}
 NAMES = (LOCAL, *_REMOTE)
-SCHEDULERS = ("slurm", "gke")  # which distribute the groups of an encoding
+SCHEDULERS = ("slurm", "gke")  # which distribute an encoding's groups of shards; elsewhere processes claim shards
 _RECORD = "submitted.json"
 
 
@@ -66,10 +66,8 @@ def submit(backend: str, request: Request, folder: Path, ship_changes: bool, pla
     (folder / "changes.diff").unlink(missing_ok=True)  # of an earlier submission
     if diff := code.uncommitted_diff(request.commit):
         (folder / "changes.diff").write_text(diff, "utf-8")
-    record = {"on": backend, "workdir": request.workdir, "commit": request.commit}
-    if isinstance(request, EncodeRequest):
-        record["store"] = request.store
-    files.write_json(folder / _RECORD, {**record, "site": dataclasses.asdict(request.site)})
+    site = dataclasses.asdict(request.site)
+    files.write_json(folder / _RECORD, {**_record(backend, request), "commit": request.commit, "site": site})
     shell.run(code.archive_command(request.commit, folder / f"{request.commit}.tar.gz"), folder)
     commands = _REMOTE[backend].submit(request)
     if dry_run:
@@ -80,8 +78,10 @@ def submit(backend: str, request: Request, folder: Path, ship_changes: bool, pla
     log_info(f"{request.name}: submitted; see `lvm submit status --on={backend} --run={request.name}`")
 
 
-def run_local(request: Request, folder: Path, processes: int, grace: float, dry_run: bool) -> int:
-    """Runs on this machine in the foreground; returns the exit code."""
+def run_local(
+    request: Request, folder: Path, processes: int, grace: float, progress: Callable[[], int], dry_run: bool
+) -> int:
+    """Runs on this machine in the foreground; returns the exit code. Arguments as of `local.Supervisor`."""
     _require_secrets(request)
     if dry_run:
         lines = [shell.export_lines(request.environment), f"# {processes} processes of"]
@@ -90,12 +90,17 @@ def run_local(request: Request, folder: Path, processes: int, grace: float, dry_
     secrets = {name: os.environ[source] for name, source in request.secrets.items()}
     environment = {**request.environment, **secrets}
     with local.lock_run(folder) as log:
-        files.write_json(folder / _RECORD, {"on": LOCAL, "workdir": request.workdir})
-        newest_step = functools.partial(progress.read, request.workdir)
-        supervisor = local.Supervisor(
-            request.command, processes, request.max_restarts, grace, newest_step, environment, log
-        )
+        files.write_json(folder / _RECORD, _record(LOCAL, request))
+        unit = "shard" if isinstance(request, EncodeRequest) else "step"
+        command, max_restarts = request.command, request.max_restarts
+        supervisor = local.Supervisor(command, processes, max_restarts, grace, progress, unit, environment, log)
         return supervisor.run()
+
+
+def _record(backend: str, request: Request) -> dict[str, Any]:
+    """Content of `_RECORD`, without what only remote backends need."""
+    store = {"store": request.store} if isinstance(request, EncodeRequest) else {}
+    return {"on": backend, "workdir": request.workdir, **store}
 
 
 def _require_secrets(request: Request) -> None:

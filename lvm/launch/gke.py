@@ -226,6 +226,8 @@ def _pod(request: Request) -> dict[str, Any]:
 
 
 def _container(request: Request, resource: str) -> dict[str, Any]:
+    # A job repeats its failed indexes by itself.
+    command = request.command if isinstance(request, EncodeRequest) else request.supervised_command
     variables: list[dict[str, Any]] = [
         {"name": name, "value": _literal(value)} for name, value in request.environment.items()
     ]
@@ -241,7 +243,7 @@ def _container(request: Request, resource: str) -> dict[str, Any]:
         "name": "lvm",
         "image": request.site.image,
         # The entry point of the image, lvm/launch/start.py, fetches the code and runs `python` with the rest.
-        "args": [_literal(text) for text in (request.archive, *request.supervised_command)],
+        "args": [_literal(text) for text in (request.archive, *command)],
         "env": variables,
         "resources": {"limits": {resource: request.hardware.chips_per_host}},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],

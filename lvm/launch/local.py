@@ -29,10 +29,10 @@ class Supervisor:
 
     Attributes:
       command: arguments of `python`, the same for every rank.
-      max_restarts: restart budget: failures without a new checkpoint in between; preemption is not counted. 0 never
-        restarts.
+      max_restarts: restart budget: failures without progress in between; preemption is not counted. 0 never restarts.
       grace: seconds from SIGTERM to SIGKILL.
-      progress: step of the newest checkpoint.
+      progress: step of the newest checkpoint, or complete shards.
+      unit: "step" or "shard", for messages.
       environment: variables added to this process's.
       log: receives the ranks' output, besides stdout.
     """
@@ -42,6 +42,7 @@ class Supervisor:
     max_restarts: int
     grace: float
     progress: Callable[[], int] = lambda: 0
+    unit: str = "step"
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     log: IO[str] | None = None
 
@@ -53,8 +54,8 @@ class Supervisor:
         """Returns the exit code of the last attempt; 128 + the signal's number for a signal."""
         signal.signal(signal.SIGTERM, self._forward_signal)
         signal.signal(signal.SIGINT, self._forward_signal)
-        failures: Counter[int] = Counter()  # by the step of the newest checkpoint
-        step = 0
+        failures: Counter[int] = Counter()  # by progress
+        progress = 0
         while True:
             code = self._run_once()
             if self._terminated or code in errors.FINAL or not self.max_restarts:
@@ -62,19 +63,20 @@ class Supervisor:
             if code == errors.EXIT_PREEMPTED:  # not a failure
                 log_info(f"restart after exit code {code}")
                 continue
-            step = self._progress(step)
-            failures[step] += 1
-            if failures[step] > self.max_restarts:
-                log_warning(f"restart budget ({self.max_restarts}) exhausted: no checkpoint since step {step}")
+            progress = self._progress(progress)
+            failures[progress] += 1
+            reached = f"{self.unit} {progress}"
+            if failures[progress] > self.max_restarts:
+                log_warning(f"restart budget ({self.max_restarts}) exhausted: nothing saved since {reached}")
                 return code
-            log_warning(f"restart {failures[step]} of {self.max_restarts} from step {step} after exit code {code}")
+            log_warning(f"restart {failures[progress]} of {self.max_restarts} from {reached} after exit code {code}")
 
-    def _progress(self, last_step: int) -> int:
+    def _progress(self, last: int) -> int:
         try:
             return self.progress()
         except Exception as error:  # storage libraries raise types of their own; the run goes on without the answer
-            log_warning(f"the newest checkpoint is unknown ({error}); taking step {last_step}")
-            return last_step
+            log_warning(f"what is saved is unknown ({error}); taking {self.unit} {last}")
+            return last
 
     def _run_once(self) -> int:
         port = free_port()
@@ -209,7 +211,7 @@ def manage(verb: str, run: SubmittedRun, poll: float) -> None:
     if verb == "logs":
         print("".join((run.folder / _LOG).read_text("utf-8", "replace").splitlines(keepends=True)[-200:]), end="")
     elif verb == "status":
-        print(f"{run.name}: {_state(run.folder)}; workdir {run.workdir}")
+        print(f"{run.name}: {_state(run.folder)}; {f'store {run.store}' if run.store else f'workdir {run.workdir}'}")
     elif verb == "watch":
         while _supervisor_pid(run.folder) is not None:
             time.sleep(poll)

@@ -167,8 +167,11 @@ class Request(Run):
         """Arguments of `python` on each host: `command` under the local backend's supervisor, which restarts it."""
         if not self.max_restarts:
             return self.command
-        supervisor = ("--on=local", f"--run={self.name}", f"--max_restarts={self.max_restarts}")
-        return ("-m", "lvm.submit", *supervisor, *self.train_arguments, f"--workdir={self.workdir}")
+        return ("-m", "lvm.submit", *self._supervisor, *self.train_arguments, f"--workdir={self.workdir}")
+
+    @property
+    def _supervisor(self) -> tuple[str, ...]:
+        return ("--on=local", f"--run={self.name}", f"--max_restarts={self.max_restarts}")
 
     @property
     def archive(self) -> str:
@@ -183,12 +186,14 @@ class Request(Run):
 
 @dataclasses.dataclass(frozen=True)
 class EncodeRequest(Request):
-    """An encoding to submit: tasks of a scheduler, each of which encodes one group of the store's shards.
+    """An encoding to submit.
+
+    Either tasks of a scheduler, each of which encodes one group of the store's shards, or processes that claim shards.
 
     Attributes:
       encode_arguments: arguments of `tokenizer.encode` besides the group.
       store: the store.
-      workers: number of groups and tasks.
+      workers: number of a scheduler's groups and tasks.
       parallelism: tasks at a time.
     """
 
@@ -199,13 +204,15 @@ class EncodeRequest(Request):
 
     @property
     def command(self) -> tuple[str, ...]:
-        """Arguments of `python` in each task, without the group."""
+        """Arguments of `python` in each process, without the group."""
         return ("-m", "tokenizer.encode", *self.encode_arguments)
 
     @property
     def supervised_command(self) -> tuple[str, ...]:
-        """`command`: the scheduler repeats tasks that fail."""
-        return self.command
+        """As of `Request`, where no scheduler repeats what fails."""
+        if not self.max_restarts:
+            return self.command
+        return ("-m", "lvm.submit", "encode", *self._supervisor, *self.encode_arguments)
 
 
 def check_run_name(name: str) -> None:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Run {{name}}: every host runs this at every boot and resumes from the newest checkpoint.
+# Run {{name}}: every host runs this at every boot; the run resumes from what it has saved.
 set -uo pipefail
 exec >>{{log}} 2>&1
 mkdir -p /opt/lvm/{{name}}

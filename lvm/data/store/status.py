@@ -48,6 +48,14 @@ def describe_progress(folder: epath.PathLike) -> list[str]:
     return [f"{folder}: {state}", *_describe_claims(folder), *failures.describe(folder, failures.most_common(reasons))]
 
 
+def count_complete(folder: epath.PathLike) -> int:
+    """Number of complete shards of a store; 0 if it isn't begun."""
+    if not (epath.Path(folder) / HEADER).exists():
+        return 0
+    num_shards = writer.read_header(folder)["num_shards"]
+    return num_shards - len(writer.missing_shards(folder, num_shards))
+
+
 def _describe_claims(folder: epath.PathLike) -> list[str]:
     count, late = late_claims(epath.Path(folder) / CLAIMS)
     if not count:

@@ -23,14 +23,14 @@ def test_local_run_is_locked_and_managed_while_it_lives(tmp_path, monkeypatch, c
 
     def manage_it(supervisor):
         with pytest.raises(UserError, match=rf"process {os.getpid()}"):
-            backends.run_local(request, tmp_path, 1, 1.0, dry_run=False)
+            backends.run_local(request, tmp_path, 1, 1.0, lambda: 0, dry_run=False)
         backends.manage("status", backends.LOCAL, submitted, 0.01)
         backends.manage("cancel", backends.LOCAL, submitted, 0.01)
         return 75
 
     monkeypatch.setattr(local.Supervisor, "run", manage_it)
     monkeypatch.setattr(local.os, "kill", lambda *arguments: signals.append(arguments))
-    assert backends.run_local(request, tmp_path, 1, 1.0, dry_run=False) == 75
+    assert backends.run_local(request, tmp_path, 1, 1.0, lambda: 0, dry_run=False) == 75
     assert f"a: running, process {os.getpid()}; workdir /tmp/a" in capsys.readouterr().out
     assert signals == [(os.getpid(), signal.SIGTERM)]
     assert backends.manage("watch", backends.LOCAL, submitted, 0.01) == 0
