@@ -319,7 +319,7 @@ class ObjectServer:
         _, metadata, rest = body.split(b"--" + boundary, 2)
         content = re.split(rb"\r?\n\r?\n", rest.rsplit(b"--" + boundary + b"--", 1)[0], maxsplit=1)[1]
         name = json.loads(re.split(rb"\r?\n\r?\n", metadata, maxsplit=1)[1])["name"]
-        return self._insert(f"{bucket}/{name}", re.sub(rb"\r?\n$", b"", content), generation)
+        return self._insert(f"{bucket}/{name}", re.sub(rb"\r?\n\Z", b"", content), generation)
 
     async def _batch(self, request: web.Request) -> web.Response:
         parts = []
