@@ -34,7 +34,7 @@ import google_crc32c
 from aiohttp import web
 from etils.epath import backend
 
-from tests.gcs import process_port
+from tests.gcs import free_port, process_port
 
 _BATCHED = re.compile(r"^(DELETE|GET) (\S+) HTTP", re.MULTILINE)
 
@@ -65,7 +65,8 @@ class ObjectServer:
     Attributes:
       faults: injected from now on.
       url: of the server.
-      counts: "requests", "bytes" (sent), "peak" (requests in flight), and requests by method, such as "GET".
+      counts: "requests", "bytes" (sent), "peak" (requests in flight), requests by method, such as "GET", and injected
+        faults, "slow", "errors" and "drops".
       log: (method, path, Range header) of each request, if `keep_log`.
     """
 
@@ -150,18 +151,21 @@ class ObjectServer:
         counts["peak"] = max(counts["peak"], self._in_flight)
         try:
             slow, error, drop, flip = (self._random.random() for _ in range(4))
-            if delay := faults.slow_s if slow < faults.slow_share else faults.latency_s:
+            counts["slow"] += (is_slow := slow < faults.slow_share)
+            if delay := faults.slow_s if is_slow else faults.latency_s:
                 await asyncio.sleep(delay)
             if drop < faults.drop_share and request.transport:
+                counts["drops"] += 1
                 request.transport.abort()
                 return web.Response()
             if error < faults.error_share:
+                counts["errors"] += 1
                 return web.Response(status=503, text="injected")
             response = await handler(request)
             if isinstance(response, web.Response) and isinstance(response.body, bytes):
                 if flip < faults.flip_share and response.body:
                     response.body = bytes([response.body[0] ^ 1]) + response.body[1:]
-                counts["bytes"] += len(response.body)
+                counts["bytes"] += len(response.body) if request.method != "HEAD" else 0
             return response
         finally:
             self._in_flight -= 1
@@ -388,7 +392,7 @@ def main() -> None:
     for field in dataclasses.fields(Faults):
         parser.add_argument(f"--{field.name}", type=float, default=field.default)
     args = vars(parser.parse_args())
-    server = ObjectServer(args.pop("folder"), Faults(**args), port := process_port())
+    server = ObjectServer(args.pop("folder"), Faults(**args), port := free_port())
 
     def started() -> None:
         print(json.dumps(server.environment), flush=True)
