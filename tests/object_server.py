@@ -146,24 +146,22 @@ class ObjectServer:
             return await handler(request)
         if self.keep_log:
             self.log.append((request.method, unquote(request.path), request.headers.get("Range", "")))
-        counts.update({"requests": 1, request.method: 1})
+        shares = faults.slow_share, faults.error_share, faults.drop_share, faults.flip_share
+        slow, error, drop, flip = (self._random.random() < share for share in shares)
+        counts.update({"requests": 1, request.method: 1, "slow": slow, "errors": error, "drops": drop})
         self._in_flight += 1
         counts["peak"] = max(counts["peak"], self._in_flight)
         try:
-            slow, error, drop, flip = (self._random.random() for _ in range(4))
-            counts["slow"] += (is_slow := slow < faults.slow_share)
-            if delay := faults.slow_s if is_slow else faults.latency_s:
+            if delay := faults.slow_s if slow else faults.latency_s:
                 await asyncio.sleep(delay)
-            if drop < faults.drop_share and request.transport:
-                counts["drops"] += 1
+            if drop and request.transport:
                 request.transport.abort()
                 return web.Response()
-            if error < faults.error_share:
-                counts["errors"] += 1
+            if error:
                 return web.Response(status=503, text="injected")
             response = await handler(request)
             if isinstance(response, web.Response) and isinstance(response.body, bytes):
-                if flip < faults.flip_share and response.body:
+                if flip and response.body:
                     response.body = bytes([response.body[0] ^ 1]) + response.body[1:]
                 counts["bytes"] += len(response.body) if request.method != "HEAD" else 0
             return response
@@ -393,11 +391,7 @@ def main() -> None:
         parser.add_argument(f"--{field.name}", type=float, default=field.default)
     args = vars(parser.parse_args())
     server = ObjectServer(args.pop("folder"), Faults(**args), port := free_port())
-
-    def started() -> None:
-        print(json.dumps(server.environment), flush=True)
-
-    asyncio.run(_serve(server, port, started, asyncio.Event()))
+    asyncio.run(_serve(server, port, lambda: print(json.dumps(server.environment), flush=True), asyncio.Event()))
 
 
 if __name__ == "__main__":
