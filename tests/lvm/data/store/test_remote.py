@@ -85,7 +85,7 @@ def test_store_on_s3_needs_its_package(monkeypatch):
 
     monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
     for open_store in (Store, rows):
-        with pytest.raises(UserError, match=r"s3://bucket/store.*: Install s3fs to access S3: pip install \"lvm\[s3\]\""):
+        with pytest.raises(UserError, match=r"s3://bucket/store.*: Install s3fs to access S3: .*lvm\[s3\]"):
             open_store("s3://bucket/store")
 
 
