@@ -12,7 +12,8 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +44,15 @@ def measure(args: cli.Args, folder: pathlib.Path) -> None:
     rows = []
     _update(_trained(step.init()))  # compiles
     checkpoints: Checkpoints | LocalCheckpoints
+    verify: Callable[[], int | None]
+    restore: Callable[[int], Any]
     if args.local:
-        checkpoints = local = LocalCheckpoints(LocalCheckpointConfig(str(folder / "local")), folder, step.state)
-        verify, restore = functools.partial(local.latest_intact_step, args.repeats + 1), local.restore
+        checkpoints = LocalCheckpoints(LocalCheckpointConfig(str(folder / "local")), folder, step.state)
+        verify = functools.partial(checkpoints.latest_intact_step, args.repeats + 1)
+        restore = checkpoints.restore
     else:
-        checkpoints = persistent = Checkpoints(folder, keep=1)
-        verify, restore = persistent.latest_intact_step, functools.partial(persistent.restore, abstract=step.state)
+        checkpoints = Checkpoints(folder, keep=1)
+        verify, restore = checkpoints.latest_intact_step, functools.partial(checkpoints.restore, abstract=step.state)
     for index in range(1, args.repeats + 1):
         state, update_s = _update(state)
         start = time.perf_counter()

@@ -34,7 +34,7 @@ _OTHERS = ("video", "segmentation", "depth", "edges")  # components of the demo
 
 def flags(workdir: pathlib.Path, steps: int) -> list[str]:
     """Flags of `lvm train`: single images of the served store, 1/512 of them held out."""
-    values = {f"model.{name}": value for name, value in _MODEL.items()}
+    values: dict[str, object] = {f"model.{name}": value for name, value in _MODEL.items()}
     values |= {f"data.components.{name}.weight": 0.0 for name in _OTHERS}
     values |= {"data.components.single.weight": 1.0, "data.heldout_fraction": 2**-9, "data.store": STORE}
     values |= {"optimizer.warmup_steps": 0, "batch_size": BATCH, "heldout_batches": HELDOUT_BATCHES}
@@ -77,7 +77,8 @@ def measure_start(folder: pathlib.Path, processes: int) -> list[tuple[int, int]]
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(served(folder)) for _ in range(processes)]
         ranks = [stack.enter_context(rank) for rank in _ranks(folder / f"start-{processes}", servers)]
-        stack.callback(lambda: [rank.kill() for rank in ranks])
+        for rank in ranks:
+            stack.callback(rank.kill)
         for rank in ranks:
             assert rank.stdout is not None
             output = ""
