@@ -4,6 +4,7 @@
     lvm submit --on=tpu-vm --accelerator=v5litepod-256 --run=NAME --config=FILE --workdir=gs://…
     lvm submit encode --on=slurm --workers=500 --run=NAME --tokenizer=DIR --source=SOURCE --out=STORE
     lvm submit encode --on=local --run=NAME --tokenizer=DIR --source=SOURCE --out=STORE
+    lvm submit sweep --on=slurm --run=NAME --accelerator=h100-8 --sweep=DIR
     lvm submit {watch,logs,status,cancel,list} --on=… --run=NAME
 
 Arguments that begin with `--config` are passed on to `lvm train`. `--dry_run` writes every file and prints every
@@ -19,11 +20,12 @@ from pathlib import Path
 
 from lvm.common import cli, progress
 from lvm.common.errors import UserError
-from lvm.common.files import is_remote
 from lvm.data.store.status import count_complete, describe_progress
 from lvm.hardware.accelerators import resolve
 from lvm.launch import backends, requests
 from lvm.launch.requests import ClusterConfig
+from lvm.scaling.manifest import read_sweep
+from lvm.scaling.status import sweep_status
 from tokenizer import encode
 
 VERBS = ("watch", "logs", "status", "cancel", "list")
@@ -63,6 +65,8 @@ def _run(args: cli.Args, verb: str, train_arguments: tuple[str, ...]) -> int:
         code = backends.manage(verb, args.on, submitted, args.poll)
         if verb == "status" and submitted.store:
             print("\n".join(describe_progress(submitted.store)))
+        if verb == "status" and submitted.sweep:
+            print("\n".join(sweep_status(submitted.sweep)[0]))
         return code
     if not any(argument.partition("=")[0] == "--config" for argument in train_arguments):
         raise UserError("--config: required, the config file of the run")
@@ -104,10 +108,7 @@ def _run_encode(args: cli.Args, names: Sequence[str]) -> int:
         raise UserError(f"--num_shards={args.num_shards}: less than --workers={args.workers}; use a multiple of it")
     for name in ("tokenizer", "source", "out"):
         path = args[name].value
-        is_shared = path and (
-            path.startswith("gs://") or path.endswith(".py") or (name == "source" and is_remote(path))
-        )
-        if args.on in ("gke", "tpu-vm") and path and not is_shared:
+        if args.on in ("gke", "tpu-vm") and path and not path.startswith("gs://") and not path.endswith(".py"):
             raise UserError(f"--{name}={path}: hosts share no disk; use gs://…")
     settings = {name: args[name].value for name in _CLUSTER_KEYS if args[name].value is not None}
     request = requests.EncodeRequest(
@@ -147,6 +148,45 @@ def _main_encode(argv: Sequence[str]) -> int:
     flags.string("folder", "", "folder for the run's files; default: runs/submitted/RUN")
     _define_common(flags)
     return flags.run(lambda args: _run_encode(args, names), argv)
+
+
+def _run_sweep(args: cli.Args) -> int:
+    """Submits the tasks of a sweep to a scheduler."""
+    used = ClusterConfig.keys_of(args.on)
+    _reject_flags(args, f"--on={args.on}", [name for name in _CLUSTER_KEYS if name not in used])
+    if not args.run:
+        raise UserError("--run: required, the name of the run")
+    if args.on == "gke" and not args.sweep.startswith("gs://"):
+        raise UserError(f"--sweep={args.sweep}: hosts share no disk; use gs://…")
+    tasks = len(read_sweep(args.sweep).tasks())
+    settings = {name: args[name].value for name in _CLUSTER_KEYS if args[name].value is not None}
+    request = requests.SweepRequest(
+        name=args.run,
+        workdir=args.sweep,
+        site=requests.read_cluster_config(args.site, settings),
+        commit=args.commit,
+        slice=resolve(args.accelerator) if args.accelerator else None,
+        capacity="spot" if args.spot else requests.CAPACITIES[0],
+        environment=requests.parse_pairs("env", args.env),
+        secrets=requests.parse_pairs("secret", args.secret, default_to_name=True),
+        max_restarts=args.max_restarts,
+        workers=tasks,
+        parallelism=min(args.parallelism or tasks, tasks),
+        folder=args.sweep,
+    )
+    folder = Path(args.folder or f"runs/submitted/{args.run}")
+    backends.submit(args.on, request, folder, args.ship_changes, plan=False, dry_run=args.dry_run)
+    return 0
+
+
+def _main_sweep(argv: Sequence[str]) -> int:
+    flags = cli.Flags(__doc__)
+    flags.enum("on", "slurm", backends.SCHEDULERS, "backend; elsewhere, run `lvm sweep run` itself on every host")
+    flags.string("sweep", None, "folder of the sweep, which all hosts share", required=True)
+    flags.integer("parallelism", None, "runs at a time; default: all", lower_bound=1)
+    flags.string("folder", "", "folder for the run's files; default: runs/submitted/RUN")
+    _define_common(flags)
+    return flags.run(_run_sweep, argv)
 
 
 def _run_name(args: cli.Args, verb: str) -> str:
@@ -201,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] == "encode":
         return _main_encode(argv[1:])
+    if argv and argv[0] == "sweep":
+        return _main_sweep(argv[1:])
     flags = cli.Flags(__doc__)
     flags.enum("on", backends.LOCAL, backends.NAMES, "backend")
     flags.string("workdir", "", "directory of the run")

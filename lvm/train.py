@@ -36,7 +36,7 @@ from lvm.training.memory import explain_out_of_memory, find_fitting_step
 from lvm.training.next_token import NextTokenTask
 from lvm.training.step import Step, enable_compilation_cache
 from lvm.training.task import State
-from lvm.training.workdir import Workdir
+from lvm.training.workdir import Workdir, check_branch
 from tokenizer import Tokenizer
 
 # Keys of a run's record that depend on the mixture.
@@ -74,6 +74,8 @@ def train(config: TrainConfig, workdir: str) -> None:
             f"{vocabulary.size}; 0 takes that"
         )
     model = dataclasses.replace(config.model, vocabulary_size=vocabulary.size)
+    if config.branch and latest_step(run.path) is None:
+        check_branch(config.branch[0], "lvm", record, TrainConfig)
     initialize = None
     if config.init_from and latest_step(run.path) is None:
         checkpoint = load_initial_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
@@ -105,7 +107,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
     with times.spent_on(COMPILE):
         step, memory_advice = _fitting_step(config, task, options, initialize)
-    Loop(step, rows.counted_batch, loop, run, tokens, flops, memory_advice, times).run()
+    Loop(step, rows.counted_batch, loop, run, tokens, flops, memory_advice, times, config.branch).run()
 
 
 def _read_heldout(config: TrainConfig, mesh: Mesh) -> list[dict[str, np.ndarray]]:

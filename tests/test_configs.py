@@ -14,6 +14,8 @@ from lvm.model.nnx_utils import abstract_module, count_params
 from lvm.model.transformer import SIZES, Transformer
 from lvm.planning.estimate import MemoryModel, count_parameters
 from lvm.planning.plan import Target, estimate_plan, resolve_config
+from lvm.scaling.config import SweepConfig
+from lvm.scaling.plan import plan_sweep
 from lvm.training.config import TrainConfig
 from tests.commands import ROOT
 from tokenizer.config import TokenizerConfig
@@ -46,6 +48,10 @@ def test_config_builds_with_shapes(path, monkeypatch):
     elif "loss" in values:
         config = from_config_dict(TokenizerConfig, values)
         assert count_params(abstract_module(lambda rngs: VQGAN(config.model, rngs))[1]) > 0
+    elif "points" in values:
+        sweep = plan_sweep(from_config_dict(SweepConfig, values))
+        assert not sweep.warnings
+        assert sum(run.device_hours for run in sweep.runs) > 0
     elif "num_queries" in values:
         assert from_config_dict(EvalConfig, values).num_queries > 0
     else:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from lvm.common import errors, logging
 from lvm.common.child_process import end_with_parent
@@ -17,7 +17,7 @@ from lvm.common.commands import discard_output, exit_process, prepare_output, pr
 from lvm.common.config import expand_home, find_config
 from lvm.common.jax_settings import device_problem, pin_settings
 
-__all__ = ["PARENT", "Args", "Flags", "exit_process", "positionals_to_flags", "spread_list_flags"]
+__all__ = ["PARENT", "Args", "Flags", "exit_process", "positionals_to_flags", "read_config", "spread_list_flags"]
 
 PARENT = "LVM_PARENT"  # environment variable: the command is killed when the process of this ID ends
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
@@ -134,6 +134,21 @@ class Flags:
         if self._has_config:
             values.config.to_dict()  # ml_collections raises a config file's errors when it is used
         return True
+
+
+def read_config(arguments: Sequence[str]) -> ConfigDict:
+    """The config of `--config=FILE --config.KEY=VALUE …`, as a command would read it.
+
+    Raises:
+      UserError: no such file or key, or a value of another type.
+    """
+    flags = Flags(None)
+    flags.config()
+    try:
+        flags._parse([*arguments])
+    except Exception as error:  # a config file may raise anything
+        raise errors.UserError(_flag_problem(error)) from error
+    return flags._values.config
 
 
 def spread_list_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:

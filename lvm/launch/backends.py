@@ -12,7 +12,7 @@ from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.launch import code, gke, local, shell, slurm, tpu_vm
-from lvm.launch.requests import ClusterConfig, EncodeRequest, Request, SubmittedRun
+from lvm.launch.requests import ClusterConfig, EncodeRequest, Request, SubmittedRun, SweepRequest
 from lvm.launch.shell import Command, CommandError
 
 
@@ -100,7 +100,8 @@ def run_local(
 def _record(backend: str, request: Request) -> dict[str, Any]:
     """Content of `_RECORD`, without what only remote backends need."""
     store = {"store": request.store} if isinstance(request, EncodeRequest) else {}
-    return {"on": backend, "workdir": request.workdir, **store}
+    sweep = {"sweep": request.folder} if isinstance(request, SweepRequest) else {}
+    return {"on": backend, "workdir": request.workdir, **store, **sweep}
 
 
 def _require_secrets(request: Request) -> None:
@@ -137,7 +138,9 @@ def load_submitted(backend: str, name: str, site: ClusterConfig, folder: Path, w
             raise UserError(f"--on={backend}, but {name} was submitted to {record['on']} ({folder})")
         if site == ClusterConfig() and backend != LOCAL:
             site = ClusterConfig(**record["site"])
-        return SubmittedRun(name, workdir or record["workdir"], site, folder, record.get("store", ""))
+        return SubmittedRun(
+            name, workdir or record["workdir"], site, folder, *(record.get(key, "") for key in ("store", "sweep"))
+        )
     return SubmittedRun(name, workdir, site, folder)
 
 

@@ -8,11 +8,11 @@ import yaml
 from lvm.common import distributed, errors
 from lvm.common.errors import UserError
 from lvm.launch import shell
-from lvm.launch.requests import ClusterConfig, EncodeRequest, Request, SubmittedRun
+from lvm.launch.requests import ArrayRequest, ClusterConfig, Request, SubmittedRun
 from lvm.launch.shell import Command
 
-MANIFEST, ENCODE_MANIFEST = "jobset.yaml", "job.yaml"
-_INDEX = "SHARD_GROUP"  # variable
+MANIFEST, ARRAY_MANIFEST = "jobset.yaml", "job.yaml"
+_INDEX = "TASK_INDEX"  # variable
 _LABEL = "lvm-run"
 _PORT = 8476
 _GRACE = 300  # seconds from SIGTERM to SIGKILL: enough to save a checkpoint
@@ -43,7 +43,7 @@ def validate(request: Request) -> None:
         if generation not in _GPU_LABELS:
             raise UserError(f"--accelerator: GKE has no {generation}; use one of {', '.join(_GPU_LABELS)}")
 
-    if isinstance(request, EncodeRequest) and request.hardware.hosts > 1:
+    if isinstance(request, ArrayRequest) and request.hardware.hosts > 1:
         raise UserError(
             f"--accelerator={request.hardware.name}: {request.hardware.hosts} hosts; a worker is one host, such as "
             "v5litepod-8 or h100-8, and --workers is their number"
@@ -51,8 +51,8 @@ def validate(request: Request) -> None:
 
 
 def files(request: Request) -> dict[str, str]:
-    if isinstance(request, EncodeRequest):
-        return {ENCODE_MANIFEST: yaml.safe_dump(encode_manifest(request), sort_keys=False)}
+    if isinstance(request, ArrayRequest):
+        return {ARRAY_MANIFEST: yaml.safe_dump(array_manifest(request), sort_keys=False)}
     return {MANIFEST: yaml.safe_dump(manifest(request), sort_keys=False)}
 
 
@@ -84,12 +84,12 @@ def list_runs(run: SubmittedRun) -> Command:
 
 
 def _kind(run: SubmittedRun) -> str:
-    return "job" if run.store else "jobset"
+    return "job" if run.store or run.sweep else "jobset"
 
 
 def watch(run: SubmittedRun, poll: float) -> int:
     """Logs the run's state until it has ended; the cluster restarts it. Returns 0 if it completed, 1 if it failed."""
-    if run.store:
+    if _kind(run) == "job":
         return _watch_job(run, poll)
     command = [*_kubectl(run.site), "get", "jobset", run.name, "--output=json"]
 
@@ -115,12 +115,12 @@ def _watch_job(run: SubmittedRun, poll: float) -> int:
     return shell.watch(run.name, check, poll)
 
 
-def encode_manifest(request: EncodeRequest) -> dict[str, Any]:
-    """The Indexed Job, `batch/v1`: an index is a group of shards, which the next free pod takes."""
+def array_manifest(request: ArrayRequest) -> dict[str, Any]:
+    """The Indexed Job, `batch/v1`: an index is a task, which the next free pod takes."""
     metadata = _metadata(request)
     pod = _pod(request)
     (container,) = pod["containers"]
-    container["args"].append(f"--shard=$({_INDEX})/{request.workers}")
+    container["args"].append(request.index_argument(f"$({_INDEX})"))
     container["env"].append(_from_index(_INDEX))
     ignored = [{"type": "DisruptionTarget", "status": "True"}]  # preempted or drained: not counted as a failure
     spec = {
@@ -227,7 +227,7 @@ def _pod(request: Request) -> dict[str, Any]:
 
 def _container(request: Request, resource: str) -> dict[str, Any]:
     # A job repeats its failed indexes by itself.
-    command = request.command if isinstance(request, EncodeRequest) else request.supervised_command
+    command = request.command if isinstance(request, ArrayRequest) else request.supervised_command
     variables: list[dict[str, Any]] = [
         {"name": name, "value": _literal(value)} for name, value in request.environment.items()
     ]

@@ -52,8 +52,14 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the exit code of the last attempt; 128 + the signal's number for a signal."""
-        signal.signal(signal.SIGTERM, self._forward_signal)
-        signal.signal(signal.SIGINT, self._forward_signal)
+        handlers = {number: signal.signal(number, self._forward_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._run_until_final()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _run_until_final(self) -> int:
         failures: Counter[int] = Counter()  # by progress
         progress = 0
         while True:
@@ -70,6 +76,11 @@ class Supervisor:
                 log_warning(f"restart budget ({self.max_restarts}) exhausted: nothing saved since {reached}")
                 return code
             log_warning(f"restart {failures[progress]} of {self.max_restarts} from {reached} after exit code {code}")
+
+    @property
+    def terminated(self) -> bool:
+        """True once this process has received SIGTERM or SIGINT, which it passed on to the ranks."""
+        return self._terminated
 
     def _progress(self, last: int) -> int:
         try:

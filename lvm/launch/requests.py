@@ -1,5 +1,6 @@
 """Run requests and cluster settings, validated before anything is submitted."""
 
+import abc
 import dataclasses
 import itertools
 import re
@@ -108,10 +109,12 @@ class SubmittedRun(Run):
     Attributes:
       folder: its files on this machine.
       store: the store that it encodes; "" for training.
+      sweep: the folder of the sweep that it trains; "" for a single run.
     """
 
     folder: Path = Path()
     store: str = ""
+    sweep: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +188,24 @@ class Request(Run):
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodeRequest(Request):
+class ArrayRequest(Request, abc.ABC):
+    """Tasks of a scheduler, which differ by their index alone and may be repeated.
+
+    Attributes:
+      workers: number of tasks, each on one host.
+      parallelism: tasks at a time.
+    """
+
+    workers: int = 1
+    parallelism: int = 1
+
+    @abc.abstractmethod
+    def index_argument(self, index: str) -> str:
+        """The argument with which `command` does the task of an index, or of a variable that holds it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeRequest(ArrayRequest):
     """An encoding to submit.
 
     Either tasks of a scheduler, each of which encodes one group of the store's shards, or processes that claim shards.
@@ -193,14 +213,10 @@ class EncodeRequest(Request):
     Attributes:
       encode_arguments: arguments of `tokenizer.encode` besides the group.
       store: the store.
-      workers: number of a scheduler's groups and tasks.
-      parallelism: tasks at a time.
     """
 
     encode_arguments: tuple[str, ...] = ()
     store: str = ""
-    workers: int = 1
-    parallelism: int = 1
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -213,6 +229,28 @@ class EncodeRequest(Request):
         if not self.max_restarts:
             return self.command
         return ("-m", "lvm.submit", "encode", *self._supervisor, *self.encode_arguments)
+
+    def index_argument(self, index: str) -> str:
+        return f"--shard={index}/{self.workers}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRequest(ArrayRequest):
+    """A sweep to submit: tasks of a scheduler, each of which trains a run and those that branch off it.
+
+    Attributes:
+      folder: of the sweep.
+    """
+
+    folder: str = ""
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """Arguments of `python` in each task, without its index."""
+        return ("-m", "lvm.sweep", "run", f"--sweep={self.folder}", f"--max_restarts={self.max_restarts}")
+
+    def index_argument(self, index: str) -> str:
+        return f"--index={index}"
 
 
 def check_run_name(name: str) -> None:

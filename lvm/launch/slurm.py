@@ -4,7 +4,7 @@ import shlex
 
 from lvm.common.errors import UserError
 from lvm.launch import shell
-from lvm.launch.requests import VARIABLE, EncodeRequest, Request, SubmittedRun
+from lvm.launch.requests import VARIABLE, ArrayRequest, EncodeRequest, Request, SubmittedRun
 from lvm.launch.shell import Command, CommandError
 
 SCRIPT, FINISH = "job.sh", "finish.sh"
@@ -20,7 +20,7 @@ def validate(request: Request) -> None:
         raise UserError("--slices: for TPUs; under Slurm use --nodes")
     if request.capacity != "on-demand":
         raise UserError(f"--{request.capacity}: under Slurm, the --partition determines the capacity")
-    if isinstance(request, EncodeRequest) and _nodes_and_gpus(request)[0] > 1:
+    if isinstance(request, ArrayRequest) and _nodes_and_gpus(request)[0] > 1:
         raise UserError(f"{_nodes_and_gpus(request)[0]} nodes: a worker is one node; --workers is their number")
     for variable in request.secrets.values():
         if not VARIABLE.fullmatch(variable):
@@ -32,24 +32,26 @@ def validate(request: Request) -> None:
 def files(request: Request) -> dict[str, str]:
     """The batch script; each task of an array job runs one run of a sweep."""
     if isinstance(request, EncodeRequest):
-        return {SCRIPT: _encode_script(request), FINISH: _finish_script(request)}
+        task = "encodes one group of shards; run again, it skips those that exist"
+        return {SCRIPT: _array_script(request, task), FINISH: _finish_script(request)}
+    if isinstance(request, ArrayRequest):
+        return {SCRIPT: _array_script(request, "trains one run of the sweep; run again, it resumes")}
     return {SCRIPT: _script(request)}
 
 
 def submit(request: Request) -> list[Command]:
     code, logs = f"{request.launch_folder}/{request.commit}", _log_folder(request.workdir)
     unpack = [["mkdir", "-p", code, logs], ["tar", "-xzf", f"{request.commit}.tar.gz", "-C", code]]
-    if not isinstance(request, EncodeRequest):
+    if not isinstance(request, ArrayRequest):
         return [*unpack, ["sbatch", "--parsable", *_options(request, logs), SCRIPT]]
     limit = f"%{request.parallelism}" if request.parallelism < request.workers else ""
     array = [f"--array=0-{request.workers - 1}{limit}", f"--signal=B:TERM@{_ENCODE_GRACE}"]
+    tasks = ["sbatch", "--parsable", *_node_options(request), *_common_options(request, logs), *array, SCRIPT]
+    if not isinstance(request, EncodeRequest):
+        return [*unpack, tasks]
     # A singleton begins when all tasks of the jobs with its name have ended.
     finish = [*_common_options(request, logs), "--ntasks=1", "--dependency=singleton"]
-    return [
-        *unpack,
-        ["sbatch", "--parsable", *_node_options(request), *_common_options(request, logs), *array, SCRIPT],
-        ["sbatch", "--parsable", *finish, FINISH],
-    ]
+    return [*unpack, tasks, ["sbatch", "--parsable", *finish, FINISH]]
 
 
 def status(run: SubmittedRun) -> Command:
@@ -132,12 +134,12 @@ def _options(request: Request, logs: str) -> list[str]:
     ]
 
 
-def _node_options(request: EncodeRequest) -> list[str]:
+def _node_options(request: ArrayRequest) -> list[str]:
     _, gpus = _nodes_and_gpus(request)
     return ["--nodes=1", "--ntasks-per-node=1", f"--gpus-per-node={gpus}", "--exclusive"]
 
 
-def _common_options(request: EncodeRequest, logs: str) -> list[str]:
+def _common_options(request: ArrayRequest, logs: str) -> list[str]:
     site = request.site
     return [
         f"--job-name={request.name}",
@@ -149,16 +151,17 @@ def _common_options(request: EncodeRequest, logs: str) -> list[str]:
     ]
 
 
-def _encode_script(request: EncodeRequest) -> str:
+def _array_script(request: ArrayRequest, task: str) -> str:
     return shell.render_script(
-        "slurm_encode.sh",
+        "slurm_array.sh",
         name=request.name,
+        task=task,
         exports=shell.export_lines(request.environment),
         secrets=_secret_lines(request),
         setup=request.site.setup,
         folder=shlex.quote(f"{request.launch_folder}/{request.commit}"),
         command=shlex.join(request.command),
-        workers=str(request.workers),
+        index=request.index_argument("$SLURM_ARRAY_TASK_ID").replace("=", '="', 1) + '"',
         max_restarts=str(request.max_restarts),
     )
 

@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from orbax.checkpoint._src.checkpoint_managers import preservation_policy
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from lvm.common import distributed, files, progress
@@ -51,14 +52,16 @@ logging.getLogger("absl").addFilter(lambda record: not _INTENDED.search(record.g
 class Checkpoints:
     """The checkpoints of one workdir.
 
-    Keeps the latest `keep`, and forever those of steps divisible by `keep_every` (0 for none). With `read_only` nothing
-    is created or deleted.
+    Keeps the latest `keep`, and forever those of steps divisible by `keep_every` (0 for none) and of `keep_steps`. With
+    `read_only` nothing is created or deleted.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 1, keep_every: int = 0, read_only: bool = False):
+    def __init__(
+        self, workdir: epath.PathLike, keep: int = 1, keep_every: int = 0, keep_steps: Sequence[int] = (),
+        read_only: bool = False,
+    ):  # fmt: skip
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            keep_period=keep_every or None,
+            preservation_policy=None if read_only else _preservation_policy(keep, keep_every, keep_steps),
             read_only=read_only,
             create=not read_only,
             save_interval_steps=int(not read_only),  # Orbax warns where it has to change these two itself
@@ -232,6 +235,13 @@ class Checkpoints:
             raise
 
 
+def _preservation_policy(keep: int, keep_every: int, keep_steps: Sequence[int]) -> Any:
+    policies: list[Any] = [preservation_policy.LatestN(n=keep), preservation_policy.CustomSteps(steps=keep_steps)]
+    if keep_every:
+        policies.append(preservation_policy.EveryNSteps(interval_steps=keep_every))
+    return preservation_policy.AnyPreservationPolicy(policies=policies)
+
+
 def _set_file_locking(workdir: epath.Path) -> None:
     """Lets TensorStore write without file locks where there are none; Orbax has no option for it.
 
@@ -263,8 +273,8 @@ def latest_step(workdir: epath.PathLike) -> int | None:
         return checkpoints.latest_step()
 
 
-def intact_step(workdir: epath.PathLike, step: int | None = None) -> int:
-    """`step`, by default the latest, after verifying its parameters against their checksums.
+def intact_step(workdir: epath.PathLike, step: int | None = None, prefix: str = "params/") -> int:
+    """`step`, by default the latest, after verifying its parameters, or the files below `prefix`, by their checksums.
 
     Raises:
       UserError: the workdir has no such checkpoint, or it is damaged.
@@ -276,10 +286,21 @@ def intact_step(workdir: epath.PathLike, step: int | None = None) -> int:
         step, steps = latest if step is None else step, checkpoints.all_steps()
         if step not in steps:
             raise UserError(f"{workdir}: no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        damage = checkpoints.find_damage(step, prefix="params/")
+        damage = checkpoints.find_damage(step, prefix)
     if damage:
         raise UserError(f"damaged checkpoint: {damage}; resume its training, which falls back to the one before")
     return step
+
+
+def restore_state(workdir: epath.PathLike, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+    """The whole state of a step of another run, verified against its checksums, and its meta.
+
+    Raises:
+      UserError: the workdir has no such checkpoint, or it is damaged.
+    """
+    distributed.on_process_zero(functools.partial(intact_step, workdir, step, prefix=""))
+    with _open(workdir) as checkpoints:
+        return checkpoints.restore(step, abstract)
 
 
 def load_params(workdir: epath.PathLike, abstract: Any) -> tuple[Any, int]:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from lvm.common.distributed import DistributedConfig
+from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative
 from lvm.data.mixture.mixture import Mixture, MixtureConfig
 from lvm.data.mixture.rows import Rows
@@ -28,6 +29,9 @@ class TrainConfig:
       deterministic: compiles to programs with the same bits at every run, which is slower on GPUs.
       init_from: a model's folder, as `LVM.load` takes it, to start from its weights; "" for random ones. Its sizes and
         codes must be the same; a vocabulary of another size is resized.
+      branch_from: a run's workdir and a step that it keeps, "WORKDIR@STEP", to start from its whole state and to go on
+        with its data, such as to decay the learning rate; "" starts at step 0. Model, data, batch and optimizer must be
+        the same; learning rate, schedule and length may differ.
     """
 
     seed: int = 0
@@ -38,6 +42,7 @@ class TrainConfig:
     compiler_options: str = ""
     deterministic: bool = False
     init_from: str = ""
+    branch_from: str = ""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -48,6 +53,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_non_negative(self, "seed")
+        if self.branch_from and self.init_from:
+            raise UserError(f"branch_from={self.branch_from} and init_from={self.init_from}; set one of them")
+        if self.branch_from and self.branch is None:
+            raise UserError(f"branch_from={self.branch_from} must be WORKDIR@STEP")
+
+    @property
+    def branch(self) -> tuple[str, int] | None:
+        """Workdir and step of `branch_from`."""
+        workdir, _, step = self.branch_from.rpartition("@")
+        return (workdir, int(step)) if workdir and step.isdecimal() else None
 
 
 def make_rows(config: TrainConfig, split: str = "train") -> Rows:

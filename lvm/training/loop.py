@@ -23,7 +23,7 @@ from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.mixture import loader
 from lvm.data.mixture.rows import SKIPPED
 from lvm.training import goodput
-from lvm.training.checkpoint import Checkpoints, latest_step
+from lvm.training.checkpoint import Checkpoints, latest_step, restore_state
 from lvm.training.goodput import Goodput
 from lvm.training.local_checkpoint import LocalCheckpointConfig, LocalCheckpoints
 from lvm.training.metrics import MetricsWriter
@@ -49,6 +49,7 @@ class LoopConfig:
       total_tokens: length of the run in tokens, rounded up to whole steps.
       keep: how many of the latest checkpoints are kept.
       keep_every: checkpoints of steps divisible by it are kept forever; 0 for none.
+      keep_steps: steps whose checkpoints are saved and kept forever, such as those that other runs branch off.
       max_skipped: consecutive steps without a finite gradient that end the run; such steps change nothing.
       input_workers: processes that prefetch batches; 0 prefetches in threads.
       profile: first and last step of a trace into `profile/`; empty for none. A running job traces its next steps when
@@ -68,6 +69,7 @@ class LoopConfig:
     checkpoint_every: int = 1000
     keep: int = 2
     keep_every: int = 0
+    keep_steps: tuple[int, ...] = ()
     max_skipped: int = 10
     input_workers: int = 0
     profile: tuple[int, ...] = ()
@@ -122,6 +124,7 @@ class Loop:
         known peak.
       memory_advice: text appended to the error when a step runs out of memory.
       times: of this process so far; by default all of it counts as its start.
+      branch: workdir and step of another run, whose state a run without checkpoints begins with; None for a fresh one.
     """
 
     def __init__(
@@ -134,14 +137,16 @@ class Loop:
         flops_per_step: Mapping[str, float] | None = None,
         memory_advice: Callable[[], str] = lambda: "",
         times: Goodput | None = None,
+        branch: tuple[str, int] | None = None,
     ):
+        self._branch = branch
         self._step, self._task = step, step.task
         self._read_batch, self._config = read_batch, config
         self._path = workdir.path
         self._memory_advice = memory_advice
         self._times = times or Goodput()
         self._reporter = Reporter(step.mesh, tokens_per_step, flops_per_step or {}, self._times)
-        self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every)
+        self._checkpoints = Checkpoints(self._path, config.keep, config.keep_every, config.keep_steps)
         self._local = LocalCheckpoints(config.local_checkpoint, self._path, step.state)
         self._preemption, self._watchdog = Preemption(), Watchdog(config.watchdog)
         self._profiler = StepProfiler(self._path, config.profile)
@@ -198,7 +203,7 @@ class Loop:
                 self._local.delete_after(0)
                 self._times.roll_back(0.0)
                 self._spikes.losses.clear()
-                return self._step.init(), 0
+                return self._start_fresh()
             if step == local:
                 state, meta = self._local.restore(step)
             else:
@@ -206,6 +211,18 @@ class Loop:
                 state, meta = self._checkpoints.restore(step, self._step.state)
             self._local.delete_after(step)
         self._times.roll_back(meta["productive_seconds"])
+        self._spikes = SpikeDetector(self._config.spike, meta.get("losses", ()))
+        return state, step
+
+    def _start_fresh(self) -> tuple[State, int]:
+        if self._branch is None:
+            return self._step.init(), 0
+        workdir, step = self._branch
+        log_info(f"{self._path}: branching off {workdir} at step {step}")
+        self._skipped_batches = SkippedBatches.load(workdir)
+        if self._skipped_batches.ranges and distributed.is_first():
+            self._skipped_batches.save(self._path)
+        state, meta = restore_state(workdir, step, self._step.state)
         self._spikes = SpikeDetector(self._config.spike, meta.get("losses", ()))
         return state, step
 
@@ -255,6 +272,7 @@ class Loop:
                     self._write_pictures(step, state)
             stopping = self._preemption.noticed()
             persistent = last or stopping or _is_due(step, self._config.checkpoint_every)
+            persistent = persistent or step in self._config.keep_steps
             local = self._local.is_due(step) and not last
             if persistent or local:
                 self._check_steps(pending, 0)

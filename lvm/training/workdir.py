@@ -36,6 +36,7 @@ _MAY_CHANGE = (
     "config.objective.rows_per_device",
     "config.objective.logits_chunk",
     "config.tokenizer",
+    "config.branch_from",  # a path, of no effect after the first checkpoint
     "config.accept_changed_mixture",
     "config.compiler_options",
     "config.deterministic",
@@ -47,6 +48,11 @@ _MAY_CHANGE = (
     "config.data.store",
     "config.data.source",
     "config.data.max_gigabytes",
+)
+# Keys that may also differ from the run that a branch begins with.
+_MAY_BRANCH = (
+    "config.init_from",
+    *(f"config.optimizer.{name}" for name in ("schedule", "learning_rate", "end_learning_rate", "warmup_", "decay_")),
 )
 _MAY_CHANGE_BY_COMPONENT = (".store", ".max_repetitions")  # of `config.data.components.NAME`
 
@@ -112,25 +118,50 @@ class Workdir:
                 f"{path}: record version {old.get('version')}, expected {RECORD_VERSION}: can't be resumed; use a new "
                 f"--workdir (to keep the weights: {_CONVERT[kind].format(self.path)})"
             )
-        if config_class is not None:
-            config: Any = from_config_dict(config_class, old["config"], f"{path}: config")
-            old["config"] = files.as_json(to_json(config))
-        before, after = (traverse_util.flatten_dict(tree, sep=".") for tree in (old, new))
-        refused = []
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) == after.get(key):
-                continue
-            change = f"{key}: {before.get(key)!r} → {after.get(key)!r}"
-            of_component = key.startswith("config.data.components.") and key.endswith(_MAY_CHANGE_BY_COMPONENT)
-            if of_component or key.startswith(self._may_change):
-                log_info(f"resuming with a changed {change}")
-            else:
-                refused.append(change)
-        if refused:
+        if refused := _list_changes("resuming", path, old, new, self._may_change, config_class):
             raise UserError(
                 f"{self.path}: holds a run of another configuration ({'; '.join(refused)}); "
                 "choose another --workdir or the configuration it was started with"
             )
+
+
+def check_branch(workdir: epath.PathLike, kind: str, record: dict[str, Any], config_class: type) -> None:
+    """Checks that a run with this record may begin with a checkpoint of another one.
+
+    Raises:
+      UserError: no workdir, or one whose model, data, batch or optimizer differ.
+    """
+    path = epath.Path(workdir) / CONFIG
+    old, new = _load_record(workdir, kind), files.as_json(record)
+    allowed = (*_MAY_CHANGE, *_MAY_BRANCH, "version", "kind")
+    if refused := _list_changes("branching off", path, old, new, allowed, config_class):
+        raise UserError(f"config.branch_from: {workdir} is a run of another configuration ({'; '.join(refused)})")
+
+
+def _list_changes(
+    verb: str,
+    path: epath.Path,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    may_change: tuple[str, ...],
+    config_class: type | None,
+) -> list[str]:
+    """Keys that differ between two records and may not, as `key: old → new`; logs those that may."""
+    if config_class is not None:
+        config: Any = from_config_dict(config_class, old["config"], f"{path}: config")
+        old = {**old, "config": files.as_json(to_json(config))}
+    before, after = (traverse_util.flatten_dict(tree, sep=".") for tree in (old, new))
+    refused = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        change = f"{key}: {before.get(key)!r} → {after.get(key)!r}"
+        of_component = key.startswith("config.data.components.") and key.endswith(_MAY_CHANGE_BY_COMPONENT)
+        if of_component or key.startswith(may_change):
+            log_info(f"{verb} with a changed {change}")
+        else:
+            refused.append(change)
+    return refused
 
 
 def _load_record(folder: epath.PathLike, kind: str) -> dict[str, Any]:

@@ -24,7 +24,8 @@ FREE = """
 config.mesh.data config.mesh.fsdp config.mesh.sequence config.mesh.tensor config.mesh.zero1
 config.distributed.initialization_timeout config.distributed.heartbeat_timeout config.loop.total_steps
 config.loop.total_tokens config.loop.log_every config.loop.evaluate_every config.loop.picture_every
-config.loop.checkpoint_every config.loop.keep config.loop.keep_every config.loop.max_skipped
+config.loop.checkpoint_every config.loop.keep config.loop.keep_every config.loop.keep_steps
+config.loop.max_skipped
 config.loop.input_workers config.loop.profile config.loop.compilation_cache config.loop.wandb
 config.loop.spike.deviations config.loop.spike.window config.loop.spike.skip_before config.loop.spike.max_rewinds
 config.loop.watchdog.factor config.loop.watchdog.min_timeout_s config.loop.watchdog.startup_timeout_s
@@ -40,7 +41,8 @@ config.optimizer.moment_dtype config.optimizer.clip_norm
 """
 # The transformer's. A changed mixture is refused unless `config.accept_changed_mixture`.
 LVM_FREE = """
-folder config.tokenizer config.accept_changed_mixture config.compiler_options config.deterministic
+folder config.branch_from
+config.tokenizer config.accept_changed_mixture config.compiler_options config.deterministic
 config.model.attention config.model.remat config.data.components.photos.store
 config.data.components.photos.max_repetitions config.data.store config.data.allow_missing config.data.stage_to
 config.data.skip_damaged config.objective.logits_chunk config.objective.accumulate_steps
@@ -89,13 +91,15 @@ optimizer.epsilon=1e-08 optimizer.weight_decay=0.1 optimizer.weight_decay_mask='
 optimizer.moment_dtype='float32' optimizer.clip_norm=1.0 mesh.data=-1 mesh.fsdp=1 mesh.sequence=1 mesh.tensor=1
 mesh.zero1=False distributed.initialization_timeout=3600 distributed.heartbeat_timeout=100 loop.total_steps=100000
 loop.total_tokens=0 loop.log_every=50 loop.evaluate_every=1000 loop.picture_every=5000 loop.checkpoint_every=1000
-loop.keep=2 loop.keep_every=0 loop.max_skipped=10 loop.input_workers=0 loop.profile=() loop.compilation_cache=''
+loop.keep=2 loop.keep_every=0 loop.keep_steps=()
+loop.max_skipped=10 loop.input_workers=0 loop.profile=() loop.compilation_cache=''
 loop.wandb='' loop.spike.deviations=0.0 loop.spike.window=128 loop.spike.skip_before=100 loop.spike.max_rewinds=10
 loop.watchdog.factor=10.0 loop.watchdog.min_timeout_s=300.0 loop.watchdog.startup_timeout_s=3600.0
 loop.watchdog.pause_timeout_s=3600.0 loop.local_checkpoint.folder='' loop.local_checkpoint.every=50
 loop.local_checkpoint.keep=2
 """
 LVM_DEFAULTS = """
+branch_from=''
 batch_size=128 heldout_batches=4 tokenizer='' accept_changed_mixture=False compiler_options='' deterministic=False
 model.hidden_size=1024 model.mlp_size=2688 model.num_layers=22 model.num_heads=8 model.num_kv_heads=0
 model.vocabulary_size=0 model.context=4096 model.rope_theta=10000.0 model.norm_epsilon=1e-06 model.init_std=0.02

@@ -290,10 +290,10 @@ def test_folder_that_lacks_parts_is_no_checkpoint(fresh, caplog, lost, step):
 
 
 def test_checksums_are_deleted_with_checkpoints(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4)
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4, keep_steps=(3,))
     for step in range(1, 8):
         checkpoints.save(new_state(step=step), step, {})
         checkpoints.wait()
     checkpoints.close()
-    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["4", "6", "7"]
-    assert sorted(path.stem for path in (tmp_path / "checksums").iterdir()) == ["4", "6", "7"]
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["3", "4", "6", "7"]
+    assert sorted(path.stem for path in (tmp_path / "checksums").iterdir()) == ["3", "4", "6", "7"]

@@ -107,14 +107,14 @@ def release(folder):
     (folder / ".lock").unlink()
 
 
-def train(folder, total=6, read=read_batch, task=None, tokens_per_step=0, seed=0, **options):
+def train(folder, total=6, read=read_batch, task=None, tokens_per_step=0, seed=0, branch=None, **options):
     options = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 0, "picture_every": 0, **options}
     workdir = Workdir(folder, "lvm", {"config": {}})
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     config = LoopConfig(total_steps=total, **options)
     task = task or Regression()
     read_rows = lambda index, rows: {name: x[rows] for name, x in read(index).items()}  # noqa: E731
-    return Loop(Step(task, mesh, seed), read_rows, config, workdir, tokens_per_step).run()
+    return Loop(Step(task, mesh, seed), read_rows, config, workdir, tokens_per_step, branch=branch).run()
 
 
 def bits(state):
@@ -134,6 +134,27 @@ def test_resumed_run_has_bits_and_metrics_of_unbroken(tmp_path):
     assert bits(resumed) == bits(whole)
     assert timeless(tmp_path / "resumed") == timeless(tmp_path / "whole")
     assert [line["step"] for line in metrics.read_metrics(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_branch_goes_on_from_kept_step_of_its_trunk(tmp_path):
+    trunk = train(tmp_path / "trunk", total=9, checkpoint_every=0, keep=1, keep_steps=(3,))
+    trunk_bits = bits(trunk)
+    release(tmp_path / "trunk")
+    # With the trunk's own schedule a branch is the trunk; broken after its first checkpoint it resumes from its own.
+    branch = (str(tmp_path / "trunk"), 3)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train(tmp_path / "branch", total=9, read=broken_at(7), branch=branch)
+    release(tmp_path / "branch")
+    assert latest_step(tmp_path / "branch") == 6
+    assert bits(train(tmp_path / "branch", total=9, branch=branch)) == trunk_bits
+    assert [line["step"] for line in metrics.read_metrics(tmp_path / "branch")] == [4, 5, 6, 7, 8, 9]
+    assert timeless(tmp_path / "branch") == timeless(tmp_path / "trunk")[3:]
+
+
+def test_branch_refuses_step_that_trunk_lacks(tmp_path):
+    train(tmp_path / "trunk", total=4, keep=2)
+    with pytest.raises(UserError, match=r"trunk: no checkpoint of step 3; it has 2, 4"):
+        train(tmp_path / "branch", branch=(str(tmp_path / "trunk"), 3))
 
 
 def test_metrics_of_lost_steps_are_logged_once(tmp_path):

@@ -13,7 +13,7 @@ from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.convert import convert
 from lvm.interop import models
-from lvm.training.workdir import CONFIG, Workdir, read_record
+from lvm.training.workdir import CONFIG, Workdir, check_branch, read_record
 from tests.commands import ROOT
 from tests.lvm.small_models import assert_same_tensors, small_model
 
@@ -222,3 +222,25 @@ def test_changed_lvm_version_is_logged(tmp_path, caplog):
     files.write_json(tmp_path / CONFIG, {**record, "lvm_version": "0.0.9"})
     reopen(tmp_path, RECORD)
     assert f"resuming with a changed lvm_version: '0.0.9' → '{lvm.__version__}'" in caplog.text
+
+
+def test_branch_may_differ_in_schedule_alone(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Optimizer:
+        learning_rate: float = 1.0
+        schedule: str = "wsd"
+        b1: float = 0.9
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+
+    def record(**changes):
+        return {"config": to_json(Config(Optimizer(**changes)))}
+
+    Workdir(tmp_path, "lvm", record())
+    check_branch(tmp_path, "lvm", record(learning_rate=0.5, schedule="cosine"), Config)
+    with pytest.raises(UserError, match=r"config.branch_from: .* \(config.optimizer.b1: 0.9 → 0.8\)"):
+        check_branch(tmp_path, "lvm", record(b1=0.8), Config)
+    with pytest.raises(UserError, match=r"not a model folder: config.json is missing"):
+        check_branch(tmp_path / "none", "lvm", record(), Config)

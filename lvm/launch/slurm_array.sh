@@ -1,5 +1,5 @@
 #!/bin/bash
-# Run {{name}}: each task of the array encodes one group of shards; run again, it skips those that exist.
+# Run {{name}}: each task of the array {{task}}.
 set -uo pipefail
 {{exports}}
 {{secrets}}
@@ -7,7 +7,7 @@ set -uo pipefail
 cd {{folder}} || exit 1
 stopping="" process=""
 trap 'stopping=1; kill "$process"' TERM
-python {{command}} --shard="$SLURM_ARRAY_TASK_ID/{{workers}}" &
+python {{command}} {{index}} &
 process=$!
 wait "$process"
 code=$?

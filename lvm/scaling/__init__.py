@@ -1,0 +1,1 @@
+"""Scaling laws: plans of sweeps, their runs and results."""
