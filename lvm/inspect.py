@@ -169,7 +169,7 @@ def _run(args: cli.Args) -> int:
     try:
         store = Store(args.store, args.stage_to)
     except (UserError, KeyError, TypeError, ValueError) as error:
-        if not (epath.Path(args.store) / MANIFEST).exists():
+        if not files.exists(epath.Path(args.store) / MANIFEST):
             raise
         return report_error(str(error), errors.EXIT_ERROR)  # as for any other damage
     if (args.source or args.sheet) and not args.tokenizer:

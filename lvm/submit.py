@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lvm.common import cli, progress
 from lvm.common.errors import UserError
+from lvm.common.files import is_remote
 from lvm.data.store.status import count_complete, describe_progress
 from lvm.hardware.accelerators import resolve
 from lvm.launch import backends, requests
@@ -108,7 +109,10 @@ def _run_encode(args: cli.Args, names: Sequence[str]) -> int:
         raise UserError(f"--num_shards={args.num_shards}: less than --workers={args.workers}; use a multiple of it")
     for name in ("tokenizer", "source", "out"):
         path = args[name].value
-        if args.on in ("gke", "tpu-vm") and path and not path.startswith("gs://") and not path.endswith(".py"):
+        is_shared = path and (
+            path.startswith("gs://") or path.endswith(".py") or (name == "source" and is_remote(path))
+        )
+        if args.on in ("gke", "tpu-vm") and path and not is_shared:
             raise UserError(f"--{name}={path}: hosts share no disk; use gs://…")
     settings = {name: args[name].value for name in _CLUSTER_KEYS if args[name].value is not None}
     request = requests.EncodeRequest(

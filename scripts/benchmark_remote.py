@@ -6,6 +6,8 @@
 The server delays each answer by 50 ms and 1 % of them by a second, and answers 5 % with 503 and 1 % not at all.
 """
 
+import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -30,33 +32,72 @@ from scripts import benchmark_store
 
 FAULTS = {"latency_s": 0.05, "slow_share": 0.01, "slow_s": 1.0, "error_share": 0.05, "drop_share": 0.01}
 BATCH, CONTEXT, ROWS = 512, 4096, 8
+SMALL_BATCH, SMALL_CONTEXT = 64, 1024  # of the comparison: 250 grids
 
 
-def make_rows(path: str, heldout_fraction: float = 0.0) -> Rows:
+@contextlib.contextmanager
+def served(folder: str | os.PathLike, faults: Mapping[str, float] = FAULTS) -> Iterator[dict[str, str]]:
+    """An object server in a process of its own; yields the variables that point gs:// and s3:// to it.
+
+    Args:
+      folder: BUCKET/NAME in it are its objects.
+      faults: fields of `tests.object_server.Faults`.
+    """
+    command = [sys.executable, "-m", "tests.object_server", os.fspath(folder)]
+    command += [f"--{name}={value}" for name, value in faults.items()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield json.loads(server.stdout.readline())
+        finally:
+            server.kill()
+
+
+def statistics(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """The counters of the server that these variables point to."""
+    with urllib.request.urlopen(environment["TENSORSTORE_GCS_HTTP_URL"] + "/statistics") as response:
+        return {"requests": 0, "bytes": 0} | json.load(response)
+
+
+def make_rows(path: str, heldout_fraction: float = 0.0, context: int = CONTEXT, batch_size: int = BATCH) -> Rows:
     """Rows of single images."""
     config = MixtureConfig({"single": ComponentConfig(Single())}, (path,), heldout_fraction)
-    return Rows(Mixture(config, 0), Vocabulary.for_codes(benchmark_store.NUM_CODES), CONTEXT, BATCH)
+    return Rows(Mixture(config, 0), Vocabulary.for_codes(benchmark_store.NUM_CODES), context, batch_size)
 
 
 def digest(rows: Rows, batches: int, hosts: int) -> str:
-    """Hash of the first batches as `hosts` processes read them."""
+    """Hash of the first batches as `hosts` processes read them, all at once."""
     result = hashlib.sha256()
-    for step in range(batches):
-        parts = [rows.batch(step, np.arange(BATCH * i // hosts, BATCH * (i + 1) // hosts)) for i in range(hosts)]
-        for name in sorted(parts[0]):
-            result.update(np.concatenate([part[name] for part in parts]).tobytes())
+    (batch_size, *_) = rows.batch_spec["tokens"].shape
+    parts = np.array_split(np.arange(batch_size), hosts)
+    with concurrent.futures.ThreadPoolExecutor(hosts) as pool:
+        for step in range(batches):
+            read = list(pool.map(lambda part, step=step: rows.batch(step, part), parts))
+            for name in sorted(read[0]):
+                result.update(np.concatenate([part[name] for part in read]).tobytes())
     return result.hexdigest()[:16]
+
+
+def compare(local: str, remote: str, batches: int) -> None:
+    """Prints the hash of batches from local disk, and from object storage by several numbers of hosts."""
+    print(f"{batches} batches of {SMALL_BATCH} rows of {SMALL_CONTEXT}:")
+    for hosts in (0, 1, 2, 4, 8):
+        rows = make_rows(remote if hosts else local, context=SMALL_CONTEXT, batch_size=SMALL_BATCH)
+        began = time.perf_counter()
+        value = digest(rows, batches, hosts or 1)
+        name = f"{hosts} hosts" if hosts else "local disk"
+        print(f"  {name:<12}{value}{time.perf_counter() - began:8.1f} s", flush=True)
 
 
 def measure_batches(count: int) -> None:
     """Prints the latencies of one host's rows, and the bytes fetched for them."""
     rows, seconds = make_rows("gs://bucket/store"), []
-    before, start = _statistics(), time.process_time()
+    before, start = statistics(), time.process_time()
     for step in range(count):
         began = time.perf_counter()
         rows.batch(step, np.arange(17 * ROWS, 18 * ROWS))
         seconds.append(time.perf_counter() - began)
-    processor, after = time.process_time() - start, _statistics()
+    processor, after = time.process_time() - start, statistics()
     median, p99 = np.quantile(seconds, [0.5, 0.99])
     grids = count * (ROWS * CONTEXT // 258 + 1)
     print(f"{ROWS} of {BATCH} rows, {count} batches: median {median:.3f} s, p99 {p99:.3f} s")
@@ -89,10 +130,10 @@ def make_large(folder: pathlib.Path, shards: int, scenes: int) -> None:
 
 def measure_opening() -> None:
     """Prints what opening the large store costs."""
-    before, memory, began = _statistics(), _peak_mib(), time.perf_counter()
+    before, memory, began = statistics(), _peak_mib(), time.perf_counter()
     rows = make_rows("gs://bucket/large", 0.001)
     Mixture(rows.mixture.config, 0, "heldout")
-    seconds, after = time.perf_counter() - began, _statistics()
+    seconds, after = time.perf_counter() - began, statistics()
     print(
         f"{rows.mixture.components[0].num_scenes:,} scenes: {seconds:.2f} s, {after['requests'] - before['requests']} "
         f"requests, {(after['bytes'] - before['bytes']) / 2**20:.1f} MiB, {_peak_mib() - memory:.0f} MiB more at the "
@@ -104,11 +145,6 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _statistics() -> dict[str, int]:
-    with urllib.request.urlopen(os.environ["TENSORSTORE_GCS_HTTP_URL"] + "/statistics") as response:
-        return {"requests": 0, "bytes": 0} | json.load(response)
-
-
 def _run(args: cli.Args) -> None:
     print(f"{os.cpu_count()} cores, load {', '.join(f'{x:.1f}' for x in os.getloadavg())}")
     with tempfile.TemporaryDirectory() as folder:
@@ -118,21 +154,15 @@ def _run(args: cli.Args) -> None:
         else:
             local.mkdir(parents=True)
             benchmark_store.make_store(local, args.scenes, 1)
-        command = [sys.executable, "-m", "tests.object_server", folder]
-        command += [f"--{name}={value}" for name, value in FAULTS.items()]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-            try:
-                assert server.stdout is not None
-                os.environ.update(json.loads(server.stdout.readline()))
-                if args.opening:
-                    measure_opening()
-                    return
+        with served(folder) as environment:
+            os.environ.update(environment)
+            if args.opening:
+                measure_opening()
+                return
+            if args.batches:
                 measure_batches(args.batches)
-                digests = {digest(make_rows(str(local)), args.equal, 1)}
-                digests |= {digest(make_rows("gs://bucket/store"), args.equal, hosts) for hosts in (1, 2, 4, 8)}
-                print(f"{args.equal} batches on local disk, and by 1, 2, 4 and 8 hosts: {' '.join(sorted(digests))}")
-            finally:
-                server.kill()
+            if args.equal:
+                compare(str(local), "gs://bucket/store", args.equal)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,8 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = cli.Flags(__doc__)
     flags.boolean("opening", False, "open a store of 3e7 scenes instead")
     flags.integer("scenes", 100_000, "scenes of the store")
-    flags.integer("batches", 200, "batches to measure")
-    flags.integer("equal", 20, "batches to compare, of 512 rows")
+    flags.integer("batches", 200, "batches to measure", lower_bound=0)
+    flags.integer("equal", 20, f"batches to compare, of {SMALL_BATCH} rows", lower_bound=0)
     return flags.run(_run, argv)
 
 

@@ -44,6 +44,7 @@ def header() -> dict[str, Any]:
     """The header of a store of random codes."""
     return {
         "tokenizer": {"weights": "random", "hash": "random", "grid": [GRID, GRID], "num_codes": NUM_CODES},
+        "source": {"kind": "random"},
         "streams": {"rgb": Image().to_json()},
     }
 

@@ -25,10 +25,14 @@ def process_port() -> int:
     TensorStore reads a server's address once per process.
     """
     if _PORT not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ[_PORT] = str(free.getsockname()[1])
+        os.environ[_PORT] = str(free_port())
     return int(os.environ[_PORT])
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ import google_crc32c
 from aiohttp import web
 from etils.epath import backend
 
-from tests.gcs import process_port
+from tests.gcs import free_port, process_port
 
 _BATCHED = re.compile(r"^(DELETE|GET) (\S+) HTTP", re.MULTILINE)
 
@@ -65,7 +65,8 @@ class ObjectServer:
     Attributes:
       faults: injected from now on.
       url: of the server.
-      counts: "requests", "bytes" (sent), "peak" (requests in flight), and requests by method, such as "GET".
+      counts: "requests", "bytes" (sent), "peak" (requests in flight), requests by method, such as "GET", and injected
+        faults, "slow", "errors" and "drops".
       log: (method, path, Range header) of each request, if `keep_log`.
     """
 
@@ -145,23 +146,24 @@ class ObjectServer:
             return await handler(request)
         if self.keep_log:
             self.log.append((request.method, unquote(request.path), request.headers.get("Range", "")))
-        counts.update({"requests": 1, request.method: 1})
+        shares = faults.slow_share, faults.error_share, faults.drop_share, faults.flip_share
+        slow, error, drop, flip = (self._random.random() < share for share in shares)
+        counts.update({"requests": 1, request.method: 1, "slow": slow, "errors": error, "drops": drop})
         self._in_flight += 1
         counts["peak"] = max(counts["peak"], self._in_flight)
         try:
-            slow, error, drop, flip = (self._random.random() for _ in range(4))
-            if delay := faults.slow_s if slow < faults.slow_share else faults.latency_s:
+            if delay := faults.slow_s if slow else faults.latency_s:
                 await asyncio.sleep(delay)
-            if drop < faults.drop_share and request.transport:
+            if drop and request.transport:
                 request.transport.abort()
                 return web.Response()
-            if error < faults.error_share:
+            if error:
                 return web.Response(status=503, text="injected")
             response = await handler(request)
             if isinstance(response, web.Response) and isinstance(response.body, bytes):
-                if flip < faults.flip_share and response.body:
+                if flip and response.body:
                     response.body = bytes([response.body[0] ^ 1]) + response.body[1:]
-                counts["bytes"] += len(response.body)
+                counts["bytes"] += len(response.body) if request.method != "HEAD" else 0
             return response
         finally:
             self._in_flight -= 1
@@ -319,7 +321,7 @@ class ObjectServer:
         _, metadata, rest = body.split(b"--" + boundary, 2)
         content = re.split(rb"\r?\n\r?\n", rest.rsplit(b"--" + boundary + b"--", 1)[0], maxsplit=1)[1]
         name = json.loads(re.split(rb"\r?\n\r?\n", metadata, maxsplit=1)[1])["name"]
-        return self._insert(f"{bucket}/{name}", re.sub(rb"\r?\n$", b"", content), generation)
+        return self._insert(f"{bucket}/{name}", re.sub(rb"\r?\n\Z", b"", content), generation)
 
     async def _batch(self, request: web.Request) -> web.Response:
         parts = []
@@ -388,12 +390,8 @@ def main() -> None:
     for field in dataclasses.fields(Faults):
         parser.add_argument(f"--{field.name}", type=float, default=field.default)
     args = vars(parser.parse_args())
-    server = ObjectServer(args.pop("folder"), Faults(**args), port := process_port())
-
-    def started() -> None:
-        print(json.dumps(server.environment), flush=True)
-
-    asyncio.run(_serve(server, port, started, asyncio.Event()))
+    server = ObjectServer(args.pop("folder"), Faults(**args), port := free_port())
+    asyncio.run(_serve(server, port, lambda: print(json.dumps(server.environment), flush=True), asyncio.Event()))
 
 
 if __name__ == "__main__":

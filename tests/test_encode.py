@@ -16,6 +16,9 @@ from lvm.common import distributed
 from lvm.data.store import jsonl
 from lvm.data.store.reader import Store
 from tests.commands import run, start
+from tests.image_files import encode_image, photo
+from tests.lvm.data.images.sources.test_tar import write_tar
+from tests.object_server import Faults, object_server
 from tests.tokenizer.networks import random_weights, small
 from tokenizer import weights
 
@@ -172,3 +175,32 @@ def test_encode_reports_missing_flags_and_finishes(reference, tmp_path):
     (reference[0] / "manifest.json").unlink()
     assert f"{SCENES} scenes" in run("tokenizer.encode", "--finish", f"--out={reference[0]}")
     assert before == {name: os.stat(reference[0] / name).st_mtime_ns for name in before}
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """A folder to be served, with tars in BUCKET/tars: fewer than shards, so that each has several pieces."""
+    folder = tmp_path_factory.mktemp("served")
+    for i in range(3):
+        photos = [(f"{j}.jpg", encode_image(photo(seed=10 * i + j), "JPEG")) for j in range(8)]
+        write_tar(folder / "bucket" / "tars" / f"{i}.tar", photos)
+    return folder
+
+
+def test_encode_from_object_storage_equals_local_disk(job, tars, tmp_path):
+    def encode(source, out):
+        settings = [flag for flag in job if not flag.startswith("--source")]
+        run("tokenizer.encode", *settings, f"--source={source}", f"--out={out}", "--workers=0")
+        return Store(str(out))
+
+    local = encode(tars / "bucket" / "tars", tmp_path / "store")
+    assert len(local) == 24
+    with object_server(tars, Faults(error_share=0.05, drop_share=0.02)):
+        for source, out in (
+            ("gs://bucket/tars", "gs://bucket/store"),
+            ("s3://bucket/tars/*.tar", tmp_path / "s3"),
+        ):
+            store = encode(source, out)
+            for i in range(len(local)):
+                assert store.scene(i).key == local.scene(i).key
+                np.testing.assert_array_equal(store.scene(i).codes, local.scene(i).codes)

@@ -121,7 +121,7 @@ def test_tpu_host_encodes_under_a_supervisor(tmp_path):
     expected = ["--tokenizer=gs://bucket/tokenizer", "--source=gs://bucket/it's photos", "--out=gs://bucket/store"]
     command = shlex.split(printed.splitlines()[1])[1:]
     assert command == ["-m", "tokenizer.encode", *expected, "--num_shards=5000"]
-    _, written = dry_run(tmp_path / "out", "tpu-vm-encode", "--max_restarts=0")
+    _, written = dry_run(tmp_path / "out", "tpu-vm-encode", "--max_restarts=0", "--source=s3://bucket/photos")
     assert "python -m tokenizer.encode --tokenizer=" in written["startup.sh"]
 
 
@@ -182,6 +182,8 @@ def test_encode_is_refused_before_submission(tmp_path, more, words):
         ([*LOCAL, "--source="], "--source: required"),
         ([*REQUESTS["tpu-vm-encode"], "--workers=3"], "--workers: has no effect with --on=tpu-vm"),
         ([*REQUESTS["tpu-vm-encode"], "--out=/scratch/store"], "--out=/scratch/store: hosts share no disk; use gs://"),
+        ([*REQUESTS["tpu-vm-encode"], "--out=s3://b/store"], "--out=s3://b/store: hosts share no disk; use gs://"),
+        ([*REQUESTS["tpu-vm-encode"], "--source=/photos"], "--source=/photos: hosts share no disk; use gs://"),
         ([*REQUESTS["tpu-vm-encode"], "--reserved"], "--spot, --reserved: use one of them"),
         ([*REQUESTS["tpu-vm-encode"], "--accelerator=h100-8", "--check=false"], "use a TPU slice"),
     ],

@@ -111,6 +111,16 @@ def times(folder: epath.PathLike) -> dict[str, float]:
     return times
 
 
+def exists(path: epath.PathLike) -> bool:
+    """Checks for a local or remote file or folder. Raises UserError if no package opens such paths."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    filesystem, name = _filesystem(path)
+    with contextlib.suppress(FileNotFoundError):
+        return bool(filesystem.info(name))
+    return False
+
+
 def file_size(path: epath.PathLike) -> int | None:
     """Size of a local or remote file in bytes, None if there is none."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -120,9 +130,13 @@ def file_size(path: epath.PathLike) -> int | None:
 
 
 def _filesystem(path: epath.PathLike) -> tuple[Any, str]:
-    """fsspec's filesystem, shared with `epath`, and the path inside it."""
+    """fsspec's filesystem, shared with `epath`, and the path inside it. Raises UserError if its package is missing."""
     options = {"finalize_on_close": True} if os.fspath(path).startswith(("gs://", "gcs://")) else {}
-    return fsspec.core.url_to_fs(os.fspath(path), **options)
+    try:
+        return fsspec.core.url_to_fs(os.fspath(path), **options)
+    except ImportError as error:
+        extra = ': pip install "lvm[s3]"' if os.fspath(path).startswith("s3://") else ""
+        raise UserError(f"{path}: {error}{extra}") from error
 
 
 def write_atomically(path: epath.PathLike, data: bytes) -> None:

@@ -140,6 +140,8 @@ def _open_bucket(scheme: str, bucket: str) -> Any:
     )
     if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):  # which TensorStore doesn't read
         spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
+    if scheme == "s3" and "AWS_ACCESS_KEY_ID" in os.environ:  # by default it looks for ~/.aws first, with five errors
+        spec |= {"aws_credentials": {"type": "environment"}}
     return tensorstore.KvStore.open(spec, context=_context()).result()
 
 

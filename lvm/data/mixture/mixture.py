@@ -208,7 +208,7 @@ def _open_stores(
     missing = {}
     for name, component in configs.items():
         paths = config.stores_of(component)
-        if absent := [path for path in paths if path not in stores and not epath.Path(path).exists()]:
+        if absent := [path for path in paths if path not in stores and not files.exists(path)]:
             missing[name] = f"{', '.join(absent)} doesn't exist; tokenizer.encode writes a store"
         elif not paths:
             missing[name] = f"no store: set config.data.components.{name}.store or config.data.store"

@@ -15,6 +15,7 @@ from lvm.data.store import shards
 from lvm.data.store.format import DamagedError
 from lvm.data.store.reader import Store
 from lvm.model.vocabulary import Vocabulary
+from scripts.benchmark_remote import FAULTS, digest
 from tests.object_server import Faults, object_server
 
 SHAPES = [(1, 0)] * 70 + [(3, 0), (1, 1)] * 9 + [(2, 2), (1, 0)]
@@ -25,12 +26,15 @@ COMPONENTS = {
 }
 
 
-@pytest.fixture
-def served(make_store, tmp_path):
+@pytest.fixture(params=["gs"])
+def served(request, make_store, tmp_path):
     """A server of a store, the store's path there and on local disk."""
     local = make_store(SHAPES, "bucket/store", num_shards=3)
     with object_server(tmp_path) as server:
-        yield server, "gs://bucket/store", local
+        yield server, f"{request.param}://bucket/store", local
+
+
+both_services = pytest.mark.parametrize("served", ["gs", "s3"], indirect=True)
 
 
 def rows(path, **options):
@@ -38,6 +42,7 @@ def rows(path, **options):
     return Rows(Mixture(config, 0), Vocabulary.for_codes(16), 40, 16)
 
 
+@both_services
 def test_remote_scenes_and_grids_equal_local_ones(served):
     _, remote, local = served
     store, expected = pickle.loads(pickle.dumps(Store(remote))), Store(local)
@@ -51,6 +56,7 @@ def test_remote_scenes_and_grids_equal_local_ones(served):
     np.testing.assert_array_equal(codes, expected.grids(expected.entries(scenes), zeros, zeros))
 
 
+@both_services
 @pytest.mark.parametrize("packing", ["concat", "whole"])
 def test_remote_batches_equal_local_ones_despite_faults(served, packing):
     server, remote, local = served
@@ -63,6 +69,24 @@ def test_remote_batches_equal_local_ones_despite_faults(served, packing):
         for name, x in batch.items():
             np.testing.assert_array_equal(hosts[0][name], x[::2])
             np.testing.assert_array_equal(hosts[1][name], x[1::2])
+
+
+@pytest.mark.slow
+def test_remote_batches_do_not_depend_on_hosts(served):
+    server, remote, local = served
+    expected = digest(rows(local), 20, 1)
+    server.faults = Faults(**FAULTS)
+    assert {digest(rows(remote), 20, hosts) for hosts in (1, 2, 4, 8)} == {expected}
+
+
+def test_store_on_s3_needs_its_package(monkeypatch):
+    def url_to_fs(url, **options):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
+    for open_store in (Store, rows):
+        with pytest.raises(UserError, match=r"s3://bucket/store.*: Install s3fs to access S3: .*lvm\[s3\]"):
+            open_store("s3://bucket/store")
 
 
 def test_batch_fetches_its_grids_and_no_more(served):
