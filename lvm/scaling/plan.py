@@ -260,15 +260,14 @@ class _Planner:
         for mesh in sorted(meshes, key=lambda mesh: mesh.fsdp):
             rows = config.batch_size // (mesh.data * mesh.fsdp)
             counts = [2**power for power in range(rows.bit_length()) if rows % 2**power == 0]
-            placed = [with_choice(config, remat, mesh, config.batch_size, count) for count in counts]
-            if self._fits(placed[-1], target):
-                return next(choice for choice in placed if self._fits(choice, target))
+            choices = [with_choice(config, remat, mesh, config.batch_size, count) for count in counts]
+            smallest = estimate_plan(choices[-1], target, self._memory)
+            if smallest.fits:
+                room = target.usable_bytes - smallest.total_bytes + smallest.temp_bytes
+                return next(choice for choice in choices if int(self._memory.temp_bytes(choice)) <= room)
         if not meshes:
             raise UserError(f"{name}: no mesh of {target.name} divides its {config.batch_size} rows and its shape")
         raise UserError(f"{name}: {count_parameters(model):,} parameters do not fit {target.name}; use a larger one")
-
-    def _fits(self, config: TrainConfig, target: Target) -> bool:
-        return estimate_plan(config, target, self._memory).fits
 
     def _device_hours(self, flops: float) -> float:
         rate = self._config.device_flops

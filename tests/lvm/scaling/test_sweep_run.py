@@ -1,14 +1,39 @@
 """A sweep as a user runs it: planned, killed at random moments, resumed; a run that fails stops nothing."""
 
+import pathlib
 import random
 
 import pytest
 
+from lvm.common import files
+from lvm.data.store.reader import MANIFEST
 from lvm.scaling.results import read_results
 from tests.commands import run, start
 from tests.test_kills import kill_after
 
-CONFIG = """
+TRAIN = """
+from lvm.common.config import to_config_dict
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
+from lvm.data.mixture.recipes import Single
+from lvm.model.transformer import ModelConfig
+from lvm.training.config import TrainConfig
+from lvm.training.loop import LoopConfig
+from lvm.training.optimizer import OptimizerConfig
+
+
+def get_config():
+    return to_config_dict(
+        TrainConfig(
+            batch_size=2,
+            heldout_batches=1,
+            model=ModelConfig(16, 24, 1, 2, context=16, dtype="float32", attention="xla"),
+            data=MixtureConfig({{"photos": ComponentConfig(Single())}}, ({store!r},), heldout_fraction=0.25),
+            optimizer=OptimizerConfig(schedule="wsd", decay_steps=1, warmup_steps=0),
+            loop=LoopConfig(log_every=1, evaluate_every=0, picture_every=0, checkpoint_every=5),
+        )
+    )
+"""
+SWEEP = """
 from lvm.common.config import to_config_dict
 from lvm.scaling.config import SweepConfig, make_points
 from lvm.scaling.shapes import ShapeConfig
@@ -16,17 +41,14 @@ from lvm.scaling.space import chain, decay_branches, param, product
 
 
 def get_config():
-    schedule = {{"optimizer.schedule": "wsd", "optimizer.decay_steps": 1}}
-    shared = ({{"data.store": {store!r}, **schedule, "loop.log_every": 1, "loop.checkpoint_every": 5}},)
-    limit = param("data.components.video.max_repetitions", 0.01)
-    failing = product(param("width", 24), param("tokens", 196 * 20), limit)
-    points = product(shared, chain(failing, decay_branches(param("width", 16), [196 * 20, 196 * 30])))
+    limit = param("data.components.photos.max_repetitions", 0.01)
+    failing = product(param("width", 24), param("tokens", 32 * 20), limit)
     return to_config_dict(
         SweepConfig(
-            train="tests/configs/tiny_lvm.py",
-            points=make_points(points),
+            train={train!r},
+            points=make_points(chain(failing, decay_branches(param("width", 16), [32 * 20, 32 * 30]))),
             shape=ShapeConfig(depth="aspect", aspect=32, head_dim=8, multiple=8),
-            num_codes=512,
+            num_codes=16,
             unique_tokens=1e6,
             device_flops=1e9,
         )
@@ -35,15 +57,18 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_killed_sweep_has_bytes_of_unbroken_one(demo, tmp_path):
-    (tmp_path / "sweep.py").write_text(CONFIG.format(store=str(demo / "store")))
+def test_killed_sweep_has_bytes_of_unbroken_one(make_store, tmp_path):
+    store = pathlib.Path(make_store([(1, 0)] * 40))
+    files.write_json(store / MANIFEST, files.read_json(store / MANIFEST) | {"source": {"kind": "folder"}})
+    (tmp_path / "training.py").write_text(TRAIN.format(store=str(store)))
+    (tmp_path / "sweep.py").write_text(SWEEP.format(train=str(tmp_path / "training.py")))
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
         planned = run("lvm.sweep", "plan", f"--config={tmp_path / 'sweep.py'}", f"--out={folder}")
         assert "3 runs in 2 tasks" in planned
         assert "20 from 16" in planned
     whole = run("lvm.sweep", "run", f"--sweep={folders[0]}", code=2)
-    assert "1 of 3 runs failed" in whole
+    assert "1 of 3 runs failed" in whole.splitlines()[-1]
     assert "max_repetitions=0.01 is exceeded" in whole.splitlines()[-1]
     assert "branching off" in whole
     rng, kills = random.Random(0), 0
@@ -51,8 +76,7 @@ def test_killed_sweep_has_bytes_of_unbroken_one(demo, tmp_path):
         process = start("lvm.sweep", "run", f"--sweep={folders[1]}", start_new_session=True)
         kills += kill_after(process, rng.randrange(3, 14))
     assert kills == 3
-    status = run("lvm.sweep", "status", f"--sweep={folders[1]}")
-    assert "1 failed" in status.splitlines()[-1]
+    assert "1 failed" in run("lvm.sweep", "status", f"--sweep={folders[1]}").splitlines()[-1]
     run("lvm.sweep", "run", f"--sweep={folders[1]}", code=2)
     assert len(read_results(folders[0])) == 2
     for name in ("sweep.json", "results.csv"):
