@@ -80,7 +80,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     if config.init_from and latest_step(run.path) is None:
         checkpoint = load_initial_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
         initialize = functools.partial(load_weights, checkpoint)
-    tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens)
+    tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens, model)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
     rows.check_repetitions(loop.total_steps)
     if config.deterministic:

@@ -6,6 +6,7 @@ token. Parameters are float32, compute is `dtype`; norm statistics, RoPE, softma
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from lvm.common.errors import UserError
 from lvm.common.validation import check_choice, check_non_negative, check_positive
 from lvm.hardware import sharding
 from lvm.model import attention
+from lvm.model.parametrization import RESIDUAL, ParameterScale, ParametrizationConfig, parameter_scales
 from lvm.model.sharded_matmul import sharded_matmul
 
 
@@ -42,7 +44,8 @@ class ModelConfig:
     """Shape and numerics of a LLaMA-style decoder.
 
     Attributes:
-      depth_scaled_init: scales the initial projections back to the residual stream by 1/√(2·num_layers), as in GPT-2.
+      depth_scaled_init: scales the initial projections back to the residual stream by 1/√(2·num_layers), as in GPT-2;
+        with completep, which scales with the depth itself, by that of the base model.
       remat: what the backward pass recomputes: "none" nothing, "dots" all but matrix products and attention,
         "attention" all but attention, "full" everything; "auto" is the first of these that fits in memory
         (`lvm.training.step`).
@@ -63,6 +66,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # or "float32": compute type
     attention: str = "auto"  # or a kernel of `lvm.model.attention.KERNELS`
     remat: str = "none"
+    parametrization: ParametrizationConfig = dataclasses.field(default_factory=ParametrizationConfig)
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size", "mlp_size", "num_layers", "num_heads", "context")
@@ -86,9 +90,16 @@ class ModelConfig:
         return self.num_kv_heads or self.num_heads
 
     @property
-    def residual_std(self) -> float:
-        """Initial standard deviation of the projections back to the residual stream."""
-        return self.init_std / (2 * self.num_layers) ** 0.5 if self.depth_scaled_init else self.init_std
+    def scales(self) -> dict[str, ParameterScale]:
+        """The parametrization's scale of each parameter by name, `attention/query` for those of any layer."""
+        return parameter_scales(self.parametrization, self.hidden_size, self.num_layers, self.head_dim)
+
+    def initial_std(self, name: str) -> float:
+        """Initial standard deviation of a matrix, named as in `scales`."""
+        std, scale = self.init_std, self.scales[name]
+        if self.depth_scaled_init and name in RESIDUAL:
+            std /= (2 * (self.parametrization.base_depth or self.num_layers)) ** 0.5
+        return std * scale.init_std * scale.multiplier
 
 
 # hidden_size, mlp_size, num_layers, num_heads
@@ -123,8 +134,8 @@ class DecodePosition(NamedTuple):
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale over the last dimension, statistics in float32."""
 
-    def __init__(self, size: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=("norm",))
+    def __init__(self, size: int, epsilon: float, initial_scale: float = 1.0):
+        self.scale = nnx.Param(jnp.full(size, initial_scale, jnp.float32), axes=("norm",))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -133,17 +144,21 @@ class RMSNorm(nnx.Module):
         return (wide * rms * self.scale[...]).astype(x.dtype)
 
 
+def _normal(config: ModelConfig, rngs: nnx.Rngs, name: str, *shape: int) -> jax.Array:
+    """Initial values of a matrix, named as in `ModelConfig.scales`."""
+    return jax.nn.initializers.normal(config.initial_std(name))(rngs.params(), shape)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with RoPE; kernels are stored as [D, H, d] and [H, d, D]."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, H, K, size = config.hidden_size, config.num_heads, config.kv_heads, config.head_dim
-        normal = jax.nn.initializers.normal(config.init_std)
-        self.query = nnx.Param(normal(rngs.params(), (D, H, size)), axes=("embed", "heads", "head_dim"))
-        self.key = nnx.Param(normal(rngs.params(), (D, K, size)), axes=("embed", "kv_heads", "head_dim"))
-        self.value = nnx.Param(normal(rngs.params(), (D, K, size)), axes=("embed", "kv_heads", "head_dim"))
-        residual = jax.nn.initializers.normal(config.residual_std)
-        self.out = nnx.Param(residual(rngs.params(), (H, size, D)), axes=("heads", "head_dim", "embed"))
+        normal = functools.partial(_normal, config, rngs)
+        self.query = nnx.Param(normal("attention/query", D, H, size), axes=("embed", "heads", "head_dim"))
+        self.key = nnx.Param(normal("attention/key", D, K, size), axes=("embed", "kv_heads", "head_dim"))
+        self.value = nnx.Param(normal("attention/value", D, K, size), axes=("embed", "kv_heads", "head_dim"))
+        self.out = nnx.Param(normal("attention/out", H, size, D), axes=("heads", "head_dim", "embed"))
 
     def project_qkv(
         self, x: Hidden, rope: RopeCosSin
@@ -169,11 +184,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.mlp_size
-        normal = jax.nn.initializers.normal(config.init_std)
-        self.gate = nnx.Param(normal(rngs.params(), (D, F)), axes=("embed", "mlp"))
-        self.up = nnx.Param(normal(rngs.params(), (D, F)), axes=("embed", "mlp"))
-        residual = jax.nn.initializers.normal(config.residual_std)
-        self.down = nnx.Param(residual(rngs.params(), (F, D)), axes=("mlp", "embed"))
+        normal = functools.partial(_normal, config, rngs)
+        self.gate = nnx.Param(normal("mlp/gate", D, F), axes=("embed", "mlp"))
+        self.up = nnx.Param(normal("mlp/up", D, F), axes=("embed", "mlp"))
+        self.down = nnx.Param(normal("mlp/down", F, D), axes=("mlp", "embed"))
 
     def __call__(self, x: Hidden) -> Hidden:
         gate = sharded_matmul(x, self.gate[...], ("embed", "mlp"))  # [B, T, F]
@@ -229,16 +243,15 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stacked: bool = True):
         check_positive(config, "vocabulary_size")
         V, D = config.vocabulary_size, config.hidden_size
-        normal = jax.nn.initializers.normal(config.init_std)
-        self.embedding = nnx.Param(normal(rngs.params(), (V, D)), axes=("vocabulary", "embed"))
+        self.embedding = nnx.Param(_normal(config, rngs, "embedding", V, D), axes=("vocabulary", "embed"))
         if stacked:
             make_layers = nnx.vmap(lambda layer_rngs: Layer(config, layer_rngs), in_axes=0)
             self.layers: Any = nnx.split_rngs(splits=config.num_layers)(make_layers)(rngs)
         else:
             self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(D, config.norm_epsilon)
+        self.norm = RMSNorm(D, config.norm_epsilon, config.scales["norm/scale"].multiplier)
         if not config.tie_embeddings:
-            self.head = nnx.Param(normal(rngs.params(), (D, V)), axes=("embed", "vocabulary"))
+            self.head = nnx.Param(_normal(config, rngs, "head", D, V), axes=("embed", "vocabulary"))
         self.config = config
 
     def __call__(

@@ -230,7 +230,8 @@ def estimate_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> P
 
 def _make_task(config: TrainConfig, mesh: Mesh | None) -> NextTokenTask:
     tokens = config.batch_size * config.model.context
-    tx, schedule = optimizer.build(config.optimizer, config.loop.with_total_steps(tokens).total_steps, tokens)
+    total_steps = config.loop.with_total_steps(tokens).total_steps
+    tx, schedule = optimizer.build(config.optimizer, total_steps, tokens, config.model)
     spec = batch_spec(config.batch_size, config.model.context, config.data.packing == "whole")
     return NextTokenTask(config.model, spec, list(config.data.components), tx, schedule, mesh, config.objective)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ from optax import contrib
 
 from lvm.common.errors import UserError
 from lvm.common.validation import check_choice, check_non_negative, check_positive
+from lvm.model.parametrization import ParameterScale
+from lvm.model.transformer import ModelConfig
 
 # Options that a choice ignores; they must stay at their defaults.
 _UNUSED = {
@@ -101,22 +104,40 @@ class OptimizerConfig:
 
 
 def build(
-    config: OptimizerConfig, total_steps: int, tokens_per_step: int = 0
+    config: OptimizerConfig, total_steps: int, tokens_per_step: int = 0, model: ModelConfig | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optimizer, and its schedule from step to learning rate.
 
-    `tokens_per_step` converts lengths in tokens to steps, rounded up; 0 if the task has no tokens.
+    Args:
+      tokens_per_step: converts lengths in tokens to steps, rounded up; 0 if the task has no tokens.
+      model: the transformer, whose parametrization scales learning rates and epsilon; None for another network.
 
     Raises:
-      UserError: warm-up and decay exceed the run, or are in tokens and the task has none. The optimizer's `init`: Muon
-        finds no kernels of a transformer's layers.
+      UserError: warm-up and decay exceed the run, or are in tokens and the task has none; a parametrization for AdamW
+        with another optimizer. The optimizer's `init`: Muon finds no kernels of a transformer's layers.
     """
     schedule = _schedule(config, total_steps, tokens_per_step)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    scale_by_optimizer = _scale_by_optimizer(config)
+    if model is not None and model.parametrization.name != "standard":
+        if config.name != "adamw":
+            raise UserError(
+                f"config.optimizer.name={config.name}, but config.model.parametrization.name="
+                f"{model.parametrization.name} scales learning rates of adamw; use adamw, or standard"
+            )
+        # Multipliers of the forward pass are folded into the parameters (`lvm.model.parametrization`): gradients and
+        # updates are those of the published parameters. Adam divides by √v + epsilon, whose scale is the gradient's.
+        scale = functools.partial(_scale_by_parameter, model.scales)
+        clip.insert(0, scale(lambda parameter: parameter.multiplier))
+        scale_by_optimizer = optax.chain(
+            scale(lambda parameter: 1 / parameter.epsilon),
+            scale_by_optimizer,
+            scale(lambda parameter: parameter.multiplier * parameter.learning_rate),
+        )
     # Weight decay and learning rate follow every optimizer in the same way, so they mean the same in each.
     mask = _decay_mask if config.weight_decay_mask == "matrices" else None
     step = optax.chain(
-        _scale_by_optimizer(config),
+        scale_by_optimizer,
         optax.add_decayed_weights(config.weight_decay, mask),
         optax.scale_by_learning_rate(schedule),
     )
@@ -168,9 +189,19 @@ def _scale_by_optimizer(config: OptimizerConfig) -> optax.GradientTransformation
     return optax.scale_by_adam(b1, b2, epsilon, mu_dtype=dtype)
 
 
+def _scale_by_parameter(
+    scales: Mapping[str, ParameterScale], factor: Callable[[ParameterScale], float]
+) -> optax.GradientTransformation:
+    """Multiplies each parameter's update by the factor of its scale."""
+
+    def scale(path: Any, update: jax.Array) -> jax.Array:
+        return update * factor(scales[_name(path).removeprefix("layers/")])
+
+    return optax.stateless(lambda updates, _: jax.tree.map_with_path(scale, updates))
+
+
 def _dimension_numbers(params: Any) -> Any:
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    numbers = jax.tree.map_with_path(lambda path, _: _MATRICES.get(name(path)), params)
+    numbers = jax.tree.map_with_path(lambda path, _: _MATRICES.get(_name(path)), params)
     if not jax.tree.leaves(numbers):
         raise UserError("config.optimizer.name=muon needs kernels of a transformer's layers, and this model has none")
     return numbers
@@ -178,3 +209,7 @@ def _dimension_numbers(params: Any) -> Any:
 
 def _decay_mask(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in _NOT_DECAYED, params)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -53,6 +53,9 @@ LVM_REFUSED = """
 config.heldout_batches config.model.hidden_size config.model.mlp_size config.model.num_layers config.model.num_heads
 config.model.num_kv_heads config.model.vocabulary_size config.model.context config.model.rope_theta
 config.model.norm_epsilon config.model.init_std config.model.depth_scaled_init config.model.tie_embeddings
+
+config.model.parametrization.name config.model.parametrization.base_width
+config.model.parametrization.base_depth config.model.parametrization.base_head_dim
 config.model.dtype config.objective.z_loss tokenizer.grid tokenizer.hash tokenizer.num_codes tokenizer.weights
 """
 LVM_MIXTURE = """
@@ -104,7 +107,9 @@ batch_size=128 heldout_batches=4 tokenizer='' accept_changed_mixture=False compi
 model.hidden_size=1024 model.mlp_size=2688 model.num_layers=22 model.num_heads=8 model.num_kv_heads=0
 model.vocabulary_size=0 model.context=4096 model.rope_theta=10000.0 model.norm_epsilon=1e-06 model.init_std=0.02
 model.depth_scaled_init=False model.tie_embeddings=False model.dtype='bfloat16' model.attention='auto'
-model.remat='none' data.store=() data.allow_missing=False data.weigh_by='sentences' data.packing='concat'
+model.remat='none' model.parametrization.name='standard' model.parametrization.base_width=0
+model.parametrization.base_depth=0 model.parametrization.base_head_dim=0 data.store=() data.allow_missing=False
+data.weigh_by='sentences' data.packing='concat'
 data.loss='all' data.shuffle='all' data.jsonl.num_codes=8192 data.jsonl.grid=(16,16) data.stage_to=''
 data.skip_damaged=False objective.z_loss=0.0 objective.logits_chunk=1024 objective.accumulate_steps=1
 objective.rows_per_device=0

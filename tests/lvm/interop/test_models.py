@@ -4,11 +4,14 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
 
+import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +19,11 @@ from lvm.common.errors import UserError
 from lvm.inference.pretrained import LVM
 from lvm.interop import models
 from lvm.interop.layouts import EASYLM, HUGGING_FACE
-from lvm.interop.lazy_checkpoint import NO_RECORD, stacked_shapes, with_dtype
+from lvm.interop.lazy_checkpoint import NO_RECORD, stacked_shapes, tensor_shapes, with_dtype
 from lvm.interop.tensors import from_array
+from lvm.model.nnx_utils import abstract_module, init_params, merge
+from lvm.model.parametrization import ParametrizationConfig
+from lvm.model.transformer import Transformer
 from lvm.model.vocabulary import Vocabulary
 from lvm.training.checkpoint import open_params
 from tests.lvm.small_models import (
@@ -207,3 +213,29 @@ def test_load_infers_compute_dtype_from_weights(dtype, computed, tmp_path):
     wide = undeclared(tmp_path / "wide", PUBLISHED, dtype=dtype)
     models.write(tmp_path / "wider", with_dtype(models.read(wide), "float32"), "hf")
     np.testing.assert_array_equal(LVM.load(tmp_path / "wider", dtype=computed).logits(np.arange(20)[None]), logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parametrized_model_is_exported_as_plain_one(tmp_path, tied):
+    parametrization = ParametrizationConfig("completep", 4, 1, 4)
+    config = small_config(parametrization=parametrization, tie_embeddings=tied, init_std=0.5)
+    make = lambda rngs: Transformer(config, rngs)  # noqa: E731
+    params = jax.jit(lambda: init_params(make, jax.random.key(0)))()
+    stacked = {name: np.asarray(array) for name, array in flatten_dict(params, sep=".").items()}
+    arrays = {}
+    for name in tensor_shapes(config):
+        layer = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+        arrays[name] = stacked[f"layers.{layer[2]}"][int(layer[1])] if layer else stacked[name]
+    checkpoint = dataclasses.replace(
+        small_model(), config=config, tensors={name: from_array(x) for name, x in arrays.items()}
+    )
+    tokens = np.arange(10)[None]
+    module = merge(abstract_module(make)[0], params)
+    expected = jax.jit(lambda tokens: module(tokens, tokens, "xla"))(tokens)
+    for format in ("orbax", "hf"):
+        models.write(tmp_path / format, checkpoint, format)
+        assert models.read(tmp_path / format).config == config
+    (tmp_path / "hf" / "lvm.json").unlink()  # a Llama folder of anyone, which has no parametrization
+    assert models.read(tmp_path / "hf").config.parametrization == ParametrizationConfig()
+    for format in ("orbax", "hf"):
+        np.testing.assert_allclose(LVM.load(tmp_path / format).logits(tokens), expected, atol=1e-5)

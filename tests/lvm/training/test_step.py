@@ -10,12 +10,15 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from lvm.hardware.sharding import MeshConfig
+from lvm.model.parametrization import ParametrizationConfig
 from lvm.training import step
+from lvm.training.optimizer import build
 from tests.commands import ROOT
-from tests.small_step import HELDOUT, OPTIMIZERS, batch, make_step, sgd
+from tests.small_step import ADAMW, CONFIG, HELDOUT, OPTIMIZERS, batch, make_step, sgd
 
 MESHES = {
     "8×1": MeshConfig(data=8),
@@ -90,6 +93,22 @@ def test_mesh_changes_no_losses_or_moments(mesh, options):
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert expected_losses[-1] < expected_losses[0]
     assert_near(first["training"], expected["training"])  # moments after a step
+
+
+def test_parametrized_optimizer_is_sharded_as_parameters():
+    config = dataclasses.replace(CONFIG, parametrization=ParametrizationConfig("completep", 16, 1))
+    tx = build(ADAMW, 100, model=config)
+    single, sharded = make_step(None, tx, config=config), make_step(MESHES["2×4 with tensor"], tx, config=config)
+    moments = optax.tree.get(sharded.state["training"]["optimizer"], "mu")
+    placed = [jax.tree.map(lambda x: x.sharding, tree) for tree in (moments, sharded.state["params"])]
+    assert placed[0] == placed[1]
+    initial, states = jax.device_get(single.init()), []
+    for run_step in (single, sharded):
+        state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), initial, run_step.state)
+        for index in range(3):
+            state, _ = run_step(state, run_step.shard_batch(batch(index)))
+        states.append(jax.device_get(state))
+    assert_near(states[1], states[0])
 
 
 @pytest.mark.parametrize(
