@@ -53,7 +53,6 @@ LVM_REFUSED = """
 config.heldout_batches config.model.hidden_size config.model.mlp_size config.model.num_layers config.model.num_heads
 config.model.num_kv_heads config.model.vocabulary_size config.model.context config.model.rope_theta
 config.model.norm_epsilon config.model.init_std config.model.depth_scaled_init config.model.tie_embeddings
-
 config.model.parametrization.name config.model.parametrization.base_width
 config.model.parametrization.base_depth config.model.parametrization.base_head_dim
 config.model.dtype config.objective.z_loss tokenizer.grid tokenizer.hash tokenizer.num_codes tokenizer.weights
