@@ -73,7 +73,7 @@ def test_activations_end_in_logits_of_model():
     tokens, positions = make_batch()["tokens"][:, :-1], make_batch()["positions"]
     outputs = jax.jit(lambda: coordinate_check.activations(model, tokens, positions, "xla"))()
     hidden, _ = jax.jit(lambda: model.prefill(jnp.asarray(tokens), jnp.asarray(positions), "xla"))()
-    assert tuple(outputs) == coordinate_check.MODULES
+    assert set(outputs) == set(coordinate_check.MODULES)
     np.testing.assert_allclose(outputs["hidden"], hidden, atol=1e-5)
     np.testing.assert_allclose(outputs["logits"], model.logits(hidden), atol=1e-5)
     branches = outputs["attention"].sum(0) + outputs["mlp"].sum(0)
