@@ -1,11 +1,13 @@
-"""Scaling laws: plan a sweep of runs, run it, watch it.
+"""Scaling laws: plan a sweep of runs, run it, watch it; check a model's parametrization.
 
     lvm sweep plan --config=configs/sweep_demo.py --out=DIR [--dry_run]
     lvm sweep run --sweep=DIR [--index=i]
     lvm sweep status --sweep=DIR [--watch=10]
+    lvm sweep coordinate-check --config=configs/demo_lvm.py --out=DIR
 
 `plan` prints a table with the price and writes sweep.json; `run` trains what isn't done, beside other runners of the
-same sweep, and adds each result to results.csv (docs/scaling.md).
+same sweep, and adds each result to results.csv (docs/scaling.md). `coordinate-check` trains models of several widths
+for a few steps, and plots the sizes of their activations.
 """
 
 import sys
@@ -18,12 +20,14 @@ from lvm.common import cli
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info, log_warning
+from lvm.scaling import coordinate_check
 from lvm.scaling.config import SweepConfig
 from lvm.scaling.manifest import MANIFEST
 from lvm.scaling.plan import extend_sweep, plan_sweep
 from lvm.scaling.runner import run_sweep
 from lvm.scaling.status import sweep_status
 from lvm.scaling.table import plan_table
+from lvm.training.config import TrainConfig
 
 
 def _plan(args: cli.Args) -> None:
@@ -73,10 +77,31 @@ def _main_status(argv: Sequence[str]) -> int:
     return flags.run(_status, argv)
 
 
+def _coordinate_check(args: cli.Args) -> None:
+    if invalid := [width for width in args.widths if not width.isdecimal()]:
+        raise UserError(f"--widths: {invalid[0]!r} is not a hidden size; expected integers, such as 64,128,256")
+    widths = [int(width) for width in args.widths]
+    check = coordinate_check.run(from_config_dict(TrainConfig, args.config), args.out, widths, args.steps)
+    print(f"{'module':<10} {'initial size':>12} {'last size':>12} {'last change':>12}    exponents of the width")
+    for name, *slopes in check.table():
+        print(f"{name:<10} {' '.join(f'{slope:>+12.2f}' for slope in slopes)}")
+    log_info(f"wrote {epath.Path(args.out) / coordinate_check.PLOT} and {coordinate_check.RESULTS} beside it")
+
+
+def _main_coordinate_check(argv: Sequence[str]) -> int:
+    flags = cli.Flags(__doc__)
+    flags.config()
+    flags.string("out", None, "folder for coordinates.json and coordinates.png", required=True)
+    flags.comma_list("widths", ("64", "128", "256", "512"), "hidden sizes, in proportion to which the rest grows")
+    flags.integer("steps", 4, "steps of training on one batch", lower_bound=1)
+    return flags.run(_coordinate_check, argv)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": _main_plan,
     "run": _main_run,
     "status": _main_status,
+    "coordinate-check": _main_coordinate_check,
 }
 
 

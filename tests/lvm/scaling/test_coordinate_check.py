@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lvm import sweep
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Video
@@ -78,6 +79,12 @@ def test_activations_end_in_logits_of_model():
     np.testing.assert_allclose(outputs["logits"], model.logits(hidden), atol=1e-5)
     branches = outputs["attention"].sum(0) + outputs["mlp"].sum(0)
     np.testing.assert_allclose(outputs["embedding"] + branches, hidden, atol=1e-5)
+
+
+def test_coordinate_check_command_names_bad_width(tmp_path, capsys):
+    arguments = ["--config=configs/demo_lvm.py", f"--out={tmp_path}", "--widths=64,wide"]
+    assert sweep.main(["coordinate-check", *arguments]) == 2
+    assert "--widths: 'wide'" in capsys.readouterr().err
 
 
 def test_run_writes_sizes_and_plot(make_store, tmp_path):
