@@ -59,7 +59,12 @@ class CoordinateCheck:
     def table(self) -> list[tuple[str, float, float, float]]:
         """Rows of a module and its exponents: of the initial size, of the last one, and of the last change."""
         return [
-            (name, *map(self.slope, (self.sizes[name][0], self.sizes[name][-1], self.changes[name][-1])))
+            (
+                name,
+                self.slope(self.sizes[name][0]),
+                self.slope(self.sizes[name][-1]),
+                self.slope(self.changes[name][-1]),
+            )
             for name in MODULES
         ]
 
@@ -131,7 +136,8 @@ def _measure(
     def measure(params: Params) -> dict[str, Array]:
         layers = {str(i): jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(model.num_layers)}
         module = merge(graphdef, {**params, "layers": layers})
-        return activations(module, batch["tokens"][:, :-1], batch["positions"], task.kernel)
+        tokens, positions = jnp.asarray(batch["tokens"][:, :-1]), jnp.asarray(batch["positions"])
+        return activations(module, tokens, positions, task.kernel)
 
     initial: dict[str, Array] = measure(state["params"])
     sizes: dict[str, list[float]] = {name: [] for name in MODULES}

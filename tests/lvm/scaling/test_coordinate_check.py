@@ -71,9 +71,9 @@ def test_activations_end_in_logits_of_model():
     config = dataclasses.replace(MODEL, vocabulary_size=40)
     make = lambda rngs: Transformer(config, rngs, stacked=False)  # noqa: E731
     model = merge(abstract_module(make)[0], jax.jit(lambda: init_params(make, jax.random.key(0)))())
-    tokens, positions = make_batch()["tokens"][:, :-1], make_batch()["positions"]
+    tokens, positions = jnp.asarray(make_batch()["tokens"][:, :-1]), jnp.asarray(make_batch()["positions"])
     outputs = jax.jit(lambda: coordinate_check.activations(model, tokens, positions, "xla"))()
-    hidden, _ = jax.jit(lambda: model.prefill(jnp.asarray(tokens), jnp.asarray(positions), "xla"))()
+    hidden, _ = jax.jit(lambda: model.prefill(tokens, positions, "xla"))()
     assert set(outputs) == set(coordinate_check.MODULES)
     np.testing.assert_allclose(outputs["hidden"], hidden, atol=1e-5)
     np.testing.assert_allclose(outputs["logits"], model.logits(hidden), atol=1e-5)
