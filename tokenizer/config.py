@@ -4,11 +4,12 @@ import dataclasses
 
 from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
-from lvm.common.validation import check_non_negative, check_positive
+from lvm.common.validation import check_choice, check_non_negative, check_positive
 from lvm.data.images.preprocess import Preprocess
 from lvm.hardware.sharding import MeshConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig
+from tokenizer.adversary import AdversarialConfig
 from tokenizer.images import ImagesConfig
 from tokenizer.network import VQGANConfig
 from tokenizer.objective import LossConfig
@@ -20,6 +21,8 @@ class TokenizerConfig:
 
     Attributes:
       preprocess: converts pictures to images of the model's resolution.
+      ema_decay: of the weights' moving averages (`TokenizerTask`), which are evaluated and exported; 0 for none.
+      train: "all", or "decoder" to adapt the decoder of `init_from` and keep its codes.
       init_from: folder of a tokenizer (see `Tokenizer.load`) with the initial weights and codebook; empty for random
         ones. It needs the same model and preprocess, and loss.autoencoder_steps=0.
     """
@@ -29,8 +32,11 @@ class TokenizerConfig:
     model: VQGANConfig = dataclasses.field(default_factory=VQGANConfig)
     preprocess: Preprocess = dataclasses.field(default_factory=lambda: Preprocess(256))
     init_from: str = ""
+    train: str = "all"
+    ema_decay: float = 0.0
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -39,9 +45,20 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         check_non_negative(self, "seed")
         check_positive(self, "batch_size")
+        check_choice(self, "train", ("all", "decoder"))
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+        if self.train == "decoder" and not self.init_from:
+            raise UserError("train='decoder' needs init_from, the tokenizer whose codes are kept")
         preprocessed, resolution = self.preprocess.resolution, self.model.resolution
         if preprocessed != resolution:
             raise UserError(f"preprocess.resolution={preprocessed} must equal model.resolution={resolution}")
+        perceptual = self.loss.perceptual
+        if resolution < perceptual.min_resolution:
+            raise UserError(
+                f"model.resolution={resolution} must be at least {perceptual.min_resolution} for "
+                f"loss.perceptual.kind={perceptual.kind!r}"
+            )
         for axis in ("sequence", "tensor"):
             if (size := getattr(self.mesh, axis)) != 1:
                 raise UserError(f"mesh.{axis}={size} must be 1: a tokenizer is sharded over data and fsdp only")

@@ -24,8 +24,8 @@ SIZE_FIELDS = (
 
 def variant_of(config: VQGANConfig) -> str | None:
     """The variant that a network is, at any size; None for networks that were not published."""
-    fields = {name: value for name, value in to_json(config).items() if name not in (*SIZE_FIELDS, "compute_dtype")}
-    return next((name for name, net in VARIANTS.items() if fields.items() <= to_json(net).items()), None)
+    fields = {name: value for name, value in config.describe().items() if name not in SIZE_FIELDS}
+    return next((name for name, net in VARIANTS.items() if fields.items() <= net.describe().items()), None)
 
 
 def to_variant_fields(config: VQGANConfig) -> dict[str, Any]:

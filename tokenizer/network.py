@@ -14,9 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.validation import check_choice, check_non_negative, check_positive
-from tokenizer import quantizers
+from lvm.model.nnx_utils import Params
+from tokenizer.convolution import Conv
+from tokenizer.quantizers.base import Quantizer
+from tokenizer.quantizers.vq import VQ
+
+_OWN_PARAMS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +45,7 @@ class VQGANConfig:
     upsample: str = "nearest_conv"  # or "depth_to_space": a 3×3 to 4C, then [h2 w2 c] to space
     latent_kernel: int = 3  # the encoder's last convolution: 1 or 3
     quant_convs: bool = True  # a 1×1 convolution before and one after the quantizer
-    l2_normalize: bool = False  # latents and codebook rows of unit length
+    quantizer: Quantizer = dataclasses.field(default_factory=VQ)
     compute_dtype: str = "float32"  # or "bfloat16"
 
     def __post_init__(self) -> None:
@@ -51,6 +57,9 @@ class VQGANConfig:
         check_positive(self, "resolution", "patch_size", "channels", "encoder_blocks", "decoder_blocks",
                        "codebook_size", "codebook_dim", "norm_groups")  # fmt: skip
         check_non_negative(self, "middle_blocks")
+        size = (self.codebook_size, self.codebook_dim)
+        if (fixed := self.quantizer.fixed_size) and fixed != size:
+            raise UserError(f"codebook_size, codebook_dim={size} must be {fixed}, which quantizer={self.quantizer} has")
         if self.codebook_size > 65536:
             raise UserError(f"codebook_size={self.codebook_size} must be at most 65536: codes are stored as uint16")
         if min(self.channel_multipliers, default=0) < 1:
@@ -80,6 +89,17 @@ class VQGANConfig:
     def codes_per_image(self) -> int:
         return math.prod(self.grid)
 
+    def describe(self) -> dict[str, Any]:
+        """Everything that the meaning of codes depends on besides the parameters, as JSON.
+
+        Networks with a plain codebook keep the form that they have in the stores of earlier releases.
+        """
+        fields = {name: value for name, value in to_json(self).items() if name not in ("compute_dtype", "quantizer")}
+        kind = self.quantizer.kind
+        if kind in ("vq", "l2_vq"):
+            return fields | {"l2_normalize": kind == "l2_vq"}
+        return fields | {"quantizer": self.quantizer.describe()}
+
 
 _MASKGIT = VQGANConfig(
     channel_multipliers=(1, 1, 2, 2, 4), decoder_blocks=2, codebook_size=1024, codebook_dim=256,
@@ -93,31 +113,6 @@ VARIANTS = {
     ),
     "lvm": VQGANConfig(),
 }
-
-
-class Conv(nnx.Module):
-    """A 2-D convolution."""
-
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, config: VQGANConfig, rngs: nnx.Rngs,
-        *, bias: bool = True, stride: int = 1, padding: Any = "SAME",
-    ):  # fmt: skip
-        initial = nnx.initializers.lecun_normal()(rngs.params(), (kernel, kernel, inputs, outputs))
-        self.kernel = nnx.Param(initial, axes=(None, None, None, None))
-        self.bias = nnx.Param(jnp.zeros(outputs), axes=(None,)) if bias else None
-        self.stride, self.padding, self.dtype = stride, padding, config.compute_dtype
-
-    def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B h w outputs"]:
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            (self.stride, self.stride),
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            # Codes need true float32, not the TF32 that GPUs use by default.
-            precision="highest" if self.dtype == "float32" else None,
-        )
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class GroupNormSwish(nnx.Module):
@@ -143,12 +138,12 @@ class ResidualBlock(nnx.Module):
     def __init__(self, inputs: int, outputs: int, config: VQGANConfig, rngs: nnx.Rngs):
         bias = config.block_bias
         self.norm1 = GroupNormSwish(inputs, config)
-        self.conv1 = Conv(inputs, outputs, 3, config, rngs, bias=bias)
+        self.conv1 = Conv(inputs, outputs, 3, config.compute_dtype, rngs, bias=bias)
         self.norm2 = GroupNormSwish(outputs, config)
-        self.conv2 = Conv(outputs, outputs, 3, config, rngs, bias=bias)
+        self.conv2 = Conv(outputs, outputs, 3, config.compute_dtype, rngs, bias=bias)
         self.shortcut_of_input = config.shortcut == "input"
         source = inputs if self.shortcut_of_input else outputs
-        self.shortcut = Conv(source, outputs, 1, config, rngs, bias=bias) if inputs != outputs else None
+        self.shortcut = Conv(source, outputs, 1, config.compute_dtype, rngs, bias=bias) if inputs != outputs else None
 
     def __call__(self, x: Float[Array, "B H W inputs"]) -> Float[Array, "B H W outputs"]:
         h = self.conv2(self.norm2(self.conv1(self.norm1(x))))  # [B, H, W, out]
@@ -163,7 +158,9 @@ class Downsample(nnx.Module):
     def __init__(self, channels: int, config: VQGANConfig, rngs: nnx.Rngs):
         learned = config.downsample == "strided_conv"
         padding = ((0, 1), (0, 1))
-        self.conv = Conv(channels, channels, 3, config, rngs, stride=2, padding=padding) if learned else None
+        self.conv = (
+            Conv(channels, channels, 3, config.compute_dtype, rngs, stride=2, padding=padding) if learned else None
+        )
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
         if self.conv is not None:
@@ -177,7 +174,9 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, config: VQGANConfig, rngs: nnx.Rngs):
         self.uses_depth_to_space = config.upsample == "depth_to_space"
-        self.conv = Conv(channels, 4 * channels if self.uses_depth_to_space else channels, 3, config, rngs)
+        self.conv = Conv(
+            channels, 4 * channels if self.uses_depth_to_space else channels, 3, config.compute_dtype, rngs
+        )
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
         if self.uses_depth_to_space:
@@ -215,11 +214,13 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
         widths, patch, bias = config.widths, config.patch_size, config.block_bias
-        self.conv_in = Conv(3, widths[0], 3 if patch == 1 else patch, config, rngs, bias=bias, stride=patch)
+        self.conv_in = Conv(
+            3, widths[0], 3 if patch == 1 else patch, config.compute_dtype, rngs, bias=bias, stride=patch
+        )
         self.stages = _stages(widths, config.encoder_blocks, Downsample, config, rngs)
         self.middle = Stage(widths[-1], widths[-1], config.middle_blocks, None, config, rngs)
         self.norm_out = GroupNormSwish(widths[-1], config)
-        self.conv_out = Conv(widths[-1], config.codebook_dim, config.latent_kernel, config, rngs)
+        self.conv_out = Conv(widths[-1], config.codebook_dim, config.latent_kernel, config.compute_dtype, rngs)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         x = self.conv_in(images)  # [B, H/patch, W/patch, widths[0]]
@@ -233,18 +234,26 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
         widths, patch = config.widths[::-1], config.patch_size
-        self.conv_in = Conv(config.codebook_dim, widths[0], 3, config, rngs)
+        self.conv_in = Conv(config.codebook_dim, widths[0], 3, config.compute_dtype, rngs)
         self.middle = Stage(widths[0], widths[0], config.middle_blocks, None, config, rngs)
         self.stages = _stages(widths, config.decoder_blocks, Upsample, config, rngs)
         self.norm_out = GroupNormSwish(widths[-1], config)
-        self.conv_out = Conv(widths[-1], 3 * patch * patch, 3, config, rngs)
+        self.conv_out = Conv(widths[-1], 3 * patch * patch, 3, config.compute_dtype, rngs)
         self.patch_size = patch
 
     def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        return self.to_images(self.features(latents))
+
+    def features(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B _ _ F"]:
+        """The input of the last convolution."""
         x = self.middle(self.conv_in(latents))  # [B, h, w, widths[-1]]
         for stage in self.stages:
             x = stage(x)
-        return depth_to_space(self.conv_out(self.norm_out(x)), self.patch_size)
+        return self.norm_out(x)
+
+    def to_images(self, features: Float[Array, "B h w F"]) -> Float[Array, "B H W 3"]:
+        """The last convolution."""
+        return depth_to_space(self.conv_out(features), self.patch_size)
 
 
 class VQGAN(nnx.Module):
@@ -255,36 +264,53 @@ class VQGAN(nnx.Module):
         self.encoder = Encoder(config, rngs)
         self.decoder = Decoder(config, rngs)
         dim = config.codebook_dim
-        self.quant_conv = Conv(dim, dim, 1, config, rngs) if config.quant_convs else None
-        self.post_quant_conv = Conv(dim, dim, 1, config, rngs) if config.quant_convs else None
-        rows = jax.random.normal(rngs.params(), (config.codebook_size, dim))
-        self.codebook = nnx.Param(quantizers.normalize(rows), axes=(None, None))
+        self.quant_conv = Conv(dim, dim, 1, config.compute_dtype, rngs) if config.quant_convs else None
+        self.post_quant_conv = Conv(dim, dim, 1, config.compute_dtype, rngs) if config.quant_convs else None
+        quantizer_params = config.quantizer.init(config.codebook_size, dim, rngs.params())
+        for name, value in quantizer_params.items():  # flat among the other parameters, as in published checkpoints
+            setattr(self, name, nnx.Param(value, axes=(None,) * value.ndim))
+        self._quantizer_names = tuple(quantizer_params)
 
     def encode_latents(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        """Latents in float32, as the quantizer compares them: of unit length with `l2_normalize`."""
+        """Latents in float32, as the quantizer compares them: with "l2_vq" of unit length, with "fsq" bounded."""
         latents = self.encoder(images)
         if self.quant_conv is not None:
             latents = self.quant_conv(latents)
-        latents = latents.astype(jnp.float32)
-        return quantizers.normalize(latents) if self.config.l2_normalize else latents
+        return self.config.quantizer.prepare(latents.astype(jnp.float32))
 
     def quantize(self, latents: Float[Array, "B h w C"]) -> Int[Array, "B N"]:
         B, h, w, _ = latents.shape
-        return quantizers.nearest_codes(latents, self.codebook[...]).reshape(B, h * w)
+        return self.config.quantizer.quantize(self._quantizer_params(), latents).codes.reshape(B, h * w)
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Int[Array, "B N"]:
         return self.quantize(self.encode_latents(images))
 
     def decode_latents(self, quantized: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """Images in float32 of codebook rows, not clipped to [0, 1]."""
+        """Images in float32 of the codes' vectors, not clipped to [0, 1]."""
+        return self.to_images(self.decoder_features(quantized))
+
+    def decoder_features(self, quantized: Float[Array, "B h w C"]) -> Float[Array, "B _ _ F"]:
+        """The input of the decoder's last convolution."""
         if self.post_quant_conv is not None:
             quantized = self.post_quant_conv(quantized)
-        return self.decoder(quantized).astype(jnp.float32)
+        return self.decoder.features(quantized)
+
+    def to_images(self, features: Float[Array, "B h w F"]) -> Float[Array, "B H W 3"]:
+        """The decoder's last convolution, in float32 afterwards."""
+        return self.decoder.to_images(features).astype(jnp.float32)
 
     def decode_float(self, codes: Int[Array, "B N"]) -> Float[Array, "B H W 3"]:
         """Images in float32 of codes, not clipped to [0, 1]."""
-        quantized = quantizers.lookup(codes, self.codebook[...])  # [B, N, C]
+        quantized = self.config.quantizer.lookup(self._quantizer_params(), codes)  # [B, N, C]
         return self.decode_latents(quantized.reshape(len(codes), *self.config.grid, -1))
+
+    def _quantizer_params(self) -> Params:
+        return {name: getattr(self, name)[...] for name in self._quantizer_names}
+
+
+def quantizer_params(params: Params) -> Params:
+    """The quantizer's part of a network's parameters."""
+    return {name: value for name, value in params.items() if name not in _OWN_PARAMS}
 
 
 def depth_to_space(x: Shaped[Array, "B H W depth"], factor: int) -> Shaped[Array, "B H*{factor} W*{factor} C"]:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float32, Int32, UInt8, UInt16
 
-from lvm.common.config import expand_home, to_json
+from lvm.common.config import expand_home
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.image_file import UnreadableError, read_image
@@ -108,7 +108,7 @@ class Tokenizer:
             digest.update(array.tobytes())
         identity = {
             "weights": digest.hexdigest(),
-            "model": {key: value for key, value in to_json(self.config).items() if key != "compute_dtype"},
+            "model": self.config.describe(),
             "preprocess": self.preprocess.to_json(),
             "grid": list(self.config.grid),
             "num_codes": self.config.codebook_size,

@@ -22,19 +22,26 @@ from lvm.training.loop import Loop, is_finished
 from lvm.training.step import Step, enable_compilation_cache
 from lvm.training.task import State
 from lvm.training.workdir import Workdir
-from tokenizer import quantizers, weights
+from tokenizer import weights
+from tokenizer.adversary import Adversary
 from tokenizer.config import TokenizerConfig
 from tokenizer.images import TrainingImages, load_images, split_scenes
+from tokenizer.network import quantizer_params
 from tokenizer.objective import TokenizerTask
+from tokenizer.quantizers.base import Quantizer
 
 _HELDOUT_IMAGES = 128  # per stream, for the metrics of training
 
 
-def _load_weights(params: Params, state: State) -> State:
-    """Replaces the weights of a fresh state, and the codebook averages, which follow from them."""
-    averages = quantizers.init_moving_averages(params["codebook"])
-    state["training"]["averages"] = _put(averages, state["training"]["averages"])
-    return state | {"params": _put(params, state["params"])}
+def _load_weights(quantizer: Quantizer, params: Params | None, perceptual: Params, state: State) -> State:
+    """Replaces weights of a fresh state: the perceptual loss's, and the tokenizer's with all that follows from them."""
+    training = state["training"]
+    replaced = {"perceptual": perceptual}
+    if params is not None:
+        replaced["quantizer"] = quantizer.init_state(quantizer_params(params))
+        replaced |= {"generator": params} if "generator" in training else {}
+        state = state | {"params": _put(params, state["params"])}
+    return state | {"training": training | {name: _put(new, training[name]) for name, new in replaced.items()}}
 
 
 def _put(tree: Params, like: Params) -> Params:
@@ -49,13 +56,13 @@ def load_init_params(config: TokenizerConfig) -> Params:
       UserError: not a tokenizer folder, or one of another model or preprocess than the configuration's.
     """
     stored = weights.read(config.init_from)
-    theirs = {"model": to_json(stored.config), "preprocess": to_json(stored.preprocess)}
-    ours = {"model": to_json(config.model), "preprocess": to_json(config.preprocess)}
+    theirs = {"model": stored.config.describe(), "preprocess": to_json(stored.preprocess)}
+    ours = {"model": config.model.describe(), "preprocess": to_json(config.preprocess)}
     different = [
-        f"config.{group}.{key}={value!r}, there {theirs[group][key]!r}"
+        f"config.{group}.{key}={ours[group].get(key)!r}, there {theirs[group].get(key)!r}"
         for group in ours
-        for key, value in ours[group].items()
-        if value != theirs[group][key] and key != "compute_dtype"
+        for key in ours[group] | theirs[group]
+        if ours[group].get(key) != theirs[group].get(key)
     ]
     if different:
         raise UserError(f"config.init_from={config.init_from}: another tokenizer ({'; '.join(different)})")
@@ -71,6 +78,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     preprocess = config.preprocess.to_json()
     record = {"config": to_json(config), "preprocess": preprocess, "source": source.describe()}
     loop = config.loop.with_total_steps(0)
+    config.adversarial.check(config.batch_size, config.model.resolution, loop.total_steps)
     run = Workdir(workdir, "tokenizer", record, config_class=TokenizerConfig)
     if is_finished(run, loop):
         return
@@ -84,14 +92,21 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     log_info(f"{len(train_scenes)} scenes to train on, {len(heldout_scenes)} held out; {counts} images")
     batches = TrainingImages(images, config.data.rgb_share, config.batch_size, config.seed)
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps)
+    adversary = None
+    if config.adversarial.weight:
+        adversary = Adversary(config.adversarial, config.model.compute_dtype, loop.total_steps)
     selected = {stream: x[:: -(-len(x) // _HELDOUT_IMAGES)] for stream, x in heldout.items() if len(x)}
     task = TokenizerTask(
         config.model, config.loss, tx, schedule,
-        batch_size=config.batch_size, has_codebook=bool(config.init_from), heldout=selected,
+        batch_size=config.batch_size, has_codebook=bool(config.init_from), heldout=selected, adversary=adversary,
+        ema_decay=config.ema_decay, train=config.train,
     )  # fmt: skip
     enable_compilation_cache(loop.compilation_cache, run.path)
-    starts_from = config.init_from and latest_step(run.path) is None
-    initialize = functools.partial(_load_weights, load_init_params(config)) if starts_from else None
+    initialize = None
+    if latest_step(run.path) is None:
+        initial = load_init_params(config) if config.init_from else None
+        perceptual = config.loss.perceptual.load()
+        initialize = functools.partial(_load_weights, config.model.quantizer, initial, perceptual)
     step = Step(task, make_mesh(config.mesh), config.seed, config.mesh.zero1, initialize=initialize)
     Loop(step, lambda i, rows: {name: x[rows] for name, x in batches.batch(i).items()}, loop, run).run()
 

@@ -76,7 +76,10 @@ def _read(path: epath.Path) -> Weights:
     if path.is_dir() and "kind" not in _read_fields(path):
         return _read_published(path, None)
     record = read_record(path, "tokenizer", ("config", "preprocess"))
-    config = from_config_dict(VQGANConfig, record["config"]["model"], f"{path / CONFIG}: config.model")
+    model = dict(record["config"]["model"])
+    if "l2_normalize" in model:  # by releases before there were quantizers of several kinds
+        model["quantizer"] = {"kind": "l2_vq" if model.pop("l2_normalize") else "vq"}
+    config = from_config_dict(VQGANConfig, model, f"{path / CONFIG}: config.model")
     preprocess = Preprocess.from_json(record["preprocess"])
     return Weights(config, preprocess, *load_params(path, layouts.param_shapes(config)))
 
@@ -194,6 +197,15 @@ def _file_format(file: epath.Path) -> str:
     return "torch" if is_legacy_torch or zipfile.is_zipfile(file) else "msgpack"
 
 
+def read_tensors(file: epath.Path) -> dict[str, LazyTensor]:
+    """The tensors of a weights file of any format, by name.
+
+    Raises:
+      UserError: not such a file.
+    """
+    return _open(file, _file_format(file))
+
+
 def _open(file: epath.Path, file_format: str) -> dict[str, LazyTensor]:
     if file_format == "torch":
         return read_state_dict(file)
@@ -222,9 +234,8 @@ def _layout_for(config: VQGANConfig, kind: str) -> Layout:
         kinds = ", ".join(["orbax", *layouts.layout_kinds(variant)])
         network = f"variant {variant}" if variant else "an unpublished network"
         raise UserError(f"{network} has no layout {kind!r}; it can be written as {kinds}")
-    read_back = to_json(layout.from_fields(files.as_json(layout.to_fields(config)), f"{kind} layout"))
-    original = to_json(config) | {"compute_dtype": read_back["compute_dtype"]}
-    lost = [f"{k}: {v!r} would be read as {read_back[k]!r}" for k, v in original.items() if read_back[k] != v]
+    read_back = layout.from_fields(files.as_json(layout.to_fields(config)), f"{kind} layout").describe()
+    lost = [f"{k}: {v!r} would be read as {read_back[k]!r}" for k, v in config.describe().items() if read_back[k] != v]
     if lost:
         raise UserError(f"the {kind} layout of {variant} cannot express this network: {'; '.join(lost)}")
     return layout

@@ -47,6 +47,8 @@ _MAY_CHANGE = (
     # Paths; what they hold is compared by its identity, `stores` or `source`.
     "config.data.store",
     "config.data.source",
+    "config.loss.perceptual.weights",  # checkpoints hold what it has
+    "config.loss.perceptual.heads",
     "config.data.max_gigabytes",
 )
 # Keys that may also differ from the run that a branch begins with.
@@ -148,7 +150,13 @@ def _list_changes(
 ) -> list[str]:
     """Keys that differ between two records and may not, as `key: old → new`; logs those that may."""
     if config_class is not None:
-        config: Any = from_config_dict(config_class, old["config"], f"{path}: config")
+        try:
+            config: Any = from_config_dict(config_class, old["config"], f"{path}: config")
+        except UserError as error:
+            advice = _CONVERT[old["kind"]].format(path.parent)
+            raise UserError(
+                f"{error}. The run is of another release and can't be continued; to keep its weights: {advice}"
+            ) from error
         old = {**old, "config": files.as_json(to_json(config))}
     before, after = (traverse_util.flatten_dict(tree, sep=".") for tree in (old, new))
     refused = []

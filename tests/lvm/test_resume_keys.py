@@ -74,11 +74,25 @@ config.model.resolution config.model.patch_size config.model.channels config.mod
 config.model.encoder_blocks config.model.decoder_blocks config.model.middle_blocks config.model.codebook_size
 config.model.codebook_dim config.model.norm_groups config.model.block_bias config.model.shortcut
 config.model.downsample config.model.upsample config.model.latent_kernel config.model.quant_convs
-config.model.l2_normalize config.model.compute_dtype config.preprocess.resolution config.preprocess.mode
+config.model.compute_dtype config.preprocess.resolution config.preprocess.mode
 config.preprocess.filter config.preprocess.decode config.preprocess.resizer config.preprocess.icc
 config.data.heldout_fraction
 config.data.rgb_share config.data.max_scenes config.loss.l1 config.loss.l2 config.loss.gradient
-config.loss.commitment config.loss.autoencoder_steps config.loss.ema_decay config.loss.dead_below
+config.loss.autoencoder_steps config.model.quantizer.kind config.model.quantizer.commitment
+config.model.quantizer.codebook config.model.quantizer.entropy config.model.quantizer.temperature
+config.model.quantizer.gradient config.model.quantizer.learning config.model.quantizer.ema_decay
+config.model.quantizer.dead_below config.train config.ema_decay config.loss.perceptual.kind config.adversarial.weight
+config.adversarial.adaptive config.adversarial.start_step config.adversarial.objective
+config.adversarial.feature_matching config.adversarial.lecam config.adversarial.lecam_decay config.adversarial.r1
+config.adversarial.discriminator.kind config.adversarial.discriminator.channels
+config.adversarial.discriminator.stages config.adversarial.discriminator.norm_groups
+config.adversarial.optimizer.name config.adversarial.optimizer.schedule config.adversarial.optimizer.learning_rate
+config.adversarial.optimizer.end_learning_rate config.adversarial.optimizer.warmup_steps
+config.adversarial.optimizer.warmup_tokens config.adversarial.optimizer.decay_steps
+config.adversarial.optimizer.decay_tokens config.adversarial.optimizer.b1 config.adversarial.optimizer.b2
+config.adversarial.optimizer.epsilon config.adversarial.optimizer.weight_decay
+config.adversarial.optimizer.weight_decay_mask config.adversarial.optimizer.moment_dtype
+config.adversarial.optimizer.clip_norm
 preprocess.resolution preprocess.mode preprocess.filter preprocess.icc preprocess.colours source.kind
 source.num_scenes source.seed
 source.num_frames source.streams
@@ -117,11 +131,23 @@ TOKENIZER_DEFAULTS = """
 batch_size=256 model.resolution=256 model.patch_size=1 model.channels=128 model.channel_multipliers=(1,2,2,4,6)
 model.encoder_blocks=2 model.decoder_blocks=3 model.middle_blocks=2 model.codebook_size=8192 model.codebook_dim=64
 model.norm_groups=32 model.block_bias=True model.shortcut='input' model.downsample='strided_conv'
-model.upsample='nearest_conv' model.latent_kernel=3 model.quant_convs=True model.l2_normalize=False
+model.upsample='nearest_conv' model.latent_kernel=3 model.quant_convs=True
 model.compute_dtype='float32' preprocess.resolution=256 preprocess.mode='squash' preprocess.filter='bicubic'
 preprocess.decode='full' preprocess.resizer='pillow' preprocess.icc='srgb' data.source='' data.rgb_share=0.5
-data.max_scenes=0 data.max_gigabytes=8.0 loss.l1=1.0 loss.l2=4.0 loss.gradient=0.5 loss.commitment=0.25
-loss.autoencoder_steps=10000 loss.ema_decay=0.97 loss.dead_below=0.1
+data.max_scenes=0 data.max_gigabytes=8.0 loss.l1=1.0 loss.l2=4.0 loss.gradient=0.5
+loss.autoencoder_steps=10000 model.quantizer.kind='vq' model.quantizer.commitment=0.25 model.quantizer.codebook=1.0
+model.quantizer.entropy=0.0 model.quantizer.temperature=0.01 model.quantizer.gradient='straight_through'
+model.quantizer.learning='ema' model.quantizer.ema_decay=0.97 model.quantizer.dead_below=0.1
+train='all' ema_decay=0.0 loss.perceptual.kind='none' adversarial.weight=0.0 adversarial.adaptive=False
+adversarial.start_step=20000 adversarial.objective='hinge' adversarial.feature_matching=0.0 adversarial.lecam=0.0
+adversarial.lecam_decay=0.999 adversarial.r1=0.0 adversarial.discriminator.kind='blur_pool'
+adversarial.discriminator.channels=128 adversarial.discriminator.stages=3 adversarial.discriminator.norm_groups=32
+adversarial.optimizer.name='adamw' adversarial.optimizer.schedule='cosine' adversarial.optimizer.learning_rate=0.00015
+adversarial.optimizer.end_learning_rate=3e-05 adversarial.optimizer.warmup_steps=2000
+adversarial.optimizer.warmup_tokens=0 adversarial.optimizer.decay_steps=0 adversarial.optimizer.decay_tokens=0
+adversarial.optimizer.b1=0.9 adversarial.optimizer.b2=0.95 adversarial.optimizer.epsilon=1e-08
+adversarial.optimizer.weight_decay=0.1 adversarial.optimizer.weight_decay_mask='matrices'
+adversarial.optimizer.moment_dtype='float32' adversarial.optimizer.clip_norm=1.0
 """
 
 

@@ -51,7 +51,7 @@ def test_training_starts_from_converted_weights(tmp_path):
     tiny.loss.autoencoder_steps = 0
     # With no learning rate and frozen averages, training returns its initial weights.
     tiny.optimizer.update({"learning_rate": 1e-30, "end_learning_rate": 1e-30, "warmup_steps": 1})
-    tiny.loss.update({"dead_below": 0.0, "ema_decay": 0.9999999})
+    tiny.model.quantizer.update({"dead_below": 0.0, "ema_decay": 0.9999999})
     tiny.loop.total_steps = 2
 
     def start(workdir, **changes):

@@ -10,6 +10,8 @@ import pytest
 from lvm.common.errors import UserError
 from lvm.model import nnx_utils
 from tokenizer.network import VARIANTS, VQGAN, VQGANConfig, depth_to_space
+from tokenizer.quantizers.nearest import normalize
+from tokenizer.quantizers.vq import L2VQ
 
 TINY = VQGANConfig(
     resolution=16, patch_size=2, channels=8, channel_multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1,
@@ -59,7 +61,7 @@ def test_variants_encode_to_256_codes(variant):
         {"patch_size": 1},
         {"downsample": "average", "upsample": "depth_to_space", "shortcut": "output"},
         {"latent_kernel": 1, "quant_convs": False, "block_bias": False, "middle_blocks": 0},
-        {"compute_dtype": "bfloat16", "l2_normalize": True},
+        {"compute_dtype": "bfloat16", "quantizer": L2VQ()},
     ],
 )
 def test_encode_and_decode_with_every_setting(changes):
@@ -70,7 +72,9 @@ def test_encode_and_decode_with_every_setting(changes):
     def run(params, pixels):
         model = nnx_utils.merge(graphdef, params)
         latents, codes = model.encode_latents(pixels), model.encode(pixels)
-        quantized = model.codebook[...][codes].reshape(latents.shape)
+        rows = model.codebook[...]
+        rows = normalize(rows) if config.quantizer == L2VQ() else rows
+        quantized = rows[codes].reshape(latents.shape)
         return latents, codes, model.decode_float(codes), model.decode_latents(quantized)
 
     latents, codes, decoded, from_rows = run(params, images(3))
@@ -78,7 +82,7 @@ def test_encode_and_decode_with_every_setting(changes):
     assert (codes.shape, codes.dtype) == ((3, config.codes_per_image), jnp.int32)
     assert (decoded.shape, decoded.dtype) == ((3, 16, 16, 3), jnp.float32)
     np.testing.assert_array_equal(decoded, from_rows)
-    if config.l2_normalize:
+    if config.quantizer == L2VQ():
         np.testing.assert_allclose(jnp.linalg.norm(latents, axis=-1), 1.0, atol=1e-5)
 
 

@@ -19,12 +19,13 @@ from tests.tokenizer.networks import check_same, random_weights, small
 from tokenizer import Tokenizer, layouts, weights
 from tokenizer.layout_fields import variant_of
 from tokenizer.network import VARIANTS, VQGANConfig
+from tokenizer.quantizers.vq import L2VQ
 
 pytest.importorskip("safetensors")
 TINY = {"resolution": 16, "channel_multipliers": (1, 2), "codebook_size": 16, "codebook_dim": 4}
 OWN = VQGANConfig(
     resolution=16, patch_size=4, channels=8, channel_multipliers=(1,), encoder_blocks=1, decoder_blocks=1,
-    middle_blocks=0, codebook_size=16, codebook_dim=4, norm_groups=4, quant_convs=False, l2_normalize=True,
+    middle_blocks=0, codebook_size=16, codebook_dim=4, norm_groups=4, quant_convs=False, quantizer=L2VQ(),
 )  # fmt: skip
 
 
@@ -388,7 +389,7 @@ def test_identity_covers_weights_network_preprocess():
     changed = original.params | {"codebook": np.nextafter(original.params["codebook"], np.float32(9))}
     others = [
         dataclasses.replace(original, params=changed),
-        dataclasses.replace(original, config=dataclasses.replace(original.config, l2_normalize=True)),
+        dataclasses.replace(original, config=dataclasses.replace(original.config, quantizer=L2VQ())),
         dataclasses.replace(original, preprocess=Preprocess(16, "center_crop")),
         dataclasses.replace(original, preprocess=Preprocess(16, icc="ignore")),
         dataclasses.replace(original, preprocess=Preprocess(16, filter="lanczos")),

@@ -1,6 +1,5 @@
-"""Losses between images in [0, 1], and between latents and codes: means over all elements, float32."""
+"""Losses between the pixels of images in [0, 1]: means over all elements, float32."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -19,8 +18,3 @@ def gradient_l1(images: Float[Array, "B H W C"], targets: Float[Array, "B H W C"
     """Mean absolute difference of horizontal and vertical image gradients: rewards sharp edges."""
     error = images - targets  # the gradient is linear
     return jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error, axis=2)))
-
-
-def commitment(latents: Float[Array, "*n C"], quantized: Float[Array, "*n C"]) -> Float[Array, ""]:
-    """Mean squared distance of latents from their codes, constant in the codes (arXiv 1711.00937, eq. 3)."""
-    return jnp.mean(jnp.square(latents - jax.lax.stop_gradient(quantized)))

@@ -1,0 +1,1 @@
+"""Losses of reconstructed images: differences of pixels and structure, of features of a classifier, and adversarial."""
