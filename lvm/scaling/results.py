@@ -13,11 +13,11 @@ from etils import epath
 from lvm.common import files
 from lvm.common.claims import Claims
 from lvm.scaling.manifest import Run, Sweep
+from lvm.scaling.observations import PERPLEXITY, SCORE
 from lvm.training.metrics import read_metrics
 
 RESULTS = "results.csv"
 FAILURE = "failure.json"  # in the workdir of a run that failed: {"reason": …, "exit_code": …}
-SCORE, PERPLEXITY = "score/", "perplexity/"  # prefixes of columns of downstream metrics
 _COLUMNS = ("name", "budget", "params", "params_without_embedding", "tokens", "flops", "loss", "batch_size",
             "learning_rate", "steps")  # fmt: skip
 _LOSS = "heldout_loss"
@@ -79,7 +79,9 @@ def add_result(folder: epath.PathLike, sweep: Sweep, run: Run, loss: float, clai
     """Adds a run's row to results.csv, in the order of the manifest: its bytes don't depend on who ran what when."""
     values: dict[str, Any] = {**dataclasses.asdict(run), "loss": loss}
     row = {name: repr(value) if isinstance(value, float) else str(value) for name, value in values.items()}
-    row = {name: row[name] for name in _COLUMNS} | _downstream(folder, run)
+    row = {name: row[name] for name in _COLUMNS} | {
+        name: repr(value) for name, value in read_downstream(folder, run).items()
+    }
     while _LOCK in claims.busy() or not claims.acquire(_LOCK):  # other runners add theirs
         time.sleep(_POLL_S)
     try:
@@ -95,14 +97,14 @@ def add_result(folder: epath.PathLike, sweep: Sweep, run: Run, loss: float, clai
         claims.release(_LOCK)
 
 
-def _downstream(folder: epath.PathLike, run: Run) -> dict[str, str]:
+def read_downstream(folder: epath.PathLike, run: Run) -> dict[str, float]:
     """Downstream scores and per-task perplexities of a run's evaluation."""
     results: Mapping[str, Any] = {}
     if run.evaluation:
         results = files.read_side_file(epath.Path(folder) / run.evaluation / "results.json")
-    metrics: dict[str, str] = {}
+    metrics: dict[str, float] = {}
     for task, scores in results.get("prompted", {}).items():
-        metrics |= {f"{SCORE}{task} {name}": repr(scores[name]) for name in _SCORES if scores.get(name) is not None}
+        metrics |= {f"{SCORE}{task} {name}": scores[name] for name in _SCORES if scores.get(name) is not None}
     for component, lists in results.get("likelihood", {}).get("perplexity_by_image", {}).items():
-        metrics[f"{PERPLEXITY}{component}"] = repr(lists["exp_of_mean"][-1])
+        metrics[f"{PERPLEXITY}{component}"] = lists["exp_of_mean"][-1]
     return metrics
