@@ -72,7 +72,7 @@ def test_sweep_rejects_an_unknown_verb(capsys, verb):
     from lvm import sweep
 
     assert sweep.main([verb] if verb else []) == 2
-    assert "expected fit" in capsys.readouterr().err
+    assert "expected plan, run, status, fit" in capsys.readouterr().err
 
 
 @pytest.mark.slow
