@@ -56,6 +56,14 @@ def get_config():
 """
 
 
+def run_to_end(folder):
+    """Runs a sweep with a failing run to its end and returns the output."""
+    process = start("lvm.sweep", "run", f"--sweep={folder}")
+    output, _ = process.communicate()
+    assert process.returncode == 2, output
+    return output
+
+
 @pytest.mark.slow
 def test_killed_sweep_has_bytes_of_unbroken_one(make_store, tmp_path):
     store = pathlib.Path(make_store([(1, 0)] * 40))
@@ -67,7 +75,7 @@ def test_killed_sweep_has_bytes_of_unbroken_one(make_store, tmp_path):
         planned = run("lvm.sweep", "plan", f"--config={tmp_path / 'sweep.py'}", f"--out={folder}")
         assert "3 runs in 2 tasks" in planned
         assert "20 from 16" in planned
-    whole = run("lvm.sweep", "run", f"--sweep={folders[0]}", code=2)
+    whole = run_to_end(folders[0])
     assert "1 of 3 runs failed" in whole.splitlines()[-1]
     assert "max_repetitions=0.01 is exceeded" in whole.splitlines()[-1]
     assert "branching off" in whole
@@ -77,7 +85,7 @@ def test_killed_sweep_has_bytes_of_unbroken_one(make_store, tmp_path):
         kills += kill_after(process, rng.randrange(3, 14))
     assert kills == 3
     assert "1 failed" in run("lvm.sweep", "status", f"--sweep={folders[1]}").splitlines()[-1]
-    run("lvm.sweep", "run", f"--sweep={folders[1]}", code=2)
+    run_to_end(folders[1])
     assert len(read_results(folders[0])) == 2
     for name in ("sweep.json", "results.csv"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
