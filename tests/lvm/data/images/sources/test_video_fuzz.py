@@ -22,7 +22,7 @@ KINDS = {  # container → codec, B-frames, options of the container
 }
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("suffix", KINDS)
 def test_damaged_video_is_refused_or_listed(tmp_path, suffix, count) -> None:
     codec, b_frames, options = KINDS[suffix]
