@@ -95,13 +95,23 @@ def test_mesh_changes_no_losses_or_moments(mesh, options):
     assert_near(first["training"], expected["training"])  # moments after a step
 
 
-def test_parametrized_optimizer_is_sharded_as_parameters():
+def make_parametrized_step(mesh):
     config = dataclasses.replace(CONFIG, parametrization=ParametrizationConfig("completep", 16, 1))
-    tx = build(ADAMW, 100, model=config)
-    single, sharded = make_step(None, tx, config=config), make_step(MESHES["2×4 with tensor"], tx, config=config)
-    moments = optax.tree.get(sharded.state["training"]["optimizer"], "mu")
-    placed = [jax.tree.map(lambda x: x.sharding, tree) for tree in (moments, sharded.state["params"])]
-    assert placed[0] == placed[1]
+    return make_step(mesh, build(ADAMW, 100, model=config), config=config)
+
+
+def test_parametrized_moments_are_sharded_as_parameters():
+    state = make_parametrized_step(MESHES["2×4 with tensor"]).state
+    for name in ("mu", "nu"):
+        moments = optax.tree.get(state["training"]["optimizer"], name)
+        placed = [jax.tree.map(lambda x: x.sharding, tree) for tree in (moments, state["params"])]
+        assert placed[0] == placed[1]
+    assert not state["params"]["layers"]["mlp"]["up"].sharding.is_fully_replicated
+
+
+@pytest.mark.slow
+def test_mesh_changes_no_parametrized_training():
+    single, sharded = (make_parametrized_step(mesh) for mesh in (None, MESHES["2×4 with tensor"]))
     initial, states = jax.device_get(single.init()), []
     for run_step in (single, sharded):
         state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), initial, run_step.state)
