@@ -26,10 +26,13 @@ SKIPPED = "skipped"  # of a counted batch
 
 def to_tokens(codes: Integer[np.ndarray, "*batch grids N"], vocabulary: Vocabulary) -> Int32[np.ndarray, "*batch T"]:
     """Flattens the codes of sentences, and adds the BOS and EOS that the vocabulary has."""
-    edge = np.ones((*codes.shape[:-2], 1), np.int32)
-    bos, eos = ([] if x is None else [x * edge] for x in (vocabulary.bos, vocabulary.eos))
-    flat = codes.reshape(*codes.shape[:-2], -1)
-    return np.concatenate([*bos, flat, *eos], axis=-1, dtype=np.int32)
+    bos, eos = ([] if x is None else [x] for x in (vocabulary.bos, vocabulary.eos))
+    num_codes = codes.shape[-2] * codes.shape[-1]
+    tokens = np.empty((*codes.shape[:-2], len(bos) + num_codes + len(eos)), np.int32)
+    tokens[..., : len(bos)] = bos
+    tokens[..., len(bos) : len(bos) + num_codes].reshape(codes.shape)[...] = codes  # a view: only one axis is split
+    tokens[..., len(bos) + num_codes :] = eos
+    return tokens
 
 
 def batch_spec(batch_size: int, context: int, whole: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -152,23 +155,31 @@ class Rows:
     def _cut(self, spans: Spans, count: int, tokens: np.ndarray, loss_mask: np.ndarray) -> dict[str, np.ndarray]:
         """`count` neighboring rows, by `batch_spec`, from their spans and what was read of them."""
         C = self.context
+        ends = np.cumsum(spans.lengths)
+        slices = list(map(slice, (ends - spans.lengths).tolist(), ends.tolist()))
 
         def cut(flat: np.ndarray) -> np.ndarray:  # → [count, C + 1]
+            if self._whole:
+                return flat.reshape(count, C + 1)
             return np.lib.stride_tricks.sliding_window_view(flat, C + 1)[:: self.packer.stride]
 
         def expand(values: np.ndarray) -> np.ndarray:
-            return cut(np.repeat(values, spans.lengths))
+            flat = np.empty(len(tokens), values.dtype)
+            for part, value in zip(slices, values.tolist(), strict=True):  # faster than `np.repeat`
+                flat[part] = value
+            return cut(flat)
 
         batch = {
-            "tokens": cut(tokens).copy(),
+            "tokens": np.require(cut(tokens), requirements=["C", "W"]),
             "loss_mask": cut(loss_mask)[:, 1:].copy(),
             "component_ids": expand(spans.component_ids)[:, 1:].copy(),
         }
+        position = np.arange(C + 1, dtype=np.int32)
         if not self._whole:
-            return batch | {"positions": np.broadcast_to(np.arange(C, dtype=np.int32), (count, C))}
-        starts = (np.cumsum(spans.lengths) - spans.lengths).astype(np.int32)
-        positions = np.arange(len(tokens), dtype=np.int32) - np.repeat(starts, spans.lengths)
-        positions[np.repeat(spans.segment_ids == 0, spans.lengths)] = 0
+            return batch | {"positions": np.broadcast_to(position[:C], (count, C))}
+        positions = np.zeros(len(tokens), np.int32)
+        for i in np.flatnonzero(spans.segment_ids).tolist():
+            positions[slices[i]] = position[: slices[i].stop - slices[i].start]
         return batch | {
             "segment_ids": expand(spans.segment_ids)[:, :C].copy(),
             "positions": cut(positions)[:, :C].copy(),

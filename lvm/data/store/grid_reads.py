@@ -14,7 +14,6 @@ from lvm.data.store.format import DamagedError
 from lvm.data.store.shards import Shards, fetch
 
 _MAX_GRIDS = 2**32  # of a shard; shard · this + grid is a key that sorts by both
-_MAX_GAP = 16  # grids between two others that are cheaper to read than to skip, on local disk
 Damages = Mapping[str, Int[np.ndarray, " k"]]  # message of each damaged grid → the requested rows that need it
 
 
@@ -53,6 +52,10 @@ def _fill(parts: Sequence[tuple[Range, np.ndarray]]) -> None:
 class GridReads(Reads):
     """Reads of grids of one store, by shard and position in it; each grid is read and checked once.
 
+    Grids that follow each other both in the request and in a shard are a run. Runs that don't meet in a shard are read
+    to their place in the result; if some do, they are read together, and all grids are copied to their place. Grids
+    between are never read: on local disk, too, that costs more than the calls that it saves.
+
     Args:
       shards: of the store.
       numbers, grids: int [n], the shard and the position in it.
@@ -63,46 +66,55 @@ class GridReads(Reads):
         self, shards: Shards, numbers: Int[np.ndarray, " n"], grids: Int[np.ndarray, " n"], codes_per_image: int
     ):
         self._shards, self._N = shards, codes_per_image
-        keys, self._inverse = np.unique(numbers.astype(np.int64) * _MAX_GRIDS + grids, return_inverse=True)
-        max_step = 1 if shards.is_remote else 1 + _MAX_GAP
-        is_start = np.diff(keys, prepend=-_MAX_GRIDS) > max_step  # of a read; it ends before a gap
-        starts = np.flatnonzero(is_start)
-        firsts, lasts = keys[starts], keys[np.append(starts[1:], len(keys))[: len(starts)] - 1]
-        ends = np.cumsum(lasts - firsts + 1)  # of the reads, in `_content`
-        self._reads = firsts, lasts - firsts + 1, ends
-        self._numbers, self._grids = np.divmod(keys, _MAX_GRIDS)
-        runs = np.cumsum(is_start) - 1
-        self._rows = keys + (ends - lasts - 1)[runs]  # of the grids, in `_content`
-        self._content = np.empty((int(ends[-1]) if len(ends) else 0, format.grid_bytes(codes_per_image)), np.uint8)
+        keys = numbers.astype(np.int64) * _MAX_GRIDS + grids
+        runs = np.flatnonzero(np.diff(keys, prepend=-2) != 1)
+        run_keys, sizes = keys[runs], np.diff(runs, append=len(keys))
+        order = np.argsort(run_keys)
+        firsts, ends = run_keys[order], (run_keys + sizes)[order]
+        reach = np.maximum.accumulate(ends)
+        is_start = np.append(True, firsts[1:] > reach[:-1])[: len(runs)]  # of a read
+        self._is_in_order = bool(is_start.all())
+        if self._is_in_order:
+            offsets, self._rows = runs[order], np.arange(len(keys))
+        else:
+            starts = np.flatnonzero(is_start)
+            firsts, ends = firsts[starts], reach[np.append(starts[1:], len(reach)) - 1]
+            offsets = np.cumsum(ends - firsts) - (ends - firsts)
+            reads = np.searchsorted(firsts, run_keys, side="right") - 1
+            self._rows = np.arange(len(keys)) + np.repeat(run_keys - firsts[reads] + offsets[reads] - runs, sizes)
+        self._reads = firsts, ends - firsts, offsets
+        self._keys = np.empty((ends - firsts).sum(), np.int64)  # of the rows of `_content`
+        self._keys[self._rows] = keys
+        self._content = np.empty((len(self._keys), format.grid_bytes(codes_per_image)), np.uint8)
 
     def start(self) -> list[tuple[Range, np.ndarray]]:
-        firsts, counts, ends = self._reads
+        firsts, counts, offsets = self._reads
         numbers, grids = np.divmod(firsts, _MAX_GRIDS)
-        parts = map(self._content.__getitem__, map(slice, (ends - counts).tolist(), ends.tolist()))
-        ranges = []
-        for number, grid, part in zip(numbers.tolist(), grids.tolist(), parts, strict=True):
-            shard = self._shards[number]
-            if shard.is_remote:
-                ranges.append((shard.codes_range(grid, len(part)), part))
-            else:
-                shard.read_into(part, grid)
-        return ranges
+        reads = zip(numbers.tolist(), grids.tolist(), counts.tolist(), offsets.tolist(), strict=True)
+        if self._shards.is_remote:
+            return [(self._shards[i].codes_range(grid, n), self._content[row : row + n]) for i, grid, n, row in reads]
+        buffer, size = self._content.reshape(-1).data, self._content.shape[1]
+        for i, grid, count, row in reads:
+            self._shards[i].read_into(buffer[row * size : (row + count) * size], grid)
+        return []
 
     def finish(self) -> tuple[np.ndarray, Damages]:
         damaged = self._damaged()
         if damaged and self._shards.is_remote:  # by the network?
-            _fill([self._part(i) for i in damaged])
+            _fill([self._part(row) for row in damaged])
             damaged = self._damaged()
-        codes = self._content.view("<u2")[:, : self._N][self._rows[self._inverse]]
-        return codes, {self._message(i): np.flatnonzero(self._inverse == i) for i in damaged}
+        codes = self._content.view("<u2")[:, : self._N]
+        damages = {self._message(row): np.flatnonzero(self._rows == row) for row in damaged}
+        return codes if self._is_in_order else codes[self._rows], damages
 
     def _damaged(self) -> list[int]:
-        has_gaps = len(self._rows) < len(self._content)
-        return format.damaged_grids(self._content[self._rows] if has_gaps else self._content, self._grids.tolist())
+        """Rows of `_content`."""
+        return format.damaged_grids(self._content, (self._keys % _MAX_GRIDS).tolist())
 
-    def _part(self, i: int) -> tuple[Range, np.ndarray]:
-        row = int(self._rows[i])
-        return self._shards[int(self._numbers[i])].codes_range(int(self._grids[i]), 1), self._content[row : row + 1]
+    def _part(self, row: int) -> tuple[Range, np.ndarray]:
+        number, grid = divmod(int(self._keys[row]), _MAX_GRIDS)
+        return self._shards[number].codes_range(grid, 1), self._content[row : row + 1]
 
-    def _message(self, i: int) -> str:
-        return str(self._shards[int(self._numbers[i])].damage(int(self._grids[i])))
+    def _message(self, row: int) -> str:
+        number, grid = divmod(int(self._keys[row]), _MAX_GRIDS)
+        return str(self._shards[number].damage(grid))

@@ -128,7 +128,7 @@ class Shard:
         """Reads grids with their checksums, unchecked. Unreadable bytes are zeros, which fail their checksum."""
         target = np.empty((count, self._grid_bytes), np.uint8)
         if (part := self.codes_range(first, count)) is None:
-            self.read_into(target, first)
+            self.read_into(target.reshape(-1).data, first)
         else:
             target.reshape(-1)[:] = np.frombuffer(fetch([part])[0], np.uint8)
         return target
@@ -140,15 +140,15 @@ class Shard:
         offset = first * self._grid_bytes
         return Range(str(self._locate(CODES_SUFFIX)), offset, offset + count * self._grid_bytes)
 
-    def read_into(self, target: UInt8[np.ndarray, "count bytes"], first: int) -> None:
-        """`read` into a part of an array, from local disk."""
+    def read_into(self, target: memoryview, first: int) -> None:
+        """`read` into the bytes of some grids, from local disk."""
         file = _codes_file(self)  # held until the read ends: another thread's files may evict it
         try:
-            size = os.preadv(file.descriptor, [target.data], first * self._grid_bytes)
+            size = os.preadv(file.descriptor, [target], first * self._grid_bytes)
         except OSError:
             size = 0
-        if size < target.nbytes:
-            target.reshape(-1)[size:] = 0
+        if size < len(target):
+            target[size:] = bytes(len(target) - size)
 
     @functools.cached_property
     def is_remote(self) -> bool:

@@ -1,14 +1,18 @@
 """Random access to the grids of a store's shards."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvm.data.store import writer
+from lvm.data.store import shards, writer
 from lvm.data.store.format import Scene
 from lvm.data.store.reader import Store
 from lvm.data.streams.codecs import Image
+
+preadv = os.preadv
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,26 @@ def test_grids_and_scene_read_the_same_codes(large):
         entries = store.entries(np.full(len(frames), i))
         np.testing.assert_array_equal(store.grids(entries, frames, streams), expected.reshape(-1, 256))
         np.testing.assert_array_equal(store.scene(i).codes, expected)
+
+
+@pytest.mark.parametrize(
+    ("frames", "reads"),
+    [
+        ([*range(100, 110), *range(10)], [(0, 10), (100, 10)]),  # in any order
+        ([9, 5, 5, 2, 8, 9, 10], [(2, 1), (5, 1), (8, 3)]),  # once
+        ([20, 2, 37, 60, 61, 62, 38], [(2, 1), (20, 1), (37, 2), (60, 3)]),
+    ],
+)
+def test_grids_are_read_once_and_nothing_between_them(large, monkeypatch, frames, reads):
+    store, codes = large
+    i = next(i for i, x in enumerate(codes) if len(x) == 200)
+    entries = store.entries(np.full(len(frames), i))
+    first, size = int(entries["first_grid"][0]), 2 * 256 + 4
+    calls = []
+    monkeypatch.setattr(shards.os, "preadv", lambda *args: calls.append(args) or preadv(*args))
+    read = store.grids(entries, np.array(frames), np.zeros(len(frames), int))
+    assert sorted((offset // size - first, len(target) // size) for _, (target,), offset in calls) == reads
+    np.testing.assert_array_equal(read, codes[i][frames, 0])
 
 
 def test_grids_rejects_frames_and_streams_outside_the_scene(large):
