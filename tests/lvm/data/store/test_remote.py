@@ -61,7 +61,7 @@ def test_remote_scenes_and_grids_equal_local_ones(served):
 def test_remote_batches_equal_local_ones_despite_faults(served, packing):
     server, remote, local = served
     expected = rows(local, packing=packing)
-    server.faults = Faults(0.005, slow_share=0.02, slow_s=0.3, error_share=0.05, drop_share=0.02, flip_share=0.01)
+    server.faults = Faults(0.005, slow_share=0.02, slow_s=0.3, error_share=0.05, drop_share=0.02, flip_share=0.002)
     actual = rows(remote, packing=packing)
     for step in range(4):
         batch = expected.batch(step)
