@@ -86,12 +86,10 @@ def train(config: TrainConfig, workdir: str) -> None:
     if config.deterministic:
         log_info(f"deterministic, which costs {DETERMINISM_COST[jax.default_backend()]}")
     names, mesh = [component.name for component in mixture.components], make_mesh(config.mesh)
-    with times.spent_on(INDEX):
-        heldout = _read_heldout(config, mesh)
     objective = config.objective.for_mesh(config.batch_size, mesh.shape["data"], mesh.shape["fsdp"])
-    task = NextTokenTask(
-        model, rows.batch_spec, names, tx, schedule, mesh, objective, heldout, num_codes=store.num_codes
-    )
+    task = NextTokenTask(model, rows.batch_spec, names, tx, schedule, mesh, objective, num_codes=store.num_codes)
+    with times.spent_on(INDEX):  # after the task has checked that the mesh divides the batch
+        task.heldout = _read_heldout(config, mesh)
     if config.objective.rows_per_device:
         log_info(f"{objective.accumulate_steps} micro-batches a step")
     if config.tokenizer:
