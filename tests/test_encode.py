@@ -118,7 +118,8 @@ def test_joined_processes_share_shards_and_exit_together(job, reference, tmp_pat
     assert contents(tmp_path / "store") == contents(reference[0])
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_submitted_encode_survives_a_kill(job, reference, tmp_path, processes):
     store, folder = tmp_path / "store", f"{tmp_path / 'folder'}"
     flags = ["--on=local", "--run=encode", f"--processes={processes}"]

@@ -19,7 +19,8 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 5])
 def test_killed_tokenizer_run_has_bits_of_unbroken_run(tmp_path, kills):
     run("tokenizer.train", *OPTIONS, f"--workdir={tmp_path / 'whole'}")
     rng, at = random.Random(kills), 0
