@@ -81,7 +81,12 @@ def test_encode_job_is_valid_kubernetes(tmp_path):
     import kubernetes_validate
 
     _, written = dry_run(tmp_path / "out", "gke-encode")
-    kubernetes_validate.validate(yaml.safe_load(written["job.yaml"]), "1.33", strict=True)
+    job = yaml.safe_load(written["job.yaml"])
+    assert job["kind"] == "Job"
+    kubernetes_validate.validate(job, "1.33", strict=True)
+    job["spec"]["completionMod"] = job["spec"].pop("completionMode")
+    with pytest.raises(kubernetes_validate.ValidationError, match="completionMod"):
+        kubernetes_validate.validate(job, "1.33", strict=True)
 
 
 @pytest.mark.parametrize("name", ["slurm-encode", "tpu-vm-encode"])

@@ -125,7 +125,9 @@ def test_page_shows_upload_errors(page, tmp_path, kind):
         upload(page, "frames", write_pictures(tmp_path, 33))
         messages[kind] = "33 frames; at most 32 at once"
     page.locator("#continue").click()
-    page.get_by_text(messages[kind]).first.wait_for()
+    message = page.get_by_text(messages[kind]).first
+    message.wait_for()
+    assert message.is_visible()
 
 
 def test_page_rejects_large_files(page, tmp_path):
@@ -133,4 +135,6 @@ def test_page_rejects_large_files(page, tmp_path):
     large.write_bytes(bytes(9_000_000))
     page.get_by_role("tab", name="Sequence").click()
     page.locator("#frames input[type=file]").set_input_files(large)
-    page.get_by_text(re.compile("exceed the maximum allowed size", re.IGNORECASE)).first.wait_for()
+    message = page.get_by_text(re.compile("exceed the maximum allowed size", re.IGNORECASE)).first
+    message.wait_for()
+    assert message.is_visible()

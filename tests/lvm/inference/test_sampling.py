@@ -61,6 +61,7 @@ def test_top_k_above_the_vocabulary_keeps_all():
     all_tokens, more = sample(SamplingParams(), SamplingParams(top_k=99))
     check(all_tokens, PROBS)
     check(more, PROBS)
+    assert set(more) == set(all_tokens) == set(np.flatnonzero(PROBS))
 
 
 def test_values_beyond_the_devices_dtypes_are_limits():
