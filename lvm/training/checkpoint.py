@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from orbax.checkpoint._src.checkpoint_managers import preservation_policy
+from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from lvm.common import distributed, files, progress
@@ -236,10 +236,10 @@ class Checkpoints:
 
 
 def _preservation_policy(keep: int, keep_every: int, keep_steps: Sequence[int]) -> Any:
-    policies: list[Any] = [preservation_policy.LatestN(n=keep), preservation_policy.CustomSteps(steps=keep_steps)]
+    policies: list[Any] = [checkpoint_managers.LatestN(n=keep), checkpoint_managers.CustomSteps(steps=keep_steps)]
     if keep_every:
-        policies.append(preservation_policy.EveryNSteps(interval_steps=keep_every))
-    return preservation_policy.AnyPreservationPolicy(policies=policies)
+        policies.append(checkpoint_managers.EveryNSteps(interval_steps=keep_every))
+    return checkpoint_managers.AnyPreservationPolicy(policies=policies)
 
 
 def _set_file_locking(workdir: epath.Path) -> None:
