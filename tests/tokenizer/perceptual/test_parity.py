@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -90,7 +91,7 @@ def test_logits_of_classifiers_equal_transformers(kind, tmp_path):
         loss = {"resnet50": ResNet50, "convnext_small": ConvNeXtSmall}[kind](weights=str(tmp_path / "weights.pth"))
         params = loss.load()
         a, b = images(224, 0), images(224, 1)
-        logits = [module(to_torch(np.asarray(normalize_colors(x)))).logits.numpy() for x in (a, b)]
+        logits = [module(to_torch(np.asarray(normalize_colors(jnp.asarray(x))))).logits.numpy() for x in (a, b)]
     ours = jax.jit(lambda params, x: loss.logits(params, normalize_colors(x), "float32"))(params, a)
     np.testing.assert_allclose(ours, logits[0], rtol=1e-3, atol=1e-3 * np.abs(logits[0]).max())
     distance = jax.jit(lambda *x: loss.distance(*x, "float32"))(params, a, b)
