@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,14 +17,22 @@ from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
+from lvm.data.images.sources import open_source
 from lvm.data.mixture import loader
 from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.rows import Rows
+from lvm.evaluation import evaluator
+from lvm.evaluation.config import EvalConfig
+from lvm.evaluation.evaluator import Context
+from lvm.evaluation.heldout import check_source
+from lvm.evaluation.in_training import TrainingEvaluation, training_evaluations
 from lvm.hardware.compiler_options import DETERMINISM_COST, OptionValue, compiler_options
 from lvm.hardware.sharding import batch_sharding, make_mesh
 from lvm.inference.contact_sheet import completion_sheet
 from lvm.inference.generator import Generator, SamplingParams
+from lvm.inference.pretrained import LVM
 from lvm.interop.init_from import load_initial_model, load_weights
+from lvm.interop.models import check_tokenizer
 from lvm.model.flops import CONVENTIONS, train_flops_per_token
 from lvm.model.nnx_utils import count_params
 from lvm.model.vocabulary import Vocabulary
@@ -103,9 +112,10 @@ def train(config: TrainConfig, workdir: str) -> None:
     # MFU is relative to the peak of bfloat16.
     conventions = CONVENTIONS if model.dtype == "bfloat16" else ()
     flops = {name: tokens * train_flops_per_token(model, model.context, name) for name in conventions}
+    evaluations = _evaluations(config, task, vocabulary, record)
     with times.spent_on(COMPILE):
         step, memory_advice = _fitting_step(config, task, options, initialize)
-    Loop(step, rows.counted_batch, loop, run, tokens, flops, memory_advice, times, config.branch).run()
+    Loop(step, rows.counted_batch, loop, run, tokens, flops, memory_advice, times, config.branch, evaluations).run()
 
 
 def _read_heldout(config: TrainConfig, mesh: Mesh) -> list[dict[str, np.ndarray]]:
@@ -137,6 +147,31 @@ def _fitting_step(
     assert isinstance(step.task, NextTokenTask)
     policy = step.task.config.remat  # "auto" is resolved
     return step, lambda: explain_out_of_memory(make_step, step, policy, accumulate_steps)
+
+
+def _evaluations(
+    config: TrainConfig, task: NextTokenTask, vocabulary: Vocabulary, record: dict[str, Any]
+) -> dict[str, TrainingEvaluation]:
+    """`config.evaluations`, of held-out scenes of the training source or held-out sentences of the stores."""
+    if not config.evaluations:
+        return {}
+    if not config.tokenizer:
+        raise UserError("config.tokenizer is empty; config.evaluations need the folder of the tokenizer")
+    tokenizer = Tokenizer.load(config.tokenizer)
+    check_tokenizer(record["tokenizer"], vocabulary, tokenizer.identity(), config.tokenizer)
+    source = open_source(config.evaluation_source, tokenizer.preprocess) if config.evaluation_source else None
+    if source is not None:
+        check_source(source, record["sources"], False, config.evaluation_source)
+    # Without weights, which each evaluation takes from the state.
+    model = dataclasses.replace(task.config, remat="none", attention="auto")
+    context = Context(
+        LVM(model, vocabulary, {}, record, 0, task.mesh),
+        evaluator.Tokenizer.of(tokenizer, EvalConfig.batch_size),
+        config.data,
+        source,
+        max_scenes=EvalConfig.max_scenes,
+    )
+    return training_evaluations(config.evaluations, context)
 
 
 def _picture_renderer(

@@ -38,6 +38,7 @@ _OUTPUTS = (
     "lvm",
     "prompt",
     "pictures",
+    "evaluations",
     "index.html",
     "results.json",
     "answer.png",

@@ -52,8 +52,8 @@ def test_config_builds_with_shapes(path, monkeypatch):
         sweep = plan_sweep(from_config_dict(SweepConfig, values))
         assert not sweep.warnings
         assert sum(run.device_hours for run in sweep.runs) > 0
-    elif "num_queries" in values:
-        assert from_config_dict(EvalConfig, values).num_queries > 0
+    elif "evaluations" in values:
+        assert from_config_dict(EvalConfig, values).evaluations
     else:
         source = open_source(str(path), Preprocess(64))
         assert source.load(0).images.dtype == "uint8"

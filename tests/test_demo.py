@@ -28,18 +28,26 @@ def test_page_embeds_pictures_and_needs_no_network(demo):
     assert not re.search(r"https?://", page)
     assert page.count("data:image/png;base64,") >= 7
     for heading in ("Video, continued", "Segmentation, by example", "Depth, by example", "Reconstructions"):
-        assert heading in page
+        assert f"<h3>{heading}</h3>" in page
 
 
 def test_results_have_every_figure(demo):
     results = json.loads((demo / "results.json").read_text())
-    assert set(results["prompted"]) == {"segmentation", "depth", "edges"}
-    low, high = results["prompted"]["segmentation"]["foreground_iou_ci95"]
-    assert 0 <= low <= results["prompted"]["segmentation"]["foreground_iou"] <= high <= 1
-    assert results["prompted"]["segmentation"]["num_queries"] == 8
-    assert set(results["task_following"]["by_codes"]) == {"all", "segmentation", "depth", "edges"}
-    assert {"below_conditional", "perplexity_ratio"} <= set(results["likelihood"]["video"])
-    assert results["tokenizer"]["num_codes_counted"] > 1000
+    figures = results["figures"]
+    assert {"depth", "edges", "likelihood", "perplexity", "reconstruction", "segmentation", "task_following"} <= set(
+        figures
+    )
+    iou = figures["segmentation"]["foreground_iou"]
+    low, high = iou["interval"]
+    assert 0 <= low <= iou["value"] <= high <= 1
+    baselines = {"copied example", "copied query", "mean image", "nearest training neighbor", "all foreground"}
+    assert set(iou["baselines"]) == baselines
+    assert iou["value"] < iou["ceiling"]["value"]
+    assert "8 queries" in iou["text"]
+    by_codes = {"by_codes", *(f"by_codes/{target}" for target in ("segmentation", "depth", "edges"))}
+    assert by_codes < set(figures["task_following"])
+    assert {"video_loss/video", "video_perplexity_ratio/video"} <= set(figures["likelihood"])
+    assert json.loads((demo / "evaluations" / "depth.json").read_text())["episodes"][0]["query"]
 
 
 def test_training_writes_metrics_and_pictures(demo):
@@ -252,7 +260,8 @@ def test_corrupt_jpeg_is_listed_and_skipped(tmp_path):
     listed = list(failures.read(out / "store"))
     assert len(listed) == 1
     assert "003.jpg" in listed[0]["reason"]
-    assert set(json.loads((out / "results.json").read_text())["tokenizer"]["psnr"]) == {"rgb", "segmentation"}
+    figures = json.loads((out / "results.json").read_text())["figures"]["reconstruction"]
+    assert {"psnr/rgb", "psnr/segmentation"} == {name for name in figures if name.startswith("psnr/")}
 
 
 @pytest.mark.slow

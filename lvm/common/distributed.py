@@ -157,6 +157,16 @@ def gather(values: Shaped[np.ndarray, " *shape"]) -> Shaped[np.ndarray, " proces
     return np.asarray(multihost_utils.process_allgather(values)) if _num_processes() > 1 else values[None]
 
 
+def map_rows(function: Callable[[np.ndarray], np.ndarray], rows: Shaped[np.ndarray, "n ..."]) -> np.ndarray:
+    """Applies a function of rows, each independent of the others: every process to its share, gathered on all."""
+    if (count := _num_processes()) == 1:
+        return function(rows)
+    share = -(-len(rows) // count)
+    padded = np.concatenate([rows, np.repeat(rows[-1:], share * count - len(rows), axis=0)])
+    results = gather(function(padded[jax.process_index() * share :][:share]))  # [processes, share, ...]
+    return results.reshape(-1, *results.shape[2:])[: len(rows)]
+
+
 class Preemption:
     """Context that reports a SIGTERM sent to any process at a step on which all processes agree.
 

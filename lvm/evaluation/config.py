@@ -1,10 +1,13 @@
-"""Configuration of an evaluation."""
+"""Configuration of `lvm evaluate`."""
 
 import dataclasses
 
-from lvm.common.validation import check_positive
+from lvm.common.distributed import DistributedConfig
+from lvm.common.errors import UserError
+from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.mixture.mixture import MixtureConfig
-from lvm.inference.sampling import SamplingParams
+from lvm.evaluation.evaluator import Evaluator
+from lvm.hardware.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,30 +15,34 @@ class EvalConfig:
     """Configuration of an evaluation.
 
     Attributes:
-      source: a folder of images or an image source's config file; required. Of the model's training source, the
-        held-out scenes are evaluated.
+      evaluations: evaluators by name.
+      source: a folder of images or an image source's config file, required by evaluations of images. Of the model's
+        training source, the held-out scenes are evaluated.
       unseen: declares that training saw no image of `source`, so that all its scenes are evaluated.
       max_scenes: upper limit on held-out scenes.
-      num_sentences: sentences per component of the mixture, for likelihoods.
-      num_queries: queries per task.
-      shots: example pairs per query.
-      data: the mixture to evaluate for models that don't record their own, such as published ones.
-      temperature, top_k, top_p: see `SamplingParams`.
+      data: the mixture of training, for models that don't record their own, such as published ones.
       seed: of sentences, queries and sampling.
+      batch_size: images of a call of the tokenizer and prompts of a call of the model.
+      mesh: the devices that the model is sharded over.
     """
 
+    evaluations: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
     source: str = ""
     unseen: bool = False
     max_scenes: int = 256
-    num_sentences: int = 128
-    num_queries: int = 128
-    shots: int = 2
     data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
     seed: int = 0
+    batch_size: int = 64
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, "max_scenes", "num_sentences", "num_queries", "shots")
-        SamplingParams(self.temperature, self.top_k, self.top_p)  # checks them
+        check_positive(self, "max_scenes", "batch_size")
+        check_non_negative(self, "seed")
+        if not self.evaluations:
+            raise UserError("evaluations={} must name at least one evaluation")
+        with_images = [name for name, evaluator in self.evaluations.items() if evaluator.needs_images]
+        if with_images and not self.source:
+            raise UserError(
+                f"source='' must be a folder of images or an image source's config file, for {', '.join(with_images)}"
+            )

@@ -1,20 +1,19 @@
-"""Held-out scenes with their images and codes, and how well a tokenizer reconstructs them."""
+"""Held-out scenes with their images and codes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from lvm.common import statistics
+from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.common.logging import log_warning
 from lvm.data.images.sources import Failure, ImageSource, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Recipe
-from lvm.data.streams.codecs import Codec, Palette
-from lvm.evaluation import metrics
+from lvm.data.streams.codecs import Codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,27 +98,23 @@ class Heldout:
         return np.stack(sentences)
 
 
-def reconstruction_metrics(
-    heldout: Heldout, decode: Callable[[np.ndarray], np.ndarray], num_codes: int
-) -> dict[str, Any]:
-    """PSNR in dB of every stream, round trip of segmentations, and codebook usage and perplexity."""
-    results: dict[str, Any] = {"psnr": {}}
-    histogram = np.zeros(num_codes, np.int64)
-    for stream, codec in heldout.codecs.items():
-        if not heldout.with_streams([stream]):
-            continue
-        images, codes = heldout.images(stream), heldout.codes(stream)
-        decoded = decode(codes)
-        histogram += np.bincount(codes.ravel(), minlength=num_codes)
-        results["psnr"][stream] = float(statistics.psnr(decoded, images).mean())
-        if isinstance(codec, Palette):
-            labels, truth = (np.stack([codec.parse(x) for x in batch]) for batch in (decoded, images))
-            results["round_trip_pixel_accuracy"] = float(np.mean(labels == truth))
-            if codec.background is not None:
-                foreground_iou = metrics.iou(labels != codec.background, truth != codec.background)
-                results["round_trip_foreground_iou"] = float(foreground_iou.mean())
-    return results | {
-        "num_codes_counted": int(histogram.sum()),
-        "codebook_usage": float(np.count_nonzero(histogram) / num_codes),
-        "codebook_perplexity": float(statistics.perplexity(histogram)),
-    }
+def check_source(source: ImageSource, trained_on: Sequence[Mapping[str, Any]], unseen: bool, path: str) -> None:
+    """Checks `unseen` against the sources that a model was trained on, so that no training image counts as held out.
+
+    Raises:
+      UserError: `unseen` is declared of a training source, or isn't of another one.
+    """
+    described = files.as_json(source.describe())
+
+    def is_same(other: Mapping[str, Any]) -> bool:
+        same_seed = other["kind"] == described["kind"] == "generated" and other["seed"] == described["seed"]
+        return other == described or same_seed
+
+    was_seen = any(is_same(other) for other in trained_on)
+    if was_seen and unseen:
+        raise UserError(f"config.unseen=true, but config.source={path} is what the model was trained on")
+    if not was_seen and not unseen:
+        raise UserError(
+            f"config.source={path} is not what the model was trained on, or has changed since; "
+            "if training saw none of its images, set config.unseen=true"
+        )

@@ -53,16 +53,6 @@ def mixture_metrics(
     }
 
 
-def perplexity_by_image(losses: Losses) -> dict[str, list[float]]:
-    """Perplexity of each image of a sentence given the preceding images.
-
-    `exp_of_mean` is the exponential of the mean loss; `mean_of_exp` averages per-sentence perplexities, as in the
-    LVM paper.
-    """
-    by_sentence = np.nanmean(losses, axis=2)  # [B, G]
-    return {"exp_of_mean": np.exp(by_sentence.mean(0)).tolist(), "mean_of_exp": np.exp(by_sentence).mean(0).tolist()}
-
-
 def video_metrics(
     losses: Losses, videos: Sequence[Integer[np.ndarray, "_ N"]], stride: int, num_codes: int
 ) -> dict[str, Any]:

@@ -1,168 +1,239 @@
 """In-context tasks: pairs of an image and its annotation, then a query image whose annotation is the answer."""
 
+from __future__ import annotations
+
+import abc
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Integer, Shaped, UInt8
 
 from lvm.common import statistics
-from lvm.data.streams.codecs import Codec, Depth, Palette
-from lvm.evaluation import metrics
-from lvm.evaluation.heldout import Heldout, HeldoutScene
+from lvm.common.errors import UserError
+from lvm.common.logging import log_info
+from lvm.common.validation import check_positive, check_tuples
+from lvm.data.streams.codecs import Codec
+from lvm.evaluation import baselines
+from lvm.evaluation.episodes import Images, Query, first_examples, make_queries
+from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
+from lvm.evaluation.figures import Aggregate, Estimate, Figure, Picture, Plot, Published, estimate, mean_of
+from lvm.evaluation.heldout import HeldoutScene
+from lvm.inference.contact_sheet import Cell, render_sheet
+from lvm.inference.sampling import SamplingParams
 
-AnswerFn = Callable[[np.ndarray, int], np.ndarray]  # prompts int [B, K, N], images A → answers int [B, A, N]
-Images = UInt8[np.ndarray, "B H W 3"]
-DecodeFn = Callable[[np.ndarray], np.ndarray]  # codes int [B, N] → images uint8 [B, R, R, 3]
-
-
-@dataclasses.dataclass(frozen=True)
-class Query:
-    """A frame to annotate, with frames of other scenes as examples."""
-
-    scene: HeldoutScene
-    frame: int
-    examples: tuple[tuple[HeldoutScene, int], ...]
-
-    def prompt(self, input_stream: str, target_stream: str) -> Integer[np.ndarray, "K N"]:
-        """Grids x1 y1 … xn yn xq."""
-        streams = (input_stream, target_stream)
-        pairs = [scene.grid(frame, stream) for scene, frame in self.examples for stream in streams]
-        return np.stack([*pairs, self.scene.grid(self.frame, input_stream)])
-
-
-def make_queries(scenes: Sequence[HeldoutScene], count: int, shots: int, seed: int) -> list[Query]:
-    """Queries over all scenes in turn, with random frames and examples from other scenes; [] for too few scenes."""
-    if len(scenes) <= shots:
-        return []
-    queries = []
-    for index in range(count):
-        rng = np.random.default_rng([seed, index])
-        scene = index % len(scenes)
-        others = [i for i in rng.permutation(len(scenes)).tolist() if i != scene][:shots]
-        examples = tuple((scenes[i], int(rng.integers(len(scenes[i].images)))) for i in others)
-        queries.append(Query(scenes[scene], int(rng.integers(len(scenes[scene].images))), examples))
-    return queries
+Statistics = Mapping[str, Shaped[np.ndarray, "B ..."]]  # metric → a statistic of each query, NaN for none
+GREEDY = SamplingParams(0.0)
+_MAX_QUERIES = 5  # in a picture
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """Queries of one task with a model's answers; `copied` are the last examples' annotations, the copy baseline."""
+class Metric:
+    """A metric of answers.
 
-    queries: list[Query]
-    input_stream: str
-    target_stream: str
-    codes: Integer[np.ndarray, "B N"]
-    images: Images
-    truth: Images
-    copied: Images
-
-    def scores(self, codec: Codec) -> dict[str, Any]:
-        """PSNR, and the metrics of segmentation or depth if `codec` (of the target stream) is one."""
-        scores: dict[str, Any] = {
-            "num_queries": len(self.queries),
-            "psnr": float(statistics.psnr(self.images, self.truth).mean()),
-            "psnr_copy_baseline": float(statistics.psnr(self.copied, self.truth).mean()),
-        }
-        if isinstance(codec, Palette):
-            scores |= segmentation_metrics(self.images, self.truth, self.copied, codec)
-        if isinstance(codec, Depth):
-            predicted, truth = (np.stack([codec.parse(x) for x in images]) for images in (self.images, self.truth))
-            scores |= metrics.depth_errors(predicted, truth)
-        return scores
-
-
-def answer_queries(
-    queries: list[Query], input_stream: str, target_stream: str, answer: AnswerFn, decode: DecodeFn
-) -> Answers:
-    """Prompts a model with every query."""
-    prompts = np.stack([query.prompt(input_stream, target_stream) for query in queries])  # [B, K, N]
-    codes = answer(prompts, 1)[:, 0]  # [B, N]
-    truth = np.stack([query.scene.image(query.frame, target_stream) for query in queries])
-    last_examples = [query.examples[-1] for query in queries]
-    copied = np.stack([scene.image(frame, target_stream) for scene, frame in last_examples])
-    return Answers(queries, input_stream, target_stream, codes, decode(codes), truth, copied)
-
-
-def segmentation_metrics(images: Images, truth: Images, copied: Images, codec: Palette) -> dict[str, Any]:
-    """Segmentation metrics of answers, next to trivial baselines.
-
-    `foreground_iou` is the mean over queries of the foreground's IoU (the "mIoU" of visual prompting); its baselines
-    copy an example or mark all pixels as foreground. `class_miou` is computed from one confusion matrix; its chance
-    level permutes the classes of each answer at random.
+    Attributes:
+      name: its key in `Statistics`, and the figure's name.
+      text, unit, higher_is_better, published: as of `Figure`.
+      aggregate: mean statistic over queries → the figure.
     """
-    labels, expected, copies = (np.stack([codec.parse(x) for x in batch]) for batch in (images, truth, copied))
-    counts = metrics.confusion(labels, expected, len(codec.names), codec.ignore)
-    copy_counts = metrics.confusion(copies, expected, len(codec.names), codec.ignore)
-    exclude = [] if codec.background is None else [codec.background]
-    results: dict[str, Any] = {
-        "pixel_accuracy": metrics.accuracy(counts),
-        "pixel_accuracy_copy_baseline": metrics.accuracy(copy_counts),
-        "class_miou": metrics.mean_iou(counts, exclude),
-        "class_miou_chance": _chance_miou(labels, expected, codec, exclude),
-    }
-    if codec.background is not None:
-        foreground = expected != codec.background
-        ious = metrics.iou(labels != codec.background, foreground)
-        results |= {
-            "foreground_iou": float(ious.mean()),
-            "foreground_iou_ci95": metrics.bootstrap(ious),
-            "foreground_iou_all_foreground": float(metrics.iou(np.ones_like(foreground), foreground).mean()),
-            "foreground_iou_copy_baseline": float(metrics.iou(copies != codec.background, foreground).mean()),
-        }
-    return results
+
+    name: str
+    text: str
+    unit: str = ""
+    higher_is_better: bool = True
+    aggregate: Aggregate = mean_of
+    published: Published | None = None
 
 
-def _chance_miou(labels: np.ndarray, truth: np.ndarray, codec: Palette, exclude: list[int], repeats: int = 20) -> float:
-    rng = np.random.default_rng(0)
-    classes = np.array([i for i in codec.used_ids.tolist() if i not in exclude], np.uint8)
-    scores = []
-    for _ in range(repeats):
-        permuted = np.empty_like(labels)
-        for image, out in zip(labels, permuted, strict=True):
-            table = np.arange(256, dtype=np.uint8)
-            table[classes] = rng.permutation(classes)
-            out[:] = table[image]
-        counts = metrics.confusion(permuted, truth, len(codec.names), codec.ignore)
-        scores.append(metrics.mean_iou(counts, exclude))
-    return float(np.mean(scores))
+PSNR = Metric("psnr", "PSNR of the answer's pixels, mean over queries", "dB")
 
 
-def task_following(tasks: Sequence[Answers], heldout: Heldout, num_codes: int) -> dict[str, Any]:
-    """Task-following accuracy: the share of answers classified as the stream that their examples show.
+@dataclasses.dataclass(frozen=True)
+class PromptedTask(Evaluator):
+    """Base of prompted tasks: how well a query is answered after example pairs.
 
-    `by_codes` classifies by a unigram model of each stream's held-out codes (the kind of image); `judge_accuracy` is
-    that classifier's accuracy on the true images of the same queries. `by_pixels` takes the stream whose true image of
-    the query is nearest by squared error (the right content as well).
-
-    Returns:
-      {"by_codes": {target: share, …, "all": share}, "by_pixels": likewise, "judge_accuracy": share}.
+    Attributes:
+      codec_type: of the target stream.
+      input, target: the streams of images and their annotations.
+      shots: example pairs of a query.
+      num_queries: queries, over all held-out scenes in turn; equal for tasks whose scenes are.
+      same_class: examples are scenes of the query's class.
+      sweep: further numbers of example pairs, whose figures are plotted. Fewer examples are the first of more.
+      sampling: of answers; greedy by default.
     """
-    shared = set.intersection(*(set(query.scene.info.streams) for task in tasks for query in task.queries))
-    streams = [stream for stream in heldout.codecs if stream in shared]
-    counts = [np.bincount(heldout.codes(stream).ravel(), minlength=num_codes) + 0.5 for stream in streams]
-    log_probs = np.stack([np.log(c / c.sum()) for c in counts])  # [streams, num_codes]
 
-    def classify(codes: np.ndarray) -> np.ndarray:
-        return np.argmax(log_probs[:, codes].sum(-1), axis=0)  # codes [B, N] → stream indices [B]
+    codec_type: ClassVar[type] = Codec
 
-    by_codes, by_pixels, judge = {}, {}, []
-    for task in tasks:
-        expected = streams.index(task.target_stream)
-        by_codes[task.target_stream] = float(np.mean(classify(task.codes) == expected))
-        by_pixels[task.target_stream] = float(np.mean(_nearest_stream(task, streams) == expected))
-        truth = np.stack([query.scene.grid(query.frame, task.target_stream) for query in task.queries])
-        judge.append(np.mean(classify(truth) == expected))
-    for shares in (by_codes, by_pixels):
-        shares["all"] = float(np.mean(list(shares.values())))
-    return {"by_codes": by_codes, "by_pixels": by_pixels, "judge_accuracy": float(np.mean(judge))}
+    input: str = "rgb"
+    target: str = ""
+    shots: int = 2
+    num_queries: int = 128
+    same_class: bool = False
+    sweep: tuple[int, ...] = ()
+    sampling: SamplingParams = GREEDY
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "shots", "num_queries")
+        check_tuples(self, "sweep")
+        if any(shots < 1 for shots in self.sweep):
+            raise UserError(f"sweep={self.sweep} must be positive numbers of example pairs")
+        if self.input == self.target or not self.target:
+            raise UserError(f"target={self.target!r} must be a stream other than input={self.input!r}")
+
+    @abc.abstractmethod
+    def metrics(self, codec: Codec) -> Sequence[Metric]:
+        """The metrics of `score`, in the order of the table."""
+
+    @abc.abstractmethod
+    def score(self, codec: Codec, images: Images, truth: Images, queries: Sequence[Query]) -> Statistics:
+        """A statistic of each metric and query, of images parsed by the codec of the target stream."""
+
+    def candidates(self, context: Context, queries: Sequence[Query], codec: Codec) -> dict[str, Images]:
+        """Baselines: images given as answers without a model."""
+        answers = {
+            "copied example": baselines.copied_example(queries, self.target),
+            "copied query": baselines.copied_query(queries, self.input),
+            "mean image": baselines.mean_image(queries, self.target),
+        }
+        neighbors = baselines.nearest_neighbor(context, queries, self.input, self.target)
+        return answers if neighbors is None else answers | {"nearest training neighbor": neighbors}
+
+    def chance(self, codec: Codec, images: Images, truth: Images) -> dict[str, dict[str, Estimate]]:
+        """Chance levels: metric → name → estimate, of the model's own answers."""
+        return {}
+
+    def is_usable(self, scene: HeldoutScene, codec: Codec) -> bool:
+        """Whether a scene with both streams may be a query or an example."""
+        return True
+
+    def run(self, context: Context) -> Result:
+        queries, codec = self.queries(context), self.codec(context)
+        context.episodes = [query.to_json() for query in queries]
+        by_shots = {shots: [first_examples(query, shots) for query in queries] for shots in {self.shots, *self.sweep}}
+        asked = by_shots[self.shots]
+        truth = np.stack([query.scene.image(query.frame, self.target) for query in asked])
+        images = self.answer(context, asked)
+        ceiling = context.tokenizer.decode(np.stack([query.scene.grid(query.frame, self.target) for query in asked]))
+
+        def estimates(answers: Images) -> dict[str, Estimate]:
+            scores = self._score(codec, answers, truth, asked)
+            return {m.name: estimate(scores[m.name], m.aggregate) for m in self._metrics(codec)}
+
+        scored = {"model": estimates(images), "ceiling": estimates(ceiling)}
+        others = {name: estimates(x) for name, x in self.candidates(context, asked, codec).items()}
+        chance = self.chance(codec, images, truth)
+        figures = [
+            Figure(
+                metric.name,
+                scored["model"][metric.name],
+                f"{metric.text}; {len(asked)} queries, {self.shots} example pairs",
+                metric.unit,
+                metric.higher_is_better,
+                {name: scores[metric.name] for name, scores in others.items()} | chance.get(metric.name, {}),
+                scored["ceiling"][metric.name],
+                metric.published,
+            )
+            for metric in self._metrics(codec)
+        ]
+        pictures = [self._picture(asked, images, truth)]
+        if self.sweep:
+            answers = {n: images if n == self.shots else self.answer(context, q) for n, q in by_shots.items()}
+            pictures.append(self._sweep_plot({shots: estimates(answers[shots]) for shots in sorted(answers)}, codec))
+        return figures, pictures
+
+    def codec(self, context: Context) -> Codec:
+        """The codec that rendered the target stream. Raises NotApplicableError if it is none of `codec_type`."""
+        codec = context.heldout.codecs[self.target]
+        if not isinstance(codec, self.codec_type):
+            raise NotApplicableError(f"the stream {self.target} is of kind {codec.kind!r}")
+        return codec
+
+    def queries(self, context: Context) -> list[Query]:
+        """The queries, with examples for the longest of all prompts.
+
+        Raises:
+          NotApplicableError: too few held-out scenes with both streams.
+          UserError: the prompt doesn't fit the context.
+        """
+        shots = max(self.shots, *self.sweep, 1)
+        if 2 * shots + 2 > context.images_in_context:
+            raise UserError(
+                f"{shots} example pairs, a query and its answer are {2 * shots + 2} images; the context holds "
+                f"{context.images_in_context}: use fewer shots"
+            )
+        both = context.heldout.with_streams([self.input, self.target])
+        if not both:
+            raise NotApplicableError(f"no held-out scene has the streams {self.input} and {self.target}")
+        codec = self.codec(context)
+        scenes = [scene for scene in both if self.is_usable(scene, codec)]
+        queries = make_queries(scenes, self.num_queries, shots, context.seed, self.same_class)
+        if not queries:
+            of_class = " of one class" if self.same_class else ""
+            raise NotApplicableError(
+                f"{len(scenes)} suitable held-out scenes; a query with {shots} examples needs {shots + 1}{of_class}"
+            )
+        return queries
+
+    def answer(self, context: Context, queries: Sequence[Query]) -> Images:
+        """The model's answers."""
+        return ask(context, queries, self.input, self.target, self.sampling)[1]
+
+    def _metrics(self, codec: Codec) -> list[Metric]:
+        return [*self.metrics(codec), PSNR]
+
+    def _score(self, codec: Codec, images: Images, truth: Images, queries: Sequence[Query]) -> Statistics:
+        return {**self.score(codec, images, truth, queries), PSNR.name: statistics.psnr(images, truth)}
+
+    def _picture(self, queries: Sequence[Query], images: Images, truth: Images) -> Picture:
+        rows = []
+        for index in range(0, len(queries), max(1, len(queries) // _MAX_QUERIES))[:_MAX_QUERIES]:
+            query, streams = queries[index], (self.input, self.target)
+            rows.append(
+                [
+                    *(Cell(scene.image(frame, s), s) for scene, frame in query.examples for s in streams),
+                    Cell(query.scene.image(query.frame, self.input), "query"),
+                    Cell(images[index], "answer", True),
+                    Cell(truth[index], "truth"),
+                ]
+            )
+        text = f"{len(queries[0].examples)} example pairs and a query are the prompt; nothing names the task."
+        title = f"{self.target.capitalize()}, by example".replace("_", " ")
+        return Picture(title, text, render_sheet(rows))
+
+    def _sweep_plot(self, by_shots: Mapping[int, Mapping[str, Estimate]], codec: Codec) -> Picture:
+        metric = self._metrics(codec)[0]
+        points = [
+            (float(shots), scores[metric.name].value, *(scores[metric.name].interval or ()))
+            for shots, scores in by_shots.items()
+        ]
+        title = f"{self.target.capitalize()}, by number of examples".replace("_", " ")
+        return Picture(title, f"{metric.text}.", Plot({metric.name: points}, "example pairs", metric.name))
 
 
-def _nearest_stream(task: Answers, streams: Sequence[str]) -> np.ndarray:
-    """Index of the stream whose true image is nearest to each answer, [B]."""
-    distances = []
-    for stream in streams:
-        truth = np.stack([query.scene.image(query.frame, stream) for query in task.queries])
-        distances.append(np.mean((task.images.astype(np.float64) - truth) ** 2, axis=(1, 2, 3)))
-    return np.argmin(distances, axis=0)
+def ask(
+    context: Context, queries: Sequence[Query], source: str, target: str, sampling: SamplingParams
+) -> tuple[Integer[np.ndarray, "B N"], Images]:
+    """Answers of the model as codes and images; equal questions are asked once."""
+    key = (source, target, sampling, str([query.to_json() for query in queries]))
+    if key not in context.cache:
+        log_info(f"{target} by {len(queries[0].examples)} examples, {len(queries)} queries")
+        prompts = np.stack([query.prompt(source, target) for query in queries])  # [B, K, N]
+        codes, images = generate(context, prompts, 1, sampling, f"answers of {target}")
+        context.cache[key] = codes[:, 0], images[:, 0]
+    return context.cache[key]
+
+
+def generate(
+    context: Context, prompts: Integer[np.ndarray, "B K N"], num_images: int, sampling: SamplingParams, unit: str
+) -> tuple[Integer[np.ndarray, "B A N"], UInt8[np.ndarray, "B A H W 3"]]:
+    """Generates `num_images` after each prompt, prompt i with the seed `context.seed` + i; returns codes and images."""
+    answers = []
+    for rows in context.batches(len(prompts), unit):
+        seeds = [context.seed + i for i in range(rows.start, rows.stop)]
+        values = (sampling.temperature, sampling.top_k, sampling.top_p)
+        answers.append(context.model.generate(prompts[rows], num_images, 1, *values, seeds))
+    codes = np.concatenate(answers)
+    images = context.tokenizer.decode(codes.reshape(-1, codes.shape[-1]))
+    return codes, images.reshape(*codes.shape[:2], *images.shape[1:])

@@ -34,16 +34,23 @@ def prepare_params(params: Params, config: ModelConfig, mesh: Mesh | None) -> Pa
 
     Raises UserError if the mesh doesn't divide a dimension.
     """
-    if mesh is not None:
-        devices = set(mesh.devices.flat)
-        target = sharding.shardings(mesh, params, logical_axes(lambda rngs: Transformer(config, rngs)))
-
-        def move(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-            is_there = isinstance(x, jax.Array) and x.sharding.device_set == devices
-            return x if is_there else jax.device_put(x, sharding)
-
-        params = jax.tree.map(move, params, target)
+    params = params if mesh is None else place_params(params, config, mesh)
     return _lay_out(params, config, mesh)
+
+
+def place_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
+    """Moves a `Transformer`'s parameters to the devices of `mesh`, unless they are there.
+
+    Raises UserError if the mesh doesn't divide a dimension.
+    """
+    devices = set(mesh.devices.flat)
+    target = sharding.shardings(mesh, params, logical_axes(lambda rngs: Transformer(config, rngs)))
+
+    def move(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        is_there = isinstance(x, jax.Array) and x.sharding.device_set == devices
+        return x if is_there else jax.device_put(x, sharding)
+
+    return jax.tree.map(move, params, target)
 
 
 def build_module(params: Params, config: ModelConfig) -> Transformer:

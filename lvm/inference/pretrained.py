@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 from lvm.common.config import expand_home
 from lvm.common.errors import UserError
+from lvm.hardware import sharding
+from lvm.inference.decode_params import place_params
 from lvm.inference.generator import Generator, SamplingParams, SlidingWindow
 from lvm.interop import models
 from lvm.model.attention import choose_kernel
@@ -44,24 +47,32 @@ class LVM:
         mesh: Mesh | None = None,
     ):
         self.config, self.vocabulary, self.record, self.step = config, vocabulary, record, step
-        self._params, self._mesh = params, mesh
+        self._mesh = mesh
+        self._params = params if mesh is None else place_params(params, config, mesh)
         graphdef, _ = abstract_module(lambda rngs: Transformer(config, rngs))
         kernel = choose_kernel(config.attention, jax.default_backend(), config.dtype, config.head_dim)
+
+        # On several devices rows are sharded as in training, and results are gathered on all of them.
+        replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        jit = functools.partial(jax.jit, out_shardings=replicated)
 
         def run(params: Params, tokens: jax.Array) -> tuple[Transformer, jax.Array]:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             model: Transformer = merge(graphdef, params)
             return model, model.hidden(tokens, positions, kernel)
 
-        @jax.jit
+        @jit
         def logits(params: Params, tokens: jax.Array) -> jax.Array:
-            model, hidden = run(params, tokens)
-            return model.logits(hidden)
+            with sharding.use_mesh(mesh):
+                model, hidden = run(params, sharding.constrain(tokens, "batch", None))
+                return model.logits(hidden)
 
-        @jax.jit
+        @jit
         def token_losses(params: Params, tokens: jax.Array) -> jax.Array:
-            model, hidden = run(params, tokens[:, :-1])
-            return losses.token_losses(model.norm(hidden), model.output_projection(), tokens[:, 1:], _LOGITS_CHUNK)[0]
+            with sharding.use_mesh(mesh):
+                inputs, targets = (sharding.constrain(x, "batch", None) for x in (tokens[:, :-1], tokens[:, 1:]))
+                model, hidden = run(params, inputs)
+                return losses.token_losses(model.norm(hidden), model.output_projection(), targets, _LOGITS_CHUNK)[0]
 
         self._logits, self._token_losses = logits, token_losses
 
@@ -77,7 +88,7 @@ class LVM:
           dtype: compute dtype, "float32" or "bfloat16"; by default that of training, or of the weights. Weights keep
             the dtype they are stored in.
           step: another checkpoint of a workdir.
-          mesh: devices for generation; one by default.
+          mesh: devices that rows, heads and weights are sharded over; one by default.
 
         Raises:
           UserError: not a model folder, no checkpoint, weights of another architecture, no declared vocabulary, or an
@@ -89,6 +100,13 @@ class LVM:
         config = dataclasses.replace(checkpoint.config, dtype=dtype, attention="auto")
         params, record = checkpoint.load_params(), dict(checkpoint.record)
         return cls(config, checkpoint.vocabulary, params, record, checkpoint.step, mesh)
+
+    def with_params(self, params: Params, step: int) -> LVM:
+        """The model with other weights of the same shapes, as training goes on; its programs are compiled already."""
+        model = copy.copy(self)
+        model.__dict__.pop("_generator", None)
+        model._params, model.step = params, step
+        return model
 
     def __repr__(self) -> str:
         config, vocabulary = self.config, self.vocabulary
@@ -107,15 +125,24 @@ class LVM:
 
         Raises UserError for a wrong dtype or shape, an id outside the vocabulary, or rows longer than the context.
         """
-        return np.asarray(self._logits(self._params, self._check_tokens(tokens, self.config.context)))
+        return self._map_rows(self._logits, self._check_tokens(tokens, self.config.context))
 
     def token_losses(self, tokens: ArrayLike) -> Float[np.ndarray, "B _"]:
         """Negative log-likelihood in nats of `tokens[:, 1:]`, each given the tokens before it.
 
         Computed on device and in chunks, as in training. Errors as in `logits`.
         """
-        array = self._check_tokens(tokens, self.config.context + 1)
-        return np.asarray(self._token_losses(self._params, array))
+        return self._map_rows(self._token_losses, self._check_tokens(tokens, self.config.context + 1))
+
+    def _map_rows(self, function: Callable[[Params, np.ndarray], jax.Array], tokens: np.ndarray) -> np.ndarray:
+        """Calls a function of rows, int32 [B, S], padded so that the mesh divides both dimensions."""
+        if self._mesh is None:
+            return np.asarray(function(self._params, tokens))
+        B, S = tokens.shape
+        inputs = S - (function is self._token_losses)  # a mask hides later tokens from earlier ones
+        rows, columns = (sharding.axis_size(self._mesh, axes) for axes in (("data", "fsdp"), ("sequence",)))
+        padded = np.pad(tokens, ((0, -B % rows), (0, -inputs % columns)))
+        return np.asarray(function(self._params, padded))[:B, :inputs]
 
     def generate(
         self,

@@ -10,6 +10,7 @@ from lvm.data.mixture.rows import Rows
 from lvm.hardware.sharding import MeshConfig
 from lvm.model.transformer import ModelConfig
 from lvm.model.vocabulary import Vocabulary
+from lvm.training.evaluator import EvaluatorConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.next_token import ObjectiveConfig
 from lvm.training.optimizer import OptimizerConfig
@@ -23,7 +24,10 @@ class TrainConfig:
       seed: everything random follows from it and the step.
       batch_size: rows per step.
       heldout_batches: batches of held-out sentences that the held-out loss averages over.
-      tokenizer: a tokenizer's folder, to render pictures of answers during training; "" for none.
+      tokenizer: a tokenizer's folder, to render pictures of answers during training and for `evaluations`; "" for none.
+      evaluations: evaluators by name, each with its own interval (docs/training.md).
+      evaluation_source: the folder or config file of the images that the stores were encoded from; evaluations take the
+        held-out scenes of it. Without one only those that need no images can run, on the stores' held-out sentences.
       accept_changed_mixture: resumes a run although its mixture has changed.
       compiler_options: overrides of `lvm.hardware.compiler_options`, "name=value name=value"; "name=" removes one.
       deterministic: compiles to programs with the same bits at every run, which is slower on GPUs.
@@ -50,6 +54,8 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    evaluations: dict[str, EvaluatorConfig] = dataclasses.field(default_factory=dict)
+    evaluation_source: str = ""
 
     def __post_init__(self) -> None:
         check_non_negative(self, "seed")

@@ -18,12 +18,12 @@ from lvm.common import distributed, files
 from lvm.common.distributed import Preemption
 from lvm.common.errors import EXIT_PREEMPTED, DivergedError, UserError
 from lvm.common.logging import format_progress, log_info
-from lvm.common.png import encode_png
 from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.mixture import loader
 from lvm.data.mixture.rows import SKIPPED
 from lvm.training import goodput
 from lvm.training.checkpoint import Checkpoints, latest_step, restore_state
+from lvm.training.evaluator import Evaluation
 from lvm.training.goodput import Goodput
 from lvm.training.local_checkpoint import LocalCheckpointConfig, LocalCheckpoints
 from lvm.training.metrics import MetricsWriter
@@ -125,6 +125,7 @@ class Loop:
       memory_advice: text appended to the error when a step runs out of memory.
       times: of this process so far; by default all of it counts as its start.
       branch: workdir and step of another run, whose state a run without checkpoints begins with; None for a fresh one.
+      evaluations: by name; their figures and pictures go where those of the task go.
     """
 
     def __init__(
@@ -138,8 +139,9 @@ class Loop:
         memory_advice: Callable[[], str] = lambda: "",
         times: Goodput | None = None,
         branch: tuple[str, int] | None = None,
+        evaluations: Mapping[str, Evaluation] | None = None,
     ):
-        self._branch = branch
+        self._branch, self._evaluations = branch, evaluations or {}
         self._step, self._task = step, step.task
         self._read_batch, self._config = read_batch, config
         self._path = workdir.path
@@ -269,7 +271,8 @@ class Loop:
             self._report(step, state, metrics, clock, last)
             if last or _is_due(step, self._config.picture_every):
                 with clock.paused(state, goodput.PICTURES), self._watchdog.pause("rendering pictures"):
-                    self._write_pictures(step, state)
+                    # Rendered by all processes, written by the first.
+                    self._metrics.write_pictures(step, self._task.pictures(state))
             stopping = self._preemption.noticed()
             persistent = last or stopping or _is_due(step, self._config.checkpoint_every)
             persistent = persistent or step in self._config.keep_steps
@@ -350,15 +353,15 @@ class Loop:
             if heldout:
                 log_info("  " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
             values |= heldout
+        for name, evaluation in self._evaluations.items():
+            if last or _is_due(step, evaluation.every):
+                with clock.paused(state, goodput.EVALUATION), self._watchdog.pause(f"the evaluation {name}"):
+                    if (result := evaluation(state, self._preemption.noticed)) is None:
+                        break
+                    values |= result[0]
+                    self._metrics.write_pictures(step, result[1])
         if values:
             self._metrics.write(step, values)
-
-    def _write_pictures(self, step: int, state: State) -> None:
-        pictures = self._task.pictures(state)  # rendered by all processes, written by the first
-        for name, picture in pictures.items() if distributed.is_first() else ():
-            folder = self._path / "pictures"
-            folder.mkdir(exist_ok=True)
-            files.write_atomically(folder / f"{name}-{step:07d}.png", encode_png(picture))
 
 
 def _read_local(read: ReadBatch, rows: np.ndarray, skipped: SkippedBatches, step: int) -> Mapping[str, np.ndarray]:

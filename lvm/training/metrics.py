@@ -10,15 +10,18 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 
 from lvm.common import distributed, files
 from lvm.common.errors import UserError
 from lvm.common.logging import warn_once
+from lvm.common.png import encode_png
 
 FILENAME, PARTS = "metrics.jsonl", "metrics"
 _PART_BYTES = 2**16  # from which on the next line begins a new part
@@ -73,7 +76,9 @@ class MetricsWriter:
         self._workdir = epath.Path(workdir)
         self._lines: _LocalLines | _RemoteLines
         self._lines = (_RemoteLines if files.is_remote(self._workdir) else _LocalLines)(self._workdir, start)
-        self._wandb = _init_wandb(self._workdir, wandb) if wandb else None
+        self._wandb: Any = None
+        if wandb:
+            self._wandb, self._wandb_image = _init_wandb(self._workdir, wandb)
         # TensorBoard drops what an earlier run wrote from `purge_step` on.
         self._events = SummaryWriter(os.fspath(self._workdir / "tensorboard"), purge_step=start + 1)
 
@@ -97,6 +102,18 @@ class MetricsWriter:
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log({"step": step, **values})
+
+    def write_pictures(self, step: int, pictures: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
+        """Writes pictures of one step, to `pictures/NAME-STEP.png` too."""
+        if not self._enabled:
+            return
+        for name, picture in pictures.items():
+            folder = self._workdir / "pictures"
+            folder.mkdir(exist_ok=True)
+            files.write_atomically(folder / f"{name}-{step:07d}.png", encode_png(picture))
+            self._events.add_image(name, picture, step, dataformats="HWC")
+        if pictures and self._wandb is not None:
+            self._wandb.log({"step": step, **{name: self._wandb_image(x) for name, x in pictures.items()}})
 
     def write_file(self, name: str, value: Any) -> None:
         """Writes a small JSON file of the workdir anew; on object storage in the background."""
@@ -206,8 +223,11 @@ class Uploader:
                     self._changed.wait_for(lambda: self._is_closed, _RETRY_S)
 
 
-def _init_wandb(workdir: epath.Path, project: str) -> Any:
-    """Starts or resumes the Weights & Biases run of a workdir, whose id is kept in `wandb.json`."""
+def _init_wandb(workdir: epath.Path, project: str) -> tuple[Any, Any]:
+    """Starts or resumes the Weights & Biases run of a workdir, whose id is kept in `wandb.json`.
+
+    Returns the run and the class of its images.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -229,4 +249,4 @@ def _init_wandb(workdir: epath.Path, project: str) -> Any:
     except wandb.Error as error:
         raise UserError(f"config.loop.wandb: {project}: {error}") from error
     run.define_metric("*", step_metric="step")  # so that repeated steps of a resumed run overlay
-    return run
+    return run, wandb.Image

@@ -37,6 +37,8 @@ _MAY_CHANGE = (
     "config.objective.logits_chunk",
     "config.tokenizer",
     "config.branch_from",  # a path, of no effect after the first checkpoint
+    "config.evaluations.",
+    "config.evaluation_source",
     "config.accept_changed_mixture",
     "config.compiler_options",
     "config.deterministic",

@@ -9,5 +9,7 @@ from configs import eval_demo
 
 def get_config() -> ConfigDict:
     config = eval_demo.get_config()
-    config.update({"source": "tests/configs/tiny_scenes.py", "num_sentences": 8, "num_queries": 8})
+    config.source = "tests/configs/tiny_scenes.py"
+    for evaluation in config.evaluations.values():
+        evaluation.update({key: 8 for key in ("num_sentences", "num_queries") if key in evaluation})
     return config

@@ -41,7 +41,7 @@ config.optimizer.moment_dtype config.optimizer.clip_norm
 """
 # The transformer's. A changed mixture is refused unless `config.accept_changed_mixture`.
 LVM_FREE = """
-folder config.branch_from
+folder config.branch_from config.evaluation_source
 config.tokenizer config.accept_changed_mixture config.compiler_options config.deterministic
 config.model.attention config.model.remat config.data.components.photos.store
 config.data.components.photos.max_repetitions config.data.store config.data.allow_missing config.data.stage_to
@@ -125,7 +125,7 @@ model.parametrization.base_depth=0 model.parametrization.base_head_dim=0 data.st
 data.weigh_by='sentences' data.packing='concat'
 data.loss='all' data.shuffle='all' data.jsonl.num_codes=8192 data.jsonl.grid=(16,16) data.stage_to=''
 data.skip_damaged=False objective.z_loss=0.0 objective.logits_chunk=1024 objective.accumulate_steps=1
-objective.rows_per_device=0
+objective.rows_per_device=0 evaluation_source=''
 """
 TOKENIZER_DEFAULTS = """
 batch_size=256 model.resolution=256 model.patch_size=1 model.channels=128 model.channel_multipliers=(1,2,2,4,6)

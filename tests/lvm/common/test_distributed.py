@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from lvm.common import distributed
@@ -99,3 +100,20 @@ def test_join_without_a_cluster_to_detect_is_user_error(joined, monkeypatch):
     monkeypatch.setenv(distributed.COORDINATOR, "auto")
     with pytest.raises(UserError, match=f"{distributed.COORDINATOR}=auto: .*coordinator_address"):
         distributed.join(DistributedConfig())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_map_rows_shares_rows_among_processes(monkeypatch, count, rows):
+    """Each process maps its share alone, and all get all rows, in order."""
+    values = np.arange(rows * 2).reshape(rows, 2)
+    shares: list[np.ndarray] = []
+    monkeypatch.setattr(distributed, "_num_processes", lambda: count)
+    monkeypatch.setattr(distributed, "gather", lambda share: shares.append(share) or share[None])
+    for index in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        result = distributed.map_rows(lambda x: 10 * x, values)
+    if count == 1:  # nothing to gather
+        shares.append(result)
+    assert len({len(share) for share in shares}) == 1
+    np.testing.assert_array_equal(np.concatenate(shares)[:rows], 10 * values)

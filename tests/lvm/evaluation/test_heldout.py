@@ -1,4 +1,4 @@
-"""Held-out scenes of an image source, and reconstruction metrics."""
+"""Held-out scenes of an image source."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from lvm.data.images.sources.scene import Failure, SceneImages, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.streams.codecs import Image, Palette
-from lvm.evaluation.heldout import Heldout, reconstruction_metrics
+from lvm.evaluation.heldout import Heldout
 
 FRACTION = 0.5
 
@@ -134,23 +134,3 @@ def test_sentences_are_deterministic_in_the_seed(make_heldout):
 @pytest.mark.parametrize("recipe", [Single("depth"), Pairs(shots=99), Video(frames=9, strides=(1,))])
 def test_sentences_is_none_without_suitable_scenes(make_heldout, recipe):
     assert make_heldout().sentences(recipe, 10, seed=0) is None
-
-
-def test_reconstruction_metrics_of_an_exact_tokenizer(make_heldout, exact_codec):
-    heldout = make_heldout()
-    metrics = reconstruction_metrics(heldout, exact_codec[1], 256)
-    assert metrics["psnr"] == {"rgb": pytest.approx(100), "segmentation": pytest.approx(100)}
-    assert metrics["round_trip_pixel_accuracy"] == 1
-    assert metrics["round_trip_foreground_iou"] == 1
-    codes = np.concatenate([heldout.codes("rgb").ravel(), heldout.codes("segmentation").ravel()])
-    assert metrics["num_codes_counted"] == len(codes)
-    assert metrics["codebook_usage"] == len(np.unique(codes)) / 256
-    shares = np.unique(codes, return_counts=True)[1] / len(codes)
-    assert metrics["codebook_perplexity"] == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
-
-
-def test_reconstruction_metrics_of_a_constant_decoder(make_heldout, exact_codec):
-    white = lambda codes: np.full_like(exact_codec[1](codes), 255)  # noqa: E731
-    metrics = reconstruction_metrics(make_heldout(), white, 256)
-    assert max(metrics["psnr"].values()) < 1
-    assert metrics["round_trip_pixel_accuracy"] < 0.1

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from lvm import evaluate
-from lvm.data.images.sources.scene import SceneInfo
-from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
-from lvm.data.mixture.recipes import Video
 from lvm.evaluation import likelihood
-from lvm.evaluation.heldout import Heldout, HeldoutScene
 from lvm.inference.pretrained import LVM
 from lvm.model.vocabulary import Vocabulary
 from lvm.training import losses
@@ -81,19 +76,6 @@ def test_mixture_metrics_are_weighted():
     assert metrics["by_component"] == {"a": 0.5, "b": 1.5}
 
 
-def test_perplexity_by_image_in_both_averages():
-    nll = np.log(np.array([[[2.0, 8.0], [1.0, 1.0]], [[16.0, 16.0], [4.0, 4.0]]]))  # [2, 2, 2]
-    metrics = likelihood.perplexity_by_image(nll)
-    np.testing.assert_allclose(metrics["exp_of_mean"], [8, 2])  # √(4 · 16), √(1 · 4)
-    np.testing.assert_allclose(metrics["mean_of_exp"], [10, 2.5])  # (4 + 16) / 2, (1 + 4) / 2
-
-
-def test_perplexity_by_image_ignores_nan():
-    nll = np.log(np.array([[[4.0, 9.0]], [[4.0, 9.0]]]))
-    nll[:, 0, 1] = np.nan
-    np.testing.assert_allclose(likelihood.perplexity_by_image(nll)["exp_of_mean"], [4])
-
-
 def test_video_metrics_of_known_transitions():
     # 1 is followed by 2; 2 by 3 or 0 with equal probability. The first transition isn't counted.
     frames = np.array([[[0, 0], [1, 2], [2, 3]], [[0, 0], [1, 2], [2, 0]]])
@@ -121,20 +103,3 @@ def test_video_metrics_count_transitions_at_the_stride():
     next_to = likelihood.video_metrics(nll, ALTERNATING, 1, K)
     assert next_to["num_transitions"] == 4 * 4
     assert next_to["conditional_entropy_plug_in"] == pytest.approx(np.log(2))
-
-
-class AlternatingHeldout(Heldout):
-    def __init__(self):
-        images, info = np.zeros((6, 1, 1, 1, 3), np.uint8), SceneInfo("", "", "", 6, ("rgb",))
-        self.scenes = [HeldoutScene(info, images, codes[:, None]) for codes in ALTERNATING]
-
-
-@pytest.mark.parametrize(("strides", "entropy"), [((1, 2), np.log(2)), ((2, 1), np.log(2)), ((2,), 0.0)])
-def test_conditional_entropy_is_at_the_smallest_stride(strides, entropy, caplog):
-    model = Bigram()
-    model.record = {"stores": []}
-    mixture = MixtureConfig({"clips": ComponentConfig(Video(frames=3, strides=strides))}, ("/no/store",))
-    sentences = {"clips": np.zeros((2, 3, 1), int)}
-    results = evaluate._likelihood(model, mixture, AlternatingHeldout(), sentences)
-    assert results["video"]["conditional_entropy_plug_in"] == pytest.approx(entropy, abs=1e-12)
-    assert "/no/store: not the training store" in caplog.text

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -54,33 +55,62 @@ def test_conditioning_never_raises_entropy(pair):
     assert -1e-9 <= conditional <= statistics.entropy(np.bincount(pair[1])) + 1e-9
 
 
-def test_bootstrap_interval_of_the_mean():
-    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    low, high = metrics.bootstrap(values)
-    error = 1.96 * values.std() / np.sqrt(400)
-    np.testing.assert_allclose([low, high], [values.mean() - error, values.mean() + error], atol=0.015)
-    assert metrics.bootstrap(values) == (low, high)
-    assert metrics.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
-
-
 def test_depth_errors_of_known_maps():
     truth = np.array([[[1.0, 2.0], [4.0, 0.0]], [[2.0, 0.0], [0.0, 0.0]]])
     depth = np.array([[[1.0, 2.2], [6.0, 9.0]], [[1.0, 5.0], [5.0, 5.0]]])
     errors = metrics.depth_errors(depth, truth)
-    assert errors["rmse"] == pytest.approx((np.sqrt((0.04 + 4) / 3) + 1) / 2)
-    assert errors["abs_rel"] == pytest.approx(((0.1 + 0.5) / 3 + 0.5) / 2)
-    assert errors["delta1"] == pytest.approx((2 / 3 + 0) / 2)
+    np.testing.assert_allclose(errors["rmse"], [np.sqrt((0.04 + 4) / 3), 1])
+    np.testing.assert_allclose(errors["abs_rel"], [(0.1 + 0.5) / 3, 0.5])
+    np.testing.assert_allclose(errors["delta1"], [2 / 3, 0])
 
 
-def test_a_missing_answer_is_a_wrong_answer():
+def test_depth_errors_after_median_scaling():
+    truth = np.array([[[1.0, 2.0, 4.0, 0.0]]])
+    scaled = metrics.depth_errors(3 * truth, truth, scaled=True)
+    assert [values.item() for values in scaled.values()] == pytest.approx([0, 0, 1])
+    assert metrics.depth_errors(3 * truth, truth)["delta1"].item() == 0
+    # Medians are of valid pixels: 2 of the truth, 1 of the prediction.
+    uneven = metrics.depth_errors(np.array([[[1.0, 1.0, 2.0, 9.0]]]), truth, scaled=True)
+    assert uneven["abs_rel"].item() == pytest.approx((1 + 0 + 0) / 3)
+    nothing = metrics.depth_errors(np.zeros_like(truth), truth, scaled=True)
+    assert nothing["abs_rel"].item() == pytest.approx(0.999)
+
+
+def test_a_missing_depth_is_a_wrong_answer():
     truth = np.full((1, 2, 2), 2.0)
-    perfect = {"rmse": 0.0, "abs_rel": 0.0, "delta1": 1.0}
-    assert metrics.depth_errors(truth, truth) == perfect
+    assert [x.item() for x in metrics.depth_errors(truth, truth).values()] == [0, 0, 1]
     nothing = metrics.depth_errors(np.zeros_like(truth), truth)
-    assert nothing["abs_rel"] == pytest.approx(0.999)
-    assert nothing["delta1"] == 0
+    assert nothing["abs_rel"].item() == pytest.approx(0.999)
+    assert nothing["delta1"].item() == 0
 
 
-def test_an_image_without_any_reading_is_left_out():
+def test_depth_without_any_reading_has_no_value():
     truth = np.array([[[0.0]], [[2.0]]])
-    assert metrics.depth_errors(np.array([[[7.0]], [[3.0]]]), truth)["rmse"] == pytest.approx(1.0)
+    np.testing.assert_allclose(metrics.depth_errors(np.array([[[7.0]], [[3.0]]]), truth)["rmse"], [np.nan, 1.0])
+
+
+def test_foreground_counts_void_as_background():
+    labels = np.array([[0, 1, 255]])
+    assert metrics.foreground(labels, 0).tolist() == [[False, True, True]]
+    assert metrics.foreground(labels, 0, 255).tolist() == [[False, True, False]]
+
+
+def test_mean_of_ratios_leaves_out_absent_classes():
+    assert metrics.mean_of_ratios(np.array([[1, 2], [0, 0], [3, 4]])) == pytest.approx(0.625)
+    assert np.isnan(metrics.mean_of_ratios(np.zeros((2, 2))))
+
+
+def test_accuracy_of_all_void_is_nan():
+    assert np.isnan(metrics.accuracy(np.zeros((2, 2), int)))
+
+
+def test_confusion_and_mean_iou_equal_scikit_learn():
+    rng = np.random.default_rng(0)
+    truth, labels = rng.integers(0, 5, (2, 3, 40, 40))
+    counts = metrics.confusion(labels, truth, 5)
+    np.testing.assert_array_equal(counts, sklearn.metrics.confusion_matrix(truth.ravel(), labels.ravel()))
+    expected = sklearn.metrics.jaccard_score(truth.ravel(), labels.ravel(), average="macro")
+    assert metrics.mean_iou(counts) == pytest.approx(expected)
+    without = sklearn.metrics.jaccard_score(truth.ravel(), labels.ravel(), average="macro", labels=[1, 2, 3, 4])
+    assert metrics.mean_iou(counts, exclude=[0]) == pytest.approx(without)
+    assert metrics.accuracy(counts) == pytest.approx(sklearn.metrics.accuracy_score(truth.ravel(), labels.ravel()))

@@ -1,18 +1,25 @@
-"""The HTML report is self-contained and shows its content unchanged."""
+"""The HTML page is self-contained and shows figures and pictures unchanged; evaluations are not run twice."""
 
 import base64
 import datetime
 import html.parser
 import io
+import json
 import re
 
 import numpy as np
 import PIL.Image
+import pytest
 
+from lvm.common.errors import UserError
 from lvm.evaluation import report
-from lvm.evaluation.report import Section
+from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError
+from lvm.evaluation.figures import Estimate, Figure, Picture, Plot, Published, estimate
+from lvm.evaluation.plots import plot_curves
+from lvm.evaluation.run import run_evaluations
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (60, 7, 3), dtype=np.uint8)
+CURVE = Plot({"loss": [(1.0, 2.0), (2.0, 1.0)]}, "step", "loss")
 
 
 class Page(html.parser.HTMLParser):
@@ -31,58 +38,141 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
-def render():
-    chart = report.plot_curves({"loss": [(1.0, 2.0), (2.0, 1.0)]}, "step", "loss")
-    sections = [Section("Answers", "generated", PICTURE), Section("Loss", "during training", chart)]
-    table = [("PSNR, x<y", "12.3 dB", "a & b")]
-    return report.render_page("Title & <more>", "An <b>intro</b>", table, sections)
+class Given(Evaluator):
+    """Gives what it is made with."""
+
+    needs_images = False
+
+    def __init__(self, result=None, error=None, every=0):
+        self.__dict__.update(result=result, error=error, runs=0, every=every)
+
+    def run(self, context):
+        self.__dict__["runs"] += 1
+        if self.error is not None:
+            raise self.error
+        return self.result
 
 
-def test_page_has_no_external_references():
-    text = render()
+def results_of(figures=(), pictures=()):
+    return list(figures), list(pictures)
+
+
+FIGURE = Figure(
+    "iou|a<b", estimate(np.array([0.7, 0.9])), "a & b", "", True, {"copied": estimate(np.array([0.2, 0.3]))},
+    Estimate(0.95), Published(0.4894, "different data"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def evaluations():
+    pictures = [Picture("Answers, given", "generated", PIXELS), Picture("Loss", "during training", CURVE)]
+    return {
+        "first": Given(results_of([FIGURE], pictures)),
+        "second_one": Given(results_of([Figure("psnr", Estimate(12.34), "x", "dB", None)])),
+        "third": Given(error=NotApplicableError("no depth here")),
+    }
+
+
+@pytest.fixture
+def run(tmp_path, make_context):
+    """(evaluations, request) → records and results, in a folder with a page."""
+
+    def run(evaluations, request=None):
+        context = make_context([], {})
+        records = run_evaluations(evaluations, context, tmp_path, request or {"model": 1})
+        results = report.collect_results(request or {"model": 1}, records)
+        report.write_report(tmp_path, results, records)
+        return results
+
+    return run
+
+
+def test_results_are_what_evaluators_return(run, evaluations, tmp_path):
+    results = run(evaluations)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["figures"]["first"]["iou|a<b"]["value"] == pytest.approx(0.8)
+    assert results["figures"]["second_one"]["psnr"]["unit"] == "dB"
+    assert results["skipped"] == {"third": "no depth here"}
+    assert results["plots"]["first"]["Loss"]["x_label"] == "step"
+    with np.load(tmp_path / "evaluations" / "first.npz") as resamples:
+        assert set(resamples) == {"iou|a<b", "iou|a<b|copied"}
+        np.testing.assert_allclose(np.percentile(resamples["iou|a<b"], [2.5, 97.5]), [0.7, 0.9], rtol=1e-6)
+    picture = PIL.Image.open(tmp_path / "pictures" / "first-answers-given.png")
+    np.testing.assert_array_equal(picture, PIXELS)
+
+
+def test_finished_evaluations_are_not_run_again(run, evaluations):
+    run(evaluations)
+    run(evaluations)
+    assert [evaluator.runs for evaluator in evaluations.values()] == [1, 1, 1]
+    run(evaluations, {"model": 2})
+    assert [evaluator.runs for evaluator in evaluations.values()] == [2, 2, 2]
+
+
+def test_interrupted_run_goes_on_where_it_ended(run, evaluations):
+    broken = {**evaluations, "third": Given(error=UserError("shots=9: use fewer"))}
+    with pytest.raises(UserError, match=r"^config\.evaluations\.third: shots=9: use fewer$"):
+        run(broken)
+    run(evaluations)
+    assert [evaluator.runs for evaluator in evaluations.values()] == [1, 1, 1]
+
+
+def test_page_has_no_external_references(run, evaluations, tmp_path):
+    run(evaluations)
+    text = (tmp_path / "index.html").read_text()
     page = Page(text)
     assert len(page.references) == 2
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert not {"script", "link", "iframe"} & set(page.tags)
     without_pictures = re.sub(r'src="data:[^"]*"', "", text)
     assert not re.search(r"http|//|@import|url\(", without_pictures)
+    assert str(datetime.date.today().year) not in without_pictures
 
 
-def test_page_escapes_text():
-    page = Page(render())
-    content = "".join(page.text)
-    for text in ("Title & <more>", "An <b>intro</b>", "PSNR, x<y", "12.3 dB", "a & b", "generated"):
-        assert text in content
+def test_page_shows_figures_with_intervals_and_baselines(run, evaluations, tmp_path):
+    run(evaluations)
+    page = Page((tmp_path / "index.html").read_text())
+    content = "|".join(page.text)
+    row = (
+        "iou|a<b|0.800|0.700 – 0.900|copied 0.250 (0.200 – 0.300)|0.950|0.489 (different data)|a & b; higher is better"
+    )
+    assert row in content
+    assert "psnr|12.3 dB|x" in content
+    assert "second one" in content
+    assert "third: no depth here" in content
     assert "b" not in page.tags
-    assert page.tags.count("td") == 3
 
 
-def test_page_embeds_pictures_losslessly():
-    reference = Page(render()).references[0]
+def test_page_embeds_pictures_losslessly(run, evaluations, tmp_path):
+    run(evaluations)
+    reference = Page((tmp_path / "index.html").read_text()).references[0]
     data = base64.b64decode(reference.removeprefix("data:image/png;base64,"))
-    np.testing.assert_array_equal(PIL.Image.open(io.BytesIO(data)), PICTURE)
+    np.testing.assert_array_equal(PIL.Image.open(io.BytesIO(data)), PIXELS)
+    assert PIL.Image.open(tmp_path / "pictures" / "overview.webp").size == (7, 60)
 
 
-def test_page_has_no_date():
-    text = render()
-    chart = Page(text).references[1].removeprefix("data:image/png;base64,")
-    assert set(PIL.Image.open(io.BytesIO(base64.b64decode(chart))).info) <= {"Software", "dpi"}
-    assert str(datetime.date.today().year) not in re.sub(r'src="data:[^"]*"', "", text)
+def test_metrics_table_names_the_evaluation(run, evaluations):
+    rows = report.metrics_table(run(evaluations))
+    assert rows[0] == ("first: iou|a<b", "0.800", "95 % 0.700 – 0.900; copied 0.250 (0.200 – 0.300)")
+    assert rows[1] == ("second_one: psnr", "12.3 dB", "")
 
 
-def test_plot_curves_depends_on_points_and_scale():
+def test_plot_depends_on_points_bands_and_scale():
     series = {"a": [(1.0, 10.0), (2.0, 100.0)]}
     charts = [
-        report.plot_curves(series, "x", "y"),
-        report.plot_curves(series, "x", "y", log_y=True),
-        report.plot_curves({**series, "b": [(1.0, 20.0)]}, "x", "y"),
-        report.plot_curves({}, "x", "y"),
+        plot_curves(Plot(series, "x", "y")),
+        plot_curves(Plot(series, "x", "y", log_y=True)),
+        plot_curves(Plot({**series, "b": [(1.0, 20.0)]}, "x", "y")),
+        plot_curves(Plot({"a": [(1.0, 10.0, 5.0, 15.0), (2.0, 100.0, 50.0, 120.0)]}, "x", "y")),
+        plot_curves(Plot({}, "x", "y")),
     ]
-    assert len(set(charts)) == 4
-    assert all(PIL.Image.open(io.BytesIO(chart)).format == "PNG" for chart in charts)
+    assert len(set(charts)) == 5
+    images = [PIL.Image.open(io.BytesIO(chart)) for chart in charts]
+    assert all(image.format == "PNG" and set(image.info) <= {"Software", "dpi"} for image in images)
 
 
-def test_metric_curve_takes_the_records_with_the_key():
-    records = [{"step": 1, "loss": 3.0}, {"step": 2, "heldout_loss": 9.0}, {"step": 3, "loss": 1.0}]
-    assert report.metric_curve(records, "loss") == [(1, 3.0), (3, 1.0)]
-    assert report.metric_curve(records, "perplexity") == []
+def test_context_needs_a_source_for_images(make_context):
+    context = make_context([], {})
+    bare = Context(context.model, context.tokenizer, context.mixture)
+    with pytest.raises(UserError, match="no image source"):
+        _ = bare.heldout

@@ -8,6 +8,7 @@ import pytest
 from scipy.special import log_softmax
 
 from lvm.common.errors import UserError
+from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.inference.generator import SamplingParams
 from lvm.inference.pretrained import LVM
 from lvm.model.nnx_utils import init_params
@@ -34,6 +35,25 @@ def test_token_losses_match_logits(model):
     log_probs = log_softmax(model.logits(tokens[:, :-1]).astype(np.float64), -1)
     expected = -np.take_along_axis(log_probs, tokens[:, 1:, None], -1)[..., 0]
     np.testing.assert_allclose(model.token_losses(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=4, fsdp=2), MeshConfig(data=2, sequence=2, tensor=2)])
+def test_losses_and_logits_on_several_devices(model, mesh):
+    sharded = LVM(model.config, VOCABULARY, model._params, {}, 0, make_mesh(mesh))
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY.size, (5, 20))  # the mesh divides neither
+    for name in ("token_losses", "logits"):
+        expected = getattr(model, name)(tokens)
+        np.testing.assert_allclose(getattr(sharded, name)(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_with_params_takes_other_weights(model):
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY.size, (1, 20))
+    before = model.token_losses(tokens)
+    other = model.with_params(jax.tree.map(lambda x: x * 0, model._params), 7)
+    assert other.step == 7
+    np.testing.assert_allclose(other.token_losses(tokens), np.log(VOCABULARY.size), rtol=1e-5)
+    assert (other.generate(tokens[:, :4][None] % 32, 1, temperature=0.0) == 0).all()
+    np.testing.assert_array_equal(model.token_losses(tokens), before)
 
 
 def test_wide_heads_get_a_kernel_that_runs(monkeypatch):

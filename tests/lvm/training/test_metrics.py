@@ -7,8 +7,10 @@ import types
 import uuid
 from unittest import mock
 
+import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -172,6 +174,8 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.calls = []
 
+    Image = staticmethod(lambda pixels: ("image", pixels.shape))
+
     def init(self, **options):
         self.calls.append(options)
         if options["project"] == "secret":
@@ -200,6 +204,7 @@ def test_wandb_gets_all_values_under_one_id(tmp_path, wandb):
     for start in (0, 1):
         with MetricsWriter(tmp_path, start, "team/vision") as writer:
             writer.write(start + 1, {"loss": 2.0})
+            writer.write_pictures(start + 1, {"answers": np.zeros((4, 5, 3), np.uint8)})
     first, second = (options for options in wandb.calls if isinstance(options, dict) and "id" in options)
     assert first == second
     assert (first["entity"], first["project"], first["resume"]) == ("team", "vision", "allow")
@@ -207,6 +212,16 @@ def test_wandb_gets_all_values_under_one_id(tmp_path, wandb):
     assert first["name"] == tmp_path.name
     assert wandb.calls.count(("*", "step")) == wandb.calls.count("finished") == 2
     assert {"step": 2, "loss": 2.0} in wandb.calls
+    assert {"step": 2, "answers": ("image", (4, 5, 3))} in wandb.calls
+
+
+def test_pictures_are_written_to_files_and_tensorboard(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write_pictures(7, {"answers-video": picture})
+    np.testing.assert_array_equal(Image.open(tmp_path / "pictures" / "answers-video-0000007.png"), picture)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"answers-video" in events.read_bytes()
 
 
 def test_wandb_refused_or_missing_is_user_error(tmp_path, wandb, monkeypatch):

@@ -1,0 +1,67 @@
+"""Episodes of in-context tasks: a query image, and pairs of an image and its annotation as examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+from lvm.evaluation.heldout import HeldoutScene
+
+Images = UInt8[np.ndarray, "B H W 3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """A frame to annotate, with frames of other scenes as examples."""
+
+    scene: HeldoutScene
+    frame: int
+    examples: tuple[tuple[HeldoutScene, int], ...]
+
+    def prompt(self, input_stream: str, target_stream: str) -> Integer[np.ndarray, "K N"]:
+        """Grids x1 y1 … xn yn xq."""
+        streams = (input_stream, target_stream)
+        pairs = [scene.grid(frame, stream) for scene, frame in self.examples for stream in streams]
+        return np.stack([*pairs, self.scene.grid(self.frame, input_stream)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Keys of the scenes, and frames."""
+        examples = [[scene.info.key, frame] for scene, frame in self.examples]
+        return {"query": [self.scene.info.key, self.frame], "examples": examples}
+
+
+def make_queries(
+    scenes: Sequence[HeldoutScene], count: int, shots: int, seed: int, same_class: bool = False
+) -> list[Query]:
+    """Queries over all scenes in turn, with random frames and examples from other scenes.
+
+    Args:
+      scenes: to choose from.
+      count: number of queries.
+      shots: examples of each.
+      seed: query i is a function of the seed, i and the scenes.
+      same_class: examples are of the query's class; scenes of a class with too few others are no queries.
+
+    Returns:
+      The queries; [] for too few scenes.
+    """
+    classes = np.array([scene.info.class_name if same_class else "" for scene in scenes])
+    usable = [i for i, name in enumerate(classes) if np.count_nonzero(classes == name) > shots]
+    queries = []
+    for index in range(count if usable else 0):
+        rng = np.random.default_rng([seed, index])
+        scene = usable[index % len(usable)]
+        order = rng.permutation(len(scenes)).tolist()
+        others = [i for i in order if i != scene and classes[i] == classes[scene]][:shots]
+        examples = tuple((scenes[i], int(rng.integers(len(scenes[i].images)))) for i in others)
+        queries.append(Query(scenes[scene], int(rng.integers(len(scenes[scene].images))), examples))
+    return queries
+
+
+def first_examples(query: Query, shots: int) -> Query:
+    """The query with its first `shots` examples."""
+    return dataclasses.replace(query, examples=query.examples[:shots])

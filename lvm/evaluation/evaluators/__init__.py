@@ -1,0 +1,1 @@
+"""Evaluators: each module has one, whose `kind` is the module's name."""

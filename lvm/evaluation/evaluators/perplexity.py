@@ -1,0 +1,89 @@
+"""Perplexity of held-out sentences by component, by images in context and by position within the image."""
+
+import dataclasses
+
+import numpy as np
+
+from lvm.common.validation import check_positive
+from lvm.data.mixture.mixture import MixtureConfig
+from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
+from lvm.evaluation.figures import Estimate, Figure, Picture, Plot, estimate
+from lvm.evaluation.likelihood import Losses
+
+_AVERAGES = {"exp_of_mean": "exponential of the mean loss", "mean_of_exp": "mean over sentences, as in the LVM paper"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity(Evaluator):
+    """Per-image perplexity given the preceding images of the sentence, in both averages in use.
+
+    `exp_of_mean` is the exponential of the loss averaged over sentences; `mean_of_exp` the mean over sentences of the
+    exponential of a sentence's mean loss, as in the LVM paper (arXiv 2312.00785).
+
+    Attributes:
+      num_sentences: of each component.
+      data: a mixture whose stores' held-out sentences are measured, all scenes if its `heldout_fraction` is 0; without
+        components, the sentences of the training mixture.
+    """
+
+    kind = "perplexity"
+    needs_images = False
+
+    num_sentences: int = 128
+    data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "num_sentences")
+
+    def run(self, context: Context) -> Result:
+        data = self.data if self.data.components else None
+        losses = context.losses(self.num_sentences, data)
+        if not losses:
+            raise NotApplicableError("no component has held-out sentences that fit the context")
+        components = (data or context.mixture).components
+        figures = []
+        by_image: dict[str, dict[str, list[tuple[float, ...]]]] = {name: {} for name in _AVERAGES}
+        by_position = {}
+        for name, values in losses.items():
+            answers = components[name].recipe.answer_mask
+            # A sentence without answers, of a single image, is measured whole.
+            measured = values[:, answers] if answers.any() else values
+            for average, text in _AVERAGES.items():
+                perplexity = _perplexity(np.nanmean(measured, axis=(1, 2)), average)
+                text = f"perplexity of the answers of {name}, {text}; {len(values)} sentences"
+                figures.append(Figure(f"{average}/{name}", perplexity, text, "", False))
+                # Images to be predicted; in a plain sequence the first one, too.
+                shown = [i for i, is_answer in enumerate(answers) if is_answer or (i == 0 and answers[1:].all())]
+                each = {i: _perplexity(np.nanmean(values[:, i], axis=1), average) for i in shown}
+                by_image[average][name] = [(float(i), x.value, *(x.interval or ())) for i, x in each.items()]
+            by_position[name] = [(float(i + 1), value) for i, value in enumerate(_position_losses(measured))]
+        return figures, [
+            *(
+                Picture(
+                    f"Perplexity against context, {average.replace('_', ' ')}",
+                    f"Per-image perplexity given the preceding images, {text}; bands are 95 % intervals.",
+                    Plot(by_image[average], "images in context", "perplexity of the next image", log_y=True),
+                )
+                for average, text in _AVERAGES.items()
+            ),
+            Picture(
+                "Loss by position",
+                "Mean loss of each code of an answer, in raster order: the first codes decide what the image shows.",
+                Plot(by_position, "position within the image", "nats"),
+            ),
+        ]
+
+
+def _perplexity(by_sentence: np.ndarray, average: str) -> Estimate:
+    """Perplexity from the mean loss of each sentence, [B]."""
+    if average == "mean_of_exp":
+        return estimate(np.exp(by_sentence.astype(np.float64)))
+    return estimate(by_sentence, lambda mean: float(np.exp(mean)))
+
+
+def _position_losses(losses: Losses) -> list[float]:
+    """Mean loss at each position; NaN where nothing predicts the code, as the first one without BOS."""
+    predicted = ~np.isnan(losses)
+    count = predicted.sum((0, 1))
+    return (np.where(predicted, losses, 0).sum((0, 1)) / np.where(count > 0, count, np.nan)).tolist()
