@@ -40,8 +40,11 @@ def get_config() -> ConfigDict:
             device_flops=2e10,  # of two cores
             evaluation=(
                 "--config=configs/eval_demo.py",
-                "--config.num_queries=64",
-                "--config.num_sentences=64",
+                *(
+                    f"--config.evaluations.{task}.num_queries=64"
+                    for task in ("depth", "edges", "segmentation", "task_following")
+                ),
+                *(f"--config.evaluations.{name}.num_sentences=64" for name in ("likelihood", "perplexity")),
                 "--tokenizer=runs/demo/tokenizer",
             ),
         )

@@ -22,6 +22,7 @@ _COLUMNS = ("name", "budget", "params", "params_without_embedding", "tokens", "f
             "learning_rate", "steps")  # fmt: skip
 _LOSS = "heldout_loss"
 _SCORES = ("foreground_iou", "class_miou", "pixel_accuracy", "delta1")  # of a prompted task
+_EXP_OF_MEAN = "exp_of_mean/"  # perplexity of a component
 _POLL_S = 0.2
 _LOCK = "results"  # the claim under which the table is written
 
@@ -103,8 +104,12 @@ def read_downstream(folder: epath.PathLike, run: Run) -> dict[str, float]:
     if run.evaluation:
         results = files.read_side_file(epath.Path(folder) / run.evaluation / "results.json")
     metrics: dict[str, float] = {}
-    for task, scores in results.get("prompted", {}).items():
-        metrics |= {f"{SCORE}{task} {name}": scores[name] for name in _SCORES if scores.get(name) is not None}
-    for component, lists in results.get("likelihood", {}).get("perplexity_by_image", {}).items():
-        metrics[f"{PERPLEXITY}{component}"] = lists["exp_of_mean"][-1]
+    for evaluation, figures in results.get("figures", {}).items():
+        for name, figure in figures.items():
+            if figure["value"] is None:
+                continue
+            if name in _SCORES:
+                metrics[f"{SCORE}{evaluation} {name}"] = figure["value"]
+            elif name.startswith(_EXP_OF_MEAN):
+                metrics[f"{PERPLEXITY}{name.removeprefix(_EXP_OF_MEAN)}"] = figure["value"]
     return metrics

@@ -42,9 +42,9 @@ class Training:
             self._maybe_kill()
             path = self.folder / run.evaluation / "results.json"
             path.parent.mkdir(parents=True)
-            likelihood = {"perplexity_by_image": {"video": {"exp_of_mean": [3.0, 2.5]}}}
-            scores = {"segmentation": {"class_miou": 0.25, "queries": 8}}
-            path.write_text(json.dumps({"prompted": scores, "likelihood": likelihood}))
+            figures = {"class_miou": {"value": 0.25}, "psnr": {"value": 8.0}}
+            perplexity = {"exp_of_mean/video": {"value": 2.5}, "mean_of_exp/video": {"value": 3.0}}
+            path.write_text(json.dumps({"figures": {"segmentation": figures, "perplexity": perplexity}}))
             return EXIT_DONE
         workdir.mkdir(parents=True, exist_ok=True)
         if code := self.fail.get(run.name):

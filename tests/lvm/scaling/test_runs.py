@@ -69,8 +69,10 @@ def test_evaluations_give_downstream_metrics(tmp_path):
     write_manifest(tmp_path, runs)
     (tmp_path / "run-1" / "evaluation").mkdir()
     results = {
-        "prompted": {"segmentation": {"foreground_iou": 0.7, "psnr": 9.0}},
-        "likelihood": {"perplexity_by_image": {"depth": {"exp_of_mean": [9.0, 4.0]}}},
+        "figures": {
+            "segmentation": {"foreground_iou": {"value": 0.7}, "psnr": {"value": 9.0}, "class_miou": {"value": None}},
+            "perplexity": {"exp_of_mean/depth": {"value": 4.0}},
+        }
     }
     (tmp_path / "run-1" / "evaluation" / "results.json").write_text(json.dumps(results))
     rows, _ = read_runs(tmp_path)
