@@ -1,19 +1,15 @@
 """Plots as PNG."""
 
-import io
+from matplotlib.figure import Figure
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
-
+from lvm.common.page import figure_png
 from lvm.evaluation.figures import Plot
 
 
 def plot_curves(plot: Plot) -> bytes:
     """Draws a plot's curves, with bands where points have intervals."""
-    figure, axes = pyplot.subplots(figsize=(7.2, 3.2), dpi=120)
+    figure = Figure(figsize=(7.2, 3.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
     for name, points in plot.series.items():
         x, y, *band = zip(*points, strict=True)
         (line,) = axes.plot(x, y, label=name, marker="o" if len(points) < 20 else None, linewidth=1.4, markersize=4)
@@ -25,8 +21,4 @@ def plot_curves(plot: Plot) -> bytes:
     axes.grid(alpha=0.25)
     if plot.series:
         axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return figure_png(figure)

@@ -1,37 +1,20 @@
 """Report of an evaluation, from the records of its evaluators: `results.json` and a self-contained HTML page."""
 
-import base64
-import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from lvm.common import files
+from lvm.common import files, page
+from lvm.common.page import Section
 from lvm.evaluation.figures import format_value
 from lvm.inference.contact_sheet import crop_rows
 
 Row = tuple[str, ...]
 COLUMNS = ("figure", "value", "95 % interval", "baselines", "tokenizer's ceiling", "published", "meaning")
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fafaf8; margin: 0 auto; padding: 2rem 1rem 4rem;
-       max-width: 76rem; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .3rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
-p { margin: .3rem 0 .7rem; color: #555; max-width: 46rem; }
-img { max-width: 100%; display: block; background: #fff; border: 1px solid #e4e2dc; border-radius: 4px; }
-table { border-collapse: collapse; background: #fff; border: 1px solid #e4e2dc; font-size: .9rem;
-        margin: .5rem 0 1rem; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .7rem; border-bottom: 1px solid #eeece6;
-         font-weight: normal; }
-th { color: #777; }
-td:nth-child(2), td:nth-child(3) { white-space: nowrap; font-variant-numeric: tabular-nums; }
-td:nth-child(2) { font-weight: 600; }
-td:nth-child(n+4) { color: #666; }
-"""
 
 
 def collect_results(request: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -115,29 +98,16 @@ def render_page(results: Mapping[str, Any], records: Mapping[str, Mapping[str, A
         "Intervals are 95 % bootstrap intervals over queries, sentences or images; baselines answer without a model; "
         "the ceiling is the true answer, encoded and decoded by the tokenizer."
     )
-    blocks = []
+    sections = []
     for name, record in records.items():
         if "skipped" in record:
             continue
-        blocks.append(f"<h2>{html.escape(name.replace('_', ' '))}</h2>")
-        if record["figures"]:
-            blocks.append(_table([figure_row(key, figure) for key, figure in record["figures"].items()]))
+        rows = [figure_row(key, figure) for key, figure in record["figures"].items()]
+        sections.append(Section(name.replace("_", " "), metrics=[COLUMNS, *rows] if rows else ()))
         for picture in record["pictures"]:
-            data = base64.b64encode((folder / picture["file"]).read_bytes()).decode()
-            heading, text = html.escape(picture["title"]), html.escape(picture["text"])
-            blocks.append(f'<h3>{heading}</h3><p>{text}</p><img alt="{heading}" src="data:image/png;base64,{data}">')
+            png = (folder / picture["file"]).read_bytes()
+            sections.append(Section(picture["title"], picture["text"], picture=png, level=3))
     if results["skipped"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in results["skipped"].items())
-        blocks.append(f"<h2>Not evaluated</h2><p>{html.escape(reasons)}</p>")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{''.join(blocks)}</html>\n"
-    )
-
-
-def _table(rows: Sequence[Row]) -> str:
-    """A table without the columns that are empty in all rows."""
-    kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
-    head = "".join(f"<th>{html.escape(COLUMNS[i])}</th>" for i in kept)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(row[i])}</td>" for i in kept) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+        sections.append(Section("Not evaluated", reasons))
+    return page.render_page(title, intro, (), sections)

@@ -188,36 +188,44 @@ def _sections(analysis: Analysis) -> list[Section]:
             "Loss against compute",
             "Every row, the envelope of the rows that no cheaper row beats, and the law's loss at its optimal N and D "
             "with its band of 95 %. Dashed and on gray: beyond the rows.",
-            plots.plot_loss(analysis),
+            picture=plots.plot_loss(analysis),
         ),
         Section(
             "IsoFLOP parabolas",
             "Solid over the sizes sampled, dotted beyond. Diamonds are the minima; hollow ones are not used.",
-            plots.plot_parabolas(analysis),
-            _parabola_table(analysis),
+            picture=plots.plot_parabolas(analysis),
+            table=_parabola_table(analysis),
         ),
         Section(
             "Optimal parameters and tokens",
             "By the law, the IsoFLOP minima and the envelope, with bands of 95 %; dashed beyond the rows.",
-            plots.plot_allocation(analysis),
+            picture=plots.plot_allocation(analysis),
         ),
         Section(
             "Loss over parameters and tokens",
             "Contours of the law, rows as points, and the compute-optimal line.",
-            plots.plot_contours(analysis),
+            picture=plots.plot_contours(analysis),
         ),
         Section(
-            "Residuals", "A trend in any of the three says that the law does not fit.", plots.plot_residuals(analysis)
+            "Residuals",
+            "A trend in any of the three says that the law does not fit.",
+            picture=plots.plot_residuals(analysis),
         ),
     ]
     if any(not held_out.problem for held_out in analysis.held_out):
         text = "Each budget predicted by a fit to the smaller ones: what the law is worth beyond its rows."
         sections.append(
-            Section("Roll-out over budgets", text, plots.plot_held_out(analysis), _held_out_table(analysis))
+            Section(
+                "Roll-out over budgets",
+                text,
+                picture=plots.plot_held_out(analysis),
+                table=_held_out_table(analysis),
+            )
         )
     for prefix, title in ((SCORE, "Downstream scores"), (PERPLEXITY, "Perplexity by task")):
         if (picture := plots.plot_downstream(analysis, prefix)) is not None:
-            sections.append(Section(title, "Against size and against held-out loss, a point a run.", picture))
+            text = "Against size and against held-out loss, a point a run."
+            sections.append(Section(title, text, picture=picture))
     excluded = analysis.observations.excluded
     reasons = [("row", "reason"), *excluded.items()] if excluded else ()
     sections.append(Section("Rows left out", f"{len(excluded)} rows; {_mask(analysis)}.", table=reasons))
