@@ -6,6 +6,9 @@ lvm evaluate --config=configs/eval_demo.py --model=MODEL --tokenizer=TOKENIZER -
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from lvm.common import cli, distributed, files
@@ -15,14 +18,17 @@ from lvm.common.logging import log_info
 from lvm.data.images.sources import open_source
 from lvm.data.mixture.mixture import MixtureConfig
 from lvm.evaluation import report
-from lvm.evaluation.config import EvalConfig
+from lvm.evaluation.config import EvalConfig, LPIPSConfig
 from lvm.evaluation.evaluator import Context, Tokenizer
 from lvm.evaluation.heldout import check_source
+from lvm.evaluation.image_metrics import Compare
 from lvm.evaluation.run import run_evaluations
 from lvm.hardware.sharding import make_mesh
 from lvm.inference.pretrained import LVM
 from lvm.interop.models import check_tokenizer
+from lvm.model.nnx_utils import Params
 from tokenizer import Tokenizer as LoadedTokenizer
+from tokenizer.perceptual.lpips import LPIPS
 
 
 def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: str) -> dict[str, Any]:
@@ -47,13 +53,14 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
         config.seed,
         {"model": model_folder, "tokenizer": tokenizer_folder},
         config.batch_size,
+        _lpips(config.lpips, loaded.preprocess.resolution, config.batch_size) if config.lpips else None,
     )
     settings = to_json(config)
     request = files.as_json(
         {
             # Figures don't depend on the batch size and the devices.
-            "config": {key: settings[key] for key in ("unseen", "max_scenes", "seed", "data")},
-            "model": {"record": model.record, "step": model.step},
+            "config": {key: settings[key] for key in ("unseen", "max_scenes", "seed", "data", "lpips")},
+            "model": {"record": model.record, "step": model.step, "parameters": model.num_params},
             "tokenizer": tokenizer.identity["hash"],
             "source": source and source.describe(),
         }
@@ -87,6 +94,27 @@ def _mixture(config: EvalConfig, model: LVM, folder: str) -> MixtureConfig:
             f"{folder}: other scenes may have been trained on"
         )
     return config.data
+
+
+def _lpips(config: LPIPSConfig, resolution: int, batch_size: int) -> Compare:
+    """LPIPS of images uint8 [B, H, W, 3]; all processes share the images of a call."""
+    network = LPIPS(weights=config.weights, heads=config.heads)
+    if resolution < network.min_resolution:
+        raise UserError(
+            f"config.lpips: the tokenizer's images are {resolution} pixels wide; LPIPS needs {network.min_resolution}"
+        )
+    params = network.load("config.lpips")
+
+    @jax.jit
+    def distances(params: Params, pairs: jax.Array) -> jax.Array:
+        images = pairs.astype(jnp.float32) / 255
+        return jax.vmap(lambda pair: network.distance(params, pair[:1], pair[1:], "float32"))(images)
+
+    def of_pairs(pairs: np.ndarray) -> np.ndarray:
+        batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+        return np.concatenate([np.asarray(distances(params, batch)) for batch in batches])
+
+    return lambda images, truth: distributed.map_rows(of_pairs, np.stack([images, truth], axis=1))
 
 
 def _run(args: cli.Args) -> None:

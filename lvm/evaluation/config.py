@@ -11,6 +11,22 @@ from lvm.hardware.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class LPIPSConfig:
+    """Files of LPIPS (`tokenizer.perceptual.lpips`); without them figures have no LPIPS.
+
+    Attributes:
+      weights: torchvision's VGG16.
+      heads: the linear heads of the lpips package.
+    """
+
+    weights: str = ""
+    heads: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.weights or self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Configuration of an evaluation.
 
@@ -23,6 +39,7 @@ class EvalConfig:
       data: the mixture of training, for models that don't record their own, such as published ones.
       seed: of sentences, queries and sampling.
       batch_size: images of a call of the tokenizer and prompts of a call of the model.
+      lpips: where LPIPS's weights are.
       mesh: the devices that the model is sharded over.
     """
 
@@ -33,6 +50,7 @@ class EvalConfig:
     data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
     seed: int = 0
     batch_size: int = 64
+    lpips: LPIPSConfig = dataclasses.field(default_factory=LPIPSConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 

@@ -67,14 +67,14 @@ def f_measure(counts: Shaped[np.ndarray, "*T 4"]) -> Float[np.ndarray, "*T"]:
     return np.asarray(2 * precision * recall / np.where(total > 0, total, 1))
 
 
-def ods(counts: Shaped[np.ndarray, "T 4"]) -> float:
+def ods(counts: Shaped[np.ndarray, "*n T 4"]) -> Float[np.ndarray, "*n"]:
     """F-measure of summed counts at the best threshold for all images (optimal dataset scale)."""
-    return float(f_measure(counts).max())
+    return np.asarray(f_measure(counts).max(-1))
 
 
-def ois(counts: Shaped[np.ndarray, "4"]) -> float:
+def ois(counts: Shaped[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n"]:
     """F-measure of summed counts, each image's at its own best threshold (optimal image scale)."""
-    return float(f_measure(counts))
+    return f_measure(counts)
 
 
 def best_counts(counts: Counts) -> Int[np.ndarray, "4"]:

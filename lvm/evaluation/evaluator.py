@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from lvm.data.mixture.mixture import Mixture, MixtureConfig
 from lvm.evaluation import likelihood
 from lvm.evaluation.figures import Figure, Picture
 from lvm.evaluation.heldout import Heldout
+from lvm.evaluation.image_metrics import Compare
 from lvm.inference.pretrained import LVM
 from lvm.training.evaluator import EvaluatorConfig, Stopping
 
@@ -100,6 +102,7 @@ class Context:
       seed: of sentences, episodes and sampling.
       folders: name → folder with the metrics of a training run, such as the model's.
       batch_size: images of a call of the tokenizer and prompts of a call of the model; figures don't depend on it.
+      lpips: images and true images uint8 [B, R, R, 3] → LPIPS of each; None without its weights.
       stopping: asked between batches by all processes alike; once true, `StoppedError` is raised.
     """
 
@@ -114,11 +117,12 @@ class Context:
         seed: int = 0,
         folders: Mapping[str, str] | None = None,
         batch_size: int = 64,
+        lpips: Compare | None = None,
         stopping: Stopping = lambda: False,
     ):
         self.model, self.tokenizer, self.mixture, self.source = model, tokenizer, mixture, source
         self.unseen, self.max_scenes, self.seed, self.batch_size = unseen, max_scenes, seed, batch_size
-        self.folders, self.stopping = folders or {}, stopping
+        self.folders, self.lpips, self.stopping = folders or {}, lpips, stopping
         self.cache: dict[Any, Any] = {}  # of results that several evaluators use, of this model
         self.episodes: Any = None  # questions that the running evaluator asks, as JSON, to be stored with its figures
 
@@ -190,6 +194,11 @@ class Context:
                 losses[name] = np.concatenate(parts)
             self.cache[key] = losses
         return self.cache[key]
+
+    def sentence_digests(self, count: int, data: MixtureConfig | None = None) -> dict[str, str]:
+        """Digests of `sentences`, as the episodes of evaluations of them."""
+        sentences = self.sentences(count, data)
+        return {name: hashlib.sha256(np.int32(codes).tobytes()).hexdigest()[:16] for name, codes in sentences.items()}
 
     def _sample_sentences(self, count: int) -> dict[str, Sentences]:
         sentences = {}

@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped, UInt8
 
 RESAMPLES = 2000
 _CHUNK = 2**24  # numbers of resampled statistics in memory at once
-Aggregate = Callable[[np.ndarray], float]  # mean statistics [*shape] → the figure
+Aggregate = Callable[[np.ndarray], np.ndarray]  # mean statistics [R, *shape] of R resamples → figures [R]
 Interval = tuple[float, float]
 
 
@@ -39,9 +39,9 @@ class Estimate:
         return {"value": self.value} | ({} if interval is None else {"interval": list(interval)})
 
 
-def mean_of(means: np.ndarray) -> float:
+def mean_of(means: np.ndarray) -> np.ndarray:
     """The aggregate of a statistic that is the figure itself."""
-    return float(means)
+    return means
 
 
 def estimate(statistics: Shaped[np.ndarray, "n ..."], aggregate: Aggregate = mean_of) -> Estimate:
@@ -57,7 +57,7 @@ def estimate(statistics: Shaped[np.ndarray, "n ..."], aggregate: Aggregate = mea
     flat = flat[is_valid]
     if not len(flat):
         return Estimate(float("nan"))
-    value = float(aggregate(flat.mean(0).reshape(shape)))
+    value = float(aggregate(flat.mean(0).reshape(1, *shape))[0])
     # Episodes are sampled before those without a value are left out: all figures are resampled alike.
     rng, count = np.random.default_rng(0), len(is_valid)
     resamples = np.empty(RESAMPLES)
@@ -65,10 +65,11 @@ def estimate(statistics: Shaped[np.ndarray, "n ..."], aggregate: Aggregate = mea
     for start in range(0, RESAMPLES, rows):
         stop = min(start + rows, RESAMPLES)
         indices = rng.integers(count, size=(stop - start, count))
-        times = np.stack([np.bincount(row, minlength=count) for row in indices])[:, is_valid]  # [rows, valid]
+        offsets = count * np.arange(stop - start)[:, None]
+        times = np.bincount((indices + offsets).ravel(), minlength=indices.size).reshape(indices.shape)[:, is_valid]
         totals = times.sum(1, keepdims=True)
         means = np.where(totals > 0, times @ flat / np.maximum(totals, 1), np.nan)
-        resamples[start:stop] = [aggregate(row.reshape(shape)) for row in means]
+        resamples[start:stop] = aggregate(means.reshape(-1, *shape))
     return Estimate(value, resamples)
 
 
@@ -81,6 +82,24 @@ class Published:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric of answers, which a `Figure` gives the value of.
+
+    Attributes:
+      name: the figure's.
+      text, unit, higher_is_better, published: as of `Figure`.
+      aggregate: mean statistic over queries → the figure.
+    """
+
+    name: str
+    text: str
+    unit: str = ""
+    higher_is_better: bool = True
+    aggregate: Aggregate = mean_of
+    published: Published | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +161,7 @@ class Plot:
     x_label: str
     y_label: str
     log_y: bool = False
+    log_x: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

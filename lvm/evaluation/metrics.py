@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 
 from lvm.common import statistics
 
+_SSIM_WINDOW = 11
 Codes = Integer[np.ndarray, "*shape"]  # codes or class ids
-Confusion = Shaped[np.ndarray, "C C"]  # counts [true class, predicted class], or means of some
+Confusion = Shaped[np.ndarray, "*n C C"]  # counts [true class, predicted class], or means of some
 
 
 def iou(masks: Bool[np.ndarray, "B H W"], truth: Bool[np.ndarray, "B H W"]) -> Float[np.ndarray, " B"]:
@@ -28,18 +29,18 @@ def confusion(labels: Codes, truth: Codes, num_classes: int, ignore: int | None 
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def accuracy(counts: Confusion) -> float:
-    """Share of correct pixels in a confusion matrix, or mean of some; NaN of an empty one."""
-    return float(np.trace(counts) / counts.sum()) if counts.sum() > 0 else float("nan")
+def accuracy(counts: Confusion) -> Float[np.ndarray, "*n"]:
+    """Share of correct pixels in confusion matrices, or means of some; NaN of an empty one."""
+    correct, total = np.trace(counts, axis1=-2, axis2=-1), counts.sum((-2, -1))
+    return np.where(total > 0, correct / np.where(total > 0, total, 1), np.nan)
 
 
-def mean_iou(counts: Confusion, exclude: Sequence[int] = ()) -> float:
-    """Mean IoU from a confusion matrix, over the classes present in the truth except `exclude`; NaN without any."""
-    intersection = np.diag(counts)
-    union = counts.sum(0) + counts.sum(1) - intersection
-    present = counts.sum(1) > 0
-    present[list(exclude)] = False
-    return float(np.mean(intersection[present] / union[present])) if present.any() else float("nan")
+def mean_iou(counts: Confusion, exclude: Sequence[int] = ()) -> Float[np.ndarray, "*n"]:
+    """Mean IoU from confusion matrices, over the classes present in the truth except `exclude`; NaN without any."""
+    intersection, present = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1) > 0
+    union = counts.sum(-2) + counts.sum(-1) - intersection
+    present[..., list(exclude)] = False
+    return _mean_of_ratios(intersection, union, present)
 
 
 def conditional_entropy(context: Codes, codes: Codes, num_codes: int, corrected: bool = False) -> float:
@@ -56,10 +57,15 @@ def conditional_entropy(context: Codes, codes: Codes, num_codes: int, corrected:
     return estimate
 
 
-def mean_of_ratios(sums: Shaped[np.ndarray, "C 2"]) -> float:
+def mean_of_ratios(sums: Shaped[np.ndarray, "*n C 2"]) -> Float[np.ndarray, "*n"]:
     """Mean of intersection / union over the classes that have a union; NaN without any."""
-    present = sums[:, 1] > 0
-    return float(np.mean(sums[present, 0] / sums[present, 1])) if present.any() else float("nan")
+    return _mean_of_ratios(sums[..., 0], sums[..., 1], sums[..., 1] > 0)
+
+
+def _mean_of_ratios(parts: np.ndarray, wholes: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of parts / wholes where the mask is set; NaN where it is nowhere."""
+    ratios, count = np.where(mask, parts / np.where(mask, wholes, 1), 0), mask.sum(-1)
+    return np.where(count > 0, ratios.sum(-1) / np.maximum(count, 1), np.nan)
 
 
 def foreground(labels: Codes, background: int, ignore: int | None = None) -> Bool[np.ndarray, "*shape"]:
@@ -168,8 +174,10 @@ def keypoint_shares(
 def ssim(images: UInt8[np.ndarray, "B H W 3"], truth: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, " B"]:
     """SSIM of each image with the settings of Wang et al. (2004), mean over channels.
 
-    A window of 11 × 11 pixels, Gaussian with σ 1.5; images must be as large.
+    A window of 11 × 11 pixels, Gaussian with σ 1.5; NaN for images smaller than that.
     """
+    if min(images.shape[1:3]) < _SSIM_WINDOW:
+        return np.full(len(images), np.nan)
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     pairs = zip(images, truth, strict=True)
     return np.array([skimage.metrics.structural_similarity(a, b, channel_axis=-1, **options) for a, b in pairs])

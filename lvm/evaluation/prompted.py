@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -10,7 +9,6 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Integer, Shaped, UInt8
 
-from lvm.common import statistics
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.common.validation import check_positive, check_tuples
@@ -18,8 +16,9 @@ from lvm.data.streams.codecs import Codec
 from lvm.evaluation import baselines
 from lvm.evaluation.episodes import Images, Query, first_examples, make_queries
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
-from lvm.evaluation.figures import Aggregate, Estimate, Figure, Picture, Plot, Published, estimate, mean_of
+from lvm.evaluation.figures import Estimate, Figure, Metric, Picture, Plot, estimate
 from lvm.evaluation.heldout import HeldoutScene
+from lvm.evaluation.image_metrics import image_metrics
 from lvm.inference.contact_sheet import Cell, render_sheet
 from lvm.inference.sampling import SamplingParams
 
@@ -29,32 +28,12 @@ _MAX_QUERIES = 5  # in a picture
 
 
 @dataclasses.dataclass(frozen=True)
-class Metric:
-    """A metric of answers.
-
-    Attributes:
-      name: its key in `Statistics`, and the figure's name.
-      text, unit, higher_is_better, published: as of `Figure`.
-      aggregate: mean statistic over queries → the figure.
-    """
-
-    name: str
-    text: str
-    unit: str = ""
-    higher_is_better: bool = True
-    aggregate: Aggregate = mean_of
-    published: Published | None = None
-
-
-PSNR = Metric("psnr", "PSNR of the answer's pixels, mean over queries", "dB")
-
-
-@dataclasses.dataclass(frozen=True)
 class PromptedTask(Evaluator):
     """Base of prompted tasks: how well a query is answered after example pairs.
 
     Attributes:
       codec_type: of the target stream.
+      image_metrics: names of further metrics, of the answer's pixels.
       input, target: the streams of images and their annotations.
       shots: example pairs of a query.
       num_queries: queries, over all held-out scenes in turn; equal for tasks whose scenes are.
@@ -64,6 +43,7 @@ class PromptedTask(Evaluator):
     """
 
     codec_type: ClassVar[type] = Codec
+    image_metrics: ClassVar[tuple[str, ...]] = ("psnr",)
 
     input: str = "rgb"
     target: str = ""
@@ -82,13 +62,13 @@ class PromptedTask(Evaluator):
         if self.input == self.target or not self.target:
             raise UserError(f"target={self.target!r} must be a stream other than input={self.input!r}")
 
-    @abc.abstractmethod
     def metrics(self, codec: Codec) -> Sequence[Metric]:
         """The metrics of `score`, in the order of the table."""
+        return []
 
-    @abc.abstractmethod
     def score(self, codec: Codec, images: Images, truth: Images, queries: Sequence[Query]) -> Statistics:
         """A statistic of each metric and query, of images parsed by the codec of the target stream."""
+        return {}
 
     def candidates(self, context: Context, queries: Sequence[Query], codec: Codec) -> dict[str, Images]:
         """Baselines: images given as answers without a model."""
@@ -117,9 +97,13 @@ class PromptedTask(Evaluator):
         images = self.answer(context, asked)
         ceiling = context.tokenizer.decode(np.stack([query.scene.grid(query.frame, self.target) for query in asked]))
 
+        of_pixels = image_metrics(context.lpips, self.image_metrics)
+        metrics = [*self.metrics(codec), *(metric for metric, _ in of_pixels)]
+
         def estimates(answers: Images) -> dict[str, Estimate]:
-            scores = self._score(codec, answers, truth, asked)
-            return {m.name: estimate(scores[m.name], m.aggregate) for m in self._metrics(codec)}
+            scores = {metric.name: compare(answers, truth) for metric, compare in of_pixels}
+            scores |= self.score(codec, answers, truth, asked)
+            return {metric.name: estimate(scores[metric.name], metric.aggregate) for metric in metrics}
 
         scored = {"model": estimates(images), "ceiling": estimates(ceiling)}
         others = {name: estimates(x) for name, x in self.candidates(context, asked, codec).items()}
@@ -135,12 +119,14 @@ class PromptedTask(Evaluator):
                 scored["ceiling"][metric.name],
                 metric.published,
             )
-            for metric in self._metrics(codec)
+            for metric in metrics
         ]
         pictures = [self._picture(asked, images, truth)]
         if self.sweep:
             answers = {n: images if n == self.shots else self.answer(context, q) for n, q in by_shots.items()}
-            pictures.append(self._sweep_plot({shots: estimates(answers[shots]) for shots in sorted(answers)}, codec))
+            pictures.append(
+                self._sweep_plot({shots: estimates(answers[shots]) for shots in sorted(answers)}, metrics[0])
+            )
         return figures, pictures
 
     def codec(self, context: Context) -> Codec:
@@ -180,12 +166,6 @@ class PromptedTask(Evaluator):
         """The model's answers."""
         return ask(context, queries, self.input, self.target, self.sampling)[1]
 
-    def _metrics(self, codec: Codec) -> list[Metric]:
-        return [*self.metrics(codec), PSNR]
-
-    def _score(self, codec: Codec, images: Images, truth: Images, queries: Sequence[Query]) -> Statistics:
-        return {**self.score(codec, images, truth, queries), PSNR.name: statistics.psnr(images, truth)}
-
     def _picture(self, queries: Sequence[Query], images: Images, truth: Images) -> Picture:
         rows = []
         for index in range(0, len(queries), max(1, len(queries) // _MAX_QUERIES))[:_MAX_QUERIES]:
@@ -202,8 +182,7 @@ class PromptedTask(Evaluator):
         title = f"{self.target.capitalize()}, by example".replace("_", " ")
         return Picture(title, text, render_sheet(rows))
 
-    def _sweep_plot(self, by_shots: Mapping[int, Mapping[str, Estimate]], codec: Codec) -> Picture:
-        metric = self._metrics(codec)[0]
+    def _sweep_plot(self, by_shots: Mapping[int, Mapping[str, Estimate]], metric: Metric) -> Picture:
         points = [
             (float(shots), scores[metric.name].value, *(scores[metric.name].interval or ()))
             for shots, scores in by_shots.items()

@@ -25,8 +25,9 @@ def run_evaluations(
 ) -> dict[str, dict[str, Any]]:
     """Runs the evaluators that `out` has no results of for this request; returns the records of all.
 
-    A record is `evaluations/NAME.json`: the figures, the files of the pictures, the questions that were asked, or the
-    reason why the evaluation was skipped. Bootstrap resamples are in `NAME.npz`. All processes must call this.
+    A record is `evaluations/NAME.json`: the settings, the figures, the files of the pictures, the questions that were
+    asked, or the reason why the evaluation was skipped. Bootstrap resamples are in `NAME.npz`. All processes must call
+    this.
 
     Raises:
       UserError: a setting doesn't fit the model or the data; names the evaluation.
@@ -37,13 +38,14 @@ def run_evaluations(
             (folder / name).mkdir(parents=True, exist_ok=True)
     for number, (name, evaluator) in enumerate(evaluations.items(), 1):
         path = folder / FOLDER / f"{name}.json"
-        digest = _digest({"evaluator": to_json(evaluator), "of": request})
+        settings = {key: value for key, value in to_json(evaluator).items() if key != "every"}
+        digest = _digest({"evaluator": settings, "of": request})
         done = distributed.is_first() and files.read_side_file(path).get("request") == digest
         if distributed.broadcast(int(done)):
             log_info(f"{name} is up to date")
             continue
         log_info(f"{name} ({number}/{len(evaluations)})")
-        record = {"request": digest, **_run(name, evaluator, context, folder)}
+        record = {"request": digest, "evaluator": settings, **_run(name, evaluator, context, folder)}
         if distributed.is_first():
             files.write_json(path, record)
     distributed.broadcast(0)  # written before any process reads

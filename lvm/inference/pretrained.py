@@ -108,10 +108,15 @@ class LVM:
         model._params, model.step = params, step
         return model
 
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return count_params(self._params)
+
     def __repr__(self) -> str:
         config, vocabulary = self.config, self.vocabulary
         return (
-            f"<LVM: {count_params(self._params):,} parameters, {config.num_layers} layers of {config.hidden_size}, "
+            f"<LVM: {self.num_params:,} parameters, {config.num_layers} layers of {config.hidden_size}, "
             f"context {config.context}, {vocabulary.num_codes} codes of {vocabulary.size} ids, {config.dtype}, "
             f"step {self.step}>"
         )

@@ -48,8 +48,11 @@ class Perceptual(abc.ABC):
         """Names and shapes of the weights, as torchvision has them."""
         return {}
 
-    def load(self) -> Params:
+    def load(self, setting: str = "config.loss.perceptual") -> Params:
         """Reads the weights, float32, convolutions as HWIO.
+
+        Args:
+          setting: key of this in the configuration, for errors.
 
         Raises:
           UserError: no path, a file that can't be read, or the tensors of another network.
@@ -117,9 +120,10 @@ class ClassifierLoss(Perceptual):
     def __post_init__(self) -> None:
         check_non_negative(self, "weight")
 
-    def load(self) -> Params:
+    def load(self, setting: str = "config.loss.perceptual") -> Params:
         """See `Perceptual.load`."""
-        return to_params(read_weights(self.weights, self.tensor_shapes(), "weights", self.kind, self.url))
+        key = f"{setting}.weights"
+        return to_params(read_weights(self.weights, self.tensor_shapes(), key, self.kind, self.url))
 
     @abc.abstractmethod
     def logits(self, params: Params, images: Float[Array, "B 224 224 3"], dtype: str) -> Float[Array, "B classes"]:
@@ -149,14 +153,13 @@ def read_weights(path: str, shapes: Mapping[str, Shape], key: str, kind: str, ur
     """Reads the named tensors of a file; it may have others.
 
     Raises:
-      UserError: see `Perceptual.load`; `key` is that of the path below `config.loss.perceptual`.
+      UserError: see `Perceptual.load`; `key` is the path's setting.
     """
-    setting = f"config.loss.perceptual.{key}"
     if not path:
-        raise UserError(f"{setting} is empty; {kind} needs weights, which {url} has; nothing is downloaded")
+        raise UserError(f"{key} is empty; {kind} needs weights, which {url} has; nothing is downloaded")
     file = epath.Path(path)
     if not file.is_file():
-        raise UserError(f"{setting}={path}: no such file; {url} has it")
+        raise UserError(f"{key}={path}: no such file; {url} has it")
     tensors = weights.read_tensors(file)
     interop.check_shapes({name: tensors[name] for name in shapes if name in tensors}, shapes, file)
     arrays = {name: tensors[name].read().astype(np.float32) for name in shapes}

@@ -49,10 +49,11 @@ class LPIPS(Perceptual):
         """See `Perceptual.tensor_shapes`."""
         return _backbone_shapes() | _head_shapes()
 
-    def load(self) -> Params:
+    def load(self, setting: str = "config.loss.perceptual") -> Params:
         """See `Perceptual.load`."""
-        backbone = read_weights(self.weights, _backbone_shapes(), "weights", self.kind, _URL)
-        return to_params(backbone | read_weights(self.heads, _head_shapes(), "heads", self.kind, _HEADS_URL))
+        backbone = read_weights(self.weights, _backbone_shapes(), f"{setting}.weights", self.kind, _URL)
+        heads = read_weights(self.heads, _head_shapes(), f"{setting}.heads", self.kind, _HEADS_URL)
+        return to_params(backbone | heads)
 
     def distance(
         self, params: Params, images: Float[Array, "B H W 3"], targets: Float[Array, "B H W 3"], dtype: str

@@ -1,4 +1,4 @@
-"""Colorization by example pairs: mean squared error in both definitions in use, PSNR and SSIM."""
+"""Colorization by example pairs: mean squared error in both definitions in use, PSNR, SSIM and LPIPS."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lvm.data.streams.codecs import Codec
-from lvm.evaluation import metrics
 from lvm.evaluation.episodes import Images, Query
-from lvm.evaluation.prompted import Metric, PromptedTask, Statistics
+from lvm.evaluation.figures import Metric
+from lvm.evaluation.prompted import PromptedTask, Statistics
 
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225])
 
@@ -23,6 +23,7 @@ class Colorization(PromptedTask):
     """
 
     kind = "colorization"
+    image_metrics = ("psnr", "ssim", "lpips")
 
     input: str = "gray"
     target: str = "rgb"
@@ -31,7 +32,6 @@ class Colorization(PromptedTask):
         return [
             Metric("mse_imagenet", "MSE of ImageNet-normalized pixels, as in visual prompting", "", False),
             Metric("mse_pixels", "MSE of pixels in [0, 1], summed over channels, as LVM's script has it", "", False),
-            Metric("ssim", "SSIM, mean over queries"),
         ]
 
     def score(self, codec: Codec, images: Images, truth: Images, queries: Sequence[Query]) -> Statistics:
@@ -40,5 +40,4 @@ class Colorization(PromptedTask):
         return {
             "mse_imagenet": np.mean(errors / _IMAGENET_STD**2, axis=1),
             "mse_pixels": errors.sum(1),
-            "ssim": metrics.ssim(images, truth),
         }

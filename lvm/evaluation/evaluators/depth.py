@@ -8,7 +8,8 @@ import numpy as np
 from lvm.data.streams.codecs import Codec, Depth
 from lvm.evaluation import metrics
 from lvm.evaluation.episodes import Images, Query
-from lvm.evaluation.prompted import Metric, PromptedTask, Statistics
+from lvm.evaluation.figures import Metric
+from lvm.evaluation.prompted import PromptedTask, Statistics
 
 _SCALED = " after median scaling"
 

@@ -10,8 +10,9 @@ from lvm.data.streams.codecs import PALETTE, Boxes, Codec, nearest_colors
 from lvm.evaluation import metrics
 from lvm.evaluation.episodes import Images, Query
 from lvm.evaluation.evaluator import Context
+from lvm.evaluation.figures import Metric
 from lvm.evaluation.heldout import HeldoutScene
-from lvm.evaluation.prompted import Metric, PromptedTask, Statistics
+from lvm.evaluation.prompted import PromptedTask, Statistics
 
 
 @dataclasses.dataclass(frozen=True)

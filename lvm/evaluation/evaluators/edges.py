@@ -9,7 +9,8 @@ from lvm.common.validation import check_positive
 from lvm.data.streams.codecs import Codec, Edges
 from lvm.evaluation import edge_metrics
 from lvm.evaluation.episodes import Images, Query
-from lvm.evaluation.prompted import Metric, PromptedTask, Statistics
+from lvm.evaluation.figures import Metric
+from lvm.evaluation.prompted import PromptedTask, Statistics
 
 
 @dataclasses.dataclass(frozen=True)

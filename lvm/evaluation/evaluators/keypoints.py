@@ -9,8 +9,9 @@ from lvm.common.validation import check_positive
 from lvm.data.streams.codecs import Codec, Pose
 from lvm.evaluation import metrics
 from lvm.evaluation.episodes import Images, Query
+from lvm.evaluation.figures import Metric
 from lvm.evaluation.heldout import HeldoutScene
-from lvm.evaluation.prompted import Metric, PromptedTask, Statistics
+from lvm.evaluation.prompted import PromptedTask, Statistics
 
 
 @dataclasses.dataclass(frozen=True)

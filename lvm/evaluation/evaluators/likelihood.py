@@ -35,11 +35,12 @@ class Likelihood(Evaluator):
         sentences, losses = context.sentences(self.num_sentences), context.losses(self.num_sentences)
         if not sentences:
             raise NotApplicableError("no component of the mixture has held-out sentences that fit the context")
+        context.episodes = context.sentence_digests(self.num_sentences)
         mixture, num_codes = context.mixture, context.model.vocabulary.num_codes
         weights = {name: mixture.code_weight(component) for name, component in mixture.components.items()}
         m = likelihood.mixture_metrics(losses, sentences, weights, num_codes)
         unigram = {"unigram entropy of the same codes": Estimate(m["unigram_entropy"])}
-        text = f"next-token loss, weighted as in training; {_below(m['below_unigram'])} below the unigram entropy"
+        text = f"next-token loss, weighted as in training; {_below(m['below_unigram'])} the unigram entropy"
         figures = [Figure("loss", Estimate(m["loss"]), text, "nats", False, unigram)]
         for name, values in losses.items():
             by_sentence = estimate(np.nanmean(values, axis=(1, 2)))
@@ -71,7 +72,7 @@ def _video_figures(context: Context, name: str, recipe: Video, losses: np.ndarra
     }
     later = dataclasses.replace(estimate(np.mean(losses[:, 2:], axis=(1, 2))), value=m["loss_from_image_3"])
     text = (
-        f"loss of {name} from image 3 on; {_below(m['below_conditional'])} below the entropy, which is of "
+        f"loss of {name} from image 3 on; {_below(m['below_conditional'])} the entropy, which is of "
         f"{m['num_transitions']:,} codes"
     )
     ratio = Estimate(m["perplexity_ratio"])
@@ -83,4 +84,6 @@ def _video_figures(context: Context, name: str, recipe: Video, losses: np.ndarra
 
 
 def _below(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
+    if share is None:
+        return "not comparable with"
+    return f"{abs(share):.1%} {'below' if share >= 0 else 'above'}"

@@ -41,6 +41,7 @@ class Perplexity(Evaluator):
         losses = context.losses(self.num_sentences, data)
         if not losses:
             raise NotApplicableError("no component has held-out sentences that fit the context")
+        context.episodes = context.sentence_digests(self.num_sentences, data)
         components = (data or context.mixture).components
         figures = []
         by_image: dict[str, dict[str, list[tuple[float, ...]]]] = {name: {} for name in _AVERAGES}
@@ -79,7 +80,7 @@ def _perplexity(by_sentence: np.ndarray, average: str) -> Estimate:
     """Perplexity from the mean loss of each sentence, [B]."""
     if average == "mean_of_exp":
         return estimate(np.exp(by_sentence.astype(np.float64)))
-    return estimate(by_sentence, lambda mean: float(np.exp(mean)))
+    return estimate(by_sentence, np.exp)
 
 
 def _position_losses(losses: Losses) -> list[float]:

@@ -22,6 +22,7 @@ class Reconstruction(Evaluator):
 
     def run(self, context: Context) -> Result:
         heldout, num_codes = context.heldout, context.tokenizer.num_codes
+        context.episodes = [scene.info.key for scene in heldout.scenes]
         figures: list[Figure] = []
         histogram = np.zeros(num_codes, np.int64)
         rows = []

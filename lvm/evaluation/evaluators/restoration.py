@@ -1,12 +1,8 @@
-"""Restoration by example pairs: inpainting, denoising, deraining, super-resolution; PSNR and SSIM."""
+"""Restoration by example pairs: inpainting, denoising, deraining, super-resolution; PSNR, SSIM and LPIPS."""
 
 import dataclasses
-from collections.abc import Sequence
 
-from lvm.data.streams.codecs import Codec
-from lvm.evaluation import metrics
-from lvm.evaluation.episodes import Images, Query
-from lvm.evaluation.prompted import Metric, PromptedTask, Statistics
+from lvm.evaluation.prompted import PromptedTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +10,7 @@ class Restoration(PromptedTask):
     """An image from a degraded one: the input is "masked", "noisy", "rain", "low_light" or "low_resolution"."""
 
     kind = "restoration"
+    image_metrics = ("psnr", "ssim", "lpips")
 
     input: str = "noisy"
     target: str = "rgb"
-
-    def metrics(self, codec: Codec) -> Sequence[Metric]:
-        return [Metric("ssim", "SSIM, mean over queries")]
-
-    def score(self, codec: Codec, images: Images, truth: Images, queries: Sequence[Query]) -> Statistics:
-        return {"ssim": metrics.ssim(images, truth)}

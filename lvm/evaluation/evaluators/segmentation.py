@@ -9,8 +9,8 @@ from lvm.data.streams.codecs import PALETTE, Codec, Palette
 from lvm.evaluation import metrics
 from lvm.evaluation.episodes import Images, Query
 from lvm.evaluation.evaluator import Context
-from lvm.evaluation.figures import Estimate
-from lvm.evaluation.prompted import Metric, PromptedTask, Statistics
+from lvm.evaluation.figures import Estimate, Metric
+from lvm.evaluation.prompted import PromptedTask, Statistics
 
 _CHANCE_REPEATS = 20
 

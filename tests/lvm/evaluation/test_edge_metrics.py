@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.optimize
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -19,6 +19,7 @@ def column(position, shape=(20, 20), strength=1.0):
     return edges
 
 
+@settings(max_examples=40)
 @given(MASKS, MASKS)
 def test_count_matches_equals_an_assignment(predicted, truth):
     distance = 0.25 * np.hypot(7, 7)

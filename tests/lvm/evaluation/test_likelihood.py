@@ -28,9 +28,13 @@ class Bigram(LVM):
 
     def token_losses(self, tokens):
         self.shapes.add(tokens.shape)
-        hidden = jax.nn.one_hot(tokens[:, :-1], self.vocabulary.size)
-        targets = jnp.asarray(tokens[:, 1:], jnp.int32)
-        return np.asarray(losses.token_losses(hidden, jnp.asarray(self.table), targets, 5)[0])
+        return np.asarray(table_losses(self.table, jnp.asarray(tokens, jnp.int32)))
+
+
+@jax.jit
+def table_losses(table, tokens):
+    hidden = jax.nn.one_hot(tokens[:, :-1], len(table))
+    return losses.token_losses(hidden, table, tokens[:, 1:], 5)[0]
 
 
 def random_sentences(count, grids=3, codes=4):

@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from lvm.common import statistics
 from lvm.evaluation import metrics
+from lvm.evaluation.edge_metrics import ods, ois
 
 
 def test_iou_of_known_masks():
@@ -114,3 +115,12 @@ def test_confusion_and_mean_iou_equal_scikit_learn():
     without = sklearn.metrics.jaccard_score(truth.ravel(), labels.ravel(), average="macro", labels=[1, 2, 3, 4])
     assert metrics.mean_iou(counts, exclude=[0]) == pytest.approx(without)
     assert metrics.accuracy(counts) == pytest.approx(sklearn.metrics.accuracy_score(truth.ravel(), labels.ravel()))
+
+
+@pytest.mark.parametrize("aggregate", [metrics.mean_iou, metrics.accuracy, metrics.mean_of_ratios, ods, ois])
+def test_aggregates_of_many_are_those_of_each(aggregate):
+    """Bootstrap resamples are aggregated at once; some lack a class, one has nothing."""
+    counts = np.random.default_rng(0).integers(0, 3, (40, 4, 4)) * np.random.default_rng(1).integers(0, 2, (40, 4, 1))
+    counts[0] = 0
+    counts = counts[..., :2] if aggregate is metrics.mean_of_ratios else counts
+    np.testing.assert_allclose(aggregate(counts), np.stack([aggregate(x) for x in counts]))

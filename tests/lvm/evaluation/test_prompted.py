@@ -13,8 +13,8 @@ from lvm.data.streams.codecs import Image
 from lvm.evaluation import baselines
 from lvm.evaluation.episodes import make_queries
 from lvm.evaluation.evaluator import Evaluator, NotApplicableError, StoppedError
-from lvm.evaluation.figures import Plot
-from lvm.evaluation.prompted import Metric, PromptedTask
+from lvm.evaluation.figures import Metric, Plot
+from lvm.evaluation.prompted import PromptedTask
 from lvm.inference.sampling import SamplingParams
 
 

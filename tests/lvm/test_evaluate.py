@@ -1,0 +1,48 @@
+"""LPIPS of `lvm evaluate`."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lvm import evaluate
+from lvm.common.errors import UserError
+from lvm.evaluation.config import LPIPSConfig
+from tokenizer.perceptual import lpips
+
+
+@pytest.fixture
+def small_files(monkeypatch, tmp_path):
+    """Random weights of a network with one small convolution a block."""
+    monkeypatch.setattr(lpips, "_BLOCKS", (((0, 4),), ((5, 6),)))
+    rng, paths = np.random.default_rng(0), []
+    for name, shapes in (("weights", lpips._backbone_shapes()), ("heads", lpips._head_shapes())):
+        paths.append(str(tmp_path / f"{name}.safetensors"))
+        save_file({key: rng.random(shape, np.float32) - (name == "weights") / 2 for key, shape in shapes.items()},
+                  paths[-1])  # fmt: skip
+    return LPIPSConfig(*paths)
+
+
+def test_lpips_is_of_each_pair_for_any_batch_size(small_files):
+    images, truth = np.random.default_rng(1).integers(0, 256, (2, 5, 16, 16, 3), dtype=np.uint8)
+    truth[3] = images[3]
+    distances = evaluate._lpips(small_files, 16, 2)(images, truth)
+    network = lpips.LPIPS(weights=small_files.weights, heads=small_files.heads)
+    params = network.load()
+    pairs = [(np.float32(a[None]) / 255, np.float32(b[None]) / 255) for a, b in zip(images, truth, strict=True)]
+    expected = [float(network.distance(params, a, b, "float32")) for a, b in pairs]
+    np.testing.assert_allclose(distances, expected, rtol=1e-5, atol=1e-7)
+    assert distances[3] == 0
+    assert min(distances[[0, 1, 2, 4]]) > 0.01
+    np.testing.assert_allclose(evaluate._lpips(small_files, 16, 64)(images, truth), distances, rtol=1e-5)
+
+
+def test_lpips_names_the_setting_of_a_missing_file(small_files):
+    with pytest.raises(UserError, match=r"^config\.lpips\.heads is empty"):
+        evaluate._lpips(LPIPSConfig(small_files.weights), 16, 2)
+    with pytest.raises(UserError, match=r"^config\.lpips\.weights=nowhere\.pth: no such file"):
+        evaluate._lpips(LPIPSConfig("nowhere.pth"), 16, 2)
+
+
+def test_lpips_needs_images_of_sixteen_pixels(small_files):
+    with pytest.raises(UserError, match=r"^config\.lpips: the tokenizer's images are 8 pixels wide"):
+        evaluate._lpips(small_files, 8, 2)
