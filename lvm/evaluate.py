@@ -1,8 +1,10 @@
 """Evaluate a model on held-out scenes: results.json and index.html.
 
 lvm evaluate --config=configs/eval_demo.py --model=MODEL --tokenizer=TOKENIZER --out=FOLDER
+lvm evaluate --compare=FOLDER,FOLDER,… --out=COMPARISON
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from lvm.common.logging import log_info
 from lvm.data.images.sources import open_source
 from lvm.data.mixture.mixture import MixtureConfig
 from lvm.evaluation import report
+from lvm.evaluation.compare import load_all, write_comparison
 from lvm.evaluation.config import EvalConfig, LPIPSConfig
 from lvm.evaluation.evaluator import Context, Tokenizer
 from lvm.evaluation.heldout import check_source
@@ -118,16 +121,23 @@ def _lpips(config: LPIPSConfig, resolution: int, batch_size: int) -> Compare:
 
 
 def _run(args: cli.Args) -> None:
-    evaluate(from_config_dict(EvalConfig, args.config), args.model, args.tokenizer, args.out)
+    if args.compare:
+        write_comparison(args.out, load_all(args.compare))
+        log_info(f"wrote {epath.Path(args.out) / 'index.html'} and comparison.json beside it")
+    else:
+        evaluate(from_config_dict(EvalConfig, args.config), args.model, args.tokenizer, args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     flags = cli.Flags(__doc__)
-    flags.config()
-    flags.string("model", None, "model folder", required=True)
-    flags.string("tokenizer", None, "tokenizer folder", required=True)
+    flags.comma_list("compare", (), "output folders of several models, to be compared with the first on one page")
     flags.string("out", None, "folder for results.json and index.html", required=True)
+    if not any(argument.lstrip("-").partition("=")[0] == "compare" for argument in argv):
+        flags.config()
+        flags.string("model", None, "model folder", required=True)
+        flags.string("tokenizer", None, "tokenizer folder", required=True)
     return flags.run(_run, argv)
 
 
