@@ -75,7 +75,7 @@ def estimate(statistics: Shaped[np.ndarray, "n ..."], aggregate: Aggregate = mea
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published figure, and how its data differ from those of the figure beside it."""
+    """A published figure, and whose on what data it is: mostly others than those of the figure beside it."""
 
     value: float
     text: str

@@ -9,7 +9,7 @@ from lvm.data.streams.codecs import PALETTE, Codec, Palette
 from lvm.evaluation import metrics
 from lvm.evaluation.episodes import Images, Query
 from lvm.evaluation.evaluator import Context
-from lvm.evaluation.figures import Estimate, Metric
+from lvm.evaluation.figures import Estimate, Metric, Published
 from lvm.evaluation.prompted import PromptedTask, Statistics
 
 _CHANCE_REPEATS = 20
@@ -41,7 +41,8 @@ class Segmentation(PromptedTask):
         if codec.background is None:
             return by_class
         return [
-            Metric("foreground_iou", "foreground IoU, mean over queries (the mIoU of visual prompting)"),
+            Metric("foreground_iou", "foreground IoU, mean over queries (the mIoU of visual prompting)",
+                   published=Published(0.4968, "LVM on Pascal-5i, mean of its four splits")),
             Metric("foreground_miou", "foreground mIoU of few-shot segmentation, summed by class", "",
                    True, metrics.mean_of_ratios),
             *by_class,
