@@ -83,7 +83,7 @@ def decode(codes):
     return codes.reshape(-1, 4, 4, 3).astype(np.uint8)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def exact_codec():
     """A lossless (encode, decode) pair."""
     return encode, decode

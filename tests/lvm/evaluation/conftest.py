@@ -35,7 +35,7 @@ class GivenHeldout(Heldout):
         self.scenes, self.codecs, self.failures = scenes, codecs, []
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_context(exact_codec):
     """(scenes, codecs, answer) → a context; `answer` is the last grid of the prompt unless it is given."""
 
