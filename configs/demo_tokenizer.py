@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
             batch_size=8,
             model=model,
             preprocess=Preprocess(64),
-            data=ImagesConfig("configs/demo_scenes.py", heldout_fraction=0.15, max_scenes=600),
+            data=ImagesConfig(
+                "configs/demo_scenes.py", heldout_fraction=0.15, max_scenes=600, crop=None, cache_gigabytes=0.5
+            ),
             loss=LossConfig(l1=0.25, l2=20.0, gradient=0.2, autoencoder_steps=384),
             optimizer=OptimizerConfig(
                 learning_rate=6e-3, end_learning_rate=3e-5, warmup_steps=50, b2=0.99, weight_decay=0.0

@@ -1,103 +1,196 @@
-"""Training images of a tokenizer: a source held in memory, and batches sampled from it."""
+"""Training images of a tokenizer: batches streamed from an image source, each a pure function of (seed, step)."""
 
-import concurrent.futures
 import dataclasses
+import json
+import pathlib
+import pickle
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int, UInt8
 
 from lvm.common.errors import UserError
-from lvm.common.logging import Progress, log_info
+from lvm.common.logging import log_info
 from lvm.common.seeding import derive_seed
-from lvm.common.validation import check_non_negative
+from lvm.common.validation import check_non_negative, check_positive
+from lvm.data.images.catalog import POOLS, Catalog, index_image
+from lvm.data.images.decode_pool import Chunk, DecodePool
+from lvm.data.images.decode_worker import Limits
+from lvm.data.images.image_loader import ImageItem, ImageLoader, SceneCache
+from lvm.data.images.image_order import RowOrder
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.random_crop import NUM_SAMPLES, RandomCrop
 from lvm.data.images.sources import Failure, ImageSource
 from lvm.data.mixture import split
-from lvm.data.mixture.permutation import permute
+from lvm.data.mixture.counter_rng import CounterRng
 
-_LOG_EVERY = 250  # scenes
+_CHUNK_IMAGES = 16  # that a worker loads at once
+_MAX_REPLACED = 256  # images in a row that can't be read
+_MAX_LOGGED = 1000  # of those
 
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig:
-    """Training data of a tokenizer."""
+    """Training data of a tokenizer.
 
-    source: str = ""  # image source: a folder, a file, or a config file
-    heldout_fraction: float = 0.05  # share of the groups in the held-out split
-    rgb_share: float = 0.5  # of `rgb` images in a batch; images of other streams fill the rest
-    max_scenes: int = 0  # limit of scenes read per split; 0 for all
-    max_gigabytes: float = 8.0  # limit of memory for the images
+    Attributes:
+      source: image source: a folder, a file, a pattern, a URL, or a config file.
+      heldout_fraction: share of the groups in the held-out split.
+      rgb_share: of `rgb` images in a batch; images of other streams fill the rest. 1 where there are no others.
+      max_scenes: limit of scenes to train on, the first ones; 0 for all.
+      crop: random crops and flips; None preprocesses whole images as for encoding.
+      mixed_files: files whose images a batch mixes (`lvm.data.images.image_order`). So many, and as many again that
+        come next, are on a host's disk if the source is on object storage and the host reads all rows.
+      cache_gigabytes: limit of a local cache of decoded scenes; 0 for none. It needs crop=None.
+      cache_folder: of the cache, kept after the run; "" for a temporary one.
+      decoding: limits of a worker process; what exceeds them is skipped.
+    """
+
+    source: str = ""
+    heldout_fraction: float = 0.05
+    rgb_share: float = 0.5
+    max_scenes: int = 0
+    crop: RandomCrop | None = dataclasses.field(default_factory=RandomCrop)
+    mixed_files: int = 64
+    cache_gigabytes: float = 0.0
+    cache_folder: str = ""
+    decoding: Limits = dataclasses.field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         split.check_fraction(self.heldout_fraction)
         if not 0 <= self.rgb_share <= 1:
             raise UserError(f"rgb_share={self.rgb_share} must be in [0, 1]")
-        check_non_negative(self, "max_scenes")
-
-
-def split_scenes(
-    source: ImageSource, config: ImagesConfig
-) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " heldout"]]:
-    """Indices of the scenes in the train and held-out splits."""
-    hashes = np.array([split.group_hash(source.info(i).group) for i in range(len(source))], np.uint64)
-    mask = split.heldout_mask(hashes, config.heldout_fraction)
-    limit = config.max_scenes or len(source)
-    return np.flatnonzero(~mask)[:limit], np.flatnonzero(mask)[:limit]
-
-
-def load_images(
-    source: ImageSource, scenes: Int[np.ndarray, " n"], resolution: int, max_gigabytes: float
-) -> dict[str, UInt8[np.ndarray, "_ R R 3"]]:
-    """Reads all images of some scenes, by stream.
-
-    Raises:
-      UserError: the images need more than `max_gigabytes`.
-    """
-    infos = [source.info(i) for i in scenes.tolist()]
-    gigabytes = sum(info.num_frames * len(info.streams) for info in infos) * resolution**2 * 3 / 1e9
-    if gigabytes > max_gigabytes:
-        raise UserError(
-            f"config.data.max_gigabytes={max_gigabytes}: the source has {gigabytes:.1f} GB of images; raise it, or set "
-            "config.data.max_scenes"
-        )
-    by_stream: dict[str, list[np.ndarray]] = {}
-    failures: list[Failure] = []
-    progress = Progress(len(infos), unit="scenes")
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for done, scene in enumerate(pool.map(source.load, scenes.tolist()), 1):
-            failures += scene.failures
-            for i, stream in enumerate(scene.info.streams):
-                by_stream.setdefault(stream, []).append(scene.images[:, i])
-            if done % _LOG_EVERY == 0:
-                log_info(f"reading images: {progress.line(done)}")
-    for failure in failures:
-        log_info(f"skipped {failure.key}: {failure.reason}")
-    return {stream: np.concatenate(images) for stream, images in by_stream.items()}
+        check_non_negative(self, "max_scenes", "cache_gigabytes")
+        check_positive(self, "mixed_files")
+        if self.cache_gigabytes and self.crop:
+            raise UserError(f"cache_gigabytes={self.cache_gigabytes} keeps whole images; it needs crop=None")
 
 
 class TrainingImages:
-    """Batches sampled from images by stream, each a pure function of (seed, step).
+    """Batches of images, as a context; leaving it ends its worker processes.
 
-    `rgb` images and those of all other streams are two pools. Each is traversed in a new order every epoch.
+    `rgb` images and those of all other streams are two pools, each in an order of its own (`Lane`). An image that can't
+    be read is replaced by the next one in the order that can, and logged.
+
+    Args:
+      source: opened with `preprocess`.
+      folder: for counts of the source's images, which a resumed run needs not list again.
+      workers: processes that decode; 0 decodes in threads of this one.
+      process: of this process, among those that share `folder`.
 
     Raises:
-      UserError: there are no images.
+      UserError: as `Catalog` does, or negative `workers`.
     """
 
-    def __init__(self, images: dict[str, UInt8[np.ndarray, "_ R R 3"]], rgb_share: float, batch_size: int, seed: int):
-        if not any(map(len, images.values())):
-            raise UserError("config.data.source: no image of the train split could be read")
-        others = [x for stream, x in images.items() if stream != "rgb" and len(x)]
-        self._pools = ([images["rgb"]] if "rgb" in images else []) + ([np.concatenate(others)] if others else [])
-        num_rgb = round(rgb_share * batch_size)
-        self._counts = [batch_size] if len(self._pools) == 1 else [num_rgb, batch_size - num_rgb]
-        self._seed = seed
+    def __init__(
+        self, source: ImageSource, config: ImagesConfig, preprocess: Preprocess, batch_size: int, seed: int,
+        folder: epath.PathLike, workers: int = 0, process: int = 0,
+    ):  # fmt: skip
+        self._source, self._config, self._preprocess = source, config, preprocess
+        self._catalog = Catalog(source, config.heldout_fraction, config.max_scenes, folder, process)
+        num_rgb = round(config.rgb_share * batch_size)
+        pool_rows = (num_rgb, batch_size - num_rgb)
+        self._order = RowOrder(self._catalog, pool_rows, config.mixed_files, seed)
+        self._batch_size, self._rng_seed = batch_size, derive_seed(seed, len(POOLS))
+        self._pool = DecodePool(workers, config.decoding)
+        self._cache: SceneCache | None = None
+        self._temporary_cache = tempfile.TemporaryDirectory(prefix="image_cache-")
+        if config.cache_gigabytes:
+            identity = json.dumps([source.describe(), preprocess.to_json()], sort_keys=True, default=str)
+            name = f"{split.content_hash(identity.encode()):016x}"
+            cache_folder = pathlib.Path(config.cache_folder or self._temporary_cache.name, name)
+            self._cache = SceneCache(cache_folder, config.cache_gigabytes)
+        self._loader: ImageLoader | None = None
+        self._streams = set[str]()  # that the loader has the codecs of
+        self._lock, self._logged = threading.Lock(), set[Failure]()
 
-    def batch(self, step: int) -> dict[str, UInt8[np.ndarray, "B R R 3"]]:
-        """The `images` of a step."""
-        batch = []
-        for i, (pool, count) in enumerate(zip(self._pools, self._counts, strict=True)):
-            positions = np.arange(step * count, (step + 1) * count)
-            for epoch in np.unique(positions // len(pool)).tolist():
-                in_epoch = positions[positions // len(pool) == epoch] % len(pool)
-                batch.append(pool[permute(in_epoch, len(pool), derive_seed(self._seed, i, epoch))])
-        return {"images": np.concatenate(batch)}
+    def __enter__(self) -> Self:
+        self._pool.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.__exit__(*error)
+        self._order.close()
+        self._catalog.close()
+        self._temporary_cache.cleanup()
+
+    def read(self, step: int, rows: Int[np.ndarray, " n"]) -> dict[str, UInt8[np.ndarray, "n R R 3"]]:
+        """Returns rows of a step's `images`; rows are ascending.
+
+        Raises:
+          UserError: the train split has no image of a pool, or 256 in a row that can't be read.
+        """
+        R = self._preprocess.resolution
+        images = np.empty((len(rows), R, R, 3), np.uint8)
+        samples = CounterRng(self._rng_seed, step * self._batch_size + rows).bits(NUM_SAMPLES) / 2.0**64  # [n, samples]
+        samples = np.minimum(samples, np.nextafter(1.0, 0.0))
+        missing = np.arange(len(rows))
+        for shift in range(_MAX_REPLACED):
+            with self._order.images(step, rows[missing], shift) as located:
+                of_row = [tuple(samples[i].tolist()) if self._config.crop else () for i in missing.tolist()]
+                items = [ImageItem(*image, sample) for image, sample in zip(located, of_row, strict=True)]
+                loaded = self._load(items)
+            for i, image in zip(missing.tolist(), loaded, strict=True):
+                if not isinstance(image, Failure):
+                    images[i] = image
+            missing = missing[[isinstance(image, Failure) for image in loaded]]
+            if not len(missing):
+                return {"images": images}
+        last = next(image for image in loaded if isinstance(image, Failure))
+        raise UserError(
+            f"config.data.source={self._config.source}: none of {_MAX_REPLACED} images in a row could be read; the "
+            f"last, {last.key}: {last.reason}"
+        )
+
+    def heldout(self, limit: int) -> dict[str, UInt8[np.ndarray, "_ R R 3"]]:
+        """Returns up to `limit` images of each stream of the held-out split, spread over its scenes.
+
+        Raises:
+          UserError: scenes are held out, and none of these images could be read.
+        """
+        scenes = self._catalog.heldout
+        infos = [self._source.info(scene) for scene in scenes]
+        by_stream: dict[str, np.ndarray] = {}
+        failures: list[Failure] = []
+        for stream in dict.fromkeys(stream for info in infos for stream in info.streams):
+            ends = np.cumsum([info.num_frames if stream in info.streams else 0 for info in infos])
+            items = []
+            for image in range(0, int(ends[-1]), -(-int(ends[-1]) // limit)):
+                i = int(np.searchsorted(ends, image, side="right"))
+                frame = image - int(ends[i]) + infos[i].num_frames
+                items.append(ImageItem(*index_image(infos[i], frame, stream), pickle.dumps(scenes[i]), ()))
+            loaded = self._load(items)
+            failures += [image for image in loaded if isinstance(image, Failure)]
+            if readable := [image for image in loaded if not isinstance(image, Failure)]:
+                by_stream[stream] = np.stack(readable)
+        self._catalog.release_heldout()
+        if scenes and not by_stream:
+            raise UserError(
+                f"config.data.source={self._config.source}: no image of the held-out split could be read; the last, "
+                f"{failures[-1].key}: {failures[-1].reason}"
+            )
+        return by_stream
+
+    def _load(self, items: Sequence[ImageItem]) -> list[np.ndarray | Failure]:
+        loader = self._loader_of_all_streams()
+        chunks = (Chunk(loader, items[i : i + _CHUNK_IMAGES]) for i in range(0, len(items), _CHUNK_IMAGES))
+        loaded: list[np.ndarray | Failure] = [image for _, results in self._pool.map(chunks) for image in results]
+        for image in loaded:
+            if isinstance(image, Failure) and image not in self._logged and len(self._logged) < _MAX_LOGGED:
+                self._logged.add(image)
+                log_info(f"skipped {image.key}: {image.reason}")
+        return loaded
+
+    def _loader_of_all_streams(self) -> ImageLoader:
+        """Workers get the codecs of streams, which files that are listed may add, with the source."""
+        with self._lock:
+            streams = set(self._catalog.streams)
+            if self._loader is None or streams - self._streams:
+                self._source.codecs(streams)
+                self._loader = ImageLoader(self._source.for_workers(), self._preprocess, self._config.crop, self._cache)
+                self._streams = streams
+            return self._loader

@@ -3,6 +3,7 @@
 python -m tokenizer train --config=configs/demo_tokenizer.py --workdir=DIR
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -13,19 +14,19 @@ from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
-from lvm.data.images.sources import open_source
+from lvm.data.images.sources import ImageSource, open_any_source
 from lvm.hardware.sharding import make_mesh
 from lvm.model.nnx_utils import Params
 from lvm.training import optimizer
 from lvm.training.checkpoint import latest_step
-from lvm.training.loop import Loop, is_finished
+from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.step import Step, enable_compilation_cache
 from lvm.training.task import State
 from lvm.training.workdir import Workdir
 from tokenizer import weights
 from tokenizer.adversary import Adversary
 from tokenizer.config import TokenizerConfig
-from tokenizer.images import TrainingImages, load_images, split_scenes
+from tokenizer.images import TrainingImages
 from tokenizer.network import quantizer_params
 from tokenizer.objective import TokenizerTask
 from tokenizer.quantizers.base import Quantizer
@@ -74,7 +75,9 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     if not config.data.source:
         raise UserError("config.data.source is empty; give a folder of images or the config file of a source")
     distributed.join(config.distributed)
-    source = open_source(config.data.source, config.preprocess)
+    source = open_any_source(config.data.source, config.preprocess)
+    if not isinstance(source, ImageSource):
+        raise UserError(f"config.data.source={config.data.source}: holds ready codes; a tokenizer is trained on images")
     preprocess = config.preprocess.to_json()
     record = {"config": to_json(config), "preprocess": preprocess, "source": source.describe()}
     loop = config.loop.with_total_steps(0)
@@ -82,23 +85,25 @@ def train(config: TokenizerConfig, workdir: str) -> None:
     run = Workdir(workdir, "tokenizer", record, config_class=TokenizerConfig)
     if is_finished(run, loop):
         return
-    for failure in source.skipped:
+    for failure in source.skipped_files:
         log_info(f"skipped {failure.key}: {failure.reason}")
-    train_scenes, heldout_scenes = split_scenes(source, config.data)
-    resolution, limit = config.model.resolution, config.data.max_gigabytes
-    images = load_images(source, train_scenes, resolution, limit)
-    heldout = load_images(source, heldout_scenes, resolution, limit)
-    counts = ", ".join(f"{len(x)} {stream}" for stream, x in images.items())
-    log_info(f"{len(train_scenes)} scenes to train on, {len(heldout_scenes)} held out; {counts} images")
-    batches = TrainingImages(images, config.data.rgb_share, config.batch_size, config.seed)
+    images = TrainingImages(
+        source, config.data, config.preprocess, config.batch_size, config.seed,
+        run.path / "image_counts", loop.input_workers, jax.process_index(),
+    )  # fmt: skip
+    with images:
+        _run_loop(config, loop, run, images)
+
+
+def _run_loop(config: TokenizerConfig, loop: LoopConfig, run: Workdir, images: TrainingImages) -> None:
+    heldout = images.heldout(_HELDOUT_IMAGES)
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps)
     adversary = None
     if config.adversarial.weight:
         adversary = Adversary(config.adversarial, config.model.compute_dtype, loop.total_steps)
-    selected = {stream: x[:: -(-len(x) // _HELDOUT_IMAGES)] for stream, x in heldout.items() if len(x)}
     task = TokenizerTask(
         config.model, config.loss, tx, schedule,
-        batch_size=config.batch_size, has_codebook=bool(config.init_from), heldout=selected, adversary=adversary,
+        batch_size=config.batch_size, has_codebook=bool(config.init_from), heldout=heldout, adversary=adversary,
         ema_decay=config.ema_decay, train=config.train,
     )  # fmt: skip
     enable_compilation_cache(loop.compilation_cache, run.path)
@@ -108,7 +113,8 @@ def train(config: TokenizerConfig, workdir: str) -> None:
         perceptual = config.loss.perceptual.load()
         initialize = functools.partial(_load_weights, config.model.quantizer, initial, perceptual)
     step = Step(task, make_mesh(config.mesh), config.seed, config.mesh.zero1, initialize=initialize)
-    Loop(step, lambda i, rows: {name: x[rows] for name, x in batches.batch(i).items()}, loop, run).run()
+    # The images have workers of their own; the loop reads ahead in threads that wait for them.
+    Loop(step, images.read, dataclasses.replace(loop, input_workers=0), run).run()
 
 
 def _run(args: cli.Args) -> None:

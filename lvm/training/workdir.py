@@ -51,7 +51,9 @@ _MAY_CHANGE = (
     "config.data.source",
     "config.loss.perceptual.weights",  # checkpoints hold what it has
     "config.loss.perceptual.heads",
-    "config.data.max_gigabytes",
+    "config.data.cache_gigabytes",
+    "config.data.cache_folder",
+    "config.data.decoding",
 )
 # Keys that may also differ from the run that a branch begins with.
 _MAY_BRANCH = (

@@ -1,6 +1,7 @@
 """Every key of a run's record is free on resume or refused, for both kinds of training."""
 
 import copy
+import dataclasses
 import pathlib
 
 import pytest
@@ -18,6 +19,7 @@ from lvm.training.workdir import CONFIG, Workdir
 from tests.configs import tiny_tokenizer
 from tokenizer import train as tokenizer_train
 from tokenizer.config import TokenizerConfig
+from tokenizer.images import ImagesConfig
 
 # Both kinds of training.
 FREE = """
@@ -67,7 +69,8 @@ mixture.components.photos.sentences mixture.components.photos.store mixture.iden
 """
 # The tokenizer's.
 TOKENIZER_FREE = """
-config.data.source config.data.max_gigabytes
+config.data.source config.data.cache_gigabytes config.data.cache_folder
+config.data.decoding.decode_timeout_s config.data.decoding.decode_memory_gb
 """
 TOKENIZER_REFUSED = """
 config.model.resolution config.model.patch_size config.model.channels config.model.channel_multipliers
@@ -77,7 +80,9 @@ config.model.downsample config.model.upsample config.model.latent_kernel config.
 config.model.compute_dtype config.preprocess.resolution config.preprocess.mode
 config.preprocess.filter config.preprocess.decode config.preprocess.resizer config.preprocess.icc
 config.data.heldout_fraction
-config.data.rgb_share config.data.max_scenes config.loss.l1 config.loss.l2 config.loss.gradient
+config.data.rgb_share config.data.max_scenes config.data.crop.scale config.data.crop.aspect
+config.data.crop.flip config.data.crop.min_side config.data.mixed_files
+config.loss.l1 config.loss.l2 config.loss.gradient
 config.loss.autoencoder_steps config.model.quantizer.kind config.model.quantizer.commitment
 config.model.quantizer.codebook config.model.quantizer.entropy config.model.quantizer.temperature
 config.model.quantizer.gradient config.model.quantizer.learning config.model.quantizer.ema_decay
@@ -134,7 +139,9 @@ model.norm_groups=32 model.block_bias=True model.shortcut='input' model.downsamp
 model.upsample='nearest_conv' model.latent_kernel=3 model.quant_convs=True
 model.compute_dtype='float32' preprocess.resolution=256 preprocess.mode='squash' preprocess.filter='bicubic'
 preprocess.decode='full' preprocess.resizer='pillow' preprocess.icc='srgb' data.source='' data.rgb_share=0.5
-data.max_scenes=0 data.max_gigabytes=8.0 loss.l1=1.0 loss.l2=4.0 loss.gradient=0.5
+data.max_scenes=0 data.crop.scale=(0.8,1.0) data.crop.aspect=(0.75,1.3333333333333333) data.crop.flip=True
+data.crop.min_side=0 data.mixed_files=64 data.cache_gigabytes=0.0 data.cache_folder=''
+data.decoding.decode_timeout_s=60.0 data.decoding.decode_memory_gb=4.0 loss.l1=1.0 loss.l2=4.0 loss.gradient=0.5
 loss.autoencoder_steps=10000 model.quantizer.kind='vq' model.quantizer.commitment=0.25 model.quantizer.codebook=1.0
 model.quantizer.entropy=0.0 model.quantizer.temperature=0.01 model.quantizer.gradient='straight_through'
 model.quantizer.learning='ema' model.quantizer.ema_decay=0.97 model.quantizer.dead_below=0.1
@@ -217,6 +224,7 @@ def test_lvm_resume_keys(make_store, tmp_path, monkeypatch, accepted):
 
 def test_tokenizer_resume_keys(tmp_path, monkeypatch):
     config = from_config_dict(TokenizerConfig, tiny_tokenizer.get_config())
+    config = dataclasses.replace(config, data=ImagesConfig(config.data.source, heldout_fraction=0.25))
     call = opened_with(monkeypatch, tokenizer_train, config, str(tmp_path / "run"))
     table = expected(FREE + TOKENIZER_FREE, REFUSED + TOKENIZER_REFUSED)
     assert outcomes(tmp_path / "run", *call) == table

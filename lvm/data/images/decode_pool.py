@@ -68,6 +68,8 @@ class DecodePool:
         self._num_workers, self._limits = workers, limits
         self._workers: dict[int, _Worker] = {}  # by the thread that started it and watches over it
         self._lock, self._is_closed = threading.Lock(), False
+        self._loader: Loader | None = None
+        self._pickled = b""  # the loader
 
     def __enter__(self) -> "DecodePool":
         self._threads = ThreadPoolExecutor(self._num_workers or _THREADS, "decode")
@@ -83,7 +85,7 @@ class DecodePool:
             worker.close()
 
     def map(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[Any]]]:
-        """Yields each chunk with the results of its items, in order, while the next ones are loaded.
+        """Yields each chunk with the results of its items, in order, while the next are loaded. Threads may call it.
 
         Raises:
           UserError: a worker takes more memory than the limit before it loads anything.
@@ -91,17 +93,21 @@ class DecodePool:
           Exception: as raised by the loader, except MemoryError.
         """
         pending: collections.deque[tuple[Chunk, Future[list[Any]]]] = collections.deque()
-        loader, pickled = None, b""
         for chunk in chunks:
-            if chunk.loader is not loader and self._num_workers:
-                loader, pickled = chunk.loader, pickle.dumps(chunk.loader)
-            pending.append((chunk, self._threads.submit(self._load, chunk, pickled)))
+            pending.append((chunk, self._threads.submit(self._load, chunk, self._pickle(chunk.loader))))
             if len(pending) > _PREFETCH * (self._num_workers or _THREADS):
                 first, future = pending.popleft()
                 yield first, future.result()
         while pending:
             first, future = pending.popleft()
             yield first, future.result()
+
+    def _pickle(self, loader: Loader) -> bytes:
+        """Returns the same bytes for the same loader as before, by which workers know that they have it."""
+        with self._lock:
+            if loader is not self._loader and self._num_workers:
+                self._loader, self._pickled = loader, pickle.dumps(loader)
+            return self._pickled
 
     def _load(self, chunk: Chunk, pickled: bytes) -> list[Any]:
         if not self._num_workers:

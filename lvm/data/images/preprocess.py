@@ -119,8 +119,12 @@ class Preprocess:
         return image if image.mode == "RGB" else image.convert("RGB")
 
     @property
-    def min_decode_side(self) -> int:
-        """The side that decoding must not reduce images below; 0 to decode all pixels."""
+    def render_side(self) -> int:
+        """The side of images that are rendered to be preprocessed."""
+        return self.resolution
+
+    def min_decode_side(self, size: tuple[int, int]) -> int:
+        """Returns the side that decoding must not reduce an image of this size below; 0 to decode all pixels."""
         return self.resolution if self.decode == "reduced" else 0
 
     def resize_labels(self, labels: np.ndarray) -> Shaped[np.ndarray, "R R *rest"]:
@@ -167,15 +171,17 @@ class Preprocess:
         return from_config_dict(cls, fields, "preprocess")
 
     def _swscale(self, pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "R R 3"]:
-        """Resizes with FFmpeg. Raises UserError for what swscale refuses: a line of thousands of pixels."""
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        return self.scale_frame(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"))
+
+    def scale_frame(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "R R 3"]:
+        """Resizes a frame with FFmpeg. Raises UserError for what swscale refuses: a line of thousands of pixels."""
         # Planar output: interleaved RGB takes twice as long.
         R, interpolation = self.resolution, _SWSCALE_FILTERS[self.filter] | _SWSCALE_FLAGS
         try:
             scaled = VideoReformatter().reformat(frame, R, R, "gbrp", interpolation=interpolation, threads=1)
         except av.FFmpegError as error:
-            height, width = pixels.shape[:2]
-            raise UserError(f"swscale can't resize {width}×{height} to {R}×{R}: {error.strerror}") from error
+            size = f"{frame.width}×{frame.height}"
+            raise UserError(f"swscale can't resize {size} to {R}×{R}: {error.strerror}") from error
         return np.ascontiguousarray(scaled.to_ndarray())
 
     def _crop_box(self, width: Number, height: Number) -> tuple[Number, Number, Number, Number]:

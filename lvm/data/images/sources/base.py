@@ -4,10 +4,12 @@ import abc
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
+from jaxtyping import UInt8
 
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
@@ -286,6 +288,19 @@ class ImageSource(SceneSource[Location]):
     def load(self, index: int) -> SceneImages:
         """Decodes a scene; frames with an unreadable stream become failures. Index and errors as for `info`."""
 
+    def load_image(self, index: Any, frame: int, stream: str, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
+        """Decodes one stream of one frame, with another preprocess than the source's.
+
+        Raises:
+          UnreadableError: it can't be read, or, where a scene is decoded at once, any of its frames can't.
+        """
+        source = copy.copy(self)
+        source._preprocess = preprocess
+        scene = source.load(index)
+        if scene.failures:
+            raise UnreadableError(scene.failures[0].reason)
+        return scene.images[frame, scene.info.streams.index(stream)]
+
     def _scene_images(self, info: SceneInfo, frames: Sequence[np.ndarray], reasons: Iterable[str] = ()) -> SceneImages:
         """Stacks the readable frames [S, R, R, 3] of a scene; `reasons` are those of its failures."""
         R = self._preprocess.resolution
@@ -315,6 +330,13 @@ class ImageFileSource(ImageSource[Location]):
             except UnreadableError as error:
                 reasons.append(str(error))
         return self._scene_images(info, frames, reasons)
+
+    def load_image(self, index: Any, frame: int, stream: str, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
+        file = next(itertools.islice(self._open_scene(index)[1], frame, None))[stream]
+        try:
+            return self._readers_of((stream,))[stream].read_file(file, preprocess)
+        except (UnreadableError, UserError) as error:
+            raise UnreadableError(f"{file.name}: {error}") from error
 
     @functools.cached_property
     def streams(self) -> Mapping[str, Codec]:  # type: ignore[override]

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import ImageSource, Part
 from lvm.data.images.sources.division import PartSpec
 from lvm.data.images.sources.scene import Failure, SceneImages, SceneInfo
@@ -86,6 +88,12 @@ class DerivedStreams(ImageSource[None]):
         derived = [derive(stream, rgb, scene.info.key, self._seed) for stream in self._derived]
         images = np.concatenate([scene.images, np.stack(derived, axis=1)], axis=1)
         return SceneImages(self._add_streams(scene.info), images, scene.failures)
+
+    def load_image(self, index: Any, frame: int, stream: str, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
+        if stream not in self._derived:
+            return self._source.load_image(index, frame, stream, preprocess)
+        rgb = self._source.load_image(index, frame, "rgb", preprocess)
+        return derive(stream, rgb[None], self._source.info(index).key, self._seed)[0]
 
     def describe(self) -> dict[str, Any]:
         return self._source.describe() | {"derived": list(self._derived), "derived_seed": self._seed}

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_positive
+from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import ImageSource
 from lvm.data.images.sources.scene import SceneImages, SceneInfo
 from lvm.data.images.sources.shapes import CLASSES, FAR, NEAR, Scene, render, sample_scene
@@ -64,9 +65,16 @@ class GeneratedSource(ImageSource[None]):
 
     def load(self, index: int) -> SceneImages:
         scene = self._sample(index)
-        maps = render(scene, self.config.num_frames, self._preprocess.resolution, self.config.streams)
-        images = np.stack([self._render(stream, maps, scene) for stream in self.config.streams], axis=1)
+        R = self._preprocess.resolution
+        maps = render(scene, self.config.num_frames, R, self.config.streams)
+        images = np.stack([self._render(stream, maps, scene, R) for stream in self.config.streams], axis=1)
         return SceneImages(self._info(index, scene), images)
+
+    def load_image(self, index: Any, frame: int, stream: str, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
+        scene, side = self._sample(index), preprocess.render_side
+        maps = render(scene, frame + 1, side, (stream,))
+        image = self._render(stream, {name: x[frame:] for name, x in maps.items()}, scene, side)[0]
+        return preprocess(image) if stream == "rgb" else preprocess.resize_labels(image)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | to_json(self.config) | {"streams": list(self.config.streams)}
@@ -85,8 +93,8 @@ class GeneratedSource(ImageSource[None]):
         class_name = CLASSES[scene.shapes[-1].class_id]
         return SceneInfo(key, key, class_name, self.config.num_frames, self.config.streams)
 
-    def _render(self, stream: str, maps: dict[str, np.ndarray], scene: Scene) -> UInt8[np.ndarray, "T R R 3"]:
-        codec, R = CODECS[stream], self._preprocess.resolution
+    def _render(self, stream: str, maps: dict[str, np.ndarray], scene: Scene, R: int) -> UInt8[np.ndarray, "T R R 3"]:
+        codec = CODECS[stream]
         if stream == "boxes":
             return np.stack([codec.render(_visible_boxes(front, scene), (R, R)) for front in maps["front"]])
         annotation = maps[stream]  # [T, R, R, ...]

@@ -87,7 +87,7 @@ def decode_image(content: Content, preprocess: Preprocess | None = None) -> Deco
     """
     with open_image(content) as opened, _reasons("corrupt"):
         size, extent = opened.size, (float(opened.width), float(opened.height))
-        min_side = preprocess.min_decode_side if preprocess else 0
+        min_side = preprocess.min_decode_side(opened.size) if preprocess else 0
         if min_side and (drafted := opened.draft(None, (min_side, min_side))):
             extent = drafted[1][2:]
         white = _white_level(opened)

@@ -1,6 +1,7 @@
 """Readers: how the image files of each stream become images, and the settings files that choose codecs."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -12,6 +13,8 @@ from jaxtyping import Int, UInt8
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.random_crop import Crop
+from lvm.data.images.sources import jpeg
 from lvm.data.images.sources.image_file import DecodedImage, ImageFile, UnreadableError, decode_image
 from lvm.data.images.sources.listing import SETTINGS_FILES
 from lvm.data.streams import codecs
@@ -42,6 +45,17 @@ class Reader:
     def read(self, image: DecodedImage, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
         """Converts a decoded file to the stream's image. Raises UnreadableError or UserError."""
         return preprocess(image.pixels, image.extent)
+
+    def read_file(self, file: ImageFile, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
+        """Decodes and converts a file. Raises UnreadableError or UserError."""
+        content = file.content
+        if isinstance(preprocess, Crop) and preprocess.resizer == "swscale" and not self.exact:
+            data = content.read_bytes() if isinstance(content, pathlib.Path) else content()
+            keeps_profile = preprocess.icc == "ignore" or not isinstance(self.codec, codecs.Image)
+            if (image := jpeg.read_crop(data, preprocess, keeps_profile)) is not None:
+                return image
+            content = functools.partial(bytes, data)
+        return self.read(self.decode(dataclasses.replace(file, content=content), preprocess), preprocess)
 
 
 class DepthReader(Reader):

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 
 from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_positive
+from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import ImageSource, PathConfig
 from lvm.data.images.sources.image_file import UnreadableError
 from lvm.data.images.sources.scene import SceneImages, SceneInfo
@@ -66,6 +67,15 @@ class VideoSource(ImageSource[Clip]):
         kept = [frames[time] for time in times.tolist() if time in frames]
         text = f"{video.file}: {len(times) - len(kept)} of {len(times)} frames are missing: {reason}"
         return self._scene_images(info, kept, [text] if reason else [])
+
+    def load_image(self, index: Any, frame: int, stream: str, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
+        _, (video, times) = self._scene(index)
+        try:
+            self._folder.local(video.file)
+            ((_, image),) = decode_frames(self._root, video, times[frame : frame + 1])
+            return preprocess(image)
+        except (UnreadableError, UserError, ValueError) as error:
+            raise UnreadableError(f"{video.file}: {error}") from error
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {key: value for key, value in to_json(self.config).items() if key != "path"}

@@ -5,13 +5,19 @@ then change its values with it.
 """
 
 import hashlib
+import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lvm.common.seeding import derive_seed
 from lvm.data.images.augment import Augment
+from lvm.data.images.catalog import Catalog
+from lvm.data.images.image_order import RowOrder
 from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources.base import Part
+from lvm.data.images.sources.division import PartSpec
 from lvm.data.images.sources.scene import SceneImages, SceneInfo
 from lvm.data.mixture import mixture, permutation, split
 from lvm.data.mixture.counter_rng import CounterRng
@@ -29,7 +35,6 @@ from lvm.data.mixture.recipes import (
 from lvm.data.mixture.rows import Rows
 from lvm.data.streams.codecs import Image
 from lvm.model.vocabulary import Vocabulary
-from tokenizer.images import TrainingImages
 
 RECIPES = {
     "category": (Category(images=3), 0.5),
@@ -198,13 +203,18 @@ def test_augmented_copies_have_the_windows_of_every_store_so_far():
     assert corners == [[[2, 16], [2, 1]], [[2, 2], [2, 17]], [[1, 17], [1, 2]], [[1, 2], [1, 17]]]
 
 
-def test_tokenizer_batches_are_those_of_every_run_so_far():
+def test_training_images_are_those_of_every_run_so_far(tmp_path):
     """A change gives other batches to resumed runs: raise `workdir.RECORD_VERSION` with it."""
-    images = {name: np.full((n, 2, 2, 3), start, np.uint8) for name, n, start in (("depth", 5, 100), ("rgb", 9, 0))}
-    for x in images.values():
-        x += np.arange(len(x), dtype=np.uint8)[:, None, None, None]
-    batches = TrainingImages(images, rgb_share=0.5, batch_size=6, seed=3)
-    assert [batches.batch(step)["images"][:, 0, 0, 0].tolist() for step in (0, 2)] == [
-        [2, 7, 0, 103, 101, 100],
-        [4, 5, 6, 101, 102, 103],
-    ]
+    infos = [SceneInfo(f"scene {i}", f"scene {i}", "", 1 + i % 2, ("rgb", "depth", "edges")) for i in range(48)]
+    source = SimpleNamespace(
+        name="scenes", is_listed=True, plan=lambda shard, num_shards: [PartSpec(0, len(infos))], info=infos.__getitem__,
+        part=lambda spec: Part(range(spec.start, spec.stop)), describe=lambda: {},
+    )  # fmt: skip
+    order = RowOrder(Catalog(source, 0.25, 0, tmp_path), (3, 3), 64, seed=3)
+
+    def images(step):
+        with order.images(step, np.arange(6)) as located:
+            return [(pickle.loads(image.scene), image.image) for image in located]
+
+    assert images(0) == [(22, 0), (24, 0), (19, 0), (1, 2), (46, 0), (39, 1)]
+    assert images(20) == [(47, 0), (0, 0), (7, 1), (36, 1), (0, 0), (2, 1)]
