@@ -5,8 +5,8 @@
     python -m scripts.benchmark_images --memory=1000000 memory over so many small images of tars
 
 torch's DataLoader does the same with as many workers: with Pillow, and with torchvision's transforms where torchvision
-loads. Each row runs in its own process, timed from its first batch on, by CPU time of all of its processes, which other
-load does not affect. The quality of our fast crops is their PSNR to Pillow's of the same window.
+loads. Contenders take turns, each in its own process, timed from its first batch on by CPU time of all of its
+processes; rows are medians over the rounds. The quality of our fast crops is their PSNR to Pillow's of the same window.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import pathlib
+import statistics
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -131,8 +132,8 @@ def _run(args: cli.Args) -> None:
     if args.memory:
         memory(args.memory, args.workers)
         return
-    if min(args.resolution, args.images) <= 0 or args.workers < 1:
-        raise UserError("--resolution, --images and --workers must be positive")
+    if min(args.resolution, args.images, args.rounds, args.workers) < 1:
+        raise UserError("--resolution, --images, --rounds and --workers must be positive")
     with tempfile.TemporaryDirectory() as folder:
         photos = args.folder or f"{folder}/photos"
         if not args.folder:
@@ -145,19 +146,23 @@ def _run(args: cli.Args) -> None:
             print(f"{area}; PSNR of swscale's to Pillow's: mean {mean:.1f} dB, least {least:.1f} dB")
             job = {name: getattr(args, name) for name in ("resolution", "images", "workers")}
             job |= {"folder": photos, "scale": scale}
-            _print(
-                [r for who in ("ours", "torch") for r in contend(_MODULE, {**job, "contender": who}, 60 * args.minutes)]
-            )
+            turns = [who for _ in range(args.rounds) for who in ("ours", "torch")]
+            rows = [r for who in turns for r in contend(_MODULE, {**job, "contender": who}, 60 * args.minutes)]
+            _print(rows)
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
-    peers = [
-        r["core_rate"] for r in rows if "core_rate" in r and r["what"].startswith("torch") and "uint8" in r["what"]
-    ]
-    for row in rows:
-        text = row.get("failed") or f"{row['core_rate']:,.0f} images/s a core, {row['rate']:,.0f} images/s"
-        ratio = f", {row['core_rate'] / max(peers):.2f} × torch" if peers and "core_rate" in row else ""
-        print(f"  {row.get('what', 'failed')}: {text}{ratio}", flush=True)
+    for failure in dict.fromkeys(row["failed"] for row in rows if "failed" in row):
+        print(f"  failed: {failure}")
+    medians: dict[str, tuple[float, float]] = {}
+    for what in dict.fromkeys(row["what"] for row in rows if "what" in row):
+        rounds = [row for row in rows if row.get("what") == what]
+        core_rate, rate = (statistics.median(row[name] for row in rounds) for name in ("core_rate", "rate"))
+        medians[what] = core_rate, rate
+    peers = [rates[0] for what, rates in medians.items() if what.startswith("torch") and "uint8" in what]
+    for what, (core_rate, rate) in medians.items():
+        ratio = f", {core_rate / max(peers):.2f} × torch" if peers else ""
+        print(f"  {what}: {core_rate:,.0f} images/s a core, {rate:,.0f} images/s{ratio}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = cli.Flags(__doc__)
     flags.string("folder", "", "folder of JPEGs; by default photos are made")
     flags.integer("resolution", 256, "side of the crops")
-    flags.integer("images", 6400, "images of each row")
+    flags.integer("images", 3200, "images of each row and round")
+    flags.integer("rounds", 3, "turns of each contender")
     flags.integer("memory", 0, "images of the run that measures memory, instead of speed")
     flags.integer("workers", 2, "worker processes")
     flags.float("minutes", 10.0, "limit of each contender")

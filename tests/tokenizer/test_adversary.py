@@ -26,7 +26,7 @@ MODEL = VQGANConfig(
 )  # fmt: skip
 ADVERSARIAL = AdversarialConfig(
     weight=0.3, adaptive=True, start_step=2, feature_matching=0.2, lecam=0.1, lecam_decay=0.5, r1=0.5,
-    objective="non_saturating", discriminator=BlurPool(channels=8, stages=2, norm_groups=4),
+    objective="non_saturating", discriminator=BlurPool(channels=4, stages=1, norm_groups=2),
     optimizer=OptimizerConfig(schedule="constant", end_learning_rate=3e-5, warmup_steps=0),
 )  # fmt: skip
 LEARNING_RATE, EMA_DECAY = 0.05, 0.75

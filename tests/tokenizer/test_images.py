@@ -142,7 +142,7 @@ def test_cache_holds_scenes_up_to_its_limit(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rgb_share": 0.5}, "no image of a stream other than rgb"),
+        ({"rgb_share": 0.5}, "no image of a stream other than rgb; rgb_share=1"),
         ({"rgb_share": 1.0, "crop": RandomCrop(min_side=13)}, "16×12 is smaller than min_side=13"),
     ],
 )

@@ -140,7 +140,7 @@ class Lane:
                 size = self._end - self._epoch_start
                 empty_epochs += not size
                 if empty_epochs > _MAX_EMPTY_EPOCHS or (not size and self._lanes == 1):
-                    raise UserError(f"config.data: no image of {_NAMES[self._pool]} in the train split")
+                    raise UserError(f"config.data: the train split has no image of {_NEEDS[self._pool]}")
                 skipped = (position - self._end) // size if size and self._lanes == 1 else 0  # epochs of equal size
                 self._go_to(self._epoch + 1 + skipped, self._end + skipped * size)
             if (opened := self._next_window(position)) is not None:
@@ -244,4 +244,7 @@ class RowOrder:
         return self._lanes[pool, lane]
 
 
-_NAMES = {POOLS.index("rgb"): "rgb", POOLS.index("others"): "a stream other than rgb"}
+_NEEDS = {
+    POOLS.index("rgb"): "rgb; rgb_share=0 needs none",
+    POOLS.index("others"): "a stream other than rgb; rgb_share=1 needs none",
+}

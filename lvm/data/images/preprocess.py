@@ -182,7 +182,10 @@ class Preprocess:
         except av.FFmpegError as error:
             size = f"{frame.width}×{frame.height}"
             raise UserError(f"swscale can't resize {size} to {R}×{R}: {error.strerror}") from error
-        return np.ascontiguousarray(scaled.to_ndarray())
+        image = np.empty((R, R, 3), np.uint8)
+        for channel, plane in zip((1, 2, 0), scaled.planes, strict=True):  # several times as fast as `to_ndarray`
+            image[..., channel] = np.frombuffer(memoryview(plane), np.uint8).reshape(R, plane.line_size)[:, :R]
+        return image
 
     def _crop_box(self, width: Number, height: Number) -> tuple[Number, Number, Number, Number]:
         """Returns left, top, right and bottom of what is kept of an image."""

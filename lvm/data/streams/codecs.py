@@ -157,7 +157,7 @@ class Normals(Codec):
 
     def mirror(self, image: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
         """Mirrors the image and negates x, whose level becomes 255 minus itself."""
-        mirrored = super().mirror(image).copy()
+        mirrored = super().mirror(image)
         mirrored[..., 0] = 255 - mirrored[..., 0]
         return mirrored
 

@@ -73,6 +73,21 @@ def test_jpeg_crop_is_pillows_but_for_rounding(subsampling, mode):
         assert np.mean((fast.astype(float) - slow) ** 2) < 2.0  # 45 dB; chroma planes are scaled up otherwise
 
 
+@pytest.mark.parametrize(
+    "options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}, {"icc_profile": b"x"}]
+)
+def test_jpeg_crop_needs_no_rows_below_its_window(monkeypatch, options):
+    rng, samples = np.random.default_rng(1), (0.5, 0.0, 0.3, 0.1)
+    window = crop(64, RandomCrop((0.1, 0.2)), samples, resizer="swscale")
+    data = jpeg_bytes(rng.integers(0, 256, (251, 333, 3), np.uint8), **options)
+    expected = jpeg.read_crop(data, window, keeps_profile=True)
+    if "progressive" not in options:
+        half = jpeg.read_crop(data[: len(data) * 3 // 4], window, keeps_profile=True)
+        assert np.array_equal(half, expected)
+    monkeypatch.setattr(jpeg, "_shorten", lambda data, height: data)
+    assert np.array_equal(jpeg.read_crop(data, window, keeps_profile=True), expected)
+
+
 def test_jpeg_crop_leaves_damaged_and_turned_files_to_pillow():
     data, window = jpeg_bytes(ramp(300, 200)), crop(resizer="swscale")
     assert jpeg.read_crop(data, window, keeps_profile=True) is not None
