@@ -84,7 +84,8 @@ def test_jpeg_crop_needs_no_rows_below_its_window(monkeypatch, options):
     if "progressive" not in options:
         half = jpeg.read_crop(data[: len(data) * 3 // 4], window, keeps_profile=True)
         assert np.array_equal(half, expected)
-    monkeypatch.setattr(jpeg, "_shorten", lambda data, height: data)
+    read_header = jpeg._read_header
+    monkeypatch.setattr(jpeg, "_read_header", lambda data: read_header(data)._replace(is_baseline=False))
     assert np.array_equal(jpeg.read_crop(data, window, keeps_profile=True), expected)
 
 
@@ -94,7 +95,10 @@ def test_jpeg_crop_leaves_damaged_and_turned_files_to_pillow():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     turned = jpeg_bytes(ramp(300, 200), exif=exif)
-    for other in (data[: len(data) // 2], turned, jpeg_bytes(ramp(300, 200), icc_profile=b"x" * 200), b"no image"):
+    size = jpeg._read_header(data).offset
+    huge = data[:size] + b"\xff" * 4 + data[size + 4 :]
+    profiled = jpeg_bytes(ramp(300, 200), icc_profile=b"x" * 200)
+    for other in (data[: len(data) // 2], data[:size], turned, profiled, huge, b"no image", b""):
         assert jpeg.read_crop(other, window, keeps_profile=False) is None
 
 
