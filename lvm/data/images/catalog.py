@@ -5,6 +5,7 @@ number of files is two counts of images each, which a run's processes keep in it
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import pickle
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,10 +63,11 @@ class Listing:
       streams: of all scenes.
     """
 
-    def __init__(self, infos: Sequence[SceneInfo], scenes: Iterable[Any], part: Part):
-        self.ends = np.cumsum([pool_sizes(info) for info in infos], 0, np.int64).reshape(-1, len(POOLS)).T
+    def __init__(self, infos: Sequence[SceneInfo], scenes: Iterable[Any], release: Callable[[], None]):
+        ends = np.cumsum([pool_sizes(info) for info in infos], 0, np.int64).reshape(-1, len(POOLS)).T
+        self.ends = np.ascontiguousarray(ends)  # searching would copy each of them otherwise
         self.streams = {stream for info in infos for stream in info.streams}
-        self._part, sizes = part, [0]
+        self._release, sizes = release, [0]
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (until `close`)
         for scene in scenes:
             sizes.append(self._file.write(pickle.dumps(scene)))
@@ -87,7 +89,7 @@ class Listing:
     def close(self) -> None:
         """Frees the file, and the source's local copy."""
         self._file.close()
-        self._part.release()
+        self._release()
 
 
 def _close(listing: concurrent.futures.Future[Listing]) -> None:
@@ -128,7 +130,7 @@ class Catalog:
         self._lock, self._open = threading.Lock(), dict[int, _Open]()
         self._threads = concurrent.futures.ThreadPoolExecutor(_LISTED_AHEAD, "list")
         self._reported = set[int]()  # units whose skipped data is logged
-        self._heldout_parts, self.streams = list[Part](), set[str]()
+        self._heldout_files, self.streams = contextlib.ExitStack(), set[str]()
         self._extremes, self.heldout = self._scan()
         if max_scenes:
             self._limit(max_scenes)
@@ -172,8 +174,7 @@ class Catalog:
 
     def release_heldout(self) -> None:
         """Frees the local copies of files with the scenes of `heldout`."""
-        while self._heldout_parts:
-            self._heldout_parts.pop().release()
+        self._heldout_files.close()
 
     def _divide(self) -> list[PartSpec]:
         whole = self._source.plan(0, 1)
@@ -204,7 +205,7 @@ class Catalog:
             limit = max(threshold, lowest + 1)
             candidates += [(unit, h, s) for h, s in zip(hashes, part.scenes, strict=True) if h < limit]
             self._report(unit, part)
-            self._heldout_parts.append(part)
+            self._heldout_files.callback(part.release)
         if highest < 0:
             raise UserError(f"config.data.source: {self._source.name} has no usable scene")
         mask = split.heldout_mask(np.array([h for _, h, _ in candidates], np.uint64), self._fraction, (lowest, highest))
@@ -235,7 +236,7 @@ class Catalog:
             selected = np.flatnonzero(~split.heldout_mask(hashes, self._fraction, self._extremes)).tolist()
         if unit == self.num_units - 1 and self._last_scenes >= 0:
             selected = selected[: self._last_scenes]
-        listing = Listing([infos[i] for i in selected], (part.scenes[i] for i in selected), part)
+        listing = Listing([infos[i] for i in selected], (part.scenes[i] for i in selected), part.release)
         self._report(unit, part)
         return listing
 
