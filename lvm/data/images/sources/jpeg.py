@@ -24,8 +24,8 @@ def read_crop(data: bytes, crop: Crop, keeps_profile: bool) -> UInt8[np.ndarray,
     """Decodes a JPEG's crop with the resizer "swscale"; None for what Pillow must read.
 
     That is another format, an orientation, a color profile to apply, decoding at a fraction of the size, and any file
-    that FFmpeg refuses; Pillow's reason is the one to report. Pixels differ from Pillow's by a PSNR of about 50 dB.
-    Rows below the crop are not decoded, and damage there is not an error.
+    that FFmpeg refuses; Pillow's reason is the one to report. Pixels of photos differ from Pillow's by a PSNR of about
+    49 dB, 40 dB where colors change most. Rows below the crop are not decoded, and damage there is not an error.
 
     Args:
       data: of the file.
