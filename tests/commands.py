@@ -15,6 +15,8 @@ import sys
 import tempfile
 from unittest import mock
 
+import jax
+
 from lvm.common import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -76,6 +78,8 @@ def _run_command(module: str, arguments: list[str], environment: dict[str, str],
     """Becomes `python -m MODULE ARGUMENTS` in the project's folder, with stdout and stderr in the file `output`."""
     os.environ.clear()
     os.environ.update(environment)
+    # JAX read the variable when the server imported it.
+    jax.config.update("jax_disable_most_optimizations", environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "True")
     os.chdir(ROOT)
     descriptor = os.open(output, os.O_WRONLY | os.O_TRUNC)
     for stream in (1, 2):
@@ -90,17 +94,15 @@ def _run_command(module: str, arguments: list[str], environment: dict[str, str],
 def program_environment(devices: int) -> dict[str, str]:
     """Environment variables of a command with the given number of CPU devices."""
     return {
-        "JAX_COMPILATION_CACHE_DIR": _compilation_cache(),  # many commands here compile the same small programs
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
 
 
-@functools.cache
-def _compilation_cache() -> str:
-    """A temporary folder, removed when this process ends."""
-    folder = tempfile.mkdtemp(prefix="lvm-programs-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def compilation_cache() -> str:
+    """A temporary folder that this process, its workers and their commands share; it is removed when this one ends."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="lvm-programs-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]

@@ -8,11 +8,23 @@ import pytest
 from hypothesis import settings
 
 import tests.typecheck  # noqa: F401 (before lvm: `--jaxtyping-packages` looks it up there)
-from tests.commands import TINY_DEMO, run
+from tests.commands import TINY_DEMO, compilation_cache, run
 from tests.gcs import fake_gcs
 
 # Through jax.config, not XLA_FLAGS, which processes that a test starts would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Tests compile many small programs, most of them several times: here and in processes that they start, without most
+# optimizations of LLVM (TPU programs are the same without), and once for all workers.
+QUICKLY = {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": compilation_cache(),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for option, value in QUICKLY.items():
+    jax.config.update(option, value)
+    os.environ[option.upper()] = str(value)
 
 # The same examples at every run, so that failures reproduce. `make test-slow` tries more, at random.
 settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True)
@@ -47,12 +59,15 @@ def no_file_locks(monkeypatch):
     return fail_with
 
 
-@pytest.fixture
-def compiled_quickly():
-    """Compiles without most optimizations, for tests that spend most of their time compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True)
+def optimized_if_slow(request, monkeypatch):
+    """Slow tests compute more than they compile."""
+    option = "jax_disable_most_optimizations"
+    if request.node.get_closest_marker("slow"):
+        monkeypatch.setenv(option.upper(), "False")
+        jax.config.update(option, False)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update(option, QUICKLY[option])
 
 
 @pytest.fixture

@@ -62,7 +62,6 @@ def main(address, num_processes, process, mesh):
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
     jax.distributed.initialize(address, int(num_processes), int(process))
     step = make_step(MeshConfig(**json.loads(mesh)))
     state, losses, norms = step.init(), [], {}

@@ -32,8 +32,6 @@ ADVERSARIAL = AdversarialConfig(
 LEARNING_RATE, EMA_DECAY = 0.05, 0.75
 LOSS = LossConfig(autoencoder_steps=1, perceptual=MultiScaleSSIM())
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def make_task(**options):
     schedule = optax.constant_schedule(LEARNING_RATE)

@@ -20,8 +20,6 @@ CONFIG = VQGANConfig(
 )  # fmt: skip
 SEED_STEP = 4
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @functools.cache
 def make_task():

@@ -8,8 +8,6 @@ from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.training.step import Step
 from tests.tokenizer.test_adversary import batch, make_task
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.mark.slow
 def test_step_is_equal_on_data_and_fsdp():

@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import pytest
 
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.inference import decode_params
@@ -24,7 +23,6 @@ def test_decode_mesh_splits_batches_over_the_sequence_axis():
     assert decode_params.decode_mesh(None) is None
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_prepare_params_never_copies_a_whole_matrix_to_a_device(monkeypatch):
     copies, device_put = [], jax.device_put
 

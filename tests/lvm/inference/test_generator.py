@@ -17,8 +17,6 @@ from lvm.inference.generator import Generator, SamplingParams, SlidingWindow
 from lvm.model.nnx_utils import abstract_module, init_params, merge
 from lvm.model.transformer import ModelConfig, Transformer
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 V, CODES, N, BOS, CONTEXT = (
     40,
     32,

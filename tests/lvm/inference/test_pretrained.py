@@ -15,8 +15,6 @@ from lvm.model.nnx_utils import init_params
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import Vocabulary
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 VOCABULARY = Vocabulary.for_codes(32)
 
 

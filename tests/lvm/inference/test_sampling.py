@@ -11,8 +11,6 @@ from scipy import stats
 from lvm.common.errors import UserError
 from lvm.inference.sampling import SamplingParams, _truncate, batch_sampling, sample_token
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 COUNT = 4000
 

@@ -13,8 +13,6 @@ from lvm.interop.lazy_checkpoint import resize_vocabulary
 from lvm.model.vocabulary import Vocabulary
 from tests.lvm.small_models import small_model
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def changed(checkpoint, name, by):
     """The checkpoint with one value of one tensor changed."""

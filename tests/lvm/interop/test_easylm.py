@@ -16,7 +16,6 @@ from lvm.interop.easylm import read_stream, write_stream
 from tests.lvm.small_models import PUBLISHED, SMALL, assert_same_tensors, small_model
 
 pytest.importorskip("safetensors")
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def interleaved_logits(named, config, tokens):

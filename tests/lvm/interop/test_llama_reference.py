@@ -13,8 +13,6 @@ from lvm.interop import models
 from lvm.model.transformer import RMSNorm, apply_rope, rope_cos_sin
 from tests.lvm.small_models import small_model
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 LENGTH, NEW = 140, 4  # more than one block of queries
 # Far from the defaults, so that an ignored setting shows.
 SETTINGS = {"rope_theta": 300.0, "norm_epsilon": 0.05, "hidden_size": 32, "num_heads": 4, "context": 160}

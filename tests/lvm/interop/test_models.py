@@ -37,7 +37,6 @@ from tests.lvm.small_models import (
 )
 
 pytest.importorskip("safetensors")
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @settings(max_examples=5)

@@ -16,8 +16,6 @@ from lvm.model.transformer import ModelConfig, Transformer, apply_rope, rope_cos
 from lvm.training import optimizer
 from lvm.training.optimizer import OptimizerConfig
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 SMALL = ModelConfig(
     hidden_size=16, mlp_size=24, num_layers=1, num_heads=2, vocabulary_size=12, context=8, dtype="float32",
     init_std=0.5,

@@ -12,8 +12,6 @@ from lvm.common.errors import UserError
 from lvm.model.nnx_utils import abstract_module, count_params, init_params, merge, split
 from lvm.model.transformer import SIZES, ModelConfig, Transformer, apply_rope, rope_cos_sin
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 PUBLISHED = {  # parameters with a vocabulary of 8292
     "100m": 116_974_720,
     "300m": 290_968_576,

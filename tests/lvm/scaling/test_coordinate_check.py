@@ -19,8 +19,6 @@ from lvm.scaling import coordinate_check
 from lvm.training.config import TrainConfig
 from lvm.training.optimizer import OptimizerConfig
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 MODEL = ModelConfig(
     hidden_size=32, mlp_size=48, num_layers=1, num_heads=4, num_kv_heads=2, context=16, dtype="float32", init_std=0.2
 )

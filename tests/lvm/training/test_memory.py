@@ -11,8 +11,6 @@ from lvm.training import memory
 from lvm.training.memory import explain_out_of_memory, find_fitting_step, format_breakdown, memory_limit
 from tests.small_step import CONFIG, make_step
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture
 def needs():

@@ -30,9 +30,6 @@ MESHES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 @pytest.fixture(autouse=True)
 def highest_precision():
     with jax.default_matmul_precision("highest"):

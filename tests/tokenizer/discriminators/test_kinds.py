@@ -14,8 +14,6 @@ from tokenizer.discriminators.patchgan import PatchGAN
 
 KINDS = {"patchgan": PatchGAN(channels=8, layers=2), "blur_pool": BlurPool(channels=8, stages=2, norm_groups=4)}
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def test_every_kind_is_tested_here():
     assert Discriminator.kinds == {kind: type(config) for kind, config in KINDS.items()}

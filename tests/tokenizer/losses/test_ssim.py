@@ -7,8 +7,6 @@ from skimage.metrics import structural_similarity
 
 from tokenizer.losses.ssim import ms_ssim, num_scales, ssim_terms
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def images(side, seed=0):
     rng = np.random.default_rng(seed)

@@ -32,8 +32,6 @@ NETWORK = VQGANConfig(
     middle_blocks=0, codebook_size=K, codebook_dim=C, norm_groups=4,
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def test_every_kind_is_tested_here():
     assert Quantizer.kinds == {kind: type(quantizer) for kind, quantizer in KINDS.items()}
