@@ -195,8 +195,9 @@ def _with_config_path(argv: Sequence[str]) -> list[str]:
         if name == "--config":
             path, colon, parameter = path.partition(":")
             path = find_config(path)
-            if not os.path.exists(path):
-                raise errors.UserError(f"--config={path}: no such file")
+            if not os.path.isfile(path):
+                advice = '; ":" begins a parameter of the config: rename the path that has it' if colon else ""
+                raise errors.UserError(f"--config={path}: no such file{advice}")
             joined[i] = f"--config={path}{colon}{parameter}"
     return joined
 

@@ -218,6 +218,8 @@ def test_repeated_config_flag_gives_a_tuple(monkeypatch):
     [
         ([], "config"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
+        (["--config=configs"], "--config=configs: no such file"),
+        (["--config=configs:1/a.py"], '--config=configs: no such file; ":" begins a parameter of the config'),
         (["--config=configs/demo_lvm.py", "--config.sed=7"], "sed"),
     ],
 )
