@@ -164,3 +164,12 @@ def check_copies(source: ImageSource) -> None:
         source.load(len(source))
     with pytest.raises(IndexError):
         source.info(-1)
+
+
+def white_is_zero_tiff(samples: np.ndarray) -> bytes:
+    """A TIFF of 8-bit gray with these samples and PhotometricInterpretation 0 (WhiteIsZero)."""
+    content = io.BytesIO()
+    PIL.Image.fromarray(samples).save(content, "TIFF")
+    tag = struct.pack("<HHIH", 262, 3, 1, 1)  # BlackIsZero
+    assert content.getvalue().count(tag) == 1
+    return content.getvalue().replace(tag, struct.pack("<HHIH", 262, 3, 1, 0))

@@ -48,9 +48,12 @@ class DecodedImage:
     extent: tuple[float, float]  # columns and rows of `pixels` that the image covers
     format: str  # of the file, such as "JPEG"
     white: int = 255  # of the file's own samples, if Pillow scaled them: gray of 2 and 4 bits, a PGM's maximum
+    is_inverted: bool = False  # gray of a TIFF whose samples are 0 for white: Pillow inverted them
 
     def to_samples(self, gray: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
         """Converts values of `pixels`, of one channel, to the samples in the file."""
+        if self.is_inverted:
+            gray = 255 - gray
         if self.white in (255, 65535):
             return gray
         scale = 255 if self.pixels.mode == "L" else 65535
@@ -90,14 +93,15 @@ def decode_image(content: Content, preprocess: Preprocess | None = None) -> Deco
         min_side = preprocess.min_decode_side(opened.size) if preprocess else 0
         if min_side and (drafted := opened.draft(None, (min_side, min_side))):
             extent = drafted[1][2:]
-        white = _white_level(opened)
+        white, raw_mode = _white_level(opened), _raw_mode(opened)
+        is_inverted = opened.format == "TIFF" and raw_mode.startswith("L;") and "I" in raw_mode
         _mend_transparency(opened, content, white)
         opened.load()
         if opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # turned by 90° or 270°
             size, extent = size[::-1], extent[::-1]
         pixels = preprocess.to_rgb(opened) if preprocess else apply_exif_orientation(opened)
         pixels.info = {}  # its transparency and color profile are applied, or pixels are data
-        return DecodedImage(pixels, size, extent, opened.format or "", white)
+        return DecodedImage(pixels, size, extent, opened.format or "", white, is_inverted)
 
 
 def read_image(content: Content, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:

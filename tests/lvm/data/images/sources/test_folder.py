@@ -16,7 +16,7 @@ from lvm.data.images.sources import open_source
 from lvm.data.images.sources.folder import FolderSource
 from lvm.data.streams.codecs import PALETTE, Depth, Palette
 from tests.commands import SHARED_DATA
-from tests.image_files import encode_png
+from tests.image_files import encode_png, white_is_zero_tiff
 
 needs_dev = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}: real images are not distributed")
 exact = Preprocess(8, filter="nearest")
@@ -167,8 +167,9 @@ def test_classes_json_names_classes(tmp_path, classes, codec) -> None:
         b"P5 8 8 15\n" + ids(0, 1, 3).tobytes(),
         b"P2 8 8 100\n" + " ".join(map(str, ids(0, 1, 3).ravel())).encode(),
         b"P5 8 8 300\n" + ids(0, 1, 3).astype(">u2").tobytes(),
+        white_is_zero_tiff(ids(0, 1, 3)),
     ],
-    ids=["2-bit", "4-bit", "pgm", "plain pgm", "pgm of 16 bits"],
+    ids=["2-bit", "4-bit", "pgm", "plain pgm", "pgm of 16 bits", "tiff, white is zero"],
 )
 def test_class_ids_are_the_samples_of_the_file(tmp_path, content) -> None:
     folder = write_pair(tmp_path, "segmentation", ids(0))
