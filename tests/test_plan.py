@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -13,6 +14,7 @@ from lvm.hardware.sharding import MeshConfig
 from lvm.model.flops import train_flops_per_token
 from lvm.model.transformer import ModelConfig
 from lvm.plan import make_target, plan, search_plan
+from lvm.planning import plan as plan_module
 from lvm.planning import search, topology
 from lvm.planning.collectives import BETWEEN_SLICES, PADDING, ideal_collective_bytes
 from lvm.planning.estimate import MemoryModel, count_parameters, temp_bytes
@@ -233,6 +235,14 @@ def small_plan():
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
     target = make_target("v5e-4")
     return make_plan(resolve_config(CONFIG, target, 0), target, MemoryModel())
+
+
+def test_compiling_is_announced(monkeypatch, caplog):
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
+    monkeypatch.setattr(plan_module, "required_bytes", lambda step: None)  # as if the compiler refused it
+    target = make_target("v5e-4")
+    make_plan(resolve_config(CONFIG, target, 0), target, MemoryModel())
+    assert re.search(r"compiling for v5e-4, fsdp 4, remat \w+: minutes", caplog.text)
 
 
 def test_compiled_plan_memory_by_hand(small_plan):

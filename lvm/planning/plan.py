@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from lvm.common.config import to_json
+from lvm.common.logging import log_info
 from lvm.data.mixture.rows import batch_spec
 from lvm.hardware import compiler_options
 from lvm.hardware.accelerators import Slice
@@ -195,6 +196,8 @@ def compile_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> Pl
     platform = target.slice.accelerator.platform
     options = compiler_options.compiler_options(platform, config.compiler_options, config.deterministic)
     step = Step(_make_task(config, mesh), mesh, config.seed, config.mesh.zero1, options)
+    mesh_text = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one chip"
+    log_info(f"compiling for {target.slice.name}, {mesh_text}, remat {config.model.remat}: minutes on a few cores")
     start = time.monotonic()
     needed = required_bytes(step)
     seconds = time.monotonic() - start
