@@ -24,8 +24,23 @@ SIZE_FIELDS = (
 
 def variant_of(config: VQGANConfig) -> str | None:
     """The variant that a network is, at any size; None for networks that were not published."""
+    return next((name for name, fields in _differences(config).items() if not fields), None)
+
+
+def nearest_variant(config: VQGANConfig) -> str:
+    """The published variant with the fewest other fields, and these: `maskgit has norm: 'group', not 'batch'`."""
+    name, fields = min(_differences(config).items(), key=lambda item: len(item[1]))
+    return f"{name} has {', '.join(fields)}"
+
+
+def _differences(config: VQGANConfig) -> dict[str, list[str]]:
+    """Fields besides sizes in which each published variant differs from a network, as text."""
     fields = {name: value for name, value in config.describe().items() if name not in SIZE_FIELDS}
-    return next((name for name, net in VARIANTS.items() if fields.items() <= net.describe().items()), None)
+    published = {name: net.describe() for name, net in VARIANTS.items()}
+    return {
+        name: [f"{key}: {net.get(key)!r}, not {value!r}" for key, value in fields.items() if net.get(key) != value]
+        for name, net in published.items()
+    }
 
 
 def to_variant_fields(config: VQGANConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from lvm.model.nnx_utils import Params
 from lvm.training.checkpoint import Checkpoints, load_params
 from lvm.training.workdir import CONFIG, RECORD_VERSION, read_record
 from tokenizer import layouts
-from tokenizer.layout_fields import from_variant_fields, variant_of
+from tokenizer.layout_fields import from_variant_fields, nearest_variant, variant_of
 from tokenizer.layouts import Layout
 from tokenizer.network import VQGANConfig
 
@@ -232,7 +232,7 @@ def _layout_for(config: VQGANConfig, kind: str) -> Layout:
     layout = layouts.find_layout(variant, kind)
     if layout is None:
         kinds = ", ".join(["orbax", *layouts.layout_kinds(variant)])
-        network = f"variant {variant}" if variant else "an unpublished network"
+        network = f"variant {variant}" if variant else f"an unpublished network ({nearest_variant(config)})"
         raise UserError(f"{network} has no layout {kind!r}; it can be written as {kinds}")
     read_back = layout.from_fields(files.as_json(layout.to_fields(config)), f"{kind} layout").describe()
     lost = [f"{k}: {v!r} would be read as {read_back[k]!r}" for k, v in config.describe().items() if read_back[k] != v]

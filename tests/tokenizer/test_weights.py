@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import tempfile
 
 import flax.serialization
@@ -17,8 +18,9 @@ from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from tests.tokenizer.networks import check_same, random_weights, small
 from tokenizer import Tokenizer, layouts, weights
-from tokenizer.layout_fields import variant_of
+from tokenizer.layout_fields import nearest_variant, variant_of
 from tokenizer.network import VARIANTS, VQGANConfig
+from tokenizer.quantizers.fsq import FSQ
 from tokenizer.quantizers.vq import L2VQ
 
 pytest.importorskip("safetensors")
@@ -154,11 +156,17 @@ def test_chains_of_conversions_are_exact_at_any_size(config, seed, data):
             check_same(stored, original)
 
 
+def test_nearest_variant_names_the_fields_that_differ():
+    network = dataclasses.replace(VARIANTS["lvm"], codebook_size=16, codebook_dim=4, quantizer=FSQ((2, 2, 2, 2)))
+    assert variant_of(network) is None
+    assert re.fullmatch(r"lvm has quantizer: None, not \{.*'fsq'.*\}", nearest_variant(network))
+
+
 def test_unpublished_network_has_only_orbax_layout(tmp_path):
     original = random_weights(OWN)
     weights.write(tmp_path / "ours", original, "orbax")
     check_same(weights.read(tmp_path / "ours"), original)
-    with pytest.raises(UserError, match="no layout 'torch'; it can be written as orbax"):
+    with pytest.raises(UserError, match=r"\((\w+) has \w+: .+, not .+\) has no layout 'torch'; .* written as orbax"):
         weights.write(tmp_path / "torch", original, "torch")
 
 
