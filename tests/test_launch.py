@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -313,6 +314,18 @@ def test_slurm_watch_ends_with_the_run(tmp_path, programs, state, code):
     )  # fmt: skip
     output = manage(tmp_path, "watch", "slurm-1b-8x8", code)
     assert output.index("PENDING") < output.index("RUNNING") < output.index("no job named") < output.index(state[:6])
+
+
+def test_slurm_watch_ignores_earlier_runs_of_the_name(tmp_path, programs):
+    submit(tmp_path, "slurm-1b-8x8", f"--workdir={tmp_path / 'work'}")
+    submitted = 1_750_000_000
+    os.utime(tmp_path / "out" / "submitted.json", (submitted, submitted))
+    programs.answer(("squeue", 0, ""), ("sacct", 0, "COMPLETED"))
+    manage(tmp_path, "watch", "slurm-1b-8x8")
+    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(submitted))
+    accounted = [call for call in programs.calls if call[0] == "sacct"]
+    assert len(accounted) == 2
+    assert all(f"--starttime={since}" in call for call in accounted)
 
 
 def test_slurm_watch_of_unknown_run_is_an_error(tmp_path, programs):

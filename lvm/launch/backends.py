@@ -1,6 +1,7 @@
 """Backends by name, with one interface to submit to them and to manage what was submitted."""
 
 import dataclasses
+import datetime
 import os
 import shlex
 import sys
@@ -138,9 +139,9 @@ def load_submitted(backend: str, name: str, site: ClusterConfig, folder: Path, w
             raise UserError(f"--on={backend}, but {name} was submitted to {record['on']} ({folder})")
         if site == ClusterConfig() and backend != LOCAL:
             site = ClusterConfig(**record["site"])
-        return SubmittedRun(
-            name, workdir or record["workdir"], site, folder, *(record.get(key, "") for key in ("store", "sweep"))
-        )
+        since = datetime.datetime.fromtimestamp((folder / _RECORD).stat().st_mtime).isoformat(timespec="seconds")
+        store, sweep = (record.get(key, "") for key in ("store", "sweep"))
+        return SubmittedRun(name, workdir or record["workdir"], site, folder, store, sweep, since)
     return SubmittedRun(name, workdir, site, folder)
 
 

@@ -110,11 +110,13 @@ class SubmittedRun(Run):
       folder: its files on this machine.
       store: the store that it encodes; "" for training.
       sweep: the folder of the sweep that it trains; "" for a single run.
+      since: local time of its submission, in ISO format; "" if it is unknown.
     """
 
     folder: Path = Path()
     store: str = ""
     sweep: str = ""
+    since: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

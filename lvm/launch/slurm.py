@@ -56,7 +56,8 @@ def submit(request: Request) -> list[Command]:
 
 def status(run: SubmittedRun) -> Command:
     columns = "--format=JobID%20,State%20,ExitCode,Elapsed,NNodes,Start,End"
-    return ["sacct", "-X", f"--name={run.name}", "--starttime=now-30days", columns]  # default: since midnight
+    # Jobs of this name that ended before the run was submitted are others. The default is midnight.
+    return ["sacct", "-X", f"--name={run.name}", f"--starttime={run.since or 'now-30days'}", columns]
 
 
 def logs(run: SubmittedRun) -> Command:
