@@ -1,5 +1,6 @@
 """Staging: shards copied to local disk and checked, once per host."""
 
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,9 @@ def stage(path: epath.Path, expected: Mapping[str, Any], folder: epath.Path) -> 
     with files.lock_file(folder / f".{path.name}.lock", wait=True):  # type: ignore[union-attr]  # it waits
         if copy.exists():
             return copy
-        temporary = folder / f".{path.name}.tmp"
+        # Without locks, several processes may copy it at once.
+        unique = "" if files.has_locks(folder) else f".{uuid.uuid4().hex}"
+        temporary = folder / f".{path.name}{unique}.tmp"
         try:
             with files.clear_disk_errors(temporary):
                 _download(path, temporary)

@@ -10,6 +10,7 @@ import itertools
 import pathlib
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, BinaryIO
@@ -35,6 +36,7 @@ from lvm.data.store.manifest import HEADER
 from lvm.data.store.reader import check_version
 
 _ABANDONED_S = 5.0  # age after which a temporary file of a process that no longer runs is removed
+_ABANDONED_SHARD_S = 3600.0  # the same for files of a shard, on a file system without locks
 _BUFFER = 1024  # grids
 
 
@@ -80,7 +82,9 @@ def write_shard(
     name = shard_name(shard, num_shards)
     with contextlib.ExitStack() as stack:
         scratch = epath.Path(stack.enter_context(_scratch_folder(folder)))
-        temporary = {suffix: scratch / f".{name}{suffix}.tmp" for suffix in (CODES_SUFFIX, INDEX_SUFFIX)}
+        # Without locks, two processes may write a shard at once: one of them wins, and both write the same bytes.
+        unique = "" if files.has_locks(scratch) else f".{uuid.uuid4().hex}"
+        temporary = {suffix: scratch / f".{name}{suffix}{unique}.tmp" for suffix in (CODES_SUFFIX, INDEX_SUFFIX)}
         stack.enter_context(_lock_shard(temporary[CODES_SUFFIX]))
         for path in temporary.values():
             stack.callback(path.unlink, missing_ok=True)
@@ -93,7 +97,7 @@ def write_shard(
         temporary[INDEX_SUFFIX].write_bytes(index)
         failed = folder / f"{name}{FAILURES_SUFFIX}"
         if skipped.failures:
-            temporary[FAILURES_SUFFIX] = scratch / f".{failed.name}.tmp"
+            temporary[FAILURES_SUFFIX] = scratch / f".{failed.name}{unique}.tmp"
             stack.callback(temporary[FAILURES_SUFFIX].unlink, missing_ok=True)
             temporary[FAILURES_SUFFIX].write_bytes(failures.to_lines(skipped.failures))
         else:
@@ -340,12 +344,15 @@ def read_header(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def _remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes temporary files of processes that were killed while writing an entry or a manifest."""
-    for file in [*folder.glob(".*.json.*.tmp"), *folder.glob(".manifest.*.tmp")]:
+    """Removes temporary files of processes that were killed while writing an entry, a manifest, or without locks."""
+    ages = dict.fromkeys((".*.json.*.tmp", ".manifest.*.tmp"), _ABANDONED_S)
+    for suffix in (CODES_SUFFIX, INDEX_SUFFIX, FAILURES_SUFFIX):
+        ages[f".*{suffix}.*.tmp"] = _ABANDONED_SHARD_S
+    for file, age_s in [(file, age_s) for pattern, age_s in ages.items() for file in folder.glob(pattern)]:
         process = file.name.split(".")[-2]
         with contextlib.suppress(FileNotFoundError):
             # A process of another host can't be looked up: its recent files may still be in use.
-            is_old = time.time() - file.stat().st_mtime > _ABANDONED_S
+            is_old = time.time() - file.stat().st_mtime > age_s
             if is_old and not pathlib.Path("/proc", process).exists():
                 file.unlink()
 
