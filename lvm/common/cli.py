@@ -242,7 +242,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if (isinstance(error, AssertionError) and not error.args) or "Unable to initialize backend" in str(error):
         is_busy = bool(error.args) and "known backends" not in str(error)  # a restart may find it free
         return device_problem(), errors.EXIT_ERROR if is_busy else errors.EXIT_BAD_INPUT
-    return "", errors.EXIT_ERROR
+    return str(error) if isinstance(error, errors.UnavailableError) else "", errors.EXIT_ERROR
 
 
 def _end_with_parent() -> None:

@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Int, Shaped, UInt8
 
 from lvm.common import files
-from lvm.common.errors import UserError
+from lvm.common.errors import UnavailableError, UserError, check_available
 from lvm.common.logging import log_info
 from lvm.common.ranges import Range, read_ranges
 from lvm.data.store import format, staging
@@ -141,11 +141,12 @@ class Shard:
         return Range(str(self._locate(CODES_SUFFIX)), offset, offset + count * self._grid_bytes)
 
     def read_into(self, target: memoryview, first: int) -> None:
-        """`read` into the bytes of some grids, from local disk."""
+        """`read` into the bytes of some grids, from local disk. Raises UnavailableError as `check_available`."""
         file = _codes_file(self)  # held until the read ends: another thread's files may evict it
         try:
             size = os.preadv(file.descriptor, [target], first * self._grid_bytes)
-        except OSError:
+        except OSError as error:
+            check_available(error)
             size = 0
         if size < len(target):
             target[size:] = bytes(len(target) - size)
@@ -178,11 +179,13 @@ class Shard:
 
 
 def fetch(parts: Sequence[Range]) -> list[bytes]:
-    """`read_ranges` of a store's files. Raises UserError for a missing file."""
+    """`read_ranges` of a store's files. Raises UserError for a missing file, UnavailableError for no answer."""
     try:
         return read_ranges(parts)
     except FileNotFoundError as error:
         raise UserError(f"{error}: is missing, the manifest lists it; encode it again") from error
+    except OSError as error:
+        raise UnavailableError(" ".join(str(error).split())) from error
 
 
 class _OpenFile:

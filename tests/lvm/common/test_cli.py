@@ -15,6 +15,7 @@ import lvm
 from lvm.common import cli, commands
 from lvm.common.cli import positionals_to_flags, spread_list_flags
 from lvm.common.config import from_config_dict
+from lvm.common.errors import UnavailableError
 from lvm.training.config import TrainConfig
 from tests.commands import ROOT
 
@@ -87,6 +88,7 @@ def test_ascii_stdout_takes_any_text():
     [
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), 1, "this process may open "),
         (ValueError("UNKNOWN: /a/b: Too many open files [source locations]"), 1, "ulimit -n"),
+        (UnavailableError("gs://a/b: no answer"), 1, "gs://a/b: no answer"),
         (AssertionError(), 2, "JAX_PLATFORMS=cpu: no such device, or its plugin is not installed"),
         (RuntimeError("Unable to initialize backend 'x': not in the list of known backends"), 2, "known backends"),
         (RuntimeError("Unable to initialize backend 'tpu': already in use\nby process 7"), 1, "in use by process 7"),

@@ -1,5 +1,6 @@
 """Image source of ArrayRecord files whose records are image files."""
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +9,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from lvm.data.images.sources.base import ImageFileSource
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
-from lvm.data.images.sources.listing import relative_to
+from lvm.data.images.sources.listing import failure_reason
 from lvm.data.images.sources.scene import SceneInfo
+
+_OPEN_READERS = 16  # per process; each has a descriptor and a thread, and keeps a removed copy's bytes on the disk
 
 Record = tuple[str, int]  # file, and index of the record in it
 
@@ -23,11 +26,11 @@ class ArrayRecordSource(ImageFileSource[Record]):
     kind = "array_record"
     scene_noun = "record"
     read_errors = (OSError, ValueError, RuntimeError)
-    unpicklable = ("_open_readers",)
+    unpicklable = ("_cached_reader",)
     stream_sets = (("rgb",),)
 
     def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, Record]]:
-        count = self._reader(file).num_records()
+        count = self._open_reader(file).num_records()
         if not count:  # also the library's answer for a file of another format
             raise UnreadableError("it has no records")
         for record in range(count):
@@ -35,7 +38,7 @@ class ArrayRecordSource(ImageFileSource[Record]):
             yield SceneInfo(key, key, "", 1, ("rgb",)), (file, record)
 
     def _reset(self) -> None:
-        self._open_readers: dict[str, Any] = {}
+        self._cached_reader = functools.lru_cache(_OPEN_READERS)(self._open_reader)
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, list[dict[str, ImageFile]]]:
         info, (file, record) = self._scene(index)
@@ -43,14 +46,13 @@ class ArrayRecordSource(ImageFileSource[Record]):
 
     def _read(self, file: str, record: int) -> bytes:
         try:
-            return self._reader(file).read(record, record + 1)[0]
+            return self._cached_reader(file).read(record, record + 1)[0]
         except (IndexError, ValueError, RuntimeError) as error:
-            raise UnreadableError(f"the record can't be read: {relative_to(self._root, error)}") from error
+            raise UnreadableError(f"the record can't be read: {failure_reason(self._root, error)}") from error
 
-    def _reader(self, file: str) -> Any:
-        if file not in self._open_readers:
-            path = self._folder.local(file)
-            if not path.stat().st_size:
+    def _open_reader(self, file: str) -> Any:
+        path = self._folder.local(file)
+        with open(path, "rb") as content:  # without descriptors, the library would find no records
+            if not content.read(1):
                 raise UnreadableError("the file is empty (0 bytes)")
-            self._open_readers[file] = ArrayRecordReader(os.fspath(path), "readahead_buffer_size:0")
-        return self._open_readers[file]
+        return ArrayRecordReader(os.fspath(path), "readahead_buffer_size:0")

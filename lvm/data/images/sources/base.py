@@ -196,7 +196,10 @@ class SceneSource(abc.ABC, Generic[Location]):
         return [PartSpec(*split_range(len(self), shard, num_shards))]
 
     def part(self, spec: PartSpec) -> Part:
-        """Lists a part. Its files, if they are remote, stay on a local disk until its `release`."""
+        """Lists a part. Its files, if they are remote, stay on a local disk until its `release`.
+
+        Raises UnavailableError if a storage doesn't answer.
+        """
         if not self._files:
             listed = vars(self).get("_scenes")
             return Part(listed[spec.start : spec.stop] if listed else range(spec.start, spec.stop))
@@ -216,7 +219,7 @@ class SceneSource(abc.ABC, Generic[Location]):
             self._folder.hold(file)
         except (OSError, UnreadableError) as error:
             if not piece:
-                self._skip(file, f"can't be read: {listing.relative_to(self._root, error)}")
+                self._skip(file, f"can't be read: {listing.failure_reason(self._root, error)}")
             return False
         return True
 
@@ -247,7 +250,7 @@ class SceneSource(abc.ABC, Generic[Location]):
         except UnreadableError as error:
             reason = str(error)
         except self.read_errors as error:
-            reason = f"can't be read: {listing.relative_to(self._root, error)}"
+            reason = f"can't be read: {listing.failure_reason(self._root, error)}"
         if not piece:
             self._skip(file, reason)
         return []

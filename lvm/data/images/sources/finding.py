@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from lvm.common import files
-from lvm.common.errors import UserError
+from lvm.common.errors import UserError, check_available
 from lvm.data.images.sources.folders import Folder, RemoteFolder
 from lvm.data.images.sources.listing import (
     COMPRESSED,
@@ -93,7 +93,8 @@ def hash_files(folder: Folder, names: Iterable[tuple[str, str]], tail_bytes: int
     for name, file in names:
         try:
             size, stamp = folder.stamp(file, tail_bytes)
-        except OSError:  # it fails again when its scene is loaded
+        except OSError as error:  # it fails again when its scene is loaded
+            check_available(error)
             size, stamp = 0, b""
         digest.update(f"{name} {size}\n".encode() + stamp)
     return digest.hexdigest()

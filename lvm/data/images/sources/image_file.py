@@ -12,7 +12,7 @@ import PIL.Image
 import PIL.ImageFile
 from jaxtyping import Shaped, UInt8
 
-from lvm.common.errors import UserError
+from lvm.common.errors import UnavailableError, UserError, check_available
 from lvm.data.images.preprocess import Preprocess, apply_exif_orientation
 from lvm.data.images.sources.listing import IMAGE_FORMATS
 
@@ -25,10 +25,6 @@ Content = pathlib.Path | Callable[[], bytes]  # a path, or a function that reads
 
 class UnreadableError(Exception):
     """A file that cannot be decoded. The message is the reason, without the file's name."""
-
-
-class UnavailableError(Exception):
-    """A storage that does not answer. Not the fault of a file: it ends the process, which may be started again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +134,10 @@ def _mend_transparency(image: PIL.ImageFile.ImageFile, content: Content, white: 
 
 @contextlib.contextmanager
 def _reasons(step: str) -> Iterator[None]:
-    """Raises UnreadableError instead of Pillow's errors, which are of any type on corrupt files."""
+    """Raises UnreadableError instead of Pillow's errors, which are of any type on corrupt files.
+
+    UserError and UnavailableError remain.
+    """
     try:
         yield
     except (UnreadableError, UnavailableError, UserError, MemoryError):
@@ -146,5 +145,6 @@ def _reasons(step: str) -> Iterator[None]:
     except PIL.UnidentifiedImageError as error:
         raise UnreadableError("not an image that can be decoded") from error
     except Exception as error:
+        check_available(error)
         reason = "truncated" if "truncated" in str(error) else f"{step}: {str(error) or type(error).__name__}"
         raise UnreadableError(reason) from error

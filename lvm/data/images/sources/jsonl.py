@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lvm.data.images.sources.base import CodeSource, PathConfig
-from lvm.data.images.sources.listing import read_range
+from lvm.data.images.sources.listing import failure_reason, read_range
 from lvm.data.images.sources.scene import Failure, SceneCodes, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.store import jsonl
@@ -41,7 +41,7 @@ class JsonlSource(CodeSource[Line]):
         except (OSError, ValueError) as error:  # the file has changed since it was listed
             info = dataclasses.replace(info, num_frames=0)
             empty = np.empty((0, 1, self.grid[0] * self.grid[1]), np.uint16)
-            return SceneCodes(info, empty, (Failure(info.key, str(error)),))
+            return SceneCodes(info, empty, (Failure(info.key, failure_reason(self._root, error)),))
         return SceneCodes(info, grids[:, None].astype(np.uint16))
 
     def describe(self) -> dict[str, Any]:

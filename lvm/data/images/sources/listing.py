@@ -5,6 +5,8 @@ import pathlib
 import re
 from collections.abc import Callable, Iterator
 
+from lvm.common.errors import check_available
+
 SETTINGS_FILES = ("classes.json", "streams.json")
 IMAGE_FORMATS = {  # Pillow's name → suffixes of files; others of its formats are not opened: some start programs
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -54,14 +56,15 @@ def printable(name: str) -> str:
 def walk_files(top: pathlib.Path, skip: Skip) -> Iterator[tuple[str, str]]:
     """Yields the files under `top`, except hidden ones, as (folder, name) in natural order. Follows links.
 
-    `skip` receives folders that can't be listed or were listed before, and names that are not UTF-8.
+    `skip` receives folders that can't be listed or were listed before, and names that are not UTF-8. Raises
+    UnavailableError as `check_available`.
     """
 
     def relative(path: str) -> str:
         return pathlib.PurePath(path).relative_to(top).as_posix()
 
     seen: set[str] = set()
-    on_error = lambda error: skip(relative(error.filename), f"can't be listed: {error.strerror}")  # noqa: E731
+    on_error = lambda error: skip(relative(error.filename), f"can't be listed: {failure_reason(top, error)}")  # noqa: E731
     for folder, subfolders, names in os.walk(top, followlinks=True, onerror=on_error):
         real = os.path.realpath(folder)
         if real in seen:  # a link may lead to a folder that contains it
@@ -105,6 +108,10 @@ def read_range(path: pathlib.Path, offset: int, size: int) -> bytes:
     return data
 
 
-def relative_to(root: pathlib.Path, error: Exception) -> str:
-    """Returns an error's text in one line, paths relative to `root`: a store must not name folders of this machine."""
+def failure_reason(root: pathlib.Path, error: Exception) -> str:
+    """Returns an error's text in one line, paths relative to `root`: a store must not name folders of this machine.
+
+    Raises UnavailableError as `check_available`.
+    """
+    check_available(error)
     return " ".join(str(getattr(error, "strerror", None) or error).replace(f"{root}{os.sep}", "").split())

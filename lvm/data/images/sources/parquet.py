@@ -15,7 +15,7 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import ImageFileSource, PathConfig
 from lvm.data.images.sources.division import split_range
 from lvm.data.images.sources.image_file import ImageFile, UnreadableError
-from lvm.data.images.sources.listing import relative_to
+from lvm.data.images.sources.listing import failure_reason
 from lvm.data.images.sources.readers import STREAMS, match_columns
 from lvm.data.images.sources.scene import SceneInfo
 
@@ -156,7 +156,7 @@ class ParquetSource(ImageFileSource[Row]):
             value = table.column(column)[row]
             value = (value["bytes"] if isinstance(value, pyarrow.StructScalar) else value).as_py()
         except (OSError, pyarrow.ArrowException) as error:
-            raise UnreadableError(f"the row group can't be read: {relative_to(self._root, error)}") from error
+            raise UnreadableError(f"the row group can't be read: {failure_reason(self._root, error)}") from error
         if value is None:
             raise UnreadableError(f"column {column!r} is null")
         return value

@@ -18,8 +18,8 @@ import fsspec.utils
 import google_crc32c
 
 from lvm.common import files
-from lvm.common.errors import UserError
-from lvm.data.images.sources.image_file import UnavailableError, UnreadableError
+from lvm.common.errors import UnavailableError, UserError
+from lvm.data.images.sources.image_file import UnreadableError
 from lvm.data.images.sources.listing import is_visible, natural_key
 
 T = TypeVar("T")
@@ -65,8 +65,9 @@ def retry(function: Callable[[], T], own_errors: tuple[type[Exception], ...] = (
       own_errors: its errors that another try doesn't change, such as those of a file's format; raised as they are.
 
     Raises:
-      UnreadableError: there is no such object, or no permission to read it.
-      UnavailableError: the storage does not answer: no reason to go on without the file.
+      UnreadableError: there is no such object.
+      UnavailableError: the storage does not answer, or refuses, as when credentials expire: no reason to go on without
+        the file.
       UserError: the disk of temporary files is full.
     """
     for delay_s in (*_RETRY_DELAYS_S, None):
@@ -77,7 +78,7 @@ def retry(function: Callable[[], T], own_errors: tuple[type[Exception], ...] = (
         except FileNotFoundError:
             raise UnreadableError("no such object") from None
         except PermissionError as error:
-            raise UnreadableError(_one_line(error)) from error
+            raise UnavailableError(_one_line(error)) from error
         except Exception as error:  # each protocol's library has its own, of aiohttp or botocore
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 folder = tempfile.gettempdir()
@@ -140,21 +141,29 @@ def listing_once() -> Iterator[None]:
 
 
 def list_objects(url: str) -> Objects:
-    """Lists the objects below a URL by one call. Raises UserError if it can't."""
+    """Lists the objects below a URL by one call.
+
+    Raises:
+      UserError: no permission, or as `filesystem_of`.
+      UnavailableError: the storage does not answer.
+    """
     known = _listings.get()
     if known is not None and url in known:
         return known[url]
     filesystem, root = filesystem_of(url)
 
     def find() -> dict[str, Any]:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             return filesystem.find(root, detail=True)
-        return {}
+        except FileNotFoundError:
+            return {}
+        except PermissionError as error:
+            raise UserError(f"{url}: can't be listed: {_one_line(error)}") from error
 
     try:
-        entries = retry(find)
-    except (UnreadableError, UnavailableError) as error:
-        raise UserError(f"{url}: can't be listed: {error}") from error
+        entries = retry(find, (UserError,))
+    except UnavailableError as error:
+        raise UnavailableError(f"{url}: can't be listed: {error}") from error
     root = root.strip("/")
     objects = {
         path.strip("/")[len(root) :].lstrip("/"): _as_object(info)

@@ -15,7 +15,15 @@ from lvm.common.config import to_json
 from lvm.common.errors import UserError
 from lvm.data.images.sources.base import ImageFileSource, PathConfig
 from lvm.data.images.sources.image_file import ImageFile
-from lvm.data.images.sources.listing import COMPRESSED, IMAGE_SUFFIXES, NOT_UTF8, printable, read_range, suffix_of
+from lvm.data.images.sources.listing import (
+    COMPRESSED,
+    IMAGE_SUFFIXES,
+    NOT_UTF8,
+    failure_reason,
+    printable,
+    read_range,
+    suffix_of,
+)
 from lvm.data.images.sources.scene import SceneInfo
 
 CLASS = "cls"  # suffix of the member that holds its scene's class name
@@ -86,7 +94,7 @@ class TarSource(ImageFileSource[Sample]):
         try:
             members, problems = _load_index(self._folder.local(tar), keeps=not self._is_part)
         except OSError as error:
-            members, problems = [], [("", f"can't be read: {error.strerror}")]
+            members, problems = [], [("", f"can't be read: {failure_reason(self._root, error)}")]
         for name, reason in problems:
             self._skip(f"{tar}/{name}" if name else tar, reason)
         for member in members:
@@ -122,7 +130,7 @@ class TarSource(ImageFileSource[Sample]):
         try:
             return self._read(tar, member).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
-            self._skip(f"{tar}/{member.name}", f"no class name: {error}")
+            self._skip(f"{tar}/{member.name}", f"no class name: {failure_reason(self._root, error)}")
             return ""
 
 

@@ -15,7 +15,7 @@ from av.stream import Disposition
 from jaxtyping import Int64
 
 from lvm.data.images.sources.image_file import MAX_PIXELS, UnreadableError
-from lvm.data.images.sources.listing import relative_to
+from lvm.data.images.sources.listing import failure_reason
 
 _ERRORS = (av.FFmpegError, OSError, ValueError)
 _MIN_SEEK_S = 1  # clips that begin earlier are decoded from the start of the file
@@ -77,7 +77,7 @@ def read_packets(root: pathlib.Path, file: str) -> Packets:
                     break
                 last_dts, durations[time] = dts, packet.duration or 0
         except _ERRORS as error:
-            problem = f"damaged after frame {len(durations)}: {relative_to(root, error)}"
+            problem = f"damaged after frame {len(durations)}: {failure_reason(root, error)}"
         if not durations:
             raise UnreadableError(problem or "holds no frame")
         times = np.array(sorted(durations), np.int64)
@@ -107,7 +107,7 @@ def decode_frames(
             if time >= last:
                 return
     except _ERRORS as error:
-        text = relative_to(root, error)
+        text = failure_reason(root, error)
         raise UnreadableError(f"it can't be decoded after {video.seconds(time):.2f} s: {text}") from error
     raise UnreadableError(f"it can't be decoded after {video.seconds(time):.2f} s")
 
@@ -226,6 +226,6 @@ def _open(path: pathlib.Path) -> Iterator[Any]:
     try:
         container = av.open(str(path.absolute()), options=_OPTIONS)  # a relative "a:b.mp4" would name a protocol
     except _ERRORS as error:
-        raise UnreadableError(f"can't be opened: {relative_to(path.parent, error)}") from error
+        raise UnreadableError(f"can't be opened: {failure_reason(path.parent, error)}") from error
     with container:
         yield container

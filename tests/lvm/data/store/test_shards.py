@@ -1,5 +1,6 @@
 """Random access to the grids of a store's shards."""
 
+import errno
 import os
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lvm.common.errors import UnavailableError
 from lvm.data.store import shards, writer
-from lvm.data.store.format import Scene
+from lvm.data.store.format import DamagedError, Scene
 from lvm.data.store.reader import Store
 from lvm.data.streams.codecs import Image
 
@@ -80,3 +82,23 @@ def test_grids_rejects_frames_and_streams_outside_the_scene(large):
     for frame, stream in ((1, 0), (0, 2)):
         with pytest.raises(ValueError, match=rf"frame {frame}, stream {stream}"):
             store.grids(entry, np.array([frame]), np.array([stream]))
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.ESTALE, UnavailableError), (errno.EIO, DamagedError)])
+def test_outage_of_a_file_system_is_no_damage(make_store, monkeypatch, code, error):
+    def fail(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    store = Store(make_store([(1, 0)]))
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(error):
+        store.scene(0)
+
+
+def test_outage_of_object_storage_is_one_line(monkeypatch):
+    def fail(parts):
+        raise TimeoutError("gs://bucket/a: no answer\nwithin 120 s")
+
+    monkeypatch.setattr(shards, "read_ranges", fail)
+    with pytest.raises(UnavailableError, match=r"^gs://bucket/a: no answer within 120 s$"):
+        shards.fetch([])

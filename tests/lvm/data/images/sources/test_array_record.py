@@ -10,7 +10,7 @@ from array_record.python import array_record_module
 
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
-from lvm.data.images.sources import open_source
+from lvm.data.images.sources import array_record, open_source
 from tests.image_files import BAD_FILES, UNUSUAL_FILES, check_copies, check_image_files, encode_image, photo
 
 small = Preprocess(16)
@@ -30,6 +30,22 @@ def test_records_are_image_files(tmp_path) -> None:
     source = open_source(str(tmp_path / "a.array_record"), small)
     check_image_files(source, lambda key: list(FILES)[int(key.removeprefix("a.array_record/"))])
     assert source.stream_sets == (("rgb",),)
+
+
+def test_few_record_files_are_open_at_once(tmp_path) -> None:
+    num_files = 3 * array_record._OPEN_READERS
+    for i in range(num_files):
+        write_records(tmp_path / f"{i}.array_record", [encode_image(photo(8, 8))])
+    source = open_source(str(tmp_path), small)
+
+    def num_open() -> int:
+        links = pathlib.Path("/proc/self/fd").iterdir()
+        return sum(str(link.readlink()).startswith(str(tmp_path)) for link in links if link.is_symlink())
+
+    assert num_open() == 0, "listing keeps none"
+    for i in (*range(num_files), *range(num_files)):
+        assert not source.load(i).failures
+    assert num_open() == array_record._OPEN_READERS
 
 
 def test_unreadable_record_files_are_skipped(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Folders of a source's files, local ones and those of object storage: naming, copies, outages, gs:// and s3://."""
 
+import errno
 import json
 import os
 import pathlib
@@ -14,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lvm.common.errors import UserError
+from lvm.common.errors import UnavailableError, UserError
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import finding, open_any_source, open_source, remote
 from lvm.data.images.sources.folders import Folder
-from lvm.data.images.sources.image_file import UnavailableError, UnreadableError
+from lvm.data.images.sources.image_file import UnreadableError
 from tests.image_files import encode_image, photo
 from tests.lvm.data.images.sources.test_tar import write_tar
 from tests.object_server import object_server
@@ -214,6 +215,48 @@ def test_outage_ends_the_process(server, monkeypatch, spec) -> None:
         monkeypatch.setattr(remote.filesystem_of(spec)[0], name, unavailable)
     with pytest.raises(UnavailableError, match="503"):
         source.load(source._scene(scenes[0])) if source.is_listed else source.part(source.plan(0, 1)[0])
+
+
+@pytest.mark.parametrize("spec", ["s3://bucket/t", "s3://bucket/photos"])
+def test_expired_credentials_end_the_process(server, monkeypatch, spec) -> None:
+    """Each file that is listed as a failure would be missing from a store that is complete."""
+    source = open_any_source(spec, small)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("The provided token has expired.")
+
+    for name in ("get_file", "cat_file", "find"):
+        monkeypatch.setattr(remote.filesystem_of(spec)[0], name, refuse)
+    with pytest.raises(UnavailableError, match="token has expired"):
+        source.load(source._scene(0)) if source.is_listed else source.part(source.plan(0, 1)[0])
+    with pytest.raises(UserError, match=f"{spec}: can't be listed: .*token has expired"):
+        open_any_source(spec, small)
+
+
+def test_outage_while_listing_is_no_user_error(server, monkeypatch) -> None:
+    def unavailable(*args: object, **options: object) -> None:
+        raise OSError("503")
+
+    monkeypatch.setattr(remote.filesystem_of("gs://bucket/t")[0], "find", unavailable)
+    with pytest.raises(UnavailableError, match="gs://bucket/t: can't be listed: OSError: 503"):
+        open_any_source("gs://bucket/t", small)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("spec", ["t", "photos", "q", "t/*.tar"])
+def test_error_of_the_machine_is_no_failure_of_a_file(bucket, monkeypatch, spec, code) -> None:
+    source = open_any_source(f"{bucket}/bucket/{spec}", small)
+
+    def fail(path: object, *args: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", fail)
+        patch.setattr(pq, "ParquetFile", fail)
+        with pytest.raises(UnavailableError, match=os.strerror(code)):
+            source.load(source._scene(0)) if source.is_listed else source.part(source.plan(0, 1)[0])
+        with pytest.raises(UnavailableError, match=os.strerror(code)):
+            source.describe()
 
 
 def test_unlisted_url_is_a_user_error(server, monkeypatch) -> None:
