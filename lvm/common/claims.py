@@ -84,7 +84,10 @@ class Claims:
         attempt = self._stale.get(item, -1) + 1
         if not attempt and not files.is_remote(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        if not files.create(self._folder / f"{item}.{attempt}", self._content):
+        try:
+            if not files.create(self._folder / f"{item}.{attempt}", self._content):
+                return False
+        except FileNotFoundError:  # another process has removed the folder, since all items are done
             return False
         if attempt:
             owner = files.read_side_file(self._folder / f"{item}.{attempt - 1}")

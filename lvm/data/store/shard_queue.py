@@ -87,7 +87,8 @@ class ShardQueue:
         finally:
             if is_ours:
                 self._claims.release(_MANIFEST)
-                (self._folder / CLAIMS).rmtree(missing_ok=True)
+                with contextlib.suppress(OSError):  # another process makes a claim in it, and will remove it
+                    (self._folder / CLAIMS).rmtree(missing_ok=True)
 
     def _is_finished(self) -> bool:
         times = files.times(self._folder)

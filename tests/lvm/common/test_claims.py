@@ -1,6 +1,7 @@
 """Claims of items of work on a local folder and on object storage."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -67,6 +68,20 @@ def test_claim_of_an_ended_process_is_stale_at_once(tmp_path):
     claim_of(tmp_path, "b.0", process=2**22 + 1, machine="another")
     with Claims(tmp_path) as ours:
         assert ours.busy() == {"b"}
+        assert ours.acquire("a")
+
+
+def test_claim_in_a_folder_that_is_removed_is_none(tmp_path, monkeypatch):
+    create = files.create
+
+    def create_in_removed(path, data):  # by the process that has finished
+        shutil.rmtree(tmp_path / "claims")
+        return create(path, data)
+
+    monkeypatch.setattr(files, "create", create_in_removed)
+    with Claims(tmp_path / "claims") as ours:
+        assert not ours.acquire("a")
+        monkeypatch.undo()
         assert ours.acquire("a")
 
 

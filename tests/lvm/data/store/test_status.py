@@ -72,6 +72,25 @@ def test_status_measures_the_rate_of_the_last_half_hour(tmp_path):
     assert "shard-00003-of-00004: lost-host, process 7, last renewed 6m4" in stale
 
 
+def test_claim_made_while_claims_are_removed_ends_nothing(tmp_path, monkeypatch):
+    writer.begin_store(tmp_path, HEADER, NUM_SHARDS)
+    claims, rmdir = tmp_path / "claims", os.rmdir
+
+    def rmdir_after_claim(path, **options):
+        (claims / "manifest.0").write_text("{}")
+        return rmdir(path, **options)
+
+    with ShardQueue(tmp_path, NUM_SHARDS) as queue:
+        with queue.finishing():
+            monkeypatch.setattr(os, "rmdir", rmdir_after_claim)
+        monkeypatch.undo()
+        assert claims.exists()
+        (claims / "manifest.0").unlink()
+        with queue.finishing():
+            pass
+    assert not claims.exists()
+
+
 def test_many_processes_list_the_store_once_each(tmp_path, monkeypatch):
     writer.begin_store(tmp_path, HEADER, NUM_SHARDS)
     listings = []
