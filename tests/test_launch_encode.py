@@ -29,6 +29,7 @@ REQUESTS = {
         "--out=/scratch/it's a store",
         "--augment=4",
         "--secret=TOKEN",
+        "--env=HF_HOME=/scratch/hf cache",
     ],
     "gke-encode": [
         "encode",

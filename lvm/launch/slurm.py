@@ -171,6 +171,7 @@ def _finish_script(request: EncodeRequest) -> str:
     return shell.render_script(
         "slurm_finish.sh",
         name=request.name,
+        exports=shell.export_lines(request.environment),
         setup=request.site.setup,
         folder=shlex.quote(f"{request.launch_folder}/{request.commit}"),
         store=shlex.quote(request.store),
