@@ -1,6 +1,7 @@
 """Files of a source: those that a path names, and a hash of them."""
 
 import hashlib
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,8 @@ from lvm.data.images.sources.listing import (
     walk_files,
 )
 from lvm.data.images.sources.remote import list_objects, match_objects, num_plain_parts
+
+_BATCH_BYTES, _BATCHES = 65536, 512  # of the ends of files
 
 
 def open_folder(path: str) -> Folder | None:
@@ -89,12 +92,23 @@ def hash_files(folder: Folder, names: Iterable[tuple[str, str]], tail_bytes: int
       names: (name, file) of each.
       tail_bytes: number of the last bytes of a local file.
     """
-    digest = hashlib.sha256()
-    for name, file in names:
-        try:
-            size, stamp = folder.stamp(file, tail_bytes)
-        except OSError as error:  # it fails again when its scene is loaded
-            check_available(error)
-            size, stamp = 0, b""
-        digest.update(f"{name} {size}\n".encode() + stamp)
+    digest, remaining = hashlib.sha256(), iter(names)
+
+    def describe(batch: Sequence[tuple[str, str]]) -> bytes:
+        return b"".join(_describe_file(folder, name, file, tail_bytes) for name, file in batch)
+
+    # Many at once, for the file systems of networks; in batches, since threads cost more than a local file's few bytes.
+    batches = iter(lambda: [*itertools.islice(remaining, max(1, _BATCH_BYTES // tail_bytes))], [])
+    while next_batches := [*itertools.islice(batches, _BATCHES)]:
+        for described in files.map_concurrently(describe, next_batches):
+            digest.update(described)
     return digest.hexdigest()
+
+
+def _describe_file(folder: Folder, name: str, file: str, tail_bytes: int) -> bytes:
+    try:
+        size, stamp = folder.stamp(file, tail_bytes)
+    except OSError as error:  # it fails again when its scene is loaded
+        check_available(error)
+        size, stamp = 0, b""
+    return f"{name} {size}\n".encode() + stamp

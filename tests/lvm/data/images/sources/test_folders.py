@@ -1,6 +1,7 @@
 """Folders of a source's files, local ones and those of object storage: naming, copies, outages, gs:// and s3://."""
 
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 
 import fsspec
 import numpy as np
@@ -278,6 +280,28 @@ def test_settings_errors_name_the_url(memory) -> None:
     fsspec.filesystem("memory").pipe_file("/data/1.jpg", RGB)
     with pytest.raises(UserError, match=r"^memory://data/classes\.json: "):
         open_any_source(f"{memory}", small, {"layout": "videos"})
+
+
+@pytest.mark.parametrize("tail_bytes", [256, 65536])
+def test_hash_of_files_is_that_of_sizes_and_ends(tmp_path, tail_bytes) -> None:
+    contents = {f"{i}.tar": bytes([i]) * (100_000 + i) for i in range(3)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    names = [(name, name) for name in [*contents, "missing"]]
+    parts = [f"{name} {len(content)}\n".encode() + content[-tail_bytes:] for name, content in contents.items()]
+    expected = hashlib.sha256(b"".join([*parts, b"missing 0\n"])).hexdigest()
+    assert finding.hash_files(Folder(tmp_path), names, tail_bytes) == expected
+
+
+def test_ends_of_files_are_read_at_once(tmp_path, monkeypatch) -> None:
+    barrier = threading.Barrier(8, timeout=60)
+
+    def stamp(folder: Folder, file: str, tail_bytes: int) -> tuple[int, bytes]:
+        barrier.wait()  # until eight calls wait
+        return 1, file.encode()
+
+    monkeypatch.setattr(Folder, "stamp", stamp)
+    assert finding.hash_files(Folder(tmp_path), [(str(i), str(i)) for i in range(16)], 65536)
 
 
 def test_local_folder_names_its_entries(tmp_path) -> None:
