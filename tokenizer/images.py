@@ -83,7 +83,7 @@ class TrainingImages:
       process: of this process, among those that share `folder`.
 
     Raises:
-      UserError: as `Catalog` does, or negative `workers`.
+      UserError: as `Catalog` does, negative `workers`, or a batch too small for `rgb_share`.
     """
 
     def __init__(
@@ -91,8 +91,13 @@ class TrainingImages:
         folder: epath.PathLike, workers: int = 0, process: int = 0,
     ):  # fmt: skip
         self._source, self._config, self._preprocess = source, config, preprocess
-        self._catalog = Catalog(source, config.heldout_fraction, config.max_scenes, folder, process)
         num_rgb = round(config.rgb_share * batch_size)
+        if 0 < config.rgb_share < 1 and num_rgb in (0, batch_size):
+            raise UserError(
+                f"config.batch_size={batch_size} has no image of one kind at "
+                f"config.data.rgb_share={config.rgb_share:g}; use a larger batch, or a share of 0 or 1"
+            )
+        self._catalog = Catalog(source, config.heldout_fraction, config.max_scenes, folder, process)
         pool_rows = (num_rgb, batch_size - num_rgb)
         self._order = RowOrder(self._catalog, pool_rows, config.mixed_files, seed)
         self._batch_size, self._rng_seed = batch_size, derive_seed(seed, len(POOLS))

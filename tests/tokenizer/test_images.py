@@ -155,6 +155,12 @@ def test_source_that_runs_dry_is_one_clear_line(tmp_path, monkeypatch, config, m
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("batch", "share"), [(1, 0.5), (8, 0.99)])
+def test_batch_too_small_for_both_kinds_is_an_error(tars, tmp_path, batch, share):
+    with pytest.raises(UserError, match=rf"^config\.batch_size={batch} .* config\.data\.rgb_share={share}; use"):
+        open_images(tars, tmp_path, batch=batch, rgb_share=share)
+
+
 def test_unreadable_heldout_split_is_an_error(tmp_path):
     write_tars(tmp_path / "data", 1, 4, depth=False, damaged={(0, j) for j in range(4)})
     with (
