@@ -18,6 +18,8 @@ _MAX_VIDEOS = 4000  # for the conditional entropy
 class Likelihood(Evaluator):
     """The mixture's loss against the unigram entropy, and that of videos against the preceding frame.
 
+    The loss is that of training: with the mixture's loss on answers, of the codes of answers alone.
+
     Attributes:
       num_sentences: of each component.
     """
@@ -37,12 +39,15 @@ class Likelihood(Evaluator):
             raise NotApplicableError("no component of the mixture has held-out sentences that fit the context")
         context.episodes = context.sentence_digests(self.num_sentences)
         mixture, num_codes = context.mixture, context.model.vocabulary.num_codes
-        weights = {name: mixture.code_weight(component) for name, component in mixture.components.items()}
-        m = likelihood.mixture_metrics(losses, sentences, weights, num_codes)
+        counted = {name: mixture.components[name].recipe.answer_mask | (mixture.loss == "all") for name in losses}
+        weights = {n: mixture.code_weight(mixture.components[n]) * float(mask.mean()) for n, mask in counted.items()}
+        counted_losses = {name: losses[name][:, mask] for name, mask in counted.items()}
+        counted_codes = {name: sentences[name][:, mask] for name, mask in counted.items()}
+        m = likelihood.mixture_metrics(counted_losses, counted_codes, weights, num_codes)
         unigram = {"unigram entropy of the same codes": Estimate(m["unigram_entropy"])}
         text = f"next-token loss, weighted as in training; {_below(m['below_unigram'])} the unigram entropy"
         figures = [Figure("loss", Estimate(m["loss"]), text, "nats", False, unigram)]
-        for name, values in losses.items():
+        for name, values in counted_losses.items():
             by_sentence = estimate(np.nanmean(values, axis=(1, 2)))
             text = f"next-token loss of {name}, mean over {len(values)} sentences"
             figures.append(Figure(f"loss/{name}", by_sentence, text, "nats", False))

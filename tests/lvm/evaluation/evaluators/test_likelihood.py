@@ -7,7 +7,7 @@ import pytest
 
 from lvm.data.images.sources.scene import SceneInfo
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
-from lvm.data.mixture.recipes import Pairs, Single, Video
+from lvm.data.mixture.recipes import Category, Pairs, Single, Video
 from lvm.data.store.reader import Store
 from lvm.evaluation import baselines
 from lvm.evaluation.evaluators.likelihood import Likelihood, _video_figures
@@ -35,6 +35,23 @@ def test_likelihood_weighs_components_as_training_does(make_context, weigh_by, s
     losses = [figures[f"loss/{name}"].estimate.value for name in components]
     assert figures["loss"].estimate.value == pytest.approx(np.average(losses, weights=[share, 1 - share]))
     assert figures["loss/pairs"].estimate.interval[0] < losses[1] < figures["loss/pairs"].estimate.interval[1]
+
+
+def test_likelihood_counts_answers_alone_as_training_does(make_context):
+    components = {
+        "pairs": ComponentConfig(Pairs(shots=2), 1.0),
+        "category": ComponentConfig(Category(images=3), 2.0),
+    }
+    context = make_context([], {}, mixture=MixtureConfig(components, weigh_by="codes", loss="answers"))
+    grids = {"pairs": [9.0, 1.0, 9.0, 2.0], "category": [9.0, 3.0, 4.0]}  # loss of each grid
+    losses = {name: np.tile(np.array(values)[:, None], (8, 1, 4)) for name, values in grids.items()}
+    context.cache["losses", 8, "None"] = losses
+    context.cache["sentences", 8, "None"] = {name: np.zeros(x.shape, int) for name, x in losses.items()}
+    figures = by_name(Likelihood(num_sentences=8).run(context)[0])
+    assert figures["loss/pairs"].estimate.value == 1.5
+    assert figures["loss/category"].estimate.value == 3.5
+    # Of the codes of pairs a half are answers, of those of categories two thirds.
+    assert figures["loss"].estimate.value == pytest.approx((1 * 1.5 / 2 + 2 * 3.5 * 2 / 3) / (1 / 2 + 4 / 3))
 
 
 @pytest.mark.parametrize(("strides", "entropy"), [((1, 2), np.log(2)), ((2, 1), np.log(2)), ((2,), 0.0)])
