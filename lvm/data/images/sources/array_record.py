@@ -1,6 +1,5 @@
 """Image source of ArrayRecord files whose records are image files."""
 
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from lvm.data.images.sources.image_file import ImageFile, UnreadableError
 from lvm.data.images.sources.listing import failure_reason
 from lvm.data.images.sources.scene import SceneInfo
 
-_OPEN_READERS = 16  # per process; each has a descriptor and a thread, and keeps a removed copy's bytes on the disk
+_OPEN_READERS = 128  # per process, each with a descriptor and a thread; training mixes the images of as many files
 
 Record = tuple[str, int]  # file, and index of the record in it
 
@@ -26,7 +25,7 @@ class ArrayRecordSource(ImageFileSource[Record]):
     kind = "array_record"
     scene_noun = "record"
     read_errors = (OSError, ValueError, RuntimeError)
-    unpicklable = ("_cached_reader",)
+    unpicklable = ("_readers_by_file",)
     stream_sets = (("rgb",),)
 
     def _list_file(self, file: str) -> Iterator[tuple[SceneInfo, Record]]:
@@ -38,7 +37,7 @@ class ArrayRecordSource(ImageFileSource[Record]):
             yield SceneInfo(key, key, "", 1, ("rgb",)), (file, record)
 
     def _reset(self) -> None:
-        self._cached_reader = functools.lru_cache(_OPEN_READERS)(self._open_reader)
+        self._readers_by_file: dict[str, Any] = {}
 
     def _open_scene(self, index: int) -> tuple[SceneInfo, list[dict[str, ImageFile]]]:
         info, (file, record) = self._scene(index)
@@ -46,9 +45,18 @@ class ArrayRecordSource(ImageFileSource[Record]):
 
     def _read(self, file: str, record: int) -> bytes:
         try:
-            return self._cached_reader(file).read(record, record + 1)[0]
+            return self._reader(file).read(record, record + 1)[0]
         except (IndexError, ValueError, RuntimeError) as error:
             raise UnreadableError(f"the record can't be read: {failure_reason(self._root, error)}") from error
+
+    def _reader(self, file: str) -> Any:
+        reader = self._readers_by_file.get(file)
+        if reader is None:
+            for other in [*self._readers_by_file]:  # the first opened first; a removed copy still takes disk space
+                if len(self._readers_by_file) >= _OPEN_READERS or not (self._root / other).exists():
+                    self._readers_by_file.pop(other, None)
+            reader = self._readers_by_file[file] = self._open_reader(file)
+        return reader
 
     def _open_reader(self, file: str) -> Any:
         path = self._folder.local(file)
