@@ -48,7 +48,7 @@ def estimate(statistics: Shaped[np.ndarray, "n ..."], aggregate: Aggregate = mea
     """Estimates `aggregate` of the mean of per-episode statistics, resampling episodes with a fixed seed.
 
     Episodes without a value (NaN) are left out; with none left the value is NaN and there is no interval. Sums over
-    episodes, as in a confusion matrix, are means to every aggregate that doesn't depend on their scale.
+    episodes, such as counts of pixels, are means to every aggregate that doesn't depend on their scale.
     """
     statistics = np.asarray(statistics, np.float64)
     shape = statistics.shape[1:]

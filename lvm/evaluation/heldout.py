@@ -67,9 +67,9 @@ class Heldout:
         for failure in self.failures:
             log_warning(f"skipped {failure.key}: {failure.reason}")
         if not self.scenes:
+            selected = "" if fraction is None else f" is held out by heldout_fraction={fraction}, that of training, and"
             raise UserError(
-                f"no readable scene is held out of {source.name} by heldout_fraction={fraction}; "
-                "it must be that of training, above 0"
+                f"no scene of {source.name}{selected} can be read: {len(indices)} of {len(source)} were tried"
             )
 
     def with_streams(self, streams: Sequence[str], min_frames: int = 1) -> list[HeldoutScene]:

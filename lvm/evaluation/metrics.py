@@ -12,7 +12,7 @@ from lvm.common import statistics
 
 _SSIM_WINDOW = 11
 Codes = Integer[np.ndarray, "*shape"]  # codes or class ids
-Confusion = Shaped[np.ndarray, "*n C C"]  # counts [true class, predicted class], or means of some
+ClassCounts = Shaped[np.ndarray, "*n C 3"]  # pixels of each class that are right, true and answered, or means of some
 
 
 def iou(masks: Bool[np.ndarray, "B H W"], truth: Bool[np.ndarray, "B H W"]) -> Float[np.ndarray, " B"]:
@@ -22,25 +22,28 @@ def iou(masks: Bool[np.ndarray, "B H W"], truth: Bool[np.ndarray, "B H W"]) -> F
     return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))
 
 
-def confusion(labels: Codes, truth: Codes, num_classes: int, ignore: int | None = None) -> Confusion:
-    """Confusion matrix over all pixels except those whose truth is `ignore`."""
+def class_counts(labels: Codes, truth: Codes, num_classes: int, ignore: int | None = None) -> ClassCounts:
+    """Pixels of each class that are right, true and answered, [C, 3], but for those whose truth is `ignore`.
+
+    All that accuracy and IoU need of a confusion matrix, whose size would be quadratic.
+    """
     mask = np.ones(truth.shape, bool) if ignore is None else truth != ignore
-    pairs = truth[mask].astype(np.int64) * num_classes + labels[mask]
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    kinds = (truth[mask & (labels == truth)], truth[mask], labels[mask])
+    return np.stack([np.bincount(ids, minlength=num_classes) for ids in kinds], axis=-1)
 
 
-def accuracy(counts: Confusion) -> Float[np.ndarray, "*n"]:
-    """Share of correct pixels in confusion matrices, or means of some; NaN of an empty one."""
-    correct, total = np.trace(counts, axis1=-2, axis2=-1), counts.sum((-2, -1))
+def accuracy(counts: ClassCounts) -> Float[np.ndarray, "*n"]:
+    """Share of correct pixels from counts, or means of some; NaN without any pixel."""
+    correct, total = counts[..., 0].sum(-1), counts[..., 1].sum(-1)
     return np.where(total > 0, correct / np.where(total > 0, total, 1), np.nan)
 
 
-def mean_iou(counts: Confusion, exclude: Sequence[int] = ()) -> Float[np.ndarray, "*n"]:
-    """Mean IoU from confusion matrices, over the classes present in the truth except `exclude`; NaN without any."""
-    intersection, present = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1) > 0
-    union = counts.sum(-2) + counts.sum(-1) - intersection
+def mean_iou(counts: ClassCounts, exclude: Sequence[int] = ()) -> Float[np.ndarray, "*n"]:
+    """Mean IoU from counts, over the classes present in the truth except `exclude`; NaN without any."""
+    right, true, answered = np.moveaxis(counts, -1, 0)
+    present = true > 0
     present[..., list(exclude)] = False
-    return _mean_of_ratios(intersection, union, present)
+    return _mean_of_ratios(right, true + answered - right, present)
 
 
 def conditional_entropy(context: Codes, codes: Codes, num_codes: int, corrected: bool = False) -> float:

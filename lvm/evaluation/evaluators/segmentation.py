@@ -22,7 +22,7 @@ class Segmentation(PromptedTask):
     `foreground_iou` is the mean over queries of the foreground's IoU, the "mIoU" of visual prompting
     (github.com/amirbar/visual_prompting); void pixels are background. `foreground_miou` is that of few-shot
     segmentation: intersections and unions are summed over the queries of a class, then classes are averaged.
-    `class_miou` is that of semantic segmentation, from one confusion matrix without void pixels and background.
+    `class_miou` is that of semantic segmentation, from the pixels of all queries without void and background.
     """
 
     kind = "segmentation"
@@ -34,7 +34,7 @@ class Segmentation(PromptedTask):
         assert isinstance(codec, Palette)
         exclude = [] if codec.background is None else [codec.background]
         by_class = [
-            Metric("class_miou", "class mIoU from one confusion matrix", "", True,
+            Metric("class_miou", "class mIoU over the pixels of all queries", "", True,
                    lambda counts: metrics.mean_iou(counts, exclude)),
             Metric("pixel_accuracy", "pixel accuracy", "%", True, metrics.accuracy),
         ]  # fmt: skip
@@ -52,7 +52,7 @@ class Segmentation(PromptedTask):
         assert isinstance(codec, Palette)
         labels, expected = (np.stack([codec.parse(x) for x in batch]) for batch in (images, truth))
         pairs = zip(labels, expected, strict=True)
-        counts = np.stack([metrics.confusion(a, b, len(codec.names), codec.ignore) for a, b in pairs])
+        counts = np.stack([metrics.class_counts(a, b, len(codec.names), codec.ignore) for a, b in pairs])
         scores = {"class_miou": counts, "pixel_accuracy": counts}
         if codec.background is None:
             return scores
@@ -94,6 +94,6 @@ def chance_miou(labels: np.ndarray, truth: np.ndarray, codec: Palette, exclude: 
             table = np.arange(256, dtype=np.uint8)
             table[classes] = rng.permutation(classes)
             out[:] = table[image]
-        counts = metrics.confusion(permuted, truth, len(codec.names), codec.ignore)
+        counts = metrics.class_counts(permuted, truth, len(codec.names), codec.ignore)
         scores.append(metrics.mean_iou(counts, exclude))
     return float(np.mean(scores))

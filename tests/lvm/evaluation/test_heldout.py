@@ -106,9 +106,16 @@ def test_heldout_logs_and_skips_unreadable_scenes(make_heldout, caplog):
     assert f"skipped scene {lost}: cut off" in caplog.text
 
 
-@pytest.mark.parametrize("options", [{"fraction": 0.0}, {"source": FakeSource(unreadable=range(24))}])
-def test_heldout_rejects_an_empty_split(make_heldout, options):
-    with pytest.raises(UserError, match="heldout_fraction="):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0.0}, "no scene of fake is held out by heldout_fraction=0.0, .* 0 of 24"),
+        ({"source": FakeSource(unreadable=range(24))}, "heldout_fraction=0.5, .* can be read: 1. of 24"),
+        ({"source": FakeSource(unreadable=range(24)), "fraction": None}, "no scene of fake can be read: 24 of 24"),
+    ],
+)
+def test_heldout_without_scenes_is_user_error(make_heldout, options, message):
+    with pytest.raises(UserError, match=message):
         make_heldout(**options)
 
 
