@@ -34,7 +34,7 @@ _LOCK = ".owner"  # in a folder of copies, locked while its process runs
 class Object(NamedTuple):
     """An object as its storage lists it."""
 
-    size: int  # in bytes
+    size: int  # in bytes; -1 if the storage doesn't tell, as web servers
     checksum: str  # or version, as the storage has it; "" if none
     crc32c: str = ""  # in base64, of gs://
 
@@ -45,7 +45,12 @@ _listings: ContextVar[dict[str, Objects] | None] = ContextVar("listings", defaul
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem of a URL, and the path inside it. Raises UserError: an unknown protocol, or no package."""
+    """fsspec's filesystem of a URL, and the path inside it.
+
+    Raises:
+      UserError: an unknown protocol, or no package.
+      UnavailableError: a protocol that connects at once, without an answer.
+    """
     try:
         return fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
@@ -55,6 +60,8 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: reading {protocol}:// needs {package}, which is not installed{extra}") from error
     except ValueError as error:
         raise UserError(f"{url}: {error}; expected a local path, gs://…, s3://… or another URL of fsspec") from error
+    except OSError as error:
+        raise UnavailableError(f"{url}: {_one_line(error)}") from error
 
 
 def retry(function: Callable[[], T], own_errors: tuple[type[Exception], ...] = ()) -> T:
@@ -116,7 +123,7 @@ def _check(url: str, listed: Object | None, size: int, crc32c: Callable[[], int]
     """Raises OSError if content that was read differs from the listing."""
     if listed is None:
         return
-    if size != listed.size:
+    if listed.size >= 0 and size != listed.size:
         raise OSError(f"{url}: {size} bytes were read, and {listed.size} were listed")
     if listed.crc32c and crc32c() != int.from_bytes(base64.b64decode(listed.crc32c), "big"):
         raise OSError(f"{url}: its content differs from its checksum of when it was listed")
@@ -177,7 +184,8 @@ def list_objects(url: str) -> Objects:
 
 def _as_object(info: dict[str, Any]) -> Object:
     crc32c = str(info.get("crc32c") or "")
-    return Object(int(info["size"]), crc32c or str(info.get("ETag") or info.get("etag") or ""), crc32c)
+    size = info.get("size")
+    return Object(-1 if size is None else int(size), crc32c or str(info.get("ETag") or info.get("etag") or ""), crc32c)
 
 
 def match_objects(url: str) -> tuple[str, Objects, list[str]]:

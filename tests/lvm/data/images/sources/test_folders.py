@@ -1,7 +1,9 @@
 """Folders of a source's files, local ones and those of object storage: naming, copies, outages, gs:// and s3://."""
 
 import errno
+import functools
 import hashlib
+import http.server
 import json
 import os
 import pathlib
@@ -273,6 +275,23 @@ def test_unlisted_url_is_a_user_error(server, monkeypatch) -> None:
     monkeypatch.setattr(fsspec.core, "url_to_fs", no_package)
     with pytest.raises(UserError, match=r"s3://bucket/t: .*s3fs.*lvm\[s3\]"):
         open_any_source("s3://bucket/t", small)
+
+
+@pytest.mark.parametrize("name", ["t/2.tar", "t/"])
+def test_tars_of_a_web_server_are_read(bucket, name) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=bucket / "bucket")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        source = open_any_source(f"http://127.0.0.1:{web.server_port}/{name}", small)
+        scenes = source.part(source.plan(0, 1)[0]).scenes
+        assert source.describe()["num_files"] == len(source._files) > 0
+        assert not source.load(scenes[0]).failures
+        web.shutdown()
+
+
+def test_refused_connection_is_no_traceback() -> None:
+    with pytest.raises(UnavailableError, match=r"^ftp://127\.0\.0\.1:1/x: ConnectionRefusedError"):
+        open_any_source("ftp://127.0.0.1:1/x", small)
 
 
 def test_settings_errors_name_the_url(memory) -> None:
