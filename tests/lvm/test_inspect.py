@@ -80,6 +80,21 @@ def test_any_changed_byte_is_reported(intact, tmp_path_factory, data):
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("header.json", '"version": 4', '"version": 5'),
+        ("shard-00001-of-00002.json", '"bytes": 300', '"bytes": 301'),
+        ("shard-00001-of-00002.json", '"bytes": 300', '"butes": 300'),
+    ],
+)
+def test_changed_words_of_side_files_are_reported(copy, name, before, after):
+    content = (copy / name).read_text()
+    assert content.count(before) == 1
+    (copy / name).write_text(content.replace(before, after))
+    assert any(f"{copy / name}: damaged" in problem for problem in problems(copy))
+
+
 def test_damaged_codes_are_reported_as_reading_reports_them(copy):
     file, store = copy / "shard-00000-of-00002.codes", Store(copy)
     flip(file, 12 * 7)  # the eighth grid of four codes

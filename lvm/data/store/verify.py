@@ -37,7 +37,8 @@ def manifest_problems(store: Store) -> Iterator[str]:
     num_shards = len(store.shards)
     try:
         header = files.read_json(store.path / HEADER)
-        del header["version"]
+        if (version := header.pop("version")) != format.VERSION:
+            yield f"{store.path / HEADER}: damaged: version {version}, not {format.VERSION}"
         if (number := header.pop("num_shards")) != num_shards:
             yield f"{store.path / MANIFEST}: has {num_shards} shards, {HEADER} {number}"
         rebuilt = manifest.build(store.path, header, writer.read_entries(store.path, range(num_shards), num_shards))
@@ -145,8 +146,11 @@ def _damaged_grids(shard: Shard, histogram: np.ndarray, codes_per_image: int) ->
 def _file_problems(store: Store, shard: Shard, is_named: bool) -> Iterator[str]:
     """Compares a shard's files with their checksums; `is_named` if damage of their content was reported already."""
     name = shard.entry["name"]
-    listed = files.read_side_file(store.path / f"{name}.json").get("files", {})
+    entry = store.path / f"{name}.json"
+    listed = files.read_side_file(entry).get("files", {})
     failures = {file: expected for file, expected in listed.items() if file.endswith(FAILURES_SUFFIX)}
+    if listed and {**shard.entry["files"], **failures} != listed:
+        yield f"{entry}: damaged: files differ from {MANIFEST}"
     for file, expected in {**shard.entry["files"], **failures}.items():
         path = store.path / file
         try:
