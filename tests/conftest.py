@@ -8,11 +8,12 @@ import pytest
 from hypothesis import settings
 
 import tests.typecheck  # noqa: F401 (before lvm: `--jaxtyping-packages` looks it up there)
-from tests.commands import TINY_DEMO, compilation_cache, run
+from tests.commands import COMPILER_FLAGS, TINY_DEMO, compilation_cache, run
 from tests.gcs import fake_gcs
 
 # Through jax.config, not XLA_FLAGS, which processes that a test starts would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
+os.environ["XLA_FLAGS"] = COMPILER_FLAGS
 
 # Tests compile many small programs, most of them several times: here and in processes that they start, without most
 # optimizations of LLVM (TPU programs are the same without), and once for all workers.
