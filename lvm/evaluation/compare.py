@@ -53,7 +53,7 @@ class Evaluated:
 
     @property
     def sizes(self) -> dict[str, float]:
-        """What scores may depend on, by the keys of `_AXES`, as far as it is known."""
+        """Sizes that scores may depend on, by the keys of `_AXES`, as far as they are known."""
         model = self.results["request"]["model"]
         sizes = {key: float(model[key]) for key in ("parameters", "step")}
         for figures in self.results["figures"].values():

@@ -85,7 +85,7 @@ class PromptedTask(Evaluator):
         return {}
 
     def is_usable(self, scene: HeldoutScene, codec: Codec) -> bool:
-        """Whether a scene with both streams may be a query or an example."""
+        """True if a scene with both streams may be a query or an example."""
         return True
 
     def run(self, context: Context) -> Result:

@@ -193,7 +193,7 @@ def _statistics(rows: Observations, fit: Fit, budgets: Sequence[float], is_point
 def _warnings(
     rows: Observations, fit: Fit, parabolas: Sequence[Parabola], bias: Sequence[float], budgets: Sequence[float]
 ) -> list[str]:
-    """What to doubt, a line each."""
+    """Reasons to doubt the fit, a line each."""
     warnings = []
     if fit.share_of_inits < _MIN_SHARE:
         warnings.append(

@@ -40,7 +40,7 @@ def _process_start() -> float:
 
 
 class Goodput:
-    """Where a run's wall time goes. At any time it goes to one cause, so that all causes add up to it.
+    """Wall time of a run by cause. At any time it goes to one cause, so that all causes add up to it.
 
     A new object counts from the start of its process. `continue_from` adds what earlier processes of the run counted.
 

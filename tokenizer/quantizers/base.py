@@ -72,7 +72,7 @@ class Quantizer(abc.ABC):
         return {}
 
     def init_state(self, params: Params) -> Params:
-        """What `update` keeps between steps, for these parameters."""
+        """The state that `update` keeps between steps, for these parameters."""
         return {}
 
     def seed(self, params: Params, latents: Float[Array, "N C"], rng: jax.Array) -> Params:

@@ -16,7 +16,7 @@ _MAX_SCENES = 8  # in the picture
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction(Evaluator):
-    """What the tokenizer loses: an upper limit of all answers."""
+    """Images encoded and decoded: the tokenizer's loss, an upper limit of all answers."""
 
     kind = "reconstruction"
 

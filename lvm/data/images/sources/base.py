@@ -127,7 +127,7 @@ class SceneSource(abc.ABC, Generic[Location]):
 
     @property
     def is_listed(self) -> bool:
-        """Whether its scenes are listed at once, not by part."""
+        """True if its scenes are listed at once, not by part."""
         return not self._files
 
     @property
