@@ -161,7 +161,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         medians[what] = core_rate, rate
     peers = [rates[0] for what, rates in medians.items() if what.startswith("torch") and "uint8" in what]
     for what, (core_rate, rate) in medians.items():
-        ratio = f", {core_rate / max(peers):.2f} × torch" if peers else ""
+        ratio = f", {core_rate / max(peers):.2f} × torch" if any(peers) else ""  # 0: too few images for a rate
         print(f"  {what}: {core_rate:,.0f} images/s a core, {rate:,.0f} images/s{ratio}", flush=True)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 from lvm.common import cli
@@ -96,6 +96,16 @@ class Clock:
         """`rate` and `core_rate`: items per second, and per CPU second."""
         rate = self._items / max(self._wall_s, 1e-9)
         return {"rate": rate, "core_rate": self._items / self._cpu_s if self._cpu_s else 0.0}
+
+
+def loading_rates(loader: Iterable[Sized]) -> dict[str, float]:
+    """The rates of a loader's batches after the first, which waits for its workers to start."""
+    batches = iter(loader)
+    next(batches)
+    clock = Clock()
+    for batch in batches:
+        clock.count(len(batch))
+    return clock.rates()
 
 
 def _cpu_seconds() -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.contenders import Clock, Report
+from scripts.contenders import Report, loading_rates
 
 
 class CroppedFiles(torch.utils.data.Dataset):
@@ -67,10 +67,5 @@ def run(job: dict[str, Any], report: Report) -> None:
         for as_float in (False, True):
             dataset = CroppedFiles(files[: job["images"]], crop, as_float)
             loader = torch.utils.data.DataLoader(dataset, batch_size=64, num_workers=job["workers"], shuffle=True)
-            batches = iter(loader)
-            next(batches)
-            clock = Clock()
-            for batch in batches:
-                clock.count(len(batch))
             kind = "float32" if as_float else "uint8"
-            report({"what": f"torch {torch.__version__} DataLoader, {name}, {kind}", **clock.rates()})
+            report({"what": f"torch {torch.__version__} DataLoader, {name}, {kind}", **loading_rates(loader)})

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.contenders import Clock, Report
+from scripts.contenders import Report, loading_rates
 
 
 class ImageFiles(torch.utils.data.Dataset):
@@ -35,16 +35,11 @@ def run(job: dict[str, Any], report: Report) -> None:
         loader = torch.utils.data.DataLoader(
             ImageFiles(files, job["resolution"], as_float), batch_size=64, num_workers=job["workers"]
         )
-        batches = iter(loader)
-        next(batches)
-        clock = Clock()
-        for batch in batches:
-            clock.count(len(batch))
         kind = "float32" if as_float else "uint8"
         report(
             {
                 "part": "host",
                 "what": f"torch {torch.__version__} DataLoader, {kind}",
-                **clock.rates(),
+                **loading_rates(loader),
             }
         )
