@@ -9,7 +9,6 @@ process; for opening, seconds, requests, and the most MB allocated at a time.
 """
 
 import json
-import resource
 import threading
 import time
 import tracemalloc
@@ -24,6 +23,7 @@ from lvm.data.store import writer
 from lvm.data.store.format import SCENE_DTYPE, SECTIONS, VERSION, grid_bytes, section_offsets, shard_name
 from lvm.data.store.reader import Store
 from lvm.data.streams.codecs import Image
+from scripts.peak_memory import peak_mib
 
 FOLDER = "gs://bucket/store"
 SCENES, CLASSES, KEY_BYTES, NUM_CODES, GRID = 65_600, 25, 16, 8192, 16
@@ -130,17 +130,13 @@ def measure(num_shards: int, latency_s: float) -> dict[str, Any]:
         raise RuntimeError(f"{len(missing)} shards are missing")
     row: dict[str, Any] = {"shards": num_shards, "entry_bytes": len(storage.entry)}
     row |= {"finish_s": time.monotonic() - start, "finish_cpu_s": time.process_time() - cpu_start}
-    row |= {"requests_per_shard": storage.requests / num_shards, "peak_mb": _peak_mb()}
+    row |= {"requests_per_shard": storage.requests / num_shards, "peak_mb": peak_mib()}
     row |= {f"{name}_bytes": len(content) for name, content in storage.written.items() if name.startswith("manifest")}
     storage.requests, start = 0, time.monotonic()
     tracemalloc.start()  # resident memory would not grow: what finishing has used is free again
     store = Store(FOLDER)
     row |= {"open_s": time.monotonic() - start, "open_requests": storage.requests, "scenes": len(store)}
     return row | {"open_mb": tracemalloc.get_traced_memory()[1] / 2**20}
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _run(args: cli.Args) -> None:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from lvm.data.mixture.rows import Rows
 from lvm.data.store import format, manifest
 from lvm.model.vocabulary import Vocabulary
 from scripts import benchmark_store
+from scripts.peak_memory import peak_mib
 
 FAULTS = {"latency_s": 0.05, "slow_share": 0.01, "slow_s": 1.0, "error_share": 0.05, "drop_share": 0.01}
 BATCH, CONTEXT, ROWS = 512, 4096, 8
@@ -130,19 +130,15 @@ def make_large(folder: pathlib.Path, shards: int, scenes: int) -> None:
 
 def measure_opening() -> None:
     """Prints what opening the large store costs."""
-    before, memory, began = statistics(), _peak_mib(), time.perf_counter()
+    before, memory, began = statistics(), peak_mib(), time.perf_counter()
     rows = make_rows("gs://bucket/large", 0.001)
     Mixture(rows.mixture.config, 0, "heldout")
     seconds, after = time.perf_counter() - began, statistics()
     print(
         f"{rows.mixture.components[0].num_scenes:,} scenes: {seconds:.2f} s, {after['requests'] - before['requests']} "
-        f"requests, {(after['bytes'] - before['bytes']) / 2**20:.1f} MiB, {_peak_mib() - memory:.0f} MiB more at the "
+        f"requests, {(after['bytes'] - before['bytes']) / 2**20:.1f} MiB, {peak_mib() - memory:.0f} MiB more at the "
         f"peak, {len(os.listdir('/proc/self/fd'))} descriptors"
     )
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _run(args: cli.Args) -> None:

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tarfile
@@ -25,6 +24,7 @@ import PIL.Image
 from lvm.common import cli
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import ImageSource, open_any_source
+from scripts.peak_memory import peak_mib
 
 LATENCY_S, PROCESSES = 0.05, 4
 SPECS = ("gs://bucket/SET", "s3://bucket/SET", "gs://bucket/SET/*.tar")
@@ -49,7 +49,7 @@ def write_tars(folder: pathlib.Path, num_tars: int, num_images: int) -> None:
 
 
 def measure_process(spec: str, process: int, num_shards: int) -> None:
-    """Prints seconds, peak MB and scenes listed of a process that begins to encode, as JSON."""
+    """Prints seconds, peak MiB and scenes listed of a process that begins to encode, as JSON."""
     start = time.perf_counter()
     source = open_any_source(spec, Preprocess(16))
     if not isinstance(source, ImageSource):
@@ -58,8 +58,7 @@ def measure_process(spec: str, process: int, num_shards: int) -> None:
     part = source.part(source.plan(shard, num_shards)[0])
     images = source.load(part.scenes[0]).images
     seconds = time.perf_counter() - start
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(json.dumps({"seconds": seconds, "mb": peak_mb, "scenes": len(part.scenes), "images": len(images)}))
+    print(json.dumps({"seconds": seconds, "mb": peak_mib(), "scenes": len(part.scenes), "images": len(images)}))
 
 
 def measure(spec: str, num_shards: int, environment: dict[str, str]) -> None:
@@ -71,7 +70,7 @@ def measure(spec: str, num_shards: int, environment: dict[str, str]) -> None:
     ]
     reports = [json.loads(worker.communicate()[0]) for worker in workers]
     seconds, mb = (max(report[key] for report in reports) for key in ("seconds", "mb"))
-    print(f"{spec:24} {seconds:8.2f} s {mb:8.0f} MB {reports[0]['scenes']:8} scenes listed")
+    print(f"{spec:24} {seconds:8.2f} s {mb:8.0f} MiB {reports[0]['scenes']:8} scenes listed")
 
 
 def run(args: cli.Args) -> None:
