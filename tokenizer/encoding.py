@@ -110,7 +110,7 @@ class ShardWriter(abc.ABC):
     def _write(self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None = None) -> None:
         """Writes shards; images of the next one are read before the codes of one are complete."""
         num_codes, versions = self._identity["num_codes"], software_versions()
-        with contextlib.closing(self._shards(shards, progress)) as written:  # also ends its worker processes
+        with contextlib.closing(self._shards(shards, progress, queue)) as written:  # also ends its worker processes
             for shard, scenes, skipped in written:
                 codecs: dict[str, Any] = {}
                 scenes = self._note_codecs(scenes, codecs)
@@ -139,11 +139,15 @@ class ShardWriter(abc.ABC):
         codecs.update(self._codecs(() if self._listing.is_listed else streams))
 
     @abc.abstractmethod
-    def _shards(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[ShardScenes]:
+    def _shards(
+        self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None
+    ) -> Generator[ShardScenes]:
         """Yields the scenes of each shard; each iterator is exhausted before the next, and fills its `SkippedItems`."""
 
-    def _parts(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[tuple[int, Part]]:
-        """Yields the listed parts of each shard, at least one."""
+    def _parts(
+        self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None
+    ) -> Generator[tuple[int, Part]]:
+        """Yields the listed parts of each shard, at least one; a queue limits how many shards ahead."""
         pending: collections.deque[tuple[int, concurrent.futures.Future[Part]]] = collections.deque()
         threads = concurrent.futures.ThreadPoolExecutor(_LISTED_AHEAD, "list")
 
@@ -160,6 +164,8 @@ class ShardWriter(abc.ABC):
                     pending.append((shard, threads.submit(self._listing.part, spec)))
                     if len(pending) > _LISTED_AHEAD:
                         yield next_part()
+                while queue and len({shard for shard, _ in pending}) > 1 and not queue.may_claim_ahead():
+                    yield next_part()
             while pending:
                 yield next_part()
         finally:
@@ -193,8 +199,10 @@ class CodeCopier(ShardWriter):
         super().__init__(identity, source, folder, num_shards)
         self._source = source
 
-    def _shards(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[ShardScenes]:
-        with contextlib.closing(self._parts(shards, progress)) as parts:
+    def _shards(
+        self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None
+    ) -> Generator[ShardScenes]:
+        with contextlib.closing(self._parts(shards, progress, queue)) as parts:
             for shard, of_shard in itertools.groupby(parts, key=lambda listed: listed[0]):
                 skipped = SkippedItems()
                 yield shard, self._copy(of_shard, skipped, progress), skipped
@@ -238,10 +246,12 @@ class Encoder(ShardWriter):
             "augment": self._augment.copies,
         }
 
-    def _shards(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[ShardScenes]:
+    def _shards(
+        self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None
+    ) -> Generator[ShardScenes]:
         failures = collections.defaultdict[int, list[Failure]](list)  # of listing, by shard
         with (
-            contextlib.closing(self._parts(shards, progress)) as parts,
+            contextlib.closing(self._parts(shards, progress, queue)) as parts,
             DecodePool(self._workers, self._limits) as pool,
         ):
             batches = self._encode(progress.timed("host", self._load(pool, parts, failures)))

@@ -45,9 +45,13 @@ class SlowCodes(CodeSource):
         return {"kind": "slow", "scenes": self.num_scenes}
 
 
-def encode(folder, num_scenes, num_shards, seconds, ttl_s=5.0):
-    with ShardQueue(folder, num_shards, 0.05, ttl_s) as queue:
-        CodeCopier(None, SlowCodes(num_scenes, seconds), folder, num_shards).run_queue(queue)
+def copy(source, folder, num_shards):
+    with ShardQueue(folder, num_shards, poll_s=0.05, ttl_s=5.0) as queue:
+        CodeCopier(None, source, folder, num_shards).run_queue(queue)
+
+
+def encode(folder, num_scenes, num_shards, seconds):
+    copy(SlowCodes(num_scenes, seconds), folder, num_shards)
 
 
 def main(folder, num_scenes, num_shards, seconds):

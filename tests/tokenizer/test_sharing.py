@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -57,6 +58,30 @@ def test_killed_process_leaves_its_shard_to_others(tmp_path):
     assert not list(folder.glob("claims/shard*"))
     slow_codes.encode(tmp_path / "reference", scenes, shards, 0.0)
     assert contents(folder) == contents(tmp_path / "reference")
+
+
+def test_stuck_process_keeps_few_shards_from_others(tmp_path):
+    released, shards, folder = threading.Event(), 40, tmp_path / "store"
+
+    class Stuck(slow_codes.SlowCodes):
+        def load_codes(self, index):
+            assert released.wait(timeout=60)
+            return super().load_codes(index)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        stuck = pool.submit(slow_codes.copy, Stuck(shards, 0.0), folder, shards)
+        while not list(folder.glob("claims/shard*")):
+            time.sleep(0.01)
+        other = pool.submit(slow_codes.encode, folder, shards, shards, 0.0)
+        deadline = time.monotonic() + 50
+        while num_written(folder) < shards - 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        missing = shards - num_written(folder)
+        released.set()
+        assert missing <= 2  # the one that it encodes, and the one that it reads ahead
+        for each in (stuck, other):
+            each.result(timeout=60)
+    assert contents(folder)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Shards that processes of no common scheduler take one after another, each the next that is free."""
 
+import collections
 import contextlib
 import math
 import random
@@ -17,15 +18,18 @@ from lvm.data.store.manifest import MANIFEST
 CLAIMS = "claims"  # folder in the store
 _MANIFEST = "manifest"  # item besides the shards
 _POLL_S, _MAX_POLL_S = 1.0, 20.0
+_LISTING_SHARE = 0.05  # of the time, for listings that keep the estimate of the remaining time up to date
+_LISTINGS = 8  # that the estimate is computed from
 _MAX_MISSES = 8  # in a row, until what is known of the others' progress is brought up to date
 
 
 class ShardQueue:
     """The missing shards of a store, claimed (`Claims`) as they are taken, as a context.
 
-    Processes may come and go; a shard whose process is gone is taken by another one. A process lists the store when it
-    starts, when it has nothing more to take, and whenever the last listing has become useless; hundreds of processes
-    choose shards at random so that they don't compete for the same ones.
+    Processes may come and go; a shard whose process is gone is taken by another one. Hundreds of processes choose
+    shards at random so that they don't compete for the same ones. A process lists the store when it starts, when it has
+    nothing more to take, and now and then to see how fast all are: near the end a slow one must not hold what others
+    could do.
 
     Args:
       folder: the store, begun.
@@ -41,6 +45,9 @@ class ShardQueue:
         self._required: set[int] = set()
         self._held: set[int] = set()
         self._random = random.Random()
+        self._start = self._last_completion = self._next_listing = time.monotonic()
+        self._num_completed = 0
+        self._listings = collections.deque[tuple[float, int]](maxlen=_LISTINGS)  # time, missing shards
 
     def __enter__(self) -> "ShardQueue":
         self._claims.__enter__()
@@ -53,16 +60,29 @@ class ShardQueue:
         """Yields iterators over shards to write, and waits between them, until all shards of the store are complete.
 
         A shard is claimed when it is taken. A pass ends when nothing is free; near the end, when it would claim more
-        than the shard in work, which an idle process can start at once.
+        than the shard in work, which an idle process can start at once. That is earlier for a slow process.
         """
         while self._wait():
             yield self._take()
 
     def complete(self, shard: int) -> None:
         """Ends the claim on a written shard."""
-        self._required.discard(shard)
-        self._missing.discard(shard)
-        self._give_up(shard)
+        self._give_up_complete(shard)
+        self._last_completion, self._num_completed = time.monotonic(), self._num_completed + 1
+
+    def may_claim_ahead(self) -> bool:
+        """True if others will be busy long after this process is done with the shards that it holds, and one more."""
+        return self._num_completed > 0 and 2 * self._own_s() < self._remaining_s()
+
+    def _own_s(self) -> float:
+        """Seconds that this process will take for the shards that it holds, and one more; 0 if unknown."""
+        seconds_each = (self._last_completion - self._start) / max(1, self._num_completed)
+        return (len(self._held) + 1) * seconds_each
+
+    def _remaining_s(self) -> float:
+        """Seconds until all processes together have written what is missing; infinite if unknown."""
+        (start, missing_then), (end, missing) = self._listings[0], self._listings[-1]
+        return missing * (end - start) / (missing_then - missing) if missing < missing_then else math.inf
 
     def postpone(self, shard: int) -> None:
         """Gives up a shard that a process on this machine writes although its claim was stale, and pauses."""
@@ -98,6 +118,11 @@ class ShardQueue:
     def _name(self, shard: int) -> str:
         return shard_name(shard, self._num_shards)
 
+    def _give_up_complete(self, shard: int) -> None:
+        self._required.discard(shard)
+        self._missing.discard(shard)
+        self._give_up(shard)
+
     def _give_up(self, shard: int) -> None:
         self._held.discard(shard)
         self._claims.release(self._name(shard))
@@ -106,8 +131,12 @@ class ShardQueue:
         return writer.read_shard_entry(self._folder, shard, self._num_shards) is None
 
     def _list(self) -> None:
+        start = time.monotonic()
         names = set(writer.missing_shards(self._folder, self._num_shards))
         self._missing = {i for i in range(self._num_shards) if self._name(i) in names} | self._required
+        end = time.monotonic()
+        self._next_listing = end + (end - start) / _LISTING_SHARE
+        self._listings.append((end, len(self._missing)))
 
     def _wait(self) -> bool:
         """Waits until a shard is free, True, or all are complete, False."""
@@ -132,9 +161,11 @@ class ShardQueue:
         self._random.shuffle(free)
         while free:
             if self._held:
+                if time.monotonic() >= self._next_listing:
+                    self._list()
                 busy = self._claims.busy()
-                free = [shard for shard in free if self._name(shard) not in busy]
-                if len(free) <= len(busy):
+                free = [shard for shard in free if shard in self._missing and self._name(shard) not in busy]
+                if len(free) <= len(busy) or self._own_s() > self._remaining_s():
                     return
             shard = free.pop()
             if self._claim(shard):
@@ -150,6 +181,6 @@ class ShardQueue:
             return False
         self._held.add(shard)
         if not self._is_missing(shard):  # completed since the store was listed
-            self.complete(shard)
+            self._give_up_complete(shard)
             return False
         return True
