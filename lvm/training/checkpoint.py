@@ -41,7 +41,7 @@ _REQUIRED = ("params/manifest.ocdbt", "training/manifest.ocdbt", "meta/metadata"
 _POLL_S, _REMOTE_POLL_S = 0.2, 2.0
 _OVERHEAD_BYTES = 2**20  # of a checkpoint, beside its arrays
 _CHUNK_BYTES = 2**26  # of an array on disk: the unit of reads
-_CACHE_BYTES = 2**28  # of chunks kept in memory: one may hold several small layers
+_CACHE_BYTES = 2**27  # of chunks kept in memory: one may hold several small layers
 
 
 # Orbax warns of folders opened to read and of arrays that aren't JAX's, both intended: users can't act on it.
