@@ -46,12 +46,12 @@ def plot_parabolas(analysis: Analysis) -> bytes:
     colors = colormaps["plasma"](np.linspace(0, 0.85, max(2, len(analysis.parabolas))))
     for number, (parabola, color) in enumerate(zip(analysis.parabolas, colors, strict=False)):
         budget = rows.take(numbers == number)
-        axes[0].scatter(budget.params, budget.loss, color=color, s=10)
+        label = f"{parabola.flops:.2g}" + (" (unused)" if parabola.problem else "")
+        axes[0].scatter(budget.params, budget.loss, color=color, s=10, label=label)
         if not parabola.polynomial:
             continue
         inside = np.geomspace(parabola.lowest, parabola.highest, 60)
-        label = f"{parabola.flops:.2g}" + (" (unused)" if parabola.problem else "")
-        axes[0].plot(inside, np.polyval(parabola.polynomial, np.log(inside)), color=color, linewidth=1.3, label=label)
+        axes[0].plot(inside, np.polyval(parabola.polynomial, np.log(inside)), color=color, linewidth=1.3)
         for end, factor in ((parabola.lowest, 1 / 1.6), (parabola.highest, 1.6)):
             outside = np.geomspace(end, end * factor, 20)
             curve = np.polyval(parabola.polynomial, np.log(outside))
