@@ -34,7 +34,12 @@ def get_config() -> ConfigDict:
             model=model,
             preprocess=Preprocess(64),
             data=ImagesConfig(
-                "configs/demo_scenes.py", heldout_fraction=0.15, max_scenes=600, crop=None, cache_gigabytes=0.5
+                "configs/demo_scenes.py",
+                heldout_fraction=0.15,
+                rgb_share=0.5,
+                max_scenes=600,
+                crop=None,
+                cache_gigabytes=0.5,
             ),
             loss=LossConfig(l1=0.25, l2=20.0, gradient=0.2, autoencoder_steps=384),
             optimizer=OptimizerConfig(

@@ -137,7 +137,7 @@ def _run(args: cli.Args) -> None:
     start = time.monotonic()
     images, out = args.images, pathlib.Path(args.out or output_folder(args.images))
     source = images or args.source
-    open_source(source, Preprocess(64))  # fail early
+    streams = open_source(source, Preprocess(64)).streams  # fail early
     lock = _lock(out)
     if args.fresh:
         remove_outputs(out)
@@ -148,6 +148,7 @@ def _run(args: cli.Args) -> None:
         f"--config={args.tokenizer_config}",
         f"--workdir={tokenizer}",
         f"--config.data.source={source}",
+        *(["--config.data.rgb_share=1"] if set(streams) == {"rgb"} else []),
         f"--config.data.heldout_fraction={_HELDOUT}",
     )
     stage(

@@ -40,7 +40,7 @@ class ImagesConfig:
     Attributes:
       source: image source: a folder, a file, a pattern, a URL, or a config file.
       heldout_fraction: share of the groups in the held-out split.
-      rgb_share: of `rgb` images in a batch; images of other streams fill the rest. 1 where there are no others.
+      rgb_share: of `rgb` images in a batch; images of other streams, which the source must have, fill the rest.
       max_scenes: limit of scenes to train on, the first ones; 0 for all.
       crop: random crops and flips; None preprocesses whole images as for encoding.
       mixed_files: files whose images a batch mixes (`lvm.data.images.image_order`). So many, and as many again that
@@ -52,7 +52,7 @@ class ImagesConfig:
 
     source: str = ""
     heldout_fraction: float = 0.05
-    rgb_share: float = 0.5
+    rgb_share: float = 1.0
     max_scenes: int = 0
     crop: RandomCrop | None = dataclasses.field(default_factory=RandomCrop)
     mixed_files: int = 64

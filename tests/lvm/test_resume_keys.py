@@ -138,7 +138,7 @@ model.encoder_blocks=2 model.decoder_blocks=3 model.middle_blocks=2 model.codebo
 model.norm_groups=32 model.block_bias=True model.shortcut='input' model.downsample='strided_conv'
 model.upsample='nearest_conv' model.latent_kernel=3 model.quant_convs=True
 model.compute_dtype='float32' preprocess.resolution=256 preprocess.mode='squash' preprocess.filter='bicubic'
-preprocess.decode='full' preprocess.resizer='pillow' preprocess.icc='srgb' data.source='' data.rgb_share=0.5
+preprocess.decode='full' preprocess.resizer='pillow' preprocess.icc='srgb' data.source='' data.rgb_share=1.0
 data.max_scenes=0 data.crop.scale=(0.8,1.0) data.crop.aspect=(0.75,1.3333333333333333) data.crop.flip=True
 data.crop.min_side=0 data.mixed_files=64 data.cache_gigabytes=0.0 data.cache_folder=''
 data.decoding.decode_timeout_s=60.0 data.decoding.decode_memory_gb=4.0 loss.l1=1.0 loss.l2=4.0 loss.gradient=0.5

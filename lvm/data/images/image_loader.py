@@ -1,6 +1,5 @@
 """Loads single images of scenes in worker processes, with a random crop or from a cache of decoded scenes."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from lvm.common import files
 from lvm.data.images.catalog import locate_image
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.random_crop import Crop, RandomCrop
@@ -36,6 +34,7 @@ class SceneCache:
 
     def __init__(self, folder: pathlib.Path, gigabytes: float):
         self._folder, self._limit, self._is_full = folder, int(gigabytes * 1e9), False
+        self._reserved = (0, 0)  # bytes of the log that were read, and the sum of their sizes
 
     def get(self, key: str, shape: tuple[int, ...], load: Callable[[], np.ndarray | None]) -> np.ndarray | None:
         """Returns a cached uint8 array, memory-mapped, or what `load` returns, which is kept if there is room."""
@@ -52,16 +51,18 @@ class SceneCache:
         return array
 
     def _reserve(self, size: int) -> bool:
-        """Adds to the size that the processes have agreed on, unless that exceeds the limit."""
+        """Adds to the sizes that all processes have reserved, unless that exceeds the limit."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            if lock := files.lock_file(self._folder / "lock", wait=True):
-                stack.enter_context(lock)
-            path = self._folder / "bytes"
-            total = size + (int(path.read_text()) if path.exists() else 0)
-            self._is_full = total > self._limit
-            if not self._is_full:
-                path.write_text(str(total))
+        # Appending needs no lock, which not every file system has. The sizes up to one's own decide.
+        with open(self._folder / "sizes", "a+b", buffering=0) as log:
+            log.write(b"%d\n" % size)
+            end = log.tell()
+            position, total = self._reserved
+            if end > position:  # else another thread has read on
+                log.seek(position)
+                total += sum(map(int, log.read(end - position).split()))
+                self._reserved = (end, total)
+        self._is_full = total > self._limit
         return not self._is_full
 
 
