@@ -234,10 +234,14 @@ def _layout_for(config: VQGANConfig, kind: str) -> Layout:
         kinds = ", ".join(["orbax", *layouts.layout_kinds(variant)])
         network = f"variant {variant}" if variant else f"an unpublished network ({nearest_variant(config)})"
         raise UserError(f"{network} has no layout {kind!r}; it can be written as {kinds}")
-    read_back = layout.from_fields(files.as_json(layout.to_fields(config)), f"{kind} layout").describe()
+    cannot = f"the {kind} layout of {variant} cannot express this network: "
+    try:
+        read_back = layout.from_fields(files.as_json(layout.to_fields(config)), "read as").describe()
+    except UserError as error:
+        raise UserError(f"{cannot}{error}") from error
     lost = [f"{k}: {v!r} would be read as {read_back[k]!r}" for k, v in config.describe().items() if read_back[k] != v]
     if lost:
-        raise UserError(f"the {kind} layout of {variant} cannot express this network: {'; '.join(lost)}")
+        raise UserError(f"{cannot}{'; '.join(lost)}")
     return layout
 
 

@@ -17,7 +17,6 @@ from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
 from tests.tokenizer.networks import check_same, random_weights, small
 from tokenizer import Tokenizer, layouts, weights
-from tokenizer.layout_fields import variant_of
 from tokenizer.network import VARIANTS, VQGANConfig
 from tokenizer.quantizers.vq import L2VQ
 
@@ -49,30 +48,35 @@ def test_conversions_between_layouts_are_exact(variant, tmp_path):
 
 @st.composite
 def networks(draw):
+    """A network, and layouts that can express it."""
     variant = draw(st.sampled_from(sorted(VARIANTS)))
-    stages = draw(st.integers(1, 3))
-    blocks = draw(st.integers(1, 2))
-    free = variant != "lvm"  # its layouts have one number of blocks and no groups
-    return small(
+    stages, blocks = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    # Layouts of other projects have one number of blocks and no groups.
+    kinds = [kind for kind in kinds_of(variant) if draw(st.booleans()) or kind == "orbax"]
+    free = variant == "lvm_old" or (variant == "maskgit" and "torch" not in kinds)
+    decoder_blocks, middle_blocks = (blocks, blocks) if variant == "maskgit" else (blocks + 1, 2)
+    config = small(
         variant,
         resolution=2 ** (stages - 1) * draw(st.integers(1, 5)),
         channels=draw(st.sampled_from([8, 16, 24] if free else [32, 64])),
         channel_multipliers=(1, *draw(st.lists(st.integers(1, 3), min_size=stages - 1, max_size=stages - 1))),
         encoder_blocks=blocks,
-        decoder_blocks=draw(st.integers(1, 3)) if free else blocks + 1,
-        middle_blocks=draw(st.integers(0, 3)) if free else 2,
+        decoder_blocks=draw(st.integers(1, 3)) if free else decoder_blocks,
+        middle_blocks=draw(st.integers(0, 3)) if free else middle_blocks,
         codebook_size=draw(st.integers(1, 40)),
         codebook_dim=draw(st.integers(1, 9)),
         norm_groups=draw(st.sampled_from([1, 4, 8])) if free else 32,
     )
+    return config, kinds
 
 
 @pytest.mark.slow
 @settings(max_examples=10, deadline=None)
-@given(config=networks(), seed=st.integers(0, 99), data=st.data())
-def test_chains_of_conversions_are_exact_at_any_size(config, seed, data):
+@given(network=networks(), seed=st.integers(0, 99), data=st.data())
+def test_chains_of_conversions_are_exact_at_any_size(network, seed, data):
+    config, kinds = network
     original = random_weights(config, seed)
-    chain = data.draw(st.lists(st.sampled_from(layouts.layout_kinds(variant_of(config))), min_size=1, max_size=3))
+    chain = data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3))
     stored = original
     with tempfile.TemporaryDirectory() as folder:
         for i, kind in enumerate(chain):
@@ -87,6 +91,20 @@ def test_unpublished_network_has_only_orbax_layout(tmp_path):
     check_same(weights.read(tmp_path / "ours"), original)
     with pytest.raises(UserError, match=r"\((\w+) has \w+: .+, not .+\) has no layout 'torch'; .* written as orbax"):
         weights.write(tmp_path / "torch", original, "torch")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"channels": 64, "norm_groups": 16}, "norm_groups: 16 would be read as 32"),
+        ({"channels": 8, "norm_groups": 4}, r"read as\.norm_groups=32 must divide the channels .* \(8, 16\)"),
+    ],
+)
+def test_write_names_what_a_layout_cannot_express(sizes, message, tmp_path):
+    network = random_weights(small("maskgit", **TINY, **sizes))
+    with pytest.raises(UserError, match=f"^the torch layout of maskgit cannot express this network: {message}$"):
+        weights.write(tmp_path / "torch", network, "torch")
+    assert not (tmp_path / "torch").exists()
 
 
 @pytest.mark.parametrize(
