@@ -54,8 +54,8 @@ def make_step(mesh, optimizer=None, zero1=False, config=CONFIG, **objective):
     return Step(task, mesh, seed=3, zero1=zero1)
 
 
-def main(address, num_processes, process, mesh):
-    """Trains for 20 steps as one process, with two devices.
+def main(kind, address, num_processes, process, mesh):
+    """Trains for 20 steps with the given optimizer as one process, with two devices.
 
     Prints the losses, the norms of the first step, and the initial held-out loss.
     """
@@ -63,7 +63,7 @@ def main(address, num_processes, process, mesh):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.distributed.initialize(address, int(num_processes), int(process))
-    step = make_step(MeshConfig(**json.loads(mesh)))
+    step = make_step(MeshConfig(**json.loads(mesh)), OPTIMIZERS[kind]())
     state, losses, norms = step.init(), [], {}
     heldout = [{name: x[step.rows] for name, x in batch(seed).items()} for seed in HELDOUT]
     heldout_loss = dataclasses.replace(

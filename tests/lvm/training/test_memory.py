@@ -1,6 +1,7 @@
 """Memory of a step: remat policies that fit, limits and advice."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -9,17 +10,19 @@ from lvm.common.errors import UserError
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.training import memory
 from lvm.training.memory import explain_out_of_memory, find_fitting_step, format_breakdown, memory_limit
-from tests.small_step import CONFIG, make_step
+from tests.small_step import CONFIG, make_step, sgd
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def needs():
     """Bytes that a step needs with each policy."""
     return {policy: make(policy, 1).memory_bytes() for policy in ("none", "full")}
 
 
+@functools.cache  # each is compiled once
 def make(policy, accumulate_steps):
-    return make_step(None, config=dataclasses.replace(CONFIG, remat=policy), accumulate_steps=accumulate_steps)
+    config = dataclasses.replace(CONFIG, remat=policy)
+    return make_step(None, sgd(), config=config, accumulate_steps=accumulate_steps)
 
 
 def choose(monkeypatch, limit, policy="auto"):
