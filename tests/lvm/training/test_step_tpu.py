@@ -47,14 +47,14 @@ def make_step(config, mesh, batch_size, chunk, zero1=False, accumulate_steps=1):
 
 
 SMALL = ModelConfig(
-    hidden_size=512, mlp_size=1024, num_layers=6, num_heads=4, vocabulary_size=1024, context=1024, remat="dots"
+    hidden_size=256, mlp_size=512, num_layers=6, num_heads=2, vocabulary_size=512, context=512, remat="dots"
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """A small step over four chips of v5e."""
-    step = make_step(SMALL, make_mesh(MeshConfig(data=1, fsdp=4), devices("v5e:2x2")), 4, 256)
+    step = make_step(SMALL, make_mesh(MeshConfig(data=1, fsdp=4), devices("v5e:2x2")), 4, 128)
     assert step.task.kernel == "splash"
     return step, step.compile().as_text()
 
@@ -93,7 +93,7 @@ def test_matmuls_are_bfloat16_with_float32_sums(compiled):
     for _, shape, _, operands in products:
         assert {arrays[name][0] for name in operands if name in arrays} <= {"bf16"}, shape
     # The unit that multiplies them sums in float32; the logits are kept so.
-    logits = [dtype for dtype, shape, _, _ in products if shape[-2:] == (256, SMALL.vocabulary_size)]
+    logits = [dtype for dtype, shape, _, _ in products if shape[-2:] == (128, SMALL.vocabulary_size)]
     assert logits
     assert set(logits) == {"f32"}
 
@@ -164,7 +164,7 @@ def test_full_remat_alone_reruns_attention(compiled, remat, kernels):
     text = compiled[1]
     if remat != SMALL.remat:
         config = dataclasses.replace(SMALL, remat=remat)
-        text = make_step(config, compiled[0].mesh, 4, 256).compile().as_text()
+        text = make_step(config, compiled[0].mesh, 4, 128).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == kernels
 
 
