@@ -1,5 +1,6 @@
 """The wheel, installed without its checkout, from another directory."""
 
+import json
 import os
 import subprocess
 import sys
@@ -59,13 +60,21 @@ def test_wheel_runs_demo_commands(installed):
     path = {name: str(ROOT / config) for name, config in configs.items()}
     source = f"--config.data.source={path['source']}"
     shared = ("--config.loop.total_steps=8", "--config.loop.picture_every=0", "--config.loop.evaluate_every=0")
-    config = f"--config={path['tokenizer_config']}"
-    installed("-m", "tokenizer", "train", config, "--workdir=tokenizer", source, *shared)
-    installed("-m", "tokenizer", "encode", "--tokenizer=tokenizer", f"--source={path['source']}", "--out=store")
-    assert "all checksums" in installed("-m", "lvm", "inspect", "store").stdout
-    installed(
-        "-m", "lvm", "train", f"--config={path['lvm_config']}", "--workdir=lvm", "--config.data.store=store", *shared
-    )
+    tokenizer_config, lvm_config = (f"--config={path[name]}" for name in ("tokenizer_config", "lvm_config"))
+    commands = [
+        ["tokenizer", "train", tokenizer_config, "--workdir=tokenizer", source, *shared],
+        ["tokenizer", "encode", "--tokenizer=tokenizer", f"--source={path['source']}", "--out=store"],
+        ["lvm", "inspect", "store"],
+        ["lvm", "train", lvm_config, "--workdir=lvm", "--config.data.store=store", *shared],
+    ]
+    # In one process: each would spend most of its time on imports.
+    program = """
+import json, sys
+from lvm.common.commands import dispatch
+for package, *arguments in json.loads(sys.argv[1]):
+    assert dispatch(package, arguments) == 0, arguments
+"""
+    assert "all checksums" in installed("-c", program, json.dumps(commands)).stdout
 
 
 def test_wheel_cannot_ship_code(installed):
