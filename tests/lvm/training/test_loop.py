@@ -1,5 +1,6 @@
 """The loop: interrupted and resumed anywhere, a run has the bits of an uninterrupted one."""
 
+import functools
 import json
 import os
 import re
@@ -107,14 +108,23 @@ def release(folder):
     (folder / ".lock").unlink()
 
 
+def make_step(task, seed=0):
+    return Step(task, make_mesh(MeshConfig(data=4, fsdp=2)), seed)
+
+
+@functools.cache
+def regression_step(seed):
+    """The step of most runs here: compiling it for each of them would dominate the time of these tests."""
+    return make_step(Regression(), seed)
+
+
 def train(folder, total=6, read=read_batch, task=None, tokens_per_step=0, seed=0, branch=None, **options):
     options = {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 0, "picture_every": 0, **options}
     workdir = Workdir(folder, "lvm", {"config": {}})
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     config = LoopConfig(total_steps=total, **options)
-    task = task or Regression()
+    step = make_step(task, seed) if task else regression_step(seed)
     read_rows = lambda index, rows: {name: x[rows] for name, x in read(index).items()}  # noqa: E731
-    return Loop(Step(task, mesh, seed), read_rows, config, workdir, tokens_per_step, branch=branch).run()
+    return Loop(step, read_rows, config, workdir, tokens_per_step, branch=branch).run()
 
 
 def bits(state):
@@ -285,7 +295,7 @@ def test_max_skipped_ends_run_and_names_batches(tmp_path, log_every):
 
 def restore(folder):
     """The latest state that a run saved."""
-    step = Step(Regression(), make_mesh(MeshConfig(data=4, fsdp=2)), 0)
+    step = make_step(Regression())
     checkpoints = Checkpoints(folder, read_only=True)
     restored = checkpoints.restore(checkpoints.latest_step(), step.state)
     checkpoints.close()
