@@ -15,7 +15,7 @@ from lvm.hardware import compiler_options
 from lvm.hardware.accelerators import Slice
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.model.flops import train_flops_per_token
-from lvm.model.transformer import REMAT_POLICIES
+from lvm.model.transformer import REMAT_POLICIES, ModelConfig
 from lvm.model.vocabulary import Vocabulary
 from lvm.planning import collectives, meshes, roofline
 from lvm.planning.collectives import BETWEEN_SLICES, PADDING, Collective
@@ -26,6 +26,7 @@ from lvm.training.config import TrainConfig
 from lvm.training.memory import USABLE_FRACTION, required_bytes, state_bytes
 from lvm.training.next_token import NextTokenTask
 from lvm.training.step import Step
+from lvm.training.task import State
 
 _COMPILE_THRESHOLD = 1.3  # a policy whose estimate exceeds the usable memory by this factor is not compiled
 
@@ -231,7 +232,7 @@ def estimate_plan(config: TrainConfig, target: Target, memory: MemoryModel) -> P
     return Plan(target, config, *sizes, traffic, sent, notes=notes)
 
 
-def _make_task(config: TrainConfig, mesh: Mesh | None) -> NextTokenTask:
+def _make_task(config: TrainConfig, mesh: Mesh) -> NextTokenTask:
     tokens = config.batch_size * config.model.context
     total_steps = config.loop.with_total_steps(tokens).total_steps
     tx, schedule = optimizer.build(config.optimizer, total_steps, tokens, config.model)
@@ -241,9 +242,10 @@ def _make_task(config: TrainConfig, mesh: Mesh | None) -> NextTokenTask:
 
 def _state_bytes(config: TrainConfig) -> tuple[int, int]:
     """Bytes per chip of the parameters and of the rest of the state; matrices are sharded, vectors are replicated."""
-    model = dataclasses.replace(config.model, attention="xla")
-    task = _make_task(dataclasses.replace(config, model=model), None)
-    state = jax.eval_shape(task.init, jax.random.key(0))
+    tokens = config.batch_size * config.model.context
+    total_steps = config.loop.with_total_steps(tokens).total_steps
+    model = dataclasses.replace(config.model, attention="xla", remat="none")  # neither changes the state
+    state = _state_shapes(model, config.optimizer, total_steps, tokens)
     shards = config.mesh.fsdp * config.mesh.tensor
 
     def size(tree: Any, shards: int) -> int:
@@ -254,3 +256,12 @@ def _state_bytes(config: TrainConfig) -> tuple[int, int]:
 
     copies = config.mesh.data if config.mesh.zero1 else 1
     return size(state["params"], shards), size(state["training"], shards * copies)
+
+
+@functools.cache  # a search asks for the same state with many meshes and rematerialization policies
+def _state_shapes(
+    model: ModelConfig, config: optimizer.OptimizerConfig, total_steps: int, tokens_per_step: int
+) -> State:
+    tx, schedule = optimizer.build(config, total_steps, tokens_per_step, model)
+    task = NextTokenTask(model, batch_spec(1, model.context, False), (), tx, schedule)
+    return jax.eval_shape(task.init, jax.random.key(0))
