@@ -32,7 +32,7 @@ ADAMW = OptimizerConfig(
 @functools.cache
 def initialize(config):
     make = lambda rngs: Transformer(config, rngs)  # noqa: E731
-    return abstract_module(make)[0], jax.jit(lambda: init_params(make, jax.random.key(0)))()
+    return abstract_module(make)[0], jax.jit(lambda: init_params(make, jax.random.key(0, impl="rbg")))()
 
 
 def flatten(tree):

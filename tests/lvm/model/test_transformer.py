@@ -27,10 +27,12 @@ TINY = ModelConfig(
 
 
 @functools.cache
-def build(config, seed=0):
-    make = lambda rngs: Transformer(config, rngs)  # noqa: E731
-    graphdef, _ = abstract_module(make)
-    return graphdef, init_params(make, jax.random.key(seed))
+def build(config):
+    """The graph definition, and random parameters without compiling how they are initialized."""
+    graphdef, shapes = abstract_module(lambda rngs: Transformer(config, rngs))
+    rng = np.random.default_rng(0)
+    sample = lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape), jnp.float32)  # noqa: E731
+    return graphdef, jax.tree.map_with_path(lambda path, leaf: sample(leaf) + (path[-1].key == "scale"), shapes)
 
 
 def positions(tokens):
@@ -142,7 +144,7 @@ def test_initial_weights_have_their_standard_deviations(scaled):
     config = dataclasses.replace(
         TINY, hidden_size=64, mlp_size=96, num_layers=2, init_std=0.5, depth_scaled_init=scaled
     )
-    params = init_params(lambda rngs: Transformer(config, rngs), jax.random.key(0))
+    params = jax.jit(lambda: init_params(lambda rngs: Transformer(config, rngs), jax.random.key(0)))()
     layers, residual = params["layers"], 0.5 / 2 if scaled else 0.5  # √(2 · 2) = 2
     for name, expected in {"query": 0.5, "key": 0.5, "value": 0.5, "out": residual}.items():
         assert float(layers["attention"][name].std()) == pytest.approx(expected, rel=0.05)
