@@ -1,5 +1,7 @@
 """A loaded tokenizer: codes are independent of batch, padding and device."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from tokenizer.network import VARIANTS
 SIDE = 32
 
 
-def tokenizer_of(variant, **sizes):
-    config = small(variant, resolution=SIDE, channel_multipliers=(1, 1, 2), codebook_size=512, **sizes)
+@functools.cache  # its programs are compiled once
+def tokenizer_of(variant):
+    config = small(variant, resolution=SIDE, channel_multipliers=(1, 1, 2), codebook_size=512)
     stored = random_weights(config)
     plain = Tokenizer(config, stored.preprocess, stored.params)
     latents = plain.encode_latents(pictures(8))  # [8, N, C]

@@ -10,7 +10,6 @@ import pytest
 from lvm.common import files
 from lvm.common.config import from_config_dict, to_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.data.images.preprocess import Preprocess
 from lvm.model import nnx_utils
 from lvm.training.workdir import CONFIG
 from tests.tokenizer.networks import check_same, random_weights
@@ -69,8 +68,9 @@ def test_update_keeps_the_form_of_params_and_state(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_network_gets_gradients_through_each_kind(kind):
     config = dataclasses.replace(NETWORK, quantizer=KINDS[kind])
-    graphdef, params = nnx_utils.split(VQGAN(config, nnx_utils.nnx.Rngs(params=jax.random.key(0))))
-    images = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3))
+    graphdef, _ = nnx_utils.abstract_module(lambda rngs: VQGAN(config, rngs))
+    params = random_weights(config).params
+    images = jnp.asarray(np.random.default_rng(1).random((2, 16, 16, 3), np.float32))
 
     def loss(params):
         model = nnx_utils.merge(graphdef, params)
@@ -85,9 +85,9 @@ def test_network_gets_gradients_through_each_kind(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_stored_tokenizer_reads_back(kind, tmp_path):
     config = dataclasses.replace(NETWORK, quantizer=KINDS[kind])
-    _, params = nnx_utils.split(VQGAN(config, nnx_utils.nnx.Rngs(params=jax.random.key(0))))
-    tokenizer = Tokenizer(config, Preprocess(16), params)
-    weights.write(tmp_path / "tokenizer", weights.Weights(config, Preprocess(16), params), "orbax")
+    stored = random_weights(config)
+    tokenizer = Tokenizer(config, stored.preprocess, stored.params)
+    weights.write(tmp_path / "tokenizer", stored, "orbax")
     loaded = Tokenizer.load(tmp_path / "tokenizer")
     assert loaded.config == config
     assert loaded.identity() == tokenizer.identity()
