@@ -1,5 +1,6 @@
 """Settings of all tests: eight CPU devices, so that meshes are real; hypothesis profiles; shared fixtures."""
 
+import gc
 import os
 import pathlib
 
@@ -36,6 +37,12 @@ settings.load_profile("quick")
 def pytest_collection_modifyitems(items):
     """Runs tests that need the demo first: making it takes long, and no worker should be left with it at the end."""
     items.sort(key=lambda item: "demo" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish():
+    """Hides what lives to the end, modules and tests, from garbage collection, which would go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
