@@ -4,6 +4,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from lvm.common.errors import UserError
@@ -13,7 +14,7 @@ from lvm.training.loop import Loop, LoopConfig
 from lvm.training.next_token import NextTokenTask, ObjectiveConfig
 from lvm.training.step import Step
 from lvm.training.workdir import Workdir
-from tests.small_step import CONFIG, OPTIMIZERS, B, batch
+from tests.small_step import CONFIG, B, batch
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,8 @@ def train(path, num_devices, total):
     """Trains with at most 2 rows a device; returns the step's number of micro-batches and the batches read."""
     mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:num_devices])
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(0).items()}
-    tx, schedule = OPTIMIZERS["adamw"]()
+    schedule = optax.constant_schedule(0.1)
+    tx = optax.sgd(schedule, momentum=0.9)  # a state like AdamW's, compiled in half of the time
     objective = ObjectiveConfig(logits_chunk=4, rows_per_device=2).for_mesh(B, mesh.shape["data"], mesh.shape["fsdp"])
     task = NextTokenTask(CONFIG, spec, ["cats", "dogs"], tx, schedule, mesh, objective)
     read = {}
