@@ -37,6 +37,12 @@ def arrays(length, kv_heads, head_dim=8, batch=2, heads=4):
     return query, key, value, weight, jnp.asarray(segments, jnp.int32)
 
 
+def quick_if_segmented(cases, plain):
+    """Each case with segments; without, which are no more than a mask, quickly for `plain` alone."""
+    slow = [pytest.param(*case, False, marks=pytest.mark.slow) for case in cases if case not in plain]
+    return [*((*case, True) for case in cases), *((*case, False) for case in plain), *slow]
+
+
 def check_against_dense(function, length, kv_heads, head_dim, segmented, **shapes):
     """Asserts that outputs and gradients of `function` equal dense attention."""
     query, key, value, weight, segments = arrays(length, kv_heads, head_dim, **shapes)
@@ -51,8 +57,10 @@ def check_against_dense(function, length, kv_heads, head_dim, segmented, **shape
         np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize(("length", "kv_heads"), [(1, 1), (100, 2), (128, 4), (300, 1), (300, 2), (300, 4)])
+LENGTHS = [(1, 1), (100, 2), (128, 4), (300, 1), (300, 2), (300, 4)]  # and key-value heads
+
+
+@pytest.mark.parametrize(("length", "kv_heads", "segmented"), quick_if_segmented(LENGTHS, plain=[(128, 4), (300, 2)]))
 def test_xla_equals_dense_forward_and_backward(length, kv_heads, segmented):
     check_against_dense(lambda *args: attend(*args[:3], "xla", args[3]), length, kv_heads, 8, segmented)
 
@@ -66,16 +74,15 @@ def test_splash_equals_dense_forward_and_backward(length, kv_heads, head_dim, se
     check_against_dense(run, length, kv_heads, head_dim, segmented, heads=2, batch=1)
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize(
-    ("config", "kv_heads"),
-    [
-        (MeshConfig(data=2, sequence=4), 8),
-        (MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 4),
-        (MeshConfig(data=1, sequence=8), 2),  # fewer key-value heads than devices
-        (MeshConfig(data=2, sequence=2, tensor=2), 2),
-    ],
-)
+SHARDED = [
+    (MeshConfig(data=2, sequence=4), 8),
+    (MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 4),
+    (MeshConfig(data=1, sequence=8), 2),  # fewer key-value heads than devices
+    (MeshConfig(data=2, sequence=2, tensor=2), 2),
+]
+
+
+@pytest.mark.parametrize(("config", "kv_heads", "segmented"), quick_if_segmented(SHARDED, plain=SHARDED[1:2]))
 def test_sharded_sequence_equals_dense(config, kv_heads, segmented):
     mesh = make_mesh(config)
 
