@@ -21,10 +21,11 @@ from lvm.common.config import expand_home
 from lvm.common.errors import UserError
 from lvm.hardware import sharding
 from lvm.inference.decode_params import place_params
+from lvm.inference.features import Readout, check_layers, check_pools, feature_tokens
 from lvm.inference.generator import Generator, SamplingParams, SlidingWindow
 from lvm.interop import models
 from lvm.model.attention import choose_kernel
-from lvm.model.nnx_utils import Params, abstract_module, count_params, merge
+from lvm.model.nnx_utils import Params, abstract_module, count_params, init_params, merge
 from lvm.model.transformer import ModelConfig, Transformer
 from lvm.model.vocabulary import Vocabulary
 from lvm.training import losses
@@ -56,10 +57,12 @@ class LVM:
         replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         jit = functools.partial(jax.jit, out_shardings=replicated)
 
+        def positions(tokens: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
         def run(params: Params, tokens: jax.Array) -> tuple[Transformer, jax.Array]:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             model: Transformer = merge(graphdef, params)
-            return model, model.hidden(tokens, positions, kernel)
+            return model, model.hidden(tokens, positions(tokens), kernel)
 
         @jit
         def logits(params: Params, tokens: jax.Array) -> jax.Array:
@@ -74,7 +77,17 @@ class LVM:
                 model, hidden = run(params, inputs)
                 return losses.token_losses(model.norm(hidden), model.output_projection(), targets, _LOGITS_CHUNK)[0]
 
-        self._logits, self._token_losses = logits, token_losses
+        @functools.partial(jit, static_argnums=(2, 3))
+        def features(
+            params: Params, tokens: jax.Array, readout: Readout, layers: tuple[int, ...]
+        ) -> dict[str, jax.Array]:
+            with sharding.use_mesh(mesh):
+                tokens = sharding.constrain(tokens, "batch", None)
+                model: Transformer = merge(graphdef, params)
+                states = model.hidden_by_layer(tokens, positions(tokens), kernel, readout)
+                return {pool: jnp.swapaxes(x[jnp.array(layers)], 0, 1) for pool, x in states.items()}
+
+        self._logits, self._token_losses, self._features = logits, token_losses, features
 
     @classmethod
     def load(
@@ -139,15 +152,57 @@ class LVM:
         """
         return self._map_rows(self._token_losses, self._check_tokens(tokens, self.config.context + 1))
 
+    def features(
+        self, codes: ArrayLike, pools: Sequence[str] = ("mean",), layers: Sequence[int] | None = None, copies: int = 1
+    ) -> dict[str, Float[np.ndarray, "B layers *_"]]:
+        """Hidden states at the codes of images int [B, N], one image a row after BOS if the vocabulary has one.
+
+        Args:
+          pools: "mean" over the codes of the image, "last" at the last one, "codes" at each.
+          layers: 0 is the embedding, i the hidden states after layer i; all by default.
+          copies: times that the image is in its row; features are those of the last copy, all of whose codes have seen
+            the whole image if there are several.
+
+        Returns:
+          By pool float32 [B, layers, D], or [B, layers, N, D] of "codes".
+
+        Raises:
+          UserError: an unknown pool or layer, codes outside the codebook, or copies that exceed the context.
+        """
+        pools, layers = check_pools(pools), check_layers(layers, self.config.num_layers)
+        images = _check_ids("codes", codes, self.vocabulary.num_codes)
+        tokens = feature_tokens(images, self.vocabulary.bos, copies)
+        if copies < 1 or tokens.shape[1] > self.config.context:
+            raise UserError(
+                f"copies={copies} of {images.shape[1]} codes don't fit the context of {self.config.context}; "
+                f"at least 1, at most {(self.config.context - (self.vocabulary.bos is not None)) // images.shape[1]}"
+            )
+        readout = Readout(pools, tokens.shape[1] - images.shape[1], images.shape[1])
+        states = self._features(self._params, self._pad(tokens, tokens.shape[1]), readout, layers)
+        return {pool: np.asarray(x)[: len(images)].astype(np.float32) for pool, x in states.items()}
+
+    def with_random_params(self, seed: int) -> LVM:
+        """The model with initial weights instead of its own, as a baseline."""
+
+        def init(key: jax.Array) -> Params:
+            params = init_params(lambda rngs: Transformer(self.config, rngs), key)
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), params, self._params)
+
+        placed = None if self._mesh is None else jax.tree.map(lambda x: x.sharding, self._params)
+        return self.with_params(jax.jit(init, out_shardings=placed)(jax.random.key(seed)), 0)
+
     def _map_rows(self, function: Callable[[Params, np.ndarray], jax.Array], tokens: np.ndarray) -> np.ndarray:
-        """Calls a function of rows, int32 [B, S], padded so that the mesh divides both dimensions."""
-        if self._mesh is None:
-            return np.asarray(function(self._params, tokens))
+        """Calls a function of rows, int32 [B, S]."""
         B, S = tokens.shape
-        inputs = S - (function is self._token_losses)  # a mask hides later tokens from earlier ones
+        inputs = S - (function is self._token_losses)
+        return np.asarray(function(self._params, self._pad(tokens, inputs)))[:B, :inputs]
+
+    def _pad(self, tokens: np.ndarray, inputs: int) -> np.ndarray:
+        """Pads rows so that the mesh divides their number and `inputs`; a mask hides later tokens from earlier ones."""
+        if self._mesh is None:
+            return tokens
         rows, columns = (sharding.axis_size(self._mesh, axes) for axes in (("data", "fsdp"), ("sequence",)))
-        padded = np.pad(tokens, ((0, -B % rows), (0, -inputs % columns)))
-        return np.asarray(function(self._params, padded))[:B, :inputs]
+        return np.pad(tokens, ((0, -len(tokens) % rows), (0, -inputs % columns)))
 
     def generate(
         self,

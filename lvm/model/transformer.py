@@ -7,6 +7,7 @@ token. Parameters are float32, compute is `dtype`; norm statistics, RoPE, softma
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -273,6 +274,22 @@ class Transformer(nnx.Module):
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
         x, _ = jax.lax.scan(body, self._embed(tokens), layers)  # [B, T, D]
         return x
+
+    def hidden_by_layer(self, tokens: Tokens, positions: Tokens, kernel: str, reduce: Callable[[Hidden], Any]) -> Any:
+        """A function of the embeddings and of the hidden states after each layer, stacked along a new first axis.
+
+        The last of the num_layers + 1 entries is that of `hidden`. `reduce` returns a pytree of arrays; whole hidden
+        states of one layer alone are in memory at once.
+        """
+        graphdef, layers = nnx.split(self.layers)
+        rope, embeddings = self._rope(positions), self._embed(tokens)
+
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            x = nnx.merge(graphdef, layer)(x, rope, kernel)
+            return x, reduce(x)
+
+        _, reduced = jax.lax.scan(body, embeddings, layers)
+        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), reduce(embeddings), reduced)
 
     def prefill(self, tokens: Tokens, positions: Tokens, kernel: str) -> tuple[Hidden, list[Cache]]:
         """Hidden states of whole rows, and each layer's cache."""

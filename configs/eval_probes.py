@@ -1,0 +1,12 @@
+"""Probes of the demo model's frozen features, on the held-out scenes of configs/demo_scenes.py."""
+
+from ml_collections import ConfigDict
+
+from lvm.common.config import to_config_dict
+from lvm.evaluation.config import EvalConfig
+from lvm.evaluation.evaluators.probes import Probes
+
+
+def get_config() -> ConfigDict:
+    """All 225 held-out scenes of the demo, of which every second frame is probed."""
+    return to_config_dict(EvalConfig({"probes": Probes()}, source="configs/demo_scenes.py"))
