@@ -70,7 +70,7 @@ def test_probes_read_what_codes_tell(figures):
     foreground, classes, depth = (figures[name] for name in ("foreground_iou", "cell_class_miou", "depth_rmse"))
     assert foreground.estimate.value > 0.95
     assert classes.estimate.value > 0.95
-    assert depth.baselines["code embedding"].value < 8  # mm, of a spread of 65
+    assert depth.baselines["code embedding"].value < 20  # mm, of a spread of 65
     assert depth.estimate.value < 40
     for figure, worse in ((foreground, 0.8), (classes, 0.4)):
         assert figure.baselines["position alone"].value < worse
