@@ -106,12 +106,12 @@ def _lpips(config: LPIPSConfig, resolution: int, batch_size: int) -> Compare:
         raise UserError(
             f"config.lpips: the tokenizer's images are {resolution} pixels wide; LPIPS needs {network.min_resolution}"
         )
-    params = network.load("config.lpips")
+    params = network.load("config.lpips.")
 
     @jax.jit
     def distances(params: Params, pairs: jax.Array) -> jax.Array:
         images = pairs.astype(jnp.float32) / 255
-        return jax.vmap(lambda pair: network.distance(params, pair[:1], pair[1:], "float32"))(images)
+        return network.distances(params, images[:, 0], images[:, 1], "float32")
 
     def of_pairs(pairs: np.ndarray) -> np.ndarray:
         batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]

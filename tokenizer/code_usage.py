@@ -1,6 +1,10 @@
 """Usage and perplexity of a codebook over a sliding window of steps."""
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
+import scipy.stats
 from jaxtyping import Array, Float, Int
 
 from lvm.common import statistics
@@ -33,3 +37,17 @@ def window_metrics(window: Params) -> dict[str, Float[Array, ""]]:
 def usage(counts: Float[Array, " K"]) -> Float[Array, ""]:
     """Share of codes that occur."""
     return jnp.mean((counts > 0).astype(jnp.float32))
+
+
+def expected_of_uniform(codebook_size: int, num_codes: int) -> tuple[float, float]:
+    """Usage and perplexity that are expected of `num_codes` independent, uniformly distributed codes.
+
+    Of K codes, 1 − (1 − 1/K)ⁿ occur. The perplexity is exp of the expected plug-in entropy,
+    −K·E[c/n · log(c/n)] with a code's count c distributed as binomial (n, 1/K).
+    """
+    K, n = codebook_size, num_codes
+    spread = 12 * math.sqrt(n / K) + 40  # the rest of the distribution is below 1e-30
+    counts = np.arange(max(1, math.floor(n / K - spread)), min(n, math.ceil(n / K + spread)) + 1)
+    shares = counts / n
+    entropy = -K * np.sum(scipy.stats.binom.pmf(counts, n, 1 / K) * shares * np.log(shares))
+    return -math.expm1(n * math.log1p(-1 / K)) if K > 1 else 1.0, math.exp(entropy)

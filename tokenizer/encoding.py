@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -27,7 +26,7 @@ from lvm.common.logging import log_info
 from lvm.data.images.augment import Augment
 from lvm.data.images.decode_pool import Chunk, DecodePool
 from lvm.data.images.decode_worker import Limits
-from lvm.data.images.decoding import Decoded, DecodedScene, SceneDecoder
+from lvm.data.images.decoding import Decoded, DecodedScene
 from lvm.data.images.sources import CodeSource, Failure, ImageSource, SceneInfo
 from lvm.data.images.sources.base import Part
 from lvm.data.mixture import split
@@ -37,11 +36,11 @@ from lvm.data.store.shard_queue import ShardQueue
 from lvm.data.store.writer import BusyShardError, SkippedItems
 from tokenizer.encoding_progress import EncodingProgress
 from tokenizer.pretrained import Tokenizer
+from tokenizer.scene_stream import list_parts, load_scenes
 
 ShardScenes = tuple[int, Iterator[Scene], SkippedItems]  # shard, its scenes, what it skips
 
 _SOFTWARE = ("jax", "jaxlib", "numpy", "pillow", "av")
-_LISTED_AHEAD = 8  # parts of the source that threads list, and copy from object storage, before their turn
 _MAX_PENDING = 2  # batches on the devices while the host prepares the next
 
 
@@ -147,29 +146,9 @@ class ShardWriter(abc.ABC):
     def _parts(
         self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None
     ) -> Generator[tuple[int, Part]]:
-        """Yields the listed parts of each shard, at least one; a queue limits how many shards ahead."""
-        pending: collections.deque[tuple[int, concurrent.futures.Future[Part]]] = collections.deque()
-        threads = concurrent.futures.ThreadPoolExecutor(_LISTED_AHEAD, "list")
-
-        def next_part() -> tuple[int, Part]:
-            shard, future = pending.popleft()
-            part = future.result()
-            progress.add_part(len(part.scenes))
-            return shard, part
-
-        try:
-            for shard in shards:
-                specs = self._listing.plan(shard, self.num_shards)
-                for spec in specs:
-                    pending.append((shard, threads.submit(self._listing.part, spec)))
-                    if len(pending) > _LISTED_AHEAD:
-                        yield next_part()
-                while queue and len({shard for shard, _ in pending}) > 1 and not queue.may_claim_ahead():
-                    yield next_part()
-            while pending:
-                yield next_part()
-        finally:
-            threads.shutdown(cancel_futures=True)
+        """`list_parts` of the source; a queue limits how many shards ahead."""
+        may_claim_ahead = queue.may_claim_ahead if queue else lambda: True
+        return list_parts(self._listing, shards, self.num_shards, progress, may_claim_ahead)
 
     def _store_scene(
         self, info: SceneInfo, failures: Iterable[Failure], codes: np.ndarray, skipped: SkippedItems
@@ -254,34 +233,12 @@ class Encoder(ShardWriter):
             contextlib.closing(self._parts(shards, progress, queue)) as parts,
             DecodePool(self._workers, self._limits) as pool,
         ):
-            batches = self._encode(progress.timed("host", self._load(pool, parts, failures)))
+            skip = lambda shard, skipped: failures[shard].extend(skipped)  # noqa: E731
+            loaded = load_scenes(pool, self._source, self._augment, parts, skip)
+            batches = self._encode(progress.timed("host", loaded))
             for shard, of_shard in itertools.groupby(batches, key=lambda batch: batch.shard):
                 skipped = SkippedItems()
                 yield shard, self._collect(of_shard, skipped, progress, failures), skipped
-
-    def _load(
-        self, pool: DecodePool, parts: Iterable[tuple[int, Part]], failures: dict[int, list[Failure]]
-    ) -> Iterator[tuple[Chunk, list[Decoded]]]:
-        """Yields loaded chunks; releases each part once it is loaded. Adds what listing found to `failures`."""
-        unreleased: collections.deque[tuple[Chunk, Part]] = collections.deque()  # with the last chunk of each
-
-        def chunks() -> Iterator[Chunk]:
-            decoder, streams = SceneDecoder(self._source.for_workers(), self._augment), set[str]()
-            for shard, part in parts:
-                failures[shard].extend(part.skipped)
-                if not self._source.is_listed:
-                    new = {stream for scene in part.scenes for stream in self._source.info(scene).streams} - streams
-                    if new:  # workers get the codecs of streams with the source, without its files
-                        self._source.codecs(new)
-                        decoder, streams = SceneDecoder(self._source.for_workers(), self._augment), streams | new
-                for scenes in decoder.chunks(part.scenes):
-                    yield (chunk := Chunk(decoder, scenes, shard))
-                unreleased.append((chunk, part))
-
-        for chunk, decoded in pool.map(chunks()):
-            yield chunk, decoded
-            while unreleased and unreleased[0][0] is chunk:
-                unreleased.popleft()[1].release()
 
     def _encode(self, decoded: Iterator[tuple[Chunk, list[Decoded]]]) -> Iterator[_Batch]:
         """Yields batches in order, each once `_MAX_PENDING` more are on the devices, across the ends of shards."""

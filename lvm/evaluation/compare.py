@@ -63,18 +63,27 @@ class Evaluated:
 
 
 def load_all(paths: Sequence[str]) -> list[Evaluated]:
-    """Reads folders, named by the last parts of their paths that tell them apart.
+    """Reads folders, named as by `name_folders`.
 
     Raises:
       UserError: fewer than two different folders, or one without results.
     """
     if len(set(paths)) < max(2, len(paths)):
         raise UserError(f"--compare={','.join(paths)} must be two different folders or more")
+    return [Evaluated.load(name, path) for name, path in zip(name_folders(paths), paths, strict=True)]
+
+
+def name_folders(paths: Sequence[str]) -> list[str]:
+    """The last parts of the folders' paths that tell them apart.
+
+    Raises:
+      UserError: a folder is named twice.
+    """
     parts = [os.path.abspath(path).split(os.sep) for path in paths]
     depth = next((d for d in range(1, 99) if len({tuple(p[-d:]) for p in parts}) == len(parts)), None)
     if depth is None:
         raise UserError(f"--compare={','.join(paths)} names a folder twice")
-    return [Evaluated.load("/".join(p[-depth:]), path) for p, path in zip(parts, paths, strict=True)]
+    return ["/".join(p[-depth:]) for p in parts]
 
 
 def paired_difference(first: Evaluated, other: Evaluated, evaluation: str, figure: str) -> Estimate | None:
@@ -134,10 +143,7 @@ def _render(content: Mapping[str, Any], models: Sequence[Evaluated]) -> str:
     )
     sections = []
     for evaluation, figures in content["figures"].items():
-        header = ("figure, model", "value", "95 % interval", f"difference from {first}", "baselines", "ceiling",
-                  "published", "meaning")  # fmt: skip
-        rows = [row for name, by_model in figures.items() for row in _figure_rows(name, by_model, first)]
-        sections.append(Section(evaluation.replace("_", " "), metrics=[header, *rows]))
+        sections.append(Section(evaluation.replace("_", " "), metrics=figure_table(figures, first)))
         for axis, label in _AXES.items():
             if plots := _plots(figures, content["models"], axis):
                 title = f"{evaluation.replace('_', ' ').capitalize()} against {label}"
@@ -150,6 +156,13 @@ def _render(content: Mapping[str, Any], models: Sequence[Evaluated]) -> str:
     sizes = [[name, *(_number(model.get(axis)) for axis in _AXES)] for name, model in content["models"].items()]
     sections.insert(0, Section("Models", table=[["model", *_AXES.values()], *sizes]))
     return render_page("Large vision models, compared", intro, (), sections)
+
+
+def figure_table(figures: Mapping[str, Mapping[str, Any]], first: str) -> list[tuple[str, ...]]:
+    """A header, then a row for each figure and model; `figures` are JSON by figure and model, `first` is a model."""
+    header = ("figure, of", "value", "95 % interval", f"difference from {first}", "baselines", "ceiling", "published",
+              "meaning")  # fmt: skip
+    return [header, *(row for name, by_model in figures.items() for row in _figure_rows(name, by_model, first))]
 
 
 def _figure_rows(name: str, by_model: Mapping[str, Any], first: str) -> list[tuple[str, ...]]:

@@ -48,11 +48,11 @@ class Perceptual(abc.ABC):
         """Names and shapes of the weights, as torchvision has them."""
         return {}
 
-    def load(self, setting: str = "config.loss.perceptual") -> Params:
+    def load(self, setting: str = "config.loss.perceptual.") -> Params:
         """Reads the weights, float32, convolutions as HWIO.
 
         Args:
-          setting: key of this in the configuration, for errors.
+          setting: what a field's name follows in its key, for errors.
 
         Raises:
           UserError: no path, a file that can't be read, or the tensors of another network.
@@ -120,9 +120,9 @@ class ClassifierLoss(Perceptual):
     def __post_init__(self) -> None:
         check_non_negative(self, "weight")
 
-    def load(self, setting: str = "config.loss.perceptual") -> Params:
+    def load(self, setting: str = "config.loss.perceptual.") -> Params:
         """See `Perceptual.load`."""
-        key = f"{setting}.weights"
+        key = f"{setting}weights"
         return to_params(read_weights(self.weights, self.tensor_shapes(), key, self.kind, self.url))
 
     @abc.abstractmethod

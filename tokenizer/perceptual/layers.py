@@ -29,9 +29,9 @@ def linear(params: Params, x: Float[Array, "*n I"], dtype: str) -> Float[Array, 
     )
 
 
-def batch_norm(params: Params, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+def batch_norm(params: Params, x: Float[Array, "B H W C"], epsilon: float = 1e-5) -> Float[Array, "B H W C"]:
     """Batch normalization by the running statistics, float32."""
-    scale = params["weight"] * jax.lax.rsqrt(params["running_var"] + 1e-5)
+    scale = params["weight"] * jax.lax.rsqrt(params["running_var"] + epsilon)
     return ((x.astype(jnp.float32) - params["running_mean"]) * scale + params["bias"]).astype(x.dtype)
 
 

@@ -49,21 +49,27 @@ class LPIPS(Perceptual):
         """See `Perceptual.tensor_shapes`."""
         return _backbone_shapes() | _head_shapes()
 
-    def load(self, setting: str = "config.loss.perceptual") -> Params:
+    def load(self, setting: str = "config.loss.perceptual.") -> Params:
         """See `Perceptual.load`."""
-        backbone = read_weights(self.weights, _backbone_shapes(), f"{setting}.weights", self.kind, _URL)
-        heads = read_weights(self.heads, _head_shapes(), f"{setting}.heads", self.kind, _HEADS_URL)
+        backbone = read_weights(self.weights, _backbone_shapes(), f"{setting}weights", self.kind, _URL)
+        heads = read_weights(self.heads, _head_shapes(), f"{setting}heads", self.kind, _HEADS_URL)
         return to_params(backbone | heads)
 
     def distance(
         self, params: Params, images: Float[Array, "B H W 3"], targets: Float[Array, "B H W 3"], dtype: str
     ) -> Float[Array, ""]:
         """See `Perceptual.distance`."""
-        total = jnp.zeros(())
+        return jnp.mean(self.distances(params, images, targets, dtype))
+
+    def distances(
+        self, params: Params, images: Float[Array, "B H W 3"], targets: Float[Array, "B H W 3"], dtype: str
+    ) -> Float[Array, " B"]:
+        """Distance of each image in [0, 1] from its target, float32."""
+        total = jnp.zeros(len(images))
         pairs = zip(_features(params, images, dtype), _features(params, targets, dtype), strict=True)
         for i, (ours, theirs) in enumerate(pairs):
             head = params[f"lin{i}"]["model"]["1"]["weight"][0, 0, :, 0]  # [C]
-            total += jnp.mean(jnp.sum(jnp.square(_unit(ours) - _unit(theirs)) * head, -1))
+            total += jnp.mean(jnp.sum(jnp.square(_unit(ours) - _unit(theirs)) * head, -1), (1, 2))
         return total
 
 

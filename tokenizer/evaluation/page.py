@@ -1,0 +1,162 @@
+"""Report of one or more tokenizers on the same images: `report.json` and a self-contained HTML page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lvm.common import files
+from lvm.common.page import Section, render_page
+from lvm.evaluation.compare import figure_table
+from lvm.evaluation.figures import Estimate, Figure, Plot
+from lvm.evaluation.plots import plot_curves
+from lvm.inference.contact_sheet import Cell, Pixels, render_sheet
+from lvm.model.nnx_utils import count_params
+from tokenizer.evaluation.measure import Measurement
+from tokenizer.evaluation.running import Example
+
+_SIDE = 128  # of an image on the page
+_LABEL = 18  # characters above an image
+_CURVE_POINTS = 200
+
+
+def write_report(out: epath.PathLike, request: Mapping[str, Any], measurements: Mapping[str, Measurement]) -> None:
+    """Writes `index.html` and, last, `report.json`.
+
+    Args:
+      request: source, weights and other settings, as JSON.
+      measurements: by the tokenizer's name; differences are from the first.
+    """
+    folder = epath.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = collect_results(request, measurements)
+    files.write_atomically(folder / "index.html", _render(content, measurements).encode())
+    files.write_json(folder / "report.json", content)
+
+
+def collect_results(request: Mapping[str, Any], measurements: Mapping[str, Measurement]) -> dict[str, Any]:
+    """The content of `report.json`: sizes and figures of each tokenizer, with differences from the first."""
+    tokenizers: dict[str, Any] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    first: dict[str, Figure] = {}
+    for name, measurement in measurements.items():
+        by_name = {figure.name: figure for figure in measurement.figures()}
+        is_paired = not first or measurement.num_images == next(iter(measurements.values())).num_images
+        for figure in by_name.values():
+            content = figure.to_json()
+            if (base := first.get(figure.name)) and is_paired and (difference := _difference(base, figure)):
+                content["difference"] = difference.to_json()
+            figures.setdefault(figure.name, {})[name] = content
+        first = first or by_name
+        tokenizers[name] = _describe(measurement)
+    return files.as_json({"request": request, "tokenizers": tokenizers, "figures": figures})
+
+
+def _difference(base: Figure, figure: Figure) -> Estimate | None:
+    before, after = base.estimate, figure.estimate
+    if before.resamples is None or after.resamples is None:
+        return None
+    return Estimate(after.value - before.value, after.resamples - before.resamples)
+
+
+def _describe(measurement: Measurement) -> dict[str, Any]:
+    tokenizer, examples = measurement.tokenizer, measurement.examples
+    extremes = {
+        kind: [
+            {"key": example.key, "stream": example.stream, "psnr": example.psnr} for example in getattr(examples, kind)
+        ]
+        for kind in ("worst", "best")
+    }
+    return {
+        **tokenizer.identity(),
+        "parameters": count_params(tokenizer.params),
+        "compute_dtype": tokenizer.config.compute_dtype,
+        "step": tokenizer.step,
+        "images": dict(measurement.num_images),
+        "codes_used": {stream: int(np.count_nonzero(counts)) for stream, counts in measurement.counts.items()},
+        **extremes,
+    }
+
+
+def _render(content: Mapping[str, Any], measurements: Mapping[str, Measurement]) -> str:
+    first = next(iter(measurements))
+    images = ", ".join(f"{count:,} of {stream}" for stream, count in measurements[first].num_images.items())
+    intro = (
+        f"Images of {content['request']['source_path']}: {images}; {content['request']['skipped']:,} couldn't be read. "
+        "Each is preprocessed as its tokenizer does, encoded and decoded. Intervals are 95 % bootstrap intervals over "
+        "images; FID has none, and of fewer images than its 2,048 features it is mostly bias."
+    )
+    if len(measurements) > 1:
+        intro += f" Differences are from {first}, with intervals of a paired bootstrap over the same images."
+    sections = [
+        Section("Figures", _missing(content["figures"]), metrics=figure_table(content["figures"], first)),
+        Section("Tokenizers", table=_sizes(content["tokenizers"])),
+        Section(
+            "Codes by frequency", "The share of all that each code has, most frequent first.",
+            picture=plot_curves(_frequencies(measurements)),
+        ),
+        Section(
+            "A sample of images", "Above the reconstructions by each tokenizer.", picture=_sample_sheet(measurements)
+        ),
+    ]  # fmt: skip
+    for name, measurement in measurements.items():
+        for kind, label in (("worst", "Worst"), ("best", "Best")):
+            picture = _extremes_sheet(getattr(measurement.examples, kind))
+            text = "Image, reconstruction with its PSNR, and their difference times 4."
+            sections.append(Section(f"{label} reconstructions by {name}", text, picture=picture))
+    return render_page("Tokenizers, measured", intro, (), sections)
+
+
+def _missing(figures: Mapping[str, Any]) -> str:
+    """Figures that were left out, and what they need."""
+    kinds = {name.partition("/")[0] for name in figures}
+    needs = {"lpips": "LPIPS needs --lpips_weights and --lpips_heads.", "rfid": "FID needs --inception_weights."}
+    return " ".join(text for kind, text in needs.items() if kind not in kinds)
+
+
+def _sizes(tokenizers: Mapping[str, Any]) -> list[list[str]]:
+    header = ["tokenizer", "parameters", "step", "side", "codes an image", "codebook", "resize", "computed in", "hash"]
+    rows = []
+    for name, tokenizer in tokenizers.items():
+        model, preprocess = tokenizer["model"], tokenizer["preprocess"]
+        row = [name, f"{tokenizer['parameters']:,}", f"{tokenizer['step']:,}", str(model["resolution"])]
+        row += [" × ".join(map(str, tokenizer["grid"])), f"{tokenizer['num_codes']:,} × {model['codebook_dim']}"]
+        row += [f"{preprocess['mode']}, {preprocess['filter']}", tokenizer["compute_dtype"], tokenizer["hash"][:12]]
+        rows.append(row)
+    return [header, *rows]
+
+
+def _frequencies(measurements: Mapping[str, Measurement]) -> Plot:
+    series = {}
+    for name, measurement in measurements.items():
+        counts = np.sort(sum(measurement.counts.values()))[::-1]
+        counts = counts[counts > 0]
+        ranks = np.unique(np.geomspace(1, len(counts), _CURVE_POINTS).astype(int))
+        series[name] = [(int(rank), float(counts[rank - 1] / counts.sum())) for rank in ranks]
+    return Plot(series, "rank of the code", "share of all codes", log_y=True, log_x=True)
+
+
+def _sample_sheet(measurements: Mapping[str, Measurement]) -> Pixels:
+    by_name = {name: measurement.examples.sample for name, measurement in measurements.items()}
+    first = next(iter(by_name.values()))
+    rows = [[Cell(example.image, example.key[-_LABEL:]) for example in first]]
+    rows += [
+        [Cell(example.decoded, f"{example.psnr:.1f} dB, {name}"[:_LABEL]) for example in sample]
+        for name, sample in by_name.items()
+    ]
+    return render_sheet(rows, side=_SIDE)
+
+
+def _extremes_sheet(examples: Sequence[Example]) -> Pixels:
+    rows = [
+        [Cell(example.image, example.key[-_LABEL:]) for example in examples],
+        [Cell(example.decoded, f"{example.psnr:.1f} dB") for example in examples],
+        [Cell(_magnified_difference(example), "difference × 4") for example in examples],
+    ]
+    return render_sheet(rows, side=_SIDE)
+
+
+def _magnified_difference(example: Example) -> Pixels:
+    difference = np.abs(example.decoded.astype(int) - example.image)
+    return np.minimum(4 * difference, 255).astype(np.uint8)
