@@ -253,7 +253,7 @@ def _write_published(folder: pathlib.Path, weights: Weights, layout: Layout) -> 
     else:
         interop.write_safetensors(file, tensors)
     files.write_json(folder / CONFIG, layout.to_fields(weights.config))
-    files.write_json(folder / PREPROCESS, weights.preprocess.to_json())
+    files.write_json(folder / PREPROCESS, weights.preprocess.to_export())
 
 
 def _write_workdir(folder: pathlib.Path, weights: Weights) -> None:

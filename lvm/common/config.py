@@ -11,7 +11,7 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from lvm.common.errors import UserError
 
 T = TypeVar("T")
+_MAX_CHANGES, _MAX_SHOWN = 8, 32  # described changes, and characters of a value
 
 
 def expand_home(text: str) -> str:
@@ -99,6 +100,22 @@ def _member(family: Any, value: Any, path: str) -> tuple[type, dict[str, Any]]:
     if kind not in family.kinds:
         raise UserError(f"{path}.kind: {kind!r} is not one of {', '.join(sorted(family.kinds))}")
     return family.kinds[kind], fields
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The keys that differ between two JSON objects, with short values: `batch_size: 2 → 3, preprocess.mode: …`."""
+    changes = list(_list_changes(old, new, ""))
+    return ", ".join(changes[:_MAX_CHANGES]) + (", …" if len(changes) > _MAX_CHANGES else "")
+
+
+def _list_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _list_changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            is_short = max(len(str(before)), len(str(after))) <= _MAX_SHOWN
+            yield f"{prefix}{key}: {before} → {after}" if is_short else f"{prefix}{key}"
 
 
 def _build_dataclass(cls: Any, value: Any, path: str) -> Any:

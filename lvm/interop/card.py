@@ -92,7 +92,9 @@ def _tokenizer(identity: Mapping[str, Any] | None, has_tokenizer: bool) -> str:
     return (
         f"## Tokenizer\n\n{identity['num_codes']} codes, {height} × {width} an image in raster order; images are "
         f"resized to {preprocess['resolution']} × {preprocess['resolution']} pixels by `{preprocess['mode']}` "
-        f"({preprocess['filter']}){colors}.{location}\n\n- hash of the weights: `{identity['weights']}`\n"
+        f"({preprocess['filter']}){colors}; "
+        f"the network's input is uint8 / 255, with mean 0 and deviation 1.{location}\n\n"
+        f"- hash of the weights: `{identity['weights']}`\n"
         f"- hash with network and preprocessing: `{identity['hash']}`\n"
     )
 

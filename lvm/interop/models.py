@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from lvm.common import files
+from lvm.common.config import describe_changes
 from lvm.common.errors import UserError
 from lvm.common.logging import log_warning
 from lvm.interop import easylm, hugging_face, workdirs
@@ -123,7 +124,8 @@ def check_tokenizer(
     `folder`. Raises UserError for another tokenizer.
     """
     if expected and identity["hash"] != expected["hash"]:
-        raise UserError(f"{folder}: not the tokenizer that the model was trained with")
+        changes = describe_changes(*({**each, "hash": ""} for each in (expected, identity)))
+        raise UserError(f"{folder}: not the tokenizer that the model was trained with ({changes})")
     if identity["num_codes"] != vocabulary.num_codes:
         raise UserError(f"{folder}: {identity['num_codes']} codes, but the model has {vocabulary.num_codes}")
     if not expected:

@@ -191,6 +191,9 @@ def test_changed_settings_are_rejected(tokenizer, tmp_path):
         encode(tokenizer, folder, num_shards=5, batch_size=3)
     with pytest.raises(UserError, match=r"changed: source"):
         encode(tokenizer, folder, source=Scenes(scenes=tuple(SCENES[:-1])))
+    other = Tokenizer(tokenizer.config, Preprocess(SIDE, "center_crop"), tokenizer.params)
+    with pytest.raises(UserError, match=r"changed: tokenizer\.hash, tokenizer\.preprocess\.mode: squash → center_"):
+        encode(other, folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(UserError, match="not empty and not a store"):

@@ -283,6 +283,21 @@ def test_preprocess_defaults_to_the_authors(folder, tmp_path):
         weights.read(folder)
 
 
+@pytest.mark.parametrize("kind", ["torch", "diffusers"])
+def test_export_has_all_of_the_preprocessing(tmp_path, kind):
+    original = random_weights(small("lvm", **TINY), mode="center_crop", filter="lanczos")
+    weights.write(tmp_path / "out", original, kind)
+    path = tmp_path / "out" / "preprocess.json"
+    assert files.read_json(path) == {
+        "resolution": 16, "mode": "center_crop", "filter": "lanczos", "decode": "full", "resizer": "pillow",
+        "icc": "srgb", "colours": "0..1", "mean": [0, 0, 0], "std": [1, 1, 1],
+    }  # fmt: skip
+    check_same(weights.read(tmp_path / "out"), original)
+    files.write_json(path, files.read_json(path) | {"mean": [0.5, 0.5, 0.5]})
+    with pytest.raises(UserError, match=r"preprocess\.json: preprocess\.mean=\[0\.5, 0\.5, 0\.5\] is not supp"):
+        weights.read(tmp_path / "out")
+
+
 def test_read_bare_file_with_variant(tmp_path):
     original = random_weights(small("maskgit", **TINY), mode="center_crop", icc="ignore")
     weights.write(tmp_path / "in", original, "maskgit")

@@ -25,6 +25,7 @@ _SWSCALE_FILTERS = {name: Interpolation[name.upper()] for name in ("bilinear", "
 _SWSCALE_FLAGS = Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same pixels on every CPU
 _SWSCALE_FLAGS |= Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT  # full chroma resolution
 _RANGE = {"colours": "0..1"}  # in every identity on disk: the network's input is uint8 / 255
+_NORMALIZATION = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}  # of that input; in exports, for other software
 # Not written at these values: identities from before stay valid.
 _OMITTED = {"decode": "full", "resizer": "pillow", "icc": "ignore"}
 
@@ -156,18 +157,23 @@ class Preprocess:
         fields = dataclasses.asdict(self) | _RANGE
         return {name: value for name, value in fields.items() if _OMITTED.get(name) != value}
 
+    def to_export(self) -> dict[str, Any]:
+        """Returns all fields, with range, mean and deviation of the network's input, as `from_json` reads them."""
+        return dataclasses.asdict(self) | _RANGE | _NORMALIZATION
+
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Preprocess:
-        """Builds the preprocess that `to_json` wrote.
+        """Builds the preprocess that `to_json` or `to_export` wrote.
 
         Raises:
           UserError: missing, unknown or impossible fields.
         """
         if not isinstance(fields, Mapping):
             raise UserError(f"preprocess is {fields!r}; expected an object of its fields")
-        fields = {**_RANGE, **fields}
-        if (value := fields.pop("colours")) != _RANGE["colours"]:
-            raise UserError(f"preprocess.colours={value!r} is not supported; inputs are uint8 / 255, '0..1'")
+        fields = {**_RANGE, **_NORMALIZATION, **fields}
+        for key, expected in (_RANGE | _NORMALIZATION).items():
+            if (value := fields.pop(key)) != expected:
+                raise UserError(f"preprocess.{key}={value!r} is not supported; inputs are uint8 / 255: {expected!r}")
         return from_config_dict(cls, fields, "preprocess")
 
     def _swscale(self, pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "R R 3"]:

@@ -20,6 +20,7 @@ from etils import epath
 from jaxtyping import Shaped, UInt64
 
 from lvm.common import files
+from lvm.common.config import describe_changes
 from lvm.common.errors import UserError
 from lvm.data.store import failures, format, manifest
 from lvm.data.store.failures import FAILURES_SUFFIX
@@ -294,9 +295,8 @@ def check_header(
     path, new = epath.Path(folder) / HEADER, files.as_json({"version": VERSION, **header, "num_shards": num_shards})
     old = files.read_json(path)
     check_version(path, old.get("version"))
-    keys = [key for key in sorted((old.keys() | new.keys()) - set(ignored)) if old.get(key) != new.get(key)]
-    if keys:
-        changes = ", ".join(_describe_change(key, old.get(key), new.get(key)) for key in keys)
+    before, after = ({key: value for key, value in header.items() if key not in ignored} for header in (old, new))
+    if changes := describe_changes(before, after):
         raise UserError(
             f"{folder}: holds codes made with other settings (changed: {changes}); choose another --out, or its "
             "settings"
@@ -306,10 +306,6 @@ def check_header(
 def _has_files(folder: epath.Path) -> bool:
     # On gs:// a folder exists once it has an object.
     return folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir())
-
-
-def _describe_change(key: str, old: Any, new: Any) -> str:
-    return key if isinstance(old, (dict, list)) or isinstance(new, (dict, list)) else f"{key}: {old} → {new}"
 
 
 def finish_store(folder: epath.PathLike) -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from lvm.common.config import expand_home, find_config, from_config_dict, to_config_dict, to_json
+from lvm.common.config import describe_changes, expand_home, find_config, from_config_dict, to_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Video
@@ -154,3 +154,10 @@ def test_find_config_finds_packaged_configs_anywhere(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo_lvm.py").touch()
     assert find_config("configs/demo_lvm.py") == "configs/demo_lvm.py"
+
+
+def test_describe_changes_names_nested_keys():
+    old = {"a": 1, "b": {"c": "x", "d": [1] * 20}, "e": 0}
+    assert describe_changes(old, {"a": 1, "b": {"c": "y", "d": [2] * 20}}) == "b.c: x → y, b.d, e: 0 → None"
+    assert describe_changes(old, old) == ""
+    assert describe_changes({}, {f"{i}": i for i in range(9)}).endswith("7: None → 7, …")

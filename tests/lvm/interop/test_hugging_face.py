@@ -190,8 +190,11 @@ def test_check_tokenizer_compares_hash_and_codes(caplog):
     assert not caplog.text
     models.check_tokenizer(None, SMALL, identity, "folder")
     assert "folder: can't be verified" in caplog.text
-    with pytest.raises(UserError, match="folder: not the tokenizer"):
-        models.check_tokenizer({"hash": "b"}, SMALL, identity, "folder")
+    with pytest.raises(UserError, match=r"folder: not the tokenizer .* \(preprocess\.mode: squash → center_crop\)$"):
+        models.check_tokenizer(
+            {"hash": "b", "num_codes": 16, "preprocess": {"mode": "squash", "filter": "bicubic"}}, SMALL,
+            identity | {"preprocess": {"mode": "center_crop", "filter": "bicubic"}}, "folder",
+        )  # fmt: skip
     for expected in (None, {"hash": "a"}):
         with pytest.raises(UserError, match="folder: 17 codes, but the model has 16"):
             models.check_tokenizer(expected, SMALL, {**identity, "num_codes": 17}, "folder")

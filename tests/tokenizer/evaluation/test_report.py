@@ -64,7 +64,9 @@ def images_of(folder, stream):
     return np.stack([source.load(i).images[0, index] for i in range(NUM_SCENES)])
 
 
-def test_report_figures_by_definition(folder, tmp_path, mean_features):
+def test_report_figures_by_definition(folder, tmp_path, mean_features, monkeypatch):
+    load, loaded = FeatureStatistics.load, []
+    monkeypatch.setattr(FeatureStatistics, "load", lambda path: loaded.append(path) or load(path))
     results = make_report(folder, tmp_path / "out", f"--compare={folder / 'second'}")
     figures = {name: of["first"]["value"] for name, of in results["figures"].items()}
     tokenizer, rough = (Tokenizer.load(folder / "first", dtype) for dtype in ("float32", "bfloat16"))
@@ -95,15 +97,8 @@ def test_report_figures_by_definition(folder, tmp_path, mean_features):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "LPIPS needs --lpips_weights and --lpips_heads." in page
     assert page.count("<img ") == 2 + 2 * 2
-    # Both tokenizers preprocess alike: the features of the images were measured once, and are taken from a file.
-    (path,) = (tmp_path / "out" / "feature_statistics").iterdir()
-    known = FeatureStatistics.load(path)
-    assert known.count == NUM_SCENES
-    known._sum += 100.0
-    known.save(path)
-    again = make_report(folder, tmp_path / "out")
-    assert again["figures"]["rfid/rgb"]["first"]["value"] != figures["rfid/rgb"]
-    assert again["figures"]["psnr/rgb"]["first"] == first
+    # Both tokenizers preprocess alike: the second one's features of the images are those of the first.
+    assert list((tmp_path / "out" / "feature_statistics").iterdir()) == loaded
 
 
 def test_report_refuses_bad_inputs(folder, tmp_path, capsys):

@@ -134,6 +134,7 @@ def test_exif_orientation_is_applied() -> None:
         ({"resolution": 8, "flip": 1}, r"preprocess\.flip"),
         ({"mode": "squash"}, "preprocess: .*resolution"),
         ({"resolution": 8, "colours": "-1..1"}, r"preprocess\.colours='-1\.\.1'"),
+        ({"resolution": 8, "std": [0.5, 0.5, 0.5]}, r"preprocess\.std=\[0\.5, 0\.5, 0\.5\] is not supported"),
     ],
 )
 def test_preprocess_json_rejects_bad_fields(fields, message) -> None:
