@@ -3,7 +3,7 @@
     lvm plan --config=configs/lvm_3b.py --topology=v5e:16x16
 
 For TPUs the training step is compiled for the topology and its program is analyzed; for GPUs the same figures are
-estimated.
+estimated. A tokenizer's config is planned, too; on GPUs without the memory of its activations.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ from lvm.planning.plan import Plan, Target, make_plan, resolve_config, with_choi
 from lvm.planning.report import format_plan
 from lvm.planning.topology import topology_devices
 from lvm.training.config import TrainConfig
+from tokenizer.config import TokenizerConfig
+from tokenizer.planning import plan_tokenizer
 
 
 def make_target(name: str, slices: int = 1, hbm_gib: float = 0.0) -> Target:
@@ -79,6 +81,9 @@ def _too_large(plan: Plan, memory: MemoryModel) -> str:
 
 
 def _run(args: cli.Args) -> None:
+    if "adversarial" in args.config:
+        _plan_tokenizer(args)
+        return
     config = from_config_dict(TrainConfig, args.config)
     target = make_target(args.topology, args.slices, args.hbm_gib)
     compiler_options(target.slice.accelerator.platform, config.compiler_options)  # rejects invalid ones early
@@ -96,6 +101,16 @@ def _run(args: cli.Args) -> None:
         if args.search:
             print(f"proposed: {search.format_choice(plans[-1].config)}\n")
         print("\n".join(format_plan(plans[-1])))
+    if error:
+        raise UserError(error)
+
+
+def _plan_tokenizer(args: cli.Args) -> None:
+    if args.search or args["num_codes"].present:
+        raise UserError("--search, --num_codes: the config is a tokenizer's, which has neither")
+    config = from_config_dict(TokenizerConfig, args.config)
+    result, error = plan_tokenizer(config, make_target(args.topology, args.slices, args.hbm_gib))
+    print(json.dumps(result.to_json()) if args.json else "\n".join(result.lines()))
     if error:
         raise UserError(error)
 

@@ -20,6 +20,7 @@ from lvm.training.config import TrainConfig
 from tests.commands import ROOT
 from tokenizer.config import TokenizerConfig
 from tokenizer.network import VQGAN
+from tokenizer.planning import plan_tokenizer
 
 PARAMETERS = {
     "100m": 116_974_720, "300m": 290_968_576, "600m": 648_396_288, "1b": 1_147_119_616, "3b": 3_274_742_400,
@@ -75,6 +76,21 @@ def test_paper_config_has_papers_size_and_fits(size, monkeypatch):
         assert estimate_plan(resolve_config(config, described, 8192), described, MemoryModel()).fits
     two = target("v5e:16x16", 2)
     assert resolve_config(config, two, 8192).mesh.data % 2 == 0
+
+
+@pytest.mark.parametrize("name", ["f16_8192", "vqgan_plus", "ibq", "maskgit", "lvm"])
+def test_tokenizer_config_header_is_true(name, monkeypatch):
+    """The whole step is traced at full size, so that its settings fit each other; the header has its figures."""
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "configs" / f"tokenizer_{name}.py"
+    config, header = from_config_dict(TokenizerConfig, load_config(path)), path.read_text().split('"""')[1]
+    result, error = plan_tokenizer(config, target("h100-8"))
+    assert error is None
+    assert f"{result.params:,} parameters, {config.batch_size * config.loop.total_steps:,} images." in header
+    days = config.loop.total_steps * result.roofline_seconds["flops"] / 0.35 / 86400
+    assert f"{result.flops_per_step / 1e12:.1f} TFLOP a step; {days:.1f} days on 8 H100 at 35 %" in header
+    assert "Hardware: " in header
+    assert "not measured." in header
 
 
 def test_config_headers_name_unmeasured_figures():

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import MixtureConfig
 from lvm.hardware.accelerators import GIB, resolve
@@ -25,6 +26,9 @@ from lvm.training.config import TrainConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.next_token import ObjectiveConfig
 from tests.commands import run
+from tests.configs import tiny_tokenizer
+from tokenizer.config import TokenizerConfig
+from tokenizer.planning import plan_tokenizer
 
 KEYS = {
     "topology", "chips", "config", "per_chip", "fits", "flops_per_step", "collectives", "roofline_seconds",
@@ -74,6 +78,29 @@ def test_plan_gpu_report_is_marked_as_estimate():
     assert "an estimate: no program was compiled" in output
     assert "of 60.50 GiB usable" in output
     assert "291,288,064 parameters" in output
+
+
+def test_plan_tokenizer_json_and_flags():
+    arguments = ["--config=tests/configs/tiny_tokenizer.py", "--topology=h100-8"]
+    result = json.loads(run("lvm.plan", *arguments, "--json"))
+    assert (result["chips"], result["fits"]) == (8, None)
+    # 8 images of 32×32: a forward pass and two backward, of which those of the first convolution's input are none.
+    assert result["flops_per_step"] > 0
+    assert result["per_chip"]["state_bytes"] >= 3 * 4 * result["parameters"]
+    assert "activations are unknown" in run("lvm.plan", *arguments)
+    assert "config.batch_size=12 be a multiple" in run("lvm.plan", *arguments, "--config.batch_size=12", code=2)
+    assert run("lvm.plan", *arguments, "--search", code=2).startswith("error: --search")
+
+
+@pytest.mark.slow
+def test_plan_tokenizer_compiles_for_tpus(monkeypatch):
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
+    config = from_config_dict(TokenizerConfig, tiny_tokenizer.get_config())
+    result, error = plan_tokenizer(config, make_target("v5e-4"))
+    assert error is None
+    assert result.fits
+    assert result.total_bytes > result.state_bytes > 0
+    assert result.roofline_seconds["hbm"] > 0
 
 
 def test_plan_unknown_slice_names_nearest():

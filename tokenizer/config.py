@@ -1,18 +1,23 @@
 """Configuration of tokenizer training."""
 
 import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import UInt8
 
 from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
 from lvm.common.validation import check_choice, check_non_negative, check_positive
 from lvm.data.images.preprocess import Preprocess
 from lvm.hardware.sharding import MeshConfig
+from lvm.training import optimizer
 from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig
-from tokenizer.adversary import AdversarialConfig
+from tokenizer.adversary import AdversarialConfig, Adversary
 from tokenizer.images import ImagesConfig
 from tokenizer.network import VQGANConfig
-from tokenizer.objective import LossConfig
+from tokenizer.objective import LossConfig, TokenizerTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +69,23 @@ class TokenizerConfig:
                 raise UserError(f"mesh.{axis}={size} must be 1: a tokenizer is sharded over data and fsdp only")
         if self.init_from and (steps := self.loss.autoencoder_steps):
             raise UserError(f"loss.autoencoder_steps={steps} must be 0 with init_from, which has a codebook")
+
+
+def build_task(
+    config: TokenizerConfig, total_steps: int, heldout: Mapping[str, UInt8[np.ndarray, "_ R R 3"]] | None = None
+) -> TokenizerTask:
+    """The task that a run trains; `heldout` images of each stream are for its metrics and pictures.
+
+    Raises:
+      UserError: the adversarial settings don't fit the rest (`AdversarialConfig.check`).
+    """
+    config.adversarial.check(config.batch_size, config.model.resolution, total_steps)
+    tx, schedule = optimizer.build(config.optimizer, total_steps)
+    adversary = None
+    if config.adversarial.weight:
+        adversary = Adversary(config.adversarial, config.model.compute_dtype, total_steps)
+    return TokenizerTask(
+        config.model, config.loss, tx, schedule,
+        batch_size=config.batch_size, has_codebook=bool(config.init_from), heldout=heldout, adversary=adversary,
+        ema_decay=config.ema_decay, train=config.train,
+    )  # fmt: skip

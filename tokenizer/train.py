@@ -17,18 +17,15 @@ from lvm.common.logging import log_info
 from lvm.data.images.sources import ImageSource, open_any_source
 from lvm.hardware.sharding import make_mesh
 from lvm.model.nnx_utils import Params
-from lvm.training import optimizer
 from lvm.training.checkpoint import latest_step
 from lvm.training.loop import Loop, LoopConfig, is_finished
 from lvm.training.step import Step, enable_compilation_cache
 from lvm.training.task import State
 from lvm.training.workdir import Workdir
 from tokenizer import weights
-from tokenizer.adversary import Adversary
-from tokenizer.config import TokenizerConfig
+from tokenizer.config import TokenizerConfig, build_task
 from tokenizer.images import TrainingImages
 from tokenizer.network import quantizer_params
-from tokenizer.objective import TokenizerTask
 from tokenizer.quantizers.base import Quantizer
 
 _HELDOUT_IMAGES = 128  # per stream, for the metrics of training
@@ -96,16 +93,7 @@ def train(config: TokenizerConfig, workdir: str) -> None:
 
 
 def _run_loop(config: TokenizerConfig, loop: LoopConfig, run: Workdir, images: TrainingImages) -> None:
-    heldout = images.heldout(_HELDOUT_IMAGES)
-    tx, schedule = optimizer.build(config.optimizer, loop.total_steps)
-    adversary = None
-    if config.adversarial.weight:
-        adversary = Adversary(config.adversarial, config.model.compute_dtype, loop.total_steps)
-    task = TokenizerTask(
-        config.model, config.loss, tx, schedule,
-        batch_size=config.batch_size, has_codebook=bool(config.init_from), heldout=heldout, adversary=adversary,
-        ema_decay=config.ema_decay, train=config.train,
-    )  # fmt: skip
+    task = build_task(config, loop.total_steps, images.heldout(_HELDOUT_IMAGES))
     enable_compilation_cache(loop.compilation_cache, run.path)
     initialize = None
     if latest_step(run.path) is None:
