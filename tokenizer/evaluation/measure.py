@@ -141,7 +141,13 @@ class Measurement:
     def figures(self) -> list[Figure]:
         """All figures, of at least one image."""
         figures = [
-            Figure(name, mean.estimate(), f"{metric.text}, mean over images", metric.unit, metric.higher_is_better)
+            Figure(
+                name,
+                mean.estimate(),
+                f"{metric.name.upper()} of reconstructions, mean over images",
+                metric.unit,
+                metric.higher_is_better,
+            )
             for metric in (PSNR, SSIM, LPIPS_METRIC)
             for name, mean in self._means.items()
             if name.partition("/")[0] == metric.name

@@ -152,7 +152,7 @@ def _extremes_sheet(examples: Sequence[Example]) -> Pixels:
     rows = [
         [Cell(example.image, example.key[-_LABEL:]) for example in examples],
         [Cell(example.decoded, f"{example.psnr:.1f} dB") for example in examples],
-        [Cell(_magnified_difference(example), "difference × 4") for example in examples],
+        [Cell(_magnified_difference(example), "difference x4") for example in examples],
     ]
     return render_sheet(rows, side=_SIDE)
 
