@@ -14,6 +14,7 @@ from lvm.hardware.accelerators import GIB, resolve
 from lvm.hardware.sharding import MeshConfig
 from lvm.model.flops import train_flops_per_token
 from lvm.model.transformer import ModelConfig
+from lvm.plan import main as plan_command
 from lvm.plan import make_target, plan, search_plan
 from lvm.planning import plan as plan_module
 from lvm.planning import search, topology
@@ -25,7 +26,7 @@ from lvm.planning.report import format_plan
 from lvm.training.config import TrainConfig
 from lvm.training.loop import LoopConfig
 from lvm.training.next_token import ObjectiveConfig
-from tests.commands import run
+from tests.commands import ROOT, run
 from tests.configs import tiny_tokenizer
 from tokenizer.config import TokenizerConfig
 from tokenizer.planning import plan_tokenizer
@@ -80,20 +81,22 @@ def test_plan_gpu_report_is_marked_as_estimate():
     assert "291,288,064 parameters" in output
 
 
-def test_plan_tokenizer_json_and_flags():
+def test_plan_tokenizer_json_and_flags(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     arguments = ["--config=tests/configs/tiny_tokenizer.py", "--topology=h100-8"]
-    result = json.loads(run("lvm.plan", *arguments, "--json"))
+    assert plan_command([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
     assert (result["chips"], result["fits"]) == (8, None)
-    # 8 images of 32×32: a forward pass and two backward, of which those of the first convolution's input are none.
     assert result["flops_per_step"] > 0
-    assert result["per_chip"]["state_bytes"] >= 3 * 4 * result["parameters"]
-    assert "activations are unknown" in run("lvm.plan", *arguments)
-    assert "config.batch_size=12 be a multiple" in run("lvm.plan", *arguments, "--config.batch_size=12", code=2)
-    assert run("lvm.plan", *arguments, "--search", code=2).startswith("error: --search")
+    assert result["per_chip"]["state_bytes"] >= 3 * 4 * result["parameters"]  # weights and Adam's moments
+    assert plan_command([*arguments, "--config.batch_size=12"]) == 2
+    assert "config.batch_size=12 be a multiple" in capsys.readouterr().err
+    assert plan_command([*arguments, "--search"]) == 2
+    assert capsys.readouterr().err.startswith("error: --search")
 
 
 @pytest.mark.slow
-def test_plan_tokenizer_compiles_for_tpus(monkeypatch):
+def test_plan_tokenizer_compiles_for_tpus():
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
     config = from_config_dict(TokenizerConfig, tiny_tokenizer.get_config())
     result, error = plan_tokenizer(config, make_target("v5e-4"))
