@@ -193,21 +193,19 @@ def fit_attentive(
     normalization = standardize(x[indices])
     batches = np.random.default_rng(seed).choice(indices, (steps, _BATCH))
     params = init_attentive(jax.random.key(seed), x.shape[-1], num_heads, num_classes)
-    # The samples stay one array for all folds and tasks: one program, whose only changing shape is that of `out`.
-    return AttentiveHead(normalization, _train(params, x, normalization, batches, labels[batches]))
+    # All samples, of whatever fold: one program, whose only changing shape is that of `out`.
+    return AttentiveHead(normalization, _train(params, normalization(x), batches, labels[batches]))
 
 
 _scores = jax.jit(attend)
 
 
 @jax.jit
-def _train(
-    params: AttentiveParams, x: Array, normalization: Normalization, batches: Array, labels: Array
-) -> AttentiveParams:
+def _train(params: AttentiveParams, x: Array, batches: Array, labels: Array) -> AttentiveParams:
     optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, len(batches)), weight_decay=_WEIGHT_DECAY)
 
     def loss(params: AttentiveParams, indices: Array, targets: Array) -> Array:
-        scores = attend(params, (x[indices] - normalization.mean) * normalization.scale)
+        scores = attend(params, x[indices])
         return optax.softmax_cross_entropy_with_integer_labels(scores, targets).mean()
 
     def step(carry: tuple[AttentiveParams, optax.OptState], batch: tuple[Array, Array]) -> tuple[tuple, None]:

@@ -205,7 +205,7 @@ class FeatureWriter:
             rows = slice(start, start + self._batch_size)
             return self._store.grids(grids.entries[rows], grids.frames[rows], grids.streams[rows])
 
-        progress, logged_at = Progress(len(grids), unit=f"images of {name}"), time.monotonic()
+        progress, logged_at = Progress(len(grids), unit="images"), time.monotonic()
         starts = range(0, len(grids), self._batch_size)
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             following = reader.submit(read, 0) if starts else None
@@ -216,7 +216,7 @@ class FeatureWriter:
                 done = start + len(codes)
                 yield slice(start, done), codes
                 if time.monotonic() - logged_at > _LOG_EVERY_S:
-                    log_info(progress.line(done))
+                    log_info(f"{name}: {progress.line(done)}")
                     logged_at = time.monotonic()
 
     def _features(self, codes: Integer[np.ndarray, "B N"]) -> dict[str, np.ndarray]:

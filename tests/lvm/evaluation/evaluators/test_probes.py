@@ -2,7 +2,6 @@
 
 import types
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,9 +14,7 @@ from lvm.evaluation.evaluators.probes import Probes
 from lvm.evaluation.heldout import HeldoutScene
 from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.inference.pretrained import LVM
-from lvm.model.nnx_utils import init_params
-from lvm.model.transformer import Transformer
-from tests.lvm.small_models import SMALL, small_config
+from tests.lvm.small_models import SMALL, small_model
 
 PALETTE = Palette(("nothing", "cat", "dog", "void"), background=0, ignore=3)
 CODECS = {"rgb": Image(), "segmentation": PALETTE, "depth": Depth(1, 255, "mm")}
@@ -43,9 +40,8 @@ def make_scene(i, num_frames=2):
 
 
 def make_context(scenes, mesh=None, **options):
-    config = small_config(num_layers=2)
-    params = init_params(lambda rngs: Transformer(config, rngs), jax.random.key(1))
-    model = LVM(config, SMALL, params, {"stores": []}, 0, mesh)
+    checkpoint = small_model(num_layers=2)
+    model = LVM(checkpoint.config, SMALL, checkpoint.load_params(), {"stores": []}, 0, mesh)
     tokenizer = Tokenizer(encode, lambda codes: codes, {"grid": list(GRID)}, 16, 4)
     context = Context(model, tokenizer, MixtureConfig(), types.SimpleNamespace(name="given"), **options)
     names = scenes[0].info.streams
