@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 EPSILON = 1e-6  # added to variances
 _GRADIENT_TOLERANCE = 1e-9  # of the mean loss: two fits of the same data agree to the digits of their figures
 _MAX_ITERATIONS = 500
-_LEARNING_RATE, _WEIGHT_DECAY, _BATCH = 3e-3, 0.05, 64  # of attentive heads
+_LEARNING_RATE, _WEIGHT_DECAY, _BATCH = 3e-3, 0.05, 32  # of attentive heads
 _PREDICTED_AT_ONCE = 256
 
 Samples = Float[np.ndarray, "n D"]
@@ -188,7 +188,7 @@ def fit_attentive(
 ) -> AttentiveHead:  # fmt: skip
     """Trains an attentive head with AdamW on the samples `indices` of `x`, whose labels `labels` [n] has.
 
-    Batches of 64, learning rate 3e-3 with cosine decay, weight decay 0.05.
+    Batches of 32, learning rate 3e-3 with cosine decay, weight decay 0.05.
     """
     normalization = standardize(x[indices])
     batches = np.random.default_rng(seed).choice(indices, (steps, _BATCH))

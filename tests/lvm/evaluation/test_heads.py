@@ -91,7 +91,7 @@ def test_attentive_head_learns_what_a_mean_hides():
     x[np.arange(n), marked, 0] = 3
     labels = (x[np.arange(n), marked, 1] > 0).astype(int)
     fit, test = np.arange(300), np.arange(300, n)
-    head = heads.fit_attentive(x, fit, labels, 2, 2, 400, 0)
+    head = heads.fit_attentive(x, fit, labels, 2, 2, 800, 0)
     assert np.mean(head(x[test]) == labels[test]) > 0.8
     pooled = x.mean(1)
     assert np.mean(heads.fit_logistic(pooled[fit], labels[fit], 1e-3)(pooled[test]) == labels[test]) < 0.75
