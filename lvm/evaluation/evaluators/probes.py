@@ -228,18 +228,20 @@ def _figures(task: ProbeTask, estimates: Estimates, layers: Sequence[int], num_i
 
 
 def _plot(task: ProbeTask, estimates: Estimates, layers: Sequence[int]) -> Picture:
-    """The layer curve of each set of features and head; constant lines are those without a network."""
+    """The layer curve of each set of features, of images also of each head; those without a network are constant."""
     series: dict[str, list[tuple[float, ...]]] = {}
     for name, head, features, _ in estimates:
-        label = features if task.of_cells or features == _PRIOR else f"{head}, {features}"
-        is_minor = features in (_SECOND, _RANDOM, _HISTOGRAM) and head in ("last", "knn")
+        of_head = not task.of_cells and features not in (_PRIOR, _HISTOGRAM)
+        label = f"{head}, {features}" if of_head else features
+        is_minor = of_head and features != _FIRST and head != "attentive"
         if name != task.name or is_minor or label in series:
             continue
         at = {x: estimates.get((name, head, features, x), estimates[name, head, features, 0]) for x in layers}
-        series[label] = [(float(x), y.value, *(y.interval or ())) for x, y in at.items()]
+        # Bands of that many curves of images would hide each other.
+        series[label] = [(float(x), y.value, *((task.of_cells and y.interval) or ())) for x, y in at.items()]
     title = f"{task.name.replace('_', ' ').capitalize()}, by layer"
     text = (
         f"{task.text[0].upper()}{task.text[1:]}, of heads on frozen features; layer 0 is the code embedding, in the "
-        "random network random vectors. Bands are 95 % intervals over scenes."
+        f"random network random vectors.{' Bands are 95 % intervals over scenes.' if task.of_cells else ''}"
     )
     return Picture(title, text, Plot(series, "layer", task.name.replace("_", " ")))
