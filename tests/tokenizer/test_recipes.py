@@ -36,7 +36,7 @@ def test_config_trains_at_reduced_size(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = reduced(name)
     source = open_source(config.data.source, config.preprocess)
-    step = Step(build_task(config, 10), make_mesh(config.mesh, jax.devices()[:1]), config.seed)
+    step = Step(build_task(config, config.loop.total_steps), make_mesh(config.mesh, jax.devices()[:1]), config.seed)
     with TrainingImages(source, config.data, config.preprocess, config.batch_size, config.seed, tmp_path) as images:
         state = step.init()
         for i in range(2):
