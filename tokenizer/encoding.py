@@ -109,7 +109,7 @@ class ShardWriter(abc.ABC):
     def _write(self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None = None) -> None:
         """Writes shards; images of the next one are read before the codes of one are complete."""
         num_codes, versions = self._identity["num_codes"], software_versions()
-        with contextlib.closing(self._shards(shards, progress, queue)) as written:  # also ends its worker processes
+        with contextlib.closing(self._shards(shards, progress)) as written:  # also ends its worker processes
             for shard, scenes, skipped in written:
                 codecs: dict[str, Any] = {}
                 scenes = self._note_codecs(scenes, codecs)
@@ -138,17 +138,8 @@ class ShardWriter(abc.ABC):
         codecs.update(self._codecs(() if self._listing.is_listed else streams))
 
     @abc.abstractmethod
-    def _shards(
-        self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None
-    ) -> Generator[ShardScenes]:
+    def _shards(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[ShardScenes]:
         """Yields the scenes of each shard; each iterator is exhausted before the next, and fills its `SkippedItems`."""
-
-    def _parts(
-        self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None
-    ) -> Generator[tuple[int, Part]]:
-        """`list_parts` of the source; a queue limits how many shards ahead."""
-        may_claim_ahead = queue.may_claim_ahead if queue else lambda: True
-        return list_parts(self._listing, shards, self.num_shards, progress, may_claim_ahead)
 
     def _store_scene(
         self, info: SceneInfo, failures: Iterable[Failure], codes: np.ndarray, skipped: SkippedItems
@@ -178,10 +169,8 @@ class CodeCopier(ShardWriter):
         super().__init__(identity, source, folder, num_shards)
         self._source = source
 
-    def _shards(
-        self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None
-    ) -> Generator[ShardScenes]:
-        with contextlib.closing(self._parts(shards, progress, queue)) as parts:
+    def _shards(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[ShardScenes]:
+        with contextlib.closing(list_parts(self._source, shards, self.num_shards, progress)) as parts:
             for shard, of_shard in itertools.groupby(parts, key=lambda listed: listed[0]):
                 skipped = SkippedItems()
                 yield shard, self._copy(of_shard, skipped, progress), skipped
@@ -225,12 +214,10 @@ class Encoder(ShardWriter):
             "augment": self._augment.copies,
         }
 
-    def _shards(
-        self, shards: Iterable[int], progress: EncodingProgress, queue: ShardQueue | None
-    ) -> Generator[ShardScenes]:
+    def _shards(self, shards: Iterable[int], progress: EncodingProgress) -> Generator[ShardScenes]:
         failures = collections.defaultdict[int, list[Failure]](list)  # of listing, by shard
         with (
-            contextlib.closing(self._parts(shards, progress, queue)) as parts,
+            contextlib.closing(list_parts(self._source, shards, self.num_shards, progress)) as parts,
             DecodePool(self._workers, self._limits) as pool,
         ):
             skip = lambda shard, skipped: failures[shard].extend(skipped)  # noqa: E731

@@ -15,10 +15,9 @@ _LISTED_AHEAD = 8  # parts of the source that threads list, and copy from object
 
 
 def list_parts(
-    source: ImageSource | CodeSource, shards: Iterable[int], num_shards: int, progress: EncodingProgress,
-    may_claim_ahead: Callable[[], bool] = lambda: True,
-) -> Generator[tuple[int, Part]]:  # fmt: skip
-    """Yields the listed parts of each shard, at least one; `may_claim_ahead` limits how many shards ahead."""
+    source: ImageSource | CodeSource, shards: Iterable[int], num_shards: int, progress: EncodingProgress
+) -> Generator[tuple[int, Part]]:
+    """Yields the listed parts of each shard, at least one."""
     pending: collections.deque[tuple[int, concurrent.futures.Future[Part]]] = collections.deque()
     threads = concurrent.futures.ThreadPoolExecutor(_LISTED_AHEAD, "list")
 
@@ -34,8 +33,6 @@ def list_parts(
                 pending.append((shard, threads.submit(source.part, spec)))
                 if len(pending) > _LISTED_AHEAD:
                     yield next_part()
-            while len({shard for shard, _ in pending}) > 1 and not may_claim_ahead():
-                yield next_part()
         while pending:
             yield next_part()
     finally:

@@ -8,7 +8,7 @@ import pathlib
 import pickle
 import uuid
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -33,7 +33,7 @@ class SceneCache:
     """Decoded scenes on a local disk, a file each, up to a size that the processes that share its folder keep to."""
 
     def __init__(self, folder: pathlib.Path, gigabytes: float):
-        self._folder, self._limit, self._is_full = folder, int(gigabytes * 1e9), False
+        self._folder, self._limit = folder, int(gigabytes * 1e9)
         self._reserved = (0, 0)  # bytes of the log that were read, and the sum of their sizes
 
     def get(self, key: str, shape: tuple[int, ...], load: Callable[[], np.ndarray | None]) -> np.ndarray | None:
@@ -43,7 +43,7 @@ class SceneCache:
         if path.exists():
             return np.memmap(path, np.uint8, "r", shape=shape)
         array = load()
-        if array is not None and not self._is_full and self._reserve(array.nbytes):
+        if array is not None and self._reserve(array.nbytes):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{uuid.uuid4().hex}")
             temporary.write_bytes(array.tobytes())
@@ -55,15 +55,22 @@ class SceneCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         # Appending needs no lock, which not every file system has. The sizes up to one's own decide.
         with open(self._folder / "sizes", "a+b", buffering=0) as log:
+            if self._total(log, log.seek(0, os.SEEK_END)) + size > self._limit:
+                return False
             log.write(b"%d\n" % size)
-            end = log.tell()
-            position, total = self._reserved
-            if end > position:  # else another thread has read on
-                log.seek(position)
-                total += sum(map(int, log.read(end - position).split()))
-                self._reserved = (end, total)
-        self._is_full = total > self._limit
-        return not self._is_full
+            if self._total(log, log.tell()) <= self._limit:
+                return True
+            log.write(b"-%d\n" % size)  # another process was faster
+        return False
+
+    def _total(self, log: BinaryIO, end: int) -> int:
+        """The sum of the sizes in the log up to `end`."""
+        position, total = self._reserved
+        if end > position:  # else another thread has read on
+            log.seek(position)
+            total += sum(map(int, log.read(end - position).split()))
+            self._reserved = (end, total)
+        return total
 
 
 class ImageLoader:

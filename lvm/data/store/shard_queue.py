@@ -20,6 +20,7 @@ _MANIFEST = "manifest"  # item besides the shards
 _POLL_S, _MAX_POLL_S = 1.0, 20.0
 _LISTING_SHARE = 0.05  # of the time, for listings that keep the estimate of the remaining time up to date
 _LISTINGS = 8  # that the estimate is computed from
+_MAX_HELD = 3  # until a process knows its rate: one shard is written, one decoded, one listed
 _MAX_MISSES = 8  # in a row, until what is known of the others' progress is brought up to date
 
 
@@ -70,13 +71,15 @@ class ShardQueue:
         self._give_up_complete(shard)
         self._last_completion, self._num_completed = time.monotonic(), self._num_completed + 1
 
-    def may_claim_ahead(self) -> bool:
-        """True if others will be busy long after this process is done with the shards that it holds, and one more."""
-        return self._num_completed > 0 and 2 * self._own_s() < self._remaining_s()
+    def _may_hold_more(self) -> bool:
+        """False if others could be done soon after this process with the shards that it holds, and one more."""
+        if not self._num_completed:
+            return len(self._held) < _MAX_HELD
+        return 2 * self._own_s() < self._remaining_s()
 
     def _own_s(self) -> float:
-        """Seconds that this process will take for the shards that it holds, and one more; 0 if unknown."""
-        seconds_each = (self._last_completion - self._start) / max(1, self._num_completed)
+        """Seconds that this process will take for the shards that it holds, and one more."""
+        seconds_each = (self._last_completion - self._start) / self._num_completed
         return (len(self._held) + 1) * seconds_each
 
     def _remaining_s(self) -> float:
@@ -165,7 +168,7 @@ class ShardQueue:
                     self._list()
                 busy = self._claims.busy()
                 free = [shard for shard in free if shard in self._missing and self._name(shard) not in busy]
-                if len(free) <= len(busy) or self._own_s() > self._remaining_s():
+                if len(free) <= len(busy) or not self._may_hold_more():
                     return
             shard = free.pop()
             if self._claim(shard):

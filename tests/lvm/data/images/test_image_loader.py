@@ -41,3 +41,10 @@ def test_cache_of_processes_keeps_its_limit(tmp_path):
     with multiprocessing.get_context("forkserver").Pool(4) as pool:
         pool.map(fill, [cache] * 4)
     check(tmp_path, cache)
+
+
+def test_cache_keeps_what_fits_beside_a_scene_that_does_not(tmp_path):
+    cache = SceneCache(tmp_path, (KEPT + 0.5) * SIZE / 1e9)
+    cache.get("large", (20 * SIZE,), lambda: np.zeros(20 * SIZE, np.uint8))
+    fill(SceneCache(tmp_path, (KEPT + 0.5) * SIZE / 1e9))
+    assert len([*tmp_path.glob("??/*")]) == KEPT
