@@ -20,7 +20,6 @@ _TINY = {
     "configs/demo_lvm.py": "tests/configs/tiny_lvm.py",
     "configs/eval_demo.py": "tests/configs/tiny_eval.py",
     "convert SRC DST": "convert runs/tokenizer runs/published",
-    " exported": " runs/exported",
     "--batches=200": "--batches=20",
     "--processes=2": "--processes=2 --out=runs/local",
     "--dry_run": "--dry_run --noplan --ship_changes --out=runs/submitted",
