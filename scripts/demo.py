@@ -12,6 +12,7 @@ import pathlib
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,7 +54,14 @@ def stage(title: str, module: str, *arguments: str) -> None:
     start = time.monotonic()
     # The stage ends with the demo: an orphan would keep its workdir locked.
     environment = {"JAX_PLATFORMS": "cpu", **os.environ, cli.PARENT: str(os.getpid())}
-    code = subprocess.run(command, env=environment, check=False).returncode
+    process = subprocess.Popen(command, env=environment)
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))  # a stage saves
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the stage has received it, too
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     if code:
         sys.exit(code if code > 0 else 128 - code)
     print(f"({duration(time.monotonic() - start)})")

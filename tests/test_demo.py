@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lvm import LVM
-from lvm.common.errors import UserError
+from lvm.common.errors import EXIT_PREEMPTED, UserError
 from lvm.data.store import failures
 from lvm.inference.sampling import SamplingParams
 from lvm.training import metrics
@@ -314,6 +314,17 @@ def test_killed_demo_leaves_no_stage_running(tmp_path):
     process.communicate()
     workdir, share = f"--workdir={tmp_path / 'tokenizer'}", "--config.data.heldout_fraction=0.15"
     run("tokenizer.train", "--config=tests/configs/tiny_tokenizer.py", workdir, share)
+
+
+@pytest.mark.slow
+def test_terminated_demo_saves_its_stage(tmp_path):
+    process = start("scripts.demo", *TINY_DEMO, f"--out={tmp_path}")
+    for line in process.stdout:
+        if " 10/60 steps" in line:
+            process.terminate()  # the demo alone, not its stage
+    assert process.wait(timeout=60) == EXIT_PREEMPTED
+    steps = [int(folder.name) for folder in (tmp_path / "tokenizer" / "checkpoints").iterdir()]
+    assert steps and 10 <= max(steps) < 60
 
 
 @pytest.mark.slow
