@@ -88,12 +88,12 @@ def watch(name: str, check: Callable[[], tuple[str, int | None]], poll: float) -
 
 
 def _explain(command: Command, output: str) -> str:
-    """One line: the program, an explanation, and the last line of its output."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    last_line = lines[-1][:300] if lines else "no output"
+    """One line: the program, an explanation, and the last error that it printed, or its last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    problem = next((line for line in reversed(lines) if line.lower().startswith("error")), lines[-1])
     name = " ".join([word for word in command if not word.startswith("-")][:4])
     matches = (text for pattern, text in _EXPLANATIONS.items() if re.search(pattern, output))
-    return f"{name}: {next(matches, 'failed')} ({last_line})"
+    return f"{name}: {next(matches, 'failed')} ({problem[:300]})"
 
 
 def export_lines(environment: Mapping[str, str]) -> str:

@@ -1,5 +1,7 @@
 """Polling of a submitted run."""
 
+import shlex
+
 import pytest
 
 from lvm.launch import shell
@@ -33,3 +35,20 @@ def test_watch_logs_each_state_once(caplog):
     states = [("PENDING", None)] * 3 + [("RUNNING", None), FAILURE, ("RUNNING", None), ("RUNNING", 0)]
     assert shell.watch("a", check(*states), poll=0) == 0
     assert caplog.messages == ["a: PENDING", "a: RUNNING", "gcloud: failed; retrying"]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (
+            "ERROR: (gcloud) no project is set\nTo unset it, run:\n  $ gcloud config unset project\n",
+            "ERROR: (gcloud) no project is set",
+        ),
+        ("submitting\nsbatch: no such partition\n", "sbatch: no such partition"),
+        ("", "no output"),
+    ],
+)
+def test_failed_command_is_told_by_its_error(output, message, tmp_path):
+    with pytest.raises(CommandError) as caught:
+        shell.run(["sh", "-c", f"printf %s {shlex.quote(output)} >&2; exit 1"], tmp_path)
+    assert str(caught.value).endswith(f"({message})")
