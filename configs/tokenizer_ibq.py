@@ -3,6 +3,7 @@
 As published: L1, LPIPS, a PatchGAN from the first step (hinge × 0.04, LeCam 0.05), entropy 0.05 at temperature 0.01,
 commitment 0.25, Adam 1e-4. Theirs has rFID 1.87 on ImageNet and uses 98 % of its codes, after 280 epochs whose rate
 drops at epoch 250, here the decay of `wsd`. Their attention at 16×16 is left out, which this package's network lacks.
+Besides, gradients of both networks are clipped at norm 1, this package's default (`clip_norm`).
 
 89,641,347 parameters, 358,720,000 images.
 Hardware: 8 GPUs of 80 GB or a v5e-32; `lvm plan` on yours.

@@ -3,6 +3,7 @@
 The network as published (`VARIANTS["maskgit"]`), whose weights load from its checkpoint (docs/interop.md). Its recipe:
 L2, logits of ResNet-50 × 0.1, a StyleGAN-like discriminator (non-saturating × 0.1, R1 × 10), commitment 0.25, entropy
 0.1, Adam 1e-4 with (0, 0.99), averages of 0.999. Theirs has rFID 2.28 on ImageNet, after 1M steps of 256 images.
+Besides, gradients of both networks are clipped at norm 1, this package's default (`clip_norm`).
 
 54,515,587 parameters, 256,000,000 images.
 Hardware: 8 GPUs of 80 GB or a v5e-32; `lvm plan` on yours.

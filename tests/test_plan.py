@@ -28,6 +28,7 @@ from lvm.training.loop import LoopConfig
 from lvm.training.next_token import ObjectiveConfig
 from tests.commands import ROOT, run
 from tests.configs import tiny_tokenizer
+from tokenizer import planning
 from tokenizer.config import TokenizerConfig
 from tokenizer.planning import plan_tokenizer
 
@@ -93,6 +94,15 @@ def test_plan_tokenizer_json_and_flags(monkeypatch, capsys):
     assert "config.batch_size=12 be a multiple" in capsys.readouterr().err
     assert plan_command([*arguments, "--search"]) == 2
     assert capsys.readouterr().err.startswith("error: --search")
+
+
+@pytest.mark.parametrize(("images", "advice"), [(3, "try config.batch_size=8, or"), (1, "one image per chip needs")])
+def test_plan_tokenizer_advises_what_may_fit(monkeypatch, images, advice):
+    monkeypatch.setattr(planning, "count_flops", lambda *_: 1)
+    monkeypatch.setattr(planning.TokenizerPlan, "fits", False)
+    config = from_config_dict(TokenizerConfig, tiny_tokenizer.get_config())
+    _, error = plan_tokenizer(dataclasses.replace(config, batch_size=8 * images), make_target("h100-8"))
+    assert error.endswith(f"the step doesn't fit; {advice} more chips")
 
 
 @pytest.mark.slow

@@ -120,5 +120,7 @@ def plan_tokenizer(config: TokenizerConfig, target: Target) -> tuple[TokenizerPl
     plan = TokenizerPlan(target, config, params, flops, held, total, traffic)
     if plan.fits is not False:
         return plan, None
-    smaller = chips * max(1, config.batch_size // chips // 2)
-    return plan, f"{target.name}: the step doesn't fit; try config.batch_size={smaller}, or more chips"
+    error, per_chip = f"{target.name}: the step doesn't fit; ", config.batch_size // chips
+    if per_chip == 1:
+        return plan, f"{error}one image per chip needs more chips"
+    return plan, f"{error}try config.batch_size={chips * (per_chip // 2)}, or more chips"

@@ -11,7 +11,10 @@ from jax.extend import core
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """FLOPs of the products of a function of arrays or shapes; a multiply-add is two.
 
-    Loops count as often as they run, branches as their most expensive one. Padding of convolutions counts.
+    A scan counts as often as it runs, branches as their most expensive one. Padding of convolutions counts.
+
+    Raises:
+      ValueError: products in a `while`, which may run any number of times.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -35,6 +38,8 @@ def _count_equation(equation: core.JaxprEqn) -> int:
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
     inner = sum(_count(jaxpr) for value in params.values() for jaxpr in _jaxprs(value))
+    if name == "while" and inner:
+        raise ValueError("products in a while loop have no number; a scan, or a fori_loop of constant bounds, has one")
     return inner * params["length"] if name == "scan" else inner
 
 

@@ -22,6 +22,14 @@ def test_count_flops_of_products_and_loops():
     assert count_flops(branches, SHAPE((4, 4), jnp.float32)) == 2 * 2 * 4**3
 
 
+def test_count_flops_refuses_products_in_while():
+    def products(x, count):
+        return jax.lax.while_loop(lambda carry: carry[1] > 0, lambda carry: (carry[0] @ x, carry[1] - 1), (x, count))
+
+    with pytest.raises(ValueError, match="products in a while loop"):
+        count_flops(products, SHAPE((4, 4), jnp.float32), SHAPE((), jnp.int32))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_count_flops_of_convolution_and_gradient(stride):
     x, kernel = SHAPE((2, 8, 8, 3), jnp.float32), SHAPE((3, 3, 3, 5), jnp.float32)
