@@ -55,7 +55,6 @@ def report(args: cli.Args) -> None:
         "source": source.describe(),
         "source_path": args.source,
         "max_images": args.max_images,
-        "skipped": batches.num_skipped,
         "fid_evaluator": EVALUATOR if networks.inception is not None else None,
     }
     write_report(args.out, request, measurements)
@@ -84,7 +83,7 @@ def _measure(
     path = _statistics_path(args, tokenizer, source) if networks.inception is not None else None
     known = FeatureStatistics.load(path) if path and path.exists() else None
     measurement = Measurement(tokenizer, networks, known, args.examples)
-    measurement.run(batches, batches.progress)
+    measurement.run(batches)
     if not measurement.num_images:
         raise UserError(f"--source={args.source}: none of its images could be read; reasons are above")
     count = measurement.num_images[FID_STREAM]

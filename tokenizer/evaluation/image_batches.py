@@ -25,11 +25,13 @@ class ImageBatch:
     """Images of one stream; the last batch of a stream is padded.
 
     Attributes:
-      keys: of the images, whose number is that of all but the padding.
+      keys: of the images, whose number is that of all but the padding; frames of a scene end in `#FRAME`.
+      groups: of each image's scene.
     """
 
     stream: str
     keys: list[str]
+    groups: list[str]
     images: UInt8[np.ndarray, "B R R 3"]
 
 
@@ -59,13 +61,14 @@ class ImageBatches:
         R, count = self._augment.preprocess.resolution, 0
         batches: dict[str, ImageBatch] = {}  # that are being filled, by stream
         with contextlib.closing(self._images()) as images:
-            for stream, key, image in images:
+            for stream, key, group, image in images:
                 batch = batches.get(stream)
                 if batch is None:
                     empty = np.zeros((self._batch_size, R, R, 3), np.uint8)
-                    batch = batches[stream] = ImageBatch(stream, [], empty)
+                    batch = batches[stream] = ImageBatch(stream, [], [], empty)
                 batch.images[len(batch.keys)] = image
                 batch.keys.append(key)
+                batch.groups.append(group)
                 if len(batch.keys) == self._batch_size:
                     yield batches.pop(stream)
                 count += 1
@@ -73,8 +76,8 @@ class ImageBatches:
                     break
         yield from batches.values()
 
-    def _images(self) -> Generator[tuple[str, str, np.ndarray]]:
-        """Yields stream, key and pixels of each image."""
+    def _images(self) -> Generator[tuple[str, str, str, np.ndarray]]:
+        """Yields stream, key, group and pixels of each image."""
         self.progress.expect(len(self._source.plan(0, 1)))
         with (
             contextlib.closing(list_parts(self._source, (0,), 1, self.progress)) as parts,
@@ -87,7 +90,7 @@ class ImageBatches:
                     streams = scene.info.streams
                     for i, image in enumerate(images):  # frame-major
                         frame = f"#{i // len(streams)}" if len(images) > len(streams) else ""
-                        yield streams[i % len(streams)], f"{scene.info.key}{frame}", image
+                        yield streams[i % len(streams)], f"{scene.info.key}{frame}", scene.info.group, image
                     self.progress.add(len(images), int(scene.is_last))
 
     def _skip(self, *failures: Failure) -> None:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,8 +17,8 @@ from tokenizer.code_usage import expected_of_uniform
 from tokenizer.encoding_progress import EncodingProgress
 from tokenizer.evaluation import fid, inception
 from tokenizer.evaluation.fid import FeatureStatistics
-from tokenizer.evaluation.image_batches import ImageBatch
-from tokenizer.evaluation.running import BootstrapWeights, Examples, RunningMean
+from tokenizer.evaluation.image_batches import ImageBatch, ImageBatches
+from tokenizer.evaluation.running import Examples, RunningMean, bootstrap_weights, image_hash
 from tokenizer.losses.ssim import WINDOW, ssim_terms
 from tokenizer.objective import to_float, to_uint8
 from tokenizer.perceptual.lpips import LPIPS
@@ -59,6 +58,7 @@ class Measurement:
 
     Attributes:
       num_images: by stream.
+      num_skipped: data that couldn't be read.
       counts: of each code, by stream: int64 [K].
       examples: of all streams.
     """
@@ -69,11 +69,12 @@ class Measurement:
         config = tokenizer.config
         self.tokenizer = tokenizer
         self.num_images: collections.Counter[str] = collections.Counter()
+        self.num_skipped, self._images_hash = 0, 0
         self.counts: dict[str, np.ndarray] = {}
         self.examples = Examples(num_examples)
-        self._has_ssim = config.resolution >= WINDOW
+        self._has_ssim, self._has_lpips = config.resolution >= WINDOW, networks.lpips is not None
         self._means = collections.defaultdict[str, RunningMean](RunningMean)
-        self._weights, self._num_codes, self._num_flips = BootstrapWeights(), 0, 0
+        self._num_codes, self._num_flips = 0, 0
         other = dataclasses.replace(config, compute_dtype=_OTHER_DTYPE[config.compute_dtype])
         self._other = Tokenizer(other, tokenizer.preprocess, tokenizer.params)
         params = {} if networks.lpips is None else {"lpips": networks.lpips}
@@ -85,15 +86,16 @@ class Measurement:
             self.image_features = image_features or FeatureStatistics(inception.NUM_FEATURES)
             self._decoded_features = FeatureStatistics(inception.NUM_FEATURES)
 
-    def run(self, batches: Iterable[ImageBatch], progress: EncodingProgress) -> None:
+    def run(self, batches: ImageBatches) -> None:
         """Measures batches, whose sizes are multiples of the tokenizer's devices."""
         pending: collections.deque[_Pending] = collections.deque()
         for batch in batches:
             pending.append(self._dispatch(batch))
             if len(pending) > _MAX_PENDING:
-                self._collect(pending.popleft(), progress)
+                self._collect(pending.popleft(), batches.progress)
         while pending:
-            self._collect(pending.popleft(), progress)
+            self._collect(pending.popleft(), batches.progress)
+        self.num_skipped = batches.num_skipped
 
     def _dispatch(self, batch: ImageBatch) -> _Pending:
         tokenizer, devices = self.tokenizer, self.tokenizer.num_devices
@@ -132,11 +134,30 @@ class Measurement:
             self._decoded_features.add(results.pop("decoded_features"))
         if "image_features" in results:
             self.image_features.add(results.pop("image_features"))
-        weights = self._weights.sample(num)
+        self._images_hash += sum(image_hash(batch.stream, key) for key in batch.keys)
+        weights = bootstrap_weights(batch.groups)
         for name, values in results.items():
             self._means[f"{name}/{batch.stream}"].add(values, weights)
         fetch = lambda: np.asarray(pending.decoded)  # noqa: E731
         self.examples.add(batch.stream, batch.keys, results[PSNR.name], batch.images, fetch)
+
+    def is_paired(self, other: "Measurement") -> bool:
+        """Whether both measured the same images, equally preprocessed."""
+        preprocess = [each.tokenizer.preprocess.to_json() for each in (self, other)]
+        return preprocess[0] == preprocess[1] and self._images_hash == other._images_hash
+
+    def missing(self) -> list[str]:
+        """Figures that are left out, and what they need: a sentence each."""
+        side, num_rgb, reasons = self.tokenizer.config.resolution, self.num_images[FID_STREAM], []
+        if not self._has_ssim:
+            reasons.append(f"SSIM needs images of {WINDOW} × {WINDOW} pixels; these have {side} × {side}.")
+        if not self._has_lpips:
+            reasons.append("LPIPS needs --lpips_weights and --lpips_heads.")
+        if not self._features:
+            reasons.append("FID needs --inception_weights.")
+        elif num_rgb < 2:
+            reasons.append(f"FID needs two images of the stream {FID_STREAM}; there is {num_rgb or 'none'}.")
+        return reasons
 
     def figures(self) -> list[Figure]:
         """All figures, of at least one image."""

@@ -1,6 +1,6 @@
 """Report of one or more tokenizers on the same images: `report.json` and a self-contained HTML page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,14 @@ def collect_results(request: Mapping[str, Any], measurements: Mapping[str, Measu
     tokenizers: dict[str, Any] = {}
     figures: dict[str, dict[str, Any]] = {}
     first: dict[str, Figure] = {}
+    base = next(iter(measurements.values()))
     for name, measurement in measurements.items():
         by_name = {figure.name: figure for figure in measurement.figures()}
-        is_paired = not first or measurement.num_images == next(iter(measurements.values())).num_images
+        is_paired = measurement.is_paired(base)
         for figure in by_name.values():
             content = figure.to_json()
-            if (base := first.get(figure.name)) and is_paired and (difference := _difference(base, figure)):
+            before = first.get(figure.name)
+            if before and is_paired and (difference := _difference(before, figure)):
                 content["difference"] = difference.to_json()
             figures.setdefault(figure.name, {})[name] = content
         first = first or by_name
@@ -74,6 +76,7 @@ def _describe(measurement: Measurement) -> dict[str, Any]:
         "compute_dtype": tokenizer.config.compute_dtype,
         "step": tokenizer.step,
         "images": dict(measurement.num_images),
+        "skipped": measurement.num_skipped,
         "codes_used": {stream: int(np.count_nonzero(counts)) for stream, counts in measurement.counts.items()},
         **extremes,
     }
@@ -81,16 +84,17 @@ def _describe(measurement: Measurement) -> dict[str, Any]:
 
 def _render(content: Mapping[str, Any], measurements: Mapping[str, Measurement]) -> str:
     first = next(iter(measurements))
-    images = ", ".join(f"{count:,} of {stream}" for stream, count in measurements[first].num_images.items())
     intro = (
-        f"Images of {content['request']['source_path']}: {images}; {content['request']['skipped']:,} couldn't be read. "
-        "Each is preprocessed as its tokenizer does, encoded and decoded. Intervals are 95 % bootstrap intervals over "
-        "images; FID has none, and of fewer images than its 2,048 features it is mostly bias."
+        f"Images of {content['request']['source_path']}: {_by_tokenizer(measurements, _count_images)}. Each is "
+        "preprocessed as its tokenizer does, encoded and decoded. Intervals are 95 % bootstrap intervals over photos "
+        "and videos; FID has none, and of fewer images than its 2,048 features it is mostly bias."
     )
     if len(measurements) > 1:
         intro += f" Differences are from {first}, with intervals of a paired bootstrap over the same images."
+        unpaired = [name for name, other in measurements.items() if not other.is_paired(measurements[first])]
+        intro += f" Not paired, because its images differ: {', '.join(unpaired)}." if unpaired else ""
     sections = [
-        Section("Figures", _missing(content["figures"]), metrics=figure_table(content["figures"], first)),
+        Section("Figures", _missing(measurements), metrics=figure_table(content["figures"], first)),
         Section("Tokenizers", table=_sizes(content["tokenizers"])),
         Section(
             "Codes by frequency", "The share of all that each code has, most frequent first.",
@@ -108,11 +112,21 @@ def _render(content: Mapping[str, Any], measurements: Mapping[str, Measurement])
     return render_page("Tokenizers, measured", intro, (), sections)
 
 
-def _missing(figures: Mapping[str, Any]) -> str:
-    """Figures that were left out, and what they need."""
-    kinds = {name.partition("/")[0] for name in figures}
-    needs = {"lpips": "LPIPS needs --lpips_weights and --lpips_heads.", "rfid": "FID needs --inception_weights."}
-    return " ".join(text for kind, text in needs.items() if kind not in kinds)
+def _count_images(measurement: Measurement) -> str:
+    counts = ", ".join(f"{count:,} of {stream}" for stream, count in measurement.num_images.items())
+    return f"{counts}; {measurement.num_skipped:,} couldn't be read"
+
+
+def _by_tokenizer(measurements: Mapping[str, Measurement], describe: Callable[[Measurement], str]) -> str:
+    """A text for all tokenizers, or one for each where they differ."""
+    texts = {name: describe(measurement) for name, measurement in measurements.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return " ".join(f"{name}: {text}" for name, text in texts.items() if text)
+
+
+def _missing(measurements: Mapping[str, Measurement]) -> str:
+    return _by_tokenizer(measurements, lambda measurement: " ".join(measurement.missing()))
 
 
 def _sizes(tokenizers: Mapping[str, Any]) -> list[list[str]]:
@@ -137,12 +151,19 @@ def _frequencies(measurements: Mapping[str, Measurement]) -> Plot:
     return Plot(series, "rank of the code", "share of all codes", log_y=True, log_x=True)
 
 
-def _sample_sheet(measurements: Mapping[str, Measurement]) -> Pixels:
-    by_name = {name: measurement.examples.sample for name, measurement in measurements.items()}
+def _sample_sheet(measurements: Mapping[str, Measurement]) -> Pixels | None:
+    """Images that all tokenizers have in their samples, by name; None without any."""
+    by_name = {
+        name: {(example.stream, example.key): example for example in measurement.examples.sample}
+        for name, measurement in measurements.items()
+    }
     first = next(iter(by_name.values()))
-    rows = [[Cell(example.image, example.key[-_LABEL:]) for example in first]]
+    images = [image for image in first if all(image in sample for sample in by_name.values())]
+    if not images:
+        return None
+    rows = [[Cell(first[image].image, first[image].key[-_LABEL:]) for image in images]]
     rows += [
-        [Cell(example.decoded, f"{example.psnr:.1f} dB, {name}"[:_LABEL]) for example in sample]
+        [Cell(sample[image].decoded, f"{sample[image].psnr:.1f} dB, {name}"[:_LABEL]) for image in images]
         for name, sample in by_name.items()
     ]
     return render_sheet(rows, side=_SIDE)

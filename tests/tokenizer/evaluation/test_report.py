@@ -101,6 +101,40 @@ def test_report_figures_by_definition(folder, tmp_path, mean_features, monkeypat
     assert list((tmp_path / "out" / "feature_statistics").iterdir()) == loaded
 
 
+def test_report_does_not_depend_on_batch_size(folder, tmp_path, monkeypatch):
+    measured = {}
+    monkeypatch.setattr(report, "write_report", lambda out, request, each: measured.update({len(measured): each}))
+    for size in (1, 20):
+        flags = [f"--tokenizer={folder / 'first'}", f"--source={folder / 'source.py'}", f"--out={tmp_path}"]
+        assert report.main([*flags, f"--batch_size={size}", "--workers=0", "--examples=3"]) == 0
+    one, other = (measurements["first"] for measurements in measured.values())
+    assert one.is_paired(other)
+    for figure, same in zip(one.figures(), other.figures(), strict=True):
+        assert same.estimate.value == pytest.approx(figure.estimate.value, rel=1e-5)
+        if figure.estimate.interval:
+            assert same.estimate.interval == pytest.approx(figure.estimate.interval, rel=1e-5)
+    for kind in ("sample", "best", "worst"):
+        keys = [[(x.stream, x.key) for x in getattr(each.examples, kind)] for each in (one, other)]
+        assert keys[0] == keys[1]
+
+
+def test_report_pairs_only_equal_preprocessing(folder, tmp_path):
+    """Images of the same names, but other pixels: smaller ones."""
+    config = small("maskgit", resolution=8, codebook_size=64, channel_multipliers=(1,))
+    weights.write(tmp_path / "third", random_weights(config, 0), "torch")
+    (tmp_path / "rgb.py").write_text(SOURCE.replace('"rgb", "depth"', '"depth",'))
+    arguments = [f"--tokenizer={folder / 'first'}", f"--compare={folder / 'second'},{tmp_path / 'third'}"]
+    arguments += [f"--source={tmp_path / 'rgb.py'}", f"--out={tmp_path}", "--workers=0", "--max_images=2"]
+    assert report.main(arguments) == 0
+    results = json.loads((tmp_path / "report.json").read_text())
+    psnr = results["figures"]["psnr/depth"]
+    assert ["difference" in psnr[name] for name in ("first", "second", "third")] == [False, True, False]
+    assert [of["skipped"] for of in results["tokenizers"].values()] == [0, 0, 0]
+    page = (tmp_path / "index.html").read_text()
+    assert "Not paired, because its images differ: third." in page
+    assert "third: SSIM needs images of 11 × 11 pixels; these have 8 × 8. LPIPS needs" in page
+
+
 def test_report_refuses_bad_inputs(folder, tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     image = io.BytesIO()
