@@ -1,6 +1,6 @@
 """Report of one or more tokenizers on the same images: `report.json` and a self-contained HTML page."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,17 +84,19 @@ def _describe(measurement: Measurement) -> dict[str, Any]:
 
 def _render(content: Mapping[str, Any], measurements: Mapping[str, Measurement]) -> str:
     first = next(iter(measurements))
+    counts = _by_tokenizer({name: [_count_images(each)] for name, each in measurements.items()})
+    missing = _by_tokenizer({name: each.missing() for name, each in measurements.items()})
     intro = (
-        f"Images of {content['request']['source_path']}: {_by_tokenizer(measurements, _count_images)}. Each is "
+        f"Images of {content['request']['source_path']}: {counts} Each is "
         "preprocessed as its tokenizer does, encoded and decoded. Intervals are 95 % bootstrap intervals over photos "
         "and videos; FID has none, and of fewer images than its 2,048 features it is mostly bias."
     )
     if len(measurements) > 1:
         intro += f" Differences are from {first}, with intervals of a paired bootstrap over the same images."
         unpaired = [name for name, other in measurements.items() if not other.is_paired(measurements[first])]
-        intro += f" Not paired, because its images differ: {', '.join(unpaired)}." if unpaired else ""
+        intro += f" Of other images, and not paired: {', '.join(unpaired)}." if unpaired else ""
     sections = [
-        Section("Figures", _missing(measurements), metrics=figure_table(content["figures"], first)),
+        Section("Figures", missing, metrics=figure_table(content["figures"], first)),
         Section("Tokenizers", table=_sizes(content["tokenizers"])),
         Section(
             "Codes by frequency", "The share of all that each code has, most frequent first.",
@@ -114,19 +116,16 @@ def _render(content: Mapping[str, Any], measurements: Mapping[str, Measurement])
 
 def _count_images(measurement: Measurement) -> str:
     counts = ", ".join(f"{count:,} of {stream}" for stream, count in measurement.num_images.items())
-    return f"{counts}; {measurement.num_skipped:,} couldn't be read"
+    return f"{counts}; {measurement.num_skipped:,} couldn't be read."
 
 
-def _by_tokenizer(measurements: Mapping[str, Measurement], describe: Callable[[Measurement], str]) -> str:
-    """A text for all tokenizers, or one for each where they differ."""
-    texts = {name: describe(measurement) for name, measurement in measurements.items()}
-    if len(set(texts.values())) == 1:
-        return next(iter(texts.values()))
-    return " ".join(f"{name}: {text}" for name, text in texts.items() if text)
-
-
-def _missing(measurements: Mapping[str, Measurement]) -> str:
-    return _by_tokenizer(measurements, lambda measurement: " ".join(measurement.missing()))
+def _by_tokenizer(texts: Mapping[str, Sequence[str]]) -> str:
+    """Sentences of each tokenizer, with their names where they aren't of all."""
+    names: dict[str, list[str]] = {}
+    for name, sentences in texts.items():
+        for sentence in sentences:
+            names.setdefault(sentence, []).append(name)
+    return " ".join(text if len(of) == len(texts) else f"{', '.join(of)}: {text}" for text, of in names.items())
 
 
 def _sizes(tokenizers: Mapping[str, Any]) -> list[list[str]]:

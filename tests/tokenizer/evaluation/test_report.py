@@ -131,8 +131,9 @@ def test_report_pairs_only_equal_preprocessing(folder, tmp_path):
     assert ["difference" in psnr[name] for name in ("first", "second", "third")] == [False, True, False]
     assert [of["skipped"] for of in results["tokenizers"].values()] == [0, 0, 0]
     page = (tmp_path / "index.html").read_text()
-    assert "Not paired, because its images differ: third." in page
-    assert "third: SSIM needs images of 11 × 11 pixels; these have 8 × 8. LPIPS needs" in page
+    assert page.count("LPIPS needs --lpips_weights") == 1
+    assert "Of other images, and not paired: third." in page
+    assert "third: SSIM needs images of 11 × 11 pixels; these have 8 × 8." in page
 
 
 def test_report_refuses_bad_inputs(folder, tmp_path, capsys):
