@@ -10,6 +10,7 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Bool, Float, Integer, Shaped
 
+from lvm.common.arrays import create_arrays
 from lvm.data.mixture.split import group_hash
 from lvm.data.streams.codecs import Depth, Palette
 from lvm.evaluation import metrics
@@ -76,11 +77,11 @@ def choose_images(context: Context, stream: str, count: int, num_folds: int) -> 
 
 
 def extract(
-    context: Context, model: LVM, codes: Integer[np.ndarray, "n N"], layers: Sequence[int], copies: int, path: str
+    context: Context, model: LVM, codes: Integer[np.ndarray, "n N"], layers: Sequence[int], copies: int, folder: str
 ) -> Float[np.ndarray, "layers n N D"]:
-    """Features at each code of each image, of each layer, as float32 in a file that is read by layer."""
+    """Features at each code of each image, of each layer, as float32 in a file in `folder`, read by layer."""
     shape = (len(layers), *codes.shape, model.config.hidden_size)
-    features = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    features = create_arrays(folder, {"features": (shape, np.float32)})["features"]
     for rows in context.batches(len(codes), "images"):
         batch = codes[rows]
         padded = np.pad(batch, ((0, min(context.batch_size, len(codes)) - len(batch)), (0, 0)))  # one compilation

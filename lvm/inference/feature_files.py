@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import random
 import shutil
@@ -19,6 +20,7 @@ from etils import epath
 from jaxtyping import Integer, Shaped
 
 from lvm.common import files
+from lvm.common.arrays import create_arrays
 from lvm.common.claims import Claims
 from lvm.common.errors import UserError
 from lvm.common.logging import Progress, log_info
@@ -81,7 +83,7 @@ class FeatureWriter:
         """All that features depend on but the batch size, with the shapes of a row."""
         model = self._model
         return {
-            "model": {"step": model.step, "parameters": model.num_params, "record": model.record},
+            "model": {"step": model.step, "weights": self._weights, "record": model.record},
             "store": self._store.identity(),
             "stream": self._stream,
             "layers": list(self._layers),
@@ -90,6 +92,10 @@ class FeatureWriter:
             "arrays": {name: list(shape) for name, (shape, _) in self._arrays().items()},
             "num_shards": self.num_shards,
         }
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        return self._model.weights_hash()
 
     def begin(self) -> None:
         """Begins or resumes the output. Raises UserError if it holds something else or features of other settings."""
@@ -147,27 +153,37 @@ class FeatureWriter:
         log_info(f"{self._out}: features of {rows} images, {', '.join(self._arrays())}")
 
     def write(self, shard: int) -> None:
-        """Writes one shard: its arrays and index under temporary names, then its entry.
+        """Writes one shard, unless another process completes it meanwhile.
 
         Raises:
-          UserError: damaged codes, or a feature beyond float16.
+          UserError: damaged codes, hidden states that aren't finite, or a feature beyond float16.
+          OSError: the disk is full.
         """
+        try:
+            self._write(shard)
+        except FileNotFoundError:
+            if self.missing([shard]):
+                raise
+            # This process was paused, lost its claim, and `finish` of another one removed its folder.
+            log_info(f"{self._name(shard)}: completed by another process")
+
+    def _write(self, shard: int) -> None:
+        """Writes a shard's arrays and index under temporary names, then its entry."""
         name, grids = self._name(shard), self._grids(shard)
         log_info(f"{name}: {len(grids)} images")
         with self._scratch_folder(name) as folder:
-            arrays = {
-                key: np.lib.format.open_memmap(folder / f"{name}.{key}.npy", "w+", dtype, (len(grids), *shape))
-                for key, (shape, dtype) in self._arrays().items()
-            }
+            layout = {f"{name}.{key}": ((len(grids), *shape), dtype) for key, (shape, dtype) in self._arrays().items()}
+            arrays = create_arrays(folder, layout)
             for rows, codes in self._batches(grids, name):
                 for key, values in self._features(codes).items():
-                    arrays[key][rows] = values
+                    arrays[f"{name}.{key}"][rows] = values
             del arrays  # flushed
-            pq.write_table(self._index(shard, grids), folder / f"{name}.index.parquet")
+            index = f"{name}.index.parquet"
+            pq.write_table(self._index(shard, grids), folder / index)
             described = {}
-            for path in sorted(folder.iterdir()):
-                described[path.name] = {"bytes": files.file_size(path), "sha256": files.sha256(path)}
-                files.put(path, self._out / path.name)
+            for file in [*sorted(f"{key}.npy" for key in layout), index]:
+                described[file] = {"bytes": files.file_size(folder / file), "sha256": files.sha256(folder / file)}
+                files.put(folder / file, self._out / file)
         files.write_json(self._out / f"{name}.json", {"name": name, "rows": len(grids), "files": described})
 
     def _name(self, shard: int) -> str:
@@ -224,6 +240,11 @@ class FeatureWriter:
         states = self._model.features(padded, self._pools, self._layers, self._copies)
         features: dict[str, np.ndarray] = {}
         for pool, values in states.items():
+            if not np.isfinite(values[: len(codes)]).all():
+                raise UserError(
+                    f"--model: hidden states of step {self._model.step} are NaN or infinite; its training diverged, or "
+                    "its weights are damaged: use another checkpoint"
+                )
             with np.errstate(over="ignore"):
                 features[pool] = values[: len(codes)].astype(self._dtype)
             if not np.isfinite(features[pool]).all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
+from lvm.common import distributed
 from lvm.common.config import expand_home
 from lvm.common.errors import UserError
 from lvm.hardware import sharding
@@ -32,6 +34,7 @@ from lvm.training import losses
 
 _DEFAULT_SAMPLING = SamplingParams()
 _LOGITS_CHUNK = 256  # tokens of a row whose logits are in memory at once
+_HASHED_AT_ONCE = 2**28  # bytes
 _Number = int | float
 
 
@@ -125,6 +128,17 @@ class LVM:
     def num_params(self) -> int:
         """Number of parameters."""
         return count_params(self._params)
+
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights, whichever devices have them; a collective of processes that share them."""
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree.leaves_with_path(self._params):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
+            rows = max(1, _HASHED_AT_ONCE * len(leaf) // leaf.nbytes)
+            # Parts: JAX keeps the host's copy of an array as long as the array.
+            for start in range(0, len(leaf), rows):
+                digest.update(distributed.fetch(leaf[start : start + rows]).tobytes())
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         config, vocabulary = self.config, self.vocabulary

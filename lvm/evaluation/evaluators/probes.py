@@ -1,7 +1,6 @@
 """Probes of frozen features by layer: what heads read off them of images and of their cells."""
 
 import dataclasses
-import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
@@ -189,8 +188,7 @@ def _by_layer(
 ) -> Iterator[tuple[int, Float[np.ndarray, "n N D"]]]:
     """Features of each layer, of which one is in memory at a time."""
     with tempfile.TemporaryDirectory() as folder:
-        path = str(pathlib.Path(folder) / "features.npy")
-        features = extract(context, model, images.codes, layers, copies, path)
+        features = extract(context, model, images.codes, layers, copies, folder)
         for layer, of_layer in zip(layers, features, strict=True):
             if context.stopping():
                 raise StoppedError

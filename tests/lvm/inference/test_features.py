@@ -11,6 +11,7 @@ from lvm import features as command
 from lvm.common.errors import UserError
 from lvm.data.store.reader import Store
 from lvm.hardware.sharding import MeshConfig, make_mesh
+from lvm.inference import pretrained
 from lvm.inference.feature_files import FeatureWriter
 from lvm.inference.pretrained import LVM
 from lvm.interop import models
@@ -151,15 +152,48 @@ def test_feature_files_resume_and_refuse_other_settings(model, make_store, tmp_p
     assert not list(out.glob(".*.partial"))
     with pytest.raises(UserError, match="has features of another layers, arrays; choose a new folder for --out"):
         write(model, path, out, layers=(1,))
+    other = model.with_params(jax.tree.map(lambda x: x + 1e-3, model._params), 7)
+    with pytest.raises(UserError, match="has features of another model; choose a new folder for --out"):
+        write(other, path, out)
     with pytest.raises(UserError, match="not empty and no folder of features"):
         write(model, path, tmp_path)
 
 
+def test_weights_hash_is_that_of_the_values(model, monkeypatch):
+    expected = model.weights_hash()
+    sharded = LVM(model.config, SMALL, model._params, {}, 0, make_mesh(MeshConfig(fsdp=2, tensor=2)))
+    monkeypatch.setattr(pretrained, "_HASHED_AT_ONCE", 100)  # a row or few at a time
+    assert sharded.weights_hash() == model.weights_hash() == expected
+    changed = dict(model._params, embedding=model._params["embedding"].at[-1, -1].add(1e-6))
+    assert model.with_params(changed, 7).weights_hash() != expected
+
+
+def test_feature_files_of_a_paused_process_are_done(model, make_store, tmp_path, monkeypatch):
+    path, out = make_store(SHAPES, num_shards=3), tmp_path / "out"
+    other = write(model, path, out)
+    entry = out / "shard-00001-of-00003.json"
+    before, index = entry.read_bytes(), FeatureWriter._index
+
+    def paused(self, *arguments):
+        entry.write_bytes(before)
+        other.finish()
+        return index(self, *arguments)
+
+    entry.unlink()
+    monkeypatch.setattr(FeatureWriter, "_index", paused)
+    write(model, path, out)
+    assert entry.read_bytes() == before
+
+
 def test_feature_files_refuse_values_beyond_float16(model, make_store, tmp_path):
     large = model.with_params(jax.tree.map(lambda x: x * 1e6, model._params), 7)
+    path = make_store(SHAPES)
     with pytest.raises(UserError, match=r"--dtype=float16: a feature is .*, beyond its range; use float32"):
-        write(large, make_store(SHAPES), tmp_path / "out", dtype="float16")
+        write(large, path, tmp_path / "out", dtype="float16")
     assert [file.name for file in (tmp_path / "out").iterdir() if file.name != "claims"] == ["header.json"]
+    broken = model.with_params(jax.tree.map(lambda x: x * np.nan, model._params), 7)
+    with pytest.raises(UserError, match="--model: hidden states of step 7 are NaN or infinite"):
+        write(broken, path, tmp_path / "broken")
 
 
 def test_features_command_shares_shards(make_store, tmp_path, capsys):
