@@ -34,6 +34,6 @@ def create_arrays(
         if error.errno not in _FULL:
             raise
         needed = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values())
-        message = f"{os.strerror(error.errno)}: {', '.join(arrays)} need {needed:,} bytes"
+        message = f"{os.strerror(error.errno)}: {needed:,} bytes are needed for {', '.join(arrays)}"
         raise OSError(error.errno, message, os.fspath(folder)) from error
     return created

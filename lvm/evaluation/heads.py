@@ -18,7 +18,7 @@ import scipy.linalg
 import scipy.optimize
 import scipy.special
 from jaxtyping import Array, Float, Integer
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 EPSILON = 1e-6  # added to variances
 _GRADIENT_TOLERANCE = 1e-9  # of the mean loss: two fits of the same data agree to the digits of their figures
@@ -41,11 +41,28 @@ class Normalization(NamedTuple):
 
 
 def standardize(x: Float[np.ndarray, "*n D"]) -> Normalization:
-    """The normalization of these samples: x ↦ (x − mean) / √(variance + ε)."""
+    """The normalization of these samples: x ↦ (x − mean) / √(variance + ε), and 0 of a feature that doesn't vary."""
     flat = x.reshape(-1, x.shape[-1])
     variance = flat.var(0, dtype=np.float64)
-    mean, scale = flat.mean(0, dtype=np.float64), 1 / np.sqrt(variance + EPSILON)
+    mean, scale = flat.mean(0, dtype=np.float64), np.where(variance > 0, 1 / np.sqrt(variance + EPSILON), 0)
     return Normalization(mean.astype(x.dtype), scale.astype(x.dtype))
+
+
+def _in_span(x: Samples) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "D d"] | None]:
+    """Coordinates of fewer samples than features in an orthonormal basis of a space that has them, and the basis.
+
+    Weights of least norm, which a penalty of |weights|² selects, are in the samples' span: the basis times those of the
+    coordinates, of the same norm. Without it D × D matrices wouldn't fit memory. Other samples are returned as given.
+    """
+    if x.shape[1] <= len(x):
+        return x, None
+    basis, coordinates = scipy.linalg.qr(x.T, mode="economic")
+    return coordinates.T, basis
+
+
+@functools.cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()  # lists the process's libraries, which takes longer than a small fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +92,7 @@ def fit_logistic(x: Samples, labels: Labels, l2: float) -> LinearHead:
     n, C = len(x), len(classes)
     if C == 1:
         return LinearHead(np.zeros((x.shape[1], 1)), np.zeros(1), classes)
-    x = x.astype(np.float64)
+    x, basis = _in_span(x.astype(np.float64))
     # L-BFGS runs in coordinates in which the features are uncorrelated: an order of magnitude fewer iterations.
     root = scipy.linalg.cholesky(x.T @ x / n + C * l2 * np.eye(x.shape[1]), lower=True)
     white = scipy.linalg.solve_triangular(root, x.T, lower=True).T  # [n, D]
@@ -95,10 +112,11 @@ def fit_logistic(x: Samples, labels: Labels, l2: float) -> LinearHead:
 
     start = np.zeros((x.shape[1] + 1) * C)
     options = {"gtol": _GRADIENT_TOLERANCE, "ftol": 0.0, "maxiter": _MAX_ITERATIONS, "maxcor": 20}
-    with threadpool_limits(1):  # threads take many times the time of products with so few columns
+    with _threads().limit(limits=1):  # threads take many times the time of products with so few columns
         result = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
     v = result.x.reshape(-1, C)
-    return LinearHead(weights_of(v), v[-1], classes)
+    weights = weights_of(v)
+    return LinearHead(weights if basis is None else basis @ weights, v[-1], classes)
 
 
 def fit_ridge(x: Samples, values: Float[np.ndarray, " n"], l2: float) -> LinearHead:
@@ -108,9 +126,10 @@ def fit_ridge(x: Samples, values: Float[np.ndarray, " n"], l2: float) -> LinearH
     """
     x, y = x.astype(np.float64), values.astype(np.float64)
     mean, bias = x.mean(0), y.mean()
-    centered = x - mean
-    gram = centered.T @ centered / len(x) + l2 * np.eye(x.shape[1])
+    centered, basis = _in_span(x - mean)
+    gram = centered.T @ centered / len(x) + l2 * np.eye(centered.shape[1])
     weights = scipy.linalg.solve(gram, centered.T @ (y - bias) / len(x), assume_a="pos")
+    weights = weights if basis is None else basis @ weights
     return LinearHead(weights[:, None], np.array([bias - mean @ weights]))
 
 
@@ -156,17 +175,12 @@ def attend(params: AttentiveParams, x: Float[Array, "B N D"]) -> Float[Array, "B
     return pooled.reshape(len(x), -1) @ params.out
 
 
-def init_attentive(key: Array, D: int, num_heads: int, num_classes: int) -> AttentiveParams:
+def init_attentive(rng: np.random.Generator, D: int, num_heads: int, num_classes: int) -> AttentiveParams:
     """Initial parameters as in AIM's code: PyTorch's of linear layers, a query of standard deviation 0.02."""
-    keys = jax.random.split(key, 4)
     bound, shape = D**-0.5, (D, num_heads, D // num_heads)
-    uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
-    return AttentiveParams(
-        0.02 * jax.random.normal(keys[0], shape[1:]),
-        uniform(keys[1], shape),
-        uniform(keys[2], shape),
-        uniform(keys[3], (D, num_classes)),
-    )
+    query = rng.normal(0, 0.02, shape[1:])
+    matrices = (rng.uniform(-bound, bound, size) for size in (shape, shape, (D, num_classes)))
+    return AttentiveParams(*(jnp.asarray(x, jnp.float32) for x in (query, *matrices)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +205,9 @@ def fit_attentive(
     Batches of 32, learning rate 3e-3 with cosine decay, weight decay 0.05.
     """
     normalization = standardize(x[indices])
-    batches = np.random.default_rng(seed).choice(indices, (steps, _BATCH))
-    params = init_attentive(jax.random.key(seed), x.shape[-1], num_heads, num_classes)
+    rng = np.random.default_rng(seed)
+    batches = rng.choice(indices, (steps, _BATCH))
+    params = init_attentive(rng, x.shape[-1], num_heads, num_classes)
     # All samples, of whatever fold: one program, whose only changing shape is that of `out`.
     return AttentiveHead(normalization, _train(params, normalization(x), batches, labels[batches]))
 

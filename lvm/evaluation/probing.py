@@ -11,6 +11,7 @@ import scipy.ndimage
 from jaxtyping import Bool, Float, Integer, Shaped
 
 from lvm.common.arrays import create_arrays
+from lvm.common.logging import log_info, log_warning
 from lvm.data.mixture.split import group_hash
 from lvm.data.streams.codecs import Depth, Palette
 from lvm.evaluation import metrics
@@ -51,27 +52,37 @@ class ProbeImages:
 
 
 def choose_images(context: Context, stream: str, count: int, num_folds: int) -> ProbeImages:
-    """About `count` images of a stream, spread over all held-out scenes and their frames, in folds by group.
+    """`count` images of a stream, or all if there are fewer, spread over held-out scenes and their frames.
+
+    They are in folds by group.
 
     Raises:
       NotApplicableError: fewer groups than folds.
     """
     scenes = context.heldout.with_streams([stream])
-    scenes = scenes[:: max(1, len(scenes) // count)] if count < len(scenes) else scenes
+    scenes = scenes[:: max(1, -(-len(scenes) // count))]
     groups = sorted({scene.info.group for scene in scenes}, key=group_hash)
     if len(groups) < num_folds:
         raise NotApplicableError(f"{len(groups)} groups of held-out scenes with the stream {stream}; needs {num_folds}")
     rank = {group: index for index, group in enumerate(groups)}
-    each = -(-count // len(scenes))
+    lengths = np.array([len(scene.images) for scene in scenes])
+    each = next((i for i in range(1, lengths.max()) if np.minimum(lengths, i).sum() >= count), lengths.max())
     chosen = [
         (index, int(frame))
         for index, scene in enumerate(scenes)
         for frame in np.unique(np.linspace(0, len(scene.images) - 1, min(each, len(scene.images))).round())
     ]
+    if len(chosen) < count:
+        log_info(
+            f"{len(chosen)} images are probed, not num_images={count}: all {stream} of {len(scenes)} held-out scenes, "
+            f"which config.max_scenes={context.max_scenes} limits"
+        )
+    elif len(chosen) > count:
+        chosen = [chosen[i * len(chosen) // count] for i in range(count)]
     return ProbeImages(
         [(scenes[index], frame) for index, frame in chosen],
         np.stack([scenes[index].grid(frame, stream) for index, frame in chosen]),
-        np.array([index for index, _ in chosen]),
+        np.unique([index for index, _ in chosen], return_inverse=True)[1],
         np.array([rank[scenes[index].info.group] % num_folds for index, _ in chosen]),
     )
 
@@ -209,7 +220,7 @@ class RootMeanSquare(ProbeTask):
 def make_tasks(
     context: Context, images: ProbeImages, segmentation: str, depth: str, grid: Sequence[int]
 ) -> list[ProbeTask]:
-    """The tasks that the scenes have labels of: class and count of images; class, foreground and depth of cells."""
+    """The tasks that scenes of two folds have labels of: class, count of images; class, foreground, depth of cells."""
     tasks: list[ProbeTask] = []
     names = [scene.info.class_name for scene, _ in images.frames]
     classes = sorted(set(names) - {""})
@@ -223,7 +234,18 @@ def make_tasks(
         values = _by_cell(images, {i: _mean_depth(cells(x[None], grid)[0]) for i, x in maps.items()}, np.nan)
         text = f"error of the cells' mean {depth} in {range_.unit}"
         tasks.append(RootMeanSquare("depth_rmse", text, values, "", False))
-    return tasks
+    return [task for task in tasks if _has_two_folds(task, images)]
+
+
+def _has_two_folds(task: ProbeTask, images: ProbeImages) -> bool:
+    labeled = task.valid.reshape(len(images), -1).any(1)
+    folds = len(np.unique(images.folds[labeled]))
+    if folds < 2:
+        log_warning(
+            f"no {task.name}: the {np.count_nonzero(labeled)} labeled images are in {folds} of the folds; heads need "
+            "some in two"
+        )
+    return folds >= 2
 
 
 def _segmentation_tasks(

@@ -1,4 +1,4 @@
-"""Probes of frozen features by layer: what heads read off them of images and of their cells."""
+"""Probes of frozen features by layer: heads that predict labels of images and of their cells."""
 
 import dataclasses
 import tempfile
@@ -44,7 +44,7 @@ class Probes(Evaluator):
       stream: of the images.
       segmentation: stream of the count of regions and of the cells' classes and foreground.
       depth: stream of the cells' depth.
-      num_images: images, over all held-out scenes in turn.
+      num_images: images, spread over the held-out scenes.
       max_layers: layers that are probed, spread over all of them, the first and the last included.
       folds: of cross-fitting.
       fit_cells: samples of cells that a head is fitted on, at most; all images of the other folds are.
@@ -78,7 +78,7 @@ class Probes(Evaluator):
         tasks = make_tasks(context, images, self.segmentation, self.depth, context.tokenizer.identity["grid"])
         if not tasks:
             raise NotApplicableError(
-                f"held-out scenes have neither two classes nor the streams {self.segmentation} or {self.depth}"
+                f"held-out scenes in two folds have neither two classes nor {self.segmentation} nor {self.depth}"
             )
         context.episodes = [[scene.info.key, frame] for scene, frame in images.frames]
         num_layers = context.model.config.num_layers
@@ -202,7 +202,7 @@ def _prior(labels: np.ndarray, is_class: bool) -> float | int:
 
 
 def _figures(task: ProbeTask, estimates: Estimates, layers: Sequence[int], num_images: int) -> Iterator[Figure]:
-    """Figures of the last and the middle layer, and of cells of the last one of the second copy."""
+    """Figures of the last layer and of one between, if any, and of cells of the last one of the second copy."""
     middle, last = layers[len(layers) // 2], layers[-1]
     for head, head_text in {_LINEAR: "a linear head at each code"}.items() if task.of_cells else _HEADS.items():
         by_set = {key[2:]: value for key, value in estimates.items() if key[:2] == (task.name, head)}
@@ -216,7 +216,8 @@ def _figures(task: ProbeTask, estimates: Estimates, layers: Sequence[int], num_i
             ("/middle", _FIRST, middle),
             ("/second_copy", _SECOND, last),
         ):
-            if (features, layer) not in by_set or (features == _SECOND and not task.of_cells):
+            is_omitted = (features == _SECOND and not task.of_cells) or (suffix == "/middle" and middle == last)
+            if is_omitted or (features, layer) not in by_set:
                 continue
             baselines = common | {"random network, same layer": by_set[_RANDOM, layer]}
             baselines |= {_FIRST: by_set[_FIRST, layer]} if features == _SECOND else {}

@@ -23,6 +23,6 @@ def test_arrays_beyond_the_disk_name_folder_and_bytes(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", allocate)
-    with pytest.raises(OSError, match="No space left on device: a, b need 34 bytes") as error:
+    with pytest.raises(OSError, match="No space left on device: 34 bytes are needed for a, b") as error:
         create_arrays(tmp_path, {"a": ((7,), np.float32), "b": ((1, 3), np.uint16)})
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))

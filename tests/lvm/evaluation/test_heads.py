@@ -1,6 +1,7 @@
 """Heads on frozen features, against scikit-learn and their formulas."""
 
-import jax
+import tracemalloc
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,11 +50,36 @@ def test_ridge_head_equals_scikit_learn():
     np.testing.assert_allclose(head(x + 1), expected.predict((x + 1).astype(np.float64)), atol=1e-6)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_heads_of_few_samples_equal_scikit_learn(classes):
+    x, labels = samples(n=30, D=90, classes=classes)
+    wide, C = x.astype(np.float64), (2 if classes == 2 else 1) / (0.01 * len(x))
+    expected = sklearn.linear_model.LogisticRegression(C=C, tol=1e-10, solver="newton-cholesky").fit(wide, labels)
+    new = np.random.default_rng(1).standard_normal((50, 90))
+    head = heads.fit_logistic(x, labels, 0.01)
+    np.testing.assert_allclose(softmax(head.scores(new), 1), expected.predict_proba(new), atol=1e-6)
+    expected = sklearn.linear_model.Ridge(alpha=0.01 * len(x)).fit(wide + 1, labels.astype(float))
+    np.testing.assert_allclose(
+        heads.fit_ridge(wide + 1, labels.astype(float), 0.01)(new), expected.predict(new), atol=1e-6
+    )
+
+
+def test_heads_of_few_samples_need_no_square_matrix():
+    x, labels = samples(n=12, D=1000)
+    tracemalloc.start()
+    heads.fit_logistic(x, labels, 0.01)
+    heads.fit_ridge(x, labels.astype(float), 0.01)
+    assert tracemalloc.get_traced_memory()[1] < 1000**2 * 8 / 4
+    tracemalloc.stop()
+
+
 def test_standardize_equals_scikit_learn():
     x = np.random.default_rng(0).normal(3, 2, (50, 4, 6)).astype(np.float32)
     flat = x.reshape(-1, 6)
     expected = sklearn.preprocessing.StandardScaler().fit_transform(flat.astype(np.float64))
     np.testing.assert_allclose(heads.standardize(x)(flat), expected, atol=1e-5)
+    x[..., 2] = 0.1
+    np.testing.assert_array_equal(heads.standardize(x)(flat + 1)[:, 2], 0)  # of fitted samples that are all alike
 
 
 def test_neighbors_vote_by_similarity():
@@ -69,7 +95,7 @@ def test_attentive_head_equals_its_formula():
     rng = np.random.default_rng(0)
     B, N, D, H, C = 5, 6, 8, 2, 3
     raw = rng.normal(1, 3, (B, N, D)).astype(np.float32)
-    params = heads.init_attentive(jax.random.key(0), D, H, C)
+    params = heads.init_attentive(rng, D, H, C)
     params = params._replace(query=params.query * 100)  # so that weights differ
     x = (raw - raw.mean((0, 1))) / np.sqrt(raw.var((0, 1)) + 1e-6)  # BatchNorm1d(eps=1e-6, affine=False)
     keys = (x @ params.key.reshape(D, D)).reshape(B, N, H, D // H)
