@@ -4,7 +4,6 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from jaxtyping import Array, Float, Int
 
 from lvm.common import statistics
@@ -45,6 +44,8 @@ def expected_of_uniform(codebook_size: int, num_codes: int) -> tuple[float, floa
     Of K codes, 1 − (1 − 1/K)ⁿ occur. The perplexity is exp of the expected plug-in entropy,
     −K·E[c/n · log(c/n)] with a code's count c distributed as binomial (n, 1/K).
     """
+    import scipy.stats  # takes a second, which a start of training need not wait for
+
     K, n = codebook_size, num_codes
     spread = 12 * math.sqrt(n / K) + 40  # the rest of the distribution is below 1e-30
     counts = np.arange(max(1, math.floor(n / K - spread)), min(n, math.ceil(n / K + spread)) + 1)

@@ -15,7 +15,6 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info, log_warning
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, StoppedError
 from lvm.evaluation.figures import Plot
-from lvm.evaluation.plots import plot_curves
 from lvm.training.evaluator import Pictures, Stopping
 from lvm.training.task import State
 
@@ -85,4 +84,6 @@ def training_evaluations(evaluations: Mapping[str, Any], context: Context) -> di
 def _pixels(content: Any) -> np.ndarray:
     if not isinstance(content, Plot):
         return content
+    from lvm.evaluation.plots import plot_curves  # Matplotlib takes as long as the rest of this module
+
     return np.asarray(Image.open(io.BytesIO(plot_curves(content))).convert("RGB"))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter
 
 from lvm.common import distributed, files
 from lvm.common.errors import UserError
@@ -79,6 +78,8 @@ class MetricsWriter:
         self._wandb: Any = None
         if wandb:
             self._wandb, self._wandb_image = _init_wandb(self._workdir, wandb)
+        from tensorboardX import SummaryWriter  # it imports torch, for seconds, where that is installed
+
         # TensorBoard drops what an earlier run wrote from `purge_step` on.
         self._events = SummaryWriter(os.fspath(self._workdir / "tensorboard"), purge_step=start + 1)
 

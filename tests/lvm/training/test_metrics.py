@@ -75,7 +75,7 @@ def test_lines_that_are_no_metrics_are_named_and_dropped(tmp_path, caplog):
 @pytest.fixture
 def bucket(gcs, monkeypatch):
     """A folder on object storage, without TensorBoard's own objects."""
-    monkeypatch.setattr(metrics, "SummaryWriter", mock.MagicMock())
+    monkeypatch.setattr("tensorboardX.SummaryWriter", mock.MagicMock())
     return epath.Path(gcs) / uuid.uuid4().hex
 
 
