@@ -3,11 +3,13 @@
     python -m scripts.benchmark_store                  100,000 scenes of 16 grids; memory at 10k, 100k and 1M scenes
     python -m scripts.benchmark_store --scale=0.01     the same with small stores
 
-Rates are of one process on one core, by wall clock and by CPU time, which other load does not affect. Memory is
-measured in a fresh process per row, after the random reads.
+Rates are of one process on one core, by wall clock and by CPU time, which other load does not affect. The peer is a
+copy from memory-mapped files with the same checks, also of files of which nothing is in the page cache, as of a store
+that is larger than memory. Memory is measured in a fresh process per row, after the random reads.
 """
 
 import json
+import mmap
 import os
 import pathlib
 import subprocess
@@ -21,7 +23,8 @@ import numpy as np
 
 from lvm.common import cli
 from lvm.data.mixture.split import group_hash
-from lvm.data.store.format import Scene
+from lvm.data.store.format import CODES_SUFFIX, Scene
+from lvm.data.store.grid_reads import GridReads, read_intact
 from lvm.data.store.reader import Store
 from lvm.data.store.writer import begin_store, finish_store, write_shard
 from lvm.data.streams.codecs import Image
@@ -37,7 +40,7 @@ MEMORY = [
     (100_000, 1),
     (1_000_000, 1),
 ]  # scenes, frames
-_SHARDS, _BATCH = 4, 1000
+_SHARDS, _BATCH, _ROUNDS = 4, 1000, 5
 
 
 def header() -> dict[str, Any]:
@@ -94,6 +97,70 @@ def rates(store: Store, count: int) -> list[str]:
     return lines
 
 
+class _Mapped(GridReads):
+    """Reads from memory-mapped files."""
+
+    def __init__(self, store: Store, files: Sequence[np.ndarray], numbers: np.ndarray, grids: np.ndarray):
+        super().__init__(store.shards, numbers, grids, store.codes_per_image)
+        self._files = files
+
+    def start(self) -> list:
+        target, size = self._content.reshape(-1), self._content.shape[1]
+        for key, count, row in zip(*(array.tolist() for array in self._reads), strict=True):
+            number, grid = divmod(key, 2**32)
+            target[row * size :][: count * size] = self._files[number][grid * size :][: count * size]
+        return []
+
+
+def peers(store: Store, count: int) -> list[str]:
+    """Lines of the table of reads in place and from mapped files, in the page cache and not."""
+    rng, lines = np.random.default_rng(3), []
+    head = f"{_BATCH} scenes at once, grids of each"
+    lines.append(f"{head:<44} {'a second':>12} {'cached':>8} {'bytes read a byte':>18}")
+    paths = [os.fspath(store.path / f"{shard.entry['name']}{CODES_SUFFIX}") for shard in store.shards]
+    for is_cached, frames in ((True, RATE_FRAMES), (False, RATE_FRAMES), (False, 1)):
+        rounds = max(1, count // _BATCH) if is_cached else _ROUNDS
+        for name, advice in (("pread", None), ("mapped", mmap.MADV_NORMAL), ("mapped, MADV_RANDOM", mmap.MADV_RANDOM)):
+            seconds, bytes_read = [], 0
+            mapped = [_map(path, advice or mmap.MADV_NORMAL) for path in paths]
+            for _ in range(rounds):
+                if not is_cached:
+                    mapped = []  # what is mapped stays
+                    mapped = [_map(path, advice or mmap.MADV_NORMAL, drop=True) for path in paths]
+                entries = store.entries(rng.integers(0, len(store), _BATCH)).repeat(frames)
+                grids = entries["first_grid"] + np.tile(np.arange(frames), _BATCH)
+                before, start = _bytes_read(), time.perf_counter()
+                if advice is None:
+                    reads = GridReads(store.shards, entries["shard"], grids, store.codes_per_image)
+                else:
+                    reads = _Mapped(store, mapped, entries["shard"], grids)
+                read_intact(reads)
+                seconds.append(time.perf_counter() - start)
+                bytes_read += _bytes_read() - before
+            used = rounds * len(grids) * 2 * store.codes_per_image
+            label = f"  {frames}, {name}"
+            rate = _BATCH / np.median(seconds)
+            lines.append(f"{label:<44} {rate:>12,.0f} {'yes' if is_cached else 'no':>8} {bytes_read / used:>18.1f}")
+    return lines
+
+
+def _map(path: str, advice: int, drop: bool = False) -> np.ndarray:
+    """Maps a file; `drop` takes its pages, which must be on disk, out of the page cache first."""
+    with open(path, "rb") as file:
+        if drop:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    content.madvise(advice)
+    return np.frombuffer(content, np.uint8)
+
+
+def _bytes_read() -> int:
+    """Bytes that this process had to be read from a disk."""
+    lines = pathlib.Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
 def memory(folder: str, count: int) -> dict[str, float]:
     """Resident MiB of this process: before opening, after, after reads; `own` is the part that no file backs."""
     resident = {"before": _resident("VmRSS")}
@@ -126,6 +193,7 @@ def _run(args: cli.Args) -> None:
             "grid and the keys, index included"
         )
         print("\n" + "\n".join(rates(store, reads)))
+        print("\n" + "\n".join(peers(store, reads)))
         print(f"\n{'MiB resident':<32} {'before':>8} {'opened':>8} {'read':>8} {'of it own':>10}")
         for index, (scenes, frames) in enumerate(MEMORY):
             path = pathlib.Path(folder, f"memory-{index}")
