@@ -3,7 +3,6 @@
 import errno
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -219,7 +218,7 @@ def _guarded(body: Callable[[], int | None]) -> int:
     except errors.DivergedError as error:
         return report_error(str(error), errors.EXIT_DIVERGED)
     except KeyboardInterrupt:
-        return report_error("interrupted", 128 + signal.SIGINT)
+        return report_error("interrupted", errors.EXIT_INTERRUPTED)
     except BrokenPipeError:  # whoever reads the output has enough of it
         discard_output()
         return errors.EXIT_ERROR

@@ -60,7 +60,11 @@ def dispatch(package: str, argv: Sequence[str] | None = None) -> int:
         return errors.EXIT_DONE
     if argv[0] not in commands:
         return report_error(f"no command {argv[0]!r}; one of {', '.join(commands)}", errors.EXIT_BAD_INPUT)
-    return int(importlib.import_module(f"{package}.{argv[0].replace('-', '_')}").main(argv[1:]))
+    try:
+        module = importlib.import_module(f"{package}.{argv[0].replace('-', '_')}")
+    except KeyboardInterrupt:  # while libraries are imported, for seconds
+        return report_error("interrupted", errors.EXIT_INTERRUPTED)
+    return int(module.main(argv[1:]))
 
 
 def list_commands(package: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Errors that a user can fix, and exit codes."""
 
 import errno
+import signal
 
 # Supervisors restart a run on 1, 75, 76, 77 and signals; never on 2 or 65.
 EXIT_DONE = 0
@@ -10,6 +11,7 @@ EXIT_DIVERGED = 65
 EXIT_PREEMPTED = 75
 EXIT_STALLED = 76
 EXIT_ALONE = 77  # the other processes of the run never joined
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 FINAL = (EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED)
 
 _UNAVAILABLE = {  # errors of the process, of disks of copies and of networks' file systems: any file would fail alike

@@ -201,11 +201,12 @@ class Loop:
         with self._times.spent_on(goodput.RESTORE):
             local = self._local.latest_intact_step(self._config.total_steps)
             step = self._checkpoints.latest_intact_step(local)
-            if step is None:
-                self._local.delete_after(0)
-                self._times.roll_back(0.0)
-                self._spikes.losses.clear()
-                return self._start_fresh()
+        if step is None:
+            self._local.delete_after(0)
+            self._times.roll_back(0.0)
+            self._spikes.losses.clear()
+            return self._start_fresh()
+        with self._times.spent_on(goodput.RESTORE):
             if step == local:
                 state, meta = self._local.restore(step)
             else:
@@ -224,7 +225,8 @@ class Loop:
         self._skipped_batches = SkippedBatches.load(workdir)
         if self._skipped_batches.ranges and distributed.is_first():
             self._skipped_batches.save(self._path)
-        state, meta = restore_state(workdir, step, self._step.state)
+        with self._times.spent_on(goodput.RESTORE):
+            state, meta = restore_state(workdir, step, self._step.state)
         self._spikes = SpikeDetector(self._config.spike, meta.get("losses", ()))
         return state, step
 

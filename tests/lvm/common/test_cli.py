@@ -266,6 +266,17 @@ def test_command_of_two_words_is_spelled_with_a_dash(capsys):
     assert "lvm convert-store OLD NEW" in capsys.readouterr().out
 
 
+def test_interrupted_import_is_one_line(capsys, monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    commands_by_name = commands.list_commands("lvm")
+    monkeypatch.setattr(commands, "list_commands", lambda package: commands_by_name)
+    monkeypatch.setattr(commands.importlib, "import_module", interrupt)
+    assert commands.dispatch("lvm", ["train"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_unknown_command_is_one_line(capsys):
     assert commands.dispatch("lvm", ["trian"]) == 2
     assert capsys.readouterr().err.startswith("error: no command 'trian'; one of convert, convert-store, ")

@@ -58,6 +58,10 @@ class KnownTimes(Step):
         self.now += 0.5
         return super().shard_batch(batch)
 
+    def init(self):
+        self.now += 7.0
+        return super().init()
+
     def __call__(self, state, batch):
         self.now, self.is_running = self.now + 2.0, True
         return super().__call__(state, batch)
@@ -92,11 +96,11 @@ def test_times_and_rates_are_of_steps_alone(tmp_path, monkeypatch):
     # Devices are at work for 2 s of a step. They idle while a batch is read, and for 3 s before the evaluation.
     idle = np.array([1.5, 6.0, 6.5])
     productive = np.array([7.5, 18.0, 20.5]) - idle
-    paused = np.array([40.0, 220.0, 220.0])  # compiled, evaluated, rendered and saved
+    paused = 7.0 + np.array([40.0, 220.0, 220.0])  # initialized, compiled, evaluated, rendered and saved
     np.testing.assert_allclose([line["goodput"] for line in lines], productive / (productive + idle + paused))
     badput = {name.removeprefix("badput/"): value for name, value in last.items() if name.startswith("badput/")}
     assert badput == {
-        "compile": 40.0, "evaluation": 100.0, "pictures": 50.0, "save": 30.0, "input": 3.5, "host": 3.0,
+        "start": 7.0, "compile": 40.0, "evaluation": 100.0, "pictures": 50.0, "save": 30.0, "input": 3.5, "host": 3.0,
     }  # fmt: skip
     # Steps since the last line count for the checkpoint of step 4.
     np.testing.assert_allclose([meta["productive_seconds"] for meta in step.saved], [7.5 - 1.5 + 2.5 + 3, 14.0 + 3])
