@@ -1,10 +1,12 @@
-"""Compression of batches for shared memory is lossless."""
+"""Compression of batches for shared memory is lossless; the rows of a process; reader processes."""
 
 import os
 import subprocess
 import sys
 import time
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -104,3 +106,17 @@ def test_reads_ahead_are_bounded():
         time.sleep(0.05)
     time.sleep(0.2)
     assert 5 <= len(reads) <= 8
+
+
+@pytest.mark.parametrize(
+    ("indices", "expected"),
+    [
+        ([(slice(4, 6),), (slice(0, 2),), (slice(4, 6),)], [0, 1, 4, 5]),  # one of several processes
+        ([(slice(None), slice(0, 2))], range(8)),
+        ([None], range(8)),
+    ],
+)
+def test_local_rows_are_those_of_this_processs_devices(indices, expected):
+    sharding = mock.Mock(spec=jax.sharding.Sharding)
+    sharding.addressable_devices_indices_map.return_value = dict(enumerate(indices))
+    assert loader.local_rows(sharding, (8, 3)).tolist() == list(expected)
