@@ -1,6 +1,7 @@
 """Components of several stores: the same sentences as from one store with all scenes, and refused combinations."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.recipes import Category, Pairs, Single, Video
 from lvm.data.store import writer
+from lvm.data.store.concat import ConcatStore
 from lvm.data.store.jsonl import JsonlFormat, encode_line
 from lvm.data.store.reader import Store
 from tests.lvm.conftest import NUM_CODES, header, make_scenes
@@ -87,6 +89,23 @@ def test_stores_and_jsonl_files_do_not_mix(make_store, tmp_path):
     config = MixtureConfig({"single": ComponentConfig(Single())}, (make_store(SHAPES), str(tmp_path / "a.jsonl")))
     with pytest.raises(UserError, match="components of their own"):
         Mixture(dataclasses.replace(config, jsonl=JSONL), 0)
+
+
+def test_damage_is_named_with_the_rows_that_need_it(make_store):
+    scenes = [make_scenes([(2, 0), (3, 0)], seed=seed) for seed in range(2)]
+    folders = [make_store(part, f"part{seed}") for seed, part in enumerate(scenes)]
+    damaged = scenes[1][1].codes[2, 0].tobytes()
+    (file,) = (path for path in pathlib.Path(folders[1]).glob("*.codes") if damaged in path.read_bytes())
+    file.write_bytes(file.read_bytes().replace(damaged, damaged[::-1]))
+    store = ConcatStore([Store(folder) for folder in folders])
+    reads = store.reads(store.entries(np.array([3, 1, 3, 0, 3])), np.array([2, 2, 1, 0, 2]), np.zeros(5, np.int64))
+    assert not reads.start()
+    codes, damages = reads.finish()
+    (message,) = damages
+    assert message == f"{file}, scene 'scene 1' frame 2: damaged: checksum mismatch"
+    assert damages[message].tolist() == [0, 4]
+    expected = [scenes[0][1].codes[2, 0], scenes[1][1].codes[1, 0], scenes[0][0].codes[0, 0]]
+    np.testing.assert_array_equal(codes[1:4], expected)
 
 
 def test_missing_part_is_named(make_store, tmp_path):
