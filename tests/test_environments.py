@@ -42,7 +42,7 @@ def readme_commands(folder: pathlib.Path) -> list[list[str]]:
         for line in block.splitlines():
             for long, tiny in _TINY.items():
                 line = line.replace(long, tiny)
-            line = re.sub(r"([= ])(runs/|runs\.csv|[abqxy]\w*\.png)", rf"\g<1>{folder}/\g<2>", line)
+            line = re.sub(r"([= ])(runs/|[abqxy]\w*\.png)", rf"\g<1>{folder}/\g<2>", line)
             words = shlex.split(line.replace(":y.png", f":{folder}/y.png"), comments=True)
             if words[:1] == ["lvm"]:
                 commands.append(["-m", "lvm", *words[1:]])
@@ -69,7 +69,8 @@ def test_readme_commands_run(tmp_path, environment):
     for name in "abqxy":
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
     losses = (f"{n},{d},{1.7 + 400 / n**0.34 + 410 / d**0.28}" for n in (1e7, 1e8, 1e9) for d in (1e8, 1e9, 1e10))
-    (tmp_path / "runs.csv").write_text("\n".join(["params,tokens,loss", *losses]))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "runs.csv").write_text("\n".join(["params,tokens,loss", *losses]))
     commands = readme_commands(tmp_path)
     assert len(commands) >= 12
     failed = []

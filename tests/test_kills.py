@@ -48,7 +48,7 @@ def saved(workdir, step):
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps", "is_local"), [(3, 60, True), pytest.param(20, 300, False, marks=pytest.mark.slow)]
+    ("kills", "steps", "is_local"), [(2, 40, True), pytest.param(20, 300, False, marks=pytest.mark.slow)]
 )
 def test_killed_run_has_bits_of_unbroken_run(demo, tmp_path, kills, steps, is_local):
     local = []

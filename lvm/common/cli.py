@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -256,5 +257,7 @@ def _flag_problem(error: Exception) -> str:
         name, _, advice = str(key.args[0]).partition("\n")
         return f"--config: no such key: {name}" + (f"; {advice[0].lower()}{advice[1:]}" if advice else "")
     message = " ".join(str(error).split())
+    if missing := re.match(r"flag --(\w+)=None: .* must have a value other than None", message):
+        return f"--{missing[1]} is missing"
     known = (absl_flags.Error, AttributeError, KeyError, OSError, errors.UserError)
     return message if isinstance(error, known) else f"--config: {type(error).__name__}: {message}"

@@ -64,8 +64,9 @@ def _detect_format(path: epath.Path) -> tuple[str, epath.Path | None]:
             raise UserError(f"{path}: a weights file; give its folder, {path.parent}")
         return "easylm", path
     if not (path / CONFIG).exists():
+        problem = f"not a model folder: {CONFIG} is missing" if path.exists() else "doesn't exist"
         raise UserError(
-            f"{path}: not a model folder: {CONFIG} is missing; expected a workdir of lvm training, or a folder of "
+            f"{path}: {problem}; expected a workdir of lvm training, or a folder of "
             "transformers or EasyLM with weights"
         )
     fields = files.read_json(path / CONFIG)

@@ -33,7 +33,7 @@ def resolve_commit(revision: str, ship_changes: bool) -> str:
     if changed and not ship_changes:
         names = ", ".join((tracked + untracked)[:_MAX_LISTED]) + (" …" if len(changed) > _MAX_LISTED else "")
         raise UserError(
-            f"{ROOT}: {len(changed)} files have uncommitted changes ({names}); commit them, or use --ship_changes or "
+            f"{ROOT}: uncommitted changes in {names}; commit them, or use --ship_changes or "
             "--commit"
         )
     if untracked:

@@ -179,7 +179,8 @@ def _list_changes(
 def _load_record(folder: epath.PathLike, kind: str) -> dict[str, Any]:
     path = epath.Path(folder) / CONFIG
     if not path.exists():
-        raise UserError(f"{folder}: not a model folder: {CONFIG} is missing; expected a workdir of {kind} training")
+        problem = f"not a model folder: {CONFIG} is missing" if path.parent.exists() else "doesn't exist"
+        raise UserError(f"{folder}: {problem}; expected a workdir of {kind} training")
     record = files.read_json(path)
     if not isinstance(record, dict) or record.get("kind") != kind:
         actual = record.get("kind") if isinstance(record, dict) else type(record).__name__

@@ -46,7 +46,7 @@ def test_convert_command_converts_and_checks(source, tmp_path):
     assert models.read(tmp_path / "hf").vocabulary == dataclasses.replace(PUBLISHED, size=8448)
     with pytest.raises(UserError, match="hf: exists"):
         convert.convert(str(source), str(tmp_path / "hf"), "hf")
-    with pytest.raises(UserError, match="nowhere: not a model folder"):
+    with pytest.raises(UserError, match="nowhere: doesn't exist; expected a workdir of lvm"):
         convert.convert(str(tmp_path / "nowhere"), str(tmp_path / "x"), "hf")
     assert "--to is missing" in run("lvm.convert", source, tmp_path / "x", code=2)
     equal = run("lvm.convert", "--check", source, source, "--rows=1")

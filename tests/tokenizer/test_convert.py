@@ -32,7 +32,7 @@ def test_convert_command(tmp_path):
     assert "16 codes of 4, 64 per image of 16×16" in output
     check_same(weights.read(tmp_path / "out"), published)
     assert "out: exists " in run("tokenizer.convert", tmp_path / "maskgit", tmp_path / "out", "--to=torch", code=2)
-    assert "nowhere: not a model folder" in run(
+    assert "nowhere: doesn't exist; expected a workdir of tokenizer" in run(
         "tokenizer.convert", tmp_path / "nowhere", tmp_path / "x", "--to=torch", code=2
     )
 

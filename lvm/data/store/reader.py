@@ -219,7 +219,8 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
     try:
         content = files.read_json(manifest_path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path}: not a finished store ({MANIFEST} is missing); tokenizer.encode writes one") from error
+        problem = f"not a finished store ({MANIFEST} is missing)" if path.exists() else "doesn't exist"
+        raise UserError(f"{path}: {problem}; tokenizer.encode writes a store") from error
     if isinstance(content, dict) and "version" in content:
         check_version(manifest_path, content["version"])
     if not isinstance(content, dict) or not content.keys() >= _KEYS:

@@ -218,7 +218,7 @@ def test_repeated_config_flag_gives_a_tuple(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "config"),
+        ([], "--config is missing"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
         (["--config=configs"], "--config=configs: no such file"),
         (["--config=configs:1/a.py"], '--config=configs: no such file; ":" begins a parameter of the config'),

@@ -24,7 +24,7 @@ def test_resolve_commit_with_uncommitted_changes(tmp_path, monkeypatch):
     assert code.uncommitted_diff(clean) == ""
     (tmp_path / "a.txt").write_text("new\n")
     (tmp_path / "b.txt").write_text("untracked\n")
-    with pytest.raises(UserError, match=r"2 files .*\(a\.txt, b\.txt\)"):
+    with pytest.raises(UserError, match=r"uncommitted changes in a\.txt, b\.txt; commit them"):
         code.resolve_commit("", ship_changes=False)
     shipped = code.resolve_commit("", ship_changes=True)
     assert shipped != clean

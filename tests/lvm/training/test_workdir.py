@@ -242,5 +242,5 @@ def test_branch_may_differ_in_schedule_alone(tmp_path):
     check_branch(tmp_path, "lvm", record(learning_rate=0.5, schedule="cosine"), Config)
     with pytest.raises(UserError, match=r"config.branch_from: .* \(config.optimizer.b1: 0.9 → 0.8\)"):
         check_branch(tmp_path, "lvm", record(b1=0.8), Config)
-    with pytest.raises(UserError, match=r"not a model folder: config.json is missing"):
+    with pytest.raises(UserError, match=r"none: doesn't exist; expected a workdir of lvm"):
         check_branch(tmp_path / "none", "lvm", record(), Config)
