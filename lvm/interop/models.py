@@ -66,8 +66,7 @@ def _detect_format(path: epath.Path) -> tuple[str, epath.Path | None]:
     if not (path / CONFIG).exists():
         problem = f"not a model folder: {CONFIG} is missing" if path.exists() else "doesn't exist"
         raise UserError(
-            f"{path}: {problem}; expected a workdir of lvm training, or a folder of "
-            "transformers or EasyLM with weights"
+            f"{path}: {problem}; expected a workdir of lvm training, or a folder of transformers or EasyLM with weights"
         )
     fields = files.read_json(path / CONFIG)
     if not isinstance(fields, dict):

@@ -32,10 +32,7 @@ def resolve_commit(revision: str, ship_changes: bool) -> str:
     tracked = [line[3:] for line in changed if not line.startswith("??")]
     if changed and not ship_changes:
         names = ", ".join((tracked + untracked)[:_MAX_LISTED]) + (" …" if len(changed) > _MAX_LISTED else "")
-        raise UserError(
-            f"{ROOT}: uncommitted changes in {names}; commit them, or use --ship_changes or "
-            "--commit"
-        )
+        raise UserError(f"{ROOT}: uncommitted changes in {names}; commit them, or use --ship_changes or --commit")
     if untracked:
         log_info(f"untracked files are not shipped: {', '.join(untracked)}")
     return (_git("stash", "create") if tracked else "") or _git("rev-parse", "HEAD")
