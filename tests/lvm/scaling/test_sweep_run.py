@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from lvm import sweep
 from lvm.common import files
 from lvm.data.store.reader import MANIFEST
 from lvm.scaling.results import read_results
@@ -92,7 +93,14 @@ def test_killed_sweep_has_bytes_of_unbroken_one(make_store, tmp_path):
     assert "2 done, 1 failed" in run("lvm.sweep", "status", f"--sweep={folders[0]}", "--watch=1")
 
 
-def test_sweep_refuses_nonsense(tmp_path):
-    assert "expected plan, run, status" in run("lvm.sweep", code=2)
-    assert "no sweep.json in this folder" in run("lvm.sweep", "run", f"--sweep={tmp_path}", code=2)
-    assert "--out: required" in run("lvm.sweep", "plan", "--config=configs/sweep_demo.py", code=2)
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "expected plan, run, status"),
+        (["run", "--sweep=FOLDER"], "no sweep.json in this folder"),
+        (["plan", "--config=configs/sweep_demo.py"], "--out: required"),
+    ],
+)
+def test_sweep_refuses_nonsense(tmp_path, capsys, arguments, problem):
+    assert sweep.main([argument.replace("FOLDER", str(tmp_path)) for argument in arguments]) == 2
+    assert problem in capsys.readouterr().err
