@@ -121,11 +121,11 @@ def peers(store: Store, count: int) -> list[str]:
     for is_cached, frames in ((True, RATE_FRAMES), (False, RATE_FRAMES), (False, 1)):
         rounds = max(1, count // _BATCH) if is_cached else _ROUNDS
         for name, advice in (("pread", None), ("mapped", mmap.MADV_NORMAL), ("mapped, MADV_RANDOM", mmap.MADV_RANDOM)):
-            seconds, bytes_read = [], 0
+            seconds, bytes_read, reads = [], 0, None
             mapped = [_map(path, advice or mmap.MADV_NORMAL) for path in paths]
             for _ in range(rounds):
                 if not is_cached:
-                    mapped = []  # what is mapped stays
+                    mapped, reads = [], None  # what is mapped stays in the cache
                     mapped = [_map(path, advice or mmap.MADV_NORMAL, drop=True) for path in paths]
                 entries = store.entries(rng.integers(0, len(store), _BATCH)).repeat(frames)
                 grids = entries["first_grid"] + np.tile(np.arange(frames), _BATCH)

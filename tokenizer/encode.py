@@ -106,7 +106,7 @@ def encode(args: cli.Args) -> None:
 def _encode_queue(shard_writer: ShardWriter, folder: str) -> None:
     """Shares the shards with all processes that encode the same store; one of them writes the manifest."""
     if (epath.Path(folder) / MANIFEST).exists():
-        log_info(f"{folder}: complete; only shards that are damaged or missing are encoded")
+        log_info(f"{folder}: finished before; only missing shards are encoded")
     with ShardQueue(folder, shard_writer.num_shards) as queue:
         shard_writer.run_queue(queue)
         while True:

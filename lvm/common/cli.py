@@ -93,6 +93,8 @@ class Flags:
                 return errors.EXIT_DONE
         except Exception as error:  # a config file may raise anything
             return report_error(_flag_problem(error), errors.EXIT_BAD_INPUT)
+        except KeyboardInterrupt:  # while a config file imports libraries
+            return report_error("interrupted", errors.EXIT_INTERRUPTED)
         logging.configure(self._values.quiet, self._values.verbose)
         pin_settings()
         return _guarded(lambda: body(self._values))
@@ -257,7 +259,8 @@ def _flag_problem(error: Exception) -> str:
         name, _, advice = str(key.args[0]).partition("\n")
         return f"--config: no such key: {name}" + (f"; {advice[0].lower()}{advice[1:]}" if advice else "")
     message = " ".join(str(error).split())
-    if missing := re.match(r"flag --(\w+)=None: .* must have a value other than None", message):
-        return f"--{missing[1]} is missing"
+    missing = re.findall(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.", message)
+    if missing and message.count("flag --") == len(missing):
+        return " and ".join(f"--{name}" for name in missing) + (" is missing" if len(missing) == 1 else " are missing")
     known = (absl_flags.Error, AttributeError, KeyError, OSError, errors.UserError)
     return message if isinstance(error, known) else f"--config: {type(error).__name__}: {message}"

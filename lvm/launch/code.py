@@ -31,7 +31,9 @@ def resolve_commit(revision: str, ship_changes: bool) -> str:
     untracked = [line[3:] for line in changed if line.startswith("??")]
     tracked = [line[3:] for line in changed if not line.startswith("??")]
     if changed and not ship_changes:
-        names = ", ".join((tracked + untracked)[:_MAX_LISTED]) + (" …" if len(changed) > _MAX_LISTED else "")
+        names = ", ".join((tracked + untracked)[:_MAX_LISTED]) + (
+            f" and {len(changed) - _MAX_LISTED} more" if len(changed) > _MAX_LISTED else ""
+        )
         raise UserError(f"{ROOT}: uncommitted changes in {names}; commit them, or use --ship_changes or --commit")
     if untracked:
         log_info(f"untracked files are not shipped: {', '.join(untracked)}")

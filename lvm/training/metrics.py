@@ -72,14 +72,14 @@ class MetricsWriter:
         self._enabled = distributed.is_first()
         if not self._enabled:
             return
+        from tensorboardX import SummaryWriter  # it imports torch, for seconds, where that is installed
+
         self._workdir = epath.Path(workdir)
         self._lines: _LocalLines | _RemoteLines
         self._lines = (_RemoteLines if files.is_remote(self._workdir) else _LocalLines)(self._workdir, start)
         self._wandb: Any = None
         if wandb:
             self._wandb, self._wandb_image = _init_wandb(self._workdir, wandb)
-        from tensorboardX import SummaryWriter  # it imports torch, for seconds, where that is installed
-
         # TensorBoard drops what an earlier run wrote from `purge_step` on.
         self._events = SummaryWriter(os.fspath(self._workdir / "tensorboard"), purge_step=start + 1)
 

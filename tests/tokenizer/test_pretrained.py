@@ -36,7 +36,7 @@ def test_repr_has_sizes():
     assert repr(tokenizer) == ("<Tokenizer: 816,763 parameters, images of 32×32, 16×16 codes of 512, float32, step 7>")
 
 
-@pytest.mark.parametrize("variant", ["lvm", "maskgit"])
+@pytest.mark.parametrize("variant", ["lvm", "maskgit", pytest.param("lvm_old", marks=pytest.mark.slow)])
 def test_codes_are_independent_of_batch_and_device(variant):
     """Alone, in batches of 7 and 64, with padding, on one device or eight: the same codes, in float32."""
     assert len(jax.local_devices()) == 8

@@ -266,6 +266,21 @@ def test_command_of_two_words_is_spelled_with_a_dash(capsys):
     assert "lvm convert-store OLD NEW" in capsys.readouterr().out
 
 
+def test_missing_flags_are_named_together(capsys):
+    flags = cli.Flags("")
+    for name in ("model", "out"):
+        flags.string(name, None, "", required=True)
+    assert flags.run(lambda args: None, []) == 2
+    assert flags.run(lambda args: None, ["--out=x"]) == 2
+    assert capsys.readouterr().err == "error: --model and --out are missing\nerror: --model is missing\n"
+
+
+def test_commands_start_without_slow_libraries():
+    slow = "scipy.stats", "matplotlib", "tensorboardX", "torch"
+    script = f"import lvm.train, tokenizer.train, sys; print([name for name in {slow} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
 def test_interrupted_import_is_one_line(capsys, monkeypatch):
     def interrupt(name):
         raise KeyboardInterrupt

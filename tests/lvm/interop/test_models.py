@@ -116,6 +116,8 @@ def test_write_orbax_rejects_layers_of_mixed_dtypes(tmp_path):
 def test_read_rejects_other_folders(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: doesn't exist; expected a workdir of lvm"):
         models.read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"not a model folder: config\.json is missing"):
+        models.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQGANModel"}))
     with pytest.raises(UserError, match="_class_name: 'VQGANModel'"):
         models.read(tmp_path)
