@@ -48,12 +48,12 @@ def saved(workdir, step):
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps", "is_local"), [(2, 40, True), pytest.param(20, 300, False, marks=pytest.mark.slow)]
+    ("kills", "steps", "is_local"), [(3, 60, True), pytest.param(20, 300, False, marks=pytest.mark.slow)]
 )
 def test_killed_run_has_bits_of_unbroken_run(demo, tmp_path, kills, steps, is_local):
     local = []
     if is_local:
-        local = ["--config.loop.local_checkpoint.every=5", "--config.loop.checkpoint_every=10"]
+        local = ["--config.loop.local_checkpoint.every=5", "--config.loop.checkpoint_every=25"]
         local += [f"--config.loop.local_checkpoint.folder={tmp_path / 'local'}"]
     options = [*OPTIONS, *local, f"--config.data.store={demo / 'store'}", f"--config.loop.total_steps={steps}"]
     run("lvm.train", *options, f"--workdir={tmp_path / 'whole'}")
