@@ -125,7 +125,10 @@ def _run(args: cli.Args) -> None:
         write_comparison(args.out, load_all(args.compare))
         log_info(f"wrote {epath.Path(args.out) / 'index.html'} and comparison.json beside it")
     else:
-        evaluate(from_config_dict(EvalConfig, args.config), args.model, args.tokenizer, args.out)
+        results = evaluate(from_config_dict(EvalConfig, args.config), args.model, args.tokenizer, args.out)
+        if distributed.is_first():
+            for name, value, meaning in report.metrics_table(results):
+                print(f"{name:26} {value:>11}  {meaning}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,6 @@ from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.mixture import split
 from lvm.data.store.reader import Store
-from lvm.evaluation.report import metrics_table
 
 _HELDOUT = 0.15
 _VIDEO_SHARE = 0.3  # share of video sentences where there are annotations too
@@ -203,14 +202,7 @@ def _run(args: cli.Args) -> None:
     else:
         print("\nno held-out video is long enough for a prompt of frames")
     del lock
-    _print_figures(out)
     print(f"\nin {duration(time.monotonic() - start)}; the page:\n{out / 'index.html'}")
-
-
-def _print_figures(out: pathlib.Path) -> None:
-    print("")
-    for name, value, meaning in metrics_table(files.read_json(out / "results.json")):
-        print(f"{name:26} {value:>11}  {meaning}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

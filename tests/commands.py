@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from unittest import mock
 
 import jax
@@ -22,8 +23,11 @@ from lvm.common import cli
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data" / "dev"
 
+# One LLVM module a program: splitting it for several threads costs more than it brings where all cores are busy.
+COMPILER_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
 # Fused kernels through LLVM alone: a step compiles in a third of the time. Later versions have no other way than MLIR.
-COMPILER_FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+if jax.__version_info__ < (0, 11):
+    COMPILER_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 TINY_DEMO = [
     "--source=tests/configs/tiny_scenes.py",
@@ -77,6 +81,27 @@ def _forkserver() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+class _Stage(multiprocessing.get_context("fork").Process):
+    """A stage of the demo, forked instead of started: what `scripts.demo` needs of `subprocess.Popen`.
+
+    Tests that stop a demo, and the one of a single video, start its stages as users do.
+    """
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        sys.stdout.flush()
+        super().__init__(target=_run_command, args=(command[2], command[3:], env, "/dev/stdout"))
+        self.start()
+
+    def wait(self) -> int | None:
+        """Returns the exit code when the stage has ended."""
+        self.join()
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to the stage."""
+        os.kill(self.pid or 0, number)
+
+
 def _run_command(module: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
     """Becomes `python -m MODULE ARGUMENTS` in the project's folder, with stdout and stderr in the file `output`."""
     os.environ.clear()
@@ -84,12 +109,15 @@ def _run_command(module: str, arguments: list[str], environment: dict[str, str],
     # JAX read the variable when the server imported it.
     jax.config.update("jax_disable_most_optimizations", environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "True")
     os.chdir(ROOT)
-    descriptor = os.open(output, os.O_WRONLY | os.O_TRUNC)
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.argv = [module, *arguments]
     try:
-        cli.exit_process(importlib.import_module(module).main(arguments))
+        command = importlib.import_module(module)
+        if module == "scripts.demo":
+            mock.patch.object(command, "subprocess", types.SimpleNamespace(Popen=_Stage)).start()
+        cli.exit_process(command.main(arguments))
     finally:
         atexit._run_exitfuncs()  # as at the end of a program; multiprocessing skips them
 

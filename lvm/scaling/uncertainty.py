@@ -1,6 +1,7 @@
 """Trust in a fit: bootstrap intervals, predictions of budgets that were left out, and speedups with intervals."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -8,6 +9,7 @@ from jaxtyping import Int
 from threadpoolctl import threadpool_limits
 
 from lvm.common.errors import UserError
+from lvm.common.logging import Progress, log_info
 from lvm.scaling.laws import Law
 from lvm.scaling.observations import Observations
 from lvm.scaling.parametric import Fit, check_observations, fit_law, log_residuals, objective, refit
@@ -15,6 +17,7 @@ from lvm.scaling.parametric import Fit, check_observations, fit_law, log_residua
 CONFIDENCE = 0.95
 _HELD_OUT_INITS = 20  # a part of the grid: those fits begin near the optimum of all rows besides
 _MAX_FOLDS = 8
+_LOG_EVERY_S = 10.0
 Interval = tuple[float, float]
 Statistic = Callable[[Observations], Mapping[str, float]]
 
@@ -37,9 +40,13 @@ def bootstrap(observations: Observations, statistic: Statistic, draws: int, seed
     """
     rng = np.random.default_rng(seed)
     values: dict[str, list[float]] = {}
-    for _ in range(draws):
+    progress, logged_at = Progress(draws, unit="resamples"), time.monotonic()
+    for draw in range(draws):
         for name, value in statistic(resample(observations, rng)).items():
             values.setdefault(name, []).append(value)
+        if time.monotonic() - logged_at > _LOG_EVERY_S:
+            logged_at = time.monotonic()
+            log_info(progress.line(draw + 1))
     return intervals(values, draws)
 
 

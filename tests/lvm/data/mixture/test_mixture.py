@@ -213,7 +213,7 @@ def test_too_few_scenes_raise_with_their_count(make_store):
     [
         ({}, True, r"config\.data\.components: empty"),
         ({"a": ComponentConfig(Single(), 0.0)}, True, r"config\.data\.components: .* zero"),
-        ({"a": ComponentConfig(Single())}, False, r"a \(no store: set config\.data\.components\.a\.store"),
+        ({"a": ComponentConfig(Single())}, False, r"a \(no store: set config\.data\.components\.NAME\.store"),
     ],
 )
 def test_empty_mixture_raises(store, components, has_store, message):
