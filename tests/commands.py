@@ -23,11 +23,8 @@ from lvm.common import cli
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data" / "dev"
 
-# One LLVM module a program: splitting it for several threads costs more than it brings where all cores are busy.
-COMPILER_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
 # Fused kernels through LLVM alone: a step compiles in a third of the time. Later versions have no other way than MLIR.
-if jax.__version_info__ < (0, 11):
-    COMPILER_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+COMPILER_FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 
 TINY_DEMO = [
     "--source=tests/configs/tiny_scenes.py",
@@ -99,7 +96,8 @@ class _Stage(multiprocessing.get_context("fork").Process):
 
     def send_signal(self, number: int) -> None:
         """Sends a signal to the stage."""
-        os.kill(self.pid or 0, number)
+        assert self.pid is not None
+        os.kill(self.pid, number)
 
 
 def _run_command(module: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
