@@ -8,5 +8,5 @@ from lvm.evaluation.evaluators.probes import Probes
 
 
 def get_config() -> ConfigDict:
-    """All 225 held-out scenes of the demo, of whose 1800 frames 1024 are probed, 4 or 5 of each scene."""
+    """All 213 held-out scenes of the demo, of whose 1704 frames 1024 are probed, 4 or 5 of each scene."""
     return to_config_dict(EvalConfig({"probes": Probes()}, source="configs/demo_scenes.py"))
