@@ -111,6 +111,7 @@ def test_every_class_occurs_with_every_texture() -> None:
     assert len(seen) == len(CLASSES) * len(TEXTURES)
 
 
+@pytest.mark.slow  # the speed of the machine decides, too
 def test_rendering_takes_under_8_ms() -> None:
     source = GeneratedSource(Preprocess(64))
     source.load(0)
