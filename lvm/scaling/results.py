@@ -18,6 +18,7 @@ from lvm.training.metrics import read_metrics
 
 RESULTS = "results.csv"
 FAILURE = "failure.json"  # in the workdir of a run that failed: {"reason": …, "exit_code": …}
+DIVERGED = "diverged.json"  # in it too, written by the training loop
 _COLUMNS = ("name", "budget", "params", "params_without_embedding", "tokens", "flops", "loss", "batch_size",
             "learning_rate", "steps")  # fmt: skip
 _LOSS = "heldout_loss"

@@ -14,7 +14,7 @@ from lvm.common.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from lvm.common.logging import log_info, log_warning
 from lvm.launch.local import Supervisor
 from lvm.scaling.manifest import Run, Sweep, read_sweep
-from lvm.scaling.results import FAILURE, add_result, read_results, read_state, write_failure
+from lvm.scaling.results import DIVERGED, FAILURE, add_result, read_results, read_state, write_failure
 
 CLAIMS = "claims"  # folder: a claim for each run in progress
 _LOG = "train.log"
@@ -47,7 +47,8 @@ def run_sweep(
     runs = [run for task in tasks for run in task] if index is None else [*tasks[index]]
     if retry_failed:
         for run in runs:
-            (epath.Path(folder) / run.workdir / FAILURE).unlink(missing_ok=True)
+            for name in (FAILURE, DIVERGED):
+                (epath.Path(folder) / run.workdir / name).unlink(missing_ok=True)
     with Claims(epath.Path(folder) / CLAIMS) as claims:
         runner = _Runner(folder, sweep, claims, max_restarts)
         while open_runs := runner.open_runs(runs):

@@ -1,6 +1,7 @@
 """Finished runs of a sweep as observations.
 
-A run is finished when its metrics reach its last step with a held-out loss.
+A run is finished when its metrics reach its last step with a held-out loss. Of one that another machine trained,
+results.csv has the last loss and the downstream metrics.
 """
 
 import math
@@ -13,13 +14,14 @@ from etils import epath
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.scaling.manifest import Run, Sweep, read_sweep
-from lvm.scaling.observations import Observations
-from lvm.scaling.results import FAILURE, read_downstream
+from lvm.scaling.observations import PERPLEXITY, SCORE, Observations
+from lvm.scaling.results import DIVERGED, FAILURE, RESULTS, read_downstream, read_results
 from lvm.training.metrics import read_metrics
 
 POINTS = ("final", "curve")
 _LOSS = "heldout_loss"
-_FAILURES = (FAILURE, "diverged.json")  # of a sweep's runner, of the training loop
+_METRICS = (SCORE, PERPLEXITY)
+_NOT_STARTED = "not started"
 
 
 def read_runs(
@@ -30,22 +32,26 @@ def read_runs(
     Args:
       folder: with the manifest.
       points: "final": the last held-out loss of a run; "curve": all of them, each with the tokens and FLOPs up to its
-        step. Earlier ones are too high where the learning rate had not decayed yet.
+        step, of runs whose workdirs are here. Earlier ones are too high where the learning rate had not decayed yet.
       count_embedding: N includes embedding and output projection.
 
     Raises:
       UserError: no run is finished, or the manifest is none.
     """
     root, sweep = epath.Path(folder), read_sweep(folder)
+    recorded = read_results(folder) if points == "final" else {}
     rows: list[dict[str, Any]] = []
     excluded: dict[str, str] = {}
     for number, (run, (losses, problem)) in enumerate(
         zip(sweep.runs, files.map_concurrently(lambda run: _read_losses(root, run), sweep.runs), strict=True)
     ):
-        if problem:
+        if problem == _NOT_STARTED and run.name in recorded:  # here; trained elsewhere
+            losses, metrics = _recorded(root, run, recorded[run.name])
+        elif problem:
             excluded[run.name] = problem
             continue
-        metrics = read_downstream(root, run)
+        else:
+            metrics = read_downstream(root, run)
         for step, loss in losses if points == "curve" else losses[-1:]:
             share = step / run.steps
             rows.append(
@@ -71,13 +77,13 @@ def read_runs(
 def _read_losses(root: epath.Path, run: Run) -> tuple[list[tuple[int, float]], str]:
     """(step, held-out loss) by step, and why the run isn't finished, "" if it is."""
     workdir = root / run.workdir
-    for name in _FAILURES:
+    for name in (FAILURE, DIVERGED):
         if (workdir / name).exists():
             failure = files.read_json(workdir / name)
             return [], f"failed: {failure.get('reason', 'diverged') if isinstance(failure, dict) else failure}"
     records = read_metrics(workdir)
     if not records:
-        return [], "not started"
+        return [], _NOT_STARTED
     last = max(record["step"] for record in records)
     if last < run.steps:
         return [], f"unfinished: step {last} of {run.steps}"
@@ -87,6 +93,19 @@ def _read_losses(root: epath.Path, run: Run) -> tuple[list[tuple[int, float]], s
     if bad := [step for step, loss in losses.items() if not (0 < loss < math.inf)]:
         return [], f"failed: {_LOSS} is {losses[bad[0]]} at step {bad[0]}"
     return sorted(losses.items()), ""
+
+
+def _recorded(root: epath.Path, run: Run, row: Mapping[str, str]) -> tuple[list[tuple[int, float]], dict[str, float]]:
+    """Loss of the last step and downstream metrics by a row of results.csv."""
+    values = {name: cell for name, cell in row.items() if cell and (name == "loss" or name.startswith(_METRICS))}
+    try:
+        metrics = {name: float(cell) for name, cell in values.items()}
+        loss = metrics.pop("loss")
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{root / RESULTS}: row of {run.name}: {error}; expected its loss, a number") from error
+    if not 0 < loss < math.inf:
+        raise UserError(f"{root / RESULTS}: row of {run.name}: loss={loss:g} must be a positive number")
+    return [(run.steps, loss)], metrics
 
 
 def _empty_budgets(sweep: Sweep, excluded: Mapping[str, str]) -> list[str]:

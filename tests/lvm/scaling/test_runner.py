@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 
+import numpy as np
 import pytest
 
 from lvm.common.claims import Claims
@@ -13,7 +14,9 @@ from lvm.scaling import runner
 from lvm.scaling.manifest import FORMAT, Run, Sweep, write_sweep
 from lvm.scaling.results import RESULTS, read_results, read_state
 from lvm.scaling.runner import CLAIMS, run_sweep
+from lvm.scaling.runs import read_runs
 from lvm.scaling.status import sweep_status
+from lvm.training import loop
 
 
 class KilledError(BaseException):
@@ -122,8 +125,10 @@ def test_failed_run_stops_nothing(sweep, monkeypatch):
     with pytest.raises(UserError, match="the loss is NaN"):
         run_sweep(str(sweep))
     assert training.commands == []
+    (sweep / "runs/a" / loop.DIVERGED).write_text("{}")
     assert train_all(sweep, monkeypatch, retry_failed=True) == [("lvm.train", "a")]
     assert [*read_results(sweep)] == ["a", "b", "c"]
+    assert read_runs(sweep)[0].name.tolist() == ["a", "b", "c"]
 
 
 def test_failed_task_of_job_array_is_done(sweep, monkeypatch, caplog):
@@ -182,13 +187,30 @@ def test_branch_waits_for_checkpoint_of_its_trunk(tmp_path, monkeypatch):
 
 def test_other_machine_goes_on_by_results_alone(sweep, tmp_path_factory, monkeypatch):
     training = Training(sweep, monkeypatch)
-    training.fail = {"b": EXIT_PREEMPTED}
-    run_sweep(str(sweep))
+    training.fail = {"b": EXIT_DIVERGED}
+    with pytest.raises(UserError, match="1 of 3 runs failed"):
+        run_sweep(str(sweep))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     for name in ("sweep.json", RESULTS):
         (elsewhere / name).write_bytes((sweep / name).read_bytes())
+    here, there = read_runs(sweep)[0], read_runs(elsewhere)[0]
+    assert there.name.tolist() == here.name.tolist() == ["a", "c"]
+    assert there.excluded == {"b": "not started"}
+    for name in ("params", "tokens", "flops", "loss"):
+        np.testing.assert_array_equal(getattr(there, name), getattr(here, name))
+    np.testing.assert_equal(there.metrics, here.metrics)
+    with pytest.raises(UserError, match="none of 3 runs is finished"):
+        read_runs(elsewhere, "curve")
     assert train_all(elsewhere, monkeypatch)[0] == ("lvm.train", "b")
     assert [*read_results(elsewhere)] == ["a", "b", "c"]
+    assert read_runs(elsewhere)[0].name.tolist() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("cell", ["", "low", "nan", "-1"])
+def test_row_of_results_without_loss_is_named(sweep, cell):
+    (sweep / RESULTS).write_text(f"name,loss\nb,{cell}\n")
+    with pytest.raises(UserError, match=r"results\.csv: row of b: .*loss"):
+        read_runs(sweep)
 
 
 def test_status_has_state_rate_and_time_left(sweep, monkeypatch):
