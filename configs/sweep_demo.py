@@ -1,6 +1,7 @@
 """IsoFLOP sweep of tiny transformers on the demo's generated scenes: 4 budgets of 5 sizes, on two CPU cores.
 
-Needs the demo's tokenizer and store (`make demo`). Each finished run is evaluated by segmentation too.
+Needs the demo's tokenizer and store (`make demo`). The learning rate is that of width 32, which muP carries over to the
+others. Each finished run is evaluated by segmentation too.
 """
 
 from ml_collections import ConfigDict
@@ -13,20 +14,16 @@ from lvm.scaling.space import chain, isoflop, param, product
 
 # Budget → widths around its expected minimum.
 WIDTHS = {
-    5e11: (16, 24, 32, 48, 64),
-    1e12: (24, 32, 48, 64, 80),
-    2e12: (24, 32, 48, 64, 80),
-    4e12: (32, 48, 64, 80, 96),
+    6e11: (8, 16, 24, 32, 48),
+    1e12: (8, 16, 24, 32, 48),
+    1.8e12: (16, 24, 32, 48, 64),
+    3e12: (24, 32, 40, 48, 64),
 }
 
 
 def get_config() -> ConfigDict:
-    points = chain(
-        *(
-            isoflop([budget], product(param("width", *widths), param("num_layers", 2)))
-            for budget, widths in WIDTHS.items()
-        )
-    )
+    depth = param("num_layers", 2)
+    points = chain(*(isoflop([budget], product(param("width", *widths), depth)) for budget, widths in WIDTHS.items()))
     return to_config_dict(
         SweepConfig(
             train="configs/sweep_demo_train.py",
@@ -38,14 +35,7 @@ def get_config() -> ConfigDict:
             max_epochs=5.0,
             num_codes=512,
             device_flops=2e10,  # of two cores
-            evaluation=(
-                "--config=configs/eval_demo.py",
-                *(
-                    f"--config.evaluations.{task}.num_queries=64"
-                    for task in ("depth", "edges", "segmentation", "task_following")
-                ),
-                *(f"--config.evaluations.{name}.num_sentences=64" for name in ("likelihood", "perplexity")),
-                "--tokenizer=runs/demo/tokenizer",
-            ),
+            evaluation=("--config=configs/eval_sweep.py", "--tokenizer=runs/demo/tokenizer"),
+            tokens_per_param=75.0,  # such models, of few steps of small batches, want more than the 20 of large ones
         )
     )
