@@ -55,6 +55,9 @@ _MIXTURE_KEYS = ("config.data.", "mixture.", "stores", "sources")
 def train(config: TrainConfig, workdir: str) -> None:
     """Starts or resumes training in `workdir`; does nothing if it is complete."""
     times = Goodput()
+    tokens = config.batch_size * config.model.context
+    loop = config.loop.with_total_steps(tokens)
+    optimizer.build_schedule(config.optimizer, loop.total_steps, tokens)  # its errors, before waiting for processes
     distributed.join(config.distributed)
     with times.spent_on(INDEX):
         mixture = Mixture(config.data, config.seed)
@@ -70,8 +73,6 @@ def train(config: TrainConfig, workdir: str) -> None:
         "sources": [store.manifest["source"] for store in mixture.stores],
         "mixture": {**mixture.record(), "identity": mixture.identity()},
     }
-    tokens = config.batch_size * config.model.context
-    loop = config.loop.with_total_steps(tokens)
     may_change = _MIXTURE_KEYS if config.accept_changed_mixture else ()
     run = Workdir(workdir, "lvm", record, may_change, TrainConfig)
     if is_finished(run, loop):

@@ -73,6 +73,8 @@ def read(folder: epath.PathLike) -> Weights:
 def _read(path: epath.Path) -> Weights:
     if path.is_file():
         return _read_published(path.parent, path)
+    if not path.exists():
+        raise UserError(f"{path}: doesn't exist; expected a workdir of tokenizer training, or published weights")
     if path.is_dir() and "kind" not in _read_fields(path):
         return _read_published(path, None)
     record = read_record(path, "tokenizer", ("config", "preprocess"))

@@ -116,7 +116,7 @@ def build(
       UserError: warm-up and decay exceed the run, or are in tokens and the task has none; a parametrization for AdamW
         with another optimizer. The optimizer's `init`: Muon finds no kernels of a transformer's layers.
     """
-    schedule = _schedule(config, total_steps, tokens_per_step)
+    schedule = build_schedule(config, total_steps, tokens_per_step)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     scale_by_optimizer = _scale_by_optimizer(config)
     if model is not None and model.parametrization.name != "standard":
@@ -144,7 +144,8 @@ def build(
     return optax.chain(*clip, step), schedule
 
 
-def _schedule(config: OptimizerConfig, total_steps: int, tokens_per_step: int) -> optax.Schedule:
+def build_schedule(config: OptimizerConfig, total_steps: int, tokens_per_step: int) -> optax.Schedule:
+    """The schedule from step to learning rate; arguments and errors as for `build`, without those of optimizers."""
     warmup, warmup_text = _length(config, "warmup", tokens_per_step)
     decay, decay_text = _length(config, "decay", tokens_per_step)
     if warmup >= total_steps:
