@@ -126,6 +126,7 @@ def _fit(args: cli.Args) -> None:
         seed=args.seed,
         budgets=tuple(_to_number("budgets", "", value) for value in args.budgets),
     )
+    _check_used(args)
     rows, warnings = _read(args, args.csv or args.sweep)
     baseline = None
     if args.baseline:
@@ -142,12 +143,25 @@ def _fit(args: cli.Args) -> None:
 
 def _read(args: cli.Args, path: str) -> tuple[Observations, list[str]]:
     """Rows of a table or of a sweep's folder, and warnings of reading them."""
-    if epath.Path(path).is_dir() or path == args.sweep:
+    if _is_sweep(args, path):
         return read_runs(path, args.points, args.count_embedding)
-    for name in ("points", "count_embedding"):
-        if args[name].present:
-            raise UserError(f"--{name}: has no effect on a table, {path}")
     return read_csv(path, _pairs("columns", args.columns)), []
+
+
+def _is_sweep(args: cli.Args, path: str) -> bool:
+    return path == args.sweep or epath.Path(path).is_dir()
+
+
+def _check_used(args: cli.Args) -> None:
+    """Raises UserError for a flag without effect on what is read or fitted."""
+    are_sweeps = [_is_sweep(args, path) for path in (args.csv or args.sweep, args.baseline) if path]
+    for name in ("points", "count_embedding"):
+        if args[name].present and not any(are_sweeps):
+            raise UserError(f"--{name}: has no effect on a table, {args.csv}")
+    if args.columns and all(are_sweeps):
+        raise UserError(f"--columns: has no effect on a sweep, {args.sweep}")
+    if args["delta"].present and args.method == "variable_projection":
+        raise UserError("--delta: has no effect on squared residuals; use huber or variable_projection_huber")
 
 
 def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from lvm.common import cli
 from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.model.parametrization import ParametrizationConfig
 from lvm.scaling.coordinate_check import at_width
@@ -33,12 +34,21 @@ COLUMNS = ("parametrization", "width", "log2_learning_rate", "learning_rate", "s
 Losses = dict[tuple[str, int, int], float]  # (parametrization, width, exponent of 2) → loss
 
 
-def read_losses(path: pathlib.Path) -> Losses:
-    """The finished runs of a table; a last line that was cut off is left out."""
+def read_losses(path: pathlib.Path, steps: int) -> Losses:
+    """The finished runs of a table, from which a last line that was cut off is removed.
+
+    Raises:
+      UserError: a run of another number of steps.
+    """
     if not path.exists():
         return {}
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        content = content[: content.rfind(b"\n") + 1]
+        path.write_bytes(content)
+    rows = [*csv.DictReader(content.decode().splitlines())]
+    if other := [row["steps"] for row in rows if int(row["steps"]) != steps]:
+        raise UserError(f"{path}: has runs of {other[0]} steps, not of --steps={steps}; use another file")
     return {
         (row["parametrization"], int(row["width"]), int(row["log2_learning_rate"])): float(row["loss"]) for row in rows
     }
@@ -117,7 +127,9 @@ def plot(losses: Losses, path: pathlib.Path) -> None:
 
 def _run(args: cli.Args) -> None:
     config, path = from_config_dict(TrainConfig, args.config), pathlib.Path(args.out)
-    losses = read_losses(path)
+    losses = read_losses(path, args.steps)
+    if invalid := [width for width in args.widths if not width.isdecimal()]:
+        raise UserError(f"--widths: {invalid[0]!r} is not a hidden size; expected integers, such as 64,128")
     for width in [] if args.dry_run else map(int, args.widths):
         for name in args.parametrizations:
             train = None
@@ -128,7 +140,7 @@ def _run(args: cli.Args) -> None:
                     break
                 train = train or make_trainer(config, name, width, args.steps)
                 losses[name, width, exponent] = loss = train(2.0**exponent)
-                is_new = not path.exists()
+                is_new = not (path.exists() and path.stat().st_size)
                 with path.open("a", newline="") as file:
                     writer = csv.writer(file)
                     writer.writerows([COLUMNS] if is_new else [])
@@ -146,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.comma_list("widths", ("64", "128", "256", "512"), "hidden sizes")
     flags.comma_list("parametrizations", ("mup", "standard"), "of standard and mup; the base model is the config's")
     flags.integer("start", -7, "exponent of 2 of the first learning rate at a width")
-    flags.integer("steps", 200, "steps of a run", lower_bound=10)
+    flags.integer("steps", 150, "steps of a run", lower_bound=10)
     flags.boolean("dry_run", False, "only print the table and draw the plot")
     return flags.run(_run, argv)
 

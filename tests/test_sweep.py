@@ -1,7 +1,9 @@
 """`lvm sweep fit` as a command: on a table, on a sweep's folder, and on nonsense."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from lvm.scaling.laws import ChinchillaLaw
@@ -54,6 +56,8 @@ def test_fit_of_a_sweep_warns_of_an_empty_budget(tmp_path):
         (["--csv=CSV", "--budgets=1e20,big"], "--budgets=big"),
         (["--csv=CSV", "--points=curve"], "--points"),
         (["--csv=CSV", "--method=cubic"], "method"),
+        (["--csv=CSV", "--method=variable_projection", "--delta=7"], "--delta: has no effect on squared residuals"),
+        (["--sweep=nowhere", "--columns=params=n"], "--columns: has no effect on a sweep"),
     ],
 )
 def test_fit_rejects_nonsense_in_one_line(tmp_path, capsys, arguments, words):
@@ -65,6 +69,27 @@ def test_fit_rejects_nonsense_in_one_line(tmp_path, capsys, arguments, words):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda N, D: 2 + 400 * N**-0.34,
+        lambda N, D: 2 + 1e-9 * (N * D) ** 0.3,
+        lambda N, D: np.random.default_rng(0).uniform(2, 3, len(N)),
+    ],
+    ids=["of params alone", "rising", "random"],
+)
+@pytest.mark.parametrize("method", ["huber", "variable_projection"])
+def test_fit_of_losses_without_optimum_is_one_line(tmp_path, capsys, loss, method):
+    from lvm import sweep
+
+    rows = isoflop_rows(LAW, [1e17, 1e18, 1e19, 1e20], sizes=5)
+    path = write_csv(tmp_path / "runs.csv", dataclasses.replace(rows, loss=loss(rows.params, rows.tokens)))
+    flags = [f"--method={method}", "--inits=6", "--bootstrap=0", f"--out={tmp_path / 'out'}"]
+    code, error = sweep.main(["fit", f"--csv={path}", *flags]), capsys.readouterr().err
+    assert code == 0 or (code == 2 and "do not determine a law" in error.splitlines()[-1])
+    assert (tmp_path / "out" / "fit.json").exists() == (code == 0)
 
 
 @pytest.mark.parametrize("verb", ["", "fits"])

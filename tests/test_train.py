@@ -3,7 +3,12 @@
 import pytest
 from etils import epath
 
+from lvm import train
+from lvm.common import cli, distributed
+from lvm.common.config import from_config_dict
+from lvm.common.errors import UserError
 from lvm.training import metrics
+from lvm.training.config import TrainConfig
 from tests.commands import run
 
 TINY = "--config=tests/configs/tiny_lvm.py"
@@ -19,6 +24,13 @@ OTHER_MESH = [
     "--config.mesh.tensor=2",
     "--config.model.remat=full",
 ]
+
+
+def test_schedule_that_cannot_be_is_refused_before_processes_join(monkeypatch, tmp_path):
+    config = from_config_dict(TrainConfig, cli.read_config([TINY, "--config.optimizer.warmup_steps=1000000"]))
+    monkeypatch.setattr(distributed, "join", lambda config: pytest.fail("joined"))
+    with pytest.raises(UserError, match="warmup_steps=1000000 must be below total_steps"):
+        train.train(config, str(tmp_path / "run"))
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ class Claims:
         self._held: dict[str, int] = {}  # attempt
         self._stale: dict[str, int] = {}  # attempt, as of the last `busy`
         self._seen: dict[str, tuple[float, float]] = {}  # by file: its time, and when that was first seen
+        self._alive: set[str] = set()  # busy items whose process is known to run
+        self._unproven: set[str] = set()  # the other busy ones
         self._lock, self._closed = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "Claims":
@@ -57,7 +59,7 @@ class Claims:
     def busy(self) -> set[str]:
         """Items that other processes hold and renew, by one listing."""
         now, seen = time.monotonic(), {}
-        self._stale, busy = {}, set()
+        self._stale, busy, alive = {}, set(), set()
         for item, attempts in _by_item(files.times(self._folder)).items():
             attempt, modified = max(attempts.items())
             name = f"{item}.{attempt}"
@@ -67,10 +69,16 @@ class Claims:
                 continue
             if self._is_stale(name, now - seen[name][1]):
                 self._stale[item] = attempt
-            else:
-                busy.add(item)
-        self._seen = seen
+                continue
+            busy.add(item)
+            if item in self._alive or last != modified or self._is_running(name):
+                alive.add(item)
+        self._seen, self._alive, self._unproven = seen, alive, busy - alive
         return busy
+
+    def is_unproven(self, item: str) -> bool:
+        """True if an item was `busy` but nothing shows yet that its process runs: it wasn't renewed since first seen."""
+        return item in self._unproven
 
     def _is_stale(self, name: str, unchanged_s: float) -> bool:
         if unchanged_s > self._ttl_s:
@@ -78,6 +86,13 @@ class Claims:
         # Remote claims are read only if they are late: of hundreds, few are.
         is_suspect = unchanged_s > 2 * self._renew_s or not files.is_remote(self._folder)
         return is_suspect and _has_ended(files.read_side_file(self._folder / name))
+
+    def _is_running(self, name: str) -> bool:
+        """True if a local claim's process runs on this machine; False if that can't be told."""
+        if files.is_remote(self._folder):
+            return False
+        owner = files.read_side_file(self._folder / name)
+        return bool(owner) and owner["machine"] == _machine() != "" and not _has_ended(owner)
 
     def acquire(self, item: str) -> bool:
         """Claims an item that is not `busy`; False if another process is faster."""

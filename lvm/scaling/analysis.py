@@ -126,6 +126,10 @@ def analyze(
     curve = np.geomspace(*ends, _CURVE_POINTS).tolist()
     grid = [*budgets, *curve]
     point = _statistics(kept, fit, grid, is_point=True)
+    optima = [point[f"parametric/{name}/{i}"] for name in ("params", "tokens") for i in range(len(grid))]
+    if not all(1 <= value < math.inf for value in optima):  # of parameters and tokens
+        values = ", ".join(f"{name} {value:.3g}" for name, value in fit.coefficients.items())
+        raise UserError(f"these {len(kept)} rows do not determine a law with compute-optimal N and D: {values}")
     ranges: Mapping[str, Interval] = {}
     if settings.bootstrap:
         log_info(f"bootstrap of {settings.bootstrap} resamples")

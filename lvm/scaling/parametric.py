@@ -243,10 +243,11 @@ class _Problem:
 
         loss = {} if np.isinf(self.delta) else {"loss": "huber", "f_scale": self.delta}
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15)
-        result = scipy.optimize.least_squares(
-            lambda values: evaluate(values, 0), start[self.free], jac=lambda values: evaluate(values, 1)[self.free].T,
-            x_scale="jac", max_nfev=200, **tolerances, **loss,
-        )  # fmt: skip
+        with np.errstate(all="ignore"):  # of a parameter that vanishes, whose logarithm diverges
+            result = scipy.optimize.least_squares(
+                lambda values: evaluate(values, 0), start[self.free], x_scale="jac", max_nfev=200, **tolerances, **loss,
+                jac=lambda values: evaluate(values, 1)[self.free].T,
+            )  # fmt: skip
         point[self.free] = result.x
         return point
 

@@ -164,6 +164,12 @@ class _Planner:
             base_batch_size=base.batch_size,
             base_learning_rate=base.optimizer.learning_rate,
         )
+        parametrization, rule = base.model.parametrization.name, self._config.rule.name
+        if parametrization != "standard" and rule != "fixed":
+            raise UserError(
+                f"{name}: {parametrization} carries over the base model's learning rate, which rule.name={rule} would "
+                "scale again; use fixed"
+            )
         try:
             choice = RULES[self._config.rule.name](case, self._config.rule)
         except UserError as error:
@@ -213,12 +219,20 @@ class _Planner:
             settings |= {"optimizer.decay_steps": self._decay(draft), "optimizer.decay_tokens": 0}
         if base.optimizer.schedule != "constant":
             settings["optimizer.end_learning_rate"] = float(f"{config.rule.end_fraction * choice.learning_rate:.4g}")
-        if choice.b2 is not None:
+        overridden = {key.removeprefix("config.") for key in draft.point.overrides}
+        if choice.b2 is not None and "optimizer.b2" not in overridden:
             settings["optimizer.b2"] = float(f"{choice.b2:.6g}")
+        # A point's schedule=wsd needs decay_steps to be valid.
+        if clash := sorted(overridden & settings.keys() - {"optimizer.decay_steps"}):
+            raise UserError(
+                f"{draft.name}: {clash[0]} is chosen by the sweep, {settings[clash[0]]}; a point can't set it"
+            )
         pairs = [*(f"{key}={value}" for key, value in settings.items()), *more]
         arguments = [f"--config={config.train}", *_overrides(draft.point), *(f"--config.{pair}" for pair in pairs)]
         mesh, micro_batches = "", base.objective.accumulate_steps
         if self._target is not None:
+            if clash := sorted(key for key in overridden if key.startswith(("mesh.", "objective.accumulate_steps"))):
+                raise UserError(f"{draft.name}: {clash[0]} is chosen for the accelerator; a point can't set it")
             placed = self._place(draft.name, self._target, _load(arguments))
             mesh, micro_batches = format_mesh(placed.mesh), placed.objective.accumulate_steps
             arguments += [f"--config.mesh.{axis}={getattr(placed.mesh, axis)}" for axis in ("data", "fsdp")]
@@ -321,6 +335,7 @@ def _check_budgets(config: SweepConfig, runs: Sequence[Run]) -> list[str]:
     warnings = []
     for budget, ratios in sorted(by_budget.items()):
         if len(ratios) < 2:
+            warnings.append(f"budget {budget:.3g}: has one size; its minimum is unknown")
             continue
         sizes = np.array(sorted(ratios))
         logs = np.log([ratios[size] / config.tokens_per_param for size in sizes.tolist()])  # falls with the size

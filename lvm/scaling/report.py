@@ -40,7 +40,7 @@ def to_json(analysis: Analysis, source: str) -> dict[str, Any]:
         "share_of_inits": fit.share_of_inits,
         "interval": analysis.intervals,
         "units": dict(zip(("params", "tokens"), fit.units, strict=True)),
-        "delta": settings.fit.delta,
+        "delta": None if settings.fit.method == "variable_projection" else settings.fit.delta,
         "overestimate_penalty": settings.fit.overestimate_penalty,
         "underestimate_penalty": settings.fit.underestimate_penalty,
         "pins": settings.fit.pins,

@@ -12,6 +12,7 @@ from etils import epath
 
 from lvm.common import files
 from lvm.common.claims import Claims
+from lvm.common.errors import UserError
 from lvm.scaling.manifest import Run, Sweep
 from lvm.scaling.observations import PERPLEXITY, SCORE
 from lvm.training.metrics import read_metrics
@@ -69,12 +70,45 @@ def write_failure(folder: epath.PathLike, run: Run, reason: str, exit_code: int)
     files.write_json(workdir / FAILURE, {"reason": reason, "exit_code": exit_code})
 
 
-def read_results(folder: epath.PathLike) -> dict[str, dict[str, str]]:
-    """Rows of results.csv by the name of their run; {} before the first."""
+def read_results(folder: epath.PathLike, sweep: Sweep) -> dict[str, dict[str, str]]:
+    """Rows of results.csv by the name of their run; {} before the first.
+
+    Raises:
+      UserError: not a table of results, two rows of a run, a loss that is no positive number, a downstream metric that
+        is no number, or a row of a run that differs from the plan's.
+    """
     path = epath.Path(folder) / RESULTS
     if not path.exists():
         return {}
-    return {row["name"]: row for row in csv.DictReader(io.StringIO(path.read_text()))}
+    reader = csv.reader(io.StringIO(path.read_text()))
+    header = next(reader, [])
+    if missing := [name for name in _COLUMNS if name not in header]:
+        raise UserError(f"{path}: no column {missing[0]} in its first line; expected the results of a sweep")
+    runs, rows = {run.name: run for run in sweep.runs}, dict[str, dict[str, str]]()
+    for cells in reader:
+        if len(cells) != len(header):
+            raise UserError(f"{path}: line {reader.line_num}: {len(cells)} cells, expected {len(header)}")
+        row = dict(zip(header, cells, strict=True))
+        where = f"{path}: line {reader.line_num}: {row['name']}"
+        if row["name"] in rows:
+            raise UserError(f"{where}: has a second row")
+        for name in ("loss", *(name for name in header if name.startswith((SCORE, PERPLEXITY)) and row[name])):
+            if not math.isfinite(value := _to_number(row[name])) or (name == "loss" and value <= 0):
+                raise UserError(f"{where}: {name}={row[name] or 'nothing'}; expected a number")
+        for name in _COLUMNS if row["name"] in runs else ():
+            planned = getattr(runs[row["name"]], name, None)
+            if isinstance(planned, int | float) and _to_number(row[name]) != planned:
+                raise UserError(f"{where}: {name}={row[name]}, but {planned} in the plan: results of another sweep")
+        rows[row["name"]] = row
+    return rows
+
+
+def _to_number(cell: str) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
 
 
 def add_result(folder: epath.PathLike, sweep: Sweep, run: Run, loss: float, claims: Claims) -> None:
@@ -87,7 +121,7 @@ def add_result(folder: epath.PathLike, sweep: Sweep, run: Run, loss: float, clai
     while _LOCK in claims.busy() or not claims.acquire(_LOCK):  # other runners add theirs
         time.sleep(_POLL_S)
     try:
-        rows = {**read_results(folder), run.name: row}
+        rows = {**read_results(folder, sweep), run.name: row}
         order = {name: i for i, name in enumerate([run.name for run in sweep.runs])}
         downstream = sorted({name for row in rows.values() for name in row if name.startswith((SCORE, PERPLEXITY))})
         table = io.StringIO()

@@ -61,7 +61,7 @@ def run_sweep(
                     claims.release(claimed.name)
             elif not (left := runner.open_runs(runs)):
                 break
-            elif index is None:
+            elif index is None and not any(claims.is_unproven(run.name) for run in left):
                 log_info(f"{len(left)} runs are left to other runners: {_listed(left)}")
                 break
             else:
@@ -93,13 +93,15 @@ class _Runner:
     def claim(self, runs: Sequence[Run]) -> Run | None:
         """Claims the first run that can be trained now; None if there is none."""
         busy = self._claims.busy()
-        recorded = read_results(self._folder)
+        recorded = read_results(self._folder, self._sweep)
         for run in runs:
             if run.name in busy or self._check_settled(run, run.name in recorded):
                 continue
             if self._waits_for_trunk(run, busy, run.trunk in recorded) or not self._claims.acquire(run.name):
                 continue
-            if not self._check_settled(run, run.name in read_results(self._folder)):  # another may just have done it
+            if not self._check_settled(
+                run, run.name in read_results(self._folder, self._sweep)
+            ):  # another may just have done it
                 return run
             self._claims.release(run.name)
         return None
@@ -114,11 +116,11 @@ class _Runner:
         return run.trunk in busy or not (is_trunk_recorded or read_state(self._folder, trunk).is_settled)
 
     def _check_settled(self, run: Run, is_recorded: bool) -> bool:
-        state = read_state(self._folder, run)
-        if state.failure:
-            self.failures[run.name] = state.failure
         # A run that is finished without a row was killed before its evaluation or its row: it is run again, quickly.
-        if is_recorded or state.failure:
+        failure = "" if is_recorded else read_state(self._folder, run).failure
+        if failure:
+            self.failures[run.name] = failure
+        if is_recorded or failure:
             self._settled.add(run.name)
             return True
         return False
@@ -150,12 +152,13 @@ class _Runner:
         """Runs a command to its end; the exit code is 75 if this process was told to end, and a failure is recorded."""
         workdir = epath.Path(self._folder) / run.workdir
         with _open_log(workdir) as log:
+            start = log.seek(0, os.SEEK_END)  # of this attempt
             supervisor = Supervisor(command, 1, self._max_restarts, _GRACE_S, lambda: progress.read(workdir), log=log)
             code = supervisor.run()
             if supervisor.terminated:
                 return EXIT_PREEMPTED
             if code != EXIT_DONE:
-                log.seek(0)
+                log.seek(start)
                 errors = [line for line in log if line.startswith("error: ")]
                 reason = errors[-1].removeprefix("error: ").strip() if errors else f"exit code {code}"
                 self._fail(run, reason, code)

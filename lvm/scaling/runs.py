@@ -1,7 +1,7 @@
 """Finished runs of a sweep as observations.
 
-A run is finished when its metrics reach its last step with a held-out loss. Of one that another machine trained,
-results.csv has the last loss and the downstream metrics.
+A run is finished when results.csv has its row, whoever trained it, or its metrics reach its last step with a held-out
+loss.
 """
 
 import math
@@ -20,8 +20,6 @@ from lvm.training.metrics import read_metrics
 
 POINTS = ("final", "curve")
 _LOSS = "heldout_loss"
-_METRICS = (SCORE, PERPLEXITY)
-_NOT_STARTED = "not started"
 
 
 def read_runs(
@@ -39,16 +37,18 @@ def read_runs(
       UserError: no run is finished, or the manifest is none.
     """
     root, sweep = epath.Path(folder), read_sweep(folder)
-    recorded = read_results(folder) if points == "final" else {}
+    recorded = read_results(folder, sweep)
     rows: list[dict[str, Any]] = []
     excluded: dict[str, str] = {}
     for number, (run, (losses, problem)) in enumerate(
         zip(sweep.runs, files.map_concurrently(lambda run: _read_losses(root, run), sweep.runs), strict=True)
     ):
-        if problem == _NOT_STARTED and run.name in recorded:  # here; trained elsewhere
-            losses, metrics = _recorded(root, run, recorded[run.name])
+        if points == "final" and run.name in recorded:
+            losses, metrics = _recorded(run, recorded[run.name])
         elif problem:
-            excluded[run.name] = problem
+            excluded[run.name] = (
+                f"{problem} here; {RESULTS} has its last loss alone" if run.name in recorded else problem
+            )
             continue
         else:
             metrics = read_downstream(root, run)
@@ -83,7 +83,7 @@ def _read_losses(root: epath.Path, run: Run) -> tuple[list[tuple[int, float]], s
             return [], f"failed: {failure.get('reason', 'diverged') if isinstance(failure, dict) else failure}"
     records = read_metrics(workdir)
     if not records:
-        return [], _NOT_STARTED
+        return [], "not started"
     last = max(record["step"] for record in records)
     if last < run.steps:
         return [], f"unfinished: step {last} of {run.steps}"
@@ -95,17 +95,10 @@ def _read_losses(root: epath.Path, run: Run) -> tuple[list[tuple[int, float]], s
     return sorted(losses.items()), ""
 
 
-def _recorded(root: epath.Path, run: Run, row: Mapping[str, str]) -> tuple[list[tuple[int, float]], dict[str, float]]:
+def _recorded(run: Run, row: Mapping[str, str]) -> tuple[list[tuple[int, float]], dict[str, float]]:
     """Loss of the last step and downstream metrics by a row of results.csv."""
-    values = {name: cell for name, cell in row.items() if cell and (name == "loss" or name.startswith(_METRICS))}
-    try:
-        metrics = {name: float(cell) for name, cell in values.items()}
-        loss = metrics.pop("loss")
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{root / RESULTS}: row of {run.name}: {error}; expected its loss, a number") from error
-    if not 0 < loss < math.inf:
-        raise UserError(f"{root / RESULTS}: row of {run.name}: loss={loss:g} must be a positive number")
-    return [(run.steps, loss)], metrics
+    metrics = {name: float(cell) for name, cell in row.items() if cell and name.startswith((SCORE, PERPLEXITY))}
+    return [(run.steps, float(row["loss"]))], metrics
 
 
 def _empty_budgets(sweep: Sweep, excluded: Mapping[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ import dataclasses
 from etils import epath
 
 from lvm.common import files
-from lvm.common.claims import Claims
+from lvm.common.claims import Claims, late_claims
 from lvm.common.logging import duration
 from lvm.scaling.manifest import Run, read_sweep
 from lvm.scaling.results import read_results, read_state
@@ -48,8 +48,9 @@ def sweep_status(folder: epath.PathLike) -> tuple[list[str], bool]:
       UserError: no manifest.
     """
     sweep = read_sweep(folder)
-    recorded = read_results(folder)
-    busy = Claims(epath.Path(folder) / CLAIMS).busy()
+    recorded = read_results(folder, sweep)
+    claims = epath.Path(folder) / CLAIMS
+    busy = Claims(claims).busy() - set(late_claims(claims)[1])
 
     def read_row(run: Run) -> _Row:
         if run.name in recorded:

@@ -21,6 +21,9 @@ from lvm.training.config import TrainConfig
 
 SHAPE = ShapeConfig(depth="aspect", aspect=32, head_dim=8, multiple=8)
 WIDTHS = space.param("width", 16, 24, 32, 48, 64)
+MUP = space.zip_spaces(
+    space.param("model.parametrization.name", "mup"), space.param("model.parametrization.base_width", 32)
+)
 
 
 def make(points, **changes):
@@ -54,6 +57,14 @@ def test_overrides_reach_training_config():
     runs = make(points).runs
     assert [config_of(run).optimizer.b2 for run in runs] == [0.9, 0.99]
     assert [run.name for run in runs] == ["d1e06-w32-b2=0.9", "d1e06-w32-b2=0.99"]
+
+
+def test_points_value_replaces_the_rules_b2():
+    points = space.product(
+        space.param("tokens", 1e7), space.param("width", 128), space.param("optimizer.b2", 0.9, 0.99)
+    )
+    runs = make(points, rule=RuleConfig("square_root_batch")).runs
+    assert [config_of(run).optimizer.b2 for run in runs] == [0.9, 0.99]
 
 
 def test_branches_share_a_trunk_and_its_hyperparameters():
@@ -110,6 +121,26 @@ def test_mesh_and_micro_batches_fit_accelerator():
             {},
             "config.heldout_batches=0; a sweep compares held-out losses",
         ),
+        (
+            space.isoflop([5e11], space.product(WIDTHS, space.param("optimizer.warmup_steps", 10))),
+            {},
+            "optimizer.warmup_steps is chosen by the sweep",
+        ),
+        (
+            space.product(
+                space.param("tokens", 2**20),
+                space.param("width", 32),
+                space.param("config.mesh.fsdp", 2),
+                space.param("batch_size", 8),
+            ),
+            {"accelerator": "v5litepod-8"},
+            "mesh.fsdp is chosen for the accelerator",
+        ),
+        (
+            space.isoflop([5e11], space.product(WIDTHS, MUP)),
+            {"rule": RuleConfig("square_root_batch")},
+            "mup carries over the base model's learning rate, which rule.name=square_root_batch",
+        ),
     ],
 )
 def test_plan_refuses(points, changes, words, tmp_path, monkeypatch):
@@ -122,6 +153,11 @@ def test_plan_refuses(points, changes, words, tmp_path, monkeypatch):
 def test_plan_warns_of_minimum_near_the_edge():
     (warning,) = make(space.isoflop([5e11], space.param("width", 16, 24, 32, 48))).warnings
     assert "3 lie below and 1 above the expected minimum" in warning
+
+
+def test_plan_warns_of_a_single_size():
+    (warning,) = make(space.isoflop([5e11], space.param("width", 32))).warnings
+    assert warning == "budget 5e+11: has one size; its minimum is unknown"
 
 
 def test_point_needs_one_length():

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ def make_run(name, **changes):
 
 
 RUNS = (make_run("a"), make_run("b"), make_run("c", evaluation="evaluations/c"))
+SWEEP = Sweep(FORMAT, RUNS)
 
 
 class Training:
@@ -89,7 +93,7 @@ def test_runner_trains_each_run_once(sweep, monkeypatch):
     commands = train_all(sweep, monkeypatch)
     assert commands == [("lvm.train", "a"), ("lvm.train", "b"), ("lvm.train", "c"), ("lvm.evaluate", "c")]
     assert train_all(sweep, monkeypatch) == []
-    rows = read_results(sweep)
+    rows = read_results(sweep, SWEEP)
     assert [*rows] == ["a", "b", "c"]
     assert float(rows["a"]["loss"]) == 2.1
     assert rows["c"]["score/segmentation class_miou"] == "0.25"
@@ -119,7 +123,7 @@ def test_failed_run_stops_nothing(sweep, monkeypatch):
     training.fail = {"a": EXIT_DIVERGED}
     with pytest.raises(UserError, match=r"1 of 3 runs failed \(a: the loss is NaN\); --retry_failed"):
         run_sweep(str(sweep))
-    assert [*read_results(sweep)] == ["b", "c"]
+    assert [*read_results(sweep, SWEEP)] == ["b", "c"]
     assert json.loads((sweep / "runs/a/failure.json").read_text()) == {"reason": "the loss is NaN", "exit_code": 65}
     training.commands.clear()
     with pytest.raises(UserError, match="the loss is NaN"):
@@ -127,7 +131,7 @@ def test_failed_run_stops_nothing(sweep, monkeypatch):
     assert training.commands == []
     (sweep / "runs/a" / loop.DIVERGED).write_text("{}")
     assert train_all(sweep, monkeypatch, retry_failed=True) == [("lvm.train", "a")]
-    assert [*read_results(sweep)] == ["a", "b", "c"]
+    assert [*read_results(sweep, SWEEP)] == ["a", "b", "c"]
     assert read_runs(sweep)[0].name.tolist() == ["a", "b", "c"]
 
 
@@ -161,7 +165,7 @@ def test_runner_leaves_run_of_another_runner(sweep, monkeypatch, caplog):
         assert other.acquire("a")
         commands = train_all(sweep, monkeypatch)
         assert ("lvm.train", "a") not in commands
-        assert [*read_results(sweep)] == ["b", "c"]
+        assert [*read_results(sweep, SWEEP)] == ["b", "c"]
         assert "1 runs are left to other runners: a" in caplog.text
     assert train_all(sweep, monkeypatch) == [("lvm.train", "a")]
 
@@ -202,15 +206,69 @@ def test_other_machine_goes_on_by_results_alone(sweep, tmp_path_factory, monkeyp
     with pytest.raises(UserError, match="none of 3 runs is finished"):
         read_runs(elsewhere, "curve")
     assert train_all(elsewhere, monkeypatch)[0] == ("lvm.train", "b")
-    assert [*read_results(elsewhere)] == ["a", "b", "c"]
+    assert [*read_results(elsewhere, SWEEP)] == ["a", "b", "c"]
     assert read_runs(elsewhere)[0].name.tolist() == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("cell", ["", "low", "nan", "-1"])
-def test_row_of_results_without_loss_is_named(sweep, cell):
-    (sweep / RESULTS).write_text(f"name,loss\nb,{cell}\n")
-    with pytest.raises(UserError, match=r"results\.csv: row of b: .*loss"):
-        read_runs(sweep)
+def test_row_counts_whatever_is_left_of_its_workdir(sweep, monkeypatch):
+    train_all(sweep, monkeypatch)
+    (sweep / "runs/a/metrics.jsonl").write_text('{"step": 5, "loss": 3.0, "heldout_loss": 3.0}\n')
+    (sweep / "runs/b/failure.json").write_text('{"reason": "out of memory", "exit_code": 1}')
+    assert read_runs(sweep)[0].name.tolist() == ["a", "b", "c"]
+    assert sweep_status(sweep)[0][-1] == "3 done"
+    assert train_all(sweep, monkeypatch) == []
+    assert read_runs(sweep, "curve")[0].excluded == {
+        "a": "unfinished: step 5 of 10 here; results.csv has its last loss alone",
+        "b": "failed: out of memory here; results.csv has its last loss alone",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("2.1,", ","), "line 2: a: loss=nothing"),
+        (("2.1,", "low,"), "line 2: a: loss=low"),
+        (("2.1,", "nan,"), "line 2: a: loss=nan"),
+        (("2.1,", "-1,"), "line 2: a: loss=-1"),
+        (("name,", "run,"), "no column name"),
+        (("\nb,", "\na,"), "line 3: a: has a second row"),
+        (("\nb,", "\n<<<<<<<\nb,"), "line 3: 1 cells, expected 12"),
+        (("a,6000000.0,100.0", "a,6000000.0,999.0"), "line 2: a: params=999.0, but 100.0 in the plan"),
+        (("0.25\n", "much\n"), "line 4: c: score/segmentation class_miou=much"),
+    ],
+)
+def test_malformed_results_are_one_line(sweep, monkeypatch, change, words):
+    train_all(sweep, monkeypatch)
+    path = sweep / RESULTS
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change, 1))
+    for command in (read_runs, sweep_status, run_sweep):
+        with pytest.raises(UserError, match=re.escape(f"{RESULTS}: {words}")):
+            command(str(sweep))
+
+
+def test_claim_of_a_machine_that_is_gone_is_waited_for_and_taken_over(sweep, monkeypatch):
+    monkeypatch.setattr(runner, "Claims", functools.partial(Claims, ttl_s=0.5))
+    (sweep / CLAIMS).mkdir()
+    owner = {"host": "elsewhere", "process": 1, "machine": "another boot", "id": "x"}
+    (sweep / CLAIMS / "b.0").write_text(json.dumps(owner))
+    os.utime(sweep / CLAIMS / "b.0", (0, 0))
+    assert "running" not in sweep_status(sweep)[0][-1]
+    assert train_all(sweep, monkeypatch, poll_s=0.1)[-1] == ("lvm.train", "b")
+    assert [*read_results(sweep, SWEEP)] == ["a", "b", "c"]
+
+
+def test_failure_has_the_last_attempts_reason(sweep, monkeypatch):
+    run = RUNS[0]
+    (sweep / run.workdir).mkdir(parents=True)
+    (sweep / run.workdir / "train.log").write_text("error: of an attempt before\n")
+    with Claims(sweep / CLAIMS) as claims:
+        process = runner._Runner(str(sweep), SWEEP, claims, 0)
+        process._supervise(run, ("-c", "import sys; sys.exit(3)"))
+        assert process.failures == {"a": "exit code 3"}
+        process._supervise(run, ("-c", "import sys; print('error: new', file=sys.stderr); sys.exit(3)"))
+        assert process.failures == {"a": "new"}
 
 
 def test_status_has_state_rate_and_time_left(sweep, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from lvm import sweep
 from lvm.common import files
 from lvm.data.store.reader import MANIFEST
+from lvm.scaling.manifest import read_sweep
 from lvm.scaling.results import read_results
 from tests.commands import run, start
 from tests.test_kills import kill_after
@@ -87,7 +88,7 @@ def test_killed_sweep_has_bytes_of_unbroken_one(make_store, tmp_path):
     assert kills == 3
     assert "1 failed" in run("lvm.sweep", "status", f"--sweep={folders[1]}").splitlines()[-1]
     run_to_end(folders[1])
-    assert len(read_results(folders[0])) == 2
+    assert len(read_results(folders[0], read_sweep(folders[0]))) == 2
     for name in ("sweep.json", "results.csv"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     assert "2 done, 1 failed" in run("lvm.sweep", "status", f"--sweep={folders[0]}", "--watch=1")

@@ -23,7 +23,7 @@ def covered(method, seed):
 
 
 def test_intervals_cover_five_seeded_draws():
-    # Every 20th interval misses, as one of seed 0 does; the slow test counts hits in 100 draws.
+    # Every 20th interval misses, as that of beta does for seed 0; the slow test counts hits in 100 draws.
     for seed in range(1, 6):
         assert covered("variable_projection", seed) == ["E", "alpha", "beta"], seed
 
