@@ -77,7 +77,7 @@ class Claims:
         return busy
 
     def is_unproven(self, item: str) -> bool:
-        """True if an item was `busy` but nothing shows yet that its process runs: it wasn't renewed since first seen."""
+        """True if an item was `busy`, but nothing shows yet that its process runs, such as a renewal."""
         return item in self._unproven
 
     def _is_stale(self, name: str, unchanged_s: float) -> bool:

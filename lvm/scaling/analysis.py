@@ -10,6 +10,7 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.scaling import frontier, observations, uncertainty
 from lvm.scaling.frontier import Frontier, Parabola
+from lvm.scaling.laws import Law
 from lvm.scaling.observations import Observations
 from lvm.scaling.parametric import Fit, FitSettings, fit_law, in_units, log_residuals, refit
 from lvm.scaling.uncertainty import HeldOut, Interval, Speedup
@@ -17,6 +18,7 @@ from lvm.scaling.uncertainty import HeldOut, Interval, Speedup
 APPROACHES = ("parametric", "isoflop", "envelope")
 _OUTLIER_INITS = 300  # of the fit that residuals are taken from before outliers are dropped
 _CURVE_POINTS = 33  # budgets of the curves of N* and D*
+_MIN_FALL = 1e-9  # of a loss over the range of N or D, relative
 _MIN_SHARE, _MAX_BIAS, _MAX_RATIO_SPREAD, _MAX_REACH = 0.05, 0.05, 1.2, 100.0  # beyond which the analysis warns
 
 
@@ -127,7 +129,7 @@ def analyze(
     grid = [*budgets, *curve]
     point = _statistics(kept, fit, grid, is_point=True)
     optima = [point[f"parametric/{name}/{i}"] for name in ("params", "tokens") for i in range(len(grid))]
-    if not all(1 <= value < math.inf for value in optima):  # of parameters and tokens
+    if not (_falls(kept, fit.law) and all(1 <= value < math.inf for value in optima)):  # of parameters and tokens
         values = ", ".join(f"{name} {value:.3g}" for name, value in fit.coefficients.items())
         raise UserError(f"these {len(kept)} rows do not determine a law with compute-optimal N and D: {values}")
     ranges: Mapping[str, Interval] = {}
@@ -172,6 +174,13 @@ def analyze(
         speedups=speedups,
         warnings=[*warnings, *_warnings(kept, fit, parabolas, bias, budgets)],
     )
+
+
+def _falls(rows: Observations, law: Law) -> bool:
+    """True if a law's loss falls with N and with D over the range of the rows."""
+    params, tokens = (np.array([x.min(), x.max()]) for x in (rows.params, rows.tokens))
+    losses = law.loss(params, tokens[[0, 0]]), law.loss(params[[0, 0]], tokens)
+    return all(first - last > _MIN_FALL * first for first, last in losses)
 
 
 def _statistics(rows: Observations, fit: Fit, budgets: Sequence[float], is_point: bool = False) -> dict[str, float]:
