@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
 
 from lvm.common.page import figure_png
 from lvm.scaling.analysis import Allocation, Analysis
@@ -120,6 +120,7 @@ def plot_residuals(analysis: Analysis) -> bytes:
         axis.scatter(values, residuals, s=9, color="#1f4e8c", alpha=0.7)
         axis.axhline(0, color="#888", linewidth=0.8)
         axis.set(xscale="log", xlabel=label)
+        _few_ticks(axis)
     axes[0].set_ylabel("predicted over observed loss − 1, %")
     return figure_png(figure)
 
@@ -134,6 +135,7 @@ def plot_held_out(analysis: Analysis) -> bytes:
         axes[0].plot(flops, errors, marker=marker, label=label, markersize=4)
     axes[0].axhline(0, color="#888", linewidth=0.8)
     axes[0].set(xscale="log", xlabel="FLOPs of the predicted budget", ylabel="predicted over observed − 1, %")
+    _few_ticks(axes[0])
     axes[0].legend(frameon=False, fontsize=8)
     return figure_png(figure)
 
@@ -151,6 +153,7 @@ def plot_downstream(analysis: Analysis, prefix: str) -> bytes | None:
             axis.plot(x, values, "o", markersize=4, label=name.removeprefix(prefix))
     label = "score" if prefix == SCORE else "perplexity"
     axes[0].set(xscale="log", xlabel="parameters N", ylabel=label)
+    _few_ticks(axes[0])
     axes[1].set(xlabel="held-out loss, nats per token")
     if prefix == PERPLEXITY:
         for axis in axes:
@@ -197,6 +200,12 @@ def _plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+
+
+def _few_ticks(axes: Axes) -> None:
+    """1, 2 and 5 times powers of ten on the logarithmic axis of x, whose labels would overlap otherwise."""
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 0.5)))
 
 
 def _size_norm(analysis: Analysis) -> LogNorm:
