@@ -23,7 +23,6 @@ import os
 import pathlib
 import random
 import re
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -118,15 +117,9 @@ class ObjectServer:
 
     def paths(self, prefix: str = "") -> list[str]:
         """The sorted BUCKET/NAME of all objects that begin with `prefix`."""
-        local = set(self._local_paths(prefix)) - self._deleted
-        return sorted(path for path in self._written.keys() | local if path.startswith(prefix))
-
-    def _local_paths(self, prefix: str) -> Iterator[str]:
-        """BUCKET/NAME of the files in the folder that `prefix` ends in: a listing costs little of the time measured."""
-        if self._folder:
-            for parent, _, names in os.walk(self._folder / prefix.rpartition("/")[0]):
-                start = os.path.relpath(parent, self._folder)
-                yield from names if start == os.curdir else (f"{start}/{name}" for name in names)
+        walk = os.walk(self._folder / prefix.rpartition("/")[0]) if self._folder else ()
+        local = {os.path.relpath(f"{parent}/{name}", self._folder) for parent, _, names in walk for name in names}
+        return sorted(path for path in self._written.keys() | local - self._deleted if path.startswith(prefix))
 
     def application(self) -> web.Application:
         """The server's handlers."""
@@ -182,14 +175,11 @@ class ObjectServer:
 
     def _identity(self, path: str) -> tuple[str, int, int, int] | None:
         """What tells a file of the folder from others and from later content; None of what was written or deleted."""
-        if path in self._written or path in self._deleted or not self._folder:
+        local = f"{self._folder}/{path}"  # pathlib would take a part of the time that listings are measured by
+        if path in self._written or path in self._deleted or not self._folder or not os.path.isfile(local):
             return None
-        try:
-            status = os.stat(f"{self._folder}/{path}")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        is_file = stat.S_ISREG(status.st_mode)
-        return (path, status.st_ino, status.st_mtime_ns, status.st_size) if is_file else None
+        status = os.stat(local)
+        return path, status.st_ino, status.st_mtime_ns, status.st_size
 
     def _mapped(self, path: str) -> bytes | mmap.mmap:
         """The content, memory-mapped if it is a file: most requests are for a small range of a large one."""
