@@ -16,11 +16,21 @@ Images = UInt8[np.ndarray, "B H W 3"]
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A frame to annotate, with frames of other scenes as examples."""
+    """A frame to annotate, with frames of other scenes as examples.
+
+    Attributes:
+      shown: the stream that its scenes show as the task's target (`showing`), "" for the target itself.
+    """
 
     scene: HeldoutScene
     frame: int
     examples: tuple[tuple[HeldoutScene, int], ...]
+    shown: str = ""
+
+    def showing(self, stream: str, target: str) -> Query:
+        """The query with `stream` in the place of `target`, so that tasks whose rule changes ask for one target."""
+        examples = tuple((scene.swapped(stream, target), frame) for scene, frame in self.examples)
+        return Query(self.scene.swapped(stream, target), self.frame, examples, stream)
 
     def prompt(self, input_stream: str, target_stream: str) -> Integer[np.ndarray, "K N"]:
         """Grids x1 y1 … xn yn xq."""
@@ -29,9 +39,10 @@ class Query:
         return np.stack([*pairs, self.scene.grid(self.frame, input_stream)])
 
     def to_json(self) -> dict[str, Any]:
-        """Keys of the scenes, and frames."""
+        """Keys of the scenes, and frames; the stream that is shown."""
         examples = [[scene.info.key, frame] for scene, frame in self.examples]
-        return {"query": [self.scene.info.key, self.frame], "examples": examples}
+        shown = {"shown": self.shown} if self.shown else {}
+        return {"query": [self.scene.info.key, self.frame], "examples": examples, **shown}
 
 
 def make_queries(

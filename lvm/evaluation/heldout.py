@@ -30,6 +30,12 @@ class HeldoutScene:
     def grid(self, frame: int, stream: str) -> Integer[np.ndarray, " N"]:
         return self.codes[frame, self.info.streams.index(stream)]
 
+    def swapped(self, first: str, second: str) -> "HeldoutScene":
+        """The scene with the names of two streams exchanged."""
+        names = {first: second, second: first}
+        streams = tuple(names.get(stream, stream) for stream in self.info.streams)
+        return dataclasses.replace(self, info=dataclasses.replace(self.info, streams=streams))
+
 
 class Heldout:
     """The held-out scenes of an image source, encoded.

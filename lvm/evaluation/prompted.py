@@ -129,6 +129,10 @@ class PromptedTask(Evaluator):
             )
         return figures, pictures
 
+    def streams(self, context: Context) -> Sequence[str]:
+        """The streams that a scene must have."""
+        return (self.input, self.target)
+
     def codec(self, context: Context) -> Codec:
         """The codec that rendered the target stream. Raises NotApplicableError if it is none of `codec_type`."""
         codec = context.heldout.codecs[self.target]
@@ -149,9 +153,10 @@ class PromptedTask(Evaluator):
                 f"{shots} example pairs, a query and its answer are {2 * shots + 2} images; the context holds "
                 f"{context.images_in_context}: use fewer shots"
             )
-        both = context.heldout.with_streams([self.input, self.target])
+        streams = self.streams(context)
+        both = context.heldout.with_streams(streams)
         if not both:
-            raise NotApplicableError(f"no held-out scene has the streams {self.input} and {self.target}")
+            raise NotApplicableError(f"no held-out scene has the streams {' and '.join(streams)}")
         codec = self.codec(context)
         scenes = [scene for scene in both if self.is_usable(scene, codec)]
         queries = make_queries(scenes, self.num_queries, shots, context.seed, self.same_class)

@@ -285,6 +285,51 @@ class Pairs(_TwoStreams):
 
 
 @dataclasses.dataclass(frozen=True)
+class PairsOfOne(Recipe):
+    """x1 y1 x2 y2 …, with annotations of one stream that is sampled for the sentence.
+
+    The first pairs show which: of annotations by different rules, such as palettes, the examples alone tell the rule.
+
+    Attributes:
+      input: the stream of x.
+      targets: the streams of which one is that of y.
+      shots: pairs in a sentence, each of another scene.
+    """
+
+    kind = "pairs_of_one"
+    input: str = "rgb"
+    targets: tuple[str, ...] = ("segmentation", "depth")
+    shots: int = 8
+
+    def __post_init__(self) -> None:
+        check_positive(self, "shots")
+        if len(self.targets) < 2 or len(set(self.streams)) < len(self.streams):
+            raise UserError(f"targets={self.targets} must be two streams or more, without input={self.input!r}")
+
+    @property
+    def num_scenes(self) -> int:
+        return self.shots
+
+    @property
+    def num_grids(self) -> int:
+        return 2 * self.shots
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return (self.input, *self.targets)
+
+    @property
+    def answer_mask(self) -> np.ndarray:
+        return np.tile([False, True], self.shots)
+
+    def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
+        frames = np.repeat(rng.integers(num_frames), 2, axis=1)
+        target = 1 + rng.integers(np.full(len(num_frames), len(self.targets)))
+        streams = np.where(self.answer_mask, target[:, None], 0)
+        return _grids(frames, np.arange(self.num_grids) // 2, frames, streams)
+
+
+@dataclasses.dataclass(frozen=True)
 class MultiAnnotation(Recipe):
     """Several of an image and its annotations, for several scenes in turn, in an order sampled for the sentence.
 

@@ -5,6 +5,8 @@ Annotations are exact, since the renderer knows where the shapes are. Nothing is
 """
 
 import dataclasses
+import itertools
+import re
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ CODECS: dict[str, Codec] = {
     "normals": Normals(),
     "boxes": Boxes(CLASSES),
 }
+ORDERS = tuple(itertools.permutations(CLASSES))  # of the colors of segmentation_K; the first is that of segmentation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +39,30 @@ class GeneratedConfig:
     seed: int = 0  # scene i is a pure function of (seed, i, resolution); a longer clip begins with the shorter one
     num_scenes: int = 1500
     num_frames: int = 8  # of every scene
-    streams: tuple[str, ...] = ("rgb", "segmentation", "depth", "edges")  # any of `CODECS`, in this order
+    # Some of `CODECS`, in this order; segmentation_K, K = 1 … 119, with the colors of the classes in another order;
+    # mask_CLASS, the shapes of one class.
+    streams: tuple[str, ...] = ("rgb", "segmentation", "depth", "edges")
+    shapes: tuple[int, int] = (2, 4)  # the fewest and the most in a scene; fewer are larger
 
     def __post_init__(self) -> None:
         check_non_negative(self, "seed")
         check_positive(self, "num_scenes", "num_frames")
-        if not self.streams or len(set(self.streams)) < len(self.streams) or set(self.streams) - set(CODECS):
-            raise UserError(f"streams: {self.streams}; expected some of {', '.join(CODECS)}, each once")
+        known = all(codec_of(stream) is not None for stream in self.streams)
+        if not known or not self.streams or len(set(self.streams)) < len(self.streams):
+            expected = f"{', '.join(CODECS)}, segmentation_1 to segmentation_{len(ORDERS) - 1}"
+            raise UserError(f"streams: {self.streams}; expected some of {expected} and mask_CLASS, each once")
+        if len(self.shapes) != 2 or not 1 <= self.shapes[0] <= self.shapes[1]:
+            raise UserError(f"shapes: {self.shapes}; expected the fewest and the most shapes of a scene, both ≥ 1")
+
+
+def codec_of(stream: str) -> Codec | None:
+    """The codec of a stream, None for an unknown name."""
+    recolored = re.fullmatch("segmentation_([1-9][0-9]*)", stream)
+    if recolored and int(recolored[1]) < len(ORDERS):
+        return Palette(("background", *ORDERS[int(recolored[1])]), background=0)
+    if stream.startswith("mask_") and stream[5:] in CLASSES:
+        return Palette(("background", stream[5:]), background=0)
+    return CODECS.get(stream)
 
 
 class GeneratedSource(ImageSource[None]):
@@ -66,27 +86,28 @@ class GeneratedSource(ImageSource[None]):
     def load(self, index: int) -> SceneImages:
         scene = self._sample(index)
         R = self._preprocess.resolution
-        maps = render(scene, self.config.num_frames, R, self.config.streams)
+        maps = render(scene, self.config.num_frames, R, [_map_of(stream) for stream in self.config.streams])
         images = np.stack([self._render(stream, maps, scene, R) for stream in self.config.streams], axis=1)
         return SceneImages(self._info(index, scene), images)
 
     def load_image(self, index: Any, frame: int, stream: str, preprocess: Preprocess) -> UInt8[np.ndarray, "R R 3"]:
         scene, side = self._sample(index), preprocess.render_side
-        maps = render(scene, frame + 1, side, (stream,))
+        maps = render(scene, frame + 1, side, (_map_of(stream),))
         image = self._render(stream, {name: x[frame:] for name, x in maps.items()}, scene, side)[0]
         return preprocess(image) if stream == "rgb" else preprocess.resize_labels(image)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | to_json(self.config) | {"streams": list(self.config.streams)}
+        lists = {"streams": list(self.config.streams), "shapes": list(self.config.shapes)}
+        return super().describe() | to_json(self.config) | lists
 
     def _list_scenes(self) -> list[tuple[SceneInfo, None]]:
-        self.streams = {stream: CODECS[stream] for stream in self.config.streams}
+        self.streams = {s: codec for s in self.config.streams if (codec := codec_of(s)) is not None}
         self.stream_sets = (self.config.streams,)
         return []  # computed from the seed
 
     def _sample(self, index: int) -> Scene:
         self._check_index(index)
-        return sample_scene(np.random.default_rng([self.config.seed, index]))
+        return sample_scene(np.random.default_rng([self.config.seed, index]), self.config.shapes)
 
     def _info(self, index: int, scene: Scene) -> SceneInfo:
         key = f"generated-{self.config.seed}-{index:06d}"
@@ -94,12 +115,20 @@ class GeneratedSource(ImageSource[None]):
         return SceneInfo(key, key, class_name, self.config.num_frames, self.config.streams)
 
     def _render(self, stream: str, maps: dict[str, np.ndarray], scene: Scene, R: int) -> UInt8[np.ndarray, "T R R 3"]:
-        codec = CODECS[stream]
+        codec = self.streams[stream]
         if stream == "boxes":
             return np.stack([codec.render(_visible_boxes(front, scene), (R, R)) for front in maps["front"]])
-        annotation = maps[stream]  # [T, R, R, ...]
+        annotation = maps[_map_of(stream)]  # [T, R, R, ...]
+        if isinstance(codec, Palette):
+            ids = [codec.names.index(name) if name in codec.names else 0 for name in ("background", *CLASSES)]
+            annotation = np.array(ids, np.uint8)[annotation]
         # These codecs work pixel by pixel, so all frames are rendered as one tall image.
         return codec.render(annotation.reshape(-1, *annotation.shape[2:])).reshape(-1, R, R, 3)
+
+
+def _map_of(stream: str) -> str:
+    """The rendered map that a stream shows."""
+    return "segmentation" if isinstance(codec_of(stream), Palette) else stream
 
 
 def _visible_boxes(front: UInt8[np.ndarray, "R R"], scene: Scene) -> list[Box]:

@@ -76,14 +76,14 @@ class Scene:
     background: Texture
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Samples a scene: two to four shapes and a background."""
-    count = int(rng.integers(2, 5))
+def sample_scene(rng: np.random.Generator, shapes: tuple[int, int] = (2, 4)) -> Scene:
+    """Samples a scene: a background and, between the two bounds inclusive, a number of shapes."""
+    count = int(rng.integers(shapes[0], shapes[1] + 1))
     depths = np.linspace(5, 1.5, count) + rng.uniform(-0.25, 0.25, count)  # descending: gaps exceed 1 m
-    shapes = tuple(_sample_shape(rng, count, float(depth)) for depth in depths)
+    sampled = tuple(_sample_shape(rng, count, float(depth)) for depth in depths)
     hue, value = rng.uniform(), rng.uniform(0.3, 0.7)
     colors = (_rgb(hue, 0.3, value), _rgb(hue + rng.uniform(-0.05, 0.05), 0.33, value * 0.9))
-    return Scene(shapes, Texture(_sample_pattern(rng), rng.uniform(0.22, 0.4), colors))
+    return Scene(sampled, Texture(_sample_pattern(rng), rng.uniform(0.22, 0.4), colors))
 
 
 def _sample_pattern(rng: np.random.Generator) -> str:

@@ -13,6 +13,7 @@ from lvm.data.mixture.recipes import (
     Interleaved,
     MultiAnnotation,
     Pairs,
+    PairsOfOne,
     Recipe,
     Rotation,
     Separated,
@@ -28,6 +29,7 @@ RECIPES = st.one_of(
         strides=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
     ),
     st.builds(Pairs, target=st.sampled_from(["segmentation", "depth"]), shots=st.integers(1, 8)),
+    st.builds(PairsOfOne, targets=st.just(("depth", "edges", "normals")), shots=st.integers(1, 4)),
     st.builds(Rotation, views=st.integers(1, 6), step=st.integers(1, 3)),
     st.builds(Category, images=st.integers(1, 6)),
     st.builds(MultiAnnotation, num_streams=st.integers(2, 5), shots=st.integers(1, 4)),
@@ -59,6 +61,7 @@ def test_recipes_default_to_the_papers_sentences():
         "rotation": {"stream": "rgb", "views": 24, "step": 1},
         "category": {"stream": "rgb", "images": 16},
         "pairs": {"input": "rgb", "target": "segmentation", "shots": 8},
+        "pairs_of_one": {"input": "rgb", "targets": ("segmentation", "depth"), "shots": 8},
         "multi_annotation": {"input": "rgb", "annotations": annotations, "num_streams": 4, "shots": 4},
         "interleaved": strided,
         "separated": strided,
@@ -73,7 +76,9 @@ def test_sample_one_stays_within_its_scenes(example, seed):
     assert {grid.scene for grid in grids} == set(range(recipe.num_scenes))
     streams = {grid.stream for grid in grids}
     assert streams <= set(recipe.streams)
-    assert len(streams) == getattr(recipe, "num_streams", len(recipe.streams))
+    assert len(streams) == (
+        2 if isinstance(recipe, PairsOfOne) else getattr(recipe, "num_streams", len(recipe.streams))
+    )
     assert len(set(grids)) == len(grids)
     assert (recipe.answer_mask.shape, recipe.answer_mask.dtype) == ((recipe.num_grids,), bool)
     assert all(0 <= grid.frame < lengths[grid.scene] for grid in grids)
@@ -109,6 +114,20 @@ def test_category_takes_a_random_frame_of_each_scene():
     sentences = every_sentence(Category(images=2), [2, 3])
     assert all([grid.scene for grid in sentence] == [0, 1] for sentence in sentences)
     assert {(a.frame, b.frame) for a, b in sentences} == {(i, j) for i in range(2) for j in range(3)}
+
+
+def test_pairs_of_one_keep_one_target_within_a_sentence():
+    recipe = PairsOfOne("rgb", ("depth", "edges"), shots=2)
+    sentences = every_sentence(recipe, [2, 3])
+    for a, b, c, d in sentences:
+        assert [grid.scene for grid in (a, b, c, d)] == [0, 0, 1, 1]
+        assert (a.stream, c.stream) == ("rgb", "rgb")
+        assert b.stream == d.stream
+        assert (a.frame, c.frame) == (b.frame, d.frame)
+    assert {(s[1].stream, s[0].frame, s[2].frame) for s in sentences} == {
+        (stream, i, j) for stream in ("depth", "edges") for i in range(2) for j in range(3)
+    }
+    assert recipe.answer_mask.tolist() == [False, True, False, True]
 
 
 def test_multi_annotation_keeps_one_order_within_a_sentence():
@@ -184,7 +203,12 @@ def test_defaults_are_the_papers():
 
 def test_recipe_kinds():
     kinds = {"single": Single, "video": Video, "pairs": Pairs, "rotation": Rotation, "category": Category}
-    kinds |= {"multi_annotation": MultiAnnotation, "interleaved": Interleaved, "separated": Separated}
+    kinds |= {
+        "pairs_of_one": PairsOfOne,
+        "multi_annotation": MultiAnnotation,
+        "interleaved": Interleaved,
+        "separated": Separated,
+    }
     assert Recipe.kinds == kinds
 
 
@@ -198,6 +222,8 @@ def test_recipe_kinds():
         (lambda: Pairs("rgb", "rgb"), "target='rgb' .* input"),
         (lambda: Rotation(step=0), "step=0"),
         (lambda: Category(images=0), "images=0"),
+        (lambda: PairsOfOne(targets=("depth",)), r"targets=\('depth',\) .* two streams or more"),
+        (lambda: PairsOfOne(targets=("rgb", "depth")), r"targets=.* without input='rgb'"),
         (lambda: MultiAnnotation(num_streams=6), "num_streams=6 .* 2 to 5"),
         (lambda: MultiAnnotation(annotations=("rgb",)), "annotations=.*repeat"),
         (lambda: Interleaved(target="rgb"), "target='rgb' .* input"),

@@ -75,6 +75,30 @@ def test_generated_streams_are_consistent() -> None:
             assert boxed[ids > 0].all()
 
 
+def test_recolored_segmentation_has_the_same_classes_in_other_colors() -> None:
+    streams = ("rgb", "segmentation", "segmentation_1", "segmentation_119")
+    source = GeneratedSource(Preprocess(32), num_frames=2, streams=streams)
+    for index in range(6):
+        maps, images = parsed(source, index), source.load(index).images
+        named = {s: np.array(source.streams[s].names)[np.stack(maps[s])] for s in streams[1:]}
+        np.testing.assert_array_equal(named["segmentation_1"], named["segmentation"])
+        np.testing.assert_array_equal(named["segmentation_119"], named["segmentation"])
+        background = named["segmentation"] == "background"
+        np.testing.assert_array_equal(images[:, 3][background], images[:, 1][background])
+        assert (images[:, 3] == images[:, 1]).all(-1)[named["segmentation"] == CLASSES[2]].all()  # the middle of five
+        assert (images[:, 3] != images[:, 1]).any(-1)[named["segmentation"] == CLASSES[0]].all()
+        alone = source.load_image(index, 1, "segmentation_119", Preprocess(32))
+        np.testing.assert_array_equal(alone, images[1, 3])
+    assert source.streams["segmentation_119"].names == ("background", *reversed(CLASSES))
+
+
+def test_number_of_shapes_is_as_configured() -> None:
+    source = GeneratedSource(Preprocess(32), num_frames=1, streams=("boxes",), shapes=(1, 2))
+    assert {len(parsed(source, index)["boxes"][0]) for index in range(30)} == {1, 2}
+    default, explicit = (GeneratedSource(Preprocess(32), streams=("rgb",), **x) for x in ({}, {"shapes": (2, 4)}))
+    np.testing.assert_array_equal(default.load(3).images, explicit.load(3).images)
+
+
 def test_front_shape_gives_the_class_and_is_visible() -> None:
     scene = sample_scene(np.random.default_rng(0))
     depths = [shape.depth for shape in scene.shapes]
@@ -139,6 +163,10 @@ def test_demo_config_opens() -> None:
         ({"num_frames": 2.0}, r"generated\.num_frames: 2\.0"),
         ({"streams": ("rgb", "flow")}, "expected some of rgb, segmentation"),
         ({"streams": ()}, "expected some of"),
+        ({"streams": ("rgb", "segmentation_120")}, "segmentation_1 to segmentation_119"),
+        ({"streams": ("rgb", "segmentation_0")}, "expected some of"),
+        ({"shapes": (0, 2)}, r"shapes: \(0, 2\); expected the fewest and the most"),
+        ({"shapes": (3, 2)}, r"shapes: \(3, 2\)"),
         ({"streams": ("rgb", "rgb")}, "each once"),
         ({"color": 3}, r"generated\.color: no such key"),
     ],

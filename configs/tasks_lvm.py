@@ -1,0 +1,60 @@
+"""A transformer of 1.4M parameters for seven tasks by example, two of them with rules that change, on two CPU cores.
+
+Trained on the store of configs/tasks_scenes.py, encoded by configs/tasks_tokenizer.py's tokenizer (docs/evaluation.md).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.tasks_scenes import MASKS, PALETTES
+from lvm.common.config import to_config_dict
+from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
+from lvm.data.mixture.recipes import Pairs, PairsOfOne, Video
+from lvm.model.transformer import ModelConfig
+from lvm.training.config import TrainConfig
+from lvm.training.loop import LoopConfig
+from lvm.training.optimizer import OptimizerConfig
+
+
+def get_config() -> ConfigDict:
+    """Sentences are of at most 10 images of 36 codes, so that whole ones fit: four pairs, a query and its answer."""
+    model = ModelConfig(
+        hidden_size=128,
+        mlp_size=384,
+        num_layers=6,
+        num_heads=2,
+        context=362,
+        dtype="float32",
+        init_std=0.06,
+        remat="dots",
+    )
+    components = {
+        "video": ComponentConfig(Video(frames=8, strides=(1,)), weight=0.10),
+        "segmentation": ComponentConfig(Pairs(target="segmentation", shots=5), weight=0.15),
+        "palettes": ComponentConfig(PairsOfOne(targets=PALETTES, shots=5), weight=0.30),
+        "masks": ComponentConfig(PairsOfOne(targets=MASKS, shots=5), weight=0.20),
+        "depth": ComponentConfig(Pairs(target="depth", shots=5), weight=0.09),
+        "edges": ComponentConfig(Pairs(target="edges", shots=5), weight=0.09),
+        "normals": ComponentConfig(Pairs(target="normals", shots=5), weight=0.07),
+    }
+    return to_config_dict(
+        TrainConfig(
+            batch_size=4,
+            model=model,
+            # Inputs would take half of the loss: codes of textures, which no task asks for.
+            data=MixtureConfig(
+                components, store=("runs/tasks/store",), heldout_fraction=0.15, packing="whole", loss="answers"
+            ),
+            optimizer=OptimizerConfig(
+                name="muon",
+                learning_rate=1e-2,
+                end_learning_rate=1e-4,
+                warmup_steps=100,
+                b1=0.95,
+                b2=0.99,
+                weight_decay=0.01,
+            ),
+            loop=LoopConfig(
+                total_steps=9600, log_every=200, evaluate_every=1200, picture_every=4800, checkpoint_every=500
+            ),
+        )
+    )

@@ -1,0 +1,16 @@
+"""Generated scenes of configs/tasks_lvm.py: 2000 clips of 8 frames, a shape or two in each."""
+
+from ml_collections import ConfigDict
+
+from lvm.data.images.sources.shapes import CLASSES
+
+# Ten orders of the colors of the five classes, in which a class has each color once to four times.
+PALETTES = tuple(f"segmentation_{order}" for order in (9, 20, 36, 41, 52, 70, 73, 78, 97, 105))
+MASKS = tuple(f"mask_{name}" for name in CLASSES)
+
+
+def get_config() -> ConfigDict:
+    """Fewer and larger shapes than the demo's, so that few codes tell their classes apart."""
+    streams = ("rgb", "segmentation", "depth", "edges", "normals", *PALETTES, *MASKS)
+    scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 8, "shapes": (1, 2)}
+    return ConfigDict({"kind": "generated", **scenes, "streams": streams})

@@ -1,0 +1,9 @@
+"""The scenes of configs/tasks_scenes.py with fewer palettes, so that a tokenizer sees as much of other streams."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    streams = ("rgb", "segmentation", "depth", "edges", "normals", "segmentation_41", "segmentation_70")
+    scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 8, "shapes": (1, 2)}
+    return ConfigDict({"kind": "generated", **scenes, "streams": streams})
