@@ -43,7 +43,8 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     check_tokenizer(model.record["tokenizer"], model.vocabulary, loaded.identity(), tokenizer_folder)
     tokenizer = Tokenizer.of(loaded, config.batch_size)
     mixture = _mixture(config, model, model_folder)
-    source = open_source(config.source, loaded.preprocess) if config.source else None
+    derived = {"derived": config.derived} if config.derived else None
+    source = open_source(config.source, loaded.preprocess, derived) if config.source else None
     if source is not None:
         check_source(source, model.record["sources"], config.unseen, config.source)
     context = Context(

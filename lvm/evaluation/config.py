@@ -4,7 +4,7 @@ import dataclasses
 
 from lvm.common.distributed import DistributedConfig
 from lvm.common.errors import UserError
-from lvm.common.validation import check_non_negative, check_positive
+from lvm.common.validation import check_non_negative, check_positive, check_tuples
 from lvm.data.mixture.mixture import MixtureConfig
 from lvm.evaluation.evaluator import Evaluator
 from lvm.hardware.sharding import MeshConfig
@@ -34,6 +34,7 @@ class EvalConfig:
       evaluations: evaluators by name.
       source: a folder of images or an image source's config file, required by evaluations of images. Of the model's
         training source, the held-out scenes are evaluated.
+      derived: streams that are computed from rgb (`lvm.data.streams.derived`), such as "gray" for colorization.
       unseen: declares that training saw no image of `source`, so that all its scenes are evaluated.
       max_scenes: upper limit on held-out scenes.
       data: the mixture of training, for models that don't record their own, such as published ones.
@@ -45,6 +46,7 @@ class EvalConfig:
 
     evaluations: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
     source: str = ""
+    derived: tuple[str, ...] = ()
     unseen: bool = False
     max_scenes: int = 256
     data: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
@@ -57,6 +59,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_positive(self, "max_scenes", "batch_size")
         check_non_negative(self, "seed")
+        check_tuples(self, "derived")
         if not self.evaluations:
             raise UserError("evaluations={} must name at least one evaluation")
         with_images = [name for name, evaluator in self.evaluations.items() if evaluator.needs_images]
@@ -64,3 +67,5 @@ class EvalConfig:
             raise UserError(
                 f"source='' must be a folder of images or an image source's config file, for {', '.join(with_images)}"
             )
+        if self.derived and not self.source:
+            raise UserError(f"derived={self.derived} needs a source")

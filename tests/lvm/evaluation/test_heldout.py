@@ -1,15 +1,20 @@
 """Held-out scenes of an image source."""
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import ImageSource
+from lvm.data.images.sources.derived import DerivedStreams
+from lvm.data.images.sources.folder import FolderSource
+from lvm.data.images.sources.generated import GeneratedSource
 from lvm.data.images.sources.scene import Failure, SceneImages, SceneInfo
 from lvm.data.mixture import split
 from lvm.data.mixture.recipes import Pairs, Single, Video
 from lvm.data.streams.codecs import Image, Palette
-from lvm.evaluation.heldout import Heldout
+from lvm.evaluation.heldout import Heldout, check_source
 
 FRACTION = 0.5
 
@@ -141,3 +146,29 @@ def test_sentences_are_deterministic_in_the_seed(make_heldout):
 @pytest.mark.parametrize("recipe", [Single("depth"), Pairs(shots=99), Video(frames=9, strides=(1,))])
 def test_sentences_is_none_without_suitable_scenes(make_heldout, recipe):
     assert make_heldout().sentences(recipe, 10, seed=0) is None
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder source of three photos, and another one of the same photos with a derived stream."""
+    for index in range(3):
+        PIL.Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    source = FolderSource(Preprocess(8), path=str(tmp_path))
+    return source, DerivedStreams(source, ("gray",))
+
+
+def test_training_source_with_derived_streams_is_the_training_source(photos):
+    plain, derived = photos
+    for trained, asked in ((plain, derived), (derived, plain)):
+        check_source(asked, [trained.describe()], False, "photos")
+        with pytest.raises(UserError, match="is what the model was trained on"):
+            check_source(asked, [trained.describe()], True, "photos")
+
+
+def test_source_must_be_declared_unseen(photos):
+    generated = GeneratedSource(Preprocess(8))
+    with pytest.raises(UserError, match="photos is not what the model was trained on.* set config.unseen=true"):
+        check_source(photos[0], [generated.describe()], False, "photos")
+    check_source(photos[0], [generated.describe()], True, "photos")
+    # Scenes of one seed are the same whatever their number and streams.
+    check_source(GeneratedSource(Preprocess(8), num_scenes=7), [generated.describe()], False, "scenes")
