@@ -18,6 +18,7 @@ from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.images.sources import open_source
+from lvm.data.images.sources.derived import DerivedStreams
 from lvm.data.mixture.mixture import MixtureConfig
 from lvm.evaluation import report
 from lvm.evaluation.compare import load_all, write_comparison
@@ -43,8 +44,9 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     check_tokenizer(model.record["tokenizer"], model.vocabulary, loaded.identity(), tokenizer_folder)
     tokenizer = Tokenizer.of(loaded, config.batch_size)
     mixture = _mixture(config, model, model_folder)
-    derived = {"derived": config.derived} if config.derived else None
-    source = open_source(config.source, loaded.preprocess, derived) if config.source else None
+    source = open_source(config.source, loaded.preprocess) if config.source else None
+    if source is not None and (lacking := [stream for stream in config.derived if stream not in source.streams]):
+        source = DerivedStreams(source, lacking)
     if source is not None:
         check_source(source, model.record["sources"], config.unseen, config.source)
     context = Context(

@@ -54,7 +54,7 @@ def to_config_dict(config: Any) -> ConfigDict:
 def to_json(config: Any) -> Any:
     """Converts a dataclass to plain dicts, tuples and scalars."""
     if dataclasses.is_dataclass(config):
-        tree = {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        tree = {name: to_json(getattr(config, name)) for name in _keys(config)}
         kind = getattr(type(config), "kind", None)
         return {"kind": kind, **tree} if kind else tree
     if isinstance(config, Mapping):
@@ -62,6 +62,11 @@ def to_json(config: Any) -> Any:
     if isinstance(config, (tuple, list)):
         return tuple(to_json(value) for value in config)
     return config
+
+
+def _keys(config: Any) -> list[str]:
+    """The fields of a dataclass that are given; the others follow from them."""
+    return [field.name for field in dataclasses.fields(config) if field.init]
 
 
 def from_config_dict(cls: type[T], values: Any, path: str = "config") -> T:
@@ -121,7 +126,7 @@ def _list_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -
 def _build_dataclass(cls: Any, value: Any, path: str) -> Any:
     values = {**getattr(cls, "absent", {}), **_mapping(value, path)}
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    names = _keys(cls)
     for key in values:
         if key not in names:
             raise UserError(f"{path}.{key}: no such key; {path} has {', '.join(names)}")

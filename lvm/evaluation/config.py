@@ -34,7 +34,8 @@ class EvalConfig:
       evaluations: evaluators by name.
       source: a folder of images or an image source's config file, required by evaluations of images. Of the model's
         training source, the held-out scenes are evaluated.
-      derived: streams that are computed from rgb (`lvm.data.streams.derived`), such as "gray" for colorization.
+      derived: streams that are computed from rgb (`lvm.data.streams.derived`), such as "gray" for colorization,
+        if the source lacks them.
       unseen: declares that training saw no image of `source`, so that all its scenes are evaluated.
       max_scenes: upper limit on held-out scenes.
       data: the mixture of training, for models that don't record their own, such as published ones.

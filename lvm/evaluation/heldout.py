@@ -117,8 +117,9 @@ def check_source(source: ImageSource, trained_on: Sequence[Mapping[str, Any]], u
     described = scenes(files.as_json(source.describe()))
 
     def is_same(other: Mapping[str, Any]) -> bool:
-        same_seed = other["kind"] == described["kind"] == "generated" and other["seed"] == described["seed"]
-        return scenes(other) == described or same_seed
+        generated = other["kind"] == described["kind"] == "generated"
+        same_scenes = generated and all(other.get(key) == described.get(key) for key in ("seed", "shapes"))
+        return scenes(other) == described or same_scenes
 
     was_seen = any(is_same(other) for other in trained_on)
     if was_seen and unseen:

@@ -62,6 +62,11 @@ class PromptedTask(Evaluator):
         if self.input == self.target or not self.target:
             raise UserError(f"target={self.target!r} must be a stream other than input={self.input!r}")
 
+    @property
+    def title(self) -> str:
+        """The name of the target on the page."""
+        return self.target
+
     def metrics(self, codec: Codec) -> Sequence[Metric]:
         """The metrics of `score`, in the order of the table."""
         return []
@@ -77,8 +82,12 @@ class PromptedTask(Evaluator):
             "copied query": baselines.copied_query(queries, self.input),
             "mean image": baselines.mean_image(queries, self.target),
         }
-        neighbors = baselines.nearest_neighbor(context, queries, self.input, self.target)
+        neighbors = self.neighbors(context, queries)
         return answers if neighbors is None else answers | {"nearest training neighbor": neighbors}
+
+    def neighbors(self, context: Context, queries: Sequence[Query]) -> Images | None:
+        """The answers of the nearest training frames, None without a training store."""
+        return baselines.nearest_neighbor(context, queries, self.input, self.target)
 
     def chance(self, codec: Codec, images: Images, truth: Images) -> dict[str, dict[str, Estimate]]:
         """Chance levels: metric → name → estimate, of the model's own answers."""
@@ -159,6 +168,8 @@ class PromptedTask(Evaluator):
             raise NotApplicableError(f"no held-out scene has the streams {' and '.join(streams)}")
         codec = self.codec(context)
         scenes = [scene for scene in both if self.is_usable(scene, codec)]
+        if self.same_class and not any(scene.info.class_name for scene in scenes):
+            raise NotApplicableError("same_class=True, but the scenes have no classes; set same_class=false")
         queries = make_queries(scenes, self.num_queries, shots, context.seed, self.same_class)
         if not queries:
             of_class = " of one class" if self.same_class else ""
@@ -171,20 +182,24 @@ class PromptedTask(Evaluator):
         """The model's answers."""
         return ask(context, queries, self.input, self.target, self.sampling)[1]
 
+    def pictured(self, queries: Sequence[Query]) -> Sequence[int]:
+        """Indices of the queries on the contact sheet, which shows the first five of these."""
+        return range(0, len(queries), max(1, len(queries) // _MAX_QUERIES))
+
     def _picture(self, queries: Sequence[Query], images: Images, truth: Images) -> Picture:
         rows = []
-        for index in range(0, len(queries), max(1, len(queries) // _MAX_QUERIES))[:_MAX_QUERIES]:
-            query, streams = queries[index], (self.input, self.target)
+        for index in self.pictured(queries)[:_MAX_QUERIES]:
+            query, shown = queries[index], {self.input: self.input, self.target: queries[index].shown or self.target}
             rows.append(
                 [
-                    *(Cell(scene.image(frame, s), s) for scene, frame in query.examples for s in streams),
+                    *(Cell(scene.image(frame, s), shown[s]) for scene, frame in query.examples for s in shown),
                     Cell(query.scene.image(query.frame, self.input), "query"),
                     Cell(images[index], "answer", True),
                     Cell(truth[index], "truth"),
                 ]
             )
         text = f"{len(queries[0].examples)} example pairs and a query are the prompt; nothing names the task."
-        title = f"{self.target.capitalize()}, by example".replace("_", " ")
+        title = f"{self.title.capitalize()}, by example".replace("_", " ")
         return Picture(title, text, render_sheet(rows))
 
     def _sweep_plot(self, by_shots: Mapping[int, Mapping[str, Estimate]], metric: Metric) -> Picture:
@@ -192,7 +207,7 @@ class PromptedTask(Evaluator):
             (float(shots), scores[metric.name].value, *(scores[metric.name].interval or ()))
             for shots, scores in by_shots.items()
         ]
-        title = f"{self.target.capitalize()}, by number of examples".replace("_", " ")
+        title = f"{self.title.capitalize()}, by number of examples".replace("_", " ")
         return Picture(title, f"{metric.text}.", Plot({metric.name: points}, "example pairs", metric.name))
 
 
@@ -202,9 +217,11 @@ def ask(
     """Answers of the model as codes and images; equal questions are asked once."""
     key = (source, target, sampling, str([query.to_json() for query in queries]))
     if key not in context.cache:
-        log_info(f"{target} by {len(queries[0].examples)} examples, {len(queries)} queries")
+        shown = sorted({query.shown or target for query in queries})
+        annotation = target if shown == [target] else f"one of {len(shown)} streams"
+        log_info(f"{annotation} by {len(queries[0].examples)} examples, {len(queries)} queries")
         prompts = np.stack([query.prompt(source, target) for query in queries])  # [B, K, N]
-        codes, images = generate(context, prompts, 1, sampling, f"answers of {target}")
+        codes, images = generate(context, prompts, 1, sampling, f"answers of {annotation}")
         context.cache[key] = codes[:, 0], images[:, 0]
     return context.cache[key]
 

@@ -1,95 +1,22 @@
-"""Recipes: the grids of a sentence and their order, as pure functions of scene lengths and a random stream."""
+"""The recipes of sentences: single images, videos, views, classes, pairs and annotated videos."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Int64
 
 from lvm.common.errors import UserError
-from lvm.common.validation import check_positive
+from lvm.common.validation import check_positive, check_tuples
 from lvm.data.mixture.counter_rng import CounterRng
+from lvm.data.mixture.recipe import Grid, Grids, Recipe
 
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """One image of a sentence: scene (counted within the sentence), frame, stream name."""
-
-    scene: int
-    frame: int
-    stream: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Grids:
-    """The images of n sentences, G each, in order.
-
-    Attributes:
-      scenes: counted within the sentence.
-      frames: of the scene.
-      streams: indices into the recipe's `streams`.
-    """
-
-    scenes: Int[np.ndarray, "n G"]
-    frames: Int[np.ndarray, "n G"]
-    streams: Int[np.ndarray, "n G"]
-
-
-class Recipe(abc.ABC):
-    """A rule that turns scenes into sentences; a family of dataclasses selected by `kind`."""
-
-    kind: ClassVar[str]
-    kinds: ClassVar[dict[str, type[Recipe]]] = {}
-    same_class: ClassVar[bool] = False  # whether all scenes of a sentence must be of one class
-
-    def __init_subclass__(cls) -> None:
-        if "kind" in vars(cls):
-            Recipe.kinds[cls.kind] = cls
-
-    @property
-    def num_scenes(self) -> int:
-        """Scenes in a sentence."""
-        return 1
-
-    @property
-    @abc.abstractmethod
-    def num_grids(self) -> int:
-        """Grids in a sentence; the same for all sentences of a recipe."""
-
-    @property
-    def min_frames(self) -> int:
-        """Frames that a scene must have."""
-        return 1
-
-    @property
-    @abc.abstractmethod
-    def streams(self) -> tuple[str, ...]:
-        """Streams that a scene must have."""
-
-    @property
-    def answer_mask(self) -> Bool[np.ndarray, " G"]:
-        """The grids that are predictable from those before them; in a plain sequence, all but the first."""
-        return np.arange(self.num_grids) > 0
-
-    @abc.abstractmethod
-    def sample(self, num_frames: Int64[np.ndarray, "n scenes"], rng: CounterRng) -> Grids:
-        """Samples the grids of n sentences.
-
-        Args:
-          num_frames: of each scene, all ≥ `min_frames`.
-          rng: one random stream for each sentence.
-        """
-
-    def sample_one(self, num_frames: Sequence[int], rng: np.random.Generator) -> list[Grid]:
-        """Samples the grids of one sentence from scenes of `num_frames` frames; consumes one number of `rng`."""
-        stream = CounterRng(int(rng.integers(2**63)), np.zeros(1, np.int64))
-        grids = self.sample(np.array([num_frames], np.int64), stream)
-        columns = (grids.scenes[0].tolist(), grids.frames[0].tolist(), grids.streams[0].tolist())
-        return [Grid(scene, frame, self.streams[i]) for scene, frame, i in zip(*columns, strict=True)]
+__all__ = [
+    "Category", "Grid", "Grids", "Interleaved", "MultiAnnotation", "Pairs", "Recipe", "Rotation", "Separated", "Single",
+    "VaryingPairs", "Video",
+]  # fmt: skip
 
 
 def _grids(like: np.ndarray, scenes: Any, frames: Any, streams: Any) -> Grids:
@@ -256,8 +183,26 @@ class Category(_OneStream):
         return _grids(num_frames, np.arange(self.images), rng.integers(num_frames), 0)
 
 
+class _Alternating(Recipe):
+    """Shared by recipes that alternate an image and its annotation, each pair of another scene."""
+
+    shots: int
+
+    @property
+    def num_scenes(self) -> int:
+        return self.shots
+
+    @property
+    def num_grids(self) -> int:
+        return 2 * self.shots
+
+    @property
+    def answer_mask(self) -> np.ndarray:
+        return np.tile([False, True], self.shots)
+
+
 @dataclasses.dataclass(frozen=True)
-class Pairs(_TwoStreams):
+class Pairs(_Alternating, _TwoStreams):
     """x1 y1 x2 y2 …: an image and its annotation, `shots` times, each of another scene.
 
     Attributes:
@@ -272,61 +217,39 @@ class Pairs(_TwoStreams):
         check_positive(self, "shots")
         super().__post_init__()
 
-    @property
-    def num_scenes(self) -> int:
-        return self.shots
-
-    @property
-    def answer_mask(self) -> np.ndarray:
-        return np.tile([False, True], self.shots)
-
     def _sample_frames(self, num_frames: np.ndarray, rng: CounterRng) -> np.ndarray:
         return rng.integers(num_frames)
 
 
 @dataclasses.dataclass(frozen=True)
-class PairsOfOne(Recipe):
-    """x1 y1 x2 y2 …, with annotations of one stream that is sampled for the sentence.
-
-    The first pairs show which: of annotations by different rules, such as palettes, the examples alone tell the rule.
+class VaryingPairs(_Alternating):
+    """x1 y1 x2 y2 …, with annotations by a rule of the sentence's own: of one stream, sampled from several.
 
     Attributes:
       input: the stream of x.
       targets: the streams of which one is that of y.
-      shots: pairs in a sentence, each of another scene.
+      shots: pairs in a sentence.
     """
 
-    kind = "pairs_of_one"
+    kind = "varying_pairs"
     input: str = "rgb"
     targets: tuple[str, ...] = ("segmentation", "depth")
     shots: int = 8
 
     def __post_init__(self) -> None:
         check_positive(self, "shots")
+        check_tuples(self, "targets")
         if len(self.targets) < 2 or len(set(self.streams)) < len(self.streams):
-            raise UserError(f"targets={self.targets} must be two streams or more, without input={self.input!r}")
-
-    @property
-    def num_scenes(self) -> int:
-        return self.shots
-
-    @property
-    def num_grids(self) -> int:
-        return 2 * self.shots
+            raise UserError(f"targets={self.targets} must be two streams or more, each once, without {self.input!r}")
 
     @property
     def streams(self) -> tuple[str, ...]:
         return (self.input, *self.targets)
 
-    @property
-    def answer_mask(self) -> np.ndarray:
-        return np.tile([False, True], self.shots)
-
     def sample(self, num_frames: np.ndarray, rng: CounterRng) -> Grids:
         frames = np.repeat(rng.integers(num_frames), 2, axis=1)
         target = 1 + rng.integers(np.full(len(num_frames), len(self.targets)))
-        streams = np.where(self.answer_mask, target[:, None], 0)
-        return _grids(frames, np.arange(self.num_grids) // 2, frames, streams)
+        return _grids(frames, np.arange(self.num_grids) // 2, frames, np.where(self.answer_mask, target[:, None], 0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,13 +57,18 @@ class Segmentation(PromptedTask):
         if codec.background is None:
             return scores
         masks, foreground = (metrics.foreground(x, codec.background, codec.ignore) for x in (labels, expected))
-        classes = sorted({query.scene.info.class_name for query in queries})
+        groups = [self.group(query) for query in queries]
+        classes = sorted(set(groups))
         ratios = np.zeros((len(queries), len(classes), 2))
-        index = [classes.index(query.scene.info.class_name) for query in queries]
+        index = [classes.index(group) for group in groups]
         ratios[np.arange(len(queries)), index] = np.stack(
             [(masks & foreground).sum((1, 2)), (masks | foreground).sum((1, 2))], axis=1
         )
         return scores | {"foreground_iou": metrics.iou(masks, foreground), "foreground_miou": ratios}
+
+    def group(self, query: Query) -> str:
+        """What `foreground_miou` sums a query with: its class."""
+        return query.scene.info.class_name
 
     def candidates(self, context: Context, queries: Sequence[Query], codec: Codec) -> dict[str, Images]:
         assert isinstance(codec, Palette)
@@ -77,8 +82,10 @@ class Segmentation(PromptedTask):
     def chance(self, codec: Codec, images: Images, truth: Images) -> dict[str, dict[str, Estimate]]:
         """Class mIoU with the classes of each answer permuted at random."""
         assert isinstance(codec, Palette)
-        labels, expected = (np.stack([codec.parse(x) for x in batch]) for batch in (images, truth))
         exclude = [] if codec.background is None else [codec.background]
+        if len(set(codec.used_ids.tolist()) - {*exclude, codec.ignore}) < 2:
+            return {}  # nothing to permute
+        labels, expected = (np.stack([codec.parse(x) for x in batch]) for batch in (images, truth))
         chance = chance_miou(labels, expected, codec, exclude)
         return {"class_miou": {"the same shapes, classes shuffled": Estimate(chance)}}
 

@@ -1,7 +1,7 @@
-"""Segmentation by a rule that changes from prompt to prompt, such as the palette: the examples alone tell it."""
+"""Segmentation by a rule that changes from prompt to prompt, such as the palette: the examples tell it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,7 +21,8 @@ _SCORES = ("foreground_iou", "foreground_miou", "class_miou", "pixel_accuracy")
 class VaryingSegmentation(Segmentation):
     """Query i and its examples are annotated by stream i modulo the number of `targets`.
 
-    Metrics are `Segmentation`'s, of colors: `class_miou` is over colors, whichever classes have them in a prompt.
+    Metrics are `Segmentation`'s, of colors: `class_miou` is over colors, whichever classes have them in a prompt, and
+    `foreground_miou` is summed by stream. Baselines are by the rule of the prompt.
 
     Attributes:
       targets: streams of palettes with equally many colors.
@@ -31,50 +32,73 @@ class VaryingSegmentation(Segmentation):
 
     kind = "varying_segmentation"
 
-    target: str = ""  # taken from `targets`
+    target: str = dataclasses.field(default="", init=False)  # the first of `targets`, whose name stands for all
     targets: tuple[str, ...] = ("segmentation", "segmentation_1")
     score_by: str = "class_miou"
 
     def __post_init__(self) -> None:
         check_tuples(self, "targets")
         check_choice(self, "score_by", _SCORES)
-        if len(set(self.targets)) < max(2, len(self.targets)) or self.target not in ("", self.targets[0]):
-            raise UserError(f"targets={self.targets} must be two streams or more, each once; target is the first")
+        if len(self.targets) < 2 or len({self.input, *self.targets}) <= len(self.targets):
+            raise UserError(f"targets={self.targets} must be two streams or more, each once, without {self.input!r}")
         object.__setattr__(self, "target", self.targets[0])
         super().__post_init__()
-        if self.input in self.targets:
-            raise UserError(f"targets={self.targets} must not have input={self.input!r}")
+
+    @property
+    def title(self) -> str:
+        return f"one of {len(self.targets)} rules"
 
     def metrics(self, codec: Codec) -> Sequence[Metric]:
-        return sorted(super().metrics(codec), key=lambda metric: metric.name != self.score_by)
+        metrics = sorted(super().metrics(codec), key=lambda metric: metric.name != self.score_by)
+        if metrics[0].name != self.score_by:
+            raise NotApplicableError(f"score_by={self.score_by!r} needs a background, and the palettes have none")
+        return [
+            dataclasses.replace(metric, text="foreground mIoU, summed by the stream of the annotation")
+            if metric.name == "foreground_miou"
+            else metric
+            for metric in metrics
+        ]
+
+    def group(self, query: Query) -> str:
+        return query.shown
 
     def streams(self, context: Context) -> Sequence[str]:
         return (self.input, *self.targets)
 
     def queries(self, context: Context) -> list[Query]:
         """The queries, each showing its stream of `targets` as the first of these."""
-        first = self.codec(context)
+        queries, first = super().queries(context), self.codec(context)
         for target in self.targets:
-            codec = context.heldout.codecs.get(target)
-            if codec is not None and _colors(codec) != _colors(first):
+            if _colors(context.heldout.codecs[target]) != _colors(first):
                 raise NotApplicableError(f"the stream {target} is not a palette of the same colors as {self.target}")
-        queries = super().queries(context)
         return [query.showing(self.targets[i % len(self.targets)], self.target) for i, query in enumerate(queries)]
 
+    def pictured(self, queries: Sequence[Query]) -> Sequence[int]:
+        """The first query by each rule."""
+        return range(min(len(self.targets), len(queries)))
+
     def candidates(self, context: Context, queries: Sequence[Query], codec: Codec) -> dict[str, Images]:
-        """Baselines; the nearest neighbor's answer is by the rule of the prompt."""
         answers = super().candidates(context, queries, codec)
-        answers.pop("nearest training neighbor", None)
-        by_target: dict[str, list[int]] = {}
-        for i, query in enumerate(queries):
-            by_target.setdefault(query.shown, []).append(i)
-        nearest = np.empty_like(answers["copied example"])
-        for target, rows in by_target.items():
-            neighbors = baselines.nearest_neighbor(context, [queries[i] for i in rows], self.input, target)
-            if neighbors is None:
-                return answers
-            nearest[rows] = neighbors
-        return answers | {"nearest training neighbor": nearest}
+        means = self._by_rule(queries, lambda asked, _: baselines.mean_image(asked, self.target))
+        return answers if means is None else answers | {"mean image": means}
+
+    def neighbors(self, context: Context, queries: Sequence[Query]) -> Images | None:
+        return self._by_rule(
+            queries, lambda asked, stream: baselines.nearest_neighbor(context, asked, self.input, stream)
+        )
+
+    def _by_rule(
+        self, queries: Sequence[Query], answer: Callable[[Sequence[Query], str], Images | None]
+    ) -> Images | None:
+        """The answers to all queries from those to the queries by each rule; None if one has none."""
+        by_rule: dict[int, Images] = {}
+        for stream in self.targets:
+            rows = [i for i, query in enumerate(queries) if (query.shown or self.target) == stream]
+            answers = answer([queries[i] for i in rows], stream) if rows else np.empty(0)
+            if answers is None:
+                return None
+            by_rule |= dict(zip(rows, answers, strict=True))
+        return np.stack([by_rule[i] for i in range(len(queries))])
 
 
 def _colors(codec: Codec) -> tuple[int, int | None, int | None] | None:

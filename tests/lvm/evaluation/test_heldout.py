@@ -167,8 +167,9 @@ def test_training_source_with_derived_streams_is_the_training_source(photos):
 
 def test_source_must_be_declared_unseen(photos):
     generated = GeneratedSource(Preprocess(8))
-    with pytest.raises(UserError, match="photos is not what the model was trained on.* set config.unseen=true"):
+    with pytest.raises(UserError, match=r"photos is not what the model was trained on.* set config.unseen=true"):
         check_source(photos[0], [generated.describe()], False, "photos")
     check_source(photos[0], [generated.describe()], True, "photos")
-    # Scenes of one seed are the same whatever their number and streams.
+    # Scenes of one seed are the same whatever their number and streams, but not those of other shapes.
     check_source(GeneratedSource(Preprocess(8), num_scenes=7), [generated.describe()], False, "scenes")
+    check_source(GeneratedSource(Preprocess(8), shapes=(1, 2)), [generated.describe()], True, "scenes")

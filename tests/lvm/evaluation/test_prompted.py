@@ -121,7 +121,7 @@ def test_nearest_neighbor_answers_with_its_annotation(make_context, make_heldout
     [
         (Exact(target="depth"), "no held-out scene has the streams rgb and depth"),
         (Exact(shots=5), "5 suitable held-out scenes; a query with 5 examples needs 6"),
-        (Exact(same_class=True, shots=5), "of one class"),
+        (Exact(same_class=True, shots=5), "same_class=True, but the scenes have no classes"),
     ],
 )
 def test_prompted_task_is_not_applicable_to_other_scenes(make_context, scenes, task, reason):

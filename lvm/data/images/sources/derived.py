@@ -96,7 +96,9 @@ class DerivedStreams(ImageSource[None]):
         return derive(stream, rgb[None], self._source.info(index).key, self._seed)[0]
 
     def describe(self) -> dict[str, Any]:
-        return self._source.describe() | {"derived": list(self._derived), "derived_seed": self._seed}
+        described = self._source.describe()
+        derived = [*described.get("derived", []), *self._derived]
+        return described | {"derived": derived, "derived_seed": described.get("derived_seed", self._seed)}
 
     def _add_streams(self, info: SceneInfo) -> SceneInfo:
         return dataclasses.replace(info, streams=self._add_names(info.streams))

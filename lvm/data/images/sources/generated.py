@@ -18,7 +18,7 @@ from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import ImageSource
 from lvm.data.images.sources.scene import SceneImages, SceneInfo
-from lvm.data.images.sources.shapes import CLASSES, FAR, NEAR, Scene, render, sample_scene
+from lvm.data.images.sources.shapes import CLASSES, FAR, MAX_SHAPES, NEAR, SHAPES, Scene, render, sample_scene
 from lvm.data.streams.codecs import Box, Boxes, Codec, Depth, Edges, Image, Normals, Palette
 
 CODECS: dict[str, Codec] = {
@@ -36,13 +36,13 @@ ORDERS = tuple(itertools.permutations(CLASSES))  # of the colors of segmentation
 class GeneratedConfig:
     """Parameters of generated scenes."""
 
-    seed: int = 0  # scene i is a pure function of (seed, i, resolution); a longer clip begins with the shorter one
+    seed: int = 0  # scene i is a function of (seed, i, shapes, resolution); a longer clip begins with the shorter one
     num_scenes: int = 1500
     num_frames: int = 8  # of every scene
     # Some of `CODECS`, in this order; segmentation_K, K = 1 … 119, with the colors of the classes in another order;
     # mask_CLASS, the shapes of one class.
     streams: tuple[str, ...] = ("rgb", "segmentation", "depth", "edges")
-    shapes: tuple[int, int] = (2, 4)  # the fewest and the most in a scene; fewer are larger
+    shapes: tuple[int, int] = SHAPES  # the fewest and the most in a scene; fewer are larger
 
     def __post_init__(self) -> None:
         check_non_negative(self, "seed")
@@ -50,9 +50,11 @@ class GeneratedConfig:
         known = all(codec_of(stream) is not None for stream in self.streams)
         if not known or not self.streams or len(set(self.streams)) < len(self.streams):
             expected = f"{', '.join(CODECS)}, segmentation_1 to segmentation_{len(ORDERS) - 1}"
-            raise UserError(f"streams: {self.streams}; expected some of {expected} and mask_CLASS, each once")
-        if len(self.shapes) != 2 or not 1 <= self.shapes[0] <= self.shapes[1]:
-            raise UserError(f"shapes: {self.shapes}; expected the fewest and the most shapes of a scene, both ≥ 1")
+            masks = ", ".join(f"mask_{name}" for name in CLASSES)
+            raise UserError(f"streams: {self.streams}; expected some of {expected}, {masks}, each once")
+        if len(self.shapes) != 2 or not 1 <= self.shapes[0] <= self.shapes[1] <= MAX_SHAPES:
+            expected = f"the fewest and the most shapes of a scene, from 1 to {MAX_SHAPES}"
+            raise UserError(f"shapes: {self.shapes}; expected {expected}")
 
 
 def codec_of(stream: str) -> Codec | None:
@@ -97,8 +99,10 @@ class GeneratedSource(ImageSource[None]):
         return preprocess(image) if stream == "rgb" else preprocess.resize_labels(image)
 
     def describe(self) -> dict[str, Any]:
-        lists = {"streams": list(self.config.streams), "shapes": list(self.config.shapes)}
-        return super().describe() | to_json(self.config) | lists
+        fields = to_json(self.config) | {"streams": list(self.config.streams), "shapes": list(self.config.shapes)}
+        if self.config.shapes == SHAPES:  # as stores of earlier versions describe their scenes
+            del fields["shapes"]
+        return super().describe() | fields
 
     def _list_scenes(self) -> list[tuple[SceneInfo, None]]:
         self.streams = {s: codec for s in self.config.streams if (codec := codec_of(s)) is not None}

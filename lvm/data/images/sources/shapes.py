@@ -39,6 +39,8 @@ _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - 0.76) - 0.26,
 }
 CLASSES = tuple(_DISTANCES)
+SHAPES = (2, 4)  # the fewest and the most in a scene, by default
+MAX_SHAPES = 7  # more would not have depths of their own
 TEXTURES = ("plain", "stripes", "checks", "dots")
 
 
@@ -76,10 +78,10 @@ class Scene:
     background: Texture
 
 
-def sample_scene(rng: np.random.Generator, shapes: tuple[int, int] = (2, 4)) -> Scene:
+def sample_scene(rng: np.random.Generator, shapes: tuple[int, int] = SHAPES) -> Scene:
     """Samples a scene: a background and, between the two bounds inclusive, a number of shapes."""
     count = int(rng.integers(shapes[0], shapes[1] + 1))
-    depths = np.linspace(5, 1.5, count) + rng.uniform(-0.25, 0.25, count)  # descending: gaps exceed 1 m
+    depths = np.linspace(5, 1.5, count) + rng.uniform(-0.25, 0.25, count)  # descending
     sampled = tuple(_sample_shape(rng, count, float(depth)) for depth in depths)
     hue, value = rng.uniform(), rng.uniform(0.3, 0.7)
     colors = (_rgb(hue, 0.3, value), _rgb(hue + rng.uniform(-0.05, 0.05), 0.33, value * 0.9))

@@ -13,11 +13,11 @@ from lvm.data.mixture.recipes import (
     Interleaved,
     MultiAnnotation,
     Pairs,
-    PairsOfOne,
     Recipe,
     Rotation,
     Separated,
     Single,
+    VaryingPairs,
     Video,
 )
 
@@ -29,7 +29,7 @@ RECIPES = st.one_of(
         strides=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
     ),
     st.builds(Pairs, target=st.sampled_from(["segmentation", "depth"]), shots=st.integers(1, 8)),
-    st.builds(PairsOfOne, targets=st.just(("depth", "edges", "normals")), shots=st.integers(1, 4)),
+    st.builds(VaryingPairs, targets=st.just(("depth", "edges", "normals")), shots=st.integers(1, 4)),
     st.builds(Rotation, views=st.integers(1, 6), step=st.integers(1, 3)),
     st.builds(Category, images=st.integers(1, 6)),
     st.builds(MultiAnnotation, num_streams=st.integers(2, 5), shots=st.integers(1, 4)),
@@ -61,7 +61,7 @@ def test_recipes_default_to_the_papers_sentences():
         "rotation": {"stream": "rgb", "views": 24, "step": 1},
         "category": {"stream": "rgb", "images": 16},
         "pairs": {"input": "rgb", "target": "segmentation", "shots": 8},
-        "pairs_of_one": {"input": "rgb", "targets": ("segmentation", "depth"), "shots": 8},
+        "varying_pairs": {"input": "rgb", "targets": ("segmentation", "depth"), "shots": 8},
         "multi_annotation": {"input": "rgb", "annotations": annotations, "num_streams": 4, "shots": 4},
         "interleaved": strided,
         "separated": strided,
@@ -77,7 +77,7 @@ def test_sample_one_stays_within_its_scenes(example, seed):
     streams = {grid.stream for grid in grids}
     assert streams <= set(recipe.streams)
     assert len(streams) == (
-        2 if isinstance(recipe, PairsOfOne) else getattr(recipe, "num_streams", len(recipe.streams))
+        2 if isinstance(recipe, VaryingPairs) else getattr(recipe, "num_streams", len(recipe.streams))
     )
     assert len(set(grids)) == len(grids)
     assert (recipe.answer_mask.shape, recipe.answer_mask.dtype) == ((recipe.num_grids,), bool)
@@ -116,8 +116,8 @@ def test_category_takes_a_random_frame_of_each_scene():
     assert {(a.frame, b.frame) for a, b in sentences} == {(i, j) for i in range(2) for j in range(3)}
 
 
-def test_pairs_of_one_keep_one_target_within_a_sentence():
-    recipe = PairsOfOne("rgb", ("depth", "edges"), shots=2)
+def test_varying_pairs_keep_one_target_within_a_sentence():
+    recipe = VaryingPairs("rgb", ("depth", "edges"), shots=2)
     sentences = every_sentence(recipe, [2, 3])
     for a, b, c, d in sentences:
         assert [grid.scene for grid in (a, b, c, d)] == [0, 0, 1, 1]
@@ -204,7 +204,7 @@ def test_defaults_are_the_papers():
 def test_recipe_kinds():
     kinds = {"single": Single, "video": Video, "pairs": Pairs, "rotation": Rotation, "category": Category}
     kinds |= {
-        "pairs_of_one": PairsOfOne,
+        "varying_pairs": VaryingPairs,
         "multi_annotation": MultiAnnotation,
         "interleaved": Interleaved,
         "separated": Separated,
@@ -222,8 +222,10 @@ def test_recipe_kinds():
         (lambda: Pairs("rgb", "rgb"), "target='rgb' .* input"),
         (lambda: Rotation(step=0), "step=0"),
         (lambda: Category(images=0), "images=0"),
-        (lambda: PairsOfOne(targets=("depth",)), r"targets=\('depth',\) .* two streams or more"),
-        (lambda: PairsOfOne(targets=("rgb", "depth")), r"targets=.* without input='rgb'"),
+        (lambda: VaryingPairs(targets=("depth",)), r"targets=\('depth',\) .* two streams or more"),
+        (lambda: VaryingPairs(targets=("rgb", "depth")), r"targets=.* without 'rgb'"),
+        (lambda: VaryingPairs(targets=("depth", "depth")), "targets=.* each once"),
+        (lambda: VaryingPairs(targets="ab"), "targets='ab' must be a tuple"),
         (lambda: MultiAnnotation(num_streams=6), "num_streams=6 .* 2 to 5"),
         (lambda: MultiAnnotation(annotations=("rgb",)), "annotations=.*repeat"),
         (lambda: Interleaved(target="rgb"), "target='rgb' .* input"),

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.data.streams.codecs import Image, Palette
 from lvm.evaluation.evaluator import NotApplicableError
@@ -52,7 +53,7 @@ def test_answers_by_the_rule_of_the_examples_are_right(make_context, scenes):
     assert {figure.name: figure.estimate.value for figure in figures[:4]} == {
         "class_miou": 1, "foreground_iou": 1, "foreground_miou": 1, "pixel_accuracy": 1,
     }  # fmt: skip
-    assert [episode["shown"] for episode in context.episodes] == ["segmentation", "second"] * 4
+    assert [episode.get("shown") for episode in context.episodes] == [None, "second"] * 4
     assert 0 < figures[0].baselines["copied example"].value < 1
 
 
@@ -68,9 +69,9 @@ def test_neighbors_answer_by_the_rule_of_the_prompt(make_context, scenes, monkey
     """A neighbor that is the query's own frame is right in every palette."""
 
     def nearest(context, queries, source, target):
-        # Under the name of the first stream, a query has what is shown: the stored stream is asked for by its own name.
-        shown = "segmentation" if queries[0].shown == target else target
-        return np.stack([query.scene.image(query.frame, shown) for query in queries])
+        assert {query.shown or "segmentation" for query in queries} == {target}
+        # Under the name of the first stream, a query has what is shown.
+        return np.stack([query.scene.image(query.frame, "segmentation") for query in queries])
 
     monkeypatch.setattr("lvm.evaluation.baselines.nearest_neighbor", nearest)
     figures, _ = task().run(make_context(scenes, CODECS))
@@ -80,11 +81,57 @@ def test_neighbors_answer_by_the_rule_of_the_prompt(make_context, scenes, monkey
     assert "nearest training neighbor" not in figures[0].baselines
 
 
-def test_scenes_that_segmentation_asks_for_are_asked_anew(make_context, scenes):
+def test_mean_image_is_of_answers_by_the_rule_of_the_prompt(make_context, scenes):
+    """Every frame of a rule has the same annotation here, so that their mean is right, and that of all is not."""
+    color = {"segmentation": CLASSES.render(np.full((4, 4), 1)), "second": CLASSES.render(np.full((4, 4), 2))}
+    for scene in scenes:
+        for column, stream in ((1, "segmentation"), (2, "second")):
+            scene.images[:, column] = color[stream]
+    figures, _ = task().run(make_context(scenes, CODECS))
+    assert figures[0].baselines["mean image"].value == 1
+
+
+def test_foreground_miou_is_summed_by_stream(make_context, scenes, knows):
+    queries = task().queries(make_context(scenes, CODECS))
+    counts = task().score(CLASSES, *(np.stack([q.scene.image(q.frame, "segmentation") for q in queries]),) * 2, queries)
+    assert counts["foreground_miou"].any(-1).sum(0).tolist() == [4, 4]
+
+
+def test_sheet_shows_each_rule_under_its_name(make_context, scenes, monkeypatch):
+    labels = []
+
+    def render(rows):
+        labels.extend([cell.label for cell in row] for row in rows)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr("lvm.evaluation.prompted.render_sheet", render)
+    task().run(make_context(scenes, CODECS))
+    assert labels == [["rgb", stream, "query", "answer", "truth"] for stream in ("segmentation", "second")]
+
+
+def test_prompts_of_another_stream_are_asked_anew(make_context, scenes):
     context = make_context(scenes, CODECS)
-    for asked in (Segmentation(num_queries=8, shots=1), task()):
+    for asked in (Segmentation(num_queries=8, shots=1), task(), task()):
         asked.run(context)
     assert context.model.num_prompts == 16
+
+
+def test_targets_can_be_overridden_in_a_config():
+    values = to_json(task())
+    assert "target" not in values
+    assert from_config_dict(VaryingSegmentation, values | {"targets": ("a", "b")}).target == "a"
+
+
+def test_score_by_foreground_needs_a_background(make_context, scenes):
+    bare = Palette(("nothing", "cat", "dog"))
+    context = make_context(scenes, {"rgb": Image(), "segmentation": bare, "second": bare})
+    with pytest.raises(NotApplicableError, match="score_by='foreground_iou' needs a background"):
+        task(score_by="foreground_iou").run(context)
+
+
+def test_masks_of_one_class_have_no_chance_level():
+    masks = np.stack([CLASSES.render(np.ones((4, 4), int))])
+    assert Segmentation().chance(Palette(("nothing", "cat"), background=0), masks, masks) == {}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +141,7 @@ def test_scenes_that_segmentation_asks_for_are_asked_anew(make_context, scenes):
         (("segmentation", "second"), {"second": Palette(("nothing", "cat"), 0)}, "second is not a palette of the same"),
         (("segmentation", "second"), {"segmentation": Image()}, "segmentation is of kind 'image'"),
         (("segmentation", "third"), {}, "no held-out scene has the streams rgb and segmentation and third"),
+        (("third", "segmentation"), {}, "no held-out scene has the streams rgb and third and segmentation"),
     ],
 )
 def test_varying_segmentation_needs_palettes(make_context, scenes, targets, codecs, message):
@@ -106,8 +154,8 @@ def test_varying_segmentation_needs_palettes(make_context, scenes, targets, code
     [
         ({"targets": ("second",)}, "two streams or more"),
         ({"targets": ("second", "second")}, "each once"),
-        ({"target": "second"}, "target is the first"),
-        ({"targets": ("segmentation", "rgb")}, "must not have input='rgb'"),
+        ({"targets": "segmentation"}, "must be a tuple"),
+        ({"targets": ("segmentation", "rgb")}, "without 'rgb'"),
         ({"score_by": "loss"}, "score_by='loss'"),
     ],
 )
