@@ -118,7 +118,9 @@ def check_source(source: ImageSource, trained_on: Sequence[Mapping[str, Any]], u
 
     def is_same(other: Mapping[str, Any]) -> bool:
         generated = other["kind"] == described["kind"] == "generated"
-        same_scenes = generated and all(other.get(key) == described.get(key) for key in ("seed", "shapes"))
+        same_scenes = generated and all(
+            other.get(key) == described.get(key) for key in ("seed", "shapes", "class_hues")
+        )
         return scenes(other) == described or same_scenes
 
     was_seen = any(is_same(other) for other in trained_on)

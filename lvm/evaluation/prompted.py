@@ -218,7 +218,7 @@ def ask(
     key = (source, target, sampling, str([query.to_json() for query in queries]))
     if key not in context.cache:
         shown = sorted({query.shown or target for query in queries})
-        annotation = target if shown == [target] else f"one of {len(shown)} streams"
+        annotation = target if shown == [target] else f"{len(shown)} annotations"
         log_info(f"{annotation} by {len(queries[0].examples)} examples, {len(queries)} queries")
         prompts = np.stack([query.prompt(source, target) for query in queries])  # [B, K, N]
         codes, images = generate(context, prompts, 1, sampling, f"answers of {annotation}")

@@ -36,13 +36,16 @@ ORDERS = tuple(itertools.permutations(CLASSES))  # of the colors of segmentation
 class GeneratedConfig:
     """Parameters of generated scenes."""
 
-    seed: int = 0  # scene i is a function of (seed, i, shapes, resolution); a longer clip begins with the shorter one
+    seed: int = (
+        0  # scene i is a function of (seed, i, shapes, class_hues, resolution); a clip begins with any shorter one
+    )
     num_scenes: int = 1500
     num_frames: int = 8  # of every scene
     # Some of `CODECS`, in this order; segmentation_K, K = 1 … 119, with the colors of the classes in another order;
     # mask_CLASS, the shapes of one class.
     streams: tuple[str, ...] = ("rgb", "segmentation", "depth", "edges")
     shapes: tuple[int, int] = SHAPES  # the fewest and the most in a scene; fewer are larger
+    class_hues: bool = False  # hues of shapes are near those of their classes; otherwise only outlines tell a class
 
     def __post_init__(self) -> None:
         check_non_negative(self, "seed")
@@ -100,8 +103,9 @@ class GeneratedSource(ImageSource[None]):
 
     def describe(self) -> dict[str, Any]:
         fields = to_json(self.config) | {"streams": list(self.config.streams), "shapes": list(self.config.shapes)}
-        if self.config.shapes == SHAPES:  # as stores of earlier versions describe their scenes
-            del fields["shapes"]
+        for name, default in (("shapes", SHAPES), ("class_hues", False)):
+            if getattr(self.config, name) == default:  # as stores of earlier versions describe their scenes
+                del fields[name]
         return super().describe() | fields
 
     def _list_scenes(self) -> list[tuple[SceneInfo, None]]:
@@ -111,7 +115,8 @@ class GeneratedSource(ImageSource[None]):
 
     def _sample(self, index: int) -> Scene:
         self._check_index(index)
-        return sample_scene(np.random.default_rng([self.config.seed, index]), self.config.shapes)
+        rng = np.random.default_rng([self.config.seed, index])
+        return sample_scene(rng, self.config.shapes, self.config.class_hues)
 
     def _info(self, index: int, scene: Scene) -> SceneInfo:
         key = f"generated-{self.config.seed}-{index:06d}"

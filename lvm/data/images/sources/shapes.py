@@ -78,11 +78,14 @@ class Scene:
     background: Texture
 
 
-def sample_scene(rng: np.random.Generator, shapes: tuple[int, int] = SHAPES) -> Scene:
-    """Samples a scene: a background and, between the two bounds inclusive, a number of shapes."""
+def sample_scene(rng: np.random.Generator, shapes: tuple[int, int] = SHAPES, class_hues: bool = False) -> Scene:
+    """Samples a scene: a background and, between the two bounds inclusive, a number of shapes.
+
+    With `class_hues`, a shape's hues are near that of its class; otherwise a color tells nothing of the class.
+    """
     count = int(rng.integers(shapes[0], shapes[1] + 1))
     depths = np.linspace(5, 1.5, count) + rng.uniform(-0.25, 0.25, count)  # descending
-    sampled = tuple(_sample_shape(rng, count, float(depth)) for depth in depths)
+    sampled = tuple(_sample_shape(rng, count, float(depth), class_hues) for depth in depths)
     hue, value = rng.uniform(), rng.uniform(0.3, 0.7)
     colors = (_rgb(hue, 0.3, value), _rgb(hue + rng.uniform(-0.05, 0.05), 0.33, value * 0.9))
     return Scene(sampled, Texture(_sample_pattern(rng), rng.uniform(0.22, 0.4), colors))
@@ -93,13 +96,15 @@ def _sample_pattern(rng: np.random.Generator) -> str:
     return str(rng.choice(TEXTURES, p=[0.5 if name == "plain" else 0.5 / 3 for name in TEXTURES]))
 
 
-def _sample_shape(rng: np.random.Generator, count: int, depth: float) -> Shape:
-    hue = rng.uniform()
-    bright = _rgb(hue, rng.uniform(0.45, 0.8), rng.uniform(0.8, 0.95))
-    dark = _rgb(hue + rng.uniform(-0.1, 0.1), rng.uniform(0.5, 0.8), rng.uniform(0.6, 0.75))
+def _sample_shape(rng: np.random.Generator, count: int, depth: float, class_hues: bool) -> Shape:
+    hue, bright = rng.uniform(), (rng.uniform(0.45, 0.8), rng.uniform(0.8, 0.95))
+    shift, dark = rng.uniform(-0.1, 0.1), (rng.uniform(0.5, 0.8), rng.uniform(0.6, 0.75))
     direction, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.015, 0.04)
+    class_id = int(rng.integers(len(CLASSES)))
+    if class_hues:  # the middle half of the class's share of the circle
+        hue, shift = (class_id + 0.25 + hue / 2) / len(CLASSES), shift / 4
     return Shape(
-        class_id=int(rng.integers(len(CLASSES))),
+        class_id=class_id,
         depth=depth,
         radius=rng.uniform(0.8, 1.2) * 0.325 / count**0.5,
         pulse=rng.uniform(0.0, 0.1),
@@ -109,7 +114,7 @@ def _sample_shape(rng: np.random.Generator, count: int, depth: float) -> Shape:
         velocity=speed * np.array([np.cos(direction), np.sin(direction)]),
         angle=rng.uniform(0, 2 * np.pi),
         spin=rng.choice([-1, 1]) * rng.uniform(0.03, 0.15),
-        texture=Texture(_sample_pattern(rng), rng.uniform(0.18, 0.26), (bright, dark)),
+        texture=Texture(_sample_pattern(rng), rng.uniform(0.18, 0.26), (_rgb(hue, *bright), _rgb(hue + shift, *dark))),
     )
 
 

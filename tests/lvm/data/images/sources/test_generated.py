@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 import time
 
@@ -97,6 +98,24 @@ def test_number_of_shapes_is_as_configured() -> None:
     assert {len(parsed(source, index)["boxes"][0]) for index in range(30)} == {1, 2}
     default, explicit = (GeneratedSource(Preprocess(32), streams=("rgb",), **x) for x in ({}, {"shapes": (2, 4)}))
     np.testing.assert_array_equal(default.load(3).images, explicit.load(3).images)
+
+
+def test_class_hues_tell_the_class_and_change_nothing_else() -> None:
+    for index in range(40):
+        plain, colored = (sample_scene(np.random.default_rng(index), class_hues=value) for value in (False, True))
+        for a, b in zip(plain.shapes, colored.shapes, strict=True):
+            assert (a.class_id, a.radius, a.angle, a.texture.pattern) == (
+                b.class_id,
+                b.radius,
+                b.angle,
+                b.texture.pattern,
+            )
+            hues = [colorsys.rgb_to_hsv(*color.tolist())[0] * len(CLASSES) for color in b.texture.colors]
+            assert [int(hue) for hue in hues] == [b.class_id] * 2
+        np.testing.assert_array_equal(plain.background.colors, colored.background.colors)
+    source = GeneratedSource(Preprocess(32), streams=("rgb",), class_hues=True)
+    assert (source.load(0).images != GeneratedSource(Preprocess(32), streams=("rgb",)).load(0).images).any()
+    assert source.describe()["class_hues"]
 
 
 def test_front_shape_gives_the_class_and_is_visible() -> None:
