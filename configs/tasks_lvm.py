@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         remat="dots",
     )
     components = {
-        "video": ComponentConfig(Video(frames=8, strides=(1,)), weight=0.30),
+        "video": ComponentConfig(Video(frames=8, strides=(2,)), weight=0.30),
         "segmentation": ComponentConfig(Pairs(target="segmentation", shots=5), weight=0.15),
         "palettes": ComponentConfig(VaryingPairs(targets=PALETTES, shots=5), weight=0.20),
         "masks": ComponentConfig(VaryingPairs(targets=MASKS, shots=5), weight=0.10),
@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
                 learning_rate=2.5e-3, end_learning_rate=2e-5, warmup_steps=200, b2=0.99, weight_decay=0.05
             ),
             loop=LoopConfig(
-                total_steps=16000, log_every=200, evaluate_every=2000, picture_every=8000, checkpoint_every=500
+                total_steps=32000, log_every=200, evaluate_every=4000, picture_every=8000, checkpoint_every=500
             ),
         )
     )

@@ -1,4 +1,4 @@
-"""Generated scenes of configs/tasks_lvm.py: 2000 clips of 8 frames, a shape or two in each."""
+"""Generated scenes of configs/tasks_lvm.py: 2000 clips of 15 frames, a shape or two in each."""
 
 from ml_collections import ConfigDict
 
@@ -15,5 +15,5 @@ def get_config() -> ConfigDict:
     With hues of any class, a model that was trained for 45 minutes finds shapes, and their classes stay at chance.
     """
     streams = ("rgb", "segmentation", "depth", "edges", "normals", *PALETTES, *MASKS)
-    scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 8, "shapes": (1, 2), "class_hues": True}
+    scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 15, "shapes": (1, 2), "class_hues": True}
     return ConfigDict({"kind": "generated", **scenes, "streams": streams})

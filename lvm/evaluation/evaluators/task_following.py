@@ -17,7 +17,7 @@ from lvm.inference.sampling import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class TaskFollowing(Evaluator):
-    """Asks the same queries for several annotations, and classifies each answer as a stream.
+    """Asks the same queries for several annotations, and classifies each answer as one of these or the input.
 
     By codes: a unigram model of each stream's held-out codes (the kind of image). By pixels: the stream whose true
     image of the query is nearest by squared error (the right content as well).
@@ -54,7 +54,7 @@ class TaskFollowing(Evaluator):
                 "scenes with two are needed"
             )
         context.episodes = [query.to_json() for query in queries]
-        streams = [stream for stream in heldout.codecs if all(stream in scene.info.streams for scene in scenes)]
+        streams = [self.input, *targets]
         size = context.model.vocabulary.num_codes
         counts = [np.bincount(heldout.codes(stream).ravel(), minlength=size) + 0.5 for stream in streams]
         log_probs = np.stack([np.log(c / c.sum()) for c in counts])  # [streams, num_codes]
