@@ -22,7 +22,10 @@ from lvm.evaluation.evaluators.video import VideoContinuation
 
 
 def get_config() -> ConfigDict:
-    """Each task by four example pairs, and by one to three to see whether examples help."""
+    """Each task by four example pairs, and by one to three to see whether examples help.
+
+    Of masks, a quarter of the prompts have four empty examples, which don't tell the class.
+    """
     by_example: dict[str, Any] = {"num_queries": 600, "shots": 4, "sweep": (1, 2, 3)}
     evaluations: dict[str, Evaluator] = {
         "curves": Curves(),
