@@ -2,8 +2,10 @@
 
 from ml_collections import ConfigDict
 
+from configs import tasks_scenes
+
 
 def get_config() -> ConfigDict:
-    streams = ("rgb", "segmentation", "depth", "edges", "normals", "segmentation_41", "segmentation_70")
-    scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 15, "shapes": (1, 2), "class_hues": True}
-    return ConfigDict({"kind": "generated", **scenes, "streams": streams})
+    config = tasks_scenes.get_config()
+    config.streams = ("rgb", "segmentation", "depth", "edges", "normals", "segmentation_41", "segmentation_70")
+    return config

@@ -46,7 +46,7 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     mixture = _mixture(config, model, model_folder)
     source = open_source(config.source, loaded.preprocess) if config.source else None
     if source is not None and (lacking := [stream for stream in config.derived if stream not in source.streams]):
-        source = DerivedStreams(source, lacking)
+        source = DerivedStreams(source, lacking, source.describe().get("derived_seed", 0))
     if source is not None:
         check_source(source, model.record["sources"], config.unseen, config.source)
     context = Context(

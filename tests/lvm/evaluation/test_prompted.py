@@ -164,3 +164,10 @@ def test_evaluators_are_selected_by_kind():
         assert from_config_dict(Evaluator, to_json(config)) == config
     with pytest.raises(UserError, match=r"kind: 'nothing' is not one of .*segmentation"):
         from_config_dict(Evaluator, {"kind": "nothing"})
+
+
+def test_query_of_a_class_with_too_few_scenes_is_named(make_context, make_heldout_scenes):
+    scenes = make_heldout_scenes(4)
+    scenes = [dataclasses.replace(x, info=dataclasses.replace(x.info, class_name="cat")) for x in scenes]
+    with pytest.raises(NotApplicableError, match="a query with 5 examples needs 6 of one class"):
+        Exact(same_class=True, shots=5).run(make_context(scenes, {"rgb": Image(), "segmentation": Image()}))

@@ -91,7 +91,7 @@ def test_mean_image_is_of_answers_by_the_rule_of_the_prompt(make_context, scenes
     assert figures[0].baselines["mean image"].value == 1
 
 
-def test_foreground_miou_is_summed_by_stream(make_context, scenes, knows):
+def test_foreground_miou_is_summed_by_stream(make_context, scenes):
     queries = task().queries(make_context(scenes, CODECS))
     counts = task().score(CLASSES, *(np.stack([q.scene.image(q.frame, "segmentation") for q in queries]),) * 2, queries)
     assert counts["foreground_miou"].any(-1).sum(0).tolist() == [4, 4]
