@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.tasks_scenes import MASKS, PALETTES
+from configs.tasks_scenes import PALETTES
 from lvm.common.config import to_config_dict
 from lvm.evaluation.config import EvalConfig
 from lvm.evaluation.evaluator import Evaluator
@@ -22,19 +22,16 @@ from lvm.evaluation.evaluators.video import VideoContinuation
 
 
 def get_config() -> ConfigDict:
-    """Each task by four example pairs, and by one to three to see whether examples help.
-
-    Of masks, a quarter of the prompts have four empty examples, which don't tell the class.
-    """
+    """Each task by four example pairs, and by one to three to see whether examples help."""
     by_example: dict[str, Any] = {"num_queries": 600, "shots": 4, "sweep": (1, 2, 3)}
     evaluations: dict[str, Evaluator] = {
         "curves": Curves(),
         "depth": DepthTask(**by_example),
         "edges": EdgesTask(**by_example, thresholds=9),  # 99 take minutes
         "likelihood": Likelihood(),
-        "masks": VaryingSegmentation(**by_example, targets=MASKS, score_by="foreground_miou"),
+        "mask": Segmentation(**by_example, target="mask", same_class=True),
         "normals": NormalsTask(**by_example),
-        "palettes": VaryingSegmentation(**by_example, targets=PALETTES),
+        "palettes": VaryingSegmentation(**by_example, targets=PALETTES, same_class=True),
         "perplexity": Perplexity(),
         "reconstruction": Reconstruction(),
         "segmentation": Segmentation(**by_example),

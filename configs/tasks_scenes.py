@@ -2,11 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from lvm.data.images.sources.shapes import CLASSES
-
 # Ten orders of the colors of the five classes, in which a class has each color once to four times.
 PALETTES = tuple(f"segmentation_{order}" for order in (9, 20, 36, 41, 52, 70, 73, 78, 97, 105))
-MASKS = tuple(f"mask_{name}" for name in CLASSES)
 
 
 def get_config() -> ConfigDict:
@@ -14,6 +11,6 @@ def get_config() -> ConfigDict:
 
     With hues of any class, a model that was trained for 45 minutes finds shapes, and their classes stay at chance.
     """
-    streams = ("rgb", "segmentation", "depth", "edges", "normals", *PALETTES, *MASKS)
+    streams = ("rgb", "segmentation", "depth", "edges", "normals", "mask", *PALETTES)
     scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 15, "shapes": (1, 2), "class_hues": True}
     return ConfigDict({"kind": "generated", **scenes, "streams": streams})

@@ -1,13 +1,18 @@
-"""Tokenizer of configs/tasks_lvm.py: the demo's for 48×48 images, 6×6 codes of a codebook of 1024, on two CPU cores."""
+"""Tokenizer of configs/tasks_lvm.py: the demo's for 48×48 images, 6×6 codes of 1024, on two CPU cores."""
 
 from ml_collections import ConfigDict
 
 from configs import demo_tokenizer
+from lvm.common.config import to_config_dict
+from tokenizer.quantizers.fsq import FSQ
 
 
 def get_config() -> ConfigDict:
+    """A learned codebook spends a quarter of its codes on black, which annotations are mostly: noise for a model."""
     config = demo_tokenizer.get_config()
-    config.model.update(resolution=48, codebook_size=1024)
+    del config.model["quantizer"]
+    config.model.quantizer = to_config_dict(FSQ(levels=(4, 4, 4, 4, 4)))
+    config.model.update(resolution=48, codebook_size=1024, codebook_dim=5)
     config.preprocess.resolution = 48
     config.data.update(source="configs/tasks_tokenizer_scenes.py", rgb_share=0.4, cache_gigabytes=1.0)
     config.loop.update(total_steps=4800, evaluate_every=1600)

@@ -11,7 +11,8 @@ from lvm.data.streams.codecs import Edges, Image, Palette
 from lvm.evaluation.heldout import HeldoutScene
 
 NUM_CODES, GRID = 16, (2, 2)
-STREAM_SETS, CLASSES = (("rgb",), ("rgb", "segmentation"), ("edges", "rgb")), ("", "cat", "dog")
+STREAM_SETS = (("rgb",), ("rgb", "segmentation"), ("edges", "rgb"), ("rgb", "segmentation", "edges"))
+CLASSES = ("", "cat", "dog")
 
 
 def make_scenes(shapes, seed=0, groups=None):

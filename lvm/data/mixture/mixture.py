@@ -26,6 +26,7 @@ from lvm.common.logging import log_info
 from lvm.common.seeding import derive_seed
 from lvm.common.validation import check_choice, check_tuples
 from lvm.data.mixture.permutation import SHUFFLES
+from lvm.data.mixture.recipe import Recipe
 from lvm.data.mixture.sentences import ComponentConfig, ComponentSentences, usable_mask
 from lvm.data.mixture.shares import SCALE, Shares
 from lvm.data.mixture.split import check_fraction
@@ -188,7 +189,7 @@ class Mixture:
         """Everything that determines the order of sentences and the loss, as JSON; a run keeps it on resume."""
         components = {
             component.name: {
-                "recipe": to_json(component.recipe),
+                "recipe": _recipe_record(component.recipe),
                 "share": float(share),
                 "sentences": component.sentences_per_epoch,
                 "store": component.store.identity(),
@@ -201,6 +202,14 @@ class Mixture:
     def identity(self) -> str:
         """A hash of `record`."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+
+
+def _recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON, without what it lacked in earlier versions, so that their runs can be resumed."""
+    record: dict[str, Any] = to_json(recipe)
+    if not record.get("same_class", True):
+        del record["same_class"]
+    return record
 
 
 def _open_stores(

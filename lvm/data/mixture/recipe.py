@@ -42,7 +42,6 @@ class Recipe(abc.ABC):
 
     kind: ClassVar[str]
     kinds: ClassVar[dict[str, type[Recipe]]] = {}
-    same_class: ClassVar[bool] = False  # whether all scenes of a sentence must be of one class
 
     def __init_subclass__(cls) -> None:
         if "kind" in vars(cls):
@@ -52,6 +51,11 @@ class Recipe(abc.ABC):
     def num_scenes(self) -> int:
         """Scenes in a sentence."""
         return 1
+
+    @property
+    def same_class(self) -> bool:
+        """Whether all scenes of a sentence must be of one class."""
+        return False
 
     @property
     @abc.abstractmethod

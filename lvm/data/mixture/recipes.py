@@ -165,11 +165,14 @@ class Category(_OneStream):
     """
 
     kind = "category"
-    same_class = True
     images: int = 16
 
     def __post_init__(self) -> None:
         check_positive(self, "images")
+
+    @property
+    def same_class(self) -> bool:
+        return True
 
     @property
     def num_scenes(self) -> int:
@@ -208,10 +211,12 @@ class Pairs(_Alternating, _TwoStreams):
     Attributes:
       input, target: the streams of x and y.
       shots: pairs in a sentence; the paper takes 8.
+      same_class: all scenes are of one class, as in few-shot segmentation.
     """
 
     kind = "pairs"
     shots: int = 8
+    same_class: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "shots")
@@ -229,12 +234,14 @@ class VaryingPairs(_Alternating):
       input: the stream of x.
       targets: the streams of which one is that of y.
       shots: pairs in a sentence.
+      same_class: as of `Pairs`.
     """
 
     kind = "varying_pairs"
     input: str = "rgb"
     targets: tuple[str, ...] = ("segmentation", "depth")
     shots: int = 8
+    same_class: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "shots")

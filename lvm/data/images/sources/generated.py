@@ -28,6 +28,7 @@ CODECS: dict[str, Codec] = {
     "edges": Edges(),
     "normals": Normals(),
     "boxes": Boxes(CLASSES),
+    "mask": Palette(("background", "object"), background=0),
 }
 ORDERS = tuple(itertools.permutations(CLASSES))  # of the colors of segmentation_K; the first is that of segmentation
 
@@ -41,8 +42,8 @@ class GeneratedConfig:
     )
     num_scenes: int = 1500
     num_frames: int = 8  # of every scene
-    # Some of `CODECS`, in this order; segmentation_K, K = 1 … 119, with the colors of the classes in another order;
-    # mask_CLASS, the shapes of one class.
+    # Some of `CODECS`, in this order (mask: the shapes of the scene's class, as in few-shot segmentation);
+    # segmentation_K, K = 1 … 119, with the colors of the classes in another order.
     streams: tuple[str, ...] = ("rgb", "segmentation", "depth", "edges")
     shapes: tuple[int, int] = SHAPES  # the fewest and the most in a scene; fewer are larger
     class_hues: bool = False  # hues of shapes are near those of their classes; otherwise only outlines tell a class
@@ -53,8 +54,7 @@ class GeneratedConfig:
         known = all(codec_of(stream) is not None for stream in self.streams)
         if not known or not self.streams or len(set(self.streams)) < len(self.streams):
             expected = f"{', '.join(CODECS)}, segmentation_1 to segmentation_{len(ORDERS) - 1}"
-            masks = ", ".join(f"mask_{name}" for name in CLASSES)
-            raise UserError(f"streams: {self.streams}; expected some of {expected}, {masks}, each once")
+            raise UserError(f"streams: {self.streams}; expected some of {expected}, each once")
         if len(self.shapes) != 2 or not 1 <= self.shapes[0] <= self.shapes[1] <= MAX_SHAPES:
             expected = f"the fewest and the most shapes of a scene, from 1 to {MAX_SHAPES}"
             raise UserError(f"shapes: {self.shapes}; expected {expected}")
@@ -65,8 +65,6 @@ def codec_of(stream: str) -> Codec | None:
     recolored = re.fullmatch("segmentation_([1-9][0-9]*)", stream)
     if recolored and int(recolored[1]) < len(ORDERS):
         return Palette(("background", *ORDERS[int(recolored[1])]), background=0)
-    if stream.startswith("mask_") and stream[5:] in CLASSES:
-        return Palette(("background", stream[5:]), background=0)
     return CODECS.get(stream)
 
 
@@ -128,8 +126,10 @@ class GeneratedSource(ImageSource[None]):
         if stream == "boxes":
             return np.stack([codec.render(_visible_boxes(front, scene), (R, R)) for front in maps["front"]])
         annotation = maps[_map_of(stream)]  # [T, R, R, ...]
-        if isinstance(codec, Palette):
-            ids = [codec.names.index(name) if name in codec.names else 0 for name in ("background", *CLASSES)]
+        if stream == "mask":
+            annotation = (annotation == 1 + scene.shapes[-1].class_id).astype(np.uint8)
+        elif isinstance(codec, Palette):
+            ids = [codec.names.index(name) for name in ("background", *CLASSES)]
             annotation = np.array(ids, np.uint8)[annotation]
         # These codecs work pixel by pixel, so all frames are rendered as one tall image.
         return codec.render(annotation.reshape(-1, *annotation.shape[2:])).reshape(-1, R, R, 3)

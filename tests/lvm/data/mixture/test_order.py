@@ -19,7 +19,7 @@ from lvm.data.mixture import sentences
 from lvm.data.mixture.loader import prefetch_batches
 from lvm.data.mixture.mixture import ComponentConfig, Mixture, MixtureConfig
 from lvm.data.mixture.permutation import SHUFFLES
-from lvm.data.mixture.recipes import Category, Pairs, Single, Video
+from lvm.data.mixture.recipes import Category, Pairs, Single, VaryingPairs, Video
 from lvm.data.mixture.rows import Rows
 from lvm.data.mixture.sampler import RankIndex, RunIndex
 from lvm.data.mixture.split import group_hash
@@ -149,20 +149,31 @@ def test_rank_index_selects_by_predicate(parts):
 
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
-def test_category_sentences_are_of_one_class_without_repeats(make_store, new_scenes, shuffle):
-    path = make_store(new_scenes([(1, 0)] * 41))  # classes −1, 0, 1 in turn
-    config = MixtureConfig({"category": ComponentConfig(Category(images=3))}, (path,), 0.0, shuffle=shuffle)
+@pytest.mark.parametrize(
+    "recipe", [Category(images=3), VaryingPairs("rgb", ("edges", "segmentation"), shots=3, same_class=True)]
+)
+def test_sentences_of_one_class_have_no_repeats(make_store, new_scenes, recipe, shuffle):
+    path = make_store(new_scenes([(1, 3)] * 41))  # classes −1, 0, 1 in turn
+    config = MixtureConfig({"a": ComponentConfig(recipe)}, (path,), 0.0, shuffle=shuffle)
     component = Mixture(config, 0).components[0]
     store = Store(path)
     assert component.sentences_per_epoch == 4 + 4
     for epoch in range(2):
-        scenes = component.select_grids(np.arange(8) + 8 * epoch)[0]
+        scenes = component.select_grids(np.arange(8) + 8 * epoch)[0][:, :: recipe.num_grids // 3]
         classes = store.index["class_id"][scenes]
         assert (classes == classes[:, :1]).all()
         assert (classes >= 0).all()
         assert len(np.unique(scenes)) == 24
-    assert not np.array_equal(component.select_grids(np.arange(8))[0], scenes)
+    assert not np.array_equal(component.select_grids(np.arange(8))[0][:, :: recipe.num_grids // 3], scenes)
     assert component.num_excluded == 14  # those without a class
+
+
+def test_record_of_a_recipe_has_the_keys_of_earlier_versions(make_store, new_scenes):
+    path = make_store(new_scenes([(1, 1)] * 41))
+    for options in ({}, {"same_class": True}):
+        config = MixtureConfig({"a": ComponentConfig(Pairs(shots=2, **options))}, (path,), 0.0)
+        recipe = Mixture(config, 0).record()["components"]["a"]["recipe"]
+        assert recipe == {"kind": "pairs", "input": "rgb", "target": "segmentation", "shots": 2, **options}
 
 
 def test_small_classes_are_excluded_and_counted(make_store, new_scenes):
