@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     components = {
         "video": ComponentConfig(Video(frames=8, strides=(2,)), weight=0.25),
         "segmentation": ComponentConfig(Pairs(target="segmentation", shots=5), weight=0.15),
-        # Of one class: what an example shows is then what the query asks for, and rules are learned within an hour.
+        # Of one class, as in few-shot segmentation: every example shows what its query asks for.
         "palettes": ComponentConfig(VaryingPairs(targets=PALETTES, shots=5, same_class=True), weight=0.22),
         "mask": ComponentConfig(Pairs(target="mask", shots=5, same_class=True), weight=0.12),
         "depth": ComponentConfig(Pairs(target="depth", shots=5), weight=0.10),

@@ -8,7 +8,7 @@ from tokenizer.quantizers.fsq import FSQ
 
 
 def get_config() -> ConfigDict:
-    """A learned codebook spends a quarter of its codes on black, which annotations are mostly: noise for a model."""
+    """FSQ: a quarter of the codes of a learned codebook were black, as annotations mostly are (docs/log.md)."""
     config = demo_tokenizer.get_config()
     del config.model["quantizer"]
     config.model.quantizer = to_config_dict(FSQ(levels=(4, 4, 4, 4, 4)))

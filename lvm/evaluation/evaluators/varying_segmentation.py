@@ -26,8 +26,8 @@ class VaryingSegmentation(Segmentation):
 
     Attributes:
       targets: streams of palettes with equally many colors.
-      score_by: the metric that comes first and is plotted. Where most answers are empty, as of masks of one class of
-        several, `foreground_miou` is the one that empty answers don't decide.
+      score_by: the metric that comes first and is plotted. Where most answers are empty, `foreground_miou` is the
+        one that empty answers don't decide.
     """
 
     kind = "varying_segmentation"
