@@ -36,6 +36,6 @@ def get_config() -> ConfigDict:
         "reconstruction": Reconstruction(),
         "segmentation": Segmentation(**by_example),
         "task_following": TaskFollowing(num_queries=600, shots=4),
-        "video": VideoContinuation(),
+        "video": VideoContinuation(num_queries=300),
     }
     return to_config_dict(EvalConfig(evaluations, source="configs/tasks_scenes.py", max_scenes=400))

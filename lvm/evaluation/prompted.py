@@ -33,6 +33,7 @@ class PromptedTask(Evaluator):
 
     Attributes:
       codec_type: of the target stream.
+      also_plotted: metrics besides the first that are plotted by number of examples.
       image_metrics: names of further metrics, of the answer's pixels.
       input, target: the streams of images and their annotations.
       shots: example pairs of a query.
@@ -43,6 +44,7 @@ class PromptedTask(Evaluator):
     """
 
     codec_type: ClassVar[type] = Codec
+    also_plotted: ClassVar[tuple[str, ...]] = ()
     image_metrics: ClassVar[tuple[str, ...]] = ("psnr",)
 
     input: str = "rgb"
@@ -133,9 +135,8 @@ class PromptedTask(Evaluator):
         pictures = [self._picture(asked, images, truth)]
         if self.sweep:
             answers = {n: images if n == self.shots else self.answer(context, q) for n, q in by_shots.items()}
-            pictures.append(
-                self._sweep_plot({shots: estimates(answers[shots]) for shots in sorted(answers)}, metrics[0])
-            )
+            plotted = [metric for metric in metrics if metric is metrics[0] or metric.name in self.also_plotted]
+            pictures.append(self._sweep_plot({shots: estimates(answers[shots]) for shots in sorted(answers)}, plotted))
         return figures, pictures
 
     def streams(self, context: Context) -> Sequence[str]:
@@ -202,13 +203,17 @@ class PromptedTask(Evaluator):
         title = f"{self.title.capitalize()}, by example".replace("_", " ")
         return Picture(title, text, render_sheet(rows))
 
-    def _sweep_plot(self, by_shots: Mapping[int, Mapping[str, Estimate]], metric: Metric) -> Picture:
-        points = [
-            (float(shots), scores[metric.name].value, *(scores[metric.name].interval or ()))
-            for shots, scores in by_shots.items()
-        ]
+    def _sweep_plot(self, by_shots: Mapping[int, Mapping[str, Estimate]], metrics: Sequence[Metric]) -> Picture:
+        series = {
+            metric.name: [
+                (float(shots), scores[metric.name].value, *(scores[metric.name].interval or ()))
+                for shots, scores in by_shots.items()
+            ]
+            for metric in metrics
+        }
         title = f"{self.title.capitalize()}, by number of examples".replace("_", " ")
-        return Picture(title, f"{metric.text}.", Plot({metric.name: points}, "example pairs", metric.name))
+        text = f"{'; '.join(metric.text for metric in metrics)}."
+        return Picture(title, text, Plot(series, "example pairs", ", ".join(series)))
 
 
 def ask(

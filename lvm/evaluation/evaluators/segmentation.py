@@ -27,6 +27,7 @@ class Segmentation(PromptedTask):
 
     kind = "segmentation"
     codec_type = Palette
+    also_plotted = ("class_miou",)
 
     target: str = "segmentation"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lvm.common.errors import UserError
-from lvm.common.validation import check_choice, check_tuples
+from lvm.common.validation import check_tuples
 from lvm.data.streams.codecs import Codec, Palette
 from lvm.evaluation import baselines
 from lvm.evaluation.episodes import Images, Query
@@ -14,31 +14,25 @@ from lvm.evaluation.evaluator import Context, NotApplicableError
 from lvm.evaluation.evaluators.segmentation import Segmentation
 from lvm.evaluation.figures import Metric
 
-_SCORES = ("foreground_iou", "foreground_miou", "class_miou", "pixel_accuracy")
-
 
 @dataclasses.dataclass(frozen=True)
 class VaryingSegmentation(Segmentation):
     """Query i and its examples are annotated by stream i modulo the number of `targets`.
 
-    Metrics are `Segmentation`'s, of colors: `class_miou` is over colors, whichever classes have them in a prompt, and
-    `foreground_miou` is summed by stream. Baselines are by the rule of the prompt.
+    Metrics are `Segmentation`'s, of colors: `class_miou`, the first, is over colors, whichever classes have them in a
+    prompt, and `foreground_miou` is summed by stream. Baselines are by the rule of the prompt.
 
     Attributes:
       targets: streams of palettes with equally many colors.
-      score_by: the metric that comes first and is plotted. Where most answers are empty, `foreground_miou` is the
-        one that empty answers don't decide.
     """
 
     kind = "varying_segmentation"
 
     target: str = dataclasses.field(default="", init=False)  # the first of `targets`, whose name stands for all
     targets: tuple[str, ...] = ("segmentation", "segmentation_1")
-    score_by: str = "class_miou"
 
     def __post_init__(self) -> None:
         check_tuples(self, "targets")
-        check_choice(self, "score_by", _SCORES)
         if len(self.targets) < 2 or len({self.input, *self.targets}) <= len(self.targets):
             raise UserError(f"targets={self.targets} must be two streams or more, each once, without {self.input!r}")
         object.__setattr__(self, "target", self.targets[0])
@@ -49,9 +43,7 @@ class VaryingSegmentation(Segmentation):
         return f"one of {len(self.targets)} rules"
 
     def metrics(self, codec: Codec) -> Sequence[Metric]:
-        metrics = sorted(super().metrics(codec), key=lambda metric: metric.name != self.score_by)
-        if metrics[0].name != self.score_by:
-            raise NotApplicableError(f"score_by={self.score_by!r} needs a background, and the palettes have none")
+        metrics = sorted(super().metrics(codec), key=lambda metric: metric.name != "class_miou")
         return [
             dataclasses.replace(metric, text="foreground mIoU, summed by the stream of the annotation")
             if metric.name == "foreground_miou"

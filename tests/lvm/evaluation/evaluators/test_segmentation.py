@@ -99,6 +99,15 @@ def test_segmentation_of_perfect_answers(make_context, make_heldout_scenes, know
     assert 0 < figures[2].baselines["the same shapes, classes shuffled"].value < 1
 
 
+def test_sweep_plots_foreground_and_classes(make_context, make_heldout_scenes, knows):
+    scenes = make_heldout_scenes(5, palette=CLASSES)
+    context = make_context(scenes, {"rgb": Image(), "segmentation": CLASSES}, knows(scenes, "segmentation"))
+    _, (_, plot) = Segmentation(num_queries=6, shots=2, sweep=(1,)).run(context)
+    assert {name: [point[:2] for point in points] for name, points in plot.content.series.items()} == {
+        "foreground_iou": [(1, 1), (2, 1)], "class_miou": [(1, 1), (2, 1)]
+    }  # fmt: skip
+
+
 def test_segmentation_needs_a_palette(make_context, make_heldout_scenes):
     context = make_context(make_heldout_scenes(4), {"rgb": Image(), "segmentation": Image()})
     with pytest.raises(NotApplicableError, match="the stream segmentation is of kind 'image'"):

@@ -58,9 +58,8 @@ def test_answers_by_the_rule_of_the_examples_are_right(make_context, scenes):
 
 
 def test_answers_by_one_rule_are_wrong_for_the_other(make_context, scenes, knows):
-    figures, _ = task(score_by="foreground_iou").run(make_context(scenes, CODECS, knows(scenes, "segmentation")))
+    figures, _ = task().run(make_context(scenes, CODECS, knows(scenes, "segmentation")))
     by_name = {figure.name: figure.estimate.value for figure in figures}
-    assert next(iter(by_name)) == "foreground_iou"
     assert by_name["foreground_iou"] == 1
     assert 0.2 < by_name["class_miou"] < 0.5  # half of the queries are answered in the colors of the others
 
@@ -122,13 +121,6 @@ def test_targets_can_be_overridden_in_a_config():
     assert from_config_dict(VaryingSegmentation, values | {"targets": ("a", "b")}).target == "a"
 
 
-def test_score_by_foreground_needs_a_background(make_context, scenes):
-    bare = Palette(("nothing", "cat", "dog"))
-    context = make_context(scenes, {"rgb": Image(), "segmentation": bare, "second": bare})
-    with pytest.raises(NotApplicableError, match="score_by='foreground_iou' needs a background"):
-        task(score_by="foreground_iou").run(context)
-
-
 def test_masks_of_one_class_have_no_chance_level():
     masks = np.stack([CLASSES.render(np.ones((4, 4), int))])
     assert Segmentation().chance(Palette(("nothing", "cat"), background=0), masks, masks) == {}
@@ -156,7 +148,6 @@ def test_varying_segmentation_needs_palettes(make_context, scenes, targets, code
         ({"targets": ("second", "second")}, "each once"),
         ({"targets": "segmentation"}, "must be a tuple"),
         ({"targets": ("segmentation", "rgb")}, "without 'rgb'"),
-        ({"score_by": "loss"}, "score_by='loss'"),
     ],
 )
 def test_impossible_fields_are_refused(options, message):

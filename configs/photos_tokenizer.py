@@ -1,0 +1,62 @@
+"""Tokenizer for photos on two CPU cores: crops of 64×64 as 8×8 of 1024 codes, with an adversary and no downloads.
+
+The parts of configs/tokenizer_f16_8192.py at a small size: a codebook of moving averages, a blur-pool discriminator
+with LeCam, averaged weights; instead of a perceptual network, multi-scale SSIM and the discriminator's features.
+Needs `--config.data.source`. What it reaches is in docs/tokenizer.md.
+"""
+
+from ml_collections import ConfigDict
+
+from lvm.common.config import to_config_dict
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.random_crop import RandomCrop
+from lvm.training.loop import LoopConfig
+from lvm.training.optimizer import OptimizerConfig
+from tokenizer.adversary import AdversarialConfig
+from tokenizer.config import TokenizerConfig
+from tokenizer.discriminators.blur_pool import BlurPool
+from tokenizer.images import ImagesConfig
+from tokenizer.network import VQGANConfig
+from tokenizer.objective import LossConfig
+from tokenizer.perceptual.base import MultiScaleSSIM
+
+
+def get_config() -> ConfigDict:
+    model = VQGANConfig(
+        resolution=64,
+        patch_size=4,
+        channels=64,
+        channel_multipliers=(1, 2),
+        encoder_blocks=1,
+        decoder_blocks=2,
+        middle_blocks=1,
+        codebook_size=1024,
+        codebook_dim=16,
+        norm_groups=16,
+        quant_convs=False,
+    )
+    discriminator = BlurPool(channels=32, stages=3, norm_groups=16)
+    return to_config_dict(
+        TokenizerConfig(
+            batch_size=16,
+            model=model,
+            preprocess=Preprocess(64, "center_crop"),
+            ema_decay=0.995,
+            data=ImagesConfig(crop=RandomCrop(scale=(0.2, 1.0))),
+            loss=LossConfig(l1=1.0, l2=4.0, gradient=0.0, perceptual=MultiScaleSSIM(weight=0.3), autoencoder_steps=400),
+            adversarial=AdversarialConfig(
+                weight=0.1,
+                start_step=3000,
+                feature_matching=1.0,
+                lecam=0.001,
+                discriminator=discriminator,
+                optimizer=OptimizerConfig(learning_rate=5e-4, end_learning_rate=5e-5, warmup_steps=100, b2=0.99),
+            ),
+            optimizer=OptimizerConfig(
+                learning_rate=2e-3, end_learning_rate=1e-4, warmup_steps=200, b2=0.99, weight_decay=0.0
+            ),
+            loop=LoopConfig(
+                total_steps=6000, log_every=100, evaluate_every=500, picture_every=1000, checkpoint_every=500
+            ),
+        )
+    )
