@@ -24,14 +24,15 @@ h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p { margin: .3rem 0 .7rem; color: #555; max-width: 46rem; }
 img { max-width: 100%; display: block; background: #fff; border: 1px solid #e4e2dc; border-radius: 4px; }
+div.wide { overflow-x: auto; }
 table { border-collapse: collapse; background: #fff; border: 1px solid #e4e2dc; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .9rem; border-bottom: 1px solid #eeece6;
          font-weight: normal; }
 th { color: #777; }
 td:nth-child(2) { text-align: right; font-variant-numeric: tabular-nums; font-weight: 600; white-space: nowrap; }
-td:nth-child(n+3) { color: #777; }
+td:nth-child(n+3) { color: #777; } td:nth-child(n+4) { min-width: 10rem; }
 table.data { font-size: 12px; } table.data td, table.data th { text-align: right; font-weight: normal; }
-table.data td { color: #222; } table.data td:first-child { text-align: left; }
+table.data td { color: #222; min-width: 0; } table.data td:first-child { text-align: left; }
 """
 
 
@@ -60,7 +61,8 @@ def render_page(title: str, intro: str, table: Sequence[Row], sections: Sequence
     """A self-contained HTML page: title, introduction, a table of metrics unless it is empty, then the sections."""
     metrics = f"<h2>Metrics</h2>{_render_table(table)}" if table else ""
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"
         f"{metrics}{''.join(map(_render_section, sections))}</html>\n"
     )
@@ -88,7 +90,8 @@ def _render_table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), sty
         return "<tr>" + "".join(f"<{tag}>{html.escape(row[i])}</{tag}>" for i in columns) + "</tr>"
 
     head = render(header, "th") if header else ""
-    return f"<table{style}>{head}{''.join(render(row, 'td') for row in rows)}</table>"
+    body = "".join(render(row, "td") for row in rows)
+    return f'<div class="wide"><table{style}>{head}{body}</table></div>'
 
 
 def figure_png(figure: Figure) -> bytes:

@@ -31,6 +31,7 @@ def test_page_escapes_all_text():
 def test_page_leaves_out_what_is_empty():
     section = Section("x", metrics=[("name", "value", "meaning"), ("loss", "1", ""), ("psnr", "2", "")], level=3)
     page = render_page("Title", "intro", (), [section])
-    assert "<h3>x</h3><table><tr><th>name</th><th>value</th></tr><tr><td>loss</td><td>1</td></tr>" in page
+    assert '<h3>x</h3><div class="wide"><table><tr><th>name</th><th>value</th></tr>' in page
+    assert "<tr><td>loss</td><td>1</td></tr>" in page
     assert "Metrics" not in page
     assert page.count("<p>") == 1
