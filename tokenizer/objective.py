@@ -5,6 +5,7 @@ begins. A discriminator may join later (`tokenizer.adversary`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -120,8 +121,25 @@ class TokenizerTask:
             training["discriminator"] = self.adversary.init(jax.random.fold_in(rng, 1))
         return {"step": jnp.zeros((), jnp.int32), "params": params, "training": training}
 
+    @property
+    def last_phase(self) -> int:
+        """See `PhasedTask.last_phase`: 1 with a discriminator."""
+        return int(self.adversary is not None)
+
+    def phase(self, step: int) -> int:
+        """See `PhasedTask.phase`: 1 from the discriminator's first step on."""
+        return int(self.adversary is not None and step >= self.adversary.config.start_step)
+
     def update(self, state: State, batch: Batch, rng: jax.Array) -> tuple[State, Metrics]:
         """Makes one step of network, codebook and discriminator; a non-finite gradient of any changes nothing."""
+        if not self.adversary:
+            return self.update_in(0, state, batch, rng)
+        has_begun = state["step"] >= self.adversary.config.start_step
+        branches = (functools.partial(self.update_in, phase) for phase in (1, 0))
+        return jax.lax.cond(has_begun, *branches, state, batch, rng)
+
+    def update_in(self, phase: int, state: State, batch: Batch, rng: jax.Array) -> tuple[State, Metrics]:
+        """See `PhasedTask.update_in`: `update` in a program without the discriminator, or always with it."""
         step, training = state["step"], state["training"]
         params = training["generator"] if self.ema_decay else state["params"]
         trained, images = self._trained(params), to_float(batch["images"])
@@ -132,7 +150,7 @@ class TokenizerTask:
         of_images = jax.value_and_grad(self._reconstruction_loss, has_aux=True)
         (loss, terms), image_gradient = of_images(decoded, images, training["perceptual"])
         adversarial_gradient, discriminator, adversarial = self._adversarial(
-            params, training, decoded, images, image_gradient, forward.features, step
+            phase, params, training, decoded, images, image_gradient, forward.features
         )
         (gradients,) = pull_back((image_gradient + adversarial_gradient, jnp.ones_like(penalty)))
         updates, optimizer_state = self.optimizer.update(gradients, training["optimizer"], trained)
@@ -185,12 +203,12 @@ class TokenizerTask:
         return {"params": averages, "generator": params}
 
     def _adversarial(
-        self, params: Params, training: Params, decoded: Float[Array, "B R R 3"], images: Float[Array, "B R R 3"],
-        image_gradient: Float[Array, "B R R 3"], features: Float[Array, "B _ _ F"], step: jax.Array,
+        self, phase: int, params: Params, training: Params, decoded: Float[Array, "B R R 3"],
+        images: Float[Array, "B R R 3"], image_gradient: Float[Array, "B R R 3"], features: Float[Array, "B _ _ F"],
     ) -> tuple[Float[Array, "B R R 3"], Params, Metrics]:  # fmt: skip
         """Gradient of the adversarial losses by the images, the discriminator after its step, and metrics.
 
-        Before the discriminator's first step, nothing of it is computed; gradient and metrics are 0.
+        In phase 0 nothing of the discriminator is computed; gradient and metrics are 0.
         """
         if not self.adversary:
             return jnp.zeros_like(decoded), {}, {}
@@ -210,11 +228,11 @@ class TokenizerTask:
             new, of_discriminator = adversary.update(old, decoded, images)
             return gradient, new, metrics | of_discriminator
 
-        _, _, shapes = jax.eval_shape(play)
-        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
-        gradient, new, metrics = jax.lax.cond(
-            step >= adversary.config.start_step, play, lambda: (jnp.zeros_like(decoded), old, zeros)
-        )
+        if phase == 0:
+            _, _, shapes = jax.eval_shape(play)
+            zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+            return jnp.zeros_like(decoded), {"discriminator": old}, zeros
+        gradient, new, metrics = play()
         return gradient, {"discriminator": new}, metrics
 
     def _forward(

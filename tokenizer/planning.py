@@ -1,6 +1,7 @@
 """Plan of a tokenizer's training step on devices that are not attached: memory, FLOPs, least time."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -108,7 +109,8 @@ def plan_tokenizer(config: TokenizerConfig, target: Target) -> tuple[TokenizerPl
     config = dataclasses.replace(config, mesh=mesh)
     task = build_task(config, config.loop.total_steps)
     state = jax.eval_shape(task.init, jax.random.key(0))
-    flops = count_flops(task.update, state, dict(task.batch_spec), jax.random.key(0))
+    update = functools.partial(task.update_in, task.last_phase)
+    flops = count_flops(update, state, dict(task.batch_spec), jax.random.key(0))
     params, total, traffic = count_params(state["params"]), None, None
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) // mesh.fsdp
     if target.devices:

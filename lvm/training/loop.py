@@ -262,11 +262,11 @@ class Loop:
         clock.restart()
         pending: deque[tuple[int, Metrics]] = deque()  # of steps that may still be running
         for step, batch in enumerate(clock.time_input(self._batches(start, total)), start + 1):
-            if step == start + 1:
-                with clock.paused(state, goodput.COMPILE):
-                    self._step.compile()
+            if not self._step.is_compiled(step - 1):
+                with clock.paused(state, goodput.COMPILE), self._watchdog.pause("compiling"):
+                    self._step.compile(step - 1)
             self._profiler.start_step(step)
-            state, metrics = clock.run(self._step, state, batch)
+            state, metrics = clock.run(self._step, state, batch, step - 1)
             pending.append((step, metrics))
             last = step == total
             self._check_steps(pending, 0 if last else _STEPS_AHEAD)

@@ -114,10 +114,10 @@ class Clock:
             self._steps += 1
             yield batch
 
-    def run(self, step: Step, state: State, batch: Batch) -> tuple[State, Metrics]:
-        """Dispatches a step."""
+    def run(self, step: Step, state: State, batch: Batch, index: int) -> tuple[State, Metrics]:
+        """Dispatches the step from `index` on."""
         dispatched_at = time.monotonic()
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, index)
         self._devices.dispatched(dispatched_at, metrics["loss"])
         return state, metrics
 

@@ -14,7 +14,7 @@ from lvm.common.errors import UserError
 from lvm.common.logging import log_info
 from lvm.data.mixture import loader
 from lvm.hardware import compiler_options, sharding
-from lvm.training.task import Batch, Metrics, State, TrainTask
+from lvm.training.task import Batch, Metrics, PhasedTask, State, TrainTask
 
 
 class Step:
@@ -59,7 +59,7 @@ class Step:
         rows = sharding.batch_sharding(mesh, batch_size)
         self.batch = {name: _with_sharding(x, rows) for name, x in task.batch_spec.items()}
         self.rows = loader.local_rows(rows, (batch_size,))
-        self._compiled: Any = None
+        self._compiled: dict[int, Any] = {}  # by phase
 
     def init(self) -> State:
         """Returns the initial state, created sharded: no device or host ever holds all of a fresh one."""
@@ -84,35 +84,58 @@ class Step:
             for name, x in batch.items()
         }
 
-    def lower(self) -> Any:
-        """Lowers the update (state, batch) → (state, metrics), which donates the state (`jax.stages.Lowered`)."""
+    def phase(self, index: int | None) -> int:
+        """The phase of the update from step `index` on (`PhasedTask`); of None, the last steps'."""
+        if not isinstance(self.task, PhasedTask):
+            return 0
+        return self.task.last_phase if index is None else self.task.phase(index)
+
+    def lower(self, index: int | None = None) -> Any:
+        """Lowers the update (state, batch) → (state, metrics), which donates the state (`jax.stages.Lowered`).
+
+        Args:
+          index: of the step that it starts from; None lowers that of the last steps.
+        """
+        task, phase = self.task, self.phase(index)
+        update = functools.partial(task.update_in, phase) if isinstance(task, PhasedTask) else task.update
 
         def step(state: State, batch: Batch) -> tuple[State, Metrics]:
             rng = jax.random.fold_in(jax.random.key(self._seed), state["step"])
-            return self.task.update(state, batch, rng)
+            return update(state, batch, rng)
 
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
         return jitted.lower(self.state, self.batch)
 
-    def compile(self) -> Any:
-        """Compiles the update at the first call (`jax.stages.Compiled`).
+    def is_compiled(self, index: int) -> bool:
+        """Whether the update from step `index` on needs no compilation."""
+        return self.phase(index) in self._compiled
+
+    def compile(self, index: int | None = None) -> Any:
+        """Compiles an update, as `lower` names it, at the first call (`jax.stages.Compiled`).
 
         Raises:
           UserError: the compiler doesn't know one of the options.
         """
-        if self._compiled is None:
+        phase = self.phase(index)
+        if phase not in self._compiled:
             try:
-                self._compiled = self.lower().compile(self.compiler_options or None)
+                self._compiled[phase] = self.lower(index).compile(self.compiler_options or None)
             except jax.errors.JaxRuntimeError as error:
                 message = compiler_options.option_error(str(error), self.compiler_options)
                 if message is None:
                     raise
                 raise UserError(message) from error
-        return self._compiled
+        return self._compiled[phase]
 
-    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        """Runs one update; `state` is donated."""
-        return self.compile()(state, batch)
+    def __call__(self, state: State, batch: Batch, index: int | None = None) -> tuple[State, Metrics]:
+        """Runs one update; `state` is donated.
+
+        Args:
+          index: the state's step; None reads it from the device where the program depends on it.
+        """
+        if index is None and isinstance(self.task, PhasedTask):
+            index = int(state["step"])
+        return self.compile(index)(state, batch)
 
     def memory_bytes(self) -> int:
         """Bytes that the update needs on each device: state, batch and temporaries, donated buffers counted once."""

@@ -41,6 +41,25 @@ class TrainTask(Protocol):
         """Returns named pictures of the model's current output."""
 
 
+@runtime_checkable
+class PhasedTask(TrainTask, Protocol):
+    """A task with a part that begins at a later step: each phase is compiled to a program of its own.
+
+    A conditional within one program would cost more than its condition: XLA for CPU runs the convolutions in it
+    without its library of kernels, ten times as slowly.
+    """
+
+    @property
+    def last_phase(self) -> int:
+        """The phase of the last steps; phases are counted from 0."""
+
+    def phase(self, step: int) -> int:
+        """The phase of the update from `step` to the next."""
+
+    def update_in(self, phase: int, state: State, batch: Batch, rng: Key[Array, ""]) -> tuple[State, Metrics]:
+        """`update` of a state whose step is of `phase`."""
+
+
 Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # name → (weighted sum, weight), additive over batches
 LossFn = Callable[[Any, Batch, Key[Array, ""]], tuple[Float[Array, ""], Sums]]
 

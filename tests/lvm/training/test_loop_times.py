@@ -50,9 +50,9 @@ class KnownTimes(Step):
         self.now += 3.0 * self.is_running
         self.is_running = False
 
-    def compile(self):
-        self.now += 40.0 * (self._compiled is None)
-        return super().compile()
+    def compile(self, index=None):
+        self.now += 40.0 * (not self._compiled)
+        return super().compile(index)
 
     def shard_batch(self, batch):
         self.now += 0.5
@@ -62,9 +62,9 @@ class KnownTimes(Step):
         self.now += 7.0
         return super().init()
 
-    def __call__(self, state, batch):
+    def __call__(self, state, batch, index=None):
         self.now, self.is_running = self.now + 2.0, True
-        return super().__call__(state, batch)
+        return super().__call__(state, batch, index)
 
 
 class KnownIdle(reporting.IdleTimer):
