@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
         "mask": Segmentation(**by_example, target="mask", same_class=True),
         "normals": NormalsTask(**by_example),
         "palettes": VaryingSegmentation(**by_example, targets=PALETTES, same_class=True),
+        # The color of the commonest shapes in the examples doesn't do here.
+        "palettes_any_class": VaryingSegmentation(**by_example, targets=PALETTES),
         "perplexity": Perplexity(),
         "reconstruction": Reconstruction(),
         "segmentation": Segmentation(**by_example),

@@ -1,4 +1,4 @@
-"""A transformer of 1.4M parameters for video and six tasks by example, two with changing rules, on two CPU cores.
+"""A transformer of 1.6M parameters for video and six tasks by example, one with a changing rule, on two CPU cores.
 
 Trained on the store of configs/tasks_scenes.py, encoded by configs/tasks_tokenizer.py's tokenizer (docs/evaluation.md).
 """

@@ -9,7 +9,7 @@ PALETTES = tuple(f"segmentation_{order}" for order in (9, 20, 36, 41, 52, 70, 73
 def get_config() -> ConfigDict:
     """Fewer and larger shapes than the demo's, with hues of their class: few codes tell their classes apart.
 
-    With hues of any class, a model that was trained for 45 minutes finds shapes, and their classes stay at chance.
+    With hues of any class, a model that was trained for 49 minutes finds shapes, and their classes stay at chance.
     """
     streams = ("rgb", "segmentation", "depth", "edges", "normals", "mask", *PALETTES)
     scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 15, "shapes": (1, 2), "class_hues": True}

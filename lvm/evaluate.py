@@ -17,7 +17,7 @@ from lvm.common import cli, distributed, files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
-from lvm.data.images.sources import open_source
+from lvm.data.images.sources import ImageSource, open_source
 from lvm.data.images.sources.derived import DerivedStreams
 from lvm.data.mixture.mixture import MixtureConfig
 from lvm.evaluation import report
@@ -35,6 +35,12 @@ from tokenizer import Tokenizer as LoadedTokenizer
 from tokenizer.perceptual.lpips import LPIPS
 
 
+def with_derived(source: ImageSource, derived: Sequence[str]) -> ImageSource:
+    """The source with those of the `derived` streams that it lacks, of the seed of those that it has."""
+    lacking = [stream for stream in derived if stream not in source.streams]
+    return DerivedStreams(source, lacking, source.describe().get("derived_seed", 0)) if lacking else source
+
+
 def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: str) -> dict[str, Any]:
     """Runs the evaluations that `out` has no results of yet; returns the content of `results.json`."""
     distributed.join(config.distributed)
@@ -44,10 +50,9 @@ def evaluate(config: EvalConfig, model_folder: str, tokenizer_folder: str, out: 
     check_tokenizer(model.record["tokenizer"], model.vocabulary, loaded.identity(), tokenizer_folder)
     tokenizer = Tokenizer.of(loaded, config.batch_size)
     mixture = _mixture(config, model, model_folder)
-    source = open_source(config.source, loaded.preprocess) if config.source else None
-    if source is not None and (lacking := [stream for stream in config.derived if stream not in source.streams]):
-        source = DerivedStreams(source, lacking, source.describe().get("derived_seed", 0))
-    if source is not None:
+    source = None
+    if config.source:
+        source = with_derived(open_source(config.source, loaded.preprocess), config.derived)
         check_source(source, model.record["sources"], config.unseen, config.source)
     context = Context(
         model,

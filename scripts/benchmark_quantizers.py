@@ -3,8 +3,9 @@
     python -m scripts.benchmark_quantizers --config=configs/photos_tokenizer.py --config.data.source=PHOTOS \
         --config.loop.total_steps=2000 --heldout=OTHER-PHOTOS --out=runs/quantizers
 
-Trains each below --out, without the adversary, and compares them with `tokenizer.report` (--out/report). A run that was
-killed resumes. Prints a Markdown table.
+Trains each below --out and compares them with `tokenizer.report` (--out/report). Replaced in the config are the
+quantizer, by each at its defaults, `codebook_dim` where the quantizer has its own, and the adversary, by none. A run
+that was killed resumes. Prints a Markdown table; step times are medians from the codebook's seed on.
 """
 
 import dataclasses
@@ -56,6 +57,8 @@ def with_quantizer(config: VQGANConfig, kind: str) -> VQGANConfig:
 
 def _run(args: cli.Args) -> None:
     config = from_config_dict(TokenizerConfig, args.config)
+    if args.heldout == config.data.source:
+        raise UserError(f"--heldout={args.heldout} is config.data.source; give images that no tokenizer sees")
     config = dataclasses.replace(config, adversarial=AdversarialConfig())
     folders = {kind: pathlib.Path(args.out, kind) for kind in KINDS}
     for kind, folder in folders.items():
@@ -70,15 +73,16 @@ def _run(args: cli.Args) -> None:
     print(
         f"{cpu_name()}; {loop.total_steps} steps of {config.batch_size} images of {size.resolution}×{size.resolution}"
     )
-    print(table(results, folders))
+    print(table(results, folders, config.loss.autoencoder_steps))
 
 
-def table(results: dict[str, Any], folders: dict[str, pathlib.Path]) -> str:
-    """A Markdown table of the report's figures and of the median step time."""
+def table(results: dict[str, Any], folders: dict[str, pathlib.Path], seed_step: int) -> str:
+    """A Markdown table of the report's figures and of the median step time after `seed_step`."""
     rows = ["| quantizer | PSNR, dB | SSIM | usage | perplexity | step, ms |", "|---|---|---|---|---|---|"]
     for kind, folder in folders.items():
         cells = [f"{results['figures'][name][kind]['value']:.{digits}f}" for name, digits in _FIGURES]
-        seconds = np.median([line["step_seconds"] for line in metrics.read_metrics(folder) if "step_seconds" in line])
+        lines = [line for line in metrics.read_metrics(folder) if line["step"] > seed_step]
+        seconds = np.median([line["step_seconds"] for line in lines if "step_seconds" in line])
         rows.append(f"| `{kind}` | {' | '.join(cells)} | {1000 * seconds:.0f} |")
     return "\n".join(rows)
 

@@ -35,9 +35,9 @@ def test_table_has_report_and_median_step(tmp_path):
     (tmp_path / "vq" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
     values = {"psnr/rgb": 21.234, "ssim/rgb": 0.5678, "codebook_usage": 0.9, "codebook_perplexity": 40.4}
     figures = {name: {"vq": {"value": value}} for name, value in values.items()}
-    lines = table({"figures": figures}, {"vq": tmp_path / "vq"}).splitlines()
+    lines = table({"figures": figures}, {"vq": tmp_path / "vq"}, 1).splitlines()
     assert lines[0] == "| quantizer | PSNR, dB | SSIM | usage | perplexity | step, ms |"
-    assert lines[2:] == ["| `vq` | 21.23 | 0.568 | 0.900 | 40 | 300 |"]
+    assert lines[2:] == ["| `vq` | 21.23 | 0.568 | 0.900 | 40 | 250 |"]
 
 
 @pytest.mark.slow
@@ -47,4 +47,9 @@ def test_command_trains_and_measures_all(tmp_path):
     output = run("scripts.benchmark_quantizers", "--config=tests/configs/tiny_tokenizer.py", *arguments)
     assert [line.split("`")[1] for line in output.splitlines() if line.startswith("| `")] == list(KINDS)
     assert (tmp_path / "report" / "index.html").exists()
-    assert benchmark_quantizers.main(["--config=tests/configs/tiny_tokenizer.py", "--heldout=x"]) == 2  # no --out
+
+
+def test_training_images_are_no_heldout_images(tmp_path, capsys):
+    arguments = ["--heldout=tests/configs/tiny_scenes.py", f"--out={tmp_path}"]
+    assert benchmark_quantizers.main(["--config=tests/configs/tiny_tokenizer.py", *arguments]) == 2
+    assert "--heldout=tests/configs/tiny_scenes.py is config.data.source" in capsys.readouterr().err

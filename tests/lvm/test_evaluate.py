@@ -1,4 +1,4 @@
-"""LPIPS of `lvm evaluate`."""
+"""LPIPS and derived streams of `lvm evaluate`."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +7,9 @@ from safetensors.numpy import save_file
 
 from lvm import evaluate
 from lvm.common.errors import UserError
+from lvm.data.images.preprocess import Preprocess
+from lvm.data.images.sources.derived import DerivedStreams
+from lvm.data.images.sources.generated import GeneratedSource
 from lvm.evaluation.config import LPIPSConfig
 from tokenizer.perceptual import lpips
 
@@ -47,3 +50,13 @@ def test_lpips_names_the_setting_of_a_missing_file(small_files):
 def test_lpips_needs_images_of_sixteen_pixels(small_files):
     with pytest.raises(UserError, match=r"^config\.lpips: the tokenizer's images are 8 pixels wide"):
         evaluate._lpips(small_files, 8, 2)
+
+
+def test_derived_streams_have_the_seed_of_the_source():
+    """The second call adds what the first left out, with the same noise as both at once."""
+    scenes = GeneratedSource(Preprocess(16), num_scenes=2, num_frames=1, streams=("rgb",))
+    whole = DerivedStreams(scenes, ("gray", "noisy"), seed=3)
+    source = evaluate.with_derived(DerivedStreams(scenes, ("gray",), seed=3), ("gray", "noisy"))
+    assert list(source.streams) == ["rgb", "gray", "noisy"]
+    np.testing.assert_array_equal(source.load(1).images, whole.load(1).images)
+    assert evaluate.with_derived(source, ("gray",)) is source

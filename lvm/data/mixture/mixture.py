@@ -205,7 +205,7 @@ class Mixture:
 
 
 def _recipe_record(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON, without what it lacked in earlier versions, so that their runs can be resumed."""
+    """A recipe as JSON; omits same_class=False, which earlier versions lacked, so that their runs resume."""
     record: dict[str, Any] = to_json(recipe)
     if not record.get("same_class", True):
         del record["same_class"]

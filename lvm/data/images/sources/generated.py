@@ -42,7 +42,7 @@ class GeneratedConfig:
     )
     num_scenes: int = 1500
     num_frames: int = 8  # of every scene
-    # Some of `CODECS`, in this order (mask: the shapes of the scene's class, as in few-shot segmentation);
+    # Some of `CODECS`, in this order (mask: the shapes of the class that the front shape has);
     # segmentation_K, K = 1 … 119, with the colors of the classes in another order.
     streams: tuple[str, ...] = ("rgb", "segmentation", "depth", "edges")
     shapes: tuple[int, int] = SHAPES  # the fewest and the most in a scene; fewer are larger
