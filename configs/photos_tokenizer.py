@@ -43,10 +43,10 @@ def get_config() -> ConfigDict:
             preprocess=Preprocess(64, "center_crop"),
             ema_decay=0.995,
             data=ImagesConfig(crop=RandomCrop(scale=(0.2, 1.0))),
-            loss=LossConfig(l1=1.0, l2=4.0, gradient=0.0, perceptual=MultiScaleSSIM(weight=0.3), autoencoder_steps=400),
+            loss=LossConfig(l1=1.0, l2=4.0, gradient=0.0, perceptual=MultiScaleSSIM(weight=0.3), autoencoder_steps=300),
             adversarial=AdversarialConfig(
                 weight=0.1,
-                start_step=3000,
+                start_step=1800,
                 feature_matching=1.0,
                 lecam=0.001,
                 discriminator=discriminator,
@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
                 learning_rate=2e-3, end_learning_rate=1e-4, warmup_steps=200, b2=0.99, weight_decay=0.0
             ),
             loop=LoopConfig(
-                total_steps=6000, log_every=100, evaluate_every=500, picture_every=1000, checkpoint_every=500
+                total_steps=3000, log_every=50, evaluate_every=300, picture_every=600, checkpoint_every=300
             ),
         )
     )

@@ -10,7 +10,9 @@ import optax
 import pytest
 
 from lvm.common.errors import UserError
+from lvm.hardware.sharding import MeshConfig, make_mesh
 from lvm.training.optimizer import OptimizerConfig
+from lvm.training.step import Step
 from tokenizer.adversary import AdversarialConfig, Adversary
 from tokenizer.discriminators.blur_pool import BlurPool
 from tokenizer.discriminators.patchgan import PatchGAN
@@ -42,15 +44,19 @@ def make_task(**options):
 
 @functools.cache
 def history():
-    """A task and its compiled update, states before each of six steps and after, and the metrics of each."""
+    """A task and its compiled last phase, states before each of six steps and after, and the metrics of each."""
     task = make_task()
-    update = jax.jit(task.update)
+    updates = [jax.jit(functools.partial(task.update_in, phase)) for phase in range(task.last_phase + 1)]
     states, metrics = [task.init(jax.random.key(0))], []
     for step in range(6):
-        state, values = update(states[-1], batch(step), jax.random.fold_in(jax.random.key(1), step))
+        state, values = updates[task.phase(step)](states[-1], batch(step), rng(step))
         states.append(state)
         metrics.append({name: float(value) for name, value in values.items()})
-    return task, update, states, metrics
+    return task, updates[-1], states, metrics
+
+
+def rng(step):
+    return jax.random.fold_in(jax.random.key(1), step)
 
 
 def batch(seed=0):
@@ -102,6 +108,32 @@ def test_discriminator_begins_at_its_step():
             assert (values[name] != 0) == (step >= start), (step, name)
 
 
+def test_program_before_the_start_has_no_discriminator():
+    def convolutions(task, index):
+        step = Step(task, make_mesh(MeshConfig(), jax.devices()[:1]), seed=0)
+        return step.lower(index).as_text().count("stablehlo.convolution")
+
+    start, none = ADVERSARIAL.start_step, convolutions(make_task(adversary=None), 0)
+    assert none > 0
+    assert [convolutions(make_task(), index) for index in (0, start - 1)] == [none, none]
+    later = [convolutions(make_task(), index) for index in (start, start + 9, None)]
+    assert len({*later}) == 1
+    assert later[0] > none
+
+
+@pytest.mark.slow
+def test_one_program_makes_the_steps_of_both_phases():
+    task, _, states, _ = history()
+    update = jax.jit(task.update)
+    for step in (ADVERSARIAL.start_step - 1, ADVERSARIAL.start_step):
+        after, _ = update(states[step], batch(step), rng(step))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+            after["training"],
+            states[step + 1]["training"],
+        )
+
+
 def test_averages_of_logits_by_hand():
     *_, states, metrics = history()
     expected = {"real": 0.0, "fake": 0.0}
@@ -145,7 +177,7 @@ def test_decoder_training_keeps_the_codes():
     initial = state = task.init(jax.random.key(0))
     update = jax.jit(task.update)
     for step in range(4):
-        state, metrics = update(state, batch(step), jax.random.fold_in(jax.random.key(1), step))
+        state, metrics = update(state, batch(step), rng(step))
     for name, tree in initial["params"].items():
         same = jax.tree.map(lambda a, b: np.array_equal(a, b), state["params"][name], tree)
         assert all(jax.tree.leaves(same)) == (name not in ("decoder", "post_quant_conv")), name
