@@ -270,7 +270,7 @@ def test_nonfinite_gradient_changes_counts_alone(tmp_path, caplog):
 
 def test_out_of_memory_is_one_line_with_advice(tmp_path):
     class Full(Step):
-        def __call__(self, state, batch):
+        def __call__(self, state, batch, index=None):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n 99 bytes")
 
     workdir = Workdir(tmp_path, "lvm", {"config": {}})
