@@ -12,6 +12,7 @@ import skimage.morphology
 from jaxtyping import Bool, Float, Int, Shaped
 
 THRESHOLDS = 99  # k / 100, as in the benchmark
+TRUE_STRENGTH = 0.5  # of true edges, the least
 TOLERANCE = 0.0075  # of the diagonal
 Counts = Int[np.ndarray, "T 4"]  # matched predicted, predicted, matched true, true pixels at each threshold
 
@@ -55,7 +56,7 @@ def edge_counts(
 
 def true_edges(strength: Float[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
     """Thinned edges of a true map, strength in [0, 1]: lines are rendered more than one pixel wide."""
-    return skimage.morphology.thin(strength >= 0.5)
+    return skimage.morphology.thin(strength >= TRUE_STRENGTH)
 
 
 def f_measure(counts: Shaped[np.ndarray, "*T 4"]) -> Float[np.ndarray, "*T"]:

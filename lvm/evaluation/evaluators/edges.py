@@ -9,6 +9,7 @@ from lvm.common.validation import check_positive
 from lvm.data.streams.codecs import Codec, Edges
 from lvm.evaluation import edge_metrics
 from lvm.evaluation.episodes import Images, Query
+from lvm.evaluation.evaluator import Context, NotApplicableError
 from lvm.evaluation.figures import Metric
 from lvm.evaluation.prompted import PromptedTask, Statistics
 
@@ -32,6 +33,18 @@ class EdgesTask(PromptedTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "thresholds", "tolerance")
+
+    def queries(self, context: Context) -> list[Query]:
+        """The queries. Raises NotApplicableError if none of them has a true edge, as when they were scaled away."""
+        queries, codec = super().queries(context), self.codec(context)
+        truth = [query.scene.image(query.frame, self.target) for query in queries]
+        if not any(edge_metrics.true_edges(codec.parse(image)).any() for image in truth):
+            height, width = truth[0].shape[:2]
+            raise NotApplicableError(
+                f"no edge of the {len(queries)} queries has a strength of {edge_metrics.TRUE_STRENGTH} or more at "
+                f"{height}×{width}, the tokenizer's resolution"
+            )
+        return queries
 
     def metrics(self, codec: Codec) -> Sequence[Metric]:
         of = f"F-measure of edges within {self.tolerance:g} of the diagonal, {self.thresholds} thresholds"

@@ -114,3 +114,13 @@ def test_normals_without_reading_have_no_value():
     truth = np.zeros((1, 4, 4, 3), np.uint8)
     scores = NormalsTask().score(Normals(), truth + np.uint8(200), truth, [])
     assert all(np.isnan(values).all() for values in scores.values())
+
+
+def test_edges_that_were_scaled_away_have_no_figures(make_context, make_heldout_scenes):
+    scenes = []
+    for scene in make_heldout_scenes(4, streams=("rgb", "edges")):
+        images = scene.images.copy()
+        images[:, 1] = Edges().render(np.full(images.shape[2:4], 0.4))
+        scenes.append(dataclasses.replace(scene, images=images))
+    with pytest.raises(NotApplicableError, match=r"no edge of the 4 queries has a strength of 0\.5 or more at 4×4"):
+        EdgesTask(num_queries=4).run(make_context(scenes, CODECS))
