@@ -18,7 +18,7 @@ from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources.base import ImageSource
 from lvm.data.images.sources.scene import SceneImages, SceneInfo
-from lvm.data.images.sources.shapes import CLASSES, FAR, MAX_SHAPES, NEAR, SHAPES, Scene, render, sample_scene
+from lvm.data.images.sources.shapes import CLASSES, FAR, MAX_SHAPES, NEAR, SHAPES, TEXTURES, Scene, render, sample_scene
 from lvm.data.streams.codecs import Box, Boxes, Codec, Depth, Edges, Image, Normals, Palette
 
 CODECS: dict[str, Codec] = {
@@ -37,9 +37,8 @@ ORDERS = tuple(itertools.permutations(CLASSES))  # of the colors of segmentation
 class GeneratedConfig:
     """Parameters of generated scenes."""
 
-    seed: int = (
-        0  # scene i is a function of (seed, i, shapes, class_hues, resolution); a clip begins with any shorter one
-    )
+    # Scene i is a function of (seed, i, shapes, class_hues, textures, resolution); a clip begins with any shorter one.
+    seed: int = 0
     num_scenes: int = 1500
     num_frames: int = 8  # of every scene
     # Some of `CODECS`, in this order (mask: the shapes of the class that the front shape has);
@@ -47,6 +46,7 @@ class GeneratedConfig:
     streams: tuple[str, ...] = ("rgb", "segmentation", "depth", "edges")
     shapes: tuple[int, int] = SHAPES  # the fewest and the most in a scene; fewer are larger
     class_hues: bool = False  # hues of shapes are near those of their classes; otherwise only outlines tell a class
+    textures: tuple[str, ...] = TEXTURES  # of surfaces, some of these; half are plain if other textures are given, too
 
     def __post_init__(self) -> None:
         check_non_negative(self, "seed")
@@ -58,6 +58,8 @@ class GeneratedConfig:
         if len(self.shapes) != 2 or not 1 <= self.shapes[0] <= self.shapes[1] <= MAX_SHAPES:
             expected = f"the fewest and the most shapes of a scene, from 1 to {MAX_SHAPES}"
             raise UserError(f"shapes: {self.shapes}; expected {expected}")
+        if not self.textures or not set(self.textures) <= set(TEXTURES) or len(set(self.textures)) < len(self.textures):
+            raise UserError(f"textures: {self.textures}; expected some of {', '.join(TEXTURES)}, each once")
 
 
 def codec_of(stream: str) -> Codec | None:
@@ -101,7 +103,8 @@ class GeneratedSource(ImageSource[None]):
 
     def describe(self) -> dict[str, Any]:
         fields = to_json(self.config) | {"streams": list(self.config.streams), "shapes": list(self.config.shapes)}
-        for name, default in (("shapes", SHAPES), ("class_hues", False)):
+        fields["textures"] = list(self.config.textures)
+        for name, default in (("shapes", SHAPES), ("class_hues", False), ("textures", TEXTURES)):
             if getattr(self.config, name) == default:  # as stores of earlier versions describe their scenes
                 del fields[name]
         return super().describe() | fields
@@ -114,7 +117,7 @@ class GeneratedSource(ImageSource[None]):
     def _sample(self, index: int) -> Scene:
         self._check_index(index)
         rng = np.random.default_rng([self.config.seed, index])
-        return sample_scene(rng, self.config.shapes, self.config.class_hues)
+        return sample_scene(rng, self.config.shapes, self.config.class_hues, self.config.textures)
 
     def _info(self, index: int, scene: Scene) -> SceneInfo:
         key = f"generated-{self.config.seed}-{index:06d}"

@@ -6,7 +6,7 @@ negative inside of a shape. Arrays are float32, frames first: [T, R, R].
 
 import colorsys
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -78,25 +78,32 @@ class Scene:
     background: Texture
 
 
-def sample_scene(rng: np.random.Generator, shapes: tuple[int, int] = SHAPES, class_hues: bool = False) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, shapes: tuple[int, int] = SHAPES, class_hues: bool = False,
+    textures: Sequence[str] = TEXTURES,
+) -> Scene:  # fmt: skip
     """Samples a scene: a background and, between the two bounds inclusive, a number of shapes.
 
-    With `class_hues`, a shape's hues are near that of its class; otherwise a color tells nothing of the class.
+    With `class_hues`, a shape's hues are near that of its class; otherwise a color tells nothing of the class. Surfaces
+    have one of `textures`, half of them "plain" if it is among others: their motion is predictable from few frames.
     """
     count = int(rng.integers(shapes[0], shapes[1] + 1))
     depths = np.linspace(5, 1.5, count) + rng.uniform(-0.25, 0.25, count)  # descending
-    sampled = tuple(_sample_shape(rng, count, float(depth), class_hues) for depth in depths)
+    sampled = tuple(_sample_shape(rng, count, float(depth), class_hues, textures) for depth in depths)
     hue, value = rng.uniform(), rng.uniform(0.3, 0.7)
     colors = (_rgb(hue, 0.3, value), _rgb(hue + rng.uniform(-0.05, 0.05), 0.33, value * 0.9))
-    return Scene(sampled, Texture(_sample_pattern(rng), rng.uniform(0.22, 0.4), colors))
+    return Scene(sampled, Texture(_sample_pattern(rng, textures), rng.uniform(0.22, 0.4), colors))
 
 
-def _sample_pattern(rng: np.random.Generator) -> str:
-    # Half of all surfaces are plain: their motion is predictable from few frames.
-    return str(rng.choice(TEXTURES, p=[0.5 if name == "plain" else 0.5 / 3 for name in TEXTURES]))
+def _sample_pattern(rng: np.random.Generator, textures: Sequence[str]) -> str:
+    others = max(1, len(textures) - 1)
+    shares = np.array([others if name == "plain" else 1 for name in textures])
+    return str(rng.choice(textures, p=shares / shares.sum()))
 
 
-def _sample_shape(rng: np.random.Generator, count: int, depth: float, class_hues: bool) -> Shape:
+def _sample_shape(
+    rng: np.random.Generator, count: int, depth: float, class_hues: bool, textures: Sequence[str]
+) -> Shape:
     hue, bright = rng.uniform(), (rng.uniform(0.45, 0.8), rng.uniform(0.8, 0.95))
     shift, dark = rng.uniform(-0.1, 0.1), (rng.uniform(0.5, 0.8), rng.uniform(0.6, 0.75))
     direction, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.015, 0.04)
@@ -114,7 +121,9 @@ def _sample_shape(rng: np.random.Generator, count: int, depth: float, class_hues
         velocity=speed * np.array([np.cos(direction), np.sin(direction)]),
         angle=rng.uniform(0, 2 * np.pi),
         spin=rng.choice([-1, 1]) * rng.uniform(0.03, 0.15),
-        texture=Texture(_sample_pattern(rng), rng.uniform(0.18, 0.26), (_rgb(hue, *bright), _rgb(hue + shift, *dark))),
+        texture=Texture(
+            _sample_pattern(rng, textures), rng.uniform(0.18, 0.26), (_rgb(hue, *bright), _rgb(hue + shift, *dark))
+        ),
     )
 
 

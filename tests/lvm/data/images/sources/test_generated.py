@@ -163,6 +163,23 @@ def test_every_class_occurs_with_every_texture() -> None:
     assert len(seen) == len(CLASSES) * len(TEXTURES)
 
 
+def test_surfaces_have_the_given_textures() -> None:
+    def patterns(textures: tuple[str, ...]) -> list[str]:
+        rng = np.random.default_rng(1)
+        scenes = [sample_scene(rng, textures=textures) for _ in range(300)]
+        return [
+            surface.pattern for scene in scenes for surface in (scene.background, *(s.texture for s in scene.shapes))
+        ]
+
+    assert set(patterns(("plain",))) == {"plain"}
+    assert set(patterns(("dots", "checks"))) == {"dots", "checks"}
+    assert 0.45 < np.mean(np.array(patterns(("checks", "plain"))) == "plain") < 0.55
+    assert 0.45 < np.mean(np.array(patterns(TEXTURES)) == "plain") < 0.55
+    plain = GeneratedSource(Preprocess(16), num_scenes=2, textures=("plain",))
+    assert plain.describe()["textures"] == ["plain"]
+    assert "textures" not in GeneratedSource(Preprocess(16), num_scenes=2).describe()
+
+
 @pytest.mark.slow  # the speed of the machine decides, too
 def test_rendering_takes_under_8_ms() -> None:
     source = GeneratedSource(Preprocess(64))
@@ -197,6 +214,12 @@ def test_demo_config_opens() -> None:
         ({"shapes": (1, 8)}, r"shapes: \(1, 8\)"),
         ({"shapes": (3, 2)}, r"shapes: \(3, 2\)"),
         ({"streams": ("rgb", "rgb")}, "each once"),
+        (
+            {"textures": ("plain", "wood")},
+            r"textures: \('plain', 'wood'\); expected some of plain, stripes, checks, dots",
+        ),
+        ({"textures": ()}, "textures: "),
+        ({"textures": ("dots", "dots")}, "each once"),
         ({"color": 3}, r"generated\.color: no such key"),
     ],
 )
