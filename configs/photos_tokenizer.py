@@ -2,7 +2,7 @@
 
 The parts of configs/tokenizer_f16_8192.py at a small size: a codebook of moving averages, a blur-pool discriminator
 with LeCam, averaged weights; instead of a perceptual network, multi-scale SSIM and the discriminator's features.
-Needs `--config.data.source`. What it reaches is in docs/tokenizer.md.
+Needs `--config.data.source`. Not measured yet.
 """
 
 from ml_collections import ConfigDict
