@@ -21,6 +21,7 @@ import numpy as np
 from lvm.common import cli
 from lvm.common.config import from_config_dict
 from lvm.common.errors import UserError
+from lvm.data.images.sources import open_any_source
 from lvm.training import metrics
 from scripts.contenders import cpu_name
 from tokenizer.adversary import AdversarialConfig
@@ -59,21 +60,24 @@ def _run(args: cli.Args) -> None:
     config = from_config_dict(TokenizerConfig, args.config)
     if args.heldout == config.data.source:
         raise UserError(f"--heldout={args.heldout} is config.data.source; give images that no tokenizer sees")
+    steps, seed_step = config.loop.with_total_steps(0).total_steps, config.loss.autoencoder_steps
+    if steps <= seed_step:
+        raise UserError(f"config.loop.total_steps={steps} must be above config.loss.autoencoder_steps={seed_step}")
+    open_any_source(args.heldout, config.preprocess)  # fail early
     config = dataclasses.replace(config, adversarial=AdversarialConfig())
+    configs = {kind: dataclasses.replace(config, model=with_quantizer(config.model, kind)) for kind in KINDS}
     folders = {kind: pathlib.Path(args.out, kind) for kind in KINDS}
     for kind, folder in folders.items():
-        train(dataclasses.replace(config, model=with_quantizer(config.model, kind)), str(folder))
+        train(configs[kind], str(folder))
     first, *others = map(str, folders.values())
     report = [f"--tokenizer={first}", f"--compare={','.join(others)}", f"--source={args.heldout}"]
     command = [sys.executable, "-m", "tokenizer.report", *report, f"--out={args.out}/report"]
     if code := subprocess.run(command).returncode:
         raise UserError(f"tokenizer.report ended with exit code {code}")
     results = json.loads(pathlib.Path(args.out, "report", "report.json").read_text())
-    loop, size = config.loop, config.model
-    print(
-        f"{cpu_name()}; {loop.total_steps} steps of {config.batch_size} images of {size.resolution}×{size.resolution}"
-    )
-    print(table(results, folders, config.loss.autoencoder_steps))
+    side = config.model.resolution
+    print(f"{cpu_name()}; {steps} steps of {config.batch_size} images of {side}×{side}")
+    print(table(results, folders, seed_step))
 
 
 def table(results: dict[str, Any], folders: dict[str, pathlib.Path], seed_step: int) -> str:

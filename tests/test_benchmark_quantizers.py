@@ -54,7 +54,20 @@ def test_command_trains_and_measures_all(tmp_path, monkeypatch):
     assert (tmp_path / "report" / "index.html").exists()
 
 
-def test_training_images_are_no_heldout_images(tmp_path, capsys):
-    arguments = ["--heldout=tests/configs/tiny_scenes.py", f"--out={tmp_path}"]
-    assert benchmark_quantizers.main(["--config=tests/configs/tiny_tokenizer.py", *arguments]) == 2
-    assert "--heldout=tests/configs/tiny_scenes.py is config.data.source" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--heldout=tests/configs/tiny_scenes.py"], "--heldout=tests/configs/tiny_scenes.py is config.data.source"),
+        (["--heldout=absent"], "absent"),
+        (["--heldout=configs/demo_scenes.py", "--config.model.codebook_size=32"], "codebook_size=32 must be a power"),
+        (
+            ["--heldout=configs/demo_scenes.py", "--config.loss.autoencoder_steps=60"],
+            "config.loop.total_steps=60 must be above config.loss.autoencoder_steps=60",
+        ),
+    ],
+)
+def test_what_cannot_work_is_named_before_training(tmp_path, capsys, arguments, message):
+    arguments = ["--config=tests/configs/tiny_tokenizer.py", *arguments, f"--out={tmp_path / 'out'}"]
+    assert benchmark_quantizers.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
