@@ -89,14 +89,14 @@ def name_folders(paths: Sequence[str]) -> list[str]:
 def paired_difference(first: Evaluated, other: Evaluated, evaluation: str, figure: str) -> Estimate | None:
     """The figure of `other` minus that of `first`, with the resamples of a paired bootstrap; None if it isn't paired.
 
-    It is if both answered the same stored episodes with the same settings (Efron and Tibshirani, 1993, chapter 8:
-    an episode's scores of both models are resampled together).
+    It is if both answered the same stored episodes with the same settings, and intervals are of the same version
+    (Efron and Tibshirani, 1993, chapter 8: an episode's scores of both models are resampled together).
     """
     records = [model.records[evaluation] for model in (first, other)]
     resamples = [
         model.resamples[evaluation][figure] for model in (first, other) if figure in model.resamples[evaluation]
     ]
-    asked = [(record.get("episodes"), record.get("evaluator")) for record in records]
+    asked = [(record.get("episodes"), record.get("evaluator"), record.get("version")) for record in records]
     if asked[0] != asked[1] or None in asked[0] or len(resamples) < 2:
         return None
     before, after = (record["figures"][figure]["value"] for record in records)

@@ -40,6 +40,11 @@ class Query:
         pairs = [scene.grid(frame, stream) for scene, frame in self.examples for stream in streams]
         return np.stack([*pairs, self.scene.grid(self.frame, input_stream)])
 
+    @property
+    def original(self) -> str:
+        """The photo or video that it is of: queries of one aren't independent."""
+        return self.scene.info.group
+
     def to_json(self) -> dict[str, Any]:
         """Keys of the scenes, and frames; the stream that is shown."""
         examples = [[scene.info.key, frame] for scene, frame in self.examples]

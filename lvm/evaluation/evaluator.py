@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Integer, UInt64
 
 from lvm.common import distributed
 from lvm.common.errors import UserError
@@ -26,6 +26,7 @@ from lvm.inference.pretrained import LVM
 from lvm.training.evaluator import EvaluatorConfig, Stopping
 
 Sentences = Integer[np.ndarray, "B G N"]
+Groups = UInt64[np.ndarray, " B"]
 Result = tuple[list[Figure], list[Picture]]
 _LOG_EVERY_S = 10.0
 
@@ -175,6 +176,13 @@ class Context:
         Raises:
           UserError: a store of another tokenizer.
         """
+        return {name: codes for name, (codes, _) in self._sampled(count, data).items()}
+
+    def sentence_groups(self, count: int, data: MixtureConfig | None = None) -> dict[str, Groups]:
+        """Hashes of the original photo or video of the last image of each of `sentences`."""
+        return {name: groups for name, (_, groups) in self._sampled(count, data).items()}
+
+    def _sampled(self, count: int, data: MixtureConfig | None) -> dict[str, tuple[Sentences, Groups]]:
         key = ("sentences", count, str(data))
         if key not in self.cache:
             in_store = data or (None if self.source else self.mixture)
@@ -200,7 +208,7 @@ class Context:
         sentences = self.sentences(count, data)
         return {name: hashlib.sha256(np.int32(codes).tobytes()).hexdigest()[:16] for name, codes in sentences.items()}
 
-    def _sample_sentences(self, count: int) -> dict[str, Sentences]:
+    def _sample_sentences(self, count: int) -> dict[str, tuple[Sentences, Groups]]:
         sentences = {}
         for index, (name, component) in enumerate(self.mixture.components.items()):
             if component.weight > 0 and self._fits(name, component.recipe.num_grids):
@@ -209,7 +217,7 @@ class Context:
                     sentences[name] = sampled
         return sentences
 
-    def _stored_sentences(self, data: MixtureConfig, count: int) -> dict[str, Sentences]:
+    def _stored_sentences(self, data: MixtureConfig, count: int) -> dict[str, tuple[Sentences, Groups]]:
         seen = set(self.model.record["stores"])
         mixture = Mixture(data, self.seed, "heldout" if data.heldout_fraction else "train")
         for store in mixture.stores:
@@ -218,8 +226,9 @@ class Context:
                 raise UserError(f"{store.path}: codes of tokenizer {identity[:12]}, not of the model's")
             if not data.heldout_fraction and store.identity() in seen:
                 raise UserError(f"{store.path}: the model was trained on it; heldout_fraction must be that of training")
+        indices = np.arange(count)
         return {
-            component.name: component.sentences(np.arange(count)).astype(np.int32)
+            component.name: (component.sentences(indices).astype(np.int32), component.groups(indices))
             for component in mixture.components
             if self._fits(component.name, component.recipe.num_grids)
         }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 
 RESAMPLES = 2000
 _CHUNK = 2**24  # numbers of resampled statistics in memory at once
@@ -20,7 +20,8 @@ Interval = tuple[float, float]
 class Estimate:
     """A number, with its bootstrap resamples if it is one of a sample of episodes.
 
-    Equal episodes are resampled alike, so that the difference of two models' `resamples` is that of a paired bootstrap.
+    Equal groups of episodes are resampled alike, so that the difference of two models' `resamples` is that of a paired
+    bootstrap.
     """
 
     value: float
@@ -44,33 +45,59 @@ def mean_of(means: np.ndarray) -> np.ndarray:
     return means
 
 
-def estimate(statistics: Shaped[np.ndarray, "n ..."], aggregate: Aggregate = mean_of) -> Estimate:
-    """Estimates `aggregate` of the mean of per-episode statistics, resampling episodes with a fixed seed.
+def estimate(
+    statistics: Shaped[np.ndarray, "n ..."],
+    aggregate: Aggregate = mean_of,
+    groups: Sequence[str] | Shaped[np.ndarray, " n"] | None = None,
+) -> Estimate:
+    """Estimates `aggregate` of the mean of per-episode statistics, resampling groups of episodes with a fixed seed.
 
-    Episodes without a value (NaN) are left out; with none left the value is NaN and there is no interval. Sums over
-    episodes, such as counts of pixels, are means to every aggregate that doesn't depend on their scale.
+    Episodes without a value (NaN) are left out; with none left the value is NaN. Sums over episodes, such as counts of
+    pixels, are means to every aggregate that doesn't depend on their scale.
+
+    Args:
+      statistics: of each episode.
+      aggregate: mean statistic → figure.
+      groups: of episodes that aren't independent, as those of one scene, which are resampled together (the cluster
+        bootstrap: Field and Welsh, 2007, "Bootstrapping clustered data"); by default each episode is one. There is no
+        interval for a single group.
     """
     statistics = np.asarray(statistics, np.float64)
     shape = statistics.shape[1:]
     flat = statistics.reshape(len(statistics), math.prod(shape))
     is_valid = ~np.isnan(flat).any(1)
-    flat = flat[is_valid]
-    if not len(flat):
+    if not is_valid.any():
         return Estimate(float("nan"))
-    value = float(aggregate(flat.mean(0).reshape(1, *shape))[0])
-    # Episodes are sampled before those without a value are left out: all figures are resampled alike.
-    rng, count = np.random.default_rng(0), len(is_valid)
+    value = float(aggregate(flat[is_valid].mean(0).reshape(1, *shape))[0])
+    # Groups are sampled with those without a value: all figures are resampled alike.
+    indices = np.arange(len(flat)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    count = int(indices.max()) + 1
+    if count == 1:
+        return Estimate(value)
+    sums, sizes = np.zeros((count, flat.shape[1])), np.bincount(indices[is_valid], minlength=count)
+    np.add.at(sums, indices[is_valid], flat[is_valid])
+    return Estimate(value, _resample(sums, sizes, lambda means: aggregate(means.reshape(-1, *shape))))
+
+
+def count_of(noun: str, groups: Sequence[str]) -> str:
+    """Text such as "600 queries of 283 originals", by the original photo or video of each."""
+    distinct = len(set(groups))
+    return f"{len(groups)} {noun}" + (f" of {distinct} original{'s'[: distinct - 1]}" if distinct < len(groups) else "")
+
+
+def _resample(sums: Float[np.ndarray, "G d"], sizes: Int[np.ndarray, " G"], aggregate: Aggregate) -> np.ndarray:
+    """Figures [R] of resamples of groups, by the sums and the numbers of their episodes."""
+    rng, count = np.random.default_rng(0), len(sizes)
     resamples = np.empty(RESAMPLES)
-    rows = max(1, _CHUNK // max(count, flat.shape[1]))
+    rows = max(1, _CHUNK // max(count, sums.shape[1]))
     for start in range(0, RESAMPLES, rows):
         stop = min(start + rows, RESAMPLES)
         indices = rng.integers(count, size=(stop - start, count))
         offsets = count * np.arange(stop - start)[:, None]
-        times = np.bincount((indices + offsets).ravel(), minlength=indices.size).reshape(indices.shape)[:, is_valid]
-        totals = times.sum(1, keepdims=True)
-        means = np.where(totals > 0, times @ flat / np.maximum(totals, 1), np.nan)
-        resamples[start:stop] = aggregate(means.reshape(-1, *shape))
-    return Estimate(value, resamples)
+        times = np.bincount((indices + offsets).ravel(), minlength=indices.size).reshape(indices.shape)
+        totals = (times @ sizes)[:, None]
+        resamples[start:stop] = aggregate(np.where(totals > 0, times @ sums / np.maximum(totals, 1), np.nan))
+    return resamples
 
 
 @dataclasses.dataclass(frozen=True)

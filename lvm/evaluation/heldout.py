@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Integer, UInt8, UInt64
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -90,18 +90,25 @@ class Heldout:
         """Codes of `images`."""
         return np.concatenate([s.codes[:, s.info.streams.index(stream)] for s in self.with_streams([stream])])
 
-    def sentences(self, recipe: Recipe, count: int, seed: int) -> Integer[np.ndarray, "count G N"] | None:
-        """Samples `count` sentences of a recipe; None if there are too few suitable scenes."""
+    def sentences(
+        self, recipe: Recipe, count: int, seed: int
+    ) -> tuple[Integer[np.ndarray, "count G N"], UInt64[np.ndarray, " count"]] | None:
+        """Samples `count` sentences of a recipe; None if there are too few suitable scenes.
+
+        Returns:
+          Their codes, and hashes of the original photo or video of the last grid of each.
+        """
         usable = self.with_streams(recipe.streams, recipe.min_frames)
         if len(usable) < recipe.num_scenes:
             return None
-        sentences = []
+        sentences, groups = [], []
         for index in range(count):
             rng = np.random.default_rng([seed, index])
             scenes = [usable[i] for i in rng.permutation(len(usable))[: recipe.num_scenes]]
             grids = recipe.sample_one([len(scene.images) for scene in scenes], rng)
             sentences.append(np.stack([scenes[g.scene].grid(g.frame, g.stream) for g in grids]))
-        return np.stack(sentences)
+            groups.append(split.group_hash(scenes[grids[-1].scene].info.group))
+        return np.stack(sentences), np.array(groups, np.uint64)
 
 
 def check_source(source: ImageSource, trained_on: Sequence[Mapping[str, Any]], unseen: bool, path: str) -> None:

@@ -16,7 +16,7 @@ from lvm.data.streams.codecs import Codec
 from lvm.evaluation import baselines
 from lvm.evaluation.episodes import Images, Query, first_examples, make_queries
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
-from lvm.evaluation.figures import Estimate, Figure, Metric, Picture, Plot, estimate
+from lvm.evaluation.figures import Estimate, Figure, Metric, Picture, Plot, count_of, estimate
 from lvm.evaluation.heldout import HeldoutScene
 from lvm.evaluation.image_metrics import image_metrics
 from lvm.inference.contact_sheet import Cell, render_sheet
@@ -108,13 +108,14 @@ class PromptedTask(Evaluator):
         images = self.answer(context, asked)
         ceiling = context.tokenizer.decode(np.stack([query.scene.grid(query.frame, self.target) for query in asked]))
 
+        groups = [query.original for query in asked]
         of_pixels = image_metrics(context.lpips, self.image_metrics)
         metrics = [*self.metrics(codec), *(metric for metric, _ in of_pixels)]
 
         def estimates(answers: Images) -> dict[str, Estimate]:
             scores = {metric.name: compare(answers, truth) for metric, compare in of_pixels}
             scores |= self.score(codec, answers, truth, asked)
-            return {metric.name: estimate(scores[metric.name], metric.aggregate) for metric in metrics}
+            return {metric.name: estimate(scores[metric.name], metric.aggregate, groups) for metric in metrics}
 
         scored = {"model": estimates(images), "ceiling": estimates(ceiling)}
         others = {name: estimates(x) for name, x in self.candidates(context, asked, codec).items()}
@@ -123,7 +124,7 @@ class PromptedTask(Evaluator):
             Figure(
                 metric.name,
                 scored["model"][metric.name],
-                f"{metric.text}; {len(asked)} queries, {self.shots} example pairs",
+                f"{metric.text}; {count_of('queries', groups)}, {self.shots} example pairs",
                 metric.unit,
                 metric.higher_is_better,
                 {name: scores[metric.name] for name, scores in others.items()} | chance.get(metric.name, {}),

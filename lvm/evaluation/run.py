@@ -18,6 +18,8 @@ from lvm.evaluation.figures import Plot
 from lvm.evaluation.plots import plot_curves
 
 FOLDER = "evaluations"
+# Of all figures: results of another one are computed again. 2: intervals are over originals, not episodes.
+_VERSION = 2
 
 
 def run_evaluations(
@@ -39,13 +41,14 @@ def run_evaluations(
     for number, (name, evaluator) in enumerate(evaluations.items(), 1):
         path = folder / FOLDER / f"{name}.json"
         settings = {key: value for key, value in to_json(evaluator).items() if key != "every"}
-        digest = _digest({"evaluator": settings, "of": request})
+        digest = _digest({"evaluator": settings, "of": request, "version": _VERSION})
         done = distributed.is_first() and files.read_side_file(path).get("request") == digest
         if distributed.broadcast(int(done)):
             log_info(f"{name} is up to date")
             continue
         log_info(f"{name} ({number}/{len(evaluations)})")
-        record = {"request": digest, "evaluator": settings, **_run(name, evaluator, context, folder)}
+        record = {"request": digest, "version": _VERSION, "evaluator": settings}
+        record |= _run(name, evaluator, context, folder)
         if distributed.is_first():
             files.write_json(path, record)
     distributed.broadcast(0)  # written before any process reads

@@ -5,7 +5,7 @@ import functools
 import math
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64, Shaped, UInt16
+from jaxtyping import Bool, Int, Int32, Int64, Shaped, UInt16, UInt64
 
 from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_tuples
@@ -118,6 +118,11 @@ class ComponentSentences:
         """The codes of the sentences at `indices`."""
         codes = read_intact(self.reads(indices))
         return codes.reshape(len(indices), self.recipe.num_grids, -1)
+
+    def groups(self, indices: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+        """Hashes of the original photo or video of the last grid of the sentences at `indices`."""
+        scenes, _ = self.select_grids(indices)
+        return self.store.groups(scenes[:, -1])
 
     def reads(self, indices: Int[np.ndarray, " n"]) -> Reads:
         """The reads of the sentences at `indices`, grid after grid, to be done with those of other components."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int64, Shaped, UInt16
+from jaxtyping import Int, Int64, Shaped, UInt16, UInt64
 
 from lvm.common.errors import UserError
 from lvm.common.ranges import Range
@@ -91,6 +91,13 @@ class ConcatStore:
             local = self._stores[number].entries(scenes[rows] - self._starts[number])
             entries["entry"][rows] = self._with_common_ids(local, number)
         return entries.view(self._flat)
+
+    def groups(self, scenes: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+        """See `Store.groups`."""
+        groups = np.empty(len(scenes), np.uint64)
+        for number, rows in self._by_store(np.searchsorted(self._starts, scenes, side="right") - 1):
+            groups[rows] = self._stores[number].groups(scenes[rows] - self._starts[number])
+        return groups
 
     def grids(
         self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Int32, Shaped, UInt16
+from jaxtyping import Int, Int32, Shaped, UInt16, UInt64
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -131,6 +131,10 @@ class JsonlStore:
     def entries(self, scenes: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
         """Index entries of the lines `scenes`."""
         return self._index[scenes]
+
+    def groups(self, scenes: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+        """See `Store.groups`."""
+        return self._index["group"][scenes]
 
     def grids(
         self, entries: Shaped[np.ndarray, " n"], frames: Int[np.ndarray, " n"], streams: Int[np.ndarray, " n"]

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Int64, Shaped, UInt16
+from jaxtyping import Int, Int64, Shaped, UInt16, UInt64
 
 from lvm.common import files
 from lvm.common.errors import UserError
@@ -121,16 +121,25 @@ class Store:
 
     def entries(self, scenes: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
         """Looks up scenes, in [0, len): `ENTRY_DTYPE`. Their groups are 0 if `kinds` tells the rest."""
+        if self.kinds is None:
+            return self._indexed_entries(scenes)
+        entries = np.zeros(len(scenes), _NESTED_ENTRY)
+        entries["shard"] = np.searchsorted(self._starts, scenes, side="right") - 1
+        runs = np.searchsorted(self.kinds["first"], scenes, side="right") - 1
+        for name in ("class_id", "frames", "stream_set"):
+            entries["scene"][name] = self.kinds[name][runs]
+        first_grids, num_grids = self._run_grids
+        entries["scene"]["first_grid"] = first_grids[runs] + (scenes - self.kinds["first"][runs]) * num_grids[runs]
+        return entries.view(ENTRY_DTYPE)
+
+    def groups(self, scenes: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+        """Hashes of the originals of scenes, in [0, len), from the indexes of their shards."""
+        return self._indexed_entries(scenes)["group"]
+
+    def _indexed_entries(self, scenes: np.ndarray) -> np.ndarray:
         entries = np.zeros(len(scenes), _NESTED_ENTRY)
         shards = np.searchsorted(self._starts, scenes, side="right") - 1
         entries["shard"] = shards
-        if self.kinds is not None:
-            runs = np.searchsorted(self.kinds["first"], scenes, side="right") - 1
-            for name in ("class_id", "frames", "stream_set"):
-                entries["scene"][name] = self.kinds[name][runs]
-            first_grids, num_grids = self._run_grids
-            entries["scene"]["first_grid"] = first_grids[runs] + (scenes - self.kinds["first"][runs]) * num_grids[runs]
-            return entries.view(ENTRY_DTYPE)
         order = np.argsort(shards, kind="stable")
         shard_starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
         for rows in np.split(order, shard_starts[1:]) if len(order) else ():

@@ -38,6 +38,7 @@ class Likelihood(Evaluator):
         if not sentences:
             raise NotApplicableError("no component of the mixture has held-out sentences that fit the context")
         context.episodes = context.sentence_digests(self.num_sentences)
+        groups = context.sentence_groups(self.num_sentences)
         mixture, num_codes = context.mixture, context.model.vocabulary.num_codes
         counted = {name: mixture.components[name].recipe.answer_mask | (mixture.loss == "all") for name in losses}
         weights = {n: mixture.code_weight(mixture.components[n]) * float(mask.mean()) for n, mask in counted.items()}
@@ -48,16 +49,16 @@ class Likelihood(Evaluator):
         text = f"next-token loss, weighted as in training; {_below(m['below_unigram'])} the unigram entropy"
         figures = [Figure("loss", Estimate(m["loss"]), text, "nats", False, unigram)]
         for name, values in counted_losses.items():
-            by_sentence = estimate(np.nanmean(values, axis=(1, 2)))
+            by_sentence = estimate(np.nanmean(values, axis=(1, 2)), groups=groups[name])
             text = f"next-token loss of {name}, mean over {len(values)} sentences"
             figures.append(Figure(f"loss/{name}", by_sentence, text, "nats", False))
         for name, component in mixture.components.items():
             if isinstance(component.recipe, Video) and name in losses and losses[name].shape[1] > 2:
-                figures += _video_figures(context, name, component.recipe, losses[name])
+                figures += _video_figures(context, name, component.recipe, losses[name], groups[name])
         return figures, []
 
 
-def _video_figures(context: Context, name: str, recipe: Video, losses: np.ndarray) -> list[Figure]:
+def _video_figures(context: Context, name: str, recipe: Video, losses: np.ndarray, groups: np.ndarray) -> list[Figure]:
     paths = context.mixture.stores_of(context.mixture.components[name])
     stores = baselines.training_stores(context, paths)
     videos: list[np.ndarray] = []
@@ -75,7 +76,8 @@ def _video_figures(context: Context, name: str, recipe: Video, losses: np.ndarra
         "entropy given the same position of the preceding frame": Estimate(m["conditional_entropy"]),
         "its plug-in estimate": Estimate(m["conditional_entropy_plug_in"]),
     }
-    later = dataclasses.replace(estimate(np.mean(losses[:, 2:], axis=(1, 2))), value=m["loss_from_image_3"])
+    by_sentence = estimate(np.mean(losses[:, 2:], axis=(1, 2)), groups=groups)
+    later = dataclasses.replace(by_sentence, value=m["loss_from_image_3"])
     text = (
         f"loss of {name} from image 3 on; {_below(m['below_conditional'])} the entropy, which is of "
         f"{m['num_transitions']:,} codes"

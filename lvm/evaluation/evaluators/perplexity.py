@@ -42,6 +42,7 @@ class Perplexity(Evaluator):
         if not losses:
             raise NotApplicableError("no component has held-out sentences that fit the context")
         context.episodes = context.sentence_digests(self.num_sentences, data)
+        groups = context.sentence_groups(self.num_sentences, data)
         components = (data or context.mixture).components
         figures = []
         by_image: dict[str, dict[str, list[tuple[float, ...]]]] = {name: {} for name in _AVERAGES}
@@ -51,12 +52,12 @@ class Perplexity(Evaluator):
             # A sentence without answers, of a single image, is measured whole.
             measured = values[:, answers] if answers.any() else values
             for average, text in _AVERAGES.items():
-                perplexity = _perplexity(np.nanmean(measured, axis=(1, 2)), average)
+                perplexity = _perplexity(np.nanmean(measured, axis=(1, 2)), average, groups[name])
                 text = f"perplexity of the answers of {name}, {text}; {len(values)} sentences"
                 figures.append(Figure(f"{average}/{name}", perplexity, text, "", False))
                 # Images to be predicted; in a plain sequence the first one, too.
                 shown = [i for i, is_answer in enumerate(answers) if is_answer or (i == 0 and answers[1:].all())]
-                each = {i: _perplexity(np.nanmean(values[:, i], axis=1), average) for i in shown}
+                each = {i: _perplexity(np.nanmean(values[:, i], axis=1), average, groups[name]) for i in shown}
                 by_image[average][name] = [(float(i), x.value, *(x.interval or ())) for i, x in each.items()]
             by_position[name] = [(float(i + 1), value) for i, value in enumerate(_position_losses(measured))]
         return figures, [
@@ -76,11 +77,11 @@ class Perplexity(Evaluator):
         ]
 
 
-def _perplexity(by_sentence: np.ndarray, average: str) -> Estimate:
+def _perplexity(by_sentence: np.ndarray, average: str, groups: np.ndarray) -> Estimate:
     """Perplexity from the mean loss of each sentence, [B]."""
     if average == "mean_of_exp":
-        return estimate(np.exp(by_sentence.astype(np.float64)))
-    return estimate(by_sentence, np.exp)
+        return estimate(np.exp(by_sentence.astype(np.float64)), groups=groups)
+    return estimate(by_sentence, np.exp, groups)
 
 
 def _position_losses(losses: Losses) -> list[float]:

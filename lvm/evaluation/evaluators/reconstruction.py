@@ -1,6 +1,7 @@
 """Reconstruction of held-out images by the tokenizer: PSNR, round trip of segmentations, codebook usage."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,10 +35,11 @@ class Reconstruction(Evaluator):
             parts = [context.tokenizer.decode(codes[batch]) for batch in context.batches(len(codes), stream)]
             decoded = np.concatenate(parts)
             histogram += np.bincount(codes.ravel(), minlength=num_codes)
-            psnr = estimate(statistics.psnr(decoded, images))
+            originals = [scene.info.group for scene in scenes for _ in scene.images]
+            psnr = estimate(statistics.psnr(decoded, images), groups=originals)
             figures.append(Figure(f"psnr/{stream}", psnr, f"reconstruction of {stream}, mean over images", "dB"))
             if isinstance(codec, Palette):
-                figures += _round_trip(stream, codec, decoded, images)
+                figures += _round_trip(stream, codec, decoded, images, originals)
             rows.append([Cell(scene.image(0, stream), stream) for scene in scenes[:_MAX_SCENES]])
             first = np.stack([scene.grid(0, stream) for scene in scenes[:_MAX_SCENES]])
             rows.append([Cell(image, "decoded") for image in context.tokenizer.decode(first)])
@@ -50,12 +52,14 @@ class Reconstruction(Evaluator):
         return figures, [Picture("Reconstructions", text, render_sheet(rows, side=80))]
 
 
-def _round_trip(stream: str, codec: Palette, decoded: np.ndarray, images: np.ndarray) -> list[Figure]:
+def _round_trip(
+    stream: str, codec: Palette, decoded: np.ndarray, images: np.ndarray, originals: Sequence[str]
+) -> list[Figure]:
     labels, truth = (np.stack([codec.parse(x) for x in batch]) for batch in (decoded, images))
-    accuracy = estimate(np.mean(labels == truth, axis=(1, 2)))
+    accuracy = estimate(np.mean(labels == truth, axis=(1, 2)), groups=originals)
     figures = [Figure(f"pixel_accuracy/{stream}", accuracy, f"pixel accuracy of {stream} after decoding", "%")]
     if codec.background is not None:
         masks = (metrics.foreground(x, codec.background, codec.ignore) for x in (labels, truth))
-        iou = estimate(metrics.iou(*masks))
+        iou = estimate(metrics.iou(*masks), groups=originals)
         figures.append(Figure(f"foreground_iou/{stream}", iou, f"foreground IoU of {stream} after decoding"))
     return figures

@@ -10,7 +10,7 @@ from lvm.common.validation import check_positive, check_tuples
 from lvm.data.mixture.recipes import Pairs
 from lvm.evaluation.episodes import Images, Query, make_queries
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
-from lvm.evaluation.figures import Figure, estimate
+from lvm.evaluation.figures import Estimate, Figure, count_of, estimate
 from lvm.evaluation.prompted import GREEDY, ask
 from lvm.inference.sampling import SamplingParams
 
@@ -74,15 +74,17 @@ class TaskFollowing(Evaluator):
         def mean(shares: dict[str, np.ndarray]) -> np.ndarray:
             return np.mean([shares[target] for target in targets], axis=0)  # of each query
 
-        chance = {"chance level": estimate(np.full(1, 1 / len(streams)))}
-        text = f"answers of the kind that the examples show, by codes; {len(queries)} queries for {len(targets)} kinds"
-        ceiling = estimate(mean(judged))
-        figures = [Figure("by_codes", estimate(mean(by_codes)), text, "%", True, chance, ceiling)]
+        chance = {"chance level": Estimate(1 / len(streams))}
+        groups = [query.original for query in queries]
+        count = count_of("queries", groups)
+        text = f"answers of the kind that the examples show, by codes; {count}, for {len(targets)} kinds"
+        ceiling = estimate(mean(judged), groups=groups)
+        figures = [Figure("by_codes", estimate(mean(by_codes), groups=groups), text, "%", True, chance, ceiling)]
         for target in targets:
-            shares = estimate(by_codes[target].astype(float))
+            shares = estimate(by_codes[target].astype(float), groups=groups)
             figures.append(Figure(f"by_codes/{target}", shares, f"of {target}, by codes", "%", True, chance))
         text = "answers nearest to the right annotation of the query, by pixels"
-        figures.append(Figure("by_pixels", estimate(mean(by_pixels)), text, "%", True, chance))
+        figures.append(Figure("by_pixels", estimate(mean(by_pixels), groups=groups), text, "%", True, chance))
         return figures, []
 
     def _targets(self, context: Context) -> Sequence[str]:

@@ -41,10 +41,18 @@ def test_prompt_is_the_true_frames(make_context, make_heldout_scenes):
 def test_views_go_around_the_object(make_context, make_heldout_scenes):
     given = context(make_context, make_heldout_scenes, Rotation(views=3, step=2))
     figures, pictures = NextViews(num_queries=12, prompt=1).run(given)
-    assert [list(np.diff(frames) % 6) for _, frames in given.episodes] == [[2, 2]] * 12
+    assert [list(np.diff(frames) % 6) for _, frames in given.episodes] == [[2, 2]] * len(given.episodes)
     assert any(frames[-1] < frames[0] for _, frames in given.episodes)  # the first follows the last
     assert figures[0].estimate.value == figures[0].baselines["last view"].value
     assert [picture.title for picture in pictures] == ["Views, PSNR by view", "Views, SSIM by view", "Views, continued"]
+
+
+def test_no_sequence_counts_twice(make_context, make_heldout_scenes):
+    given = context(make_context, make_heldout_scenes, Video(frames=5, strides=(1,)))
+    figures, _ = VideoContinuation(num_queries=40).run(given)
+    assert sorted(map(str, given.episodes)) == sorted({str(x) for x in given.episodes})
+    assert len(given.episodes) == 6  # three scenes, two starts
+    assert figures[0].text.endswith("6 sequences of 3 originals")
 
 
 def test_continuation_has_metrics_of_pixels_by_image(make_context, make_heldout_scenes):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lvm.evaluation import metrics
-from lvm.evaluation.figures import Estimate, Figure, Picture, Plot, estimate, format_value
+from lvm.evaluation.figures import Estimate, Figure, Picture, Plot, count_of, estimate, format_value
 
 
 def test_estimate_has_the_interval_of_the_mean():
@@ -56,8 +56,39 @@ def test_estimate_without_values_has_no_interval(values):
     assert result.interval is None
 
 
-def test_estimate_of_one_episode_has_no_width():
-    assert estimate(np.array([0.25])).interval == (0.25, 0.25)
+@pytest.mark.parametrize("groups", [None, ["a", "a"]])
+def test_estimate_of_a_single_group_has_no_interval(groups):
+    result = estimate(np.array([0.25, 0.75])[: 2 if groups else 1], groups=groups)
+    assert (result.value, result.interval) == (0.5 if groups else 0.25, None)
+
+
+def test_estimate_resamples_groups_of_episodes_together():
+    """Copies of the same ten episodes tell no more than these."""
+    values = np.random.default_rng(6).random(10)
+    names = [f"scene {i}" for i in range(10)]
+    once, copied = estimate(values), estimate(np.repeat(values, 9), groups=np.repeat(names, 9))
+    assert copied.value == pytest.approx(once.value)
+    np.testing.assert_allclose(copied.resamples, once.resamples)
+    assert np.diff(estimate(np.repeat(values, 9)).interval) < 0.5 * np.diff(once.interval)
+
+
+def test_estimate_weighs_groups_by_their_episodes_with_a_value():
+    values, groups = np.array([1.0, 1.0, 4.0, np.nan, np.nan]), np.array([7, 7, 3, 3, 9], np.uint64)
+    result = estimate(values, groups=groups)
+    assert result.value == 2.0
+    chosen = np.random.default_rng(0).integers(3, size=(2000, 3))  # of the groups 3, 7, 9 in this order
+    sums, sizes = np.array([4.0, 2.0, 0.0]), np.array([1, 2, 0])
+    with np.errstate(invalid="ignore"):
+        expected = sums[chosen].sum(1) / sizes[chosen].sum(1)
+    np.testing.assert_allclose(result.resamples, expected)  # NaN where only 9 was drawn
+
+
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [(["a", "b"], "2 queries"), (["a", "b", "a"], "3 queries of 2 originals"), (["a", "a"], "2 queries of 1 original")],
+)
+def test_count_of_names_originals_if_they_are_fewer(groups, text):
+    assert count_of("queries", groups) == text
 
 
 def test_estimate_in_chunks_equals_all_at_once(monkeypatch):

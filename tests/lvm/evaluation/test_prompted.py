@@ -54,6 +54,19 @@ def test_prompted_task_scores_model_baselines_and_ceiling(make_context, scenes, 
     assert len(context.episodes) == 8
 
 
+def test_intervals_are_over_originals(make_context, scenes, knows):
+    """Two videos cut into scenes: many queries of them are two samples, and those of one are none."""
+    split = [dataclasses.replace(x, info=dataclasses.replace(x.info, group=f"v{i % 2}")) for i, x in enumerate(scenes)]
+    solved = {scene.grid(i, "rgb").tobytes() for scene in scenes[::2] for i in range(len(scene.images))}
+    truth = knows(scenes, "segmentation")
+    answer = lambda grid: truth(grid) if np.asarray(grid[-1]).tobytes() in solved else grid[-1]  # noqa: E731
+    exact = Exact(num_queries=40).run(make_context(split, CODECS, answer))[0][0]
+    assert (exact.estimate.value, exact.estimate.interval) == (0.6, (0.0, 1.0))
+    assert "40 queries of 2 originals" in exact.text
+    one = [dataclasses.replace(x, info=dataclasses.replace(x.info, group="v")) for x in scenes]
+    assert Exact(num_queries=40).run(make_context(one, CODECS, answer))[0][0].estimate.interval is None
+
+
 def test_prompted_task_scores_each_baseline_as_an_answer(make_context, scenes):
     context = make_context(scenes, CODECS, lambda grid: grid[-2])  # the last example's annotation
     psnr = Exact(num_queries=8).run(context)[0][1]

@@ -87,6 +87,7 @@ def test_equal_lines_are_in_one_split(tmp_path):
     mask = heldout_mask(store.indexes[0]["group"], 0.5, store.group_hashes)
     np.testing.assert_array_equal(mask[:30], mask[30:])
     assert 0 < mask.sum() < 60
+    np.testing.assert_array_equal(store.groups(np.array([3, 33])), store.indexes[0]["group"][3:4].repeat(2))
 
 
 @pytest.mark.parametrize(

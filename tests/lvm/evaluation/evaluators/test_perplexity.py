@@ -6,6 +6,7 @@ import pytest
 from lvm.common.errors import UserError
 from lvm.data.mixture.mixture import ComponentConfig, MixtureConfig
 from lvm.data.mixture.recipes import Pairs, Single, Video
+from lvm.data.mixture.split import group_hash
 from lvm.data.store.reader import Store
 from lvm.evaluation.evaluator import NotApplicableError
 from lvm.evaluation.evaluators.perplexity import Perplexity
@@ -13,9 +14,11 @@ from lvm.evaluation.evaluators.perplexity import Perplexity
 LOSSES = np.log(np.array([[[2.0, 8.0], [1.0, 1.0]], [[16.0, 16.0], [4.0, 4.0]]]))  # [2, 2, 2]
 
 
-def run(make_context, recipe, losses):
+def run(make_context, recipe, losses, groups=None):
     context = make_context([], {}, mixture=MixtureConfig({"a": ComponentConfig(recipe)}))
     context.cache["losses", 128, "None"] = {"a": losses}
+    groups = np.arange(len(losses)) if groups is None else groups
+    context.cache["sentences", 128, "None"] = {"a": (np.zeros(losses.shape, int), np.array(groups, np.uint64))}
     figures, pictures = Perplexity().run(context)
     return {figure.name: figure.estimate for figure in figures}, [picture.content.series["a"] for picture in pictures]
 
@@ -28,6 +31,16 @@ def test_perplexity_by_image_in_both_averages(make_context):
     assert figures["mean_of_exp/a"].value == pytest.approx(2.5)
     assert figures["mean_of_exp/a"].interval == pytest.approx((1.0, 4.0))
     assert by_position == [(1, pytest.approx(np.log(2))), (2, pytest.approx(np.log(2)))]
+
+
+def test_intervals_are_over_originals(make_context):
+    """Sentences of one video are no independent samples."""
+    losses = np.repeat(LOSSES, 20, axis=0)
+    recipe = Video(frames=2, strides=(1,))
+    two = run(make_context, recipe, losses, [3] * 20 + [5] * 20)[0]["mean_of_exp/a"]
+    assert two.interval == pytest.approx((1.0, 4.0))
+    one = run(make_context, recipe, losses, [3] * 40)[0]["mean_of_exp/a"]
+    assert (one.value, one.interval) == (pytest.approx(2.5), None)
 
 
 def test_perplexity_of_pairs_is_that_of_answers(make_context):
@@ -62,7 +75,10 @@ def test_sentences_are_those_of_a_store(make_context, make_store):
     sentences = context.sentences(4, data)["v"]
     assert sentences.shape == (4, 2, 4)
     scenes = [scene.codes[:, 0] for scene in map(Store(data.store[0]).scene, range(6))]
-    assert any(np.array_equal(sentences[0], codes[i : i + 2]) for codes in scenes for i in range(2))
+    (scene,) = [n for n, codes in enumerate(scenes) for i in range(2) if np.array_equal(sentences[0], codes[i : i + 2])]
+    groups = context.sentence_groups(4, data)["v"]
+    assert groups[0] == group_hash(f"group {scene}")
+    assert len(set(groups.tolist())) == 4
 
 
 def test_sentences_reject_a_training_store_and_other_codes(make_context, make_store):
