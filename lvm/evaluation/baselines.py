@@ -27,15 +27,15 @@ def copied_query(queries: Sequence[Query], stream: str) -> Images:
 
 
 def mean_image(queries: Sequence[Query], target: str) -> Images:
-    """The mean of all queries' true answers but those of the query's own scene: no query sees its answer."""
+    """The mean of all queries' true answers but those of the query's own original: no query sees its answer."""
     truth = np.stack([query.scene.image(query.frame, target) for query in queries]).astype(np.float64)
-    keys = np.array([query.scene.info.key for query in queries])
+    groups = np.array([query.group for query in queries])
     total, means = truth.sum(0), {}
-    for key in np.unique(keys):
-        mask = keys == key
+    for group in np.unique(groups):
+        mask = groups == group
         others = np.count_nonzero(~mask)
-        means[key] = (total - truth[mask].sum(0)) / others if others else np.full(truth.shape[1:], 127.5)
-    return np.stack([np.rint(means[key]) for key in keys]).astype(np.uint8)
+        means[group] = (total - truth[mask].sum(0)) / others if others else np.full(truth.shape[1:], 127.5)
+    return np.stack([np.rint(means[group]) for group in groups]).astype(np.uint8)
 
 
 def nearest_neighbor(context: Context, queries: Sequence[Query], source: str, target: str) -> Images | None:

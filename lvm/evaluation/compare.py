@@ -89,17 +89,17 @@ def name_folders(paths: Sequence[str]) -> list[str]:
 def paired_difference(first: Evaluated, other: Evaluated, evaluation: str, figure: str) -> Estimate | None:
     """The figure of `other` minus that of `first`, with the resamples of a paired bootstrap; None if it isn't paired.
 
-    It is if both answered the same stored episodes with the same settings, and intervals are of the same version
-    (Efron and Tibshirani, 1993, chapter 8: an episode's scores of both models are resampled together).
+    It is if both answered the same stored episodes with the same settings, and figures are of the same version (Efron
+    and Tibshirani, 1993, chapter 8: an episode's scores of both models are resampled together).
     """
     records = [model.records[evaluation] for model in (first, other)]
-    resamples = [
-        model.resamples[evaluation][figure] for model in (first, other) if figure in model.resamples[evaluation]
-    ]
-    asked = [(record.get("episodes"), record.get("evaluator"), record.get("version")) for record in records]
-    if asked[0] != asked[1] or None in asked[0] or len(resamples) < 2:
+    asked = [(record.get("episodes"), record.get("evaluator"), record.get("version", 1)) for record in records]
+    if asked[0] != asked[1] or None in asked[0]:
         return None
     before, after = (record["figures"][figure]["value"] for record in records)
+    resamples = [model.resamples[evaluation].get(figure) for model in (first, other)]
+    if resamples[0] is None or resamples[1] is None:
+        return Estimate(after - before)
     return Estimate(after - before, np.subtract(resamples[1], resamples[0], dtype=np.float64))
 
 
@@ -138,8 +138,9 @@ def _all_figures(models: Sequence[Evaluated]) -> list[tuple[str, str]]:
 def _render(content: Mapping[str, Any], models: Sequence[Evaluated]) -> str:
     first = models[0].name
     intro = (
-        f"Differences are from {first}, with 95 % intervals of a paired bootstrap over the questions that both models "
-        "answered; one whose interval contains 0 may be chance. Baselines and ceilings are the first model's."
+        f"Differences are from {first}, with 95 % intervals of a paired bootstrap over the originals of the questions "
+        "that both models answered; one whose interval contains 0, or without one, may be chance. Baselines and "
+        "ceilings are the first model's."
     )
     sections = []
     for evaluation, figures in content["figures"].items():
@@ -179,6 +180,8 @@ def _describe_difference(figure: Mapping[str, Any]) -> str:
     if "difference" not in figure:
         return "not paired" if "interval" in figure else ""
     value, unit = figure["difference"]["value"], figure["unit"]
+    if "interval" not in figure["difference"]:
+        return _signed(value, unit)
     low, high = figure["difference"]["interval"]
     is_better = {True: low > 0, False: high < 0}.get(figure["higher_is_better"], False)
     is_worse = {True: high < 0, False: low > 0}.get(figure["higher_is_better"], False)

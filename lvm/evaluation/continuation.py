@@ -14,7 +14,7 @@ from lvm.common.errors import UserError
 from lvm.common.validation import check_non_negative, check_positive
 from lvm.data.mixture.recipes import Recipe
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
-from lvm.evaluation.figures import Figure, Metric, Picture, Plot, count_of, estimate
+from lvm.evaluation.figures import Figure, Metric, Picture, Plot, estimate, format_count
 from lvm.evaluation.image_metrics import Compare, image_metrics
 from lvm.evaluation.prompted import GREEDY, generate
 from lvm.inference.contact_sheet import Cell, answer_row, render_sheet
@@ -33,7 +33,7 @@ class Continuation(Evaluator):
       noun: of one image.
       component: of the mixture; "" takes the first with such a recipe.
       prompt: images that are given; 0 is half of the recipe's.
-      num_queries: sequences, over all held-out scenes in turn; fewer if there are not as many different ones.
+      num_queries: sequences, over all held-out scenes in turn, each from a random image on.
       sampling: of answers; greedy by default.
     """
 
@@ -56,7 +56,7 @@ class Continuation(Evaluator):
 
     def run(self, context: Context) -> Result:
         recipe = self._recipe(context)
-        truth, codes, originals = self._sequences(context, recipe)
+        truth, codes, groups = self._sequences(context, recipe)
         length = truth.shape[1]
         prompt = self.prompt or max(1, length // 2)
         _, answers = generate(context, codes[:, :prompt], length - prompt, self.sampling, f"{self.noun}s")
@@ -71,9 +71,9 @@ class Continuation(Evaluator):
         figures, pictures = [], []
         for metric, compare in image_metrics(context.lpips):
             scores = {name: _by_image(compare, images, truth[:, prompt:]) for name, images in candidates.items()}
-            figures.append(self._figure(metric, scores, prompt, originals))
-            pictures.append(self._plot(metric, scores, prompt, originals))
-        return figures, [*pictures, self._sheet(decoded, answers, prompt)]
+            figures.append(self._figure(metric, scores, prompt, groups))
+            pictures.append(self._plot(metric, scores, prompt, groups))
+        return figures, [*pictures, self._sheet(decoded, answers, prompt, groups)]
 
     def _recipe(self, context: Context) -> Recipe:
         components = context.mixture.components
@@ -95,49 +95,50 @@ class Continuation(Evaluator):
     def _sequences(
         self, context: Context, recipe: Recipe
     ) -> tuple[Sequences, Integer[np.ndarray, "B T N"], Sequence[str]]:
-        """True images of the queries, their codes and their original videos or objects."""
+        """True images of the queries, their codes and their originals."""
         (stream,) = recipe.streams
         scenes = context.heldout.with_streams([stream], recipe.min_frames)
         if not scenes:
             raise NotApplicableError(f"no held-out scene has {recipe.min_frames} frames of {stream}")
-        images, codes, originals = [], [], []
+        images, codes, groups = [], [], []
         context.episodes = []
         for index in range(self.num_queries):
             scene, rng = scenes[index % len(scenes)], np.random.default_rng([context.seed, index])
             frames = [grid.frame for grid in recipe.sample_one([len(scene.images)], rng)]
-            if [scene.info.key, frames] in context.episodes:
-                continue
             column = scene.info.streams.index(stream)
             images.append(scene.images[frames, column])
             codes.append(scene.codes[frames, column])
-            originals.append(scene.info.group)
+            groups.append(scene.info.group)
             context.episodes.append([scene.info.key, frames])
-        return np.stack(images), np.stack(codes), originals
+        return np.stack(images), np.stack(codes), groups
 
     def _figure(
-        self, metric: Metric, scores: Mapping[str, Float[np.ndarray, "B T"]], prompt: int, originals: Sequence[str]
+        self, metric: Metric, scores: Mapping[str, Float[np.ndarray, "B T"]], prompt: int, groups: Sequence[str]
     ) -> Figure:
-        means = {name: estimate(values.mean(1), groups=originals) for name, values in scores.items()}
+        means = {name: estimate(values.mean(1), groups=groups) for name, values in scores.items()}
         model, ceiling = means.pop("model"), means.pop("ceiling")
-        count, length = count_of("sequences", originals), scores["model"].shape[1]
+        count, length = format_count("sequences", groups), scores["model"].shape[1]
         text = f"{metric.text} of {length} {self.noun}s after {prompt}, mean over {self.noun}s; {count}"
         return Figure(metric.name, model, text, metric.unit, metric.higher_is_better, means, ceiling)
 
     def _plot(
-        self, metric: Metric, scores: Mapping[str, Float[np.ndarray, "B T"]], prompt: int, originals: Sequence[str]
+        self, metric: Metric, scores: Mapping[str, Float[np.ndarray, "B T"]], prompt: int, groups: Sequence[str]
     ) -> Picture:
         series: dict[str, Sequence[tuple[float, ...]]] = {}
         for name, values in scores.items():
-            estimates = [estimate(values[:, i], groups=originals) for i in range(values.shape[1])]
+            estimates = [estimate(values[:, i], groups=groups) for i in range(values.shape[1])]
             series[name] = [(float(prompt + i + 1), x.value, *(x.interval or ())) for i, x in enumerate(estimates)]
         label = metric.name.upper() + (f" in {metric.unit}" if metric.unit else "")
         title = f"{self.kind.capitalize()}, {metric.name.upper()} by {self.noun}"
         text = f"{metric.text} of each {self.noun} after the prompt; bands are 95 % intervals."
         return Picture(title, text, Plot(series, self.noun, label))
 
-    def _sheet(self, truth: Sequences, answers: UInt8[np.ndarray, "B A H W 3"], prompt: int) -> Picture:
+    def _sheet(
+        self, truth: Sequences, answers: UInt8[np.ndarray, "B A H W 3"], prompt: int, groups: Sequence[str]
+    ) -> Picture:
         rows: list[Sequence[Cell | None]] = []
-        for i in range(0, len(truth), max(1, len(truth) // _MAX_SEQUENCES))[:_MAX_SEQUENCES]:
+        firsts = np.sort(np.unique(groups, return_index=True)[1])  # of different originals
+        for i in firsts[:: max(1, len(firsts) // _MAX_SEQUENCES)][:_MAX_SEQUENCES]:
             rows.append([Cell(image, f"{self.noun} {t + 1}") for t, image in enumerate(truth[i])])
             rows.append(answer_row(prompt, answers[i]))
         text = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,8 +42,8 @@ class Query:
         return np.stack([*pairs, self.scene.grid(self.frame, input_stream)])
 
     @property
-    def original(self) -> str:
-        """The photo or video that it is of: queries of one aren't independent."""
+    def group(self) -> str:
+        """The original that its scene is of: queries of one aren't independent."""
         return self.scene.info.group
 
     def to_json(self) -> dict[str, Any]:
@@ -53,9 +54,14 @@ class Query:
 
 
 def make_queries(
-    scenes: Sequence[HeldoutScene], count: int, shots: int, seed: int, same_class: bool = False
+    scenes: Sequence[HeldoutScene],
+    count: int,
+    shots: int,
+    seed: int,
+    same_class: bool = False,
+    same_original: bool = False,
 ) -> list[Query]:
-    """Queries over all scenes in turn, with random frames and examples from other scenes.
+    """Queries over all scenes in turn, with random frames and examples from scenes of other originals.
 
     Args:
       scenes: to choose from.
@@ -63,18 +69,22 @@ def make_queries(
       shots: examples of each.
       seed: query i is a function of the seed, i and the scenes.
       same_class: examples are of the query's class; scenes of a class with too few others are no queries.
+      same_original: examples may be other scenes of the query's original.
 
     Returns:
       The queries; [] for too few scenes.
     """
     classes = np.array([scene.info.class_name if same_class else "" for scene in scenes])
-    usable = [i for i, name in enumerate(classes) if np.count_nonzero(classes == name) > shots]
+    originals = np.array([scene.info.key if same_original else scene.info.group for scene in scenes])
+    kinds = Counter(classes.tolist())
+    own = Counter(zip(classes.tolist(), originals.tolist(), strict=True))
+    usable = [i for i, pair in enumerate(zip(classes, originals, strict=True)) if kinds[pair[0]] - own[pair] >= shots]
     queries = []
     for index in range(count if usable else 0):
         rng = np.random.default_rng([seed, index])
         scene = usable[index % len(usable)]
         order = rng.permutation(len(scenes)).tolist()
-        others = [i for i in order if i != scene and classes[i] == classes[scene]][:shots]
+        others = [i for i in order if originals[i] != originals[scene] and classes[i] == classes[scene]][:shots]
         examples = tuple((scenes[i], int(rng.integers(len(scenes[i].images)))) for i in others)
         queries.append(Query(scenes[scene], int(rng.integers(len(scenes[scene].images))), examples))
     return queries

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Integer, UInt64
+from jaxtyping import Integer
 
 from lvm.common import distributed
 from lvm.common.errors import UserError
@@ -22,11 +22,11 @@ from lvm.evaluation import likelihood
 from lvm.evaluation.figures import Figure, Picture
 from lvm.evaluation.heldout import Heldout
 from lvm.evaluation.image_metrics import Compare
+from lvm.evaluation.likelihood import Groups
 from lvm.inference.pretrained import LVM
 from lvm.training.evaluator import EvaluatorConfig, Stopping
 
 Sentences = Integer[np.ndarray, "B G N"]
-Groups = UInt64[np.ndarray, " B"]
 Result = tuple[list[Figure], list[Picture]]
 _LOG_EVERY_S = 10.0
 
@@ -125,6 +125,7 @@ class Context:
         self.unseen, self.max_scenes, self.seed, self.batch_size = unseen, max_scenes, seed, batch_size
         self.folders, self.lpips, self.stopping = folders or {}, lpips, stopping
         self.cache: dict[Any, Any] = {}  # of results that several evaluators use, of this model
+        self.sentence_cache: dict[Any, dict[str, tuple[Sentences, Groups]]] = {}  # of any model
         self.episodes: Any = None  # questions that the running evaluator asks, as JSON, to be stored with its figures
 
     def with_model(self, model: LVM, stopping: Stopping) -> Context:
@@ -176,19 +177,19 @@ class Context:
         Raises:
           UserError: a store of another tokenizer.
         """
-        return {name: codes for name, (codes, _) in self._sampled(count, data).items()}
+        return {name: codes for name, (codes, _) in self._sentences_with_groups(count, data).items()}
 
     def sentence_groups(self, count: int, data: MixtureConfig | None = None) -> dict[str, Groups]:
-        """Hashes of the original photo or video of the last image of each of `sentences`."""
-        return {name: groups for name, (_, groups) in self._sampled(count, data).items()}
+        """The group hash of each image of `sentences`."""
+        return {name: groups for name, (_, groups) in self._sentences_with_groups(count, data).items()}
 
-    def _sampled(self, count: int, data: MixtureConfig | None) -> dict[str, tuple[Sentences, Groups]]:
-        key = ("sentences", count, str(data))
-        if key not in self.cache:
+    def _sentences_with_groups(self, count: int, data: MixtureConfig | None) -> dict[str, tuple[Sentences, Groups]]:
+        key = (count, str(data))
+        if key not in self.sentence_cache:
             in_store = data or (None if self.source else self.mixture)
             sampled = self._stored_sentences(in_store, count) if in_store else self._sample_sentences(count)
-            self.cache[key] = sampled
-        return self.cache[key]
+            self.sentence_cache[key] = sampled
+        return self.sentence_cache[key]
 
     def losses(self, count: int, data: MixtureConfig | None = None) -> dict[str, likelihood.Losses]:
         """Losses in nats of each code of `sentences`."""

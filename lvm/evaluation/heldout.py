@@ -90,13 +90,17 @@ class Heldout:
         """Codes of `images`."""
         return np.concatenate([s.codes[:, s.info.streams.index(stream)] for s in self.with_streams([stream])])
 
+    def groups(self, stream: str) -> list[str]:
+        """The original of each of `images`."""
+        return [scene.info.group for scene in self.with_streams([stream]) for _ in scene.images]
+
     def sentences(
         self, recipe: Recipe, count: int, seed: int
-    ) -> tuple[Integer[np.ndarray, "count G N"], UInt64[np.ndarray, " count"]] | None:
+    ) -> tuple[Integer[np.ndarray, "count G N"], UInt64[np.ndarray, "count G"]] | None:
         """Samples `count` sentences of a recipe; None if there are too few suitable scenes.
 
         Returns:
-          Their codes, and hashes of the original photo or video of the last grid of each.
+          Their codes, and the group hash of each grid.
         """
         usable = self.with_streams(recipe.streams, recipe.min_frames)
         if len(usable) < recipe.num_scenes:
@@ -107,7 +111,7 @@ class Heldout:
             scenes = [usable[i] for i in rng.permutation(len(usable))[: recipe.num_scenes]]
             grids = recipe.sample_one([len(scene.images) for scene in scenes], rng)
             sentences.append(np.stack([scenes[g.scene].grid(g.frame, g.stream) for g in grids]))
-            groups.append(split.group_hash(scenes[grids[-1].scene].info.group))
+            groups.append([split.group_hash(scenes[grid.scene].info.group) for grid in grids])
         return np.stack(sentences), np.array(groups, np.uint64)
 
 

@@ -9,11 +9,27 @@ from jaxtyping import Float, Integer
 
 from lvm.common import statistics
 from lvm.evaluation import metrics
+from lvm.evaluation.figures import Aggregate, Estimate, estimate, mean_of
 from lvm.inference.pretrained import LVM
 
 Sentences = Integer[np.ndarray, "_ _ _"]  # [B, G, N]
 Losses = Float[np.ndarray, "_ _ _"]  # [B, G, N]
+Groups = Integer[np.ndarray, "_ _"]  # hashes [B, G] of the originals of images
 _BATCH = 16  # sentences per forward pass
+
+
+def mean_loss(losses: Losses, groups: Groups, transform: Aggregate = mean_of) -> Estimate:
+    """`transform` of the mean loss of codes [B, G, N], its interval over the originals of images [B, G].
+
+    Losses that are NaN, of codes that nothing predicts, are left out. Images in context count as given.
+    """
+    sums = np.stack([np.nansum(losses, axis=-1, dtype=np.float64), (~np.isnan(losses)).sum(-1)], axis=-1)
+    return estimate(sums.reshape(-1, 2), lambda x: transform(x[:, 0] / x[:, 1]), groups.ravel())
+
+
+def count_sentences(groups: Groups) -> str:
+    """Text such as "128 sentences of 270 originals"."""
+    return f"{len(groups)} sentences of {len(np.unique(groups))} originals"
 
 
 def grid_losses(model: LVM, sentences: Sentences) -> Losses:

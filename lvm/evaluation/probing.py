@@ -34,13 +34,13 @@ class ProbeImages:
     Attributes:
       frames: scene and frame of each image.
       codes: their grids.
-      scenes: number of each image's scene, the episode of intervals.
-      folds: fold of each image; images of one group share it.
+      groups: number of each image's original.
+      folds: fold of each image; images of one original share it.
     """
 
     frames: Sequence[tuple[HeldoutScene, int]]
     codes: Integer[np.ndarray, "n N"]
-    scenes: Integer[np.ndarray, " n"]
+    groups: Integer[np.ndarray, " n"]
     folds: Integer[np.ndarray, " n"]
 
     def __len__(self) -> int:
@@ -79,11 +79,12 @@ def choose_images(context: Context, stream: str, count: int, num_folds: int) -> 
         )
     elif len(chosen) > count:
         chosen = [chosen[i * len(chosen) // count] for i in range(count)]
+    chosen_groups = np.array([rank[scenes[index].info.group] for index, _ in chosen])
     return ProbeImages(
         [(scenes[index], frame) for index, frame in chosen],
         np.stack([scenes[index].grid(frame, stream) for index, frame in chosen]),
-        np.unique([index for index, _ in chosen], return_inverse=True)[1],
-        np.array([rank[scenes[index].info.group] % num_folds for index, _ in chosen]),
+        chosen_groups,
+        chosen_groups % num_folds,
     )
 
 
@@ -161,12 +162,9 @@ class ProbeTask(abc.ABC):
     def aggregate(self, sums: Shaped[np.ndarray, "R ..."]) -> Float[np.ndarray, " R"]:
         """The figure of sums, or means, over images."""
 
-    def estimate(self, predicted: Labels, scenes: Integer[np.ndarray, " n"]) -> Estimate:
-        """The figure with its interval over scenes."""
-        of_images = self.statistics(predicted)
-        of_scenes = np.zeros((scenes.max() + 1, *of_images.shape[1:]))
-        np.add.at(of_scenes, scenes, of_images)
-        return estimate(of_scenes, self.aggregate)
+    def estimate(self, predicted: Labels, groups: Integer[np.ndarray, " n"]) -> Estimate:
+        """The figure with its interval over originals."""
+        return estimate(self.statistics(predicted), self.aggregate, groups)
 
 
 class Accuracy(ProbeTask):

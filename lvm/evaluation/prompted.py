@@ -16,7 +16,7 @@ from lvm.data.streams.codecs import Codec
 from lvm.evaluation import baselines
 from lvm.evaluation.episodes import Images, Query, first_examples, make_queries
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
-from lvm.evaluation.figures import Estimate, Figure, Metric, Picture, Plot, count_of, estimate
+from lvm.evaluation.figures import Estimate, Figure, Metric, Picture, Plot, estimate, format_count
 from lvm.evaluation.heldout import HeldoutScene
 from lvm.evaluation.image_metrics import image_metrics
 from lvm.inference.contact_sheet import Cell, render_sheet
@@ -39,6 +39,7 @@ class PromptedTask(Evaluator):
       shots: example pairs of a query.
       num_queries: queries, over all held-out scenes in turn; equal for tasks whose scenes are.
       same_class: examples are scenes of the query's class.
+      same_original: examples may be other scenes of the query's original, as in a source of a single video.
       sweep: further numbers of example pairs, whose figures are plotted. Fewer examples are the first of more.
       sampling: of answers; greedy by default.
     """
@@ -52,6 +53,7 @@ class PromptedTask(Evaluator):
     shots: int = 2
     num_queries: int = 128
     same_class: bool = False
+    same_original: bool = False
     sweep: tuple[int, ...] = ()
     sampling: SamplingParams = GREEDY
 
@@ -108,7 +110,7 @@ class PromptedTask(Evaluator):
         images = self.answer(context, asked)
         ceiling = context.tokenizer.decode(np.stack([query.scene.grid(query.frame, self.target) for query in asked]))
 
-        groups = [query.original for query in asked]
+        groups = [query.group for query in asked]
         of_pixels = image_metrics(context.lpips, self.image_metrics)
         metrics = [*self.metrics(codec), *(metric for metric, _ in of_pixels)]
 
@@ -124,7 +126,7 @@ class PromptedTask(Evaluator):
             Figure(
                 metric.name,
                 scored["model"][metric.name],
-                f"{metric.text}; {count_of('queries', groups)}, {self.shots} example pairs",
+                f"{metric.text}; {format_count('queries', groups)}, {self.shots} example pairs",
                 metric.unit,
                 metric.higher_is_better,
                 {name: scores[metric.name] for name, scores in others.items()} | chance.get(metric.name, {}),
@@ -172,11 +174,15 @@ class PromptedTask(Evaluator):
         scenes = [scene for scene in both if self.is_usable(scene, codec)]
         if self.same_class and not any(scene.info.class_name for scene in scenes):
             raise NotApplicableError("same_class=True, but the scenes have no classes; set same_class=false")
-        queries = make_queries(scenes, self.num_queries, shots, context.seed, self.same_class)
+        queries = make_queries(scenes, self.num_queries, shots, context.seed, self.same_class, self.same_original)
         if not queries:
             of_class = " of one class" if self.same_class else ""
+            of_originals = (
+                "" if self.same_original else " of as many originals; same_original=true allows a query's own"
+            )
             raise NotApplicableError(
-                f"{len(scenes)} suitable held-out scenes; a query with {shots} examples needs {shots + 1}{of_class}"
+                f"{format_count('suitable held-out scenes', [scene.info.group for scene in scenes])}; a query with "
+                f"{shots} examples needs {shots + 1}{of_class}{of_originals}"
             )
         return queries
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lvm.common import files, page
 from lvm.common.page import Section
-from lvm.evaluation.figures import format_value
+from lvm.evaluation.figures import MIN_GROUPS, format_value
 from lvm.inference.contact_sheet import crop_rows
 
 Row = tuple[str, ...]
@@ -95,7 +95,8 @@ def render_page(results: Mapping[str, Any], records: Mapping[str, Mapping[str, A
     intro = (
         f"{results['heldout_scenes']} held-out scenes. Every image is a grid of codes; "
         "a prompt is a list of images, and the answer is the codes that the model generates next. "
-        "Intervals are 95 % bootstrap intervals over queries, sentences or images; baselines answer without a model; "
+        "Intervals are 95 % bootstrap intervals over originals, the photos or videos that scenes are of; "
+        f"figures of fewer than {MIN_GROUPS} originals have none; baselines answer without a model; "
         "the ceiling is the true answer, encoded and decoded by the tokenizer."
     )
     sections = []

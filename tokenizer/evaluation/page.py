@@ -47,18 +47,18 @@ def collect_results(request: Mapping[str, Any], measurements: Mapping[str, Measu
         for figure in by_name.values():
             content = figure.to_json()
             before = first.get(figure.name)
-            if before and is_paired and (difference := _difference(before, figure)):
-                content["difference"] = difference.to_json()
+            if before and is_paired:
+                content["difference"] = _difference(before, figure).to_json()
             figures.setdefault(figure.name, {})[name] = content
         first = first or by_name
         tokenizers[name] = _describe(measurement)
     return files.as_json({"request": request, "tokenizers": tokenizers, "figures": figures})
 
 
-def _difference(base: Figure, figure: Figure) -> Estimate | None:
+def _difference(base: Figure, figure: Figure) -> Estimate:
     before, after = base.estimate, figure.estimate
     if before.resamples is None or after.resamples is None:
-        return None
+        return Estimate(after.value - before.value)
     return Estimate(after.value - before.value, after.resamples - before.resamples)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped, UInt8
 
 from lvm.data.mixture.counter_rng import CounterRng
 from lvm.data.mixture.split import content_hash
-from lvm.evaluation.figures import RESAMPLES, Estimate
+from lvm.evaluation.figures import MIN_GROUPS, RESAMPLES, Estimate
 
 Pixels = UInt8[np.ndarray, "R R 3"]
 _POISSON = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(20)])  # distribution function of mean 1
@@ -49,10 +49,12 @@ class RunningMean:
         self._counts += weights.sum(0)
 
     def estimate(self) -> Estimate:
-        """The mean, NaN without any image; images of a single group have no interval."""
+        """The mean, NaN without any image; images of fewer than about `MIN_GROUPS` groups have no interval."""
         if not self._count:
             return Estimate(float("nan"))
-        if not np.any(self._counts % self._count):  # every resample has all images equally often
+        # Numbers n of images in groups: the resampled count has the variance Σ n². (Σ n)² / Σ n² is the number of groups
+        # if they are equally large, and of others that of as many equal ones.
+        if self._count**2 < (MIN_GROUPS - 0.5) * np.var(self._counts):
             return Estimate(self._sum / self._count)
         resamples = np.where(self._counts > 0, self._sums / np.maximum(self._counts, 1), np.nan)
         return Estimate(self._sum / self._count, resamples)

@@ -119,10 +119,11 @@ class ComponentSentences:
         codes = read_intact(self.reads(indices))
         return codes.reshape(len(indices), self.recipe.num_grids, -1)
 
-    def groups(self, indices: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-        """Hashes of the original photo or video of the last grid of the sentences at `indices`."""
+    def groups(self, indices: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, "n grids"]:
+        """The group hash of each grid of the sentences at `indices`."""
         scenes, _ = self.select_grids(indices)
-        return self.store.groups(scenes[:, -1])
+        distinct, inverse = np.unique(scenes, return_inverse=True)
+        return self.store.groups(distinct)[inverse].reshape(scenes.shape)
 
     def reads(self, indices: Int[np.ndarray, " n"]) -> Reads:
         """The reads of the sentences at `indices`, grid after grid, to be done with those of other components."""

@@ -133,8 +133,16 @@ class Store:
         return entries.view(ENTRY_DTYPE)
 
     def groups(self, scenes: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-        """Hashes of the originals of scenes, in [0, len), from the indexes of their shards."""
-        return self._indexed_entries(scenes)["group"]
+        """Group hashes of scenes, in [0, len): from the manifest, or the indexes of the shards that it doesn't list."""
+        groups = np.zeros(len(scenes), np.uint64)
+        listed = self.heldout[np.argsort(self.heldout["scene"])]
+        at = np.minimum(np.searchsorted(listed["scene"], scenes), max(0, len(listed) - 1))
+        is_listed = listed["scene"][at] == scenes if len(listed) else np.zeros(len(scenes), bool)
+        groups[is_listed] = listed["group"][at[is_listed]]
+        shards = np.unique(np.searchsorted(self._starts, scenes[~is_listed], side="right") - 1)
+        self.shards.load_sections(shards.tolist(), ("names", "scenes"))
+        groups[~is_listed] = self._indexed_entries(scenes[~is_listed])["group"]
+        return groups
 
     def _indexed_entries(self, scenes: np.ndarray) -> np.ndarray:
         entries = np.zeros(len(scenes), _NESTED_ENTRY)

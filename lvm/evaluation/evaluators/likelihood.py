@@ -9,7 +9,7 @@ from lvm.common.validation import check_positive
 from lvm.data.mixture.recipes import Video
 from lvm.evaluation import baselines, likelihood
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
-from lvm.evaluation.figures import Estimate, Figure, estimate
+from lvm.evaluation.figures import Estimate, Figure
 
 _MAX_VIDEOS = 4000  # for the conditional entropy
 
@@ -49,9 +49,9 @@ class Likelihood(Evaluator):
         text = f"next-token loss, weighted as in training; {_below(m['below_unigram'])} the unigram entropy"
         figures = [Figure("loss", Estimate(m["loss"]), text, "nats", False, unigram)]
         for name, values in counted_losses.items():
-            by_sentence = estimate(np.nanmean(values, axis=(1, 2)), groups=groups[name])
-            text = f"next-token loss of {name}, mean over {len(values)} sentences"
-            figures.append(Figure(f"loss/{name}", by_sentence, text, "nats", False))
+            loss = likelihood.mean_loss(values, groups[name][:, counted[name]])
+            text = f"next-token loss of {name}, mean over {likelihood.count_sentences(groups[name])}"
+            figures.append(Figure(f"loss/{name}", loss, text, "nats", False))
         for name, component in mixture.components.items():
             if isinstance(component.recipe, Video) and name in losses and losses[name].shape[1] > 2:
                 figures += _video_figures(context, name, component.recipe, losses[name], groups[name])
@@ -76,8 +76,7 @@ def _video_figures(context: Context, name: str, recipe: Video, losses: np.ndarra
         "entropy given the same position of the preceding frame": Estimate(m["conditional_entropy"]),
         "its plug-in estimate": Estimate(m["conditional_entropy_plug_in"]),
     }
-    by_sentence = estimate(np.mean(losses[:, 2:], axis=(1, 2)), groups=groups)
-    later = dataclasses.replace(by_sentence, value=m["loss_from_image_3"])
+    later = dataclasses.replace(likelihood.mean_loss(losses[:, 2:], groups[:, 2:]), value=m["loss_from_image_3"])
     text = (
         f"loss of {name} from image 3 on; {_below(m['below_conditional'])} the entropy, which is of "
         f"{m['num_transitions']:,} codes"

@@ -8,7 +8,7 @@ from lvm.common.validation import check_positive
 from lvm.data.mixture.mixture import MixtureConfig
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
 from lvm.evaluation.figures import Estimate, Figure, Picture, Plot, estimate
-from lvm.evaluation.likelihood import Losses
+from lvm.evaluation.likelihood import Groups, Losses, count_sentences, mean_loss
 
 _AVERAGES = {"exp_of_mean": "exponential of the mean loss", "mean_of_exp": "mean over sentences, as in the LVM paper"}
 
@@ -50,14 +50,15 @@ class Perplexity(Evaluator):
         for name, values in losses.items():
             answers = components[name].recipe.answer_mask
             # A sentence without answers, of a single image, is measured whole.
-            measured = values[:, answers] if answers.any() else values
+            is_measured = answers if answers.any() else np.ones_like(answers)
+            measured = values[:, is_measured]
             for average, text in _AVERAGES.items():
-                perplexity = _perplexity(np.nanmean(measured, axis=(1, 2)), average, groups[name])
-                text = f"perplexity of the answers of {name}, {text}; {len(values)} sentences"
+                perplexity = _perplexity(measured, groups[name][:, is_measured], average)
+                text = f"perplexity of the answers of {name}, {text}; {count_sentences(groups[name])}"
                 figures.append(Figure(f"{average}/{name}", perplexity, text, "", False))
                 # Images to be predicted; in a plain sequence the first one, too.
                 shown = [i for i, is_answer in enumerate(answers) if is_answer or (i == 0 and answers[1:].all())]
-                each = {i: _perplexity(np.nanmean(values[:, i], axis=1), average, groups[name]) for i in shown}
+                each = {i: _perplexity(values[:, [i]], groups[name][:, [i]], average) for i in shown}
                 by_image[average][name] = [(float(i), x.value, *(x.interval or ())) for i, x in each.items()]
             by_position[name] = [(float(i + 1), value) for i, value in enumerate(_position_losses(measured))]
         return figures, [
@@ -77,11 +78,14 @@ class Perplexity(Evaluator):
         ]
 
 
-def _perplexity(by_sentence: np.ndarray, average: str, groups: np.ndarray) -> Estimate:
-    """Perplexity from the mean loss of each sentence, [B]."""
-    if average == "mean_of_exp":
-        return estimate(np.exp(by_sentence.astype(np.float64)), groups=groups)
-    return estimate(by_sentence, np.exp, groups)
+def _perplexity(losses: Losses, groups: Groups, average: str) -> Estimate:
+    """Perplexity of images [B, G]; `mean_of_exp` of sentences of several originals has no interval."""
+    if average == "exp_of_mean":
+        return mean_loss(losses, groups, np.exp)
+    by_sentence = np.exp(np.nanmean(losses, axis=(1, 2)).astype(np.float64))
+    result = estimate(by_sentence, groups=groups[:, 0])
+    # A sentence is resampled whole, but shares each original with other sentences.
+    return result if (groups == groups[:, :1]).all() else Estimate(result.value)
 
 
 def _position_losses(losses: Losses) -> list[float]:

@@ -91,10 +91,10 @@ class Probes(Evaluator):
             for layer, features in _by_layer(context, model, images, layers, copies):
                 for task in tasks:
                     for head, predicted in self._predictions(context, task, features, images).items():
-                        estimates[task.name, head, name, layer] = task.estimate(predicted, images.scenes)
+                        estimates[task.name, head, name, layer] = task.estimate(predicted, images.groups)
         for task in tasks:
             for (head, name), predicted in self._without_layers(context, task, images).items():
-                estimates[task.name, head, name, 0] = task.estimate(predicted, images.scenes)
+                estimates[task.name, head, name, 0] = task.estimate(predicted, images.groups)
         figures = [figure for task in tasks for figure in _figures(task, estimates, layers, len(images))]
         return figures, [_plot(task, estimates, layers) for task in tasks]
 
@@ -241,6 +241,6 @@ def _plot(task: ProbeTask, estimates: Estimates, layers: Sequence[int]) -> Pictu
     title = f"{task.name.replace('_', ' ').capitalize()}, by layer"
     text = (
         f"{task.text[0].upper()}{task.text[1:]}, of heads on frozen features; layer 0 is the code embedding, in the "
-        f"random network random vectors.{' Bands are 95 % intervals over scenes.' if task.of_cells else ''}"
+        f"random network random vectors.{' Bands are 95 % intervals over originals.' if task.of_cells else ''}"
     )
     return Picture(title, text, Plot(series, "layer", task.name.replace("_", " ")))

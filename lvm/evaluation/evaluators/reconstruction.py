@@ -9,7 +9,7 @@ from lvm.common import statistics
 from lvm.data.streams.codecs import Palette
 from lvm.evaluation import metrics
 from lvm.evaluation.evaluator import Context, Evaluator, Result
-from lvm.evaluation.figures import Estimate, Figure, Picture, estimate
+from lvm.evaluation.figures import Estimate, Figure, Picture, estimate, format_count
 from lvm.inference.contact_sheet import Cell, render_sheet
 
 _MAX_SCENES = 8  # in the picture
@@ -35,11 +35,18 @@ class Reconstruction(Evaluator):
             parts = [context.tokenizer.decode(codes[batch]) for batch in context.batches(len(codes), stream)]
             decoded = np.concatenate(parts)
             histogram += np.bincount(codes.ravel(), minlength=num_codes)
-            originals = [scene.info.group for scene in scenes for _ in scene.images]
-            psnr = estimate(statistics.psnr(decoded, images), groups=originals)
-            figures.append(Figure(f"psnr/{stream}", psnr, f"reconstruction of {stream}, mean over images", "dB"))
+            groups = heldout.groups(stream)
+            psnr = estimate(statistics.psnr(decoded, images), groups=groups)
+            figures.append(
+                Figure(
+                    f"psnr/{stream}",
+                    psnr,
+                    f"reconstruction of {stream}, mean over {format_count('images', groups)}",
+                    "dB",
+                )
+            )
             if isinstance(codec, Palette):
-                figures += _round_trip(stream, codec, decoded, images, originals)
+                figures += _round_trip(stream, codec, decoded, images, groups)
             rows.append([Cell(scene.image(0, stream), stream) for scene in scenes[:_MAX_SCENES]])
             first = np.stack([scene.grid(0, stream) for scene in scenes[:_MAX_SCENES]])
             rows.append([Cell(image, "decoded") for image in context.tokenizer.decode(first)])
@@ -53,13 +60,13 @@ class Reconstruction(Evaluator):
 
 
 def _round_trip(
-    stream: str, codec: Palette, decoded: np.ndarray, images: np.ndarray, originals: Sequence[str]
+    stream: str, codec: Palette, decoded: np.ndarray, images: np.ndarray, groups: Sequence[str]
 ) -> list[Figure]:
     labels, truth = (np.stack([codec.parse(x) for x in batch]) for batch in (decoded, images))
-    accuracy = estimate(np.mean(labels == truth, axis=(1, 2)), groups=originals)
+    accuracy = estimate(np.mean(labels == truth, axis=(1, 2)), groups=groups)
     figures = [Figure(f"pixel_accuracy/{stream}", accuracy, f"pixel accuracy of {stream} after decoding", "%")]
     if codec.background is not None:
         masks = (metrics.foreground(x, codec.background, codec.ignore) for x in (labels, truth))
-        iou = estimate(metrics.iou(*masks), groups=originals)
+        iou = estimate(metrics.iou(*masks), groups=groups)
         figures.append(Figure(f"foreground_iou/{stream}", iou, f"foreground IoU of {stream} after decoding"))
     return figures

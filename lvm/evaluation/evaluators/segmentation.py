@@ -58,17 +58,17 @@ class Segmentation(PromptedTask):
         if codec.background is None:
             return scores
         masks, foreground = (metrics.foreground(x, codec.background, codec.ignore) for x in (labels, expected))
-        groups = [self.group(query) for query in queries]
-        classes = sorted(set(groups))
+        names = [self.summed_by(query) for query in queries]
+        classes = sorted(set(names))
         ratios = np.zeros((len(queries), len(classes), 2))
-        index = [classes.index(group) for group in groups]
+        index = [classes.index(name) for name in names]
         ratios[np.arange(len(queries)), index] = np.stack(
             [(masks & foreground).sum((1, 2)), (masks | foreground).sum((1, 2))], axis=1
         )
         return scores | {"foreground_iou": metrics.iou(masks, foreground), "foreground_miou": ratios}
 
-    def group(self, query: Query) -> str:
-        """What `foreground_miou` sums a query with: its class."""
+    def summed_by(self, query: Query) -> str:
+        """The class, over whose queries `foreground_miou` sums."""
         return query.scene.info.class_name
 
     def candidates(self, context: Context, queries: Sequence[Query], codec: Codec) -> dict[str, Images]:

@@ -10,7 +10,7 @@ from lvm.common.validation import check_positive, check_tuples
 from lvm.data.mixture.recipes import Pairs
 from lvm.evaluation.episodes import Images, Query, make_queries
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
-from lvm.evaluation.figures import Estimate, Figure, count_of, estimate
+from lvm.evaluation.figures import Estimate, Figure, estimate, format_count
 from lvm.evaluation.prompted import GREEDY, ask
 from lvm.inference.sampling import SamplingParams
 
@@ -26,6 +26,7 @@ class TaskFollowing(Evaluator):
       input: stream of the queries.
       targets: streams that are asked for; by default those of the mixture's pairs.
       shots, num_queries: of each target; equal to those of other prompted tasks, answers are shared.
+      same_original: examples may be other scenes of the query's original.
       sampling: of answers; greedy by default.
     """
 
@@ -35,6 +36,7 @@ class TaskFollowing(Evaluator):
     targets: tuple[str, ...] = ()
     shots: int = 2
     num_queries: int = 128
+    same_original: bool = False
     sampling: SamplingParams = GREEDY
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class TaskFollowing(Evaluator):
     def run(self, context: Context) -> Result:
         heldout, targets = context.heldout, self._targets(context)
         scenes = heldout.with_streams([self.input, *targets])
-        queries = make_queries(scenes, self.num_queries, self.shots, context.seed)
+        queries = make_queries(scenes, self.num_queries, self.shots, context.seed, same_original=self.same_original)
         if len(targets) < 2 or not queries:
             raise NotApplicableError(
                 f"{len(scenes)} held-out scenes with {len(targets)} kinds of annotation; at least {self.shots + 1} "
@@ -75,8 +77,8 @@ class TaskFollowing(Evaluator):
             return np.mean([shares[target] for target in targets], axis=0)  # of each query
 
         chance = {"chance level": Estimate(1 / len(streams))}
-        groups = [query.original for query in queries]
-        count = count_of("queries", groups)
+        groups = [query.group for query in queries]
+        count = format_count("queries", groups)
         text = f"answers of the kind that the examples show, by codes; {count}, for {len(targets)} kinds"
         ceiling = estimate(mean(judged), groups=groups)
         figures = [Figure("by_codes", estimate(mean(by_codes), groups=groups), text, "%", True, chance, ceiling)]

@@ -51,7 +51,7 @@ class VaryingSegmentation(Segmentation):
             for metric in metrics
         ]
 
-    def group(self, query: Query) -> str:
+    def summed_by(self, query: Query) -> str:
         return query.shown
 
     def streams(self, context: Context) -> Sequence[str]:

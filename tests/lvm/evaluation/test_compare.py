@@ -72,6 +72,20 @@ def test_other_questions_and_settings_are_not_paired(evaluated):
     assert ["difference" in figures[name] for name in "abc"] == [False, False, False]
 
 
+def test_figures_of_another_version_are_not_paired(evaluated, monkeypatch):
+    paths = [evaluated("a", SCORES)]
+    monkeypatch.setattr("lvm.evaluation.run._VERSION", 99)
+    figures = compare(load_all([*paths, evaluated("b", SCORES)]))["figures"]["task"]["iou"]
+    assert "difference" not in figures["b"]
+
+
+def test_difference_without_intervals_has_no_verdict(evaluated, tmp_path):
+    write_comparison(tmp_path / "out", load_all([evaluated("a", SCORES[:5]), evaluated("b", SCORES[:5] + 0.1)]))
+    content = "|".join(Page((tmp_path / "out" / "index.html").read_text()).text)
+    assert "|+0.100|" in content
+    assert "better" not in content.partition("iou, b")[2].partition("error, a")[0]
+
+
 def test_comparison_page_shows_models_differences_and_plots(evaluated, tmp_path):
     extra = Given(([Figure("new", Estimate(1.0), "x", "", None)], []))
     paths = [evaluated("a", SCORES), evaluated("b", SCORES + 0.1, 1000), evaluated("c", SCORES - 0.1, 20, extra=extra)]

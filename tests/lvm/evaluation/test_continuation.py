@@ -47,12 +47,18 @@ def test_views_go_around_the_object(make_context, make_heldout_scenes):
     assert [picture.title for picture in pictures] == ["Views, PSNR by view", "Views, SSIM by view", "Views, continued"]
 
 
-def test_no_sequence_counts_twice(make_context, make_heldout_scenes):
-    given = context(make_context, make_heldout_scenes, Video(frames=5, strides=(1,)))
-    figures, _ = VideoContinuation(num_queries=40).run(given)
-    assert sorted(map(str, given.episodes)) == sorted({str(x) for x in given.episodes})
-    assert len(given.episodes) == 6  # three scenes, two starts
-    assert figures[0].text.endswith("6 sequences of 3 originals")
+def test_repeated_sequences_widen_no_claim(make_context, make_heldout_scenes):
+    """Of twelve scenes with one start each, 120 sequences have the interval of twelve."""
+    scenes = make_heldout_scenes(12, streams=("rgb",), frames=4)
+    mixture = MixtureConfig({"clips": ComponentConfig(Video(frames=4, strides=(1,)))})
+    given = make_context(scenes, {"rgb": Image()}, mixture=mixture)
+    (once, *_), _ = VideoContinuation(num_queries=12).run(given)
+    (often, *_), (by_frame, *_, sheet) = VideoContinuation(num_queries=120).run(given)
+    assert often.estimate.value == pytest.approx(once.estimate.value)
+    assert often.estimate.interval == pytest.approx(once.estimate.interval)
+    assert often.text.endswith("120 sequences of 12 originals")
+    assert np.diff(by_frame.content.series["model"][0][2:]) > 0
+    assert len(sheet.content) == len(VideoContinuation(num_queries=4).run(given)[1][-1].content)  # four sequences
 
 
 def test_continuation_has_metrics_of_pixels_by_image(make_context, make_heldout_scenes):

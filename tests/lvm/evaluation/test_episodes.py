@@ -1,5 +1,7 @@
 """Queries and their examples."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from lvm.evaluation.heldout import HeldoutScene
 
 
 def bare_scene(index, frames=3, class_name=""):
-    info = SceneInfo(f"scene {index}", "", class_name, frames, ("rgb",))
+    info = SceneInfo(f"scene {index}", f"group {index}", class_name, frames, ("rgb",))
     return HeldoutScene(info, np.zeros((frames, 1, 1, 1, 3), np.uint8), np.zeros((frames, 1, 3), int))
 
 
@@ -63,3 +65,17 @@ def test_query_prompt_has_pairs_then_the_query(make_heldout_scenes):
     expected = [a.codes[0, 0], a.codes[0, 1], b.codes[1, 0], b.codes[1, 1], c.codes[1, 0]]
     np.testing.assert_array_equal(query.prompt("rgb", "segmentation"), expected)
     assert query.to_json() == {"query": ["scene 2", 1], "examples": [["scene 0", 0], ["scene 1", 1]]}
+
+
+def test_make_queries_counts_originals_not_scenes():
+    """Of seven clips, five are of one video: its queries have two examples at most, those of the others six."""
+    names = ["a"] * 5 + ["b", "c"]
+    scenes = [
+        dataclasses.replace(scene, info=dataclasses.replace(scene.info, group=name))
+        for scene, name in zip(map(bare_scene, range(7)), names, strict=True)
+    ]
+    assert {query.group for query in make_queries(scenes, 30, 2, seed=0)} == {"a", "b", "c"}
+    assert {query.group for query in make_queries(scenes, 30, 3, seed=0)} == {"b", "c"}
+    queries = make_queries(scenes, 30, 6, seed=0, same_original=True)
+    assert {query.group for query in queries} == {"a", "b", "c"}
+    assert all(len({id(scene) for scene, _ in query.examples} | {id(query.scene)}) == 7 for query in queries)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lvm.evaluation import metrics
-from lvm.evaluation.figures import Estimate, Figure, Picture, Plot, count_of, estimate, format_value
+from lvm.evaluation.figures import MIN_GROUPS, Estimate, Figure, Picture, Plot, estimate, format_count, format_value
 
 
 def test_estimate_has_the_interval_of_the_mean():
@@ -23,8 +23,8 @@ def test_estimate_covers_the_truth_in_95_percent():
 
 
 def test_estimate_equals_resampling_one_by_one():
-    values = np.random.default_rng(2).random(7)
-    indices = np.random.default_rng(0).integers(7, size=(2000, 7))
+    values = np.random.default_rng(2).random(12)
+    indices = np.random.default_rng(0).integers(12, size=(2000, 12))
     np.testing.assert_allclose(estimate(values).resamples, values[indices].mean(1))
 
 
@@ -44,9 +44,12 @@ def test_estimates_of_equal_episodes_are_paired():
 
 
 def test_estimate_leaves_out_episodes_without_a_value():
-    result = estimate(np.array([1.0, np.nan, 3.0]))
-    assert result.value == 2.0
-    assert result.interval == (1.0, 3.0)
+    values = np.random.default_rng(8).random(20)
+    values[[3, 5, 11]] = np.nan
+    result = estimate(values)
+    assert result.value == pytest.approx(np.nanmean(values))
+    indices = np.random.default_rng(0).integers(20, size=(2000, 20))
+    np.testing.assert_allclose(result.resamples, np.nanmean(values[indices], axis=1))
 
 
 @pytest.mark.parametrize("values", [np.zeros(0), np.array([np.nan, np.nan])])
@@ -56,16 +59,35 @@ def test_estimate_without_values_has_no_interval(values):
     assert result.interval is None
 
 
-@pytest.mark.parametrize("groups", [None, ["a", "a"]])
-def test_estimate_of_a_single_group_has_no_interval(groups):
-    result = estimate(np.array([0.25, 0.75])[: 2 if groups else 1], groups=groups)
-    assert (result.value, result.interval) == (0.5 if groups else 0.25, None)
+@pytest.mark.parametrize(
+    ("values", "groups"),
+    [
+        (np.arange(9.0), None),
+        (np.arange(90.0) % 9, np.repeat(np.arange(9), 10)),
+        (np.where(np.arange(90) < 81, 4.0, np.nan), np.arange(90) // 9),  # the tenth has no value
+        (np.full(9, 4.0), ["a"] * 9),
+    ],
+)
+def test_estimate_of_few_groups_has_no_interval(values, groups):
+    result = estimate(values, groups=groups)
+    assert (result.value, result.interval) == (4.0, None)
+
+
+def test_estimate_of_enough_groups_covers_the_truth():
+    """Nine in ten intervals at the limit, and not those of the episodes, which a group shares."""
+    rng = np.random.default_rng(9)
+    samples = [np.repeat(rng.normal(1.0, 1.0, MIN_GROUPS), 5) for _ in range(120)]
+    names = np.repeat(np.arange(MIN_GROUPS), 5)
+    covered = [[low <= 1.0 <= high for low, high in (estimate(x, groups=g).interval for x in samples)]
+               for g in (names, None)]  # fmt: skip
+    assert np.mean(covered[0]) >= 0.82
+    assert np.mean(covered[1]) < 0.7
 
 
 def test_estimate_resamples_groups_of_episodes_together():
     """Copies of the same ten episodes tell no more than these."""
-    values = np.random.default_rng(6).random(10)
-    names = [f"scene {i}" for i in range(10)]
+    values = np.random.default_rng(6).random(20)
+    names = [f"scene {i:02}" for i in range(20)]
     once, copied = estimate(values), estimate(np.repeat(values, 9), groups=np.repeat(names, 9))
     assert copied.value == pytest.approx(once.value)
     np.testing.assert_allclose(copied.resamples, once.resamples)
@@ -73,22 +95,26 @@ def test_estimate_resamples_groups_of_episodes_together():
 
 
 def test_estimate_weighs_groups_by_their_episodes_with_a_value():
-    values, groups = np.array([1.0, 1.0, 4.0, np.nan, np.nan]), np.array([7, 7, 3, 3, 9], np.uint64)
+    sizes = np.array([1, 2, 0, 3, 1, 1, 2, 1, 4, 1, 1])  # of groups 0 to 10, besides one episode without a value each
+    groups = np.concatenate([np.arange(11)[::-1], np.repeat(np.arange(11), sizes)]).astype(np.uint64)
+    values = np.concatenate([np.full(11, np.nan), np.random.default_rng(7).random(sizes.sum())])
     result = estimate(values, groups=groups)
-    assert result.value == 2.0
-    chosen = np.random.default_rng(0).integers(3, size=(2000, 3))  # of the groups 3, 7, 9 in this order
-    sums, sizes = np.array([4.0, 2.0, 0.0]), np.array([1, 2, 0])
-    with np.errstate(invalid="ignore"):
-        expected = sums[chosen].sum(1) / sizes[chosen].sum(1)
-    np.testing.assert_allclose(result.resamples, expected)  # NaN where only 9 was drawn
+    assert result.value == pytest.approx(np.nanmean(values))
+    chosen = np.random.default_rng(0).integers(11, size=(2000, 11))
+    sums = np.array([np.nansum(values[groups == i]) for i in range(11)])
+    np.testing.assert_allclose(result.resamples, sums[chosen].sum(1) / sizes[chosen].sum(1))
 
 
 @pytest.mark.parametrize(
     ("groups", "text"),
-    [(["a", "b"], "2 queries"), (["a", "b", "a"], "3 queries of 2 originals"), (["a", "a"], "2 queries of 1 original")],
+    [
+        (["a", "b"], "2 queries"),
+        (np.array([5, 6, 5], np.uint64), "3 queries of 2 originals"),
+        (["a", "a"], "2 queries of one original"),
+    ],
 )
-def test_count_of_names_originals_if_they_are_fewer(groups, text):
-    assert count_of("queries", groups) == text
+def test_format_count_names_originals_if_they_are_fewer(groups, text):
+    assert format_count("queries", groups) == text
 
 
 def test_estimate_in_chunks_equals_all_at_once(monkeypatch):
@@ -118,10 +144,10 @@ def test_format_value_has_units(value, unit, text):
 
 
 def test_figure_to_json_and_resamples():
-    result, baseline = estimate(np.array([0.0, 1.0])), estimate(np.array([0.0, 0.0]))
+    result, baseline = Estimate(0.5, np.linspace(0, 1, 41)), estimate(np.zeros(10))
     figure = Figure("iou", result, "IoU", "", True, {"copied": baseline, "entropy": Estimate(2.0)}, baseline)
     content = figure.to_json()
-    assert (content["value"], content["interval"]) == (0.5, [0.0, 1.0])
+    assert (content["value"], content["interval"]) == (0.5, pytest.approx([0.025, 0.975]))
     assert content["baselines"] == {"copied": {"value": 0.0, "interval": [0.0, 0.0]}, "entropy": {"value": 2.0}}
     assert content["ceiling"]["value"] == 0.0
     assert "published" not in content

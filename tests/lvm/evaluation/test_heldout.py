@@ -126,7 +126,8 @@ def test_heldout_without_scenes_is_user_error(make_heldout, options, message):
 
 def test_sentences_follow_the_recipe(make_heldout, exact_codec):
     heldout = make_heldout()
-    pairs = exact_codec[1](heldout.sentences(Pairs(shots=2), 10, seed=0)[0]).reshape(10, 4, 4, 4, 3)[:, :, 0, 0]
+    codes, pair_groups = heldout.sentences(Pairs(shots=2), 10, seed=0)
+    pairs = exact_codec[1](codes).reshape(10, 4, 4, 4, 3)[:, :, 0, 0]
     assert (pairs[:, :, 2] == [0, 1, 0, 1]).all()
     np.testing.assert_array_equal(pairs[:, 0, :2], pairs[:, 1, :2])  # the same scene and frame
     assert (pairs[:, 0, 0] != pairs[:, 2, 0]).all()  # another scene
@@ -134,7 +135,9 @@ def test_sentences_follow_the_recipe(make_heldout, exact_codec):
     frames = exact_codec[1](videos).reshape(10, 3, 4, 4, 3)[:, :, 0, 0]
     assert (np.diff(frames[:, :, 1].astype(int)) == 1).all()
     assert (frames[:, :, 0] == frames[:, :1, 0]).all()
-    assert groups.tolist() == [split.group_hash(f"group {scene // 2}") for scene in frames[:, 0, 0]]
+    expected = np.vectorize(lambda scene: split.group_hash(f"group {scene // 2}"), otypes=[np.uint64])
+    np.testing.assert_array_equal(groups, expected(frames[:, :, 0]))
+    np.testing.assert_array_equal(pair_groups, expected(pairs[:, :, 0]))
 
 
 def test_sentences_are_deterministic_in_the_seed(make_heldout):

@@ -13,7 +13,7 @@ from lvm.data.streams.codecs import Image
 from lvm.evaluation import baselines
 from lvm.evaluation.episodes import make_queries
 from lvm.evaluation.evaluator import Evaluator, NotApplicableError, StoppedError
-from lvm.evaluation.figures import Metric, Plot
+from lvm.evaluation.figures import Metric, Plot, estimate
 from lvm.evaluation.prompted import PromptedTask
 from lvm.inference.sampling import SamplingParams
 
@@ -44,7 +44,7 @@ def test_prompted_task_scores_model_baselines_and_ceiling(make_context, scenes, 
     figures, (picture,) = Exact(num_queries=8).run(context)
     exact, psnr = figures
     assert exact.estimate.value == exact.ceiling.value == 1.0
-    assert exact.estimate.interval == (1.0, 1.0)
+    assert exact.estimate.interval is None  # of five originals
     assert {name: x.value for name, x in exact.baselines.items()} == {
         "copied example": 0.0, "copied query": 0.0, "mean image": 0.0,
     }  # fmt: skip
@@ -54,17 +54,40 @@ def test_prompted_task_scores_model_baselines_and_ceiling(make_context, scenes, 
     assert len(context.episodes) == 8
 
 
-def test_intervals_are_over_originals(make_context, scenes, knows):
-    """Two videos cut into scenes: many queries of them are two samples, and those of one are none."""
-    split = [dataclasses.replace(x, info=dataclasses.replace(x.info, group=f"v{i % 2}")) for i, x in enumerate(scenes)]
-    solved = {scene.grid(i, "rgb").tobytes() for scene in scenes[::2] for i in range(len(scene.images))}
+def of_videos(scenes, count):
+    """The scenes as clips of so many videos."""
+    return [
+        dataclasses.replace(x, info=dataclasses.replace(x.info, group=f"v{i % count:02}")) for i, x in enumerate(scenes)
+    ]
+
+
+def test_intervals_are_over_originals(make_context, make_heldout_scenes, knows):
+    """Many queries of twelve videos are twelve samples."""
+    scenes = of_videos(make_heldout_scenes(24), 12)
+    solved = {scene.grid(i, "rgb").tobytes() for scene in scenes[:6] for i in range(len(scene.images))}
+    solved |= {scene.grid(i, "rgb").tobytes() for scene in scenes[12:18] for i in range(len(scene.images))}
     truth = knows(scenes, "segmentation")
     answer = lambda grid: truth(grid) if np.asarray(grid[-1]).tobytes() in solved else grid[-1]  # noqa: E731
-    exact = Exact(num_queries=40).run(make_context(split, CODECS, answer))[0][0]
-    assert (exact.estimate.value, exact.estimate.interval) == (0.6, (0.0, 1.0))
-    assert "40 queries of 2 originals" in exact.text
-    one = [dataclasses.replace(x, info=dataclasses.replace(x.info, group="v")) for x in scenes]
-    assert Exact(num_queries=40).run(make_context(one, CODECS, answer))[0][0].estimate.interval is None
+    exact = Exact(num_queries=240).run(make_context(scenes, CODECS, answer))[0][0]
+    by_video = estimate(np.repeat([1.0, 0.0], 6))
+    assert (exact.estimate.value, exact.estimate.interval) == (0.5, by_video.interval)
+    assert "240 queries of 12 originals" in exact.text
+
+
+def test_examples_are_of_other_originals(make_context, make_heldout_scenes):
+    scenes = of_videos(make_heldout_scenes(6), 3)
+    context = make_context(scenes, CODECS)
+    groups = {scene.info.key: scene.info.group for scene in scenes}
+    for same_original in (False, True):
+        Exact(num_queries=30, same_original=same_original).run(context)
+        shared = [any(groups[key] == groups[x["query"][0]] for key, _ in x["examples"]) for x in context.episodes]
+        assert any(shared) == same_original
+        assert all(key != x["query"][0] for x in context.episodes for key, _ in x["examples"])
+    one = make_context(of_videos(scenes, 1), CODECS)
+    with pytest.raises(NotApplicableError, match=r"6 suitable held-out scenes of one original; .* same_original=true"):
+        Exact().run(one)
+    figures, _ = Exact(same_original=True).run(one)
+    assert figures[1].estimate.interval is None
 
 
 def test_prompted_task_scores_each_baseline_as_an_answer(make_context, scenes):

@@ -13,7 +13,7 @@ import pytest
 from lvm.common.errors import UserError
 from lvm.evaluation import report
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError
-from lvm.evaluation.figures import Estimate, Figure, Picture, Plot, Published, estimate
+from lvm.evaluation.figures import Estimate, Figure, Picture, Plot, Published
 from lvm.evaluation.plots import plot_curves
 from lvm.evaluation.run import run_evaluations
 
@@ -57,7 +57,8 @@ def results_of(figures=(), pictures=()):
 
 
 FIGURE = Figure(
-    "iou|a<b", estimate(np.array([0.7, 0.9])), "a & b", "", True, {"copied": estimate(np.array([0.2, 0.3]))},
+    "iou|a<b", Estimate(0.8, np.repeat([0.7, 0.9], 20)), "a & b", "", True,
+    {"copied": Estimate(0.25, np.repeat([0.2, 0.3], 20))},
     Estimate(0.95), Published(0.4894, "different data"),
 )  # fmt: skip
 

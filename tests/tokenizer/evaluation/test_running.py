@@ -83,3 +83,15 @@ def test_examples_fewer_than_their_number():
     assert [example.key for example in examples.best] == ["b", "a"]
     assert [example.key for example in examples.worst] == ["a", "b"]
     assert {example.key for example in examples.sample} == {"a", "b"}
+
+
+def test_running_mean_of_few_groups_has_no_interval():
+    for sizes, has_interval in (
+        ([50] * 12, True),
+        ([50] * 8, False),
+        ([3] * 30 + [2000], False),
+        ([1] * 90 + [5], True),
+    ):
+        groups = np.repeat([f"video {i}" for i in range(len(sizes))], sizes)
+        result = add(RunningMean(), np.random.default_rng(0).random(len(groups)), groups)
+        assert (result.interval is not None) == has_interval, sizes

@@ -52,8 +52,8 @@ def test_parts_give_the_sentences_of_the_whole(tmp_path_factory, cut, split):
     for component, reference in zip(mixture.components, expected.components, strict=True):
         indices = np.arange(2 * reference.sentences_per_epoch)
         np.testing.assert_array_equal(component.sentences(indices), reference.sentences(indices))
-        last = [scenes[i].group for i in reference.select_grids(indices)[0][:, -1]]
-        assert component.groups(indices).tolist() == reference.groups(indices).tolist() == last
+        groups = [[scenes[i].group for i in grids] for grids in reference.select_grids(indices)[0]]
+        assert component.groups(indices).tolist() == reference.groups(indices).tolist() == groups
         assert component.num_scenes == reference.num_scenes > 0
         assert component.num_excluded == reference.num_excluded
         assert component.scenes_per_group == reference.scenes_per_group

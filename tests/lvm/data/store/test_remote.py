@@ -100,6 +100,23 @@ def test_batch_fetches_its_grids_and_no_more(served):
     assert 0 < server.counts["bytes"] - before <= 1.1 * used
 
 
+@both_services
+def test_groups_of_remote_scenes_equal_local_ones(served):
+    """Listed ones are in the manifest; of others, the indexes of their shards alone are read, at most once."""
+    server, remote, local = served
+    scenes = np.arange(len(Store(local)))[::-3]
+    expected = Store(local).index["group"][scenes]
+    store = Store(remote)
+    listed = store.heldout["scene"].astype(np.int64)
+    server.keep_log = True
+    np.testing.assert_array_equal(store.groups(listed), store.heldout["group"])
+    assert not server.log
+    np.testing.assert_array_equal(store.groups(scenes[-5:]), expected[-5:])
+    assert all("shard-00000" in path for _, path, _ in server.log)
+    np.testing.assert_array_equal(store.groups(scenes), expected)
+    assert store.groups(scenes[:0]).tolist() == []
+
+
 def test_remote_damage_is_read_once_more_then_named(served):
     server, remote, _ = served
     store = Store(remote)

@@ -14,7 +14,10 @@ from lvm.evaluation.evaluators.likelihood import Likelihood, _video_figures
 from lvm.evaluation.heldout import HeldoutScene
 from tests.lvm.evaluation.test_likelihood import ALTERNATING, Bigram, K
 
-ORIGINALS = np.arange(8, dtype=np.uint64)
+
+def originals(count, grids):
+    """A different one for each grid."""
+    return np.arange(count * grids, dtype=np.uint64).reshape(count, grids)
 
 
 def by_name(figures):
@@ -33,7 +36,7 @@ def test_likelihood_weighs_components_as_training_does(make_context, weigh_by, s
     context = make_context([], {}, mixture=MixtureConfig(components, weigh_by=weigh_by))
     context.model = Bigram()
     codes = {name: rng.integers(0, K, (8, count, 4)) for name, count in grids.items()}
-    context.cache["sentences", 8, "None"] = {name: (x, ORIGINALS) for name, x in codes.items()}
+    context.sentence_cache[8, "None"] = {name: (x, originals(*x.shape[:2])) for name, x in codes.items()}
     figures = by_name(Likelihood(num_sentences=8).run(context)[0])
     losses = [figures[f"loss/{name}"].estimate.value for name in components]
     assert figures["loss"].estimate.value == pytest.approx(np.average(losses, weights=[share, 1 - share]))
@@ -49,7 +52,9 @@ def test_likelihood_counts_answers_alone_as_training_does(make_context):
     grids = {"pairs": [9.0, 1.0, 9.0, 2.0], "category": [9.0, 3.0, 4.0]}  # loss of each grid
     losses = {name: np.tile(np.array(values)[:, None], (8, 1, 4)) for name, values in grids.items()}
     context.cache["losses", 8, "None"] = losses
-    context.cache["sentences", 8, "None"] = {name: (np.zeros(x.shape, int), ORIGINALS) for name, x in losses.items()}
+    context.sentence_cache[8, "None"] = {
+        name: (np.zeros(x.shape, int), originals(*x.shape[:2])) for name, x in losses.items()
+    }
     figures = by_name(Likelihood(num_sentences=8).run(context)[0])
     assert figures["loss/pairs"].estimate.value == 1.5
     assert figures["loss/category"].estimate.value == 3.5
@@ -63,7 +68,7 @@ def test_conditional_entropy_is_at_the_smallest_stride(make_context, strides, en
     scenes = [HeldoutScene(info, images, codes[:, None]) for codes in ALTERNATING]
     recipe = Video(frames=3, strides=strides)
     context = make_context(scenes, {}, mixture=MixtureConfig({"clips": ComponentConfig(recipe)}, ("/no/store",)))
-    figures = by_name(_video_figures(context, "clips", recipe, np.ones((2, 3, 1)), ORIGINALS[:2]))
+    figures = by_name(_video_figures(context, "clips", recipe, np.ones((2, 3, 1)), originals(2, 3)))
     plug_in = figures["video_loss/clips"].baselines["its plug-in estimate"].value
     assert plug_in == pytest.approx(entropy, abs=1e-12)
     assert "/no/store: not the training store" in caplog.text

@@ -130,7 +130,9 @@ def test_probe_images_are_as_many_as_asked(caplog):
     for count in (2, 3, 5, 7, 8, 15, 20, 31, 44):
         images = probing.choose_images(context, "rgb", count, 1)
         assert len(images) == len({(scene.info.key, frame) for scene, frame in images.frames}) == count
-        assert np.unique(images.scenes).tolist() == list(range(images.scenes.max() + 1))
+        groups = [scene.info.group for scene, _ in images.frames]
+        pairs = set(zip(groups, images.groups.tolist(), strict=True))
+        assert len(pairs) == len(set(groups)) == len(set(images.groups.tolist()))
     assert not caplog.records
     assert len(probing.choose_images(context, "rgb", 50, 4)) == 44
     assert (
@@ -183,6 +185,13 @@ def test_probe_figures_are_of_sums_over_images():
     assert miou.estimate(predicted, np.array([0, 1])).value == pytest.approx((2 / 4 + 3 / 5) / 2)
     depth = probing.RootMeanSquare("rmse", "", np.array([[1.0, np.nan], [2.0, 4.0]]))
     assert depth.estimate(np.array([[2.0, 9.0], [2.0, 2.0]]), np.array([0, 1])).value == pytest.approx(np.sqrt(5 / 3))
-    assert np.isnan(iou.estimate(predicted * 0, np.array([0, 1])).interval).tolist() == [False, False]
+    wrong = probing.ForegroundIoU("iou", "", np.ones((24, 3), int)).estimate(np.zeros((24, 3), int), np.arange(24))
+    assert wrong.interval == (0.0, 0.0)
+    right = np.random.default_rng(0).integers(0, 2, 12)
+    accuracy, numbers = probing.Accuracy("accuracy", "", np.ones(120, int)), np.arange(12)
+    of_images, of_videos = (accuracy.estimate(right.repeat(10), x) for x in (np.arange(120), numbers.repeat(10)))
+    once = probing.Accuracy("accuracy", "", np.ones(12, int)).estimate(right, numbers)
+    assert of_videos.interval == pytest.approx(once.interval)
+    assert np.diff(of_images.interval) < 0.5 * np.diff(of_videos.interval)
     empty = probing.ForegroundIoU("iou", "", np.full((2, 3), probing.VOID))
     assert np.isnan(empty.estimate(np.zeros((2, 3), int), np.array([0, 1])).value)

@@ -36,3 +36,29 @@ def test_reconstruction_of_a_constant_decoder(context):
     values = {figure.name: figure.estimate.value for figure in Reconstruction().run(context)[0]}
     assert values["psnr/rgb"] < 10
     assert values["pixel_accuracy/segmentation"] < 0.8
+
+
+def test_intervals_are_over_originals(make_context, make_heldout_scenes):
+    """Frames of a video that are one picture tell as much as this."""
+    codec = CODECS["segmentation"]
+    scenes = make_heldout_scenes(12, frames=1, palette=codec)
+    copied = [
+        dataclasses.replace(
+            x,
+            info=dataclasses.replace(x.info, num_frames=8),
+            images=np.repeat(x.images, 8, axis=0),
+            codes=np.repeat(x.codes, 8, axis=0),
+        )
+        for x in scenes
+    ]
+    results = []
+    for given in (scenes, copied):
+        context = make_context(given, CODECS)
+        decode = context.tokenizer.decode
+        context.tokenizer = dataclasses.replace(context.tokenizer, decode=lambda x, f=decode: np.maximum(f(x), 128))
+        results.append({figure.name: figure for figure in Reconstruction().run(context)[0]})
+    once, often = results
+    for name in ("psnr/rgb", "pixel_accuracy/segmentation", "foreground_iou/segmentation"):
+        assert often[name].estimate.interval == pytest.approx(once[name].estimate.interval)
+        assert np.ptp(often[name].estimate.interval) > 0
+    assert "96 images of 12 originals" in often["psnr/rgb"].text

@@ -50,6 +50,28 @@ def test_task_following_by_codes_ignores_content(make_context, scenes):
     assert figures["by_codes"].estimate.value == 1.0
 
 
+def test_intervals_are_over_originals(make_context, make_heldout_scenes):
+    """Each query has the right kind or not by its scene; ten times as many queries tell no more."""
+    scenes = make_heldout_scenes(12, streams=STREAMS, frames=1)
+    images = [scene.images % 80 + 80 * np.arange(3, dtype=np.uint8)[:, None, None, None] for scene in scenes]
+    scenes = [
+        dataclasses.replace(x, images=y, codes=y.reshape(1, 3, 48).astype(np.int32))
+        for x, y in zip(scenes, images, strict=True)
+    ]
+    wrong = {scene.codes[0, 0].tobytes() for scene in scenes[:4]}
+    context = make_context(scenes, CODECS, lambda grid: grid[-1] if grid[-1].tobytes() in wrong else grid[-2])
+    once, often = (
+        {x.name: x for x in TaskFollowing(targets=STREAMS[1:], num_queries=count).run(context)[0]}
+        for count in (12, 120)
+    )
+    for name in ("by_codes", "by_codes/depth"):
+        assert often[name].estimate.value == pytest.approx(2 / 3)
+        assert often[name].estimate.interval == pytest.approx(once[name].estimate.interval)
+    assert often["by_codes"].ceiling.interval == (1.0, 1.0)
+    assert np.ptp(often["by_codes"].estimate.interval) > 0.4
+    assert "120 queries of 12 originals" in often["by_codes"].text
+
+
 def test_task_following_needs_two_kinds(make_context, make_heldout_scenes):
     scenes = make_heldout_scenes(4)
     with pytest.raises(NotApplicableError, match="0 kinds of annotation"):
