@@ -52,7 +52,7 @@ class RunningMean:
         """The mean, NaN without any image; images of fewer than about `MIN_GROUPS` groups have no interval."""
         if not self._count:
             return Estimate(float("nan"))
-        # Numbers n of images in groups: the resampled count has the variance Σ n². (Σ n)² / Σ n² is the number of groups
+        # Of groups of n images, the resampled count has the variance Σ n². (Σ n)² / Σ n² is the number of groups
         # if they are equally large, and of others that of as many equal ones.
         if self._count**2 < (MIN_GROUPS - 0.5) * np.var(self._counts):
             return Estimate(self._sum / self._count)
