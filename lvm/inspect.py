@@ -32,7 +32,7 @@ from lvm.data.images.sources import ImageSource, open_any_source
 from lvm.data.images.sources.division import PartSpec
 from lvm.data.store import failures, verify
 from lvm.data.store.format import Scene
-from lvm.data.store.manifest import MANIFEST
+from lvm.data.store.manifest import MANIFEST, same_codes
 from lvm.data.store.reader import Store
 from lvm.inference.contact_sheet import Cell, render_sheet
 from tokenizer import Tokenizer
@@ -182,7 +182,7 @@ def _run(args: cli.Args) -> int:
     differences = []
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer, store.manifest.get("dtype"))
-        if tokenizer.identity()["hash"] != store.manifest["tokenizer"]["hash"]:
+        if not same_codes(tokenizer.identity(), store.manifest["tokenizer"]):
             raise UserError(f"--tokenizer: {args.tokenizer} did not make the codes of {store.path}")
         if args.sheet:
             write_sheet(store, tokenizer, args.sample, pathlib.Path(args.sheet))

@@ -23,6 +23,7 @@ from lvm.common.logging import log_info
 from lvm.data.mixture.counter_rng import splitmix64
 from lvm.data.mixture.packing import Spans
 from lvm.data.mixture.rows import Rows
+from lvm.data.store.manifest import same_codes
 from lvm.data.streams.codecs import PALETTE
 from lvm.training.config import TrainConfig, make_rows
 from tokenizer import Tokenizer
@@ -143,7 +144,7 @@ def _run(args: cli.Args) -> None:
     header = rows.mixture.stores[0].manifest["tokenizer"]
     if config.tokenizer:
         tokenizer = Tokenizer.load(config.tokenizer)
-        if header["hash"] and tokenizer.identity()["hash"] != header["hash"]:
+        if header["hash"] and not same_codes(tokenizer.identity(), header):
             raise UserError(f"config.tokenizer={config.tokenizer} is not the tokenizer of the store's codes")
         decode: Decode = tokenizer.decode
     else:

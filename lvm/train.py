@@ -21,6 +21,7 @@ from lvm.data.images.sources import open_source
 from lvm.data.mixture import loader
 from lvm.data.mixture.mixture import Mixture
 from lvm.data.mixture.rows import Rows
+from lvm.data.store.manifest import same_codes
 from lvm.evaluation import evaluator
 from lvm.evaluation.config import EvalConfig
 from lvm.evaluation.evaluator import Context
@@ -181,7 +182,7 @@ def _picture_renderer(
     """Renders answers to a held-out sentence of each component."""
     tokenizer = Tokenizer.load(config.tokenizer)
     mixture = Mixture(config.data, config.seed, "heldout" if config.data.heldout_fraction else "train")
-    if tokenizer.identity()["hash"] != mixture.stores[0].manifest["tokenizer"]["hash"]:
+    if not same_codes(tokenizer.identity(), mixture.stores[0].manifest["tokenizer"]):
         raise UserError(f"config.tokenizer={config.tokenizer} is not the tokenizer that made the store's codes")
     sentences = {component.name: component.sentence(0) for component in mixture.components}
     fitting = {name: codes for name, codes in sentences.items() if codes.size <= task.config.context}

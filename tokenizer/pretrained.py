@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,21 +99,18 @@ class Tokenizer:
     def identity(self) -> dict[str, Any]:
         """Everything that codes depend on, as JSON.
 
-        `weights` is a hash of the weights, `hash` one of weights, network and preprocessing.
+        `weights` is a hash of the weights, `hash` one of weights, network and preprocessing. `codes` is `hash` without
+        the weights of the decoder: tokenizers that share it give equal codes (`lvm.data.store.manifest.same_codes`).
         """
-        digest = hashlib.sha256()
-        for path, leaf in jax.tree.leaves_with_path(self.params):
-            array = np.ascontiguousarray(leaf)
-            digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-            digest.update(array.tobytes())
-        identity = {
-            "weights": digest.hexdigest(),
+        form = {
             "model": self.config.describe(),
             "preprocess": self.preprocess.to_json(),
             "grid": list(self.config.grid),
             "num_codes": self.config.codebook_size,
         }
-        return identity | {"hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
+        encoding = {name: tree for name, tree in self.params.items() if name not in _DECODING}
+        identity = {"weights": _hash_weights(self.params), **form}
+        return identity | {"codes": _hash({"weights": _hash_weights(encoding), **form}), "hash": _hash(identity)}
 
     def encode(self, images: ArrayLike, batch_size: int = _BATCH) -> Int32[np.ndarray, "B N"]:
         """Codes of uint8 images [B, R, R, 3] in raster order; `batch_size` is images per device and call.
@@ -221,3 +218,16 @@ class DataParallel:
         fixed = self._deterministic and jax.default_backend() == "gpu"
         run = jax.jit(sharded, compiler_options={"xla_gpu_deterministic_ops": True} if fixed else None)
         return jax.device_put(self._params, NamedSharding(mesh, P())), run
+
+
+def _hash_weights(params: Params) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ from lvm.common.errors import UserError
 from lvm.common.logging import Progress, log_info, log_warning
 from lvm.data.images.sources import ImageSource
 from lvm.data.mixture.mixture import Mixture, MixtureConfig
+from lvm.data.store.manifest import same_codes
 from lvm.evaluation import likelihood
 from lvm.evaluation.figures import Figure, Picture
 from lvm.evaluation.heldout import Heldout
@@ -222,9 +223,9 @@ class Context:
         seen = set(self.model.record["stores"])
         mixture = Mixture(data, self.seed, "heldout" if data.heldout_fraction else "train")
         for store in mixture.stores:
-            identity = store.manifest["tokenizer"]["hash"]
-            if identity != self.tokenizer.identity["hash"]:
-                raise UserError(f"{store.path}: codes of tokenizer {identity[:12]}, not of the model's")
+            tokenizer = store.manifest["tokenizer"]
+            if not same_codes(tokenizer, self.tokenizer.identity):
+                raise UserError(f"{store.path}: codes of tokenizer {tokenizer['hash'][:12]}, not of the model's")
             if not data.heldout_fraction and store.identity() in seen:
                 raise UserError(f"{store.path}: the model was trained on it; heldout_fraction must be that of training")
         indices = np.arange(count)

@@ -9,6 +9,7 @@ from etils import epath
 
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
+from lvm.data.store.manifest import same_codes
 from lvm.interop import models
 from lvm.interop.lazy_checkpoint import LazyCheckpoint, resize_vocabulary, with_dtype
 from lvm.interop.tensors import LazyTensor
@@ -41,7 +42,7 @@ def load_initial_model(
     if different:
         raise UserError(f"config.init_from={folder}: another architecture: {'; '.join(different)}")
     trained_with = checkpoint.record["tokenizer"]
-    if trained_with and trained_with["hash"] != tokenizer.get("hash"):
+    if trained_with and not same_codes(trained_with, tokenizer):
         raise UserError(f"config.init_from={folder}: trained on codes of another tokenizer than the store's")
     if checkpoint.vocabulary != vocabulary:
         log_info(f"{folder}: vocabulary changes from {checkpoint.vocabulary} to {vocabulary}")

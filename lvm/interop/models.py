@@ -11,6 +11,7 @@ from lvm.common import files
 from lvm.common.config import describe_changes
 from lvm.common.errors import UserError
 from lvm.common.logging import log_warning
+from lvm.data.store.manifest import same_codes
 from lvm.interop import easylm, hugging_face, workdirs
 from lvm.interop.lazy_checkpoint import LazyCheckpoint
 from lvm.interop.tensors import checked
@@ -118,13 +119,13 @@ def write(
 def check_tokenizer(
     expected: Mapping[str, Any] | None, vocabulary: Vocabulary, identity: Mapping[str, Any], folder: epath.PathLike
 ) -> None:
-    """Checks that a tokenizer is the one that a model was trained with, or has as many codes if that is unknown.
+    """Checks that a tokenizer gives the codes that a model was trained with, or as many if these are unknown.
 
     `expected` is the tokenizer's identity in the model's run record, `identity` the `Tokenizer.identity()` of that in
-    `folder`. Raises UserError for another tokenizer.
+    `folder`. Raises UserError for another tokenizer; its decoder may be another.
     """
-    if expected and identity["hash"] != expected["hash"]:
-        changes = describe_changes(*({**each, "hash": ""} for each in (expected, identity)))
+    if expected and not same_codes(identity, expected):
+        changes = describe_changes(*({**each, "hash": "", "codes": ""} for each in (expected, identity)))
         raise UserError(f"{folder}: not the tokenizer that the model was trained with ({changes})")
     if identity["num_codes"] != vocabulary.num_codes:
         raise UserError(f"{folder}: {identity['num_codes']} codes, but the model has {vocabulary.num_codes}")

@@ -192,7 +192,9 @@ def test_changed_settings_are_rejected(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"changed: source"):
         encode(tokenizer, folder, source=Scenes(scenes=tuple(SCENES[:-1])))
     other = Tokenizer(tokenizer.config, Preprocess(SIDE, "center_crop"), tokenizer.params)
-    with pytest.raises(UserError, match=r"changed: tokenizer\.hash, tokenizer\.preprocess\.mode: squash → center_"):
+    with pytest.raises(
+        UserError, match=r"changed: tokenizer\.codes, tokenizer\.hash, tokenizer\.preprocess\.mode: squash → center_"
+    ):
         encode(other, folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lvm.common import files
 from lvm.common.errors import UserError
 from lvm.data.images.preprocess import Preprocess
+from lvm.data.store.manifest import same_codes
 from tests.tokenizer.networks import check_same, random_weights, small
 from tokenizer import Tokenizer, layouts, weights
 from tokenizer.network import VARIANTS, VQGANConfig
@@ -356,4 +357,22 @@ def test_identity_covers_weights_network_preprocess():
     identities = [Tokenizer(w.config, w.preprocess, w.params).identity() for w in (original, *others)]
     assert len({identity["hash"] for identity in identities}) == 6
     assert len({identity["weights"] for identity in identities}) == 2
+    assert len({identity["codes"] for identity in identities}) == 6
     assert identities[0]["preprocess"]["colours"] == "0..1"
+
+
+def test_tuned_decoder_has_the_same_codes():
+    original = random_weights(small("lvm", **TINY))
+    tuned = {
+        name: jax.tree.map(lambda x: x * np.float32(1.5), tree) if name in ("decoder", "post_quant_conv") else tree
+        for name, tree in original.params.items()
+    }
+    first, second = (
+        Tokenizer(original.config, original.preprocess, params).identity() for params in (original.params, tuned)
+    )
+    assert first["hash"] != second["hash"]
+    assert first["codes"] == second["codes"] != first["hash"]
+    assert same_codes(first, second)
+    for name in ("encoder", "quant_conv", "codebook"):
+        other = original.params | {name: jax.tree.map(lambda x: x * np.float32(1.5), original.params[name])}
+        assert not same_codes(first, Tokenizer(original.config, original.preprocess, other).identity())

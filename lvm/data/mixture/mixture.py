@@ -33,7 +33,7 @@ from lvm.data.mixture.split import check_fraction
 from lvm.data.store import jsonl
 from lvm.data.store.concat import AnyStore, ConcatStore, SingleStore
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore
-from lvm.data.store.manifest import MANIFEST
+from lvm.data.store.manifest import MANIFEST, same_codes
 from lvm.data.store.reader import Store
 
 __all__ = ["BLOCK", "PERIOD", "ComponentConfig", "ComponentSentences", "Mixture", "MixtureConfig"]
@@ -255,8 +255,8 @@ def _concat(stores: list[SingleStore]) -> AnyStore:
 def _check_one_tokenizer(stores: Mapping[str, SingleStore]) -> None:
     headers = {path: store.manifest["tokenizer"] for path, store in stores.items()}
     shapes = {(*header["grid"], header["num_codes"]) for header in headers.values()}
-    hashes = {header["hash"] for header in headers.values()} - {""}  # unknown for a JSONL file
-    if len(shapes) > 1 or len(hashes) > 1:
+    known = [header for header in headers.values() if header["hash"]]  # unknown for a JSONL file
+    if len(shapes) > 1 or not all(same_codes(header, known[0]) for header in known):
         listed = ", ".join(
             f"{path}: {header['hash'][:12] or 'unknown'}, grid {header['grid'][0]}×{header['grid'][1]}, "
             f"{header['num_codes']} codes"

@@ -169,6 +169,15 @@ class _Merged:
         }
 
 
+def same_codes(tokenizer: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """True if two tokenizers give equal codes, by their identities: their decoders may differ.
+
+    Identities of earlier versions have no `codes`; then the tokenizers must be equal.
+    """
+    key = "codes" if tokenizer.get("codes") and other.get("codes") else "hash"
+    return tokenizer.get(key) == other.get(key)
+
+
 def extremes(hashes: Sequence[int]) -> list[int]:
     """The lowest and the highest; [] of none."""
     return [min(hashes), max(hashes)] if hashes else []

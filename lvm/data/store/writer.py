@@ -295,6 +295,8 @@ def check_header(
     path, new = epath.Path(folder) / HEADER, files.as_json({"version": VERSION, **header, "num_shards": num_shards})
     old = files.read_json(path)
     check_version(path, old.get("version"))
+    if "codes" not in old.get("tokenizer", {}):  # begun by an earlier version
+        new.get("tokenizer", {}).pop("codes", None)
     before, after = ({key: value for key, value in header.items() if key not in ignored} for header in (old, new))
     if changes := describe_changes(before, after):
         raise UserError(

@@ -195,6 +195,10 @@ def test_check_tokenizer_compares_hash_and_codes(caplog):
             {"hash": "b", "num_codes": 16, "preprocess": {"mode": "squash", "filter": "bicubic"}}, SMALL,
             identity | {"preprocess": {"mode": "center_crop", "filter": "bicubic"}}, "folder",
         )  # fmt: skip
+    models.check_tokenizer({"hash": "b", "codes": "c"}, SMALL, identity | {"codes": "c"}, "folder")  # a tuned decoder
+    for expected in ({"hash": "a", "codes": "c"}, {"hash": "b"}):
+        with pytest.raises(UserError, match="folder: not the tokenizer"):
+            models.check_tokenizer(expected, SMALL, identity | {"codes": "d"}, "folder")
     for expected in (None, {"hash": "a"}):
         with pytest.raises(UserError, match="folder: 17 codes, but the model has 16"):
             models.check_tokenizer(expected, SMALL, {**identity, "num_codes": 17}, "folder")

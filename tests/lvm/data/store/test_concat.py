@@ -122,6 +122,12 @@ def test_part_named_twice_is_refused(make_store):
         Mixture(MixtureConfig({"single": ComponentConfig(Single())}, (path, path)), 0)
 
 
+def test_parts_of_a_tuned_decoder_are_read_as_one(make_store):
+    paths = (make_store(SHAPES, codes="c"), make_store(SHAPES, "other", weights="b" * 64, codes="c"))
+    whole, half = (Mixture(MixtureConfig({"a": ComponentConfig(Single())}, x), 0) for x in (paths, paths[:1]))
+    assert whole.components[0].num_scenes == 2 * half.components[0].num_scenes
+
+
 def test_parts_of_other_tokenizers_are_refused(make_store):
     paths = (make_store(SHAPES), make_store(SHAPES, "other", weights="b" * 64))
     with pytest.raises(UserError, match="different tokenizers"):

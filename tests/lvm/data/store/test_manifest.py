@@ -179,3 +179,28 @@ def test_store_without_scenes_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"found no usable scene in the source \(0\.tar: it is compressed\)"):
         writer.finish_store(tmp_path)
     assert not (tmp_path / manifest.MANIFEST).exists()
+
+
+def test_store_begun_without_a_hash_of_codes_is_continued(tmp_path):
+    """As by versions that had none; the tokenizer must be the same all the same."""
+    writer.begin_store(tmp_path, HEADER, 2)
+    tokenizer = HEADER["tokenizer"] | {"codes": "c"}
+    writer.begin_store(tmp_path, HEADER | {"tokenizer": tokenizer}, 2)
+    with pytest.raises(UserError, match=r"changed: tokenizer\.hash"):
+        writer.begin_store(tmp_path, HEADER | {"tokenizer": tokenizer | {"hash": "d"}}, 2)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "other", "equal"),
+    [
+        ({"hash": "a"}, {"hash": "a"}, True),
+        ({"hash": "a"}, {"hash": "b"}, False),
+        ({"hash": "a", "codes": "c"}, {"hash": "b", "codes": "c"}, True),
+        ({"hash": "a", "codes": "c"}, {"hash": "a", "codes": "d"}, False),
+        ({"hash": "a", "codes": "c"}, {"hash": "a"}, True),
+        ({"hash": "a", "codes": "c"}, {"hash": "b"}, False),
+        ({"hash": "a", "codes": ""}, {"hash": "b", "codes": ""}, False),
+    ],
+)
+def test_same_codes(tokenizer, other, equal):
+    assert manifest.same_codes(tokenizer, other) == manifest.same_codes(other, tokenizer) == equal
