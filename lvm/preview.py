@@ -141,7 +141,7 @@ def _run(args: cli.Args) -> None:
     tokens = config.batch_size * config.model.context
     for line in report(rows, config.loop.with_total_steps(tokens).total_steps, args.batches):
         print(line)
-    header = rows.mixture.stores[0].manifest["tokenizer"]
+    header = rows.mixture.tokenizer
     if config.tokenizer:
         tokenizer = Tokenizer.load(config.tokenizer)
         if header["hash"] and not same_codes(tokenizer.identity(), header):

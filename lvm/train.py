@@ -69,7 +69,7 @@ def train(config: TrainConfig, workdir: str) -> None:
         "config": to_json(config),
         "folder": os.getcwd(),  # in which relative paths of the configuration begin
         "compiler_options": options,
-        "tokenizer": store.manifest["tokenizer"],
+        "tokenizer": mixture.tokenizer,
         "stores": [store.identity() for store in mixture.stores],
         "sources": [store.manifest["source"] for store in mixture.stores],
         "mixture": {**mixture.record(), "identity": mixture.identity()},
@@ -89,7 +89,7 @@ def train(config: TrainConfig, workdir: str) -> None:
         check_branch(config.branch[0], "lvm", record, TrainConfig)
     initialize = None
     if config.init_from and latest_step(run.path) is None:
-        checkpoint = load_initial_model(config.init_from, model, vocabulary, store.manifest["tokenizer"])
+        checkpoint = load_initial_model(config.init_from, model, vocabulary, mixture.tokenizer)
         initialize = functools.partial(load_weights, checkpoint)
     tx, schedule = optimizer.build(config.optimizer, loop.total_steps, tokens, model)
     rows = Rows(mixture, vocabulary, model.context, config.batch_size)
@@ -182,7 +182,7 @@ def _picture_renderer(
     """Renders answers to a held-out sentence of each component."""
     tokenizer = Tokenizer.load(config.tokenizer)
     mixture = Mixture(config.data, config.seed, "heldout" if config.data.heldout_fraction else "train")
-    if not same_codes(tokenizer.identity(), mixture.stores[0].manifest["tokenizer"]):
+    if not same_codes(tokenizer.identity(), mixture.tokenizer):
         raise UserError(f"config.tokenizer={config.tokenizer} is not the tokenizer that made the store's codes")
     sentences = {component.name: component.sentence(0) for component in mixture.components}
     fitting = {name: codes for name, codes in sentences.items() if codes.size <= task.config.context}

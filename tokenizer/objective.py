@@ -196,9 +196,9 @@ class TokenizerTask:
             return {"params": params}
         n = jnp.maximum(step - self.seed_step, 0).astype(jnp.float32)
         decay = jnp.where(n == 0, 0.0, jnp.minimum(self.ema_decay, (1 + n) / (10 + n)))
-        # In this form equal parameters keep their bits.
+        # Equal parameters keep their bits, -0.0 too.
         averages = jax.tree.map(
-            lambda old, new: jnp.where(n == 0, new, old + (1 - decay) * (new - old)), averages, params
+            lambda old, new: jnp.where((n == 0) | (new == old), new, old + (1 - decay) * (new - old)), averages, params
         )
         return {"params": averages, "generator": params}
 

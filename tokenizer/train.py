@@ -13,7 +13,7 @@ import numpy as np
 from lvm.common import cli, distributed
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
-from lvm.common.logging import log_info
+from lvm.common.logging import log_info, log_warning
 from lvm.data.images.sources import ImageSource, open_any_source
 from lvm.hardware.sharding import make_mesh
 from lvm.model.nnx_utils import Params
@@ -64,6 +64,12 @@ def load_init_params(config: TokenizerConfig) -> Params:
     ]
     if different:
         raise UserError(f"config.init_from={config.init_from}: another tokenizer ({'; '.join(different)})")
+    dtype, stored_dtype = config.model.compute_dtype, stored.config.compute_dtype
+    if config.train == "decoder" and dtype != stored_dtype:
+        log_warning(
+            f"config.model.compute_dtype={dtype}, but {config.init_from} computes in {stored_dtype}: the new tokenizer "
+            "will encode some images to other codes"
+        )
     return stored.params
 
 

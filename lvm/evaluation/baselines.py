@@ -26,10 +26,10 @@ def copied_query(queries: Sequence[Query], stream: str) -> Images:
     return np.stack([query.scene.image(query.frame, stream) for query in queries])
 
 
-def mean_image(queries: Sequence[Query], target: str) -> Images:
-    """The mean of all queries' true answers but those of the query's own original: no query sees its answer."""
+def mean_image(queries: Sequence[Query], target: str, same_original: bool = False) -> Images:
+    """The mean of all queries' true answers but those of the query's own original, or scene: none sees its answer."""
     truth = np.stack([query.scene.image(query.frame, target) for query in queries]).astype(np.float64)
-    groups = np.array([query.group for query in queries])
+    groups = np.array([query.scene.info.key if same_original else query.group for query in queries])
     total, means = truth.sum(0), {}
     for group in np.unique(groups):
         mask = groups == group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -170,7 +171,7 @@ def _figure_rows(name: str, by_model: Mapping[str, Any], first: str) -> list[tup
     rows: list[tuple[str, ...]] = []
     for model, figure in by_model.items():
         _, value, interval, *explanation = figure_row(name, figure)
-        difference = _describe_difference(figure) if model != first else ""
+        difference = _describe_difference(figure) if model != first and first in by_model else ""
         rest = explanation if not rows else [""] * len(explanation)
         rows.append((f"{name}, {model}", value, interval, difference, *rest))
     return rows
@@ -178,8 +179,10 @@ def _figure_rows(name: str, by_model: Mapping[str, Any], first: str) -> list[tup
 
 def _describe_difference(figure: Mapping[str, Any]) -> str:
     if "difference" not in figure:
-        return "not paired" if "interval" in figure else ""
+        return "not paired"
     value, unit = figure["difference"]["value"], figure["unit"]
+    if math.isnan(value):
+        return ""
     if "interval" not in figure["difference"]:
         return _signed(value, unit)
     low, high = figure["difference"]["interval"]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer, UInt8
 
+from lvm.common.logging import log_warning
+from lvm.evaluation.figures import format_count
 from lvm.evaluation.heldout import HeldoutScene
 
 Images = UInt8[np.ndarray, "B H W 3"]
@@ -79,6 +81,10 @@ def make_queries(
     kinds = Counter(classes.tolist())
     own = Counter(zip(classes.tolist(), originals.tolist(), strict=True))
     usable = [i for i, pair in enumerate(zip(classes, originals, strict=True)) if kinds[pair[0]] - own[pair] >= shots]
+    if 0 < len(usable) < len(scenes):
+        log_warning(
+            f"{len(scenes) - len(usable)} of {len(scenes)} scenes are no queries: too few others for {shots} examples"
+        )
     queries = []
     for index in range(count if usable else 0):
         rng = np.random.default_rng([seed, index])
@@ -88,6 +94,17 @@ def make_queries(
         examples = tuple((scenes[i], int(rng.integers(len(scenes[i].images)))) for i in others)
         queries.append(Query(scenes[scene], int(rng.integers(len(scenes[scene].images))), examples))
     return queries
+
+
+def describe_shortage(
+    scenes: Sequence[HeldoutScene], shots: int, same_class: bool = False, same_original: bool = False
+) -> str:
+    """The reason why `make_queries` has none."""
+    of_class = " of its class" if same_class else ""
+    count = format_count("suitable held-out scenes", [scene.info.group for scene in scenes])
+    if same_original:
+        return f"{count}; a query needs {shots} others{of_class}"
+    return f"{count}; a query needs {shots}{of_class} of other originals than its own, unless same_original=true"
 
 
 def first_examples(query: Query, shots: int) -> Query:

@@ -24,6 +24,7 @@ def mean_loss(losses: Losses, groups: Groups, transform: Aggregate = mean_of) ->
     Losses that are NaN, of codes that nothing predicts, are left out. Images in context count as given.
     """
     sums = np.stack([np.nansum(losses, axis=-1, dtype=np.float64), (~np.isnan(losses)).sum(-1)], axis=-1)
+    sums[sums[..., 1] == 0] = np.nan
     return estimate(sums.reshape(-1, 2), lambda x: transform(x[:, 0] / x[:, 1]), groups.ravel())
 
 

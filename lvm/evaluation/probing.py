@@ -164,7 +164,9 @@ class ProbeTask(abc.ABC):
 
     def estimate(self, predicted: Labels, groups: Integer[np.ndarray, " n"]) -> Estimate:
         """The figure with its interval over originals."""
-        return estimate(self.statistics(predicted), self.aggregate, groups)
+        sums = self.statistics(predicted).astype(np.float64)
+        sums[~self.valid.reshape(len(sums), -1).any(1)] = np.nan  # no label, no episode
+        return estimate(sums, self.aggregate, groups)
 
 
 class Accuracy(ProbeTask):

@@ -14,7 +14,7 @@ from lvm.common.logging import log_info
 from lvm.common.validation import check_positive, check_tuples
 from lvm.data.streams.codecs import Codec
 from lvm.evaluation import baselines
-from lvm.evaluation.episodes import Images, Query, first_examples, make_queries
+from lvm.evaluation.episodes import Images, Query, describe_shortage, first_examples, make_queries
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
 from lvm.evaluation.figures import Estimate, Figure, Metric, Picture, Plot, estimate, format_count
 from lvm.evaluation.heldout import HeldoutScene
@@ -84,7 +84,7 @@ class PromptedTask(Evaluator):
         answers = {
             "copied example": baselines.copied_example(queries, self.target),
             "copied query": baselines.copied_query(queries, self.input),
-            "mean image": baselines.mean_image(queries, self.target),
+            "mean image": baselines.mean_image(queries, self.target, self.same_original),
         }
         neighbors = self.neighbors(context, queries)
         return answers if neighbors is None else answers | {"nearest training neighbor": neighbors}
@@ -176,14 +176,7 @@ class PromptedTask(Evaluator):
             raise NotApplicableError("same_class=True, but the scenes have no classes; set same_class=false")
         queries = make_queries(scenes, self.num_queries, shots, context.seed, self.same_class, self.same_original)
         if not queries:
-            of_class = " of one class" if self.same_class else ""
-            of_originals = (
-                "" if self.same_original else " of as many originals; same_original=true allows a query's own"
-            )
-            raise NotApplicableError(
-                f"{format_count('suitable held-out scenes', [scene.info.group for scene in scenes])}; a query with "
-                f"{shots} examples needs {shots + 1}{of_class}{of_originals}"
-            )
+            raise NotApplicableError(describe_shortage(scenes, shots, self.same_class, self.same_original))
         return queries
 
     def answer(self, context: Context, queries: Sequence[Query]) -> Images:

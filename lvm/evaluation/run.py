@@ -18,8 +18,8 @@ from lvm.evaluation.figures import Plot
 from lvm.evaluation.plots import plot_curves
 
 FOLDER = "evaluations"
-# Of all figures: results of another one are computed again. 2: intervals are over originals, not episodes.
-_VERSION = 2
+# Of all figures: results of another one are computed again. From 3 on intervals are over originals.
+_VERSION = 3
 
 
 def run_evaluations(

@@ -11,6 +11,7 @@ from lvm.common import distributed, files
 from lvm.common.config import from_config_dict, to_json
 from lvm.common.errors import UserError
 from lvm.common.logging import log_info
+from lvm.data.store.manifest import same_codes
 from lvm.training.lease import Lease
 
 CONFIG = "config.json"
@@ -22,6 +23,8 @@ _CONVERT = {  # commands that read version 1
     "tokenizer": "python -m tokenizer convert {} NEW --to=orbax, then --config.init_from=NEW "
     "--config.loss.autoencoder_steps=0",
 }
+
+_HASHES = ("weights", "hash", "codes")  # of a tokenizer
 
 # Keys that may differ on resume, by prefix: they change neither the data nor the mathematics of a step.
 _MAY_CHANGE = (
@@ -153,6 +156,10 @@ def _list_changes(
     config_class: type | None,
 ) -> list[str]:
     """Keys that differ between two records and may not, as `key: old → new`; logs those that may."""
+    before, after = old.get("tokenizer"), new.get("tokenizer")  # of a transformer's codes; no hash: of unknown ones
+    if before and after and (not before["hash"] or same_codes(before, after)):
+        form = {key: value for key, value in after.items() if key not in _HASHES}
+        new = new | {"tokenizer": form | {key: value for key, value in before.items() if key in _HASHES}}
     if config_class is not None:
         try:
             config: Any = from_config_dict(config_class, old["config"], f"{path}: config")

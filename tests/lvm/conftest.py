@@ -27,11 +27,11 @@ def make_scenes(shapes, seed=0, groups=None):
     return scenes
 
 
-def header(weights="a" * 64, grid=GRID, codes=""):
+def header(weights="a" * 64, grid=GRID, **identity):
     """The header of a store's manifest."""
     codecs = {"rgb": Image(), "segmentation": Palette(("nothing", "thing"), background=0), "edges": Edges()}
     return {
-        "tokenizer": {"weights": weights, "hash": weights, "codes": codes, "grid": list(grid), "num_codes": NUM_CODES},
+        "tokenizer": {"weights": weights, "hash": weights, "grid": list(grid), "num_codes": NUM_CODES, **identity},
         "streams": {name: codec.to_json() for name, codec in codecs.items()},
     }
 

@@ -178,6 +178,9 @@ def test_load_initial_model_checks_architecture_and_codes(tmp_path):
     models.write(tmp_path / "recorded", recorded, "easylm")
     with pytest.raises(UserError, match=r"config\.init_from=.*another tokenizer"):
         load_initial_model(tmp_path / "recorded", config, OURS, {"hash": "a"})
+    tuned = dataclasses.replace(recorded, record=recorded.record | {"tokenizer": {"hash": "b", "codes": "c"}})
+    models.write(tmp_path / "tuned", tuned, "easylm")
+    load_initial_model(tmp_path / "tuned", config, OURS, {"hash": "a", "codes": "c"})
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ config.model.attention config.model.remat config.data.components.photos.store
 config.data.components.photos.max_repetitions config.data.store config.data.allow_missing config.data.stage_to
 config.data.skip_damaged config.objective.logits_chunk config.objective.accumulate_steps
 config.objective.rows_per_device
-compiler_options.xla_cpu_enable_fast_math
+compiler_options.xla_cpu_enable_fast_math tokenizer.weights
 """
 LVM_REFUSED = """
 config.heldout_batches config.model.hidden_size config.model.mlp_size config.model.num_layers config.model.num_heads
@@ -57,7 +57,7 @@ config.model.num_kv_heads config.model.vocabulary_size config.model.context conf
 config.model.norm_epsilon config.model.init_std config.model.depth_scaled_init config.model.tie_embeddings
 config.model.parametrization.name config.model.parametrization.base_width
 config.model.parametrization.base_depth config.model.parametrization.base_head_dim
-config.model.dtype config.objective.z_loss tokenizer.grid tokenizer.hash tokenizer.num_codes tokenizer.weights
+config.model.dtype config.objective.z_loss tokenizer.grid tokenizer.hash tokenizer.num_codes
 """
 LVM_MIXTURE = """
 config.data.components.photos.recipe.kind config.data.components.photos.recipe.stream
@@ -220,6 +220,28 @@ def test_lvm_resume_keys(make_store, tmp_path, monkeypatch, accepted):
     free, refused = FREE + LVM_FREE, REFUSED + LVM_REFUSED
     table = {True: expected(free + LVM_MIXTURE, refused), False: expected(free, refused + LVM_MIXTURE)}
     assert outcomes(tmp_path / "run", *call) == table[accepted]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "resumes"),
+    [
+        ({"hash": "a"}, {"hash": "a", "codes": "c"}, True),  # the record of an earlier version
+        ({"hash": "a", "codes": "c"}, {"hash": "b", "codes": "c"}, True),  # a tuned decoder
+        ({"hash": ""}, {"hash": "b", "codes": "c"}, True),  # unknown
+        ({"hash": "a", "codes": "c"}, {"hash": "b", "codes": "d"}, False),
+        ({"hash": "a"}, {"hash": "b", "codes": "c"}, False),
+    ],
+)
+def test_run_resumes_on_equal_codes(tmp_path, before, after, resumes):
+    config = to_json(TrainConfig())
+    Workdir(tmp_path, "lvm", {"config": config, "tokenizer": before | {"weights": "w", "num_codes": 16}})._lock.close()
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    record = {"config": config, "tokenizer": after | {"weights": "x", "num_codes": 16}}
+    if resumes:
+        Workdir(tmp_path, "lvm", record)
+    else:
+        with pytest.raises(UserError, match=r"another configuration \(tokenizer\."):
+            Workdir(tmp_path, "lvm", record)
 
 
 def test_tokenizer_resume_keys(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from lvm.data.mixture.split import check_fraction
 from lvm.data.store import jsonl
 from lvm.data.store.concat import AnyStore, ConcatStore, SingleStore
 from lvm.data.store.jsonl import JsonlFormat, JsonlStore
-from lvm.data.store.manifest import MANIFEST, same_codes
+from lvm.data.store.manifest import MANIFEST, all_same_codes, reference_tokenizer
 from lvm.data.store.reader import Store
 
 __all__ = ["BLOCK", "PERIOD", "ComponentConfig", "ComponentSentences", "Mixture", "MixtureConfig"]
@@ -199,6 +199,11 @@ class Mixture:
         fields = {f: getattr(self.config, f) for f in ("heldout_fraction", "packing", "loss", "shuffle")}
         return {"order": ORDER, "seed": self._base_seed, **fields, "components": components}
 
+    @property
+    def tokenizer(self) -> Mapping[str, Any]:
+        """The identity of the tokenizer of the stores' codes; decoders of others may differ."""
+        return reference_tokenizer(store.manifest["tokenizer"] for store in self.stores)
+
     def identity(self) -> str:
         """A hash of `record`."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
@@ -256,7 +261,7 @@ def _check_one_tokenizer(stores: Mapping[str, SingleStore]) -> None:
     headers = {path: store.manifest["tokenizer"] for path, store in stores.items()}
     shapes = {(*header["grid"], header["num_codes"]) for header in headers.values()}
     known = [header for header in headers.values() if header["hash"]]  # unknown for a JSONL file
-    if len(shapes) > 1 or not all(same_codes(header, known[0]) for header in known):
+    if len(shapes) > 1 or not all_same_codes(known):
         listed = ", ".join(
             f"{path}: {header['hash'][:12] or 'unknown'}, grid {header['grid'][0]}×{header['grid'][1]}, "
             f"{header['num_codes']} codes"

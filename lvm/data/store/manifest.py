@@ -178,6 +178,20 @@ def same_codes(tokenizer: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return tokenizer.get(key) == other.get(key)
 
 
+def all_same_codes(tokenizers: Sequence[Mapping[str, Any]]) -> bool:
+    """True if tokenizers give equal codes, pair by pair or by way of others of them, since some may lack `codes`."""
+    reached = [0] if tokenizers else []
+    for number in reached:  # which grows
+        equal = (i for i, each in enumerate(tokenizers) if same_codes(each, tokenizers[number]))
+        reached += [i for i in equal if i not in reached]
+    return len(reached) == len(tokenizers)
+
+
+def reference_tokenizer(tokenizers: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The one to compare others with: the first that has `codes`, or else a `hash`, or else the first."""
+    return max(tokenizers, key=lambda each: (bool(each.get("codes")), bool(each["hash"])))
+
+
 def extremes(hashes: Sequence[int]) -> list[int]:
     """The lowest and the highest; [] of none."""
     return [min(hashes), max(hashes)] if hashes else []

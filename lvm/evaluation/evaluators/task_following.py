@@ -8,7 +8,7 @@ import numpy as np
 from lvm.common.errors import UserError
 from lvm.common.validation import check_positive, check_tuples
 from lvm.data.mixture.recipes import Pairs
-from lvm.evaluation.episodes import Images, Query, make_queries
+from lvm.evaluation.episodes import Images, Query, describe_shortage, make_queries
 from lvm.evaluation.evaluator import Context, Evaluator, NotApplicableError, Result
 from lvm.evaluation.figures import Estimate, Figure, estimate, format_count
 from lvm.evaluation.prompted import GREEDY, ask
@@ -50,11 +50,10 @@ class TaskFollowing(Evaluator):
         heldout, targets = context.heldout, self._targets(context)
         scenes = heldout.with_streams([self.input, *targets])
         queries = make_queries(scenes, self.num_queries, self.shots, context.seed, same_original=self.same_original)
-        if len(targets) < 2 or not queries:
-            raise NotApplicableError(
-                f"{len(scenes)} held-out scenes with {len(targets)} kinds of annotation; at least {self.shots + 1} "
-                "scenes with two are needed"
-            )
+        if len(targets) < 2:
+            raise NotApplicableError(f"{len(targets)} kinds of annotation; two are needed")
+        if not queries:
+            raise NotApplicableError(describe_shortage(scenes, self.shots, same_original=self.same_original))
         context.episodes = [query.to_json() for query in queries]
         streams = [self.input, *targets]
         size = context.model.vocabulary.num_codes

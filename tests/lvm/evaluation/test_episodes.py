@@ -67,7 +67,7 @@ def test_query_prompt_has_pairs_then_the_query(make_heldout_scenes):
     assert query.to_json() == {"query": ["scene 2", 1], "examples": [["scene 0", 0], ["scene 1", 1]]}
 
 
-def test_make_queries_counts_originals_not_scenes():
+def test_make_queries_counts_originals_not_scenes(caplog):
     """Of seven clips, five are of one video: its queries have two examples at most, those of the others six."""
     names = ["a"] * 5 + ["b", "c"]
     scenes = [
@@ -76,6 +76,9 @@ def test_make_queries_counts_originals_not_scenes():
     ]
     assert {query.group for query in make_queries(scenes, 30, 2, seed=0)} == {"a", "b", "c"}
     assert {query.group for query in make_queries(scenes, 30, 3, seed=0)} == {"b", "c"}
+    assert [record.message for record in caplog.records] == [
+        "5 of 7 scenes are no queries: too few others for 3 examples"
+    ]
     queries = make_queries(scenes, 30, 6, seed=0, same_original=True)
     assert {query.group for query in queries} == {"a", "b", "c"}
     assert all(len({id(scene) for scene, _ in query.examples} | {id(query.scene)}) == 7 for query in queries)

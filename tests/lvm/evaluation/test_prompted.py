@@ -123,12 +123,18 @@ def test_sweep_asks_the_same_queries_with_fewer_examples(make_context, scenes):
     assert all(len(episode["examples"]) == 3 for episode in context.episodes)
 
 
-def test_mean_image_leaves_the_scene_of_the_query_out(scenes):
-    queries = make_queries(scenes[:3], 6, 2, seed=0)
-    means = baselines.mean_image(queries, "segmentation")
+@pytest.mark.parametrize(
+    ("videos", "same_original", "count"), [(6, False, 10), (3, False, 8), (3, True, 10), (1, True, 10)]
+)
+def test_mean_image_leaves_the_original_of_the_query_out(make_heldout_scenes, videos, same_original, count):
+    """Or the scene, if examples may be other scenes of the original."""
+    scenes = of_videos(make_heldout_scenes(6), videos)
+    queries = make_queries(scenes, 12, 2, seed=0, same_original=same_original)
+    means = baselines.mean_image(queries, "segmentation", same_original)
     truth = np.stack([query.scene.image(query.frame, "segmentation") for query in queries]).astype(float)
-    others = [i for i, query in enumerate(queries) if query.scene is not queries[0].scene]
-    assert len(others) == 4
+    name = (lambda query: query.scene.info.key) if same_original else (lambda query: query.group)
+    others = [i for i, query in enumerate(queries) if name(query) != name(queries[0])]
+    assert len(others) == count
     np.testing.assert_array_equal(means[0], np.rint(truth[others].mean(0)))
 
 
@@ -156,7 +162,10 @@ def test_nearest_neighbor_answers_with_its_annotation(make_context, make_heldout
     ("task", "reason"),
     [
         (Exact(target="depth"), "no held-out scene has the streams rgb and depth"),
-        (Exact(shots=5), "5 suitable held-out scenes; a query with 5 examples needs 6"),
+        (
+            Exact(shots=5),
+            "5 suitable held-out scenes; a query needs 5 of other originals than its own, unless same_original=true",
+        ),
         (Exact(same_class=True, shots=5), "same_class=True, but the scenes have no classes"),
     ],
 )
@@ -205,5 +214,5 @@ def test_evaluators_are_selected_by_kind():
 def test_query_of_a_class_with_too_few_scenes_is_named(make_context, make_heldout_scenes):
     scenes = make_heldout_scenes(4)
     scenes = [dataclasses.replace(x, info=dataclasses.replace(x.info, class_name="cat")) for x in scenes]
-    with pytest.raises(NotApplicableError, match="a query with 5 examples needs 6 of one class"):
+    with pytest.raises(NotApplicableError, match="a query needs 5 of its class of other originals than its own"):
         Exact(same_class=True, shots=5).run(make_context(scenes, {"rgb": Image(), "segmentation": Image()}))

@@ -1,5 +1,7 @@
 """Perplexity in both averages, by images in context and by position."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,9 @@ def test_sentences_reject_a_training_store_and_other_codes(make_context, make_st
     context.model.record["stores"] = [Store(data.store[0]).identity()]
     with pytest.raises(UserError, match="the model was trained on it; heldout_fraction"):
         context.sentences(4, data)
+    tuned = make_store([(3, 0)] * 6, name="tuned", weights="c" * 64, codes="d")
+    context.tokenizer = dataclasses.replace(context.tokenizer, identity={"hash": "a" * 64, "codes": "d"})
+    assert context.sentences(4, MixtureConfig(data.components, (tuned,), heldout_fraction=0.0))
     other = make_store([(3, 0)] * 6, name="other", weights="b" * 64)
     with pytest.raises(UserError, match="codes of tokenizer bbbbbbbbbbbb"):
         context.sentences(4, MixtureConfig(data.components, (other,), heldout_fraction=0.0))

@@ -193,5 +193,12 @@ def test_probe_figures_are_of_sums_over_images():
     once = probing.Accuracy("accuracy", "", np.ones(12, int)).estimate(right, numbers)
     assert of_videos.interval == pytest.approx(once.interval)
     assert np.diff(of_images.interval) < 0.5 * np.diff(of_videos.interval)
+    # Labels of two originals of twelve are two samples.
+    labels = np.where(np.arange(120) < 20, 1, probing.VOID)
+    few = probing.Accuracy("accuracy", "", labels).estimate(np.ones(120, int), numbers.repeat(10))
+    assert (few.value, few.interval) == (1.0, None)
+    depth = np.where(np.arange(120)[:, None] < 20, 1.0, np.nan)
+    few = probing.RootMeanSquare("rmse", "", depth).estimate(np.zeros((120, 1)), numbers.repeat(10))
+    assert (few.value, few.interval) == (1.0, None)
     empty = probing.ForegroundIoU("iou", "", np.full((2, 3), probing.VOID))
     assert np.isnan(empty.estimate(np.zeros((2, 3), int), np.array([0, 1])).value)

@@ -76,3 +76,13 @@ def test_task_following_needs_two_kinds(make_context, make_heldout_scenes):
     scenes = make_heldout_scenes(4)
     with pytest.raises(NotApplicableError, match="0 kinds of annotation"):
         TaskFollowing().run(make_context(scenes, {"rgb": Image(), "segmentation": Image()}))
+    video = [
+        dataclasses.replace(scene, info=dataclasses.replace(scene.info, group="one"))
+        for scene in make_heldout_scenes(4, streams=STREAMS)
+    ]
+    task = TaskFollowing(targets=STREAMS[1:], num_queries=4)
+    with pytest.raises(
+        NotApplicableError, match=r"of one original; a query needs 2 of other originals .* same_original"
+    ):
+        task.run(make_context(video, CODECS))
+    dataclasses.replace(task, same_original=True).run(make_context(video, CODECS))
