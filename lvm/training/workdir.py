@@ -157,7 +157,7 @@ def _list_changes(
 ) -> list[str]:
     """Keys that differ between two records and may not, as `key: old → new`; logs those that may."""
     before, after = old.get("tokenizer"), new.get("tokenizer")  # of a transformer's codes; no hash: of unknown ones
-    if before and after and (not before["hash"] or same_codes(before, after)):
+    if before and after and "hash" in before and (not before["hash"] or same_codes(before, after)):
         form = {key: value for key, value in after.items() if key not in _HASHES}
         new = new | {"tokenizer": form | {key: value for key, value in before.items() if key in _HASHES}}
     if config_class is not None:
