@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from lvm.common.errors import EXIT_STALLED
+from lvm.common.logging import log_warning
 from lvm.common.validation import check_positive
 
 _WINDOW = 100  # steps that the median is taken over
+_SUSPENDED_S = 10.0  # lateness of the watching thread that only a suspended process explains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +81,14 @@ class Watchdog:
         self._started_at, self._timeout_s, self._activity = time.monotonic(), timeout_s, activity
 
     def _watch(self) -> None:
-        while not self._stopped.wait(min(1.0, self._timeout_s / 10)):
-            elapsed = time.monotonic() - self._started_at
+        seen_at = time.monotonic()
+        while not self._stopped.wait(interval := min(1.0, self._timeout_s / 10)):
+            now = time.monotonic()
+            late, seen_at = now - seen_at - interval, now
+            if late > _SUSPENDED_S:  # by Ctrl-Z, a scheduler or a sleeping machine: no thread ran, this one neither
+                log_warning(f"the process was suspended for {late:.0f} s, which is no stall")
+                self._started_at += late
+            elapsed = now - self._started_at
             if elapsed > self._timeout_s:
                 timeout = f"{elapsed:.0f} s (limit {self._timeout_s:.0f} s)"
                 message = f"stalled: {self._activity} has not ended in {timeout}; the stacks of all threads follow"

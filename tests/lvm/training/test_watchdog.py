@@ -1,7 +1,9 @@
 """The hang watchdog, in processes of its own."""
 
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -92,3 +94,23 @@ def test_deadline_follows_steps_not_compilation_or_pauses(monkeypatch):
 def test_watchdog_config_names_bad_field(name):
     with pytest.raises(UserError, match=f"{name}=0.0 must be positive"):
         WatchdogConfig(**{name: 0.0})
+
+
+@pytest.mark.parametrize(("body", "code"), [("hang_here(4)", 0), ("hang_here(30)", 76)])
+def test_suspended_process_is_not_stalled(body, code):
+    """Ctrl-Z for longer than a step may take, then `fg`; what hangs after it is stalled all the same."""
+    setup = (
+        "import lvm.training.watchdog as module; module._SUSPENDED_S = 1.0; watchdog.step_ended(); print(flush=True)"
+    )
+    config = {"min_timeout_s": 2.5, "startup_timeout_s": 60.0}
+    program = RUN.format(config=config, body=f"{setup}; {body}")
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], **options) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3.0)
+        process.send_signal(signal.SIGCONT)
+        output, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert "the process was suspended for" in error
+    assert ("done" in output) == (code == 0)
