@@ -1,4 +1,4 @@
-"""Evaluation of configs/tasks_lvm.py on the held-out scenes of configs/tasks_scenes.py (docs/evaluation.md)."""
+"""Evaluation of configs/tasks_lvm.py on configs/tasks_unseen_scenes.py (docs/evaluation.md)."""
 
 from typing import Any
 
@@ -22,14 +22,15 @@ from lvm.evaluation.evaluators.video import VideoContinuation
 
 
 def get_config() -> ConfigDict:
-    """Each task by four example pairs, and by one to three to see whether examples help."""
-    by_example: dict[str, Any] = {"num_queries": 600, "shots": 4, "sweep": (1, 2, 3)}
+    """Each task by four example pairs, and by one to three to see whether examples help: one query a scene."""
+    by_example: dict[str, Any] = {"num_queries": 900, "shots": 4, "sweep": (1, 2, 3)}
     evaluations: dict[str, Evaluator] = {
         "curves": Curves(),
         "depth": DepthTask(**by_example),
         "edges": EdgesTask(**by_example, thresholds=9),  # 99 take minutes
         "likelihood": Likelihood(),
         "mask": Segmentation(**by_example, target="mask", same_class=True),
+        "mask_any_class": Segmentation(**by_example, target="mask"),
         "normals": NormalsTask(**by_example),
         "palettes": VaryingSegmentation(**by_example, targets=PALETTES, same_class=True),
         # The color of the commonest shapes in the examples doesn't do here.
@@ -37,7 +38,7 @@ def get_config() -> ConfigDict:
         "perplexity": Perplexity(),
         "reconstruction": Reconstruction(),
         "segmentation": Segmentation(**by_example),
-        "task_following": TaskFollowing(num_queries=600, shots=4),
-        "video": VideoContinuation(num_queries=300),
+        "task_following": TaskFollowing(num_queries=900, shots=4),
+        "video": VideoContinuation(num_queries=900),
     }
-    return to_config_dict(EvalConfig(evaluations, source="configs/tasks_scenes.py", max_scenes=400))
+    return to_config_dict(EvalConfig(evaluations, source="configs/tasks_unseen_scenes.py", unseen=True, max_scenes=900))

@@ -28,14 +28,14 @@ def get_config() -> ConfigDict:
         remat="dots",
     )
     components = {
-        "video": ComponentConfig(Video(frames=8, strides=(2,)), weight=0.25),
-        "segmentation": ComponentConfig(Pairs(target="segmentation", shots=5), weight=0.15),
+        "video": ComponentConfig(Video(frames=8, strides=(2,)), weight=0.35),
+        "segmentation": ComponentConfig(Pairs(target="segmentation", shots=5), weight=0.13),
         # Of one class, as in few-shot segmentation: every example shows what its query asks for.
-        "palettes": ComponentConfig(VaryingPairs(targets=PALETTES, shots=5, same_class=True), weight=0.22),
-        "mask": ComponentConfig(Pairs(target="mask", shots=5, same_class=True), weight=0.12),
-        "depth": ComponentConfig(Pairs(target="depth", shots=5), weight=0.10),
-        "edges": ComponentConfig(Pairs(target="edges", shots=5), weight=0.10),
-        "normals": ComponentConfig(Pairs(target="normals", shots=5), weight=0.06),
+        "palettes": ComponentConfig(VaryingPairs(targets=PALETTES, shots=5, same_class=True), weight=0.20),
+        "mask": ComponentConfig(Pairs(target="mask", shots=5, same_class=True), weight=0.08),
+        "depth": ComponentConfig(Pairs(target="depth", shots=5), weight=0.08),
+        "edges": ComponentConfig(Pairs(target="edges", shots=5), weight=0.12),
+        "normals": ComponentConfig(Pairs(target="normals", shots=5), weight=0.04),
     }
     return to_config_dict(
         TrainConfig(
@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
                 learning_rate=2.5e-3, end_learning_rate=2e-5, warmup_steps=200, b2=0.99, weight_decay=0.05
             ),
             loop=LoopConfig(
-                total_steps=20000, log_every=200, evaluate_every=4000, picture_every=8000, checkpoint_every=500
+                total_steps=26000, log_every=200, evaluate_every=4000, picture_every=8000, checkpoint_every=500
             ),
         )
     )

@@ -12,5 +12,6 @@ def get_config() -> ConfigDict:
     With hues of any class, a model that was trained for 49 minutes finds shapes, and their classes stay at chance.
     """
     streams = ("rgb", "segmentation", "depth", "edges", "normals", "mask", *PALETTES)
-    scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 15, "shapes": (1, 2), "class_hues": True}
-    return ConfigDict({"kind": "generated", **scenes, "streams": streams})
+    scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 15, "shapes": (1, 2)}
+    looks = {"class_hues": True, "textures": ("plain",)}
+    return ConfigDict({"kind": "generated", **scenes, **looks, "streams": streams})

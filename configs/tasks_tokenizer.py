@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from configs import demo_tokenizer
 from lvm.common.config import to_config_dict
+from tokenizer.perceptual.base import MultiScaleSSIM
 from tokenizer.quantizers.fsq import FSQ
 
 
@@ -12,8 +13,11 @@ def get_config() -> ConfigDict:
     config = demo_tokenizer.get_config()
     del config.model["quantizer"]
     config.model.quantizer = to_config_dict(FSQ(levels=(4, 4, 4, 4, 4)))
-    config.model.update(resolution=48, codebook_size=1024, codebook_dim=5)
+    config.model.update(resolution=48, channels=128, norm_groups=16, codebook_size=1024, codebook_dim=5)
     config.preprocess.resolution = 48
-    config.data.update(source="configs/tasks_tokenizer_scenes.py", rgb_share=0.4, cache_gigabytes=1.0)
-    config.loop.update(total_steps=4800, evaluate_every=1600)
+    config.data.update(source="configs/tasks_tokenizer_scenes.py", rgb_share=0.5, cache_gigabytes=1.0)
+    config.optimizer.learning_rate = 4e-3
+    del config.loss["perceptual"]
+    config.loss.perceptual = to_config_dict(MultiScaleSSIM(weight=1.0))
+    config.loop.update(total_steps=8000, evaluate_every=2000)
     return config
