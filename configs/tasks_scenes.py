@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     """Fewer and larger shapes than the demo's, with hues of their class: few codes tell their classes apart.
 
     With hues of any class, a model that was trained for 49 minutes finds shapes, and their classes stay at chance.
+    With textured surfaces, continued videos have less SSIM than their last frame.
     """
     streams = ("rgb", "segmentation", "depth", "edges", "normals", "mask", *PALETTES)
     scenes = {"seed": 0, "num_scenes": 2000, "num_frames": 15, "shapes": (1, 2)}

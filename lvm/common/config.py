@@ -129,7 +129,8 @@ def _build_dataclass(cls: Any, value: Any, path: str) -> Any:
     names = _keys(cls)
     for key in values:
         if key not in names:
-            raise UserError(f"{path}.{key}: no such key; {path} has {', '.join(names)}")
+            kind = f" of kind {cls.kind!r}" if hasattr(cls, "kind") else ""
+            raise UserError(f"{path}.{key}: no such key; {path}{kind} has {', '.join(names) or 'no others'}")
     built = {key: _build(hints[key], values[key], f"{path}.{key}") for key in values}
     try:
         return cls(**built)
