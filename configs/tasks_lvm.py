@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
         TrainConfig(
             batch_size=2,
             model=model,
-            # Inputs would take half of the loss: codes that no task asks for.
+            # Inputs of pairs would take half of the loss, and no task by example asks for their codes.
             data=MixtureConfig(
                 components, store=("runs/tasks/store",), heldout_fraction=0.15, packing="whole", loss="answers"
             ),

@@ -1,4 +1,7 @@
-"""Tokenizer of configs/tasks_lvm.py: the demo's for 48×48 images, 6×6 codes of 1024, on two CPU cores."""
+"""Tokenizer of configs/tasks_lvm.py: 48×48 images as 6×6 codes of 1024, on two CPU cores.
+
+As the demo's but for its width, quantizer, MS-SSIM, learning rate and steps.
+"""
 
 from ml_collections import ConfigDict
 
@@ -9,7 +12,7 @@ from tokenizer.quantizers.fsq import FSQ
 
 
 def get_config() -> ConfigDict:
-    """FSQ: a quarter of the codes of a learned codebook were black, as annotations mostly are (docs/log.md)."""
+    """FSQ, since a quarter of the codes of a learned codebook were black, as annotations mostly are (docs/log.md)."""
     config = demo_tokenizer.get_config()
     del config.model["quantizer"]
     config.model.quantizer = to_config_dict(FSQ(levels=(4, 4, 4, 4, 4)))

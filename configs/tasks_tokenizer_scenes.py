@@ -1,4 +1,4 @@
-"""The scenes of configs/tasks_scenes.py without most palettes and masks: a tokenizer sees more of the rest."""
+"""The scenes of configs/tasks_scenes.py without masks and most palettes: a tokenizer sees more of the rest."""
 
 from ml_collections import ConfigDict
 
