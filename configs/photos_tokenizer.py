@@ -2,7 +2,8 @@
 
 The parts of configs/tokenizer_f16_8192.py at a small size: a codebook of moving averages, a blur-pool discriminator
 with LeCam, averaged weights; instead of a perceptual network, multi-scale SSIM and the discriminator's features.
-Needs `--config.data.source`. Not measured yet.
+Needs `--config.data.source`. 40 minutes; edges are sharper than without the adversary, with dots at every fourth
+pixel (docs/log.md, 2026-12-01).
 """
 
 from ml_collections import ConfigDict
