@@ -15,7 +15,7 @@ from lvm.training.loop import LoopConfig
 from lvm.training.optimizer import OptimizerConfig
 from tokenizer.adversary import AdversarialConfig
 from tokenizer.config import TokenizerConfig
-from tokenizer.discriminators.blur_pool import BlurPool
+from tokenizer.discriminators.patchgan import PatchGAN
 from tokenizer.images import ImagesConfig
 from tokenizer.network import VQGANConfig
 from tokenizer.objective import LossConfig
@@ -25,9 +25,9 @@ from tokenizer.perceptual.base import MultiScaleSSIM
 def get_config() -> ConfigDict:
     model = VQGANConfig(
         resolution=64,
-        patch_size=4,
-        channels=64,
-        channel_multipliers=(1, 2),
+        patch_size=2,
+        channels=32,
+        channel_multipliers=(1, 2, 4),
         encoder_blocks=1,
         decoder_blocks=2,
         middle_blocks=1,
@@ -36,7 +36,6 @@ def get_config() -> ConfigDict:
         norm_groups=16,
         quant_convs=False,
     )
-    discriminator = BlurPool(channels=32, stages=3, norm_groups=16)
     return to_config_dict(
         TokenizerConfig(
             batch_size=16,
@@ -46,18 +45,20 @@ def get_config() -> ConfigDict:
             data=ImagesConfig(crop=RandomCrop(scale=(0.2, 1.0))),
             loss=LossConfig(l1=1.0, l2=4.0, gradient=0.0, perceptual=MultiScaleSSIM(weight=0.3), autoencoder_steps=300),
             adversarial=AdversarialConfig(
-                weight=0.1,
-                start_step=1800,
-                feature_matching=1.0,
+                weight=0.3,
+                adaptive=True,
+                start_step=2500,
                 lecam=0.001,
-                discriminator=discriminator,
-                optimizer=OptimizerConfig(learning_rate=5e-4, end_learning_rate=5e-5, warmup_steps=100, b2=0.99),
+                discriminator=PatchGAN(channels=32, layers=2),
+                optimizer=OptimizerConfig(
+                    learning_rate=5e-4, end_learning_rate=5e-5, warmup_steps=50, b1=0.5, b2=0.99, weight_decay=0.0
+                ),
             ),
             optimizer=OptimizerConfig(
-                learning_rate=2e-3, end_learning_rate=1e-4, warmup_steps=200, b2=0.99, weight_decay=0.0
+                learning_rate=1e-3, end_learning_rate=1e-4, warmup_steps=200, b2=0.99, weight_decay=0.0
             ),
             loop=LoopConfig(
-                total_steps=3000, log_every=50, evaluate_every=300, picture_every=600, checkpoint_every=300
+                total_steps=5500, log_every=50, evaluate_every=500, picture_every=500, checkpoint_every=500
             ),
         )
     )

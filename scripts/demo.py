@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from lvm.common import cli, files
-from lvm.common.logging import duration
+from lvm.common.logging import duration, log_warning
 from lvm.data.images.preprocess import Preprocess
 from lvm.data.images.sources import open_source
 from lvm.data.mixture import split
@@ -120,6 +120,19 @@ def write_prompt(spec: str, resolution: int, folder: pathlib.Path, frames: int) 
     return []
 
 
+def warn_of_little_data(out: pathlib.Path) -> None:
+    """Warns if the model is no better than the frequencies of codes are."""
+    loss = files.read_json(out / "results.json")["figures"].get("likelihood", {}).get("loss")
+    if loss is None:
+        return
+    (unigram,) = (baseline["value"] for baseline in loss["baselines"].values())
+    if loss["value"] >= unigram:
+        log_warning(
+            f"on images that it hasn't seen, the model is no better than the frequencies of codes ({loss['value']:.3f} "
+            f"nats, {unigram:.3f}): its answers mean little; thousands of images are needed"
+        )
+
+
 def remove_outputs(folder: pathlib.Path) -> None:
     """Removes the outputs of an earlier demo and no other file of the folder."""
     for name in _OUTPUTS:
@@ -185,6 +198,7 @@ def _run(args: cli.Args) -> None:
         f"--config.source={source}",
         f"--out={out}",
     )
+    warn_of_little_data(out)
     resolution = files.read_json(out / "tokenizer" / "config.json")["config"]["model"]["resolution"]
     answer, max_images = out / "answer.png", min(images_that_fit(out / "lvm"), _FRAMES)
     if answer.exists() and answer.stat().st_mtime >= (out / "results.json").stat().st_mtime:

@@ -19,6 +19,7 @@ from lvm.common.errors import EXIT_PREEMPTED, UserError
 from lvm.data.store import failures
 from lvm.inference.sampling import SamplingParams
 from lvm.training import metrics
+from scripts.demo import warn_of_little_data
 from tests.commands import ROOT, SHARED_DATA, TINY_DEMO, run, start
 from tokenizer import Tokenizer
 
@@ -263,6 +264,15 @@ def test_corrupt_jpeg_is_listed_and_skipped(tmp_path):
     assert "003.jpg" in listed[0]["reason"]
     figures = json.loads((out / "results.json").read_text())["figures"]["reconstruction"]
     assert {"psnr/rgb", "psnr/segmentation"} == {name for name in figures if name.startswith("psnr/")}
+
+
+@pytest.mark.parametrize(("loss", "warned"), [(5.9, True), (5.8, True), (5.7, False), (None, False)])
+def test_model_of_too_few_images_is_told(tmp_path, caplog, loss, warned):
+    figure = {"value": loss, "baselines": {"unigram entropy of the same codes": {"value": 5.8}}}
+    figures = {"likelihood": {"loss": figure}} if loss else {}
+    (tmp_path / "results.json").write_text(json.dumps({"figures": figures}))
+    warn_of_little_data(tmp_path)
+    assert ("thousands of images are needed" in caplog.text) == warned
 
 
 @pytest.mark.slow
