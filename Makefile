@@ -21,7 +21,8 @@ test: $(VENV)/test.done
 	$(RUN) -m pytest -m "not slow and not parity" -n $(WORKERS) --dist=worksteal
 
 test-slow: $(VENV)/test.done
-	$(RUN) -m pytest -m "slow or (hypothesis and not parity)" --hypothesis-profile=random
+	$(RUN) -m pytest -m "(slow and not alone) or (hypothesis and not parity)" --hypothesis-profile=random -n $(WORKERS) --dist=worksteal
+	$(RUN) -m pytest -m alone
 	$(MAKE) test-compat
 
 test-parity: $(VENV)/parity.done

@@ -15,6 +15,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("processes", [1, 4])
 def test_start_reads_at_most_twice_what_is_owned(folder, processes):
     figures = measure_start(folder, processes)
@@ -23,6 +24,7 @@ def test_start_reads_at_most_twice_what_is_owned(folder, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_eight_processes_train_from_object_storage(folder, capsys):
     assert measure_run(folder, 8, 50) == 0
     assert "8 processes, 50 steps: exit code 0" in capsys.readouterr().out

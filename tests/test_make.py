@@ -30,7 +30,8 @@ def plan(*arguments: str) -> str:
     [
         ("demo", "bin/python -m scripts.demo"),
         ("test", 'pytest -m "not slow and not parity"'),
-        ("test-slow", 'pytest -m "slow or'),
+        ("test-slow", 'pytest -m "(slow and not alone) or'),
+        ("test-slow", "pytest -m alone"),
         ("test-parity", "pytest -m parity"),
         ("test-compat", ".venv-compat/bin/python -m pytest -m parity tests/lvm/test_convert_parity.py"),
         ("test-browser", "pytest -m browser"),

@@ -58,6 +58,7 @@ def losses(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_submit_sigterm_to_one_rank_saves_on_all(demo, tmp_path):
     first = Run(demo, tmp_path / "run", *MANY, "--max_restarts=0")
     first.until(" 15/")
@@ -74,6 +75,7 @@ def test_submit_sigterm_to_one_rank_saves_on_all(demo, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("rank", [0, 1])
 def test_submit_killed_rank_ends_run_which_resumes(demo, tmp_path, rank):
     # Rank 0 is the coordinator.
@@ -94,6 +96,7 @@ def test_submit_killed_rank_ends_run_which_resumes(demo, tmp_path, rank):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_submit_survives_ten_kills_of_random_ranks(demo, tmp_path):
     total, every, kills = 200, 10, 10
     options = [f"--config.loop.total_steps={total}", "--config.loop.checkpoint_every=100", "--processes=4"]
@@ -124,6 +127,7 @@ def test_submit_survives_ten_kills_of_random_ranks(demo, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("killed", [0, 1])
 def test_hosts_with_supervisors_of_their_own_recover(demo, tmp_path, monkeypatch, killed):
     # As on TPU VMs and in pods: each host restarts its process, and waits for the other's.
@@ -145,6 +149,7 @@ def test_hosts_with_supervisors_of_their_own_recover(demo, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_submit_watchdog_detects_stopped_rank(demo, tmp_path):
     watchdog = ["--config.loop.watchdog.min_timeout_s=5.0", "--config.loop.watchdog.pause_timeout_s=30.0"]
     options = [*MANY, "--config.loop.total_steps=200", *watchdog, "--grace=1", "--max_restarts=1"]
@@ -160,6 +165,7 @@ def test_submit_watchdog_detects_stopped_rank(demo, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_train_rank_ends_within_heartbeat_timeout(demo, tmp_path):
     flags = [f for f in arguments(demo, tmp_path / "run", *MANY) if not f.startswith(("--on", "--processes"))]
     ranks = []
@@ -182,6 +188,7 @@ def test_train_rank_ends_within_heartbeat_timeout(demo, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_submit_losses_do_not_depend_on_process_count(demo, tmp_path):
     # A schedule that does not depend on the number of steps, so that one run can end earlier.
     few = [*FEW, "--config.optimizer.schedule=constant", "--config.optimizer.end_learning_rate=3e-5"]

@@ -93,6 +93,7 @@ def test_stuck_process_keeps_few_shards_from_others(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_slow_and_killed_processes_cost_little(tmp_path, capsys):
     scenes, shards, folder = 1600, 160, tmp_path / "store"
     fast, slow, total = 0.05, 0.5, 1600

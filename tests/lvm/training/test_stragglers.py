@@ -47,6 +47,7 @@ def half_stopped(process):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("cause", ["input", "processor"])
 def test_slowed_process_of_four_is_named(tmp_path, cause):
     with socket.socket() as free:
