@@ -23,6 +23,7 @@ from lvm.training.task import Batch, Metrics, State, apply_if_finite, init_skip_
 from tokenizer import code_usage
 from tokenizer.adversary import Adversary
 from tokenizer.losses import pixels
+from tokenizer.losses.ssim import WINDOW, ssim_terms
 from tokenizer.network import VQGAN, VQGANConfig, quantizer_params
 from tokenizer.perceptual.base import NoPerceptual, Perceptual
 
@@ -299,13 +300,19 @@ class TokenizerTask:
         return to_uint8(model.decode_float(model.encode(to_float(images))))
 
     def evaluate(self, state: State, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """See `TrainTask.evaluate`: PSNR in dB of each stream's held-out images, `heldout_psnr/STREAM`."""
+        """See `TrainTask.evaluate`: `heldout_psnr/STREAM` (dB) and `heldout_ssim/STREAM` of held-out images.
+
+        SSIM is left out at resolutions below its window.
+        """
         metrics: dict[str, float] = {}
         for stream, images in self.heldout.items():
             if stopping():
                 return {}
-            psnr = statistics.psnr(np.asarray(self._jitted_reconstruct(state["params"], images)), images)  # [n]
-            metrics[f"heldout_psnr/{stream}"] = float(psnr.mean())
+            reconstructed = self._jitted_reconstruct(state["params"], images)
+            metrics[f"heldout_psnr/{stream}"] = float(statistics.psnr(np.asarray(reconstructed), images).mean())
+            if images.shape[1] >= WINDOW:
+                luminance, contrast = ssim_terms(to_float(reconstructed), to_float(jnp.asarray(images)))
+                metrics[f"heldout_ssim/{stream}"] = float((luminance * contrast).mean())
         return metrics
 
     def pictures(self, state: State) -> dict[str, UInt8[np.ndarray, "H W 3"]]:

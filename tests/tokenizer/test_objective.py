@@ -1,5 +1,6 @@
 """Tokenizer training task: phases, codebook seeding, losses, determinism."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from skimage.metrics import peak_signal_noise_ratio
 
 from lvm.common.errors import UserError
+from lvm.evaluation.metrics import ssim
 from tokenizer.losses import pixels
 from tokenizer.network import VQGANConfig
 from tokenizer.objective import LossConfig, TokenizerTask, to_float, to_uint8
@@ -69,6 +72,22 @@ def test_loss_falls_in_both_phases():
     for entry in (history[0], history[-1]):
         total = sum(weight * entry[f"loss/{name}"] for name, weight in weights.items())
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(("resolution", "has_ssim"), [(16, True), (8, False)])
+def test_evaluate_compares_heldout_images_as_scikit_image_does(resolution, has_ssim):
+    config, schedule = dataclasses.replace(CONFIG, resolution=resolution), optax.constant_schedule(1e-2)
+    images = np.random.default_rng(0).integers(0, 256, (3, resolution, resolution, 3), np.uint8)
+    task = TokenizerTask(config, LossConfig(), optax.sgd(1.0), schedule, batch_size=8, heldout={"rgb": images})
+    state = task.init(jax.random.key(0))
+    metrics = task.evaluate(state)
+    decoded = np.asarray(task.reconstruct(state["params"], jnp.asarray(images)))
+    expected = {
+        "heldout_psnr/rgb": np.mean([peak_signal_noise_ratio(*pair) for pair in zip(images, decoded, strict=True)])
+    }
+    if has_ssim:
+        expected["heldout_ssim/rgb"] = ssim(decoded, images).mean()
+    assert metrics == pytest.approx(expected, rel=1e-4)
 
 
 def test_codebook_moves_without_gradient_once_seeded():
