@@ -21,8 +21,10 @@ test: $(VENV)/test.done
 	$(RUN) -m pytest -m "not slow and not parity" -n $(WORKERS) --dist=worksteal
 
 test-slow: $(VENV)/test.done
-	$(RUN) -m pytest -m "(slow and not alone) or (hypothesis and not parity)" --hypothesis-profile=random -n $(WORKERS) --dist=worksteal
-	$(RUN) -m pytest -m alone
+	@status=0; \
+	$(RUN) -m pytest -m "(slow and not alone) or (hypothesis and not parity)" --hypothesis-profile=random -n $(WORKERS) --dist=worksteal || status=1; \
+	$(RUN) -m pytest -m alone || status=1; \
+	exit $$status
 	$(MAKE) test-compat
 
 test-parity: $(VENV)/parity.done

@@ -1,9 +1,10 @@
 """Tokenizer for photos on two CPU cores: crops of 64×64 as 8×8 of 1024 codes, with an adversary and no downloads.
 
-The parts of configs/tokenizer_f16_8192.py at a small size: a codebook of moving averages, a blur-pool discriminator
-with LeCam, averaged weights; instead of a perceptual network, multi-scale SSIM and the discriminator's features.
-Needs `--config.data.source`. 40 minutes; edges are sharper than without the adversary, with dots at every fourth
-pixel (docs/log.md, 2026-12-01).
+The parts of configs/tokenizer_f16_8192.py at a small size: a codebook of moving averages, a discriminator with LeCam,
+averaged weights; instead of a perceptual network, multi-scale SSIM. The adversary's weight follows the ratio of
+gradients (`adaptive`): constants of full-size recipes are 5 to 50 times too large here and leave a grid
+(docs/log.md, 2026-12-01). Needs `--config.data.source`. 50 minutes on two cores beside another
+run; results are in docs/tokenizer.md, "On photos".
 """
 
 from ml_collections import ConfigDict

@@ -120,16 +120,16 @@ def write_prompt(spec: str, resolution: int, folder: pathlib.Path, frames: int) 
     return []
 
 
-def warn_of_little_data(out: pathlib.Path) -> None:
-    """Warns if the model is no better than the frequencies of codes are."""
+def warn_if_not_below_unigram(out: pathlib.Path) -> None:
+    """Warns if the model is no better than the frequencies of codes."""
     loss = files.read_json(out / "results.json")["figures"].get("likelihood", {}).get("loss")
     if loss is None:
         return
-    (unigram,) = (baseline["value"] for baseline in loss["baselines"].values())
+    unigram = loss["baselines"]["unigram entropy of the same codes"]["value"]
     if loss["value"] >= unigram:
         log_warning(
-            f"on images that it hasn't seen, the model is no better than the frequencies of codes ({loss['value']:.3f} "
-            f"nats, {unigram:.3f}): its answers mean little; thousands of images are needed"
+            f"the held-out loss, {loss['value']:.3f} nats, is not below the unigram entropy of the held-out codes, "
+            f"{unigram:.3f}: the model's answers mean little; more images or more steps are needed"
         )
 
 
@@ -198,7 +198,6 @@ def _run(args: cli.Args) -> None:
         f"--config.source={source}",
         f"--out={out}",
     )
-    warn_of_little_data(out)
     resolution = files.read_json(out / "tokenizer" / "config.json")["config"]["model"]["resolution"]
     answer, max_images = out / "answer.png", min(images_that_fit(out / "lvm"), _FRAMES)
     if answer.exists() and answer.stat().st_mtime >= (out / "results.json").stat().st_mtime:
@@ -215,6 +214,7 @@ def _run(args: cli.Args) -> None:
         )
     else:
         print("\nno held-out video is long enough for a prompt of frames")
+    warn_if_not_below_unigram(out)
     del lock
     print(f"\nin {duration(time.monotonic() - start)}; the page:\n{out / 'index.html'}")
 

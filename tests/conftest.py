@@ -34,8 +34,15 @@ settings.register_profile("random", max_examples=200, deadline=None)
 settings.load_profile("quick")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items):
-    """Runs tests that need the demo first: making it takes long, and no worker should be left with it at the end."""
+    """Runs tests that need the demo first: making it takes long, and no worker should be left with it at the end.
+
+    Tests that need the machine for themselves are slow ones.
+    """
+    for item in items:
+        if item.get_closest_marker("alone"):
+            item.add_marker("slow")
     items.sort(key=lambda item: "demo" not in getattr(item, "fixturenames", ()))
 
 
@@ -67,11 +74,14 @@ def no_file_locks(monkeypatch):
     return fail_with
 
 
+_SHARED = {"demo", "reference"}
+
+
 @pytest.fixture(autouse=True)
 def optimized_if_slow(request, monkeypatch):
-    """Slow tests compute more than they compile; those that compare with the demo must round as it does."""
+    """Slow tests compute more than they compile; those that use what other tests use, too, must round as it did."""
     option = "jax_disable_most_optimizations"
-    if request.node.get_closest_marker("slow") and "demo" not in request.fixturenames:
+    if request.node.get_closest_marker("slow") and not _SHARED & set(request.fixturenames):
         monkeypatch.setenv(option.upper(), "False")
         jax.config.update(option, False)
     yield

@@ -14,7 +14,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("processes", [1, 4])
 def test_start_reads_at_most_twice_what_is_owned(folder, processes):
@@ -23,7 +22,6 @@ def test_start_reads_at_most_twice_what_is_owned(folder, processes):
     assert all(owned / 2 < read <= 2 * owned for read, owned in figures), figures
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 def test_eight_processes_train_from_object_storage(folder, capsys):
     assert measure_run(folder, 8, 50) == 0

@@ -19,7 +19,7 @@ from lvm.common.errors import EXIT_PREEMPTED, UserError
 from lvm.data.store import failures
 from lvm.inference.sampling import SamplingParams
 from lvm.training import metrics
-from scripts.demo import warn_of_little_data
+from scripts.demo import warn_if_not_below_unigram
 from tests.commands import ROOT, SHARED_DATA, TINY_DEMO, run, start
 from tokenizer import Tokenizer
 
@@ -38,6 +38,7 @@ def test_results_have_every_figure(demo):
     assert {"depth", "edges", "likelihood", "perplexity", "reconstruction", "segmentation", "task_following"} <= set(
         figures
     )
+    assert list(figures["likelihood"]["loss"]["baselines"]) == ["unigram entropy of the same codes"]
     iou = figures["segmentation"]["foreground_iou"]
     assert 0 <= iou["value"] <= 1
     assert "interval" not in iou  # of seven originals
@@ -267,12 +268,12 @@ def test_corrupt_jpeg_is_listed_and_skipped(tmp_path):
 
 
 @pytest.mark.parametrize(("loss", "warned"), [(5.9, True), (5.8, True), (5.7, False), (None, False)])
-def test_model_of_too_few_images_is_told(tmp_path, caplog, loss, warned):
+def test_demo_warns_if_loss_is_not_below_unigram(tmp_path, caplog, loss, warned):
     figure = {"value": loss, "baselines": {"unigram entropy of the same codes": {"value": 5.8}}}
     figures = {"likelihood": {"loss": figure}} if loss else {}
     (tmp_path / "results.json").write_text(json.dumps({"figures": figures}))
-    warn_of_little_data(tmp_path)
-    assert ("thousands of images are needed" in caplog.text) == warned
+    warn_if_not_below_unigram(tmp_path)
+    assert ("is not below the unigram entropy" in caplog.text) == warned
 
 
 @pytest.mark.slow
@@ -307,7 +308,7 @@ def killed_demo(out: pathlib.Path, moments: list[float]) -> None:
     run("scripts.demo", *TINY_DEMO, f"--out={out}")
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_demo_killed_twenty_times_gives_same_figures(demo, tmp_path):
     rng = random.Random(0)
     for attempt in range(4):
@@ -316,7 +317,7 @@ def test_demo_killed_twenty_times_gives_same_figures(demo, tmp_path):
         assert comparable(out / "results.json") == comparable(demo / "results.json")
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_killed_demo_leaves_no_stage_running(tmp_path):
     process = start("scripts.demo", *TINY_DEMO, f"--out={tmp_path}", start_new_session=True)
     deadline = time.monotonic() + 60
@@ -329,7 +330,7 @@ def test_killed_demo_leaves_no_stage_running(tmp_path):
     run("tokenizer.train", "--config=tests/configs/tiny_tokenizer.py", workdir, share)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_terminated_demo_saves_its_stage(tmp_path):
     process = start("scripts.demo", *TINY_DEMO, f"--out={tmp_path}")
     for line in process.stdout:

@@ -51,7 +51,7 @@ def readme_commands(folder: pathlib.Path) -> list[list[str]]:
     return commands
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("environment", ["unknown_user", "ascii", "no_locks", "proxy"])
 def test_readme_commands_run(tmp_path, environment):
     if environment == "unknown_user" and (

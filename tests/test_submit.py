@@ -57,7 +57,6 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in metrics.read_metrics(workdir)}
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 def test_submit_sigterm_to_one_rank_saves_on_all(demo, tmp_path):
     first = Run(demo, tmp_path / "run", *MANY, "--max_restarts=0")
@@ -74,7 +73,6 @@ def test_submit_sigterm_to_one_rank_saves_on_all(demo, tmp_path):
     assert list(losses(tmp_path / "run")) == list(range(1, max(losses(tmp_path / "run")) + 1))
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("rank", [0, 1])
 def test_submit_killed_rank_ends_run_which_resumes(demo, tmp_path, rank):
@@ -95,7 +93,6 @@ def test_submit_killed_rank_ends_run_which_resumes(demo, tmp_path, rank):
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 def test_submit_survives_ten_kills_of_random_ranks(demo, tmp_path):
     total, every, kills = 200, 10, 10
@@ -126,7 +123,6 @@ def test_submit_survives_ten_kills_of_random_ranks(demo, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("killed", [0, 1])
 def test_hosts_with_supervisors_of_their_own_recover(demo, tmp_path, monkeypatch, killed):
@@ -148,7 +144,6 @@ def test_hosts_with_supervisors_of_their_own_recover(demo, tmp_path, monkeypatch
     assert list(losses(tmp_path / "run")) == list(range(1, 121))
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 def test_submit_watchdog_detects_stopped_rank(demo, tmp_path):
     watchdog = ["--config.loop.watchdog.min_timeout_s=5.0", "--config.loop.watchdog.pause_timeout_s=30.0"]
@@ -164,7 +159,6 @@ def test_submit_watchdog_detects_stopped_rank(demo, tmp_path):
     assert stopped.wait() == 0, stopped.output
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 def test_train_rank_ends_within_heartbeat_timeout(demo, tmp_path):
     flags = [f for f in arguments(demo, tmp_path / "run", *MANY) if not f.startswith(("--on", "--processes"))]
@@ -187,7 +181,6 @@ def test_train_rank_ends_within_heartbeat_timeout(demo, tmp_path):
     assert time.monotonic() - start_time < 30
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 def test_submit_losses_do_not_depend_on_process_count(demo, tmp_path):
     # A schedule that does not depend on the number of steps, so that one run can end earlier.

@@ -100,7 +100,7 @@ def test_sweep_rejects_an_unknown_verb(capsys, verb):
     assert "expected plan, run, status, fit" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @needs_chinchilla_csv
 def test_fit_of_chinchilla_csv_from_all_starts(tmp_path):
     run("lvm.sweep", "fit", f"--csv={CHINCHILLA_CSV}", "--drop_highest=5", f"--out={tmp_path / 'out'}")

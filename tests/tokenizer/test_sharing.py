@@ -92,7 +92,6 @@ def test_stuck_process_keeps_few_shards_from_others(tmp_path):
     assert contents(folder)
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 def test_slow_and_killed_processes_cost_little(tmp_path, capsys):
     scenes, shards, folder = 1600, 160, tmp_path / "store"

@@ -46,7 +46,6 @@ def half_stopped(process):
         thread.join()
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("cause", ["input", "processor"])
 def test_slowed_process_of_four_is_named(tmp_path, cause):

@@ -16,9 +16,7 @@ from tests.commands import run, start
 from tests.lvm.conftest import GRID, NUM_CODES, header
 
 
-@pytest.mark.parametrize(
-    ("processes", "rounds"), [(8, 2), pytest.param(64, 20, marks=[pytest.mark.slow, pytest.mark.alone])]
-)
+@pytest.mark.parametrize(("processes", "rounds"), [(8, 2), pytest.param(64, 20, marks=pytest.mark.alone)])
 def test_processes_begin_a_store_at_once(tmp_path, processes, rounds):
     output = run("tests.lvm.data.store.begin_storm", tmp_path, processes, rounds, 0.05)
     assert output.splitlines()[-1] == f"{processes} processes, {rounds} rounds"
@@ -56,9 +54,7 @@ def test_shard_written_twice_without_locks_is_intact(tmp_path, no_file_locks):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("shards", "latency_ms"), [(1000, 1), pytest.param(25_000, 50, marks=[pytest.mark.slow, pytest.mark.alone])]
-)
+@pytest.mark.parametrize(("shards", "latency_ms"), [(1000, 1), pytest.param(25_000, 50, marks=pytest.mark.alone)])
 def test_finishing_reads_each_entry_once(shards, latency_ms):
     # Not forked from a server: its libraries would count.
     process = start("scripts.benchmark_finish", f"--shards={shards}", f"--latency_ms={latency_ms}")

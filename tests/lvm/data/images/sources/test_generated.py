@@ -180,7 +180,7 @@ def test_surfaces_have_the_given_textures() -> None:
     assert "textures" not in GeneratedSource(Preprocess(16), num_scenes=2).describe()
 
 
-@pytest.mark.slow  # the speed of the machine decides, too
+@pytest.mark.alone  # the speed of the machine decides, too
 def test_rendering_takes_under_8_ms() -> None:
     source = GeneratedSource(Preprocess(64))
     source.load(0)
