@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -135,3 +136,10 @@ def compilation_cache() -> str:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="lvm-programs-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+def comparable_results(results: pathlib.Path) -> dict:
+    """The figures of a results.json, without the folders that it names."""
+    figures = json.loads(results.read_text())
+    del figures["request"]
+    return figures

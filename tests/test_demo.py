@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import random
 import re
-import signal
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lvm import LVM
-from lvm.common.errors import EXIT_PREEMPTED, UserError
+from lvm.common.errors import UserError
 from lvm.data.store import failures
 from lvm.inference.sampling import SamplingParams
 from lvm.training import metrics
 from scripts.demo import warn_if_not_below_unigram
-from tests.commands import ROOT, SHARED_DATA, TINY_DEMO, run, start
+from tests.commands import ROOT, SHARED_DATA, TINY_DEMO, comparable_results, run, start
 from tokenizer import Tokenizer
 
 
@@ -292,73 +288,6 @@ def test_single_video_cannot_be_held_out(tmp_path):
     assert process.returncode == 2
 
 
-def comparable(results: pathlib.Path) -> dict:
-    figures = json.loads(results.read_text())
-    del figures["request"]  # it names the folders
-    return figures
-
-
-def killed_demo(out: pathlib.Path, moments: list[float]) -> None:
-    """Runs the tiny demo and kills it with all its processes after each of the given delays in seconds."""
-    for seconds in moments:
-        process = start("scripts.demo", *TINY_DEMO, f"--out={out}", start_new_session=True)
-        time.sleep(seconds)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    run("scripts.demo", *TINY_DEMO, f"--out={out}")
-
-
-@pytest.mark.alone
-def test_demo_killed_twenty_times_gives_same_figures(demo, tmp_path):
-    rng = random.Random(0)
-    for attempt in range(4):
-        out = tmp_path / str(attempt)
-        killed_demo(out, [rng.uniform(1, 30) for _ in range(5)])
-        assert comparable(out / "results.json") == comparable(demo / "results.json")
-
-
-@pytest.mark.alone
-def test_killed_demo_leaves_no_stage_running(tmp_path):
-    process = start("scripts.demo", *TINY_DEMO, f"--out={tmp_path}", start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "tokenizer" / ".lock").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.kill()  # the demo alone, not its stage
-    process.communicate()
-    workdir, share = f"--workdir={tmp_path / 'tokenizer'}", "--config.data.heldout_fraction=0.15"
-    run("tokenizer.train", "--config=tests/configs/tiny_tokenizer.py", workdir, share)
-
-
-@pytest.mark.alone
-def test_terminated_demo_saves_its_stage(tmp_path):
-    process = start("scripts.demo", *TINY_DEMO, f"--out={tmp_path}")
-    for line in process.stdout:
-        if " 10/60 steps" in line:
-            process.terminate()  # the demo alone, not its stage
-    assert process.wait(timeout=60) == EXIT_PREEMPTED
-    steps = [int(folder.name) for folder in (tmp_path / "tokenizer" / "checkpoints").iterdir()]
-    assert 10 <= max(steps, default=0) < 60
-
-
-@pytest.mark.slow
-def test_full_disk_is_named_and_run_resumes(tmp_path):
-    arguments = ["--config=tests/configs/tiny_tokenizer.py", f"--workdir={tmp_path}", "--config.loop.total_steps=20"]
-
-    def no_file_beyond_4_kb() -> None:
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-    process = start("tokenizer.train", *arguments, preexec_fn=no_file_beyond_4_kb)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, output
-    assert output.splitlines()[-1].startswith("error: File too large"), output
-    run("tokenizer.train", *arguments)
-    assert Tokenizer.load(tmp_path).step == 20
-
-
 @pytest.mark.slow
 def test_evaluation_reruns_for_another_model_of_same_step(demo, tmp_path):
     model, out = tmp_path / "lvm", tmp_path / "out"
@@ -366,10 +295,10 @@ def test_evaluation_reruns_for_another_model_of_same_step(demo, tmp_path):
     run("lvm.train", "--config=tests/configs/tiny_lvm.py", f"--workdir={model}", store, "--config.seed=7")
     common = ["--config=tests/configs/tiny_eval.py", f"--tokenizer={demo / 'tokenizer'}", f"--out={out}"]
     run("lvm.evaluate", *common, f"--model={demo / 'lvm'}")
-    first = comparable(out / "results.json")
+    first = comparable_results(out / "results.json")
     assert "is up to date" in run("lvm.evaluate", *common, f"--model={demo / 'lvm'}")
     assert "is up to date" not in run("lvm.evaluate", *common, f"--model={model}")
-    assert comparable(out / "results.json") != first
+    assert comparable_results(out / "results.json") != first
 
 
 def test_evaluation_of_unseen_source_needs_flag(demo, tmp_path):
