@@ -74,7 +74,7 @@ def no_file_locks(monkeypatch):
     return fail_with
 
 
-_SHARED = {"demo", "reference"}
+_SHARED = {"demo", "reference"}  # outputs that tests compare with to the bit
 
 
 @pytest.fixture(autouse=True)
