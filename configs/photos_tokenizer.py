@@ -2,9 +2,8 @@
 
 The parts of configs/tokenizer_f16_8192.py at a small size: a codebook of moving averages, a discriminator with LeCam,
 averaged weights; instead of a perceptual network, multi-scale SSIM. The adversary's weight follows the ratio of
-gradients (`adaptive`): constants of full-size recipes are 5 to 50 times too large here and leave a grid
-(docs/log.md, 2026-12-01). Needs `--config.data.source`. 50 minutes on two cores beside another run; results are in
-docs/tokenizer.md, "On photos".
+gradients (`adaptive`). Chosen after eight short trials, most of which left a grid (docs/log.md, 2026-12-01). Needs
+`--config.data.source`. 50 minutes on two cores beside other work; results are in docs/tokenizer.md, "On photos".
 """
 
 from ml_collections import ConfigDict

@@ -23,7 +23,7 @@ from lvm.training.task import Batch, Metrics, State, apply_if_finite, init_skip_
 from tokenizer import code_usage
 from tokenizer.adversary import Adversary
 from tokenizer.losses import pixels
-from tokenizer.losses.ssim import WINDOW, ssim_terms
+from tokenizer.losses.ssim import WINDOW, ssim
 from tokenizer.network import VQGAN, VQGANConfig, quantizer_params
 from tokenizer.perceptual.base import NoPerceptual, Perceptual
 
@@ -329,9 +329,8 @@ class TokenizerTask:
 
 
 @jax.jit
-def _ssim(images: UInt8[Array, "B R R 3"], targets: UInt8[Array, "B R R 3"]) -> Float[Array, ""]:
-    luminance, contrast = ssim_terms(to_float(images), to_float(targets))
-    return (luminance * contrast).mean()
+def _ssim(images: UInt8[Array, "B R R 3"], targets: UInt8[Array, "B R R 3"]) -> Float[Array, " B"]:
+    return ssim(to_float(images), to_float(targets))
 
 
 def to_float(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:

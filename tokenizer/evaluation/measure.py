@@ -19,7 +19,7 @@ from tokenizer.evaluation import fid, inception
 from tokenizer.evaluation.fid import FeatureStatistics
 from tokenizer.evaluation.image_batches import ImageBatch, ImageBatches
 from tokenizer.evaluation.running import Examples, RunningMean, bootstrap_weights, image_hash
-from tokenizer.losses.ssim import WINDOW, ssim_terms
+from tokenizer.losses.ssim import WINDOW, ssim
 from tokenizer.objective import to_float, to_uint8
 from tokenizer.perceptual.lpips import LPIPS
 from tokenizer.pretrained import DataParallel, Tokenizer
@@ -115,8 +115,7 @@ class Measurement:
         decoded, images = to_float(pairs[:, 0]), to_float(pairs[:, 1])
         values = {PSNR.name: statistics.psnr(decoded, images)}
         if self._has_ssim:
-            luminance, contrast = ssim_terms(decoded, images)
-            values[SSIM.name] = jnp.mean(luminance * contrast, (1, 2, 3))
+            values[SSIM.name] = ssim(decoded, images)
         if "lpips" in params:
             values[LPIPS_METRIC.name] = LPIPS().distances(params["lpips"], decoded, images, "float32")
         return values

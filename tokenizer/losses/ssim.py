@@ -33,6 +33,12 @@ def ms_ssim(images: Float[Array, "B H W C"], targets: Float[Array, "B H W C"]) -
     return jnp.mean(product)
 
 
+def ssim(images: Float[Array, "B H W C"], targets: Float[Array, "B H W C"]) -> Float[Array, " B"]:
+    """SSIM of each image, mean over channels and positions (Wang et al., 2004); sides are at least `WINDOW`."""
+    luminance, contrast = ssim_terms(images, targets)
+    return (luminance * contrast).mean((1, 2, 3))
+
+
 def ssim_terms(
     images: Float[Array, "B H W C"], targets: Float[Array, "B H W C"]
 ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:

@@ -60,7 +60,7 @@ def test_stalled_run_exits_76_with_all_stacks(body, config, activity):
 @pytest.mark.parametrize(
     "body",
     [
-        "[(time.sleep(0.1), watchdog.step_ended()) for _ in range(10)]",
+        "[(time.sleep(0.3), watchdog.step_ended()) for _ in range(10)]",
         "watchdog.step_ended()\n    with watchdog.pause('an evaluation'): time.sleep(2.5)\n    time.sleep(0.2)",
         "[(time.sleep(0.5), watchdog.step_ended()) for _ in range(3)]; time.sleep(2.5)",  # 10 × the median
     ],
